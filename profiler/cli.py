@@ -1,0 +1,244 @@
+"""Commands over traces: collect, convert, inspect, models, datasets."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from profiler.errors import ModelError, TraceError
+from profiler.reader import Trace
+
+app = typer.Typer()
+console = Console(highlight=False)
+messages = Console(stderr=True, highlight=False)
+
+
+class EngineName(StrEnum):
+    """Engines by name."""
+
+    vllm = "vllm"
+    transformers = "transformers"
+
+
+class DtypeName(StrEnum):
+    """Precisions by name; auto is the checkpoint's own."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def collect(
+    model: Annotated[str, typer.Option(help="demo, a short name (see 'specmoe models'), a hub id, or a folder.")],
+    dataset: Annotated[str, typer.Option(help="One name, or several with commas (see 'specmoe datasets').")],
+    out: Annotated[Path, typer.Option(help="The trace directory to make.")],
+    num_problems: Annotated[int, typer.Option(min=1, help="Total, spread evenly over the datasets.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generated tokens per problem, at most.")] = 128,
+    data_files: Annotated[Path | None, typer.Option(help="Local .parquet or .jsonl instead of the hub.")] = None,
+    engine: Annotated[EngineName, typer.Option()] = EngineName.vllm,
+    dtype: Annotated[DtypeName, typer.Option(help="auto: as in the checkpoint.")] = DtypeName.auto,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence; default: the model's.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compiled/--eager", help="vLLM: torch.compile or not; default: only on a GPU.")
+    ] = None,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="Also write routing.jsonl.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's own log.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Run a model over a dataset and record which experts every token uses.
+
+    Example: specmoe collect --model demo --dataset demo-math --num-problems 20 --out traces/math
+    """
+    from profiler.collect import CollectOptions
+    from profiler.engines import EngineOptions, Sampling
+
+    options = CollectOptions(
+        model=model,
+        datasets=tuple(name.strip() for name in dataset.split(",")),
+        out=out,
+        num_problems=num_problems,
+        data_files=data_files,
+        revision=revision,
+        engine=engine.value,
+        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
+        engine_options=EngineOptions(
+            dtype=dtype.value, compiled=compiled, max_length=max_length, seed=seed, verbose=verbose
+        ),
+        jsonl=jsonl,
+    )
+    summary = collect_with_progress(options)
+    if as_json:
+        fields = {**vars(summary), "trace": str(summary.trace), "tokens_per_second": summary.tokens_per_second}
+        console.print_json(json.dumps(fields))
+    else:
+        print_summary(summary)
+
+
+def collect_with_progress(options: Any) -> Any:
+    """`profiler.collect.collect` with a progress bar, or plain lines where there is no terminal."""
+    from profiler.collect import collect as run
+
+    if not messages.is_terminal:
+        steps = {max(1, round(share / 4 * options.num_problems)) for share in range(1, 5)}
+
+        def report(done: int, total: int) -> None:
+            if done in steps:
+                messages.print(f"{done} of {total} problems")
+
+        return run(options, on_stage=lambda text: messages.print(f"{text} ..."), on_progress=report)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=messages, transient=True) as progress:
+        task = progress.add_task("checking", total=None)
+        return run(
+            options,
+            on_stage=lambda text: progress.update(task, description=text),
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def print_summary(summary: Any) -> None:
+    """The end of `collect`, for people."""
+    console.print(
+        f"{summary.trace}: {summary.problems} problems, {summary.prompt_tokens:,} prompt and "
+        f"{summary.output_tokens:,} generated tokens, {summary.rows:,} routing rows, {_size(summary.bytes)}"
+    )
+    console.print(
+        f"{summary.engine}: started in {summary.start_seconds:.1f} s, ran {summary.generate_seconds:.1f} s, "
+        f"{summary.tokens_per_second:,.0f} tokens/s"
+    )
+    if summary.truncated_problems:
+        console.print(f"{summary.truncated_problems} prompts were too long and kept only their head")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A trace directory, or a file of JSON lines.")],
+    target: Annotated[Path, typer.Argument(help="The file or trace directory to make.")],
+    to: Annotated[str, typer.Option(help="'jsonl', or 'trace'.")] = "trace",
+    num_experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts per layer, where the source does not say.")
+    ] = None,
+) -> None:
+    """Turn a trace into JSON lines, or JSON lines into a trace.
+
+    Example: specmoe convert traces/math routing.jsonl --to jsonl
+    """
+    from profiler.jsonl import read_jsonl, write_jsonl
+
+    if to == "jsonl":
+        if target.exists():
+            raise TraceError(f"{target} exists: choose another file")
+        lines = write_jsonl(Trace.open(source), target)
+        console.print(f"{target}: {lines:,} rows, {_size(target.stat().st_size)}")
+    elif to == "trace":
+        trace = read_jsonl(source, target, num_experts=num_experts)
+        console.print(f"{target}: {trace.num_rows:,} rows")
+    else:
+        raise typer.BadParameter(f"{to!r}: expected jsonl or trace", param_hint="--to")
+
+
+@app.command()
+def inspect(
+    trace: Annotated[Path, typer.Argument(help="A trace directory.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Also compare every file with its sha256.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Say what a trace holds, whether it is complete, and what is missing. Exits with 1 if it is incomplete.
+
+    Example: specmoe inspect traces/math --verify
+    """
+    opened = Trace.open(trace, allow_incomplete=True)
+    faults = opened.faults(verify=verify)
+    metadata = opened.metadata
+    if as_json:
+        rows = opened.num_rows
+        document = {"complete": not faults, "faults": faults, "rows": rows, "metadata": metadata.model_dump()}
+        console.print_json(json.dumps(document))
+    else:
+        model = metadata.model
+        console.print(
+            f"{trace}: {model.id}, {len(model.moe_layers)} MoE layers ({model.moe_layers[0]}-{model.moe_layers[-1]}), "
+            f"{model.num_experts} experts, top-{model.top_k}"
+        )
+        for source in metadata.datasets:
+            console.print(f"  {source.problems} problems of {source.name}")
+        console.print(f"  {opened.num_rows:,} routing rows; {metadata.engine}, {metadata.created}")
+        for gap in metadata.gaps:
+            console.print(f"  gap: {gap}")
+        console.print("complete" if not faults else "incomplete: " + "; ".join(faults))
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """List models by short name. Any other hub id or model folder works as well.
+
+    Example: specmoe models
+    """
+    from profiler.models import DEMO_MODEL, MODELS, resolve_model
+
+    rows = []
+    try:
+        facts = resolve_model(DEMO_MODEL).metadata
+        about = f"{len(facts.moe_layers)} layers, {facts.num_experts} experts, top-{facts.top_k}"
+    except ModelError as error:
+        about = str(error)
+    rows.append({"name": DEMO_MODEL, "location": f"embedded ({about})"})
+    rows += [{"name": name, "location": hub_id} for name, hub_id in MODELS.items()]
+    _print_rows(rows, as_json)
+
+
+@app.command()
+def datasets(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """List datasets by name, with the columns that a local file must have.
+
+    Example: specmoe datasets
+    """
+    from profiler.datasets import DATASETS
+
+    rows = [
+        {
+            "name": dataset.name,
+            "source": dataset.hub_id or "embedded",
+            "columns": ", ".join(dataset.columns),
+            "description": dataset.description,
+        }
+        for dataset in DATASETS.values()
+    ]
+    _print_rows(rows, as_json)
+
+
+def _print_rows(rows: list[dict[str, str]], as_json: bool) -> None:
+    if as_json:
+        console.print_json(json.dumps(rows))
+        return
+    table = Table(box=None)
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"

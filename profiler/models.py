@@ -1,0 +1,122 @@
+"""Models by short name, and the MoE facts of any model read from its own `config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from profiler.errors import ModelError
+from profiler.schema import ModelMetadata
+
+DEMO_MODEL = "demo"
+
+MODELS: dict[str, str] = {
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "mixtral-8x7b-awq": "TheBloke/Mixtral-8x7B-v0.1-AWQ",
+    "qwen1.5-moe": "Qwen/Qwen1.5-MoE-A2.7B",
+    "deepseek-moe-16b": "deepseek-ai/deepseek-moe-16b-base",
+    "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite",
+    "olmoe": "allenai/OLMoE-1B-7B-0125",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "gpt-oss-20b": "openai/gpt-oss-20b",
+}
+"""Short name -> Hugging Face hub id. Any other hub id or local folder works as well."""
+
+# Architectures without a `norm_topk_prob` entry whose code renormalises the top-k weights to sum 1.
+_ALWAYS_RENORMALIZED = {"mixtral", "gpt_oss"}
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """What an engine loads (`location`: a folder or hub id) and what its config says."""
+
+    location: str
+    metadata: ModelMetadata
+    max_length: int
+
+
+def demo_model_folder() -> Path:
+    """The folder of the embedded demo model inside the installed package."""
+    return Path(str(resources.files("profiler").joinpath("demo", "model")))
+
+
+def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None) -> ResolvedModel:
+    """Find a model by short name, local folder or hub id, and read its MoE facts.
+
+    Raises `ModelError` if it is unknown, its config cannot be read, or it has no routed experts.
+    """
+    location = str(demo_model_folder()) if name == DEMO_MODEL else MODELS.get(name, name)
+    is_folder = Path(location).is_dir()
+    if not is_folder and "/" not in location:
+        known = ", ".join([DEMO_MODEL, *MODELS])
+        raise ModelError(f"unknown model {name!r}: expected one of {known}, a local folder, or a hub id like org/name")
+    if is_folder and not (Path(location) / "config.json").is_file():
+        raise ModelError(f"{location} is not a model folder: it has no config.json")
+    config = _read_config(location, revision)
+    facts = moe_facts(config)
+    metadata = ModelMetadata(
+        id=name if name == DEMO_MODEL else location,
+        revision=revision or config.get("_commit_hash"),
+        architecture=(config.get("architectures") or [None])[0],
+        dtype=config.get("dtype") or config.get("torch_dtype") if dtype == "auto" else dtype,
+        quantization=(config.get("quantization_config") or {}).get("quant_method"),
+        **facts,
+    )
+    return ResolvedModel(location, metadata, int(config.get("max_position_embeddings") or 2048))
+
+
+def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """MoE facts from the content of a `config.json`, under the names of `ModelMetadata`.
+
+    Entry names as used by Mixtral, Phi-MoE, gpt-oss, Qwen2/3-MoE, OLMoE and DeepSeek v1 to v3.
+    Raises `ModelError` for a dense model and for a config that lacks what it needs.
+    """
+    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
+    top_k = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
+    layers = config.get("num_hidden_layers")
+    architecture = (config.get("architectures") or [config.get("model_type", "this model")])[0]
+    if not experts or experts < 2:
+        raise ModelError(f"{architecture} has no routed experts (a dense model): choose a mixture-of-experts model")
+    if not top_k or not layers:
+        raise ModelError(f"{architecture}: its config.json lacks num_experts_per_tok or num_hidden_layers")
+    # Qwen: every `decoder_sparse_step`-th layer, counted from 1, except `mlp_only_layers`.
+    # DeepSeek: from `first_k_dense_replace` on, every `moe_layer_freq`-th layer, counted from 0.
+    sparse_step = config.get("decoder_sparse_step") or 1
+    frequency = config.get("moe_layer_freq") or 1
+    first = config.get("first_k_dense_replace") or 0
+    dense = set(config.get("mlp_only_layers") or [])
+    moe_layers = [
+        layer
+        for layer in range(layers)
+        if layer not in dense and (layer + 1) % sparse_step == 0 and layer >= first and layer % frequency == 0
+    ]
+    if not moe_layers:
+        raise ModelError(f"{architecture}: its config.json leaves no MoE layer among {layers} layers")
+    renormalized = True if config.get("model_type") in _ALWAYS_RENORMALIZED else config.get("norm_topk_prob")
+    return {
+        "num_layers": layers,
+        "moe_layers": moe_layers,
+        "num_experts": experts,
+        "top_k": top_k,
+        "renormalized": renormalized,
+    }
+
+
+def _first(config: dict[str, Any], *names: str) -> int | None:
+    return next((config[name] for name in names if config.get(name) is not None), None)
+
+
+def _read_config(location: str, revision: str | None) -> dict[str, Any]:
+    # transformers takes a second to import; reading a trace must not pay for it.
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(location, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"cannot read the config of model {location!r}: {reason}") from error
+    if not config:
+        raise ModelError(f"model {location!r} has no config.json: expected a local folder or an existing hub id")
+    return dict(config)

@@ -1,0 +1,232 @@
+"""Read a trace: metadata, problems, tokens, and routing as `[T, L, K]` arrays in chunks of whole problems."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
+
+from profiler.errors import TraceError
+from profiler.schema import (
+    MANIFEST_FILE,
+    METADATA_FILE,
+    PROBLEMS_FILE,
+    PROBLEMS_SCHEMA,
+    ROUTING_FOLDER,
+    SCHEMA_VERSION,
+    TOKENS_FILE,
+    TOKENS_SCHEMA,
+    Manifest,
+    Metadata,
+    RoutingChunk,
+    routing_schema,
+)
+from profiler.writer import decode_rows, sha256_of
+
+MAX_DOCUMENT_BYTES = 64 << 20
+
+_DocumentType = TypeVar("_DocumentType", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An opened trace directory. Nothing but `metadata.json` and `manifest.json` is read until asked for."""
+
+    path: Path
+    metadata: Metadata
+    manifest: Manifest | None
+
+    @classmethod
+    def open(cls, path: str | Path, *, allow_incomplete: bool = False) -> Self:
+        """Open the trace directory `path`.
+
+        Raises `TraceError` if it is no trace, or if it is incomplete (no manifest, a file missing or of another size) and
+        `allow_incomplete` is false.
+        """
+        directory = Path(path)
+        if not directory.is_dir():
+            raise TraceError(f"{directory}: no such trace directory")
+        if not (directory / METADATA_FILE).is_file():
+            raise TraceError(f"{directory} is not a trace: it has no {METADATA_FILE}")
+        metadata = _read_document(directory / METADATA_FILE, Metadata)
+        if metadata.schema_version != SCHEMA_VERSION:
+            raise TraceError(f"{directory}: schema version {metadata.schema_version}, this release reads {SCHEMA_VERSION}")
+        has_manifest = (directory / MANIFEST_FILE).is_file()
+        manifest = _read_document(directory / MANIFEST_FILE, Manifest) if has_manifest else None
+        trace = cls(directory, metadata, manifest)
+        if not allow_incomplete:
+            faults = trace.faults()
+            if faults:
+                raise TraceError(f"{directory} is incomplete: {faults[0]}; collect it again or look with 'specmoe inspect'")
+        return trace
+
+    def faults(self, *, verify: bool = False) -> list[str]:
+        """What keeps the trace from being complete, one line each; empty if it is. `verify` compares every hash."""
+        if self.manifest is None:
+            return [f"no {MANIFEST_FILE} (the collection did not finish)"]
+        faults = []
+        for name, entry in self.manifest.files.items():
+            file = self.path / name
+            if not file.is_file():
+                faults.append(f"{name} is missing")
+            elif file.stat().st_size != entry.bytes:
+                faults.append(f"{name} has {file.stat().st_size} bytes, expected {entry.bytes}")
+            elif verify and sha256_of(file) != entry.sha256:
+                faults.append(f"{name} does not match its sha256")
+        return faults
+
+    @property
+    def routing_files(self) -> list[Path]:
+        """The Parquet parts in order."""
+        return sorted((self.path / ROUTING_FOLDER).glob("part-*.parquet"))
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Routing rows: one per (problem, token, MoE layer)."""
+        return sum(_open_parquet(path).metadata.num_rows for path in self.routing_files)
+
+    @cached_property
+    def problems(self) -> pa.Table:
+        """`problems.parquet`, sorted by problem_id; columns as in `profiler.schema.PROBLEMS_SCHEMA`."""
+        return _read_table(self.path / PROBLEMS_FILE, PROBLEMS_SCHEMA)
+
+    @cached_property
+    def tokens(self) -> pa.Table:
+        """`tokens.parquet`: every token of every problem, sorted by (problem_id, token_id)."""
+        return _read_table(self.path / TOKENS_FILE, TOKENS_SCHEMA)
+
+    def chunks(self) -> Iterator[RoutingChunk]:
+        """Routing in order, in chunks of whole problems; a chunk is about one row group (some MB).
+
+        Raises `TraceError`, naming the file and row, on rows that break the format.
+        """
+        carried: RoutingChunk | None = None
+        for path in self.routing_files:
+            file = _open_parquet(path)
+            expected = routing_schema(self.metadata.model.num_experts, self.metadata.model.top_k)
+            if file.schema_arrow.remove_metadata() != expected:
+                raise TraceError(f"{path}: columns {file.schema_arrow.names} of other names or types than the metadata says")
+            for group in range(file.metadata.num_row_groups):
+                chunk = self._decode(_read_row_group(file, group, path), path, group)
+                if carried is not None:
+                    chunk = concatenate([carried, chunk])
+                # The last problem may go on in the next row group.
+                last = int(np.searchsorted(chunk.problem_ids_T, chunk.problem_ids_T[-1]))
+                whole, carried = _split(chunk, last)
+                if len(whole):
+                    yield whole
+        if carried is not None:
+            yield carried
+
+    def load(self) -> RoutingChunk:
+        """All routing in memory: 3 to 4 bytes per (token, layer, expert)."""
+        return concatenate(list(self.chunks()))
+
+    def arrays(self, problem_id: int) -> RoutingChunk:
+        """Routing of one problem. Raises `TraceError` if the trace has none of it."""
+        for path in self.routing_files:
+            file = _open_parquet(path)
+            for group in range(file.metadata.num_row_groups):
+                statistics = file.metadata.row_group(group).column(0).statistics
+                if statistics is not None and not statistics.min <= problem_id <= statistics.max:
+                    continue
+                table = _read_row_group(file, group, path)
+                rows = table.filter(pc.equal(table.column("problem_id"), problem_id))
+                if rows.num_rows:
+                    return self._decode(rows, path, group)
+        raise TraceError(f"{self.path}: no routing of problem {problem_id}")
+
+    def _decode(self, table: pa.Table, path: Path, group: int) -> RoutingChunk:
+        layers_L = np.asarray(self.metadata.model.moe_layers)
+        layers, top_k = len(layers_L), self.metadata.model.top_k
+        if table.num_rows == 0 or table.num_rows % layers:
+            raise TraceError(f"{path}, row group {group}: {table.num_rows} rows, expected a multiple of {layers} layers")
+        if any(column.null_count for column in table.columns):
+            raise TraceError(f"{path}, row group {group}: nulls, expected none")
+        problem_TL = table.column("problem_id").to_numpy().reshape(-1, layers).astype(np.int64)
+        token_TL = table.column("token_id").to_numpy().reshape(-1, layers).astype(np.int64)
+        layer_TL = table.column("layer").to_numpy().reshape(-1, layers)
+        broken_T = (
+            (layer_TL != layers_L).any(1) | (problem_TL != problem_TL[:, :1]).any(1) | (token_TL != token_TL[:, :1]).any(1)
+        )
+        key_T = problem_TL[:, 0] << 32 | token_TL[:, 0]
+        broken_T[1:] |= np.diff(key_T) <= 0
+        chunk = decode_rows(table, layers, top_k)
+        broken_T |= (chunk.expert_ids_TLK >= self.metadata.model.num_experts).any((1, 2))
+        with np.errstate(invalid="ignore"):
+            broken_T |= ~(chunk.weights_TLK >= 0).all((1, 2)) | ~np.isfinite(chunk.weights_TLK).all((1, 2))
+        if broken_T.any():
+            row = int(np.flatnonzero(broken_T)[0]) * layers
+            raise TraceError(
+                f"{path}, row group {group}, row {row}: expected rows sorted by (problem_id, token_id, layer), every MoE layer "
+                f"once, expert ids below {self.metadata.model.num_experts} and weights that are finite and not negative"
+            )
+        return chunk
+
+
+def concatenate(chunks: list[RoutingChunk]) -> RoutingChunk:
+    """Join chunks in order. Raises `TraceError` if there is none (a trace without rows)."""
+    if not chunks:
+        raise TraceError("the trace has no routing rows")
+    if len(chunks) == 1:
+        return chunks[0]
+    names = [field.name for field in fields(RoutingChunk)]
+    return RoutingChunk(**{name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in names})
+
+
+def _split(chunk: RoutingChunk, at: int) -> tuple[RoutingChunk, RoutingChunk]:
+    names = [field.name for field in fields(RoutingChunk)]
+    return (
+        RoutingChunk(**{name: getattr(chunk, name)[:at] for name in names}),
+        RoutingChunk(**{name: getattr(chunk, name)[at:] for name in names}),
+    )
+
+
+def _read_document(path: Path, kind: type[_DocumentType]) -> _DocumentType:
+    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        raise TraceError(f"{path} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB, which no trace needs")
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise TraceError(f"{path} is not valid: {where}: {first['msg']}") from error
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise TraceError(f"{path} is not a readable Parquet file: {_first_line(error)}") from error
+
+
+def _read_row_group(file: pq.ParquetFile, group: int, path: Path) -> pa.Table:
+    try:
+        return file.read_row_group(group)
+    except (pa.ArrowException, OSError) as error:
+        raise TraceError(f"{path}, row group {group}: cannot be decoded: {_first_line(error)}") from error
+
+
+def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    if not path.is_file():
+        raise TraceError(f"{path} is missing")
+    file = _open_parquet(path)
+    missing = [name for name in schema.names if name not in file.schema_arrow.names]
+    if missing:
+        raise TraceError(f"{path} lacks column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
+    try:
+        return file.read(columns=schema.names).cast(schema)
+    except (pa.ArrowException, OSError) as error:
+        raise TraceError(f"{path} cannot be decoded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> Any:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
