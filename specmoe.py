@@ -1,12 +1,18 @@
-"""The `specmoe` command: sub-commands of `profiler`, `analysis` and `speculation`, and how errors reach the terminal."""
+"""The `specmoe` command: the sub-commands of all packages, the demo that runs them in a row, and how errors are shown."""
 
 from __future__ import annotations
 
+import json
 import sys
+import time
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+import analysis.cli
 import profiler.cli
+import speculation.cli
 from profiler.errors import SpecmoeError
 
 app = typer.Typer(
@@ -16,6 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(profiler.cli.app)
+app.add_typer(analysis.cli.app)
+app.add_typer(speculation.cli.app)
+
+DEMO_NEW_TOKENS = 64
 
 
 def main() -> None:
@@ -31,6 +41,64 @@ def main() -> None:
         _fail("interrupted", 130)
     else:
         sys.exit(result if isinstance(result, int) else 0)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the trace, the run and the report.")] = Path("specmoe-demo"),
+    num_problems: Annotated[int, typer.Option(min=30, help="Of the 120 embedded prompts.")] = 120,
+    engine: Annotated[
+        profiler.cli.EngineName | None, typer.Option(help="Default: vllm if it is installed, else transformers.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's own log.")] = False,
+) -> None:
+    """Collect, analyse, train and evaluate on the embedded model and prompts, offline, in about a minute.
+
+    Example: specmoe demo --out specmoe-demo
+    """
+    from profiler.collect import CollectOptions, check_free
+    from profiler.datasets import DEMO_DATASETS
+    from profiler.engines import EngineOptions, Sampling
+    from profiler.engines.vllm import is_installed
+    from profiler.models import DEMO_MODEL
+    from profiler.reader import Trace
+    from speculation.evaluate import evaluate, table
+    from speculation.predictors import TrainingOptions
+
+    began = time.monotonic()
+    console = profiler.cli.console
+    check_free(out)
+    if engine is None and not is_installed():
+        typer.echo("vLLM is not installed: the demo runs on transformers instead (same model, same record, slower)")
+    name = engine.value if engine else ("vllm" if is_installed() else "transformers")
+
+    console.rule("1 of 4: collect", align="left")
+    options = CollectOptions(
+        model=DEMO_MODEL,
+        datasets=DEMO_DATASETS,
+        out=out / "trace",
+        num_problems=num_problems,
+        engine=name,
+        sampling=Sampling(max_new_tokens=DEMO_NEW_TOKENS),
+        engine_options=EngineOptions(verbose=verbose),
+    )
+    profiler.cli.print_summary(profiler.cli.collect_with_progress(options))
+    trace = Trace.open(out / "trace")
+
+    console.rule("2 of 4: train", align="left")
+    run = speculation.cli.train_with_progress(trace, "mlp", out / "run", 1, TrainingOptions())
+    speculation.cli.print_run(run)
+
+    console.rule("3 of 4: evaluate", align="left")
+    document = evaluate(run, trace)
+    (out / "evaluation.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+    console.rule("4 of 4: analyse", align="left")
+    statistics = analysis.cli.analyze_trace(trace, out / "report", predictions=table(document))
+    analysis.cli.print_statistics(statistics)
+    typer.echo()
+    speculation.cli.print_evaluation(document)
+    typer.echo(f"Report: {out / 'report' / 'report.html'} ({time.monotonic() - began:.0f} s in all)")
 
 
 def _fail(text: str, code: int) -> None:

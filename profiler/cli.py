@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,9 +76,7 @@ def collect(
         revision=revision,
         engine=engine.value,
         sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
-        engine_options=EngineOptions(
-            dtype=dtype.value, compiled=compiled, max_length=max_length, seed=seed, verbose=verbose
-        ),
+        engine_options=EngineOptions(dtype=dtype.value, compiled=compiled, max_length=max_length, seed=seed, verbose=verbose),
         jsonl=jsonl,
     )
     summary = collect_with_progress(options)
@@ -106,7 +106,9 @@ def collect_with_progress(options: Any) -> Any:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=messages, transient=True) as progress:
+    # A descriptor of its own: while vLLM starts, standard error leads to vLLM's log.
+    terminal = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), highlight=False)
+    with Progress(*columns, console=terminal, transient=True) as progress:
         task = progress.add_task("checking", total=None)
         return run(
             options,
@@ -117,16 +119,16 @@ def collect_with_progress(options: Any) -> Any:
 
 def print_summary(summary: Any) -> None:
     """The end of `collect`, for people."""
-    console.print(
+    typer.echo(
         f"{summary.trace}: {summary.problems} problems, {summary.prompt_tokens:,} prompt and "
         f"{summary.output_tokens:,} generated tokens, {summary.rows:,} routing rows, {_size(summary.bytes)}"
     )
-    console.print(
+    typer.echo(
         f"{summary.engine}: started in {summary.start_seconds:.1f} s, ran {summary.generate_seconds:.1f} s, "
         f"{summary.tokens_per_second:,.0f} tokens/s"
     )
     if summary.truncated_problems:
-        console.print(f"{summary.truncated_problems} prompts were too long and kept only their head")
+        typer.echo(f"{summary.truncated_problems} prompts were too long and kept only their head")
 
 
 @app.command()
@@ -134,9 +136,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A trace directory, or a file of JSON lines.")],
     target: Annotated[Path, typer.Argument(help="The file or trace directory to make.")],
     to: Annotated[str, typer.Option(help="'jsonl', or 'trace'.")] = "trace",
-    num_experts: Annotated[
-        int | None, typer.Option(min=1, help="Experts per layer, where the source does not say.")
-    ] = None,
+    num_experts: Annotated[int | None, typer.Option(min=1, help="Experts per layer, where the source does not say.")] = None,
 ) -> None:
     """Turn a trace into JSON lines, or JSON lines into a trace.
 
@@ -148,10 +148,10 @@ def convert(
         if target.exists():
             raise TraceError(f"{target} exists: choose another file")
         lines = write_jsonl(Trace.open(source), target)
-        console.print(f"{target}: {lines:,} rows, {_size(target.stat().st_size)}")
+        typer.echo(f"{target}: {lines:,} rows, {_size(target.stat().st_size)}")
     elif to == "trace":
         trace = read_jsonl(source, target, num_experts=num_experts)
-        console.print(f"{target}: {trace.num_rows:,} rows")
+        typer.echo(f"{target}: {trace.num_rows:,} rows")
     else:
         raise typer.BadParameter(f"{to!r}: expected jsonl or trace", param_hint="--to")
 
@@ -175,16 +175,16 @@ def inspect(
         console.print_json(json.dumps(document))
     else:
         model = metadata.model
-        console.print(
+        typer.echo(
             f"{trace}: {model.id}, {len(model.moe_layers)} MoE layers ({model.moe_layers[0]}-{model.moe_layers[-1]}), "
             f"{model.num_experts} experts, top-{model.top_k}"
         )
         for source in metadata.datasets:
-            console.print(f"  {source.problems} problems of {source.name}")
-        console.print(f"  {opened.num_rows:,} routing rows; {metadata.engine}, {metadata.created}")
+            typer.echo(f"  {source.problems} problems of {source.name}")
+        typer.echo(f"  {opened.num_rows:,} routing rows; {metadata.engine}, {metadata.created}")
         for gap in metadata.gaps:
-            console.print(f"  gap: {gap}")
-        console.print("complete" if not faults else "incomplete: " + "; ".join(faults))
+            typer.echo(f"  gap: {gap}")
+        typer.echo("complete" if not faults else "incomplete: " + "; ".join(faults))
     if faults:
         raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class CollectOptions:
     revision: str | None = None
     engine: str = "vllm"
     sampling: Sampling
-    engine_options: EngineOptions = EngineOptions()
+    engine_options: EngineOptions = field(default_factory=EngineOptions)
     jsonl: bool = False
 
 
@@ -296,4 +296,3 @@ def _metadata(
 def _public_command() -> list[str]:
     """The command line without the folder of the interpreter or script."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
-

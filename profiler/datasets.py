@@ -120,7 +120,7 @@ def load_problems(dataset: Dataset, count: int, *, data_files: Path | None = Non
         rows = _read_embedded(dataset)
     else:
         rows = _read_hub(dataset)
-    problems = []
+    problems: list[Problem] = []
     for number, row in enumerate(rows):
         if len(problems) == count:
             break

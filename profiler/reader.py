@@ -93,6 +93,11 @@ class Trace:
         """Routing rows: one per (problem, token, MoE layer)."""
         return sum(_open_parquet(path).metadata.num_rows for path in self.routing_files)
 
+    @property
+    def has_problems(self) -> bool:
+        """Whether prompts are known; a trace converted from bare routing rows has neither problems nor tokens."""
+        return (self.path / PROBLEMS_FILE).is_file()
+
     @cached_property
     def problems(self) -> pa.Table:
         """`problems.parquet`, sorted by problem_id; columns as in `profiler.schema.PROBLEMS_SCHEMA`."""

@@ -1,7 +1,7 @@
 """Write a trace: stream routing rows to Parquet in any problem order, then seal them into a sorted, complete trace.
 
-While requests run, rows go to `capture/` in the order in which problems finish (`RoutingWriter`). `seal` rewrites them sorted by
-(problem_id, token_id, layer) under `routing/`, and writes `manifest.json` last. Memory is bounded in both.
+While requests run, rows go to `capture/` in the order in which problems finish (`RoutingWriter`). `seal` rewrites them
+sorted by (problem_id, token_id, layer) under `routing/`; `write_manifest` comes last. Memory is bounded in all of them.
 """
 
 from __future__ import annotations
@@ -112,9 +112,7 @@ class RoutingWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if kind is None:
             self.close()
 

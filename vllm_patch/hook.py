@@ -6,49 +6,49 @@ balancing remaps them (vLLM's fused_moe/router/base_router.py; on CPU the same f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 
 from vllm_patch.recorder import Recorder
 
 
-class UnsupportedModel(Exception):
+class UnsupportedModelError(Exception):
     """Routing of this model or engine setting cannot be recorded truthfully; the text says why and what to do."""
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Raise `UnsupportedModel` for engine settings under which rows would be lost or mislabelled.
+    """Raise `UnsupportedModelError` for engine settings under which rows would be lost or mislabelled.
 
     config: vLLM's `VllmConfig`.
     """
     parallel = config.parallel_config
     if parallel.pipeline_parallel_size > 1:
-        raise UnsupportedModel("pipeline parallelism splits the layers over workers: use pipeline_parallel_size=1")
+        raise UnsupportedModelError("pipeline parallelism splits the layers over workers: use pipeline_parallel_size=1")
     if parallel.data_parallel_size > 1:
-        raise UnsupportedModel("data parallelism splits the tokens over workers: use data_parallel_size=1")
+        raise UnsupportedModelError("data parallelism splits the tokens over workers: use data_parallel_size=1")
     if getattr(parallel, "enable_dbo", False):
-        raise UnsupportedModel("micro-batching (DBO) overlaps steps: run without --enable-dbo")
+        raise UnsupportedModelError("micro-batching (DBO) overlaps steps: run without --enable-dbo")
     if config.speculative_config is not None:
-        raise UnsupportedModel("speculative decoding also routes rejected drafts: run without a speculative config")
+        raise UnsupportedModelError("speculative decoding also routes rejected drafts: run without a speculative config")
 
 
 def wrap_routers(model: torch.nn.Module, *, max_tokens: int, device: torch.device) -> Recorder:
     """Wrap every MoE layer's router of `model` and return the recorder that holds the buffers.
 
-    max_tokens: most tokens that one step can schedule. Raises `UnsupportedModel` if a layer's kernel bypasses the router,
+    max_tokens: most tokens that one step can schedule. Raises `UnsupportedModelError` if a layer's kernel bypasses the router,
     or if the layers differ in experts or top-k.
     """
     layers = find_moe_layers(model)
     if not layers:
-        raise UnsupportedModel(f"{type(model).__name__} has no MoE layer with a router that this release knows")
+        raise UnsupportedModelError(f"{type(model).__name__} has no MoE layer with a router that this release knows")
     shapes = {(_num_experts(layer), int(layer.router.top_k)) for _, layer in layers}
     if len(shapes) > 1:
-        raise UnsupportedModel(f"the MoE layers differ in (experts, top-k): {sorted(shapes)}; only one shape can be recorded")
+        raise UnsupportedModelError(f"the MoE layers differ in (experts, top-k): {sorted(shapes)}; expected one shape")
     for index, layer in layers:
         if layer.is_monolithic:
-            raise UnsupportedModel(
+            raise UnsupportedModelError(
                 f"layer {index} uses a kernel that routes internally ({type(layer).__name__}, monolithic): "
                 "choose another MoE backend or quantization"
             )
@@ -65,7 +65,7 @@ def find_moe_layers(model: torch.nn.Module) -> list[tuple[int, Any]]:
     """(decoder layer, MoE module) by layer: modules that own a router with `_compute_routing`."""
     layers = [
         (int(module.layer_id), module)
-        for module in model.modules()
+        for module in cast("Iterator[Any]", model.modules())
         if hasattr(getattr(module, "router", None), "_compute_routing")
     ]
     return sorted(layers, key=lambda pair: pair[0])

