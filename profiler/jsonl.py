@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -93,20 +94,29 @@ def read_jsonl(source: Path, directory: Path, *, num_experts: int | None = None)
     metadata = Metadata(
         model=model, engine="unknown", hook="unknown", gaps=[*gaps, "no prompts, outputs or vocabulary ids"], command=[]
     )
-    sequence_tokens: dict[int, int] = {}
     directory.mkdir(parents=True, exist_ok=True)
+    try:
+        _fill(source, directory, metadata)
+    except BaseException:
+        shutil.rmtree(directory)
+        raise
+    return Trace.open(directory)
+
+
+def _fill(source: Path, directory: Path, metadata: Metadata) -> None:
+    model = metadata.model
+    sequence_tokens: dict[int, int] = {}
     write_metadata(directory, metadata)
-    with RoutingWriter(directory / CAPTURE_FOLDER, layers, model.num_experts, top_k) as writer:
+    with RoutingWriter(directory / CAPTURE_FOLDER, model.moe_layers, model.num_experts, model.top_k) as writer:
         for table in _problems(source):
             problem_id = int(table.column("problem_id")[0].as_py())
             if problem_id in sequence_tokens:
                 raise TraceError(f"{source}: rows of problem {problem_id} are not adjacent; sort the file by problem_id")
-            token_ids_T, ids_TLK, weights_TLK = _arrays(table, layers, top_k, source)
+            token_ids_T, ids_TLK, weights_TLK = _arrays(table, model.moe_layers, model.top_k, source)
             writer.add(problem_id, token_ids_T, ids_TLK, weights_TLK)
             sequence_tokens[problem_id] = int(token_ids_T[-1]) + 2
     seal(directory, model, sequence_tokens)
     write_manifest(directory)
-    return Trace.open(directory)
 
 
 def _survey(source: Path) -> tuple[list[int], int, int]:
@@ -122,8 +132,6 @@ def _survey(source: Path) -> tuple[list[int], int, int]:
         if len(ids) and pc.min(ids).as_py() < 0:
             raise TraceError(f"{source}: negative expert id")
         highest = max(highest, pc.max(ids).as_py() if len(ids) else -1)
-    if not layers:
-        raise TraceError(f"{source}: no rows")
     if len(lengths) != 1 or highest < 0:
         raise TraceError(f"{source}: expert_ids and weights of {sorted(lengths)} entries, expected one length everywhere")
     if min(layers) < 0 or highest >= 65_536:

@@ -1,0 +1,170 @@
+"""The reader: what is complete, what is refused, and that arrays come back whole whatever the row groups."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from profiler.errors import TraceError
+from profiler.reader import Trace
+from profiler.schema import routing_schema
+from profiler.writer import write_manifest
+
+Make = Callable[..., Trace]
+
+
+@pytest.fixture
+def trace(make_trace: Make, random_problems: Make) -> Trace:
+    return make_trace(random_problems(count=5, tokens=7, layers=3, num_experts=8, top_k=2), 8)
+
+
+def edit_json(path: Path, change: Callable[[dict], None]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def rewrite_routing(trace: Trace, **columns: object) -> None:
+    """Replace columns of the first part, as a hostile or broken writer would, and renew the manifest."""
+    path = trace.routing_files[0]
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        position = table.schema.get_field_index(name)
+        table = table.set_column(position, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+    pq.write_table(table, path)
+    (trace.path / "manifest.json").unlink()
+    write_manifest(trace.path)
+
+
+def column(trace: Trace, name: str) -> list:
+    return pq.read_table(trace.routing_files[0]).column(name).to_pylist()
+
+
+def test_arrays_of_one_problem_equal_that_part_of_the_whole(trace: Trace) -> None:
+    whole = trace.load()
+    one = trace.arrays(3)
+    assert one.expert_ids_TLK.shape == (7, 3, 2)
+    assert (one.expert_ids_TLK == whole.expert_ids_TLK[whole.problem_ids_T == 3]).all()
+    with pytest.raises(TraceError, match="no routing of problem 99"):
+        trace.arrays(99)
+
+
+@pytest.mark.parametrize("group_rows", [3, 9, 21, 24, 1000])
+def test_chunks_hold_whole_problems_whatever_the_row_groups(trace: Trace, group_rows: int) -> None:
+    before = trace.load()
+    path = trace.routing_files[0]
+    table = pq.read_table(path).cast(routing_schema(8, 2))
+    pq.write_table(table, path, row_group_size=group_rows)
+    (trace.path / "manifest.json").unlink()
+    write_manifest(trace.path)
+    chunks = list(Trace.open(trace.path).chunks())
+    for chunk in chunks:
+        assert (np.bincount(chunk.problem_ids_T)[np.unique(chunk.problem_ids_T)] == 7).all()
+    assert (np.concatenate([c.expert_ids_TLK for c in chunks]) == before.expert_ids_TLK).all()
+
+
+def test_without_a_manifest_it_is_incomplete_but_readable(trace: Trace) -> None:
+    (trace.path / "manifest.json").unlink()
+    with pytest.raises(TraceError, match="incomplete: no manifest"):
+        Trace.open(trace.path)
+    assert len(Trace.open(trace.path, allow_incomplete=True).load()) == 35
+
+
+def test_a_missing_and_a_truncated_file_are_named(trace: Trace) -> None:
+    (trace.path / "tokens.parquet").unlink()
+    with pytest.raises(TraceError, match=r"tokens\.parquet is missing"):
+        Trace.open(trace.path)
+    part = trace.routing_files[0]
+    part.write_bytes(part.read_bytes()[:-10])
+    with pytest.raises(TraceError, match=r"part-00000\.parquet has \d+ bytes, expected"):
+        Trace.open(trace.path)
+    with pytest.raises(TraceError, match="not a readable Parquet file"):
+        Trace.open(trace.path, allow_incomplete=True).load()
+
+
+def test_a_flipped_bit_is_found_by_verification(trace: Trace) -> None:
+    part = trace.routing_files[0]
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    opened = Trace.open(trace.path)
+    assert opened.faults() == []
+    assert opened.faults(verify=True) == ["routing/part-00000.parquet does not match its sha256"]
+
+
+@pytest.mark.parametrize("escape", ["../outside", "/etc/passwd", "routing/../../x", "a\\..\\b"])
+def test_a_manifest_cannot_name_files_outside_the_trace(trace: Trace, escape: str) -> None:
+    edit_json(trace.path / "manifest.json", lambda m: m["files"].update({escape: m["files"]["tokens.parquet"]}))
+    with pytest.raises(TraceError, match="leaves the trace directory"):
+        Trace.open(trace.path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("top_k", 9), ("num_experts", 0), ("moe_layers", []), ("moe_layers", [2, 1]), ("moe_layers", [0, 40000])],
+)
+def test_impossible_metadata_is_refused(trace: Trace, field: str, value: object) -> None:
+    edit_json(trace.path / "metadata.json", lambda m: m["model"].update({field: value}))
+    with pytest.raises(TraceError, match=r"metadata\.json is not valid"):
+        Trace.open(trace.path, allow_incomplete=True)
+
+
+def test_broken_json_and_other_folders_are_no_traces(trace: Trace, tmp_path: Path) -> None:
+    (trace.path / "metadata.json").write_text("{")
+    with pytest.raises(TraceError, match="is not valid"):
+        Trace.open(trace.path)
+    with pytest.raises(TraceError, match="no such trace directory"):
+        Trace.open(tmp_path / "absent")
+    with pytest.raises(TraceError, match=r"it has no metadata\.json"):
+        Trace.open(tmp_path)
+
+
+def test_an_expert_id_out_of_range_is_named_by_row(trace: Trace) -> None:
+    ids = column(trace, "expert_ids")
+    ids[10] = [8, 1]
+    rewrite_routing(trace, expert_ids=ids)
+    with pytest.raises(TraceError, match=r"part-00000\.parquet, row group 0, row 9: .*below 8"):
+        Trace.open(trace.path).load()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.5])
+def test_weights_must_be_finite_and_not_negative(trace: Trace, bad: float) -> None:
+    weights = column(trace, "weights")
+    weights[4] = [bad, 0.1]
+    rewrite_routing(trace, weights=[np.array(w, dtype=np.float16) for w in weights])
+    with pytest.raises(TraceError, match="row 3:"):
+        Trace.open(trace.path).load()
+
+
+def test_unsorted_and_duplicate_rows_are_refused(trace: Trace) -> None:
+    tokens = column(trace, "token_id")
+    tokens[3:6] = [0, 0, 0]
+    rewrite_routing(trace, token_id=tokens)
+    with pytest.raises(TraceError, match="row 3: expected rows sorted"):
+        Trace.open(trace.path).load()
+
+
+def test_a_token_without_all_layers_is_refused(trace: Trace) -> None:
+    layers = column(trace, "layer")
+    layers[1] = 2
+    rewrite_routing(trace, layer=layers)
+    with pytest.raises(TraceError, match="every MoE layer once"):
+        Trace.open(trace.path).load()
+
+
+def test_reading_needs_neither_torch_nor_an_engine(trace: Trace) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from profiler import Trace; import analysis.statistics as s; "
+        f"s.compute_statistics(Trace.open({str(trace.path)!r}), hops=1); "
+        "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
