@@ -70,7 +70,7 @@ def _load(statistics: Statistics) -> Section:
             y=[f"{layer}" for layer in model.moe_layers],
             colorscale="Cividis",
             zmin=0,
-            colorbar={"title": "of even"},
+            colorbar={"title": "of even share"},
             hovertemplate="layer %{y}, expert %{x}: %{z:.2f} of an even share<extra></extra>",
         )
     )
@@ -197,4 +197,4 @@ def _style(figure: go.Figure) -> None:
 
 def _html(figure: go.Figure) -> str:
     figure.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": 20, "b": 60}, font={"size": 14})
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}))
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": False}))

@@ -97,7 +97,7 @@ def print_run(run: Any) -> None:
     typer.echo(
         f"{run.path}: {run.name}, {facts['parameters']:,} parameters, trained in {facts['train_seconds']:.1f} s on "
         f"{facts['train_problems']} problems ({facts['train_tokens']:,} tokens) for {run.task}, "
-        f"1 to {run.predictor.shape.horizon} layers ahead"
+        f"horizon {run.predictor.shape.horizon}"
     )
 
 

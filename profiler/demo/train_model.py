@@ -213,7 +213,8 @@ def train(
             )
         if step % arguments.checkpoint_every == 0 or step == arguments.steps:
             held_out = held_out_loss(model, held_out_tokens, windows=8)
-            history.append({"step": step, "held_out_loss": held_out})
+            rounded = {domain: round(loss, 4) for domain, loss in held_out.items()}
+            history.append({"step": step, "held_out_loss": rounded})
             print(f"step {step} held out", {d: round(v, 3) for d, v in held_out.items()}, flush=True)
             temporary = checkpoint.with_suffix(".part")
             torch.save(

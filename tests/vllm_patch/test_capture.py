@@ -1,0 +1,105 @@
+"""Real vLLM, multi-process, continuous batching: the captured routing against transformers with hooks, in float32."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from profiler.engines.vllm import is_installed
+from profiler.models import demo_model_folder
+from profiler.reader import Trace
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
+
+PROBLEMS = 24
+# Routing weights are stored as float16: half a unit in the last place below 1, and the engines' own rounding.
+WEIGHT_TOLERANCE = 2**-12 + 1e-5
+
+
+@pytest.fixture(scope="module", params=["eager", "compiled"])
+def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """One engine start per mode; prompts of three kinds in one batch, some ended by a stop token, some by length."""
+    out = tmp_path_factory.mktemp(request.param) / "trace"
+    command = [sys.executable, "-m", "specmoe", "collect", "--model", "demo", "--dtype", "float32", f"--{request.param}"]
+    command += ["--dataset", "demo-math,demo-code,demo-reviews", "--num-problems", str(PROBLEMS)]
+    command += ["--max-new-tokens", "150", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"{PROBLEMS} problems" in done.stdout
+    return Trace.open(out)
+
+
+@pytest.fixture(scope="module")
+def oracle() -> object:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.float32).eval()
+
+
+def vocab_ids(trace: Trace, problem_id: int) -> list[int]:
+    tokens = trace.tokens.to_pydict()
+    return [v for p, v in zip(tokens["problem_id"], tokens["vocab_id"], strict=True) if p == problem_id]
+
+
+def test_every_set_agrees_with_the_oracle(captured: Trace, oracle: object) -> None:
+    from profiler.engines.transformers import route
+    from profiler.writer import sort_pairs
+
+    for problem_id in range(PROBLEMS):
+        chunk = captured.arrays(problem_id)
+        ids_TLK, weights_TLK = route(oracle, vocab_ids(captured, problem_id)[:-1])
+        ids_TLK, weights_TLK = sort_pairs(ids_TLK, weights_TLK)
+        assert (np.sort(ids_TLK, -1) == np.sort(chunk.expert_ids_TLK, -1)).all()
+        by_expert = np.argsort(ids_TLK, -1), np.argsort(chunk.expert_ids_TLK, -1)
+        expected = np.take_along_axis(weights_TLK, by_expert[0], -1)
+        found = np.take_along_axis(chunk.weights_TLK.astype(np.float64), by_expert[1], -1)
+        assert np.abs(found - expected).max() <= WEIGHT_TOLERANCE
+
+
+def test_every_sequence_of_n_tokens_gives_n_minus_1_rows_per_layer(captured: Trace) -> None:
+    assert captured.metadata.gaps == []
+    for problem in captured.problems.to_pylist():
+        tokens = problem["prompt_tokens"] + problem["output_tokens"]
+        assert captured.arrays(problem["problem_id"]).token_ids_T.tolist() == list(range(tokens - 1))
+        assert len(vocab_ids(captured, problem["problem_id"])) == tokens
+
+
+def test_both_ways_of_ending_occurred(captured: Trace) -> None:
+    assert set(captured.problems.column("finish_reason").to_pylist()) == {"stop", "length"}
+
+
+def test_the_metadata_says_how_it_was_recorded(captured: Trace) -> None:
+    metadata = captured.metadata
+    assert metadata.engine == "vllm"
+    assert "vllm" in metadata.versions
+    assert (metadata.model.dtype, metadata.capture["prefix_caching"]) == ("float32", False)
+
+
+def test_nothing_but_the_trace_is_left(captured: Trace) -> None:
+    names = sorted(path.relative_to(captured.path).as_posix() for path in captured.path.rglob("*") if path.is_file())
+    assert names == ["manifest.json", "metadata.json", "problems.parquet", "routing/part-00000.parquet", "tokens.parquet"]
+
+
+GSM8K = Path(__file__).parents[3] / "shared" / "datasets" / "gsm8k" / "test.parquet"
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="no local copy of GSM8K")
+def test_gsm8k_from_a_local_file_agrees_with_the_oracle(tmp_path: Path, oracle: object) -> None:
+    from profiler.engines.transformers import route
+
+    out = tmp_path / "trace"
+    command = [sys.executable, "-m", "specmoe", "collect", "--model", "demo", "--dtype", "float32", "--dataset", "gsm8k"]
+    command += ["--data-files", str(GSM8K), "--num-problems", "20", "--max-new-tokens", "32", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    trace = Trace.open(out)
+    for problem_id in range(20):
+        chunk = trace.arrays(problem_id)
+        tokens = vocab_ids(trace, problem_id)
+        assert len(chunk) == len(tokens) - 1
+        ids_TLK, _ = route(oracle, tokens[:-1])
+        assert (np.sort(ids_TLK, -1) == np.sort(chunk.expert_ids_TLK, -1)).all()
