@@ -69,7 +69,7 @@ def demo(
     console = profiler.cli.console
     check_free(out)
     if engine is None and not is_installed():
-        typer.echo("vLLM is not installed: the demo runs on transformers instead (same model, same record, slower)")
+        typer.echo("vLLM is not installed: the demo runs on transformers instead: same model, same record")
     name = engine.value if engine else ("vllm" if is_installed() else "transformers")
 
     console.rule("1 of 4: collect", align="left")
@@ -96,7 +96,8 @@ def demo(
     console.rule("4 of 4: analyse", align="left")
     statistics = analysis.cli.analyze_trace(trace, out / "report", predictions=table(document))
     analysis.cli.print_statistics(statistics)
-    typer.echo()
+
+    console.rule("Result", align="left")
     speculation.cli.print_evaluation(document)
     typer.echo(f"Report: {out / 'report' / 'report.html'} ({time.monotonic() - began:.0f} s in all)")
 

@@ -108,7 +108,7 @@ def collect_with_progress(options: Any) -> Any:
     )
     # A descriptor of its own: while vLLM starts, standard error leads to vLLM's log.
     terminal = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), highlight=False)
-    with Progress(*columns, console=terminal, transient=True) as progress:
+    with Progress(*columns, console=terminal, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
         task = progress.add_task("checking", total=None)
         return run(
             options,

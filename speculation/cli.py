@@ -39,7 +39,7 @@ def train(
     trace: Annotated[Path, typer.Argument(help="A trace directory.")],
     out: Annotated[Path, typer.Option(help="The run directory to make.")],
     predictor: Annotated[str, typer.Option(help="See 'specmoe predictors'.")] = "mlp",
-    task: Annotated[TaskName, typer.Option()] = TaskName.next_layer,
+    task: Annotated[TaskName, typer.Option(help="What is predicted from what.")] = TaskName.next_layer,
     horizon: Annotated[int, typer.Option(min=1, help="Layers ahead, 1 to H.")] = 1,
     epochs: Annotated[int, typer.Option(min=1, help="Neural predictors: passes over the training problems.")] = 30,
     batch_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -62,12 +62,7 @@ def train(
         patience=patience,
         max_seconds=max_seconds,
     )
-    run = train_with_progress(Trace.open(trace), predictor, out, horizon, options)
-    facts = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    typer.echo(
-        f"{out}: {run.name}, {facts['parameters']:,} parameters, trained in {facts['train_seconds']} s on "
-        f"{facts['train_problems']} problems ({facts['train_tokens']:,} tokens) for {task.value}, h = 1..{horizon}"
-    )
+    print_run(train_with_progress(Trace.open(trace), predictor, out, horizon, options))
 
 
 def train_with_progress(trace: Trace, predictor: str, out: Path, horizon: int, options: Any) -> Any:
@@ -82,7 +77,7 @@ def train_with_progress(trace: Trace, predictor: str, out: Path, horizon: int, o
 
         return run(trace, predictor, out, horizon=horizon, options=options, on_progress=report)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=messages, transient=True) as progress:
+    with Progress(*columns, console=messages, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
         task = progress.add_task(f"training {predictor}", total=None)
 
         def update(done: int, total: int, entry: dict[str, float]) -> None:

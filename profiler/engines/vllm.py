@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ class VllmEngine:
                 disable_log_stats=True,
             )
         except Exception as error:  # vLLM raises whatever its loader met
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = _root_cause(self._log) or _first_line(error)
             log = f"its log is {self._log}" if self._log else "its log is above"
             raise ModelError(f"vLLM cannot load {model.location}: {reason} ({log})") from error
         if self._log is not None:
@@ -122,10 +123,11 @@ class VllmEngine:
         try:
             answers: list[dict[str, Any]] = self._llm.collective_rpc(method, args=args)
         except Exception as error:
-            raise EngineError(
-                f"vLLM's worker does not answer {method!r}: the plugin 'specmoe' is not loaded there, or the worker died "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); check VLLM_PLUGINS"
-            ) from error
+            if f"no attribute '{method}'" in str(error):
+                plugins = os.environ.get("VLLM_PLUGINS")
+                reason = f"VLLM_PLUGINS={plugins} leaves it out" if plugins is not None else "install speculative-moe there"
+                raise EngineError(f"vLLM did not load the plugin 'specmoe' in its workers: {reason}") from error
+            raise EngineError(f"vLLM's worker does not answer {method!r}: {_first_line(error)}") from error
         for answer in answers:
             if "error" in answer:
                 raise EngineError(f"capture failed: {answer['error']}")
@@ -179,6 +181,20 @@ def _output_to(log: Path | None) -> Iterator[None]:
         for number, original in zip((1, 2), saved, strict=True):
             os.dup2(original, number)
             os.close(original)
+
+
+def _root_cause(log: Path | None) -> str | None:
+    """The first exception that vLLM's processes printed to the log, without the log's prefix."""
+    if log is None:
+        return None
+    text = log.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"\b((?:\w+\.)*\w*(?:Error|Exception): .+)", text)
+    return found.group(1).strip() if found else None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _vllm_version() -> str:
