@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ app.add_typer(analysis.cli.app)
 app.add_typer(speculation.cli.app)
 
 DEMO_NEW_TOKENS = 64
+INTERRUPTED = 130
 
 
 def main() -> None:
@@ -38,15 +40,23 @@ def main() -> None:
     except (SpecmoeError, OSError) as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        # A defect of ours, or a file broken in a way that nobody thought of: still one line, and the way to more.
+        if os.environ.get("SPECMOE_TRACEBACK") == "1":
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error} (SPECMOE_TRACEBACK=1 shows where)", 1)
     else:
-        sys.exit(result if isinstance(result, int) else 0)
+        code = result if isinstance(result, int) else 0
+        if code == INTERRUPTED:
+            _fail("interrupted", INTERRUPTED)
+        sys.exit(code)
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the trace, the run and the report.")] = Path("specmoe-demo"),
-    num_problems: Annotated[int, typer.Option(min=30, help="Of the 120 embedded prompts.")] = 120,
+    num_problems: Annotated[int, typer.Option(min=30, max=120, help="Of the 120 embedded prompts.")] = 120,
     engine: Annotated[
         profiler.cli.EngineName | None, typer.Option(help="Default: vllm if it is installed, else transformers.")
     ] = None,
@@ -62,6 +72,7 @@ def demo(
     from profiler.engines.vllm import is_installed
     from profiler.models import DEMO_MODEL
     from profiler.reader import Trace
+    from profiler.writer import write_text
     from speculation.evaluate import evaluate, table
     from speculation.predictors import TrainingOptions
 
@@ -91,7 +102,7 @@ def demo(
 
     console.rule("3 of 4: evaluate", align="left")
     document = evaluate(run, trace)
-    (out / "evaluation.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "evaluation.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
 
     console.rule("4 of 4: analyse", align="left")
     statistics = analysis.cli.analyze_trace(trace, out / "report", predictions=table(document))

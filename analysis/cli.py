@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from profiler.errors import SpecmoeError
 from profiler.reader import Trace
+from profiler.writer import write_text
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -23,7 +25,7 @@ def analyze(
     trace: Annotated[Path, typer.Argument(help="A trace directory.")],
     out: Annotated[Path, typer.Option(help="Folder for statistics.json, transitions.npz and report.html.")],
     hops: Annotated[int, typer.Option(min=1, help="Longest distance between layers.")] = 8,
-    seed: Annotated[int, typer.Option(help="For the shuffled controls.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="For the shuffled controls.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print statistics.json.")] = False,
 ) -> None:
     """Expert load, cross-layer transitions and domain differences, each beside chance and a shuffled control.
@@ -49,7 +51,7 @@ def analyze_trace(
         raise SpecmoeError(f"{trace.path} has one MoE layer; cross-layer statistics need two")
     statistics = compute_statistics(trace, hops=hops, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "statistics.json").write_text(json.dumps(statistics.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_text(out / "statistics.json", json.dumps(statistics.to_json(), indent=1, allow_nan=False) + "\n")
     np.savez_compressed(out / "transitions.npz", probabilities=statistics.probabilities.astype(np.float32))
     write_report(statistics, out / "report.html", predictions)
     return statistics
@@ -60,7 +62,9 @@ def print_statistics(statistics: Any) -> None:
     model = statistics.trace.metadata.model
     next_layer = statistics.transitions[0]
     table = Table(
-        box=None, title=f"{model.id}: {statistics.problems} problems, {statistics.tokens:,} tokens", title_justify="left"
+        box=None,
+        title=f"{escape(model.id)}: {statistics.problems} problems, {statistics.tokens:,} tokens",
+        title_justify="left",
     )
     headers = ("layer", "load entropy/max", "busiest/mean", "bits with next layer", "shuffled")
     for header in headers:

@@ -23,7 +23,7 @@ class ProblemLoad:
 
     def update(self, chunk: RoutingChunk) -> None:
         """Count one chunk of whole problems."""
-        starts = np.flatnonzero(np.diff(chunk.problem_ids_T, prepend=-1))
+        starts = np.flatnonzero(np.diff(chunk.problem_ids_T, prepend=chunk.problem_ids_T[0] - 1))
         for start, end in zip(starts, [*starts[1:], len(chunk)], strict=True):
             problem_id = int(chunk.problem_ids_T[start])
             self.counts[problem_id] = count_experts(chunk.expert_ids_TLK[start:end], self._num_experts)

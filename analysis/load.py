@@ -42,7 +42,7 @@ def load_statistics(counts_LE: Counts) -> LoadStatistics:
     return LoadStatistics(
         share_LE=share_LE,
         entropy_bits=entropy_bits,
-        entropy_share=entropy_bits / np.log2(experts),
+        entropy_share=entropy_bits / np.log2(experts) if experts > 1 else np.ones_like(entropy_bits),
         max_over_mean=share_LE.max(1) * experts,
         coverage=(counts_LE > 0).mean(1),
     )

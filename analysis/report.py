@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from analysis.statistics import Statistics
+from profiler.writer import write_text
 
 # Okabe and Ito's palette, distinguishable with every common colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -50,9 +51,7 @@ def write_report(statistics: Statistics, path: Path, predictions: list[dict[str,
     facts += [("Gap", gap) for gap in statistics.trace.metadata.gaps]
     template = jinja2.Environment(autoescape=True, loader=jinja2.PackageLoader("analysis", "")).get_template("report.html.j2")
     page = template.render(title=f"Expert routing of {model.id}", facts=facts, sections=sections, plotly=get_plotlyjs())
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.rename(path)
+    write_text(path, page)
 
 
 def _engine_version(statistics: Statistics) -> str:

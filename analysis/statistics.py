@@ -14,6 +14,9 @@ from analysis.transitions import HopStatistics, TransitionCounts, hop_statistics
 from profiler.errors import TraceError
 from profiler.reader import Trace
 
+# 3 GB of counts and probabilities; 60 layers of 256 experts reach it at 30 hops.
+MAX_TRANSITION_COUNTS = 120_000_000
+
 DEFINITIONS = {
     "load.share": "fraction of a layer's selections (top-K of every token) that went to an expert",
     "load.entropy_share": "entropy of the load over log2(E); 1 is even load",
@@ -59,11 +62,18 @@ class Statistics:
 def compute_statistics(trace: Trace, *, hops: int, seed: int = 0) -> Statistics:
     """Read the trace once, chunk by chunk, and compute everything.
 
-    hops: longest hop, at most L - 1. Memory: the counts (a few MB) and one chunk. Raises `TraceError` on an empty trace.
+    hops: longest hop, at most L - 1. Memory: the counts, one chunk, and the strongest experts (1 or 2 bytes per token and
+    layer). Raises `TraceError` on an empty trace, and if the counts would not fit.
     """
     model = trace.metadata.model
     layers = len(model.moe_layers)
-    transitions = TransitionCounts(layers, model.num_experts, min(hops, layers - 1), seed)
+    hops = min(hops, layers - 1)
+    if hops * layers * model.num_experts**2 > MAX_TRANSITION_COUNTS:
+        raise TraceError(
+            f"{trace.path}: {hops} hops over {layers} layers of {model.num_experts} experts need more than "
+            f"{MAX_TRANSITION_COUNTS:,} counts; choose fewer --hops"
+        )
+    transitions = TransitionCounts(layers, model.num_experts, hops)
     by_problem = ProblemLoad(model.num_experts)
     counts_LE: Counts = np.zeros((layers, model.num_experts), dtype=np.int64)
     for chunk in trace.chunks():
@@ -84,7 +94,7 @@ def compute_statistics(trace: Trace, *, hops: int, seed: int = 0) -> Statistics:
         problems=len(by_problem.counts),
         load=load_statistics(counts_LE),
         load_by_dataset={name: load_statistics(counts) for name, counts in per_dataset.items()},
-        transitions=[hop_statistics(transitions, hop) for hop in range(1, transitions.pairs.shape[0] + 1)],
+        transitions=[hop_statistics(transitions, hop, seed) for hop in range(1, transitions.pairs.shape[0] + 1)],
         probabilities=transition_probabilities(transitions.pairs),
         domains=domain_distances(by_problem, dataset_of, seed),
     )

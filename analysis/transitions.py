@@ -20,38 +20,51 @@ class TransitionCounts:
 
     pairs `[H, L, E, E]`: tokens for which expert i is selected at n and expert j at n+k, over all K x K pairs.
     strongest `[H, L, E, E]`: the same for the experts of largest weight only, one pair per token.
-    shuffled `[H, L, E, E]`: as `strongest`, with the tokens at layer n+k permuted: the control that keeps both loads and
-    destroys the link.
+    The strongest experts themselves are kept (one or two bytes per token and layer), because the control permutes tokens
+    over the whole trace: `shuffled_counts`.
     """
 
-    def __init__(self, layers: int, num_experts: int, hops: int, seed: int = 0) -> None:
+    def __init__(self, layers: int, num_experts: int, hops: int) -> None:
         shape = (hops, layers, num_experts, num_experts)
         self.pairs: Counts = np.zeros(shape, dtype=np.int64)
         self.strongest: Counts = np.zeros(shape, dtype=np.int64)
-        self.shuffled: Counts = np.zeros(shape, dtype=np.int64)
         self.tokens = 0
-        self._random = np.random.default_rng(seed)
+        self._strongest_ids: list[npt.NDArray[Any]] = []
 
     def update(self, chunk: RoutingChunk) -> None:
         """Count one chunk."""
         hops, layers, experts, _ = self.pairs.shape
         ids_TLK = chunk.expert_ids_TLK.astype(np.int64)
-        permuted_TL = self._random.permuted(ids_TLK[:, :, 0], axis=0)
+        self._strongest_ids.append(chunk.expert_ids_TLK[:, :, 0].copy())
         for hop in range(1, hops + 1):
             for layer in range(layers - hop):
                 here_TK, there_TK = ids_TLK[:, layer], ids_TLK[:, layer + hop]
                 at = hop - 1, layer
                 self.pairs[at] += _count(here_TK[:, :, None], there_TK[:, None, :], experts)
                 self.strongest[at] += _count(here_TK[:, 0], there_TK[:, 0], experts)
-                self.shuffled[at] += _count(here_TK[:, 0], permuted_TL[:, layer + hop], experts)
         self.tokens += len(chunk)
 
     def merge(self, other: Self) -> None:
         """Add the counts of another part of the same trace."""
         self.pairs += other.pairs
         self.strongest += other.strongest
-        self.shuffled += other.shuffled
         self.tokens += other.tokens
+        self._strongest_ids += other._strongest_ids
+
+    def shuffled_counts(self, hop: int, seed: int) -> Counts:
+        """As `strongest` for one hop `[L - hop, E, E]`, with the tokens at the later layer permuted over the whole trace.
+
+        It keeps the loads of both layers and destroys the link.
+        """
+        _, layers, experts, _ = self.pairs.shape
+        ids_TL = np.concatenate(self._strongest_ids)
+        random = np.random.default_rng((seed, hop))
+        return np.stack(
+            [
+                _count(ids_TL[:, layer].astype(np.int64), random.permutation(ids_TL[:, layer + hop]), experts)
+                for layer in range(layers - hop)
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -73,15 +86,15 @@ class HopStatistics:
     same_expert: Floats
 
 
-def hop_statistics(counts: TransitionCounts, hop: int) -> HopStatistics:
-    """Statistics of hop `hop` (1..H)."""
+def hop_statistics(counts: TransitionCounts, hop: int, seed: int = 0) -> HopStatistics:
+    """Statistics of hop `hop` (1..H). seed: for the shuffled control."""
     layers = counts.strongest.shape[1] - hop
     strongest_NEE = counts.strongest[hop - 1, :layers]
     total = max(counts.tokens, 1)
     return HopStatistics(
         hop=hop,
         information_bits=mutual_information(strongest_NEE),
-        information_shuffled_bits=mutual_information(counts.shuffled[hop - 1, :layers]),
+        information_shuffled_bits=mutual_information(counts.shuffled_counts(hop, seed)),
         conditional_top1=strongest_NEE.max(2).sum(1) / total,
         marginal_top1=strongest_NEE.sum(1).max(1) / total,
         same_expert=np.trace(strongest_NEE, axis1=1, axis2=2) / total,

@@ -30,7 +30,7 @@ class EngineName(StrEnum):
 
 
 class DtypeName(StrEnum):
-    """Precisions by name; auto is the checkpoint's own."""
+    """Precisions by name."""
 
     auto = "auto"
     float32 = "float32"
@@ -47,11 +47,13 @@ def collect(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generated tokens per problem, at most.")] = 128,
     data_files: Annotated[Path | None, typer.Option(help="Local .parquet or .jsonl instead of the hub.")] = None,
     engine: Annotated[EngineName, typer.Option()] = EngineName.vllm,
-    dtype: Annotated[DtypeName, typer.Option(help="auto: as in the checkpoint.")] = DtypeName.auto,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="auto: the engine's choice for this checkpoint and device.")
+    ] = DtypeName.auto,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence; default: the model's.")] = None,
     compiled: Annotated[
         bool | None, typer.Option("--compiled/--eager", help="vLLM: torch.compile or not; default: only on a GPU.")
@@ -92,10 +94,9 @@ def collect_with_progress(options: Any) -> Any:
     from profiler.collect import collect as run
 
     if not messages.is_terminal:
-        steps = {max(1, round(share / 4 * options.num_problems)) for share in range(1, 5)}
 
         def report(done: int, total: int) -> None:
-            if done in steps:
+            if done in {max(1, round(share / 4 * total)) for share in range(1, 5)}:
                 messages.print(f"{done} of {total} problems")
 
         return run(options, on_stage=lambda text: messages.print(f"{text} ..."), on_progress=report)
@@ -169,8 +170,12 @@ def inspect(
     opened = Trace.open(trace, allow_incomplete=True)
     faults = opened.faults(verify=verify)
     metadata = opened.metadata
-    if as_json:
+    rows: int | None = None
+    try:
         rows = opened.num_rows
+    except TraceError as error:
+        faults.append(str(error))
+    if as_json:
         document = {"complete": not faults, "faults": faults, "rows": rows, "metadata": metadata.model_dump()}
         console.print_json(json.dumps(document))
     else:
@@ -181,7 +186,7 @@ def inspect(
         )
         for source in metadata.datasets:
             typer.echo(f"  {source.problems} problems of {source.name}")
-        typer.echo(f"  {opened.num_rows:,} routing rows; {metadata.engine}, {metadata.created}")
+        typer.echo(f"  {'unknown' if rows is None else f'{rows:,}'} routing rows; {metadata.engine}, {metadata.created}")
         for gap in metadata.gaps:
             typer.echo(f"  gap: {gap}")
         typer.echo("complete" if not faults else "incomplete: " + "; ".join(faults))

@@ -35,7 +35,8 @@ from profiler.schema import (
 )
 from profiler.writer import seal, write_manifest, write_metadata, write_table
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Beyond this, sampling is noise and vLLM refuses it.
+MAX_TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +88,16 @@ def collect(
     Raises `SpecmoeError`; everything that can be checked before the engine starts is, and then nothing is written.
     """
     check_free(options.out)
+    if not 0 < options.sampling.top_p <= 1 or not 0 <= options.sampling.temperature <= MAX_TEMPERATURE:
+        raise EngineError(f"expected --top-p above 0 up to 1 and --temperature 0 to {MAX_TEMPERATURE:g}")
     model = resolve_model(options.model, dtype=options.engine_options.dtype, revision=options.revision)
     datasets = [find_dataset(name) for name in options.datasets]
     problems = _load_all(datasets, options)
+    max_length = options.engine_options.max_length
+    if max_length is not None and max_length > model.max_length:
+        raise EngineError(f"--max-length {max_length}: {model.metadata.id} was made for {model.max_length} tokens at most")
+    if len(problems) < options.num_problems:
+        on_stage(f"{options.num_problems} problems were asked for, the data holds {len(problems)}: taking those")
     on_stage(f"starting {options.engine} with {model.metadata.id}")
     began = time.monotonic()
     engine = start_engine(options.engine, model, options.engine_options)
@@ -130,6 +138,9 @@ def check_free(out: Path) -> None:
     """Raise `TraceError` unless `out` is absent or an empty folder."""
     if out.is_dir() and (out / METADATA_FILE).exists():
         raise TraceError(f"{out} already holds a trace: choose another --out, or delete that folder first")
+    existing = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        raise TraceError(f"{existing} is a file, not a folder: choose another --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TraceError(f"{out} exists and is not an empty folder: choose another --out")
 
@@ -137,6 +148,8 @@ def check_free(out: Path) -> None:
 def _load_all(datasets: list[Dataset], options: CollectOptions) -> list[Problem]:
     if options.data_files is not None and len(datasets) > 1:
         raise DatasetError("--data-files goes with one --dataset, not with several")
+    if len(set(datasets)) < len(datasets):
+        raise DatasetError(f"--dataset {','.join(options.datasets)} names a dataset twice")
     share, rest = divmod(options.num_problems, len(datasets))
     problems = []
     for position, dataset in enumerate(datasets):
@@ -258,7 +271,12 @@ def _metadata(
     sampling = options.sampling
     return Metadata(
         model=model.metadata.model_copy(
-            update={"moe_layers": engine.moe_layers, "num_experts": engine.num_experts, "top_k": engine.top_k}
+            update={
+                "moe_layers": engine.moe_layers,
+                "num_experts": engine.num_experts,
+                "top_k": engine.top_k,
+                "dtype": engine.dtype,
+            }
         ),
         datasets=[
             DatasetMetadata(
@@ -284,7 +302,7 @@ def _metadata(
         hook=engine.hook,
         capture={
             "dtype": options.engine_options.dtype,
-            "compiled": options.engine_options.compiled,
+            "compiled": engine.compiled,
             "max_length": engine.max_length,
             "truncated_problems": sum(cut > 0 for cut in truncated),
             "prefix_caching": False,

@@ -128,6 +128,10 @@ def load_problems(dataset: Dataset, count: int, *, data_files: Path | None = Non
             if row.get(column) is None:
                 where = data_files or dataset.hub_id
                 raise DatasetError(f"{where}, row {number}: column {column!r} is empty, and {dataset.name} needs it")
+        for column in dataset.columns:
+            if column != dataset.key and not _is_text(row[column]):
+                where = data_files or dataset.hub_id
+                raise DatasetError(f"{where}, row {number}: column {column!r} is {str(row[column])[:40]!r}, expected text")
         key = str(row[dataset.key]) if dataset.key else str(number)
         problems.append(Problem(dataset.name, key, dataset.template.format(**row)))
     if not problems:
@@ -164,8 +168,11 @@ def _read_parquet(path: Path, dataset: Dataset) -> Iterator[dict[str, Any]]:
     def rows() -> Iterator[dict[str, Any]]:
         if first is not None:
             yield from first.to_pylist()
-        for batch in batches:
-            yield from batch.to_pylist()
+        try:
+            for batch in batches:
+                yield from batch.to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise DatasetError(f"data file {path} is not readable Parquet: {str(error).splitlines()[0]}") from error
 
     return rows()
 
@@ -173,14 +180,21 @@ def _read_parquet(path: Path, dataset: Dataset) -> Iterator[dict[str, Any]]:
 def _read_json_lines(path: Path, dataset: Dataset) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_JSONL_LINE), b""), start=1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DatasetError(f"data file {path}, line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DatasetError(f"data file {path}, line {number}: expected an object with columns")
             _check_columns(list(row), dataset, path)
             yield row
+
+
+def _is_text(value: Any) -> bool:
+    """A string that can be written as UTF-8 (JSON can spell lone surrogates)."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _check_columns(present: list[str], dataset: Dataset, path: Path) -> None:

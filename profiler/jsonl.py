@@ -19,7 +19,7 @@ import pyarrow.json as pj
 
 from profiler.errors import TraceError
 from profiler.reader import Trace
-from profiler.schema import CAPTURE_FOLDER, Metadata, ModelMetadata, RoutingChunk
+from profiler.schema import CAPTURE_FOLDER, MAX_EXPERTS, MAX_TOP_K, Metadata, ModelMetadata, RoutingChunk
 from profiler.writer import RoutingWriter, seal, write_manifest, write_metadata
 
 _LINE = '{{"problem_id": {}, "layer": {}, "token_id": {}, "expert_ids": [{}], "weights": [{}]}}\n'
@@ -43,10 +43,13 @@ def write_jsonl(trace: Trace, path: Path) -> int:
 def _write(chunks: Iterator[RoutingChunk], moe_layers: list[int], path: Path) -> int:
     temporary = path.with_name(path.name + ".tmp")
     lines = 0
-    with temporary.open("w", encoding="utf-8") as file:
-        for chunk in chunks:
-            lines += _write_chunk(chunk, moe_layers, file)
-    temporary.rename(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for chunk in chunks:
+                lines += _write_chunk(chunk, moe_layers, file)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return lines
 
 
@@ -87,8 +90,10 @@ def read_jsonl(source: Path, directory: Path, *, num_experts: int | None = None)
     if directory.exists() and any(directory.iterdir()):
         raise TraceError(f"{directory} is not empty; choose another folder")
     layers, top_k, highest = _survey(source)
-    if num_experts is not None and highest >= num_experts:
-        raise TraceError(f"{source}: expert id {highest}, expected below --num-experts {num_experts}")
+    if top_k > min(highest + 1, MAX_TOP_K):
+        raise TraceError(f"{source}: {top_k} experts per token with ids up to {highest}: more than there can be")
+    if num_experts is not None and not highest < num_experts <= MAX_EXPERTS:
+        raise TraceError(f"{source}: expert id {highest}, expected below --num-experts, and that at most {MAX_EXPERTS}")
     model = ModelMetadata(id="unknown", moe_layers=layers, num_experts=num_experts or highest + 1, top_k=top_k)
     gaps = [] if num_experts else ["num_experts was inferred from the highest expert id"]
     metadata = Metadata(
@@ -115,7 +120,10 @@ def _fill(source: Path, directory: Path, metadata: Metadata) -> None:
             token_ids_T, ids_TLK, weights_TLK = _arrays(table, model.moe_layers, model.top_k, source)
             writer.add(problem_id, token_ids_T, ids_TLK, weights_TLK)
             sequence_tokens[problem_id] = int(token_ids_T[-1]) + 2
-    seal(directory, model, sequence_tokens)
+    missing = seal(directory, model, sequence_tokens)
+    if missing:
+        gap = f"{sum(missing.values())} positions of {len(missing)} problems have no rows"
+        write_metadata(directory, metadata.model_copy(update={"gaps": [*metadata.gaps, gap]}))
     write_manifest(directory)
 
 
@@ -134,7 +142,7 @@ def _survey(source: Path) -> tuple[list[int], int, int]:
         highest = max(highest, pc.max(ids).as_py() if len(ids) else -1)
     if len(lengths) != 1 or highest < 0:
         raise TraceError(f"{source}: expert_ids and weights of {sorted(lengths)} entries, expected one length everywhere")
-    if min(layers) < 0 or highest >= 65_536:
+    if min(layers) < 0 or highest >= MAX_EXPERTS:
         raise TraceError(f"{source}: layer {min(layers)} or expert id {highest} is out of range")
     return sorted(layers), lengths.pop(), highest
 

@@ -7,10 +7,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from profiler.errors import ModelError
 from profiler.schema import ModelMetadata
 
 DEMO_MODEL = "demo"
+MAX_LAYERS = 10_000
 
 MODELS: dict[str, str] = {
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
@@ -56,6 +59,16 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
         raise ModelError(f"{location} is not a model folder: it has no config.json")
     config = _read_config(location, revision)
     facts = moe_facts(config)
+    try:
+        return _resolved(name, location, config, facts, dtype, revision)
+    except (ValidationError, TypeError, ValueError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise ModelError(f"the config of {location} makes no sense: {reason}") from error
+
+
+def _resolved(
+    name: str, location: str, config: dict[str, Any], facts: dict[str, Any], dtype: str, revision: str | None
+) -> ResolvedModel:
     metadata = ModelMetadata(
         id=name if name == DEMO_MODEL else location,
         revision=revision or config.get("_commit_hash"),
@@ -73,19 +86,23 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
     Entry names as used by Mixtral, Phi-MoE, gpt-oss, Qwen2/3-MoE, OLMoE and DeepSeek v1 to v3.
     Raises `ModelError` for a dense model and for a config that lacks what it needs.
     """
+    if isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
     experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
     top_k = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
-    layers = config.get("num_hidden_layers")
+    layers = _first(config, "num_hidden_layers")
     architecture = (config.get("architectures") or [config.get("model_type", "this model")])[0]
-    if not experts or experts < 2:
+    if experts is None or experts < 2:
         raise ModelError(f"{architecture} has no routed experts (a dense model): choose a mixture-of-experts model")
     if not top_k or not layers:
         raise ModelError(f"{architecture}: its config.json lacks num_experts_per_tok or num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise ModelError(f"{architecture}: its config.json says {layers} layers, expected at most {MAX_LAYERS}")
     # Qwen: every `decoder_sparse_step`-th layer, counted from 1, except `mlp_only_layers`.
     # DeepSeek: from `first_k_dense_replace` on, every `moe_layer_freq`-th layer, counted from 0.
-    sparse_step = config.get("decoder_sparse_step") or 1
-    frequency = config.get("moe_layer_freq") or 1
-    first = config.get("first_k_dense_replace") or 0
+    sparse_step = _first(config, "decoder_sparse_step") or 1
+    frequency = _first(config, "moe_layer_freq") or 1
+    first = _first(config, "first_k_dense_replace") or 0
     dense = set(config.get("mlp_only_layers") or [])
     moe_layers = [
         layer
@@ -105,7 +122,14 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:
-    return next((config[name] for name in names if config.get(name) is not None), None)
+    """The first entry of these names that is there. Raises `ModelError` unless it is a whole number, not negative."""
+    for name in names:
+        value = config.get(name)
+        if value is not None:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ModelError(f"config.json: {name} is {str(value)[:40]!r}, expected a whole number")
+            return value
+    return None
 
 
 def _read_config(location: str, revision: str | None) -> dict[str, Any]:

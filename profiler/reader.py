@@ -29,7 +29,7 @@ from profiler.schema import (
     RoutingChunk,
     routing_schema,
 )
-from profiler.writer import decode_rows, sha256_of
+from profiler.writer import decode_rows, has_repeats, sha256_of
 
 MAX_DOCUMENT_BYTES = 64 << 20
 
@@ -73,19 +73,27 @@ class Trace:
         if self.manifest is None:
             return [f"no {MANIFEST_FILE} (the collection did not finish)"]
         faults = []
+        if self.manifest.schema_version != SCHEMA_VERSION:
+            faults.append(f"{MANIFEST_FILE} has schema version {self.manifest.schema_version}, expected {SCHEMA_VERSION}")
+        if METADATA_FILE not in self.manifest.files or not self.routing_files:
+            faults.append(f"{MANIFEST_FILE} does not list {METADATA_FILE} and at least one routing file")
         for name, entry in self.manifest.files.items():
             file = self.path / name
             if not file.is_file():
                 faults.append(f"{name} is missing")
             elif file.stat().st_size != entry.bytes:
                 faults.append(f"{name} has {file.stat().st_size} bytes, expected {entry.bytes}")
+            elif name.endswith(".parquet") and (rows := _rows(file)) != entry.rows:
+                faults.append(f"{name} has {rows} rows, expected {entry.rows}")
             elif verify and sha256_of(file) != entry.sha256:
                 faults.append(f"{name} does not match its sha256")
         return faults
 
     @property
     def routing_files(self) -> list[Path]:
-        """The Parquet parts in order."""
+        """The Parquet parts in order: those that the manifest lists, or all if there is none yet."""
+        if self.manifest is not None:
+            return [self.path / name for name in sorted(self.manifest.files) if name.startswith(f"{ROUTING_FOLDER}/")]
         return sorted((self.path / ROUTING_FOLDER).glob("part-*.parquet"))
 
     @cached_property
@@ -114,6 +122,7 @@ class Trace:
         Raises `TraceError`, naming the file and row, on rows that break the format.
         """
         carried: RoutingChunk | None = None
+        last_key = -1
         for path in self.routing_files:
             file = _open_parquet(path)
             expected = routing_schema(self.metadata.model.num_experts, self.metadata.model.top_k)
@@ -121,6 +130,9 @@ class Trace:
                 raise TraceError(f"{path}: columns {file.schema_arrow.names} of other names or types than the metadata says")
             for group in range(file.metadata.num_row_groups):
                 chunk = self._decode(_read_row_group(file, group, path), path, group)
+                if _key(chunk, 0) <= last_key:
+                    raise TraceError(f"{path}, row group {group}: its first row does not come after the row before it")
+                last_key = _key(chunk, -1)
                 if carried is not None:
                     chunk = concatenate([carried, chunk])
                 # The last problem may go on in the next row group.
@@ -137,6 +149,7 @@ class Trace:
 
     def arrays(self, problem_id: int) -> RoutingChunk:
         """Routing of one problem. Raises `TraceError` if the trace has none of it."""
+        pieces = []
         for path in self.routing_files:
             file = _open_parquet(path)
             for group in range(file.metadata.num_row_groups):
@@ -146,15 +159,22 @@ class Trace:
                 table = _read_row_group(file, group, path)
                 rows = table.filter(pc.equal(table.column("problem_id"), problem_id))
                 if rows.num_rows:
-                    return self._decode(rows, path, group)
-        raise TraceError(f"{self.path}: no routing of problem {problem_id}")
+                    pieces.append(self._decode(rows, path, group))
+        if not pieces:
+            raise TraceError(f"{self.path}: no routing of problem {problem_id}")
+        whole = concatenate(pieces)
+        if (np.diff(whole.token_ids_T) <= 0).any():
+            raise TraceError(f"{self.path}: rows of problem {problem_id} are not sorted by token_id over the row groups")
+        return whole
 
     def _decode(self, table: pa.Table, path: Path, group: int) -> RoutingChunk:
         layers_L = np.asarray(self.metadata.model.moe_layers)
         layers, top_k = len(layers_L), self.metadata.model.top_k
         if table.num_rows == 0 or table.num_rows % layers:
             raise TraceError(f"{path}, row group {group}: {table.num_rows} rows, expected a multiple of {layers} layers")
-        if any(column.null_count for column in table.columns):
+        lists = ("expert_ids", "weights")
+        nested = [chunk.flatten() for name in lists for chunk in table.column(name).chunks]
+        if any(column.null_count for column in [*table.columns, *nested]):
             raise TraceError(f"{path}, row group {group}: nulls, expected none")
         problem_TL = table.column("problem_id").to_numpy().reshape(-1, layers).astype(np.int64)
         token_TL = table.column("token_id").to_numpy().reshape(-1, layers).astype(np.int64)
@@ -162,17 +182,19 @@ class Trace:
         broken_T = (
             (layer_TL != layers_L).any(1) | (problem_TL != problem_TL[:, :1]).any(1) | (token_TL != token_TL[:, :1]).any(1)
         )
+        broken_T |= (problem_TL[:, 0] < 0) | (token_TL[:, 0] < 0)
         key_T = problem_TL[:, 0] << 32 | token_TL[:, 0]
         broken_T[1:] |= np.diff(key_T) <= 0
         chunk = decode_rows(table, layers, top_k)
         broken_T |= (chunk.expert_ids_TLK >= self.metadata.model.num_experts).any((1, 2))
+        broken_T |= has_repeats(chunk.expert_ids_TLK).any(1)
         with np.errstate(invalid="ignore"):
             broken_T |= ~(chunk.weights_TLK >= 0).all((1, 2)) | ~np.isfinite(chunk.weights_TLK).all((1, 2))
         if broken_T.any():
             row = int(np.flatnonzero(broken_T)[0]) * layers
             raise TraceError(
                 f"{path}, row group {group}, row {row}: expected rows sorted by (problem_id, token_id, layer), every MoE layer "
-                f"once, expert ids below {self.metadata.model.num_experts} and weights that are finite and not negative"
+                f"once, different expert ids below {self.metadata.model.num_experts} and finite weights, not negative"
             )
         return chunk
 
@@ -193,6 +215,18 @@ def _split(chunk: RoutingChunk, at: int) -> tuple[RoutingChunk, RoutingChunk]:
         RoutingChunk(**{name: getattr(chunk, name)[:at] for name in names}),
         RoutingChunk(**{name: getattr(chunk, name)[at:] for name in names}),
     )
+
+
+def _key(chunk: RoutingChunk, token: int) -> int:
+    return int(chunk.problem_ids_T[token]) << 32 | int(chunk.token_ids_T[token])
+
+
+def _rows(path: Path) -> int | None:
+    """Rows by the file's own footer; None if it is not readable."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (pa.ArrowException, OSError):
+        return None
 
 
 def _read_document(path: Path, kind: type[_DocumentType]) -> _DocumentType:
@@ -228,9 +262,13 @@ def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
     if missing:
         raise TraceError(f"{path} lacks column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
     try:
-        return file.read(columns=schema.names).cast(schema)
+        table = file.read(columns=schema.names).cast(schema)
     except (pa.ArrowException, OSError) as error:
         raise TraceError(f"{path} cannot be decoded: {_first_line(error)}") from error
+    for name in schema.names:
+        if table.column(name).null_count:
+            raise TraceError(f"{path}: nulls in column {name!r}, expected none")
+    return table
 
 
 def _first_line(error: BaseException) -> Any:

@@ -26,6 +26,10 @@ ROUTING_FOLDER = "routing"
 # Rows in the order in which requests finished; exists only while a trace is being collected.
 CAPTURE_FOLDER = "capture"
 
+# What a uint16 id can hold; and a generous bound on what a stranger's metadata can make a reader allocate per row.
+MAX_EXPERTS = 65_536
+MAX_TOP_K = 1024
+
 PREFILL, DECODE = "prefill", "decode"
 
 PROBLEMS_SCHEMA = pa.schema(
@@ -103,8 +107,8 @@ class ModelMetadata(_Document):
     quantization: str | None = None
     num_layers: int | None = Field(default=None, ge=1, le=10_000)
     moe_layers: list[int] = Field(min_length=1, max_length=10_000)
-    num_experts: int = Field(ge=1, le=65_536)
-    top_k: int = Field(ge=1, le=1024)
+    num_experts: int = Field(ge=1, le=MAX_EXPERTS)
+    top_k: int = Field(ge=1, le=MAX_TOP_K)
     renormalized: bool | None = None
 
     @model_validator(mode="after")

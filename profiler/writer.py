@@ -74,7 +74,8 @@ class RoutingWriter:
     ) -> None:
         """Append tokens of one problem. Pairs are sorted here by weight, descending.
 
-        Raises `TraceError` if shapes disagree or an id is not in 0..E-1.
+        Raises `TraceError` if shapes disagree, an id is negative, an expert id is not in 0..E-1 or repeated within a layer,
+        or a weight is negative or not a finite float16.
         """
         tokens, layers = len(token_ids_T), len(self._layers_L)
         expected = (tokens, layers, self._top_k)
@@ -89,14 +90,22 @@ class RoutingWriter:
                 f"problem {problem_id}: expert ids {expert_ids_TLK.min()}..{expert_ids_TLK.max()}, "
                 f"expected 0..{self._num_experts - 1}"
             )
+        if problem_id < 0 or token_ids_T.min() < 0:
+            raise TraceError(f"problem {problem_id}: negative problem_id or token_id")
         ids_TLK, weights_TLK = sort_pairs(expert_ids_TLK, weights_TLK)
+        with np.errstate(over="ignore"):
+            weights_TLK = weights_TLK.astype(np.float16)
+        if not (np.isfinite(weights_TLK).all() and (weights_TLK >= 0).all()):
+            raise TraceError(f"problem {problem_id}: a routing weight is negative, not a number, or above 65,504 (float16)")
+        if has_repeats(ids_TLK).any():
+            raise TraceError(f"problem {problem_id}: a token has the same expert twice in a layer")
         rows = tokens * layers
         columns = [
             pa.array(np.full(rows, problem_id, dtype=np.int32)),
             pa.array(np.tile(self._layers_L, tokens)),
             pa.array(np.repeat(np.asarray(token_ids_T, dtype=np.int32), layers)),
             _fixed_size_list(ids_TLK.astype(expert_dtype(self._num_experts)), self._schema.field("expert_ids").type),
-            _fixed_size_list(weights_TLK.astype(np.float16), self._schema.field("weights").type),
+            _fixed_size_list(weights_TLK, self._schema.field("weights").type),
         ]
         self._pending.append(pa.record_batch(columns, schema=self._schema))
         self._pending_rows += rows
@@ -148,6 +157,12 @@ def sort_pairs(
     return np.take_along_axis(expert_ids_TLK, order_TLK, -1), np.take_along_axis(weights_TLK, order_TLK, -1)
 
 
+def has_repeats(expert_ids_TLK: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Which (token, layer) `[T, L]` name an expert more than once."""
+    ordered = np.sort(expert_ids_TLK, axis=-1)
+    return np.asarray((ordered[..., 1:] == ordered[..., :-1]).any(-1))
+
+
 def open_routing_file(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     """A Parquet writer with the encodings of routing rows: zstd, dictionaries for ids and positions."""
     return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=True, write_statistics=True)
@@ -155,7 +170,7 @@ def open_routing_file(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 def write_metadata(directory: Path, metadata: Metadata) -> None:
     """Write `metadata.json` atomically."""
-    _write_text(directory / METADATA_FILE, metadata.model_dump_json(indent=1) + "\n")
+    write_text(directory / METADATA_FILE, metadata.model_dump_json(indent=1) + "\n")
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -210,7 +225,7 @@ def write_manifest(directory: Path, extra_files: dict[str, int] | None = None) -
         path = directory / name
         files[name] = ManifestEntry(rows=count, bytes=path.stat().st_size, sha256=sha256_of(path))
     manifest = Manifest(files=files)
-    _write_text(directory / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
+    write_text(directory / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
     return manifest
 
 
@@ -220,15 +235,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fixed_size_list(values_TLK: npt.NDArray[Any], kind: pa.FixedSizeListType) -> pa.FixedSizeListArray:
-    flat = pa.array(np.ascontiguousarray(values_TLK).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
-
-
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
+
+
+def _fixed_size_list(values_TLK: npt.NDArray[Any], kind: pa.FixedSizeListType) -> pa.FixedSizeListArray:
+    flat = pa.array(np.ascontiguousarray(values_TLK).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
 
 
 def _last_capture_of_each_position(pieces: list[RoutingChunk], routed: int) -> RoutingChunk:

@@ -9,10 +9,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from profiler.errors import SpecmoeError
 from profiler.reader import Trace
+from profiler.writer import write_text
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -46,7 +49,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(min=1e-8)] = 2e-3,
     patience: Annotated[int, typer.Option(min=1, help="Epochs without better validation loss before stopping.")] = 5,
     max_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after the epoch that exceeds this.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Train an expert predictor on the training problems of a trace.
 
@@ -114,10 +117,12 @@ def evaluate(
     from speculation.evaluate import evaluate as judge
     from speculation.runs import load_run
 
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise SpecmoeError(f"--json {json_file}: no such folder")
     document = judge(load_run(run), Trace.open(trace), part=part.value)
-    if json_file is not None:
-        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print_evaluation(document)
+    if json_file is not None:
+        write_text(json_file, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def print_evaluation(document: dict[str, Any]) -> None:
@@ -128,15 +133,16 @@ def print_evaluation(document: dict[str, Any]) -> None:
     for horizon in range(1, horizons + 1):
         rows = table(document, horizon)
         ahead = "the next layer" if horizon == 1 else f"{horizon} layers ahead"
-        shown = Table(box=None, title=f"Experts of {ahead}, {document['model']}", title_justify="left")
+        shown = Table(box=None, title=f"Experts of {ahead}, {escape(document['model'])}", title_justify="left")
         for column in rows[0]:
             shown.add_column(column, justify="left" if column == "predictor" else "right", no_wrap=True)
         for row in rows:
             shown.add_row(*row.values())
         console.print(shown)
+    what = "Held out" if document["part"] in {"test", "validation"} else "Not held out"
     typer.echo(
-        f"Held out: {document['problems']} problems, {document['tokens']:,} tokens; split {document['split']}. "
-        "In brackets: 95 % interval over problems."
+        f"{what}: {document['problems']} problems, {document['tokens']:,} tokens; {document['part']} part of a split "
+        f"{document['split']}. In brackets: 95 % interval over problems."
     )
 
 

@@ -13,8 +13,8 @@ from profiler.errors import TraceError
 from profiler.reader import Trace
 from speculation.metrics import DEFINITIONS, ConfidenceCounts, RankCounts, chance, true_ranks
 from speculation.predictors import Predictor, Shape
-from speculation.routes import Routes, load_routes
-from speculation.runs import Run
+from speculation.routes import Routes, load_routes, split_key
+from speculation.runs import Run, count_parameters, manifest_sha256
 
 TOKENS_PER_CHUNK = 2048
 # Lower ends of the reported ranges of positions in the sequence.
@@ -36,9 +36,11 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0) -> di
     """Evaluate the run's predictor and its baselines on one part of the split of `trace`.
 
     The shuffled control scores the predictor against the routes of other, randomly chosen tokens at the same layer: it
-    must fall to popularity or below, or the evaluation leaks. Raises `TraceError` if the trace's model has another shape.
+    must fall to popularity or below, or the evaluation leaks. Raises `TraceError` if the trace's model has another shape,
+    or if it cannot be told which of its problems the run was trained on.
     """
     shape = run.predictor.shape
+    _check_split(run, trace)
     if Shape.of(trace.metadata.model, shape.horizon) != shape:
         raise TraceError(f"{trace.path}: its model has another number of layers, experts or top-k than {run.path} ({shape})")
     routes = load_routes(trace, part)
@@ -53,13 +55,25 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0) -> di
         "task": run.task,
         "trace": trace.path.name,
         "model": trace.metadata.model.id,
-        "split": f"by problem (hash of the prompt), part {part}",
+        "split": f"by problem (hash of the {run.split})",
+        "part": part,
         "problems": routes.num_problems,
         "tokens": len(routes),
         "definitions": DEFINITIONS,
         "chance": by_chance,
         "results": {evaluation.name: {"metrics": evaluation.metrics, **evaluation.details} for evaluation in evaluations},
     }
+
+
+def _check_split(run: Run, trace: Trace) -> None:
+    """Sides must be comparable: prompts are, everywhere; numbers of problems are within one trace only."""
+    if split_key(trace) != run.split:
+        raise TraceError(
+            f"{run.path} was trained on a split by {run.split}, and {trace.path} can only be split by {split_key(trace)}: "
+            "training problems could not be told apart"
+        )
+    if run.split == "problem id" and manifest_sha256(trace) != run.trace_sha256:
+        raise TraceError(f"{trace.path} has no prompts and is not the trace that {run.path} was trained on: expected that one")
 
 
 def table(document: dict[str, Any], horizon: int = 1) -> list[dict[str, str]]:
@@ -123,7 +137,7 @@ def _judge(name: str, predictor: Predictor, truth: Routes, seen: Routes | None =
         "by_position": {f"from {first}": c.metrics() for first, c in zip(POSITION_STARTS, by_position, strict=True)},
         "calibration_error": confidence.calibration_error(),
         "precision_by_coverage": confidence.precision_by_coverage(),
-        "parameters": int(sum(array.size for array in predictor.arrays().values())),
+        "parameters": count_parameters(predictor.arrays()),
         "bytes": int(sum(array.nbytes for array in predictor.arrays().values())),
         "microseconds_per_token": _microseconds_per_token(predictor, seen or truth),
     }

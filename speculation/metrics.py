@@ -25,6 +25,7 @@ DEFINITIONS = {
     "coverage@m": "all K true experts are among the top m",
     "chance": "expected value of a uniformly random ranking",
     "calibration_error": "mean |predicted probability - observed frequency| in 20 equal bins of probability, weighted by count",
+    "breakdowns": "by_phase, by_position, calibration and precision_by_coverage are of horizon 1",
     "precision_by_coverage": "for thresholds of confidence (mean probability of the top K): the fraction of examples kept and "
     "the recall@K among them",
 }

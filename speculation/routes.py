@@ -19,6 +19,10 @@ _UP_TO = {"train": 70, "validation": 80, "test": 100}
 UNKNOWN_TOKEN = -1
 
 
+class EmptyPartError(TraceError):
+    """No problem of the trace falls into the asked part of the split."""
+
+
 @dataclass(frozen=True)
 class Routes:
     """Tokens of whole problems, in order.
@@ -52,11 +56,16 @@ def part_of(prompt: str) -> str:
     return next(part for part, limit in _UP_TO.items() if bucket < limit)
 
 
+def split_key(trace: Trace) -> str:
+    """What decides a problem's side: its prompt, or, in a trace without prompts, only its number in that trace."""
+    return "prompt" if trace.has_problems else "problem id"
+
+
 def load_routes(trace: Trace, part: str) -> Routes:
     """The routes of one part of `trace`, in memory.
 
     part: train, validation, test, or all. A trace without prompts is split by its problem ids.
-    Raises `TraceError` if no problem falls into the part.
+    Raises `EmptyPartError` if no problem falls into the part.
     """
     problem_ids = _problems_of_part(trace, part)
     pieces = []
@@ -72,7 +81,7 @@ def load_routes(trace: Trace, part: str) -> Routes:
                 )
             )
     if not pieces:
-        raise TraceError(f"{trace.path}: no problem falls into the {part} part of the split; collect more problems")
+        raise EmptyPartError(f"{trace.path}: no problem falls into the {part} part of the split; collect more problems")
     return make_routes(concatenate(pieces), *_token_facts(trace))
 
 

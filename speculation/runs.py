@@ -26,8 +26,9 @@ from safetensors.numpy import load_file, save_file
 from profiler.errors import SpecmoeError
 from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
-from profiler.writer import sha256_of
+from profiler.writer import sha256_of, write_text
 from speculation.predictors import Arrays, Predictor, Shape, TrainingOptions, find_predictor
+from speculation.routes import split_key
 
 NEXT_LAYER = "next-layer"
 BASELINES = ("popularity", "conditional-counts")
@@ -36,13 +37,18 @@ MAX_FILE_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Run:
-    """A loaded run: the predictor, and the baselines by name."""
+    """A loaded run: the predictor, and the baselines by name.
+
+    split: what decided which problems it was trained on (see `routes.split_key`). trace_sha256: of that trace's manifest.
+    """
 
     path: Path
     name: str
     task: str
     predictor: Predictor
     baselines: dict[str, Predictor]
+    split: str
+    trace_sha256: str | None
 
 
 def save_run(
@@ -61,7 +67,7 @@ def save_run(
     stored = {f"{name}/{key}": a for name, baseline in baselines.items() for key, a in baseline.arrays().items()}
     _save_arrays(path / "baselines.safetensors", stored)
     sizes = {
-        "parameters": int(sum(array.size for array in arrays.values())),
+        "parameters": count_parameters(arrays),
         "bytes": (path / "model.safetensors").stat().st_size,
     }
     _write_json(path / "metrics.json", {**sizes, **facts, "history": history})
@@ -69,6 +75,8 @@ def save_run(
     config = {
         "predictor": predictor.name,
         "task": NEXT_LAYER,
+        "split": split_key(trace),
+        "trace_sha256": manifest_sha256(trace),
         "shape": asdict(predictor.shape),
         "settings": predictor.settings(),
         "options": asdict(options),
@@ -84,13 +92,11 @@ def load_run(path: Path) -> Run:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         shape = Shape(**config["shape"])
         name, task, settings = str(config["predictor"]), str(config["task"]), dict(config["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise SpecmoeError(f"{path}/config.json is not valid: {error!r}") from error
-    limits = {"layers": 10_000, "experts": 65_536, "top_k": 1024, "horizon": 10_000}
-    for field, limit in limits.items():
-        value = getattr(shape, field)
-        if not isinstance(value, int) or not 1 <= value <= limit:
-            raise SpecmoeError(f"{path}/config.json: {field} {value!r}, expected 1 to {limit}")
+        split, trace_sha256 = str(config["split"]), config["trace_sha256"]
+    except SpecmoeError as error:
+        raise SpecmoeError(f"{path}/config.json: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SpecmoeError(f"{path}/config.json is not valid: {type(error).__name__} {error}") from error
     if task != NEXT_LAYER:
         raise SpecmoeError(f"{path}/config.json: task {task!r}, this release knows {NEXT_LAYER!r}")
     predictor = find_predictor(name).restore(shape, settings, _load_arrays(path / "model.safetensors"))
@@ -99,7 +105,18 @@ def load_run(path: Path) -> Run:
     for baseline in BASELINES:
         own = {key.split("/", 1)[1]: array for key, array in stored.items() if key.startswith(f"{baseline}/")}
         baselines[baseline] = find_predictor(baseline).restore(shape, {}, own)
-    return Run(path, name, task, predictor, baselines)
+    return Run(path, name, task, predictor, baselines, split, trace_sha256)
+
+
+def count_parameters(arrays: Arrays) -> int:
+    """Learned numbers: floating-point arrays, not vocabularies."""
+    return int(sum(array.size for array in arrays.values() if np.issubdtype(array.dtype, np.floating)))
+
+
+def manifest_sha256(trace: Trace) -> str | None:
+    """Identifies the content of a complete trace."""
+    manifest = trace.path / MANIFEST_FILE
+    return sha256_of(manifest) if manifest.is_file() else None
 
 
 def _save_arrays(path: Path, arrays: Arrays) -> None:
@@ -113,22 +130,19 @@ def _load_arrays(path: Path) -> Arrays:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise SpecmoeError(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB, which no predictor needs")
         return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise SpecmoeError(f"{path} cannot be read: {error}") from error
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    temporary.rename(path)
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def _provenance(trace: Trace) -> dict[str, Any]:
-    manifest = trace.path / MANIFEST_FILE
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "trace": trace.path.name,
-        "trace_manifest_sha256": sha256_of(manifest) if manifest.is_file() else None,
+        "trace_manifest_sha256": manifest_sha256(trace),
         "model": trace.metadata.model.model_dump(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": _git_commit(),

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from profiler.errors import SpecmoeError, TraceError
+from profiler.errors import SpecmoeError
 from profiler.reader import Trace
 from speculation.predictors import Shape, TrainingOptions, find_predictor
-from speculation.routes import Routes, load_routes
+from speculation.routes import EmptyPartError, Routes, load_routes
 from speculation.runs import BASELINES, Run, load_run, save_run
 
 
@@ -53,6 +53,6 @@ def train(
 def _validation(trace: Trace) -> Routes | None:
     try:
         return load_routes(trace, "validation")
-    except TraceError:
+    except EmptyPartError:
         # Few problems: none fell into the validation part, so there is no early stopping.
         return None

@@ -1,7 +1,7 @@
 """The vLLM plugin: attach a recorder to every worker that vLLM creates.
 
-vLLM calls `register` in the main process, the engine core and each worker. The worker then offers two calls to
-`LLM.collective_rpc`: `specmoe_start(directory)` and `specmoe_stop()`.
+vLLM calls `register` in the main process, the engine core and each worker. The worker then offers three calls to
+`LLM.collective_rpc`: `specmoe_start(directory)`, `specmoe_status()` and `specmoe_stop()`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def register() -> None:
 
 
 class WorkerCapture:
-    """Capture in one vLLM worker: wraps the worker's `load_model` and `execute_model`, and answers the two calls.
+    """Capture in one vLLM worker: wraps the worker's `load_model` and `execute_model`, and answers its calls.
 
     Warm-up and profiling runs go past `Worker.execute_model` and so are never recorded. A model or setting that cannot be
     recorded does not stop the engine: the reason is kept and answered by `specmoe_start`.
@@ -55,6 +55,7 @@ class WorkerCapture:
         worker.load_model = self.load_model
         worker.execute_model = self.execute_model
         worker.specmoe_start = self.start
+        worker.specmoe_status = self.status
         worker.specmoe_stop = self.stop
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +89,10 @@ class WorkerCapture:
         if self._recorder is None:
             return {"rank": self._worker.rank}
         return self._recorder.start(Path(directory))
+
+    def status(self) -> dict[str, Any]:
+        """Answers `error` if the writer has failed."""
+        return self._recorder.status() if self._recorder is not None else {}
 
     def stop(self) -> dict[str, Any]:
         """Write everything out. Answers `rows`, and `error` if the writer failed."""

@@ -34,7 +34,7 @@ class Recorder:
         self.num_experts = num_experts
         self.top_k = top_k
         shape = (max_tokens, len(moe_layers), top_k)
-        # Out-of-range ids mark rows that no hook wrote: the writer refuses them.
+        # Out-of-range ids mark rows that no hook wrote in this step: the writer refuses them.
         self.expert_ids_TLK = torch.full(shape, -1, dtype=torch.int16, device=device)
         self.weights_TLK = torch.zeros(shape, dtype=torch.float32, device=device)
         self._queue: queue.Queue[_Rows | None] = queue.Queue(QUEUED_STEPS)
@@ -66,6 +66,7 @@ class Recorder:
         rows = sum(count for _, _, count in step.spans)
         ids = self.expert_ids_TLK[:rows].to("cpu", copy=True).numpy()
         weights = self.weights_TLK[:rows].to("cpu", copy=True).numpy()
+        self.expert_ids_TLK[:rows].fill_(-1)
         while self._error is None:
             try:
                 self._queue.put((step, ids, weights), timeout=1.0)
@@ -86,10 +87,11 @@ class Recorder:
         self._thread.join()
         self._thread = None
         self._queue = queue.Queue(QUEUED_STEPS)
-        answer: dict[str, Any] = {"rows": self._writer.rows, "unlabelled": self._unlabelled}
-        if self._error is not None:
-            answer["error"] = f"{type(self._error).__name__}: {self._error}"
-        return answer
+        return {"rows": self._writer.rows, "unlabelled": self._unlabelled} | self.status()
+
+    def status(self) -> dict[str, Any]:
+        """Answers `error` if the writer has failed; rows that came since then were dropped."""
+        return {} if self._error is None else {"error": f"{type(self._error).__name__}: {self._error}"}
 
     def _write(self) -> None:
         assert self._writer is not None
@@ -109,7 +111,9 @@ class Recorder:
                 row = 0
                 for request, first, count in step.spans:
                     if request in spans:
-                        spans[request].append((first, ids[row : row + count], weights[row : row + count]))
+                        # Copies: a view would keep the rows of every other request of the step.
+                        rows_of_request = slice(row, row + count)
+                        spans[request].append((first, ids[rows_of_request].copy(), weights[rows_of_request].copy()))
                     row += count
             for request, kept in spans.items():
                 self._write_request(problem_ids[request], kept)

@@ -52,12 +52,18 @@ class EngineOptions:
 
 
 class Engine(Protocol):
-    """A loaded model. `moe_layers`, `num_experts` and `top_k` are read from the loaded modules, not from the config."""
+    """A loaded model.
+
+    moe_layers, num_experts, top_k: facts of the model; where they come from the config, `generate` refuses a model whose
+    loaded modules or recorded rows contradict them. dtype: the precision that it runs in. compiled: whether it is compiled.
+    """
 
     name: str
     hook: str
     versions: dict[str, str]
     max_length: int
+    dtype: str
+    compiled: bool
     moe_layers: list[int]
     num_experts: int
     top_k: int

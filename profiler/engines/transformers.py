@@ -29,18 +29,20 @@ class TransformersEngine:
     hook = "forward hooks on the routers"
 
     def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
-        self._dtype = options.dtype
-        self._seed = options.seed
+        local = Path(model.location).is_dir()
+        revision = None if local else model.metadata.revision
         self.versions = {name: version(name) for name in ("transformers", "torch")}
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model.location)
+            self._tokenizer = AutoTokenizer.from_pretrained(model.location, revision=revision)
             self._model = AutoModelForCausalLM.from_pretrained(
-                model.location, dtype="auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+                model.location, revision=revision, dtype="auto" if options.dtype == "auto" else getattr(torch, options.dtype)
             ).eval()
         except (OSError, ValueError) as error:
             raise ModelError(f"transformers cannot load {model.location}: {str(error).splitlines()[0]}") from error
         if torch.cuda.is_available():
             self._model = self._model.cuda()
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
+        self.compiled = False
         self.max_length = options.max_length or model.max_length
         self.moe_layers = [layer for layer, _ in find_routers(self._model)]
         ids_TLK, _ = route(self._model, [0, 0])
@@ -57,10 +59,8 @@ class TransformersEngine:
     ) -> None:
         torch.manual_seed(sampling.seed)
         with RoutingWriter(capture, self.moe_layers, self.num_experts, self.top_k) as writer:
-            # Prompts of like length share a batch, so that little is padding.
-            by_length = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
-            for start in range(0, len(by_length), BATCH):
-                batch = by_length[start : start + BATCH]
+            for start in range(0, len(prompts), BATCH):
+                batch = prompts[start : start + BATCH]
                 for prompt, output in zip(batch, self._complete(batch, sampling), strict=True):
                     token_ids = prompt.token_ids + output
                     ids_TLK, weights_TLK = route(self._model, token_ids[:-1])

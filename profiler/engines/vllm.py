@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from profiler.engines import Completion, EngineOptions, Prompt, Sampling
 from profiler.errors import EngineError, ModelError
 from profiler.models import ResolvedModel
 
 CAPTURE_VARIABLE = "SPECMOE_CAPTURE"
+LOOK_EVERY_SECONDS = 5.0
 
 
 class VllmEngine:
@@ -32,14 +37,18 @@ class VllmEngine:
             raise EngineError(
                 "vLLM is not installed: pip install 'speculative-moe[cpu]' (or [gpu]), or use --engine transformers"
             )
-        _set_environment()
+        self._environment_before = _set_environment()
         self._log = None if options.verbose else _new_log()
+        self._log_is_wanted = False
         with _output_to(self._log):
             self._load(model, options)
 
     def _load(self, model: ResolvedModel, options: EngineOptions) -> None:
-        import torch
-        from vllm import LLM
+        try:
+            import torch
+            from vllm import LLM
+        except Exception as error:  # a broken installation fails in whatever way it is broken
+            raise EngineError(f"the installed vLLM does not import: {_first_line(error)}") from error
 
         on_gpu = torch.cuda.is_available()
         compiled = on_gpu if options.compiled is None else options.compiled
@@ -58,12 +67,14 @@ class VllmEngine:
             )
         except Exception as error:  # vLLM raises whatever its loader met
             reason = _root_cause(self._log) or _first_line(error)
-            log = f"its log is {self._log}" if self._log else "its log is above"
-            raise ModelError(f"vLLM cannot load {model.location}: {reason} ({log})") from error
+            raise ModelError(f"vLLM cannot load {model.location}: {reason}{self._keep_log()}") from error
         if self._log is not None:
             # What vLLM says in this process while it runs and stops; its workers write to the log file.
             logging.getLogger("vllm").setLevel(logging.ERROR)
         self._tokenizer = self._llm.get_tokenizer()
+        self.dtype = str(self._llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")
+        self.compiled = compiled
+        # From the config; `generate` compares them with the loaded modules.
         self.moe_layers = model.metadata.moe_layers
         self.num_experts = model.metadata.num_experts
         self.top_k = model.metadata.top_k
@@ -93,9 +104,21 @@ class VllmEngine:
             request = f"problem-{prompt.problem_id}"
             requests[request] = prompt.problem_id
             engine.add_request(request, {"type": "token", "prompt_token_ids": prompt.token_ids}, params)
-        try:
+        with _Watchdog() as watchdog:
+            next_look = time.monotonic() + LOOK_EVERY_SECONDS
             while engine.has_unfinished_requests():
-                for output in engine.step():
+                try:
+                    outputs = engine.step()
+                except BaseException as error:
+                    if watchdog.dead or isinstance(error, Exception):
+                        reason = _root_cause(self._log) or watchdog.dead or _first_line(error)
+                        raise EngineError(f"vLLM stopped while it ran: {reason}{self._keep_log()}") from error
+                    raise
+                if time.monotonic() > next_look:
+                    # A writer that failed (a full disk) must not be found out at the end of a long run.
+                    self._call("specmoe_status")
+                    next_look = time.monotonic() + LOOK_EVERY_SECONDS
+                for output in outputs:
                     if output.finished:
                         best = output.outputs[0]
                         on_finished(
@@ -106,8 +129,7 @@ class VllmEngine:
                                 finish_reason=best.finish_reason or "unknown",
                             )
                         )
-        finally:
-            answer = self._call("specmoe_stop")
+        answer = self._call("specmoe_stop")
         if answer.get("unlabelled"):
             raise EngineError(f"{answer['unlabelled']} requests reached the worker without a problem id")
 
@@ -116,8 +138,17 @@ class VllmEngine:
         shutdown = getattr(engine.engine_core, "shutdown", None)
         if shutdown is not None:
             shutdown()
-        if self._log is not None:
+        if self._log is not None and not self._log_is_wanted:
             self._log.unlink(missing_ok=True)
+        for name, value in self._environment_before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    def _keep_log(self) -> str:
+        self._log_is_wanted = True
+        return f" (its log is {self._log})" if self._log is not None else ""
 
     def _call(self, method: str, *args: str) -> dict[str, Any]:
         try:
@@ -144,15 +175,48 @@ def is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def _set_environment() -> None:
-    # Inherited by vLLM's engine and worker processes; must be set before vllm is imported.
+def _set_environment() -> dict[str, str | None]:
+    """Set what vLLM's engine and worker processes inherit; returns the values before. Must come before vllm is imported."""
+    before = {name: os.environ.get(name) for name in (CAPTURE_VARIABLE, "VLLM_CACHE_ROOT")}
     os.environ[CAPTURE_VARIABLE] = "1"
     # Captured and plain runs share vLLM's key for compiled code: keep ours apart.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("VLLM_CACHE_ROOT", str(cache / "specmoe" / "vllm"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm"
+    os.environ["VLLM_CACHE_ROOT"] = str(Path(before["VLLM_CACHE_ROOT"] or cache) / "specmoe")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # GiB of key-value cache on CPU, where vLLM would otherwise take half of the memory.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    return before
+
+
+class _Watchdog:
+    """While it is entered, wakes the main thread if one of this process's children dies.
+
+    vLLM's client waits without a limit for an engine that was killed (say, by the kernel for want of memory).
+    """
+
+    def __init__(self) -> None:
+        self.dead = ""
+        self._children = multiprocessing.active_children()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        main = threading.main_thread().ident
+        while not self._done.wait(1.0):
+            for child in self._children:
+                if not child.is_alive():
+                    self.dead = f"its process {child.name} ended with exit code {child.exitcode}"
+            # Again every second: the signal may arrive where it is swallowed.
+            if self.dead and main is not None:
+                signal.pthread_kill(main, signal.SIGINT)
 
 
 def _new_log() -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -16,6 +16,10 @@ from speculation.routes import Routes
 Arrays = dict[str, npt.NDArray[Any]]
 
 
+# Numbers in the tables of the counting baselines: 1 GB. Also bounds what a stranger's run can make a reader allocate.
+MAX_TABLE = 250_000_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """What a predictor must know of the model: L MoE layers, E experts, K per token, and how many layers ahead (H)."""
@@ -25,13 +29,26 @@ class Shape:
     top_k: int
     horizon: int
 
+    def __post_init__(self) -> None:
+        limits = {"layers": 10_000, "experts": 65_536, "top_k": 1024, "horizon": 10_000}
+        for name, limit in limits.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= limit:
+                raise SpecmoeError(f"{name} {value!r}, expected 1 to {limit}")
+        if self.horizon >= self.layers:
+            raise SpecmoeError(f"horizon {self.horizon}: expected 1 to {self.layers - 1} for {self.layers} MoE layers")
+        if self.top_k > self.experts:
+            raise SpecmoeError(f"top_k {self.top_k} exceeds experts {self.experts}")
+        if self.horizon * self.layers * self.experts**2 > MAX_TABLE:
+            raise SpecmoeError(
+                f"{self.horizon} horizons over {self.layers} layers of {self.experts} experts: the count tables would exceed "
+                f"{MAX_TABLE:,} numbers; choose a smaller horizon"
+            )
+
     @classmethod
     def of(cls, model: ModelMetadata, horizon: int) -> Shape:
         """The shape of a traced model. Raises `SpecmoeError` if it has no layer `horizon` ahead."""
-        layers = len(model.moe_layers)
-        if not 1 <= horizon < layers:
-            raise SpecmoeError(f"horizon {horizon}: expected 1 to {layers - 1} for a model with {layers} MoE layers")
-        return cls(layers=layers, experts=model.num_experts, top_k=model.top_k, horizon=horizon)
+        return cls(layers=len(model.moe_layers), experts=model.num_experts, top_k=model.top_k, horizon=horizon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +92,7 @@ class Predictor(Protocol):
         ...
 
     def settings(self) -> dict[str, Any]:
-        """What `load_predictor` needs besides the arrays, for config.json."""
+        """What `restore` needs besides the arrays, for config.json."""
         ...
 
     @classmethod
@@ -109,8 +126,3 @@ def expected_array(arrays: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDA
         found = "nothing" if array is None else str(array.shape)
         raise SpecmoeError(f"stored predictor: array {name!r} is {found}, expected finite numbers of shape {shape}")
     return array.astype(np.float32)
-
-
-def shape_settings(shape: Shape) -> dict[str, int]:
-    """The shape for config.json."""
-    return asdict(shape)

@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from analysis.load import count_experts
 from profiler.errors import SpecmoeError
-from speculation.predictors import Arrays, Shape, TrainingOptions
+from speculation.predictors import Arrays, Shape, TrainingOptions, expected_array
 from speculation.routes import UNKNOWN_TOKEN, Routes
 
 WIDTH = 192
@@ -53,7 +54,7 @@ class MlpPredictor:
         random = np.random.default_rng(options.seed)
         self._vocabulary = _frequent(train.vocab_ids_T)
         self._network = RouteNetwork(self.shape, len(self._vocabulary)).to(self._device)
-        self._network.start_at_popularity(self._targets(train, np.arange(min(len(train), 65_536))).mean(0))
+        self._network.start_at_popularity(count_experts(train.expert_ids_TLK, self.shape.experts) / len(train))
         optimizer = torch.optim.AdamW(self._network.parameters(), lr=options.learning_rate, weight_decay=0.05)
         batches = math.ceil(len(train) / options.batch_tokens)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(options.epochs * batches))
@@ -73,6 +74,8 @@ class MlpPredictor:
                 optimizer.step()
                 schedule.step()
                 total += loss.item() * len(tokens)
+            if not math.isfinite(total):
+                raise SpecmoeError(f"training diverged in epoch {epoch + 1}: choose a smaller --learning-rate")
             entry = {"epoch": epoch + 1, "train_loss": total / len(train)}
             if validation is not None:
                 entry["validation_loss"] = self._mean_loss(validation)
@@ -110,6 +113,8 @@ class MlpPredictor:
         if vocabulary is None or vocabulary.ndim != 1 or len(vocabulary) > MAX_VOCABULARY:
             raise SpecmoeError(f"stored predictor: expected a vocabulary of at most {MAX_VOCABULARY} ids")
         predictor = cls(shape, vocabulary.astype(np.int64))
+        for name in arrays:
+            expected_array(arrays, name, arrays[name].shape)
         weights = {name[8:]: torch.from_numpy(a) for name, a in arrays.items() if name.startswith("network.")}
         try:
             predictor._network.load_state_dict(weights)
@@ -199,10 +204,12 @@ class RouteNetwork(nn.Module):
         self.register_buffer("is_target_LH", is_target_LH.float(), persistent=False)
         self.register_buffer("offset_L", torch.arange(shape.layers)[:, None] * shape.experts, persistent=False)
 
-    def start_at_popularity(self, frequency_LHE: torch.Tensor) -> None:
+    def start_at_popularity(self, frequency_LE: npt.NDArray[np.float64]) -> None:
         """Set the bias to the log-odds of each expert's frequency, so that training starts from the popularity baseline."""
-        probability = frequency_LHE.clamp(1e-4, 1 - 1e-4).flatten(1)
-        self.bias.data.copy_(torch.log(probability / (1 - probability)))
+        log_odds_LE = torch.logit(torch.from_numpy(frequency_LE), eps=1e-4).float()
+        bias_LHE = self.bias.data.view(self.shape.layers, self.shape.horizon, self.shape.experts)
+        for hop in range(1, self.shape.horizon + 1):
+            bias_LHE[: self.shape.layers - hop, hop - 1] = log_odds_LE[hop:]
 
     def forward(
         self,

@@ -124,6 +124,8 @@ def _light_engine(self: object, model: object, engine_options: object) -> None:
         _tokenizer=AutoTokenizer.from_pretrained(location),
         _model=AutoModelForCausalLM.from_pretrained(location),
         versions={},
+        dtype="bfloat16",
+        compiled=False,
         max_length=64,
         moe_layers=list(range(8)),
         top_k=2,
