@@ -104,16 +104,16 @@ class VllmEngine:
             request = f"problem-{prompt.problem_id}"
             requests[request] = prompt.problem_id
             engine.add_request(request, {"type": "token", "prompt_token_ids": prompt.token_ids}, params)
-        with _Watchdog() as watchdog:
-            next_look = time.monotonic() + LOOK_EVERY_SECONDS
+        next_look = time.monotonic() + LOOK_EVERY_SECONDS
+        with _Watchdog():
             while engine.has_unfinished_requests():
                 try:
                     outputs = engine.step()
-                except BaseException as error:
-                    if watchdog.dead or isinstance(error, Exception):
-                        reason = _root_cause(self._log) or watchdog.dead or _first_line(error)
-                        raise EngineError(f"vLLM stopped while it ran: {reason}{self._keep_log()}") from error
-                    raise
+                except (Exception, _EngineDiedError) as error:
+                    # What the engine printed tells more than the client's error; a killed engine printed nothing.
+                    reason = _first_line(error) if isinstance(error, _EngineDiedError) else _root_cause(self._log)
+                    reason = reason or _first_line(error)
+                    raise EngineError(f"vLLM stopped while it ran: {reason}{self._keep_log()}") from error
                 if time.monotonic() > next_look:
                     # A writer that failed (a full disk) must not be found out at the end of a long run.
                     self._call("specmoe_status")
@@ -188,35 +188,47 @@ def _set_environment() -> dict[str, str | None]:
     return before
 
 
+class _EngineDiedError(BaseException):
+    """Raised in the main thread by the watchdog; not an Exception, so that no handler on the way swallows it."""
+
+
 class _Watchdog:
-    """While it is entered, wakes the main thread if one of this process's children dies.
+    """While it is entered, interrupts the main thread if one of this process's children dies.
 
     vLLM's client waits without a limit for an engine that was killed (say, by the kernel for want of memory).
+    A signal of its own, since SIGINT is ignored in background jobs; from other threads than the main one there is no watch.
     """
 
     def __init__(self) -> None:
-        self.dead = ""
         self._children = multiprocessing.active_children()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._previous: Any = None
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGUSR1, self._interrupt)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._done.set()
+            self._thread.join()
+            signal.signal(signal.SIGUSR1, self._previous)
 
     def _watch(self) -> None:
-        main = threading.main_thread().ident
         while not self._done.wait(1.0):
-            for child in self._children:
-                if not child.is_alive():
-                    self.dead = f"its process {child.name} ended with exit code {child.exitcode}"
-            # Again every second: the signal may arrive where it is swallowed.
-            if self.dead and main is not None:
-                signal.pthread_kill(main, signal.SIGINT)
+            if self._dead():
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                return
+
+    def _dead(self) -> str:
+        ended = (child for child in self._children if not child.is_alive())
+        return next((f"its process {child.name} ended with exit code {child.exitcode}" for child in ended), "")
+
+    def _interrupt(self, *_: object) -> None:
+        raise _EngineDiedError(self._dead())
 
 
 def _new_log() -> Path:

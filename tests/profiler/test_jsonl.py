@@ -61,6 +61,10 @@ def test_rows_may_be_in_any_order_within_a_problem(tmp_path: Path) -> None:
         ([line(0), line(1), line(0, token_id=1)], "problem 0 are not adjacent"),
         ([line(token_id=-1)], "negative token_id"),
         ([""], "is not JSON lines"),
+        ([line(problem_id=-1)], "negative problem_id"),
+        ([line(expert_ids=[0, 0])], "more than there can be"),
+        ([line(expert_ids=[70_000, 0])], "out of range"),
+        ([line(weights=[1e6, 0.5])], "above 65,504"),
     ],
 )
 def test_bad_lines_are_refused_with_the_reason(tmp_path: Path, lines: list[str], reason: str) -> None:
@@ -68,3 +72,8 @@ def test_bad_lines_are_refused_with_the_reason(tmp_path: Path, lines: list[str],
     with pytest.raises(TraceError, match=reason):
         read_jsonl(tmp_path / "in.jsonl", tmp_path / "t")
     assert not (tmp_path / "t").exists()
+
+
+def test_positions_that_are_not_there_are_named_as_a_gap(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(line(token_id=0) + "\n" + line(token_id=7) + "\n")
+    assert "6 positions of 1 problems have no rows" in read_jsonl(tmp_path / "in.jsonl", tmp_path / "t").metadata.gaps

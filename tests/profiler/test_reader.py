@@ -63,7 +63,9 @@ def test_chunks_hold_whole_problems_whatever_the_row_groups(trace: Trace, group_
     pq.write_table(table, path, row_group_size=group_rows)
     (trace.path / "manifest.json").unlink()
     write_manifest(trace.path)
-    chunks = list(Trace.open(trace.path).chunks())
+    again = Trace.open(trace.path)
+    assert (again.arrays(2).expert_ids_TLK == before.expert_ids_TLK[before.problem_ids_T == 2]).all()
+    chunks = list(again.chunks())
     for chunk in chunks:
         assert (np.bincount(chunk.problem_ids_T)[np.unique(chunk.problem_ids_T)] == 7).all()
     assert (np.concatenate([c.expert_ids_TLK for c in chunks]) == before.expert_ids_TLK).all()
@@ -168,3 +170,57 @@ def test_reading_needs_neither_torch_nor_an_engine(trace: Trace) -> None:
         "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_part_that_the_manifest_does_not_list_is_not_read(trace: Trace) -> None:
+    part = trace.routing_files[0]
+    (part.parent / "part-00001.parquet").write_bytes(part.read_bytes())
+    assert len(Trace.open(trace.path).load()) == 35
+
+
+def test_rows_that_come_twice_in_different_row_groups_are_refused(trace: Trace) -> None:
+    part = trace.routing_files[0]
+    table = pq.read_table(part).cast(routing_schema(8, 2))
+    with pq.ParquetWriter(part, table.schema) as file:
+        file.write_table(table)
+        file.write_table(table)
+    (trace.path / "manifest.json").unlink()
+    write_manifest(trace.path)
+    with pytest.raises(TraceError, match="row group 1: its first row does not come after"):
+        Trace.open(trace.path).load()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda m: m.update(files={}), "does not list metadata.json and at least one routing file"),
+        (lambda m: m.update(schema_version=99), "schema version 99"),
+        (lambda m: m["files"]["tokens.parquet"].update(rows=1), "tokens.parquet has 40 rows, expected 1"),
+    ],
+)
+def test_a_manifest_must_describe_the_files(trace: Trace, change: Callable[[dict], None], fault: str) -> None:
+    edit_json(trace.path / "manifest.json", change)
+    with pytest.raises(TraceError, match=fault):
+        Trace.open(trace.path)
+
+
+def test_nulls_and_repeated_experts_are_refused(trace: Trace) -> None:
+    ids = column(trace, "expert_ids")
+    ids[6] = [3, 3]
+    rewrite_routing(trace, expert_ids=ids)
+    with pytest.raises(TraceError, match=r"row 6: .*different expert ids"):
+        Trace.open(trace.path).load()
+    ids[6] = [None, 3]
+    rewrite_routing(trace, expert_ids=ids)
+    with pytest.raises(TraceError, match="nulls, expected none"):
+        Trace.open(trace.path).load()
+
+
+def test_null_prompts_are_refused(trace: Trace) -> None:
+    table = pq.read_table(trace.path / "problems.parquet")
+    position = table.schema.get_field_index("prompt")
+    table = table.set_column(position, "prompt", pa.nulls(len(table), pa.string()))
+    pq.write_table(table, trace.path / "problems.parquet")
+    write_manifest(trace.path)
+    with pytest.raises(TraceError, match="nulls in column 'prompt'"):
+        _ = Trace.open(trace.path).problems

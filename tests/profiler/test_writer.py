@@ -141,3 +141,20 @@ def test_whatever_goes_in_comes_out(tmp_path_factory: pytest.TempPathFactory, we
     put = {(t, layer, int(ids[t, layer, k])): weights[t, layer, k] for t in range(3) for layer in range(2) for k in range(2)}
     assert read == put
     assert (np.diff(chunk.weights_TLK.astype(float), axis=-1) <= 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.1, 70_000.0])
+def test_weights_that_the_reader_would_refuse_are_refused_here(tmp_path: Path, bad: float) -> None:
+    ids, weights = rows(2)
+    weights[1, 1, 0] = bad
+    with pytest.raises(TraceError, match="negative, not a number, or above 65,504"):
+        start(tmp_path / "t").add(0, np.arange(2), ids, weights)
+
+
+def test_an_expert_twice_in_a_layer_and_negative_problems_are_refused(tmp_path: Path) -> None:
+    ids, weights = rows(2)
+    with pytest.raises(TraceError, match="negative problem_id"):
+        start(tmp_path / "t").add(-1, np.arange(2), ids, weights)
+    ids[0, 1] = 2
+    with pytest.raises(TraceError, match="the same expert twice"):
+        start(tmp_path / "u").add(0, np.arange(2), ids, weights)

@@ -107,7 +107,9 @@ def test_no_predictor_sees_the_layers_that_it_predicts(name: str, markov_trace: 
     for layer in range(1, 4):
         ids = routes.expert_ids_TLK.copy()
         ids[5, layer] = (ids[5, layer] + 3) % 8
-        after = predictor.probabilities(replace(routes, expert_ids_TLK=ids), slice(5, 6))
+        weights = routes.weights_TLK.copy()
+        weights[5, layer] = [0.9, 0.1]
+        after = predictor.probabilities(replace(routes, expert_ids_TLK=ids, weights_TLK=weights), slice(5, 6))
         assert np.abs(after[:, :layer] - before[:, :layer]).max() == 0, layer
 
 
@@ -119,7 +121,10 @@ def test_no_predictor_sees_later_tokens(name: str, markov_trace: Trace) -> None:
     before = predictor.probabilities(routes, slice(4, 6)).copy()
     ids = routes.expert_ids_TLK.copy()
     ids[6:] = (ids[6:] + 3) % 8
-    after = predictor.probabilities(replace(routes, expert_ids_TLK=ids), slice(4, 6))
+    weights, vocab_ids = routes.weights_TLK.copy(), routes.vocab_ids_T.copy()
+    weights[6:], vocab_ids[6:] = [0.9, 0.1], 5
+    changed = replace(routes, expert_ids_TLK=ids, weights_TLK=weights, vocab_ids_T=vocab_ids)
+    after = predictor.probabilities(changed, slice(4, 6))
     assert np.abs(after - before).max() == 0
 
 
@@ -202,6 +207,10 @@ def test_tampered_runs_are_refused(markov_trace: Trace, tmp_path: Path) -> None:
     with pytest.raises(SpecmoeError, match="cannot be read"):
         load_run(path)
     config = json.loads((path / "config.json").read_text())
+    config["shape"]["experts"] = 60_000
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecmoeError, match="tables would exceed"):
+        load_run(path)
     config["shape"]["experts"] = 10**9
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SpecmoeError, match="experts 1000000000, expected 1 to 65536"):
@@ -218,3 +227,24 @@ def test_first_tokens_have_no_predecessor_even_if_problems_touch() -> None:
     chunk = RoutingChunk(np.array([0, 0, 1, 1], np.int32), np.array([0, 1, 2, 3], np.int32), ids, ids.astype(np.float16))
     routes: Routes = make_routes(chunk)
     assert routes.previous_T.tolist() == [-1, 0, -1, 2]
+
+
+def test_a_converted_trace_cannot_hide_training_problems(markov_trace: Trace, tmp_path: Path) -> None:
+    from profiler.jsonl import read_jsonl, write_jsonl
+
+    run = train(markov_trace, "popularity", tmp_path / "run")
+    write_jsonl(markov_trace, tmp_path / "rows.jsonl")
+    converted = read_jsonl(tmp_path / "rows.jsonl", tmp_path / "converted", num_experts=8)
+    with pytest.raises(TraceError, match="training problems could not be told apart"):
+        evaluate(run, converted)
+    own = train(converted, "popularity", tmp_path / "own")
+    assert evaluate(own, converted)["split"] == "by problem (hash of the problem id)"
+    other = read_jsonl(tmp_path / "rows.jsonl", tmp_path / "other", num_experts=9)
+    with pytest.raises(SpecmoeError):
+        evaluate(own, other)
+
+
+def test_training_that_diverges_is_an_error_and_writes_nothing(markov_trace: Trace, tmp_path: Path) -> None:
+    with pytest.raises(SpecmoeError, match="diverged in epoch"):
+        train(markov_trace, "mlp", tmp_path / "run", options=replace(OPTIONS, learning_rate=1e30))
+    assert not (tmp_path / "run").exists()

@@ -103,3 +103,35 @@ def test_gsm8k_from_a_local_file_agrees_with_the_oracle(tmp_path: Path, oracle: 
         assert len(chunk) == len(tokens) - 1
         ids_TLK, _ = route(oracle, tokens[:-1])
         assert (np.sort(ids_TLK, -1) == np.sort(chunk.expert_ids_TLK, -1)).all()
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "text"),
+    [("interrupt", 130, "specmoe: interrupted"), ("kill the engine", 1, "its process EngineCore ended with exit code -9")],
+)
+def test_a_run_that_is_cut_off_ends_with_one_line_and_leaves_no_process(how: str, code: int, text: str, tmp_path: Path) -> None:
+    import os
+    import signal
+
+    import psutil
+
+    command = [sys.executable, "-m", "specmoe", "collect", "--model", "demo", "--dataset", "demo-math,demo-code,demo-reviews"]
+    command += ["--num-problems", "120", "--max-new-tokens", "850", "--out", str(tmp_path / "trace")]
+    run = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    assert run.stderr is not None
+    for line in run.stderr:
+        if line.startswith("30 of 120"):
+            break
+    descendants = psutil.Process(run.pid).children(recursive=True)
+    if how == "interrupt":
+        os.killpg(run.pid, signal.SIGINT)
+    else:
+        next(p for p in descendants if "EngineCore" in " ".join(p.cmdline())).kill()
+    _, rest = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert text in rest.splitlines()[-1]
+    _, alive = psutil.wait_procs(descendants, timeout=20)
+    assert alive == []
+    assert not (tmp_path / "trace").exists()

@@ -117,3 +117,24 @@ def test_assemble_leaves_gaps_open() -> None:
     ids, _, captured = assemble([(2, *span), (0, *span)])
     assert captured.tolist() == [True, False, True]
     assert ids[:, 0, 0].tolist() == [1, -1, 1]
+
+
+def test_a_layer_whose_hook_did_not_run_is_an_error_not_the_step_before(recorder: Recorder, tmp_path: Path) -> None:
+    recorder.start(tmp_path / "c")
+    run_step(recorder, [("a", 0, 2)], 0, new={"a": 1})
+    recorder.expert_ids_TLK[:1, 0] = torch.tensor([0, 1])
+    recorder.record(Step(spans=[("a", 2, 1)], problem_ids={}, finished=set()))
+    assert "expert ids -1..1" in recorder.stop()["error"]
+
+
+def test_status_tells_of_a_dead_writer_while_it_runs(recorder: Recorder, tmp_path: Path) -> None:
+    import time
+
+    recorder.start(tmp_path / "c")
+    recorder.record(Step(spans=[("a", 0, 1)], problem_ids={"a": 1}, finished=set()))
+    assert recorder.status() == {}
+    recorder.record(Step(spans=[], problem_ids={}, finished={"a"}))
+    deadline = time.monotonic() + 30
+    while not recorder.status() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "expected 0..3" in recorder.status()["error"]
