@@ -97,7 +97,7 @@ def collect(
     if max_length is not None and max_length > model.max_length:
         raise EngineError(f"--max-length {max_length}: {model.metadata.id} was made for {model.max_length} tokens at most")
     if len(problems) < options.num_problems:
-        on_stage(f"{options.num_problems} problems were asked for, the data holds {len(problems)}: taking those")
+        on_stage(f"taking all {len(problems)} problems that there are, of {options.num_problems} asked for")
     on_stage(f"starting {options.engine} with {model.metadata.id}")
     began = time.monotonic()
     engine = start_engine(options.engine, model, options.engine_options)

@@ -118,7 +118,13 @@ def test_a_run_that_is_cut_off_ends_with_one_line_and_leaves_no_process(how: str
     command = [sys.executable, "-m", "specmoe", "collect", "--model", "demo", "--dataset", "demo-math,demo-code,demo-reviews"]
     command += ["--num-problems", "120", "--max-new-tokens", "850", "--out", str(tmp_path / "trace")]
     run = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        # A shell's background job hands SIGINT down as ignored, and this suite may run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert run.stderr is not None
     for line in run.stderr:
