@@ -33,12 +33,12 @@ def train(
     train_routes = load_routes(trace, "train")
     validation = _validation(trace)
     began = time.monotonic()
-    predictor = predictor_class(shape)  # type: ignore[call-arg]
+    predictor = predictor_class(shape)
     history = predictor.fit(train_routes, validation, options, on_progress)
     seconds = time.monotonic() - began
     baselines = {}
     for name in BASELINES:
-        baselines[name] = find_predictor(name)(shape)  # type: ignore[call-arg]
+        baselines[name] = find_predictor(name)(shape)
         baselines[name].fit(train_routes, None, options, on_progress)
     facts = {
         "train_seconds": round(seconds, 2),

@@ -70,6 +70,8 @@ class Predictor(Protocol):
     about: ClassVar[str]
     shape: Shape
 
+    def __init__(self, shape: Shape) -> None: ...
+
     def fit(
         self,
         train: Routes,
