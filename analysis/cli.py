@@ -59,6 +59,8 @@ def analyze_trace(
 
 def print_statistics(statistics: Any) -> None:
     """One line per layer."""
+    from analysis.statistics import plain_zero
+
     model = statistics.trace.metadata.model
     next_layer = statistics.transitions[0]
     table = Table(
@@ -73,8 +75,8 @@ def print_statistics(statistics: Any) -> None:
         shared = ("", "")
         if position < len(next_layer.information_bits):
             shared = (
-                f"{next_layer.information_bits[position]:.3f}",
-                f"{next_layer.information_shuffled_bits[position]:.3f}",
+                plain_zero(next_layer.information_bits[position]),
+                plain_zero(next_layer.information_shuffled_bits[position]),
             )
         table.add_row(
             str(layer),

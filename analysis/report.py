@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from analysis.statistics import Statistics
+from analysis.statistics import Statistics, plain_zero
 from profiler.writer import write_text
 
 # Okabe and Ito's palette, distinguishable with every common colour blindness.
@@ -69,6 +69,7 @@ def _load(statistics: Statistics) -> Section:
             y=[f"{layer}" for layer in model.moe_layers],
             colorscale="Cividis",
             zmin=0,
+            zmax=float(relative_LE.max()),
             colorbar={"title": "of even share"},
             hovertemplate="layer %{y}, expert %{x}: %{z:.2f} of an even share<extra></extra>",
         )
@@ -113,8 +114,8 @@ def _transitions(statistics: Statistics) -> Section:
     information, control = first.information_bits, first.information_shuffled_bits
     strongest = int(information.argmax())
     headline = (
-        f"Adjacent layers share {information.mean():.2f} bits on average (shuffled control {control.mean():.3f}); most between "
-        f"layers {model.moe_layers[strongest]} and {model.moe_layers[strongest + 1]}: {information.max():.2f} bits."
+        f"Adjacent layers share {information.mean():.2f} bits on average (shuffled control {plain_zero(control.mean())}); "
+        f"most between layers {model.moe_layers[strongest]} and {model.moe_layers[strongest + 1]}: {information.max():.2f} bits."
     )
     explanation = (
         "P(expert at the later layer | expert at the earlier layer), over all pairs of selected experts of a token; every row "

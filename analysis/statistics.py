@@ -112,6 +112,11 @@ def datasets_by_problem(trace: Trace, problem_ids: Iterable[int]) -> dict[int, s
     return dataset_of
 
 
+def plain_zero(value: float) -> str:
+    """Three decimals; a bias-corrected zero that comes out as -0.0001 is shown as 0.000."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
 def _plain(value: Any) -> dict[str, Any]:
     """A dataclass of arrays as lists, rounded to what the counts support."""
     plain: dict[str, Any] = {}
