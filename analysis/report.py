@@ -115,7 +115,8 @@ def _transitions(statistics: Statistics) -> Section:
     strongest = int(information.argmax())
     headline = (
         f"Adjacent layers share {information.mean():.2f} bits on average (shuffled control {plain_zero(control.mean())}); "
-        f"most between layers {model.moe_layers[strongest]} and {model.moe_layers[strongest + 1]}: {information.max():.2f} bits."
+        f"most between layers {model.moe_layers[strongest]} and {model.moe_layers[strongest + 1]}: "
+        f"{information.max():.2f} bits."
     )
     explanation = (
         "P(expert at the later layer | expert at the earlier layer), over all pairs of selected experts of a token; every row "
