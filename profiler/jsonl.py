@@ -99,11 +99,14 @@ def read_jsonl(source: Path, directory: Path, *, num_experts: int | None = None)
     metadata = Metadata(
         model=model, engine="unknown", hook="unknown", gaps=[*gaps, "no prompts, outputs or vocabulary ids"], command=[]
     )
+    created = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     try:
         _fill(source, directory, metadata)
     except BaseException:
         shutil.rmtree(directory)
+        if not created:
+            directory.mkdir()
         raise
     return Trace.open(directory)
 
@@ -197,7 +200,7 @@ def _arrays(
 
     def values(name: str) -> npt.NDArray[Any]:
         flat = table.column(name).combine_chunks().flatten().to_numpy()
-        return flat.reshape(-1, top_k)[order].reshape(-1, len(layers), top_k)  # type: ignore[no-any-return]
+        return np.asarray(flat.reshape(-1, top_k)[order].reshape(-1, len(layers), top_k))
 
     weights_TLK = values("weights")
     if not (np.isfinite(weights_TLK).all() and (weights_TLK >= 0).all()):

@@ -317,7 +317,7 @@ def decode_rows(table: pa.Table, layers: int, top_k: int) -> RoutingChunk:
     def values(name: str) -> npt.NDArray[Any]:
         column = table.column(name)
         array = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-        return array.flatten().to_numpy(zero_copy_only=True).reshape(-1, layers, top_k)  # type: ignore[no-any-return]
+        return np.asarray(array.flatten().to_numpy(zero_copy_only=True).reshape(-1, layers, top_k))
 
     return RoutingChunk(
         problem_ids_T=table.column("problem_id").to_numpy()[::layers],

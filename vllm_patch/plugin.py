@@ -35,6 +35,7 @@ def register() -> None:
         WorkerCapture(self.worker)
         return result
 
+    # Marks the method as wrapped. mypy: functions take attributes, their type does not say so.
     init_device_and_attach.specmoe_original = init_device  # type: ignore[attr-defined]
     WorkerWrapperBase.init_device = init_device_and_attach
 

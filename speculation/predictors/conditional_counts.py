@@ -61,7 +61,7 @@ class ConditionalCounts:
         layers = np.arange(self.shape.layers)[:, None]
         change_THLE = [change_LEE[layers, ids_TLK].sum(2) for change_LEE in self._change_HLEE]
         log_odds_TLHE = self._popularity_LHE + np.stack(change_THLE, axis=2)
-        return (1 / (1 + np.exp(-log_odds_TLHE))).astype(np.float32)  # type: ignore[no-any-return]
+        return np.asarray(1 / (1 + np.exp(-log_odds_TLHE)), dtype=np.float32)
 
     def arrays(self) -> Arrays:
         return {"popularity_LHE": self._popularity_LHE, "change_HLEE": self._change_HLEE}

@@ -69,7 +69,7 @@ class MlpPredictor:
                 tokens = order_T[start : start + options.batch_tokens]
                 loss = self._loss(train, tokens)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call] # PyTorch leaves it without annotations
                 nn.utils.clip_grad_norm_(self._network.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
@@ -96,7 +96,7 @@ class MlpPredictor:
         self._network.eval()
         index_T = np.arange(*tokens.indices(len(routes)))
         logits_TLHE = self._network(*self._inputs(routes, index_T))
-        return logits_TLHE.sigmoid().float().cpu().numpy()  # type: ignore[no-any-return]
+        return np.asarray(logits_TLHE.sigmoid().float().cpu().numpy())
 
     def arrays(self) -> Arrays:
         weights = {f"network.{name}": tensor.cpu().numpy() for name, tensor in self._network.state_dict().items()}
@@ -241,7 +241,7 @@ def _weighted(embedded_TLKD: torch.Tensor, weights_TLK: torch.Tensor) -> torch.T
 def _relative(weights_TLK: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
     """Weights over their mean within each (token, layer): comparable between models that renormalise and those that do not."""
     weights = weights_TLK.astype(np.float32)
-    return weights / np.maximum(weights.mean(-1, keepdims=True), 1e-6)  # type: ignore[no-any-return]
+    return np.asarray(weights / np.maximum(weights.mean(-1, keepdims=True), 1e-6))
 
 
 def _frequent(vocab_ids_T: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:

@@ -77,3 +77,11 @@ def test_bad_lines_are_refused_with_the_reason(tmp_path: Path, lines: list[str],
 def test_positions_that_are_not_there_are_named_as_a_gap(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(line(token_id=0) + "\n" + line(token_id=7) + "\n")
     assert "6 positions of 1 problems have no rows" in read_jsonl(tmp_path / "in.jsonl", tmp_path / "t").metadata.gaps
+
+
+def test_a_target_folder_that_was_there_stays_there_empty(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "in.jsonl").write_text(line(0) + "\n" + line(1) + "\n" + line(0, token_id=1) + "\n")
+    with pytest.raises(TraceError, match="not adjacent"):
+        read_jsonl(tmp_path / "in.jsonl", tmp_path / "t")
+    assert list((tmp_path / "t").iterdir()) == []
