@@ -85,11 +85,23 @@ class VllmEngine:
     def generate(
         self, prompts: list[Prompt], sampling: Sampling, capture: Path, on_finished: Callable[[Completion], None]
     ) -> None:
+        try:
+            # Every wait for the engine is inside: a dead one answers neither steps nor calls.
+            with _Watchdog():
+                self._check_facts(self._call("specmoe_start", str(capture.resolve())))
+                requests = self._add_requests(prompts, sampling)
+                self._run(requests, on_finished)
+                answer = self._call("specmoe_stop")
+        except _EngineDiedError as error:
+            raise EngineError(f"vLLM stopped while it ran: {error}{self._keep_log()}") from error
+        if answer.get("unlabelled"):
+            raise EngineError(f"{answer['unlabelled']} requests reached the worker without a problem id")
+
+    def _add_requests(self, prompts: list[Prompt], sampling: Sampling) -> dict[str, int]:
+        """Queue every prompt; returns problem ids by request id."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._check_facts(self._call("specmoe_start", str(capture.resolve())))
-        engine = self._llm.llm_engine
         requests = {}
         for prompt in prompts:
             params = SamplingParams(
@@ -103,35 +115,36 @@ class VllmEngine:
             )
             request = f"problem-{prompt.problem_id}"
             requests[request] = prompt.problem_id
-            engine.add_request(request, {"type": "token", "prompt_token_ids": prompt.token_ids}, params)
+            tokens = {"type": "token", "prompt_token_ids": prompt.token_ids}
+            self._llm.llm_engine.add_request(request, tokens, params)
+        return requests
+
+    def _run(self, requests: dict[str, int], on_finished: Callable[[Completion], None]) -> None:
+        """Step the engine until every request has finished."""
+        engine = self._llm.llm_engine
         next_look = time.monotonic() + LOOK_EVERY_SECONDS
-        with _Watchdog():
-            while engine.has_unfinished_requests():
-                try:
-                    outputs = engine.step()
-                except (Exception, _EngineDiedError) as error:
-                    # What the engine printed tells more than the client's error; a killed engine printed nothing.
-                    reason = _first_line(error) if isinstance(error, _EngineDiedError) else _root_cause(self._log)
-                    reason = reason or _first_line(error)
-                    raise EngineError(f"vLLM stopped while it ran: {reason}{self._keep_log()}") from error
-                if time.monotonic() > next_look:
-                    # A writer that failed (a full disk) must not be found out at the end of a long run.
-                    self._call("specmoe_status")
-                    next_look = time.monotonic() + LOOK_EVERY_SECONDS
-                for output in outputs:
-                    if output.finished:
-                        best = output.outputs[0]
-                        on_finished(
-                            Completion(
-                                problem_id=requests[output.request_id],
-                                token_ids=list(best.token_ids),
-                                text=best.text,
-                                finish_reason=best.finish_reason or "unknown",
-                            )
+        while engine.has_unfinished_requests():
+            try:
+                outputs = engine.step()
+            except Exception as error:
+                # What the engine printed tells more than its client's error.
+                reason = _root_cause(self._log) or _first_line(error)
+                raise EngineError(f"vLLM stopped while it ran: {reason}{self._keep_log()}") from error
+            if time.monotonic() > next_look:
+                # A writer that failed (a full disk) must not be found out at the end of a long run.
+                self._call("specmoe_status")
+                next_look = time.monotonic() + LOOK_EVERY_SECONDS
+            for output in outputs:
+                if output.finished:
+                    best = output.outputs[0]
+                    on_finished(
+                        Completion(
+                            problem_id=requests[output.request_id],
+                            token_ids=list(best.token_ids),
+                            text=best.text,
+                            finish_reason=best.finish_reason or "unknown",
                         )
-        answer = self._call("specmoe_stop")
-        if answer.get("unlabelled"):
-            raise EngineError(f"{answer['unlabelled']} requests reached the worker without a problem id")
+                    )
 
     def close(self) -> None:
         engine = self._llm.llm_engine
