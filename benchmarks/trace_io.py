@@ -20,7 +20,8 @@ import numpy as np
 
 from profiler.reader import Trace
 from profiler.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
-from profiler.writer import RoutingWriter, seal, write_manifest, write_metadata
+from profiler.sealing import seal
+from profiler.writer import RoutingWriter, write_manifest, write_metadata
 
 LAYERS, EXPERTS, TOP_K = 32, 8, 2
 TOKENS_PER_PROBLEM = 500

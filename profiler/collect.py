@@ -11,29 +11,18 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-
+from profiler.capture import Sequence, finish_trace
 from profiler.datasets import Dataset, Problem, find_dataset, load_problems
-from profiler.engines import Completion, Engine, EngineOptions, Prompt, Sampling, start_engine
+from profiler.engines import Captured, Completion, Engine, EngineOptions, Prompt, Sampling, start_engine
 from profiler.errors import DatasetError, EngineError, TraceError
-from profiler.jsonl import write_jsonl
 from profiler.models import ResolvedModel, resolve_model
-from profiler.reader import Trace
 from profiler.schema import (
     CAPTURE_FOLDER,
-    DECODE,
-    JSONL_FILE,
     METADATA_FILE,
-    PREFILL,
-    PROBLEMS_FILE,
-    PROBLEMS_SCHEMA,
-    TOKENS_FILE,
-    TOKENS_SCHEMA,
     DatasetMetadata,
     Metadata,
 )
-from profiler.writer import seal, write_manifest, write_metadata, write_table
+from profiler.writer import write_metadata
 
 # Beyond this, sampling is noise and vLLM refuses it.
 MAX_TEMPERATURE = 2.0
@@ -109,17 +98,20 @@ def collect(
         options.out.mkdir(parents=True, exist_ok=True)
         try:
             write_metadata(options.out, metadata)
+            for note in engine.notes:
+                on_stage(note)
             on_stage(f"running {len(prompts)} problems")
-            completions = _run(engine, prompts, options, on_progress)
+            completions, captured = _run(engine, prompts, options, on_progress)
         except BaseException:
             _discard_if_empty(options.out, created)
             raise
         generated = time.monotonic()
         on_stage("sealing the trace")
-        _finish(options, metadata, problems, prompts, truncated, completions)
+        sequences = _sequences(problems, prompts, truncated, completions, captured.captured_as)
+        metadata = metadata.model_copy(update={"capture": metadata.capture | captured.report})
+        trace = finish_trace(options.out, metadata, sequences, jsonl=options.jsonl)
     finally:
         engine.close()
-    trace = Trace.open(options.out)
     return CollectSummary(
         trace=options.out,
         engine=engine.name,
@@ -174,7 +166,7 @@ def _encode(engine: Engine, problems: list[Problem], max_new_tokens: int) -> tup
 
 def _run(
     engine: Engine, prompts: list[Prompt], options: CollectOptions, on_progress: Callable[[int, int], None]
-) -> list[Completion]:
+) -> tuple[list[Completion], Captured]:
     completions: list[Completion] = []
 
     def finished(completion: Completion) -> None:
@@ -182,8 +174,8 @@ def _run(
         on_progress(len(completions), len(prompts))
 
     on_progress(0, len(prompts))
-    engine.generate(prompts, options.sampling, options.out / CAPTURE_FOLDER, finished)
-    return sorted(completions, key=lambda completion: completion.problem_id)
+    captured = engine.generate(prompts, options.sampling, options.out / CAPTURE_FOLDER, finished)
+    return sorted(completions, key=lambda completion: completion.problem_id), captured
 
 
 def _discard_if_empty(out: Path, created: bool) -> None:
@@ -196,68 +188,29 @@ def _discard_if_empty(out: Path, created: bool) -> None:
         out.rmdir()
 
 
-def _finish(
-    options: CollectOptions,
-    metadata: Metadata,
+def _sequences(
     problems: list[Problem],
     prompts: list[Prompt],
     truncated: list[int],
     completions: list[Completion],
-) -> None:
-    """Write everything but the capture itself; the manifest last."""
-    lengths = {
-        prompt.problem_id: len(prompt.token_ids) + len(completion.token_ids)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    }
-    missing = seal(options.out, metadata.model, lengths)
-    if missing:
-        positions = sum(missing.values())
-        metadata = metadata.model_copy(
-            update={"gaps": [f"{positions} positions of {len(missing)} problems were not captured: {sorted(missing)[:20]}"]}
+    captured_as: dict[int, int],
+) -> list[Sequence]:
+    return [
+        Sequence(
+            problem_id=prompt.problem_id,
+            captured_as=captured_as.get(prompt.problem_id),
+            dataset=problem.dataset,
+            source_key=problem.source_key,
+            prompt=problem.prompt,
+            output=completion.text,
+            prompt_token_ids=prompt.token_ids,
+            output_token_ids=completion.token_ids,
+            truncated_tokens=cut,
+            cached_tokens=completion.cached_tokens,
+            finish_reason=completion.finish_reason,
         )
-        write_metadata(options.out, metadata)
-    write_table(options.out / TOKENS_FILE, _tokens_table(prompts, completions))
-    write_table(options.out / PROBLEMS_FILE, _problems_table(problems, prompts, truncated, completions))
-    extra_files = {}
-    if options.jsonl:
-        trace = Trace.open(options.out, allow_incomplete=True)
-        extra_files[JSONL_FILE] = write_jsonl(trace, options.out / JSONL_FILE)
-    write_manifest(options.out, extra_files)
-
-
-def _tokens_table(prompts: list[Prompt], completions: list[Completion]) -> pa.Table:
-    pairs = list(zip(prompts, completions, strict=True))
-    lengths = np.array([len(p.token_ids) + len(c.token_ids) for p, c in pairs])
-    decode = [np.arange(n) >= len(p.token_ids) for (p, _), n in zip(pairs, lengths, strict=True)]
-    return pa.table(
-        [
-            np.repeat(np.array([p.problem_id for p, _ in pairs], dtype=np.int32), lengths),
-            np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-            np.concatenate([np.array(p.token_ids + c.token_ids, dtype=np.int32) for p, c in pairs]),
-            pa.DictionaryArray.from_arrays(np.concatenate(decode).astype(np.int8), [PREFILL, DECODE]),
-        ],
-        schema=TOKENS_SCHEMA,
-    )
-
-
-def _problems_table(
-    problems: list[Problem], prompts: list[Prompt], truncated: list[int], completions: list[Completion]
-) -> pa.Table:
-    rows = [
-        {
-            "problem_id": prompt.problem_id,
-            "dataset": problem.dataset,
-            "source_key": problem.source_key,
-            "prompt": problem.prompt,
-            "output": completion.text,
-            "prompt_tokens": len(prompt.token_ids),
-            "output_tokens": len(completion.token_ids),
-            "truncated_tokens": cut,
-            "finish_reason": completion.finish_reason,
-        }
         for problem, prompt, cut, completion in zip(problems, prompts, truncated, completions, strict=True)
     ]
-    return pa.Table.from_pylist(rows, schema=PROBLEMS_SCHEMA)
 
 
 def _metadata(
@@ -305,7 +258,9 @@ def _metadata(
             "compiled": engine.compiled,
             "max_length": engine.max_length,
             "truncated_problems": sum(cut > 0 for cut in truncated),
-            "prefix_caching": False,
+            "logits": options.engine_options.capture.logits,
+            "hidden_layers": list(options.engine_options.capture.hidden_layers),
+            "prefix_caching": options.engine_options.prefix_caching,
         },
         command=_public_command(),
     )

@@ -20,7 +20,8 @@ import pyarrow.json as pj
 from profiler.errors import TraceError
 from profiler.reader import Trace
 from profiler.schema import CAPTURE_FOLDER, MAX_EXPERTS, MAX_TOP_K, Metadata, ModelMetadata, RoutingChunk
-from profiler.writer import RoutingWriter, seal, write_manifest, write_metadata
+from profiler.sealing import seal
+from profiler.writer import RoutingWriter, write_manifest, write_metadata
 
 _LINE = '{{"problem_id": {}, "layer": {}, "token_id": {}, "expert_ids": [{}], "weights": [{}]}}\n'
 
@@ -125,7 +126,7 @@ def _fill(source: Path, directory: Path, metadata: Metadata) -> None:
             sequence_tokens[problem_id] = int(token_ids_T[-1]) + 2
     missing = seal(directory, model, sequence_tokens)
     if missing:
-        gap = f"{sum(missing.values())} positions of {len(missing)} problems have no rows"
+        gap = f"{sum(map(len, missing.values()))} positions of {len(missing)} problems have no rows"
         write_metadata(directory, metadata.model_copy(update={"gaps": [*metadata.gaps, gap]}))
     write_manifest(directory)
 

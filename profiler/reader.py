@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from profiler.errors import TraceError
 from profiler.schema import (
     MANIFEST_FILE,
+    MAX_HIDDEN_SIZE,
     METADATA_FILE,
     PROBLEMS_FILE,
     PROBLEMS_SCHEMA,
@@ -28,8 +30,9 @@ from profiler.schema import (
     Metadata,
     RoutingChunk,
     routing_schema,
+    values_schema,
 )
-from profiler.writer import decode_rows, has_repeats, sha256_of
+from profiler.writer import has_repeats, sha256_of
 
 MAX_DOCUMENT_BYTES = 64 << 20
 
@@ -167,9 +170,36 @@ class Trace:
             raise TraceError(f"{self.path}: rows of problem {problem_id} are not sorted by token_id over the row groups")
         return whole
 
+    def values(self, folder: str, problem_id: int) -> tuple[npt.NDArray[np.int32], list[int], npt.NDArray[np.float16]]:
+        """Router logits (`folder` "logits", W = E) or router inputs ("hidden", W = D) of one problem.
+
+        Returns positions `[T]`, decoder layers (L of them) and float16 values `[T, L, W]`. Raises `TraceError` if the trace has
+        none of this problem.
+        """
+        tables = []
+        for path in sorted((self.path / folder).glob("part-*.parquet")):
+            file = _open_parquet(path)
+            names = file.schema_arrow.names
+            if len(names) != 4 or file.schema_arrow.remove_metadata() != _values_schema(file.schema_arrow, path):
+                raise TraceError(f"{path}: columns {names}, expected problem_id, layer, token_id and one list of float16")
+            for group in range(file.metadata.num_row_groups):
+                statistics = file.metadata.row_group(group).column(0).statistics
+                if statistics is not None and not statistics.min <= problem_id <= statistics.max:
+                    continue
+                table = _read_row_group(file, group, path)
+                tables.append(table.filter(pc.equal(table.column("problem_id"), problem_id)))
+        if not sum(table.num_rows for table in tables):
+            raise TraceError(f"{self.path}: no {folder} of problem {problem_id}")
+        whole = pa.concat_tables(tables)
+        token_ids, layers = whole.column("token_id").to_numpy(), whole.column("layer").to_numpy()
+        count = len(np.unique(layers))
+        if len(layers) % count or (layers.reshape(-1, count) != layers[:count]).any():
+            raise TraceError(f"{self.path}: {folder} of problem {problem_id} lacks layers for some tokens")
+        return token_ids[::count], layers[:count].tolist(), decode_lists(whole.column(3), count)
+
     def _decode(self, table: pa.Table, path: Path, group: int) -> RoutingChunk:
         layers_L = np.asarray(self.metadata.model.moe_layers)
-        layers, top_k = len(layers_L), self.metadata.model.top_k
+        layers = len(layers_L)
         if table.num_rows == 0 or table.num_rows % layers:
             raise TraceError(f"{path}, row group {group}: {table.num_rows} rows, expected a multiple of {layers} layers")
         lists = ("expert_ids", "weights")
@@ -185,7 +215,7 @@ class Trace:
         broken_T |= (problem_TL[:, 0] < 0) | (token_TL[:, 0] < 0)
         key_T = problem_TL[:, 0] << 32 | token_TL[:, 0]
         broken_T[1:] |= np.diff(key_T) <= 0
-        chunk = decode_rows(table, layers, top_k)
+        chunk = decode_rows(table, layers)
         broken_T |= (chunk.expert_ids_TLK >= self.metadata.model.num_experts).any((1, 2))
         broken_T |= has_repeats(chunk.expert_ids_TLK).any(1)
         with np.errstate(invalid="ignore"):
@@ -209,12 +239,38 @@ def concatenate(chunks: list[RoutingChunk]) -> RoutingChunk:
     return RoutingChunk(**{name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in names})
 
 
+def decode_rows(table: pa.Table, layers: int) -> RoutingChunk:
+    """Rows sorted by token and layer as `[T, L, K]` views on the table's own buffers (no copy beyond joining chunks).
+
+    The caller has checked that every token has all layers.
+    """
+    return RoutingChunk(
+        problem_ids_T=table.column("problem_id").to_numpy()[::layers],
+        token_ids_T=table.column("token_id").to_numpy()[::layers],
+        expert_ids_TLK=decode_lists(table.column("expert_ids"), layers),
+        weights_TLK=decode_lists(table.column("weights"), layers),
+    )
+
+
+def decode_lists(column: pa.ChunkedArray, layers: int) -> npt.NDArray[Any]:
+    """A fixed-size list column, rows sorted by token and layer, as `[T, L, W]`: a view unless it has several chunks."""
+    array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
+    return np.asarray(array.flatten().to_numpy(zero_copy_only=True).reshape(-1, layers, column.type.list_size))
+
+
 def _split(chunk: RoutingChunk, at: int) -> tuple[RoutingChunk, RoutingChunk]:
     names = [field.name for field in fields(RoutingChunk)]
     return (
         RoutingChunk(**{name: getattr(chunk, name)[:at] for name in names}),
         RoutingChunk(**{name: getattr(chunk, name)[at:] for name in names}),
     )
+
+
+def _values_schema(schema: pa.Schema, path: Path) -> pa.Schema:
+    kind = schema.field(3).type
+    if not pa.types.is_fixed_size_list(kind) or not 1 <= kind.list_size <= MAX_HIDDEN_SIZE:
+        raise TraceError(f"{path}: column {schema.names[3]!r} is {kind}, expected a fixed-size list of float16")
+    return values_schema(schema.names[3], kind.list_size)
 
 
 def _key(chunk: RoutingChunk, token: int) -> int:

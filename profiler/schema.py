@@ -23,12 +23,17 @@ TOKENS_FILE = "tokens.parquet"
 PROBLEMS_FILE = "problems.parquet"
 JSONL_FILE = "routing.jsonl"
 ROUTING_FOLDER = "routing"
+# Optional: all router logits, and router inputs of chosen layers.
+LOGITS_FOLDER, HIDDEN_FOLDER = "logits", "hidden"
+GATES_FILE = "gates.safetensors"
 # Rows in the order in which requests finished; exists only while a trace is being collected.
 CAPTURE_FOLDER = "capture"
+REQUESTS_FILE = "requests.jsonl"
 
 # What a uint16 id can hold; and a generous bound on what a stranger's metadata can make a reader allocate per row.
 MAX_EXPERTS = 65_536
 MAX_TOP_K = 1024
+MAX_HIDDEN_SIZE = 1 << 20
 
 PREFILL, DECODE = "prefill", "decode"
 
@@ -42,6 +47,7 @@ PROBLEMS_SCHEMA = pa.schema(
         ("prompt_tokens", pa.int32()),
         ("output_tokens", pa.int32()),
         ("truncated_tokens", pa.int32()),
+        ("cached_tokens", pa.int32()),
         ("finish_reason", pa.string()),
     ]
 )
@@ -71,6 +77,18 @@ def routing_schema(num_experts: int, top_k: int) -> pa.Schema:
             ("token_id", pa.int32()),
             ("expert_ids", pa.list_(pa.field("element", ids), top_k)),
             ("weights", pa.list_(pa.field("element", pa.float16()), top_k)),
+        ]
+    )
+
+
+def values_schema(column: str, width: int) -> pa.Schema:
+    """Arrow schema of `logits/*.parquet` (width E) and `hidden/*.parquet` (width D): `column` holds float16 lists."""
+    return pa.schema(
+        [
+            ("problem_id", pa.int32()),
+            ("layer", pa.int16()),
+            ("token_id", pa.int32()),
+            (column, pa.list_(pa.field("element", pa.float16()), width)),
         ]
     )
 

@@ -1,14 +1,12 @@
-"""Write a trace: stream routing rows to Parquet in any problem order, then seal them into a sorted, complete trace.
+"""Write a trace: stream rows to Parquet in any problem order, in bounded memory; metadata, tables and the manifest.
 
-While requests run, rows go to `capture/` in the order in which problems finish (`RoutingWriter`). `seal` rewrites them
-sorted by (problem_id, token_id, layer) under `routing/`; `write_manifest` comes last. Memory is bounded in all of them.
+While requests run, rows go to `capture/` in the order in which they come (`RoutingWriter`, `ValuesWriter`);
+`profiler.sealing` sorts them into `routing/`, and `write_manifest` comes last.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections import OrderedDict, defaultdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +18,9 @@ import pyarrow.parquet as pq
 
 from profiler.errors import TraceError
 from profiler.schema import (
-    CAPTURE_FOLDER,
+    GATES_FILE,
+    HIDDEN_FOLDER,
+    LOGITS_FOLDER,
     MANIFEST_FILE,
     METADATA_FILE,
     PROBLEMS_FILE,
@@ -29,94 +29,70 @@ from profiler.schema import (
     Manifest,
     ManifestEntry,
     Metadata,
-    ModelMetadata,
-    RoutingChunk,
     expert_dtype,
     routing_schema,
+    values_schema,
 )
 
-# A row group is the unit of reading: 262,144 rows of K = 2 are 4 MB in memory.
+# A row group is the unit of reading: 262,144 rows of K = 2 are 4 MB in memory. Wide rows (logits, hidden) make smaller ones.
 ROWS_PER_GROUP = 1 << 18
+BYTES_PER_GROUP = 32 << 20
 ROWS_PER_FILE = 1 << 24
-# Row groups kept while sealing: problems finish roughly in order, so a window of them is enough.
-SEAL_CACHED_GROUPS = 16
+KEY_COLUMNS = ("problem_id", "layer", "token_id")
+
+Problems = int | npt.NDArray[np.integer[Any]]
+"""The problem of a block of tokens: one for all `[]`, or one per token `[T]`."""
 
 
-class RoutingWriter:
-    """Stream routing to `folder/part-*.parquet`; files appear under their name only when they are whole.
+class BlockWriter:
+    """Stream rows (problem_id, layer, token_id, lists) to `folder/part-*.parquet`, one block per call of `add_block`.
 
-    folder: created if missing; must not hold parts yet.
-    moe_layers: decoder layer index of each of the L MoE layers.
+    Files appear under their name only when they are whole.
+    folder: created if missing; must not hold parts yet. layers: decoder layer index of each of the L recorded layers.
     """
 
-    def __init__(self, folder: Path, moe_layers: list[int], num_experts: int, top_k: int) -> None:
+    def __init__(self, folder: Path, layers: list[int], schema: pa.Schema) -> None:
         self.folder = folder
         self.rows = 0
-        self._layers_L = np.asarray(moe_layers, dtype=np.int16)
-        self._num_experts = num_experts
-        self._top_k = top_k
-        self._schema = routing_schema(num_experts, top_k)
-        self._pending: list[pa.RecordBatch] = []
+        self._layers_L = np.asarray(layers, dtype=np.int16)
+        self._schema = schema
+        values = sum(field.type.list_size for field in schema if field.name not in KEY_COLUMNS)
+        # Every list entry of a trace has one or two bytes.
+        self._rows_per_group = min(ROWS_PER_GROUP, BYTES_PER_GROUP // (2 * values))
+        self._pending: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], dict[str, npt.NDArray[Any]]]] = []
         self._pending_rows = 0
         self._part = 0
         self._file: pq.ParquetWriter | None = None
         self._file_rows = 0
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.glob("part-*.parquet")):
-            raise TraceError(f"{folder} already holds routing parts; choose another folder")
+            raise TraceError(f"{folder} already holds parts; choose another folder")
 
-    def add(
-        self,
-        problem_id: int,
-        token_ids_T: npt.NDArray[np.integer[Any]],
-        expert_ids_TLK: npt.NDArray[np.integer[Any]],
-        weights_TLK: npt.NDArray[np.floating[Any]],
-    ) -> None:
-        """Append tokens of one problem. Pairs are sorted here by weight, descending.
+    def add_block(self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], lists: dict[str, Any]) -> None:
+        """Append tokens of one problem or of several; `lists` maps each list column to an array `[T, L, W]` of its own type.
 
-        Raises `TraceError` if shapes disagree, an id is negative, an expert id is not in 0..E-1 or repeated within a layer,
-        or a weight is negative or not a finite float16.
+        Raises `TraceError` if a problem or token id is negative.
         """
-        tokens, layers = len(token_ids_T), len(self._layers_L)
-        expected = (tokens, layers, self._top_k)
-        if expert_ids_TLK.shape != expected or weights_TLK.shape != expected:
-            raise TraceError(
-                f"problem {problem_id}: expert ids {expert_ids_TLK.shape} and weights {weights_TLK.shape}, expected {expected}"
-            )
-        if tokens == 0:
+        if len(token_ids_T) == 0:
             return
-        if expert_ids_TLK.min() < 0 or expert_ids_TLK.max() >= self._num_experts:
-            raise TraceError(
-                f"problem {problem_id}: expert ids {expert_ids_TLK.min()}..{expert_ids_TLK.max()}, "
-                f"expected 0..{self._num_experts - 1}"
-            )
-        if problem_id < 0 or token_ids_T.min() < 0:
-            raise TraceError(f"problem {problem_id}: negative problem_id or token_id")
-        ids_TLK, weights_TLK = sort_pairs(expert_ids_TLK, weights_TLK)
-        with np.errstate(over="ignore"):
-            weights_TLK = weights_TLK.astype(np.float16)
-        if not (np.isfinite(weights_TLK).all() and (weights_TLK >= 0).all()):
-            raise TraceError(f"problem {problem_id}: a routing weight is negative, not a number, or above 65,504 (float16)")
-        if has_repeats(ids_TLK).any():
-            raise TraceError(f"problem {problem_id}: a token has the same expert twice in a layer")
-        rows = tokens * layers
-        columns = [
-            pa.array(np.full(rows, problem_id, dtype=np.int32)),
-            pa.array(np.tile(self._layers_L, tokens)),
-            pa.array(np.repeat(np.asarray(token_ids_T, dtype=np.int32), layers)),
-            _fixed_size_list(ids_TLK.astype(expert_dtype(self._num_experts)), self._schema.field("expert_ids").type),
-            _fixed_size_list(weights_TLK, self._schema.field("weights").type),
-        ]
-        self._pending.append(pa.record_batch(columns, schema=self._schema))
+        problem_ids_T = np.broadcast_to(np.asarray(problems, dtype=np.int32), token_ids_T.shape)
+        if problem_ids_T.min() < 0 or token_ids_T.min() < 0:
+            raise TraceError(f"{_name(problems)}: negative problem_id or token_id")
+        rows = len(token_ids_T) * len(self._layers_L)
+        self._pending.append((problem_ids_T, token_ids_T.astype(np.int32, copy=False), lists))
         self._pending_rows += rows
         self.rows += rows
-        if self._pending_rows >= ROWS_PER_GROUP:
+        if self._pending_rows >= self._rows_per_group:
             self._write_group()
 
-    def close(self) -> None:
-        """Write what is pending and give the last file its name."""
+    def flush(self) -> None:
+        """Write what is pending and give the file its name; later blocks go to the next file."""
         self._write_group()
         self._close_file()
+
+    def close(self) -> None:
+        """Write everything out."""
+        self.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -129,8 +105,20 @@ class RoutingWriter:
         if not self._pending:
             return
         if self._file is None:
-            self._file = open_routing_file(self._part_path.with_suffix(".tmp"), self._schema)
-        self._file.write_table(pa.Table.from_batches(self._pending), row_group_size=self._pending_rows)
+            self._file = open_part(self._part_path.with_suffix(".tmp"), self._schema)
+        layers = len(self._layers_L)
+        problem_ids_T = np.concatenate([problem_ids for problem_ids, _, _ in self._pending])
+        token_ids_T = np.concatenate([token_ids for _, token_ids, _ in self._pending])
+        columns = [
+            pa.array(np.repeat(problem_ids_T, layers)),
+            pa.array(np.tile(self._layers_L, len(token_ids_T))),
+            pa.array(np.repeat(token_ids_T, layers)),
+        ]
+        for field in self._schema:
+            if field.name not in KEY_COLUMNS:
+                values = np.concatenate([lists[field.name] for _, _, lists in self._pending]).reshape(-1)
+                columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values), type=field.type))
+        self._file.write_table(pa.Table.from_arrays(columns, schema=self._schema), row_group_size=self._pending_rows)
         self._file_rows += self._pending_rows
         self._pending, self._pending_rows = [], 0
         if self._file_rows >= ROWS_PER_FILE:
@@ -149,12 +137,96 @@ class RoutingWriter:
         return self.folder / f"part-{self._part:05d}.parquet"
 
 
+class RoutingWriter(BlockWriter):
+    """Stream routing: every token has K pairs of expert id and weight in each of the L MoE layers."""
+
+    def __init__(self, folder: Path, moe_layers: list[int], num_experts: int, top_k: int) -> None:
+        super().__init__(folder, moe_layers, routing_schema(num_experts, top_k))
+        self._num_experts = num_experts
+        self._top_k = top_k
+
+    def add(
+        self,
+        problems: Problems,
+        token_ids_T: npt.NDArray[np.integer[Any]],
+        expert_ids_TLK: npt.NDArray[np.integer[Any]],
+        weights_TLK: npt.NDArray[np.floating[Any]],
+    ) -> None:
+        """Append tokens of one problem, or of one problem per token. Pairs are sorted here by weight, descending.
+
+        Raises `TraceError` if shapes disagree, an id is negative, an expert id is not in 0..E-1 or repeated within a layer,
+        or a weight is negative or not a finite float16.
+        """
+        expected = (len(token_ids_T), len(self._layers_L), self._top_k)
+        if expert_ids_TLK.shape != expected or weights_TLK.shape != expected:
+            raise TraceError(
+                f"{_name(problems)}: expert ids {expert_ids_TLK.shape} and weights {weights_TLK.shape}, expected {expected}"
+            )
+        if len(token_ids_T):
+            ids_TLK, weights_TLK = checked_pairs(expert_ids_TLK, weights_TLK, self._num_experts, _name(problems))
+            self.add_block(problems, token_ids_T, {"expert_ids": ids_TLK, "weights": weights_TLK})
+
+
+class ValuesWriter(BlockWriter):
+    """Stream float16 vectors of width W (router logits, router inputs) of every token in each of the L recorded layers."""
+
+    def __init__(self, folder: Path, layers: list[int], column: str, width: int) -> None:
+        super().__init__(folder, layers, values_schema(column, width))
+        self._column, self._width = column, width
+
+    def add(self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], values_TLW: npt.NDArray[np.float16]) -> None:
+        """Append tokens of one problem, or of one problem per token.
+
+        Raises `TraceError` on another shape or type, or on a value that is not a finite number.
+        """
+        expected = (len(token_ids_T), len(self._layers_L), self._width)
+        if values_TLW.shape != expected or values_TLW.dtype != np.float16:
+            raise TraceError(
+                f"{_name(problems)}: {self._column} {values_TLW.shape} {values_TLW.dtype}, expected {expected} float16"
+            )
+        if not np.isfinite(values_TLW).all():
+            raise TraceError(f"{_name(problems)}: {self._column} hold a value that float16 cannot")
+        self.add_block(problems, token_ids_T, {self._column: values_TLW})
+
+
+def _name(problems: Problems) -> str:
+    ids = np.unique(np.asarray(problems))
+    return f"problem {ids[0]}" if len(ids) == 1 else f"problems {ids[0]}..{ids[-1]}"
+
+
+def checked_pairs(
+    expert_ids_TLK: npt.NDArray[np.integer[Any]], weights_TLK: npt.NDArray[np.floating[Any]], num_experts: int, what: str
+) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float16]]:
+    """Pairs in the types of the trace, sorted by weight, descending.
+
+    Raises `TraceError`, which names `what`, on expert ids out of range or repeated and on weights that are no finite float16.
+    """
+    lowest, highest = int(expert_ids_TLK.min()), int(expert_ids_TLK.max())
+    if lowest < 0 or highest >= num_experts:
+        raise TraceError(f"{what}: expert ids {lowest}..{highest}, expected 0..{num_experts - 1}")
+    with np.errstate(over="ignore"):
+        halves_TLK = weights_TLK.astype(np.float16, copy=False)
+    if not (np.isfinite(halves_TLK).all() and (halves_TLK >= 0).all()):
+        raise TraceError(f"{what}: a routing weight is negative, not a number, or above 65,504 (float16)")
+    ids_TLK, halves_TLK = sort_pairs(expert_ids_TLK.astype(expert_dtype(num_experts)), halves_TLK)
+    if has_repeats(ids_TLK).any():
+        raise TraceError(f"{what}: a token has the same expert twice in a layer")
+    return ids_TLK, halves_TLK
+
+
 def sort_pairs(
-    expert_ids_TLK: npt.NDArray[np.integer[Any]], weights_TLK: npt.NDArray[np.floating[Any]]
-) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.floating[Any]]]:
-    """Both arrays `[T, L, K]` reordered along K by weight, descending; equal weights by expert id."""
-    order_TLK = np.lexsort((expert_ids_TLK, -weights_TLK), axis=-1)
-    return np.take_along_axis(expert_ids_TLK, order_TLK, -1), np.take_along_axis(weights_TLK, order_TLK, -1)
+    expert_ids_TLK: npt.NDArray[np.unsignedinteger[Any]], weights_TLK: npt.NDArray[np.float16]
+) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float16]]:
+    """Both arrays `[T, L, K]` reordered along K by weight, descending; equal weights by expert id.
+
+    Weights must not be negative: then their bits have their order, and one sort of (inverted bits, id) as a number does.
+    """
+    # Adding zero turns -0 into +0, whose bits would otherwise sort first.
+    bits_TLK = (weights_TLK + np.float16(0)).view(np.uint16)
+    keys_TLK = (~bits_TLK).astype(np.uint32) << 16 | expert_ids_TLK
+    keys_TLK.sort(axis=-1)
+    ids_TLK = (keys_TLK & 0xFFFF).astype(expert_ids_TLK.dtype)
+    return ids_TLK, (~(keys_TLK >> 16).astype(np.uint16)).view(np.float16)
 
 
 def has_repeats(expert_ids_TLK: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -163,8 +235,8 @@ def has_repeats(expert_ids_TLK: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return np.asarray((ordered[..., 1:] == ordered[..., :-1]).any(-1))
 
 
-def open_routing_file(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A Parquet writer with the encodings of routing rows: zstd, dictionaries for ids and positions."""
+def open_part(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A Parquet writer with the encodings of trace rows: zstd, dictionaries for ids and positions."""
     return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=True, write_statistics=True)
 
 
@@ -180,46 +252,18 @@ def write_table(path: Path, table: pa.Table) -> None:
     temporary.rename(path)
 
 
-def seal(directory: Path, model: ModelMetadata, sequence_tokens: dict[int, int]) -> dict[int, int]:
-    """Sort `capture/` into `routing/` and return the tokens that each problem lacks.
-
-    sequence_tokens: problem id -> N, the tokens of prompt and output. A model routes N - 1 of them: the last generated
-    token is never fed back. Engines that schedule ahead may have routed it; such rows are dropped. Positions that were
-    captured twice keep the last capture.
-    Returns problem id -> number of the N - 1 positions without routing, for the problems that lack some.
-    Raises `TraceError` if a captured problem is not in `sequence_tokens`.
-    """
-    capture = directory / CAPTURE_FOLDER
-    blocks = _blocks_by_problem(capture)
-    unknown = sorted(set(blocks) - set(sequence_tokens))
-    if unknown:
-        raise TraceError(f"{capture}: rows of unknown problem {unknown[0]}")
-    missing: dict[int, int] = {}
-    groups = _RowGroupCache(len(model.moe_layers), model.top_k)
-    with RoutingWriter(directory / ROUTING_FOLDER, model.moe_layers, model.num_experts, model.top_k) as writer:
-        for problem_id in sorted(sequence_tokens):
-            routed = sequence_tokens[problem_id] - 1
-            pieces = [groups.tokens(*block) for block in blocks.get(problem_id, [])]
-            if pieces:
-                chunk = _last_capture_of_each_position(pieces, routed)
-                writer.add(problem_id, chunk.token_ids_T, chunk.expert_ids_TLK, chunk.weights_TLK)
-            lacking = routed - (len(chunk) if pieces else 0)
-            if lacking > 0:
-                missing[problem_id] = lacking
-    groups.close()
-    shutil.rmtree(capture)
-    return missing
-
-
 def write_manifest(directory: Path, extra_files: dict[str, int] | None = None) -> Manifest:
     """Hash every file of the trace and write `manifest.json`; nothing may be written to the trace afterwards.
 
     extra_files: further file names with their row counts (the JSON lines).
     """
-    names = [f"{ROUTING_FOLDER}/{p.name}" for p in sorted((directory / ROUTING_FOLDER).glob("part-*.parquet"))]
+    folders = (ROUTING_FOLDER, LOGITS_FOLDER, HIDDEN_FOLDER)
+    names = [f"{folder}/{p.name}" for folder in folders for p in sorted((directory / folder).glob("part-*.parquet"))]
     names += [name for name in (TOKENS_FILE, PROBLEMS_FILE) if (directory / name).exists()]
     rows = {name: pq.read_metadata(directory / name).num_rows for name in names}
     rows |= {METADATA_FILE: 0} | (extra_files or {})
+    if (directory / GATES_FILE).exists():
+        rows[GATES_FILE] = 0
     files = {}
     for name, count in rows.items():
         path = directory / name
@@ -240,88 +284,3 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
-
-
-def _fixed_size_list(values_TLK: npt.NDArray[Any], kind: pa.FixedSizeListType) -> pa.FixedSizeListArray:
-    flat = pa.array(np.ascontiguousarray(values_TLK).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
-
-
-def _last_capture_of_each_position(pieces: list[RoutingChunk], routed: int) -> RoutingChunk:
-    token_ids = np.concatenate([piece.token_ids_T for piece in pieces])
-    # np.unique keeps the first of equals: look from the end, so that the last capture wins.
-    positions, from_end = np.unique(token_ids[::-1], return_index=True)
-    keep = (len(token_ids) - 1 - from_end)[positions < routed]
-    return RoutingChunk(
-        problem_ids_T=np.concatenate([piece.problem_ids_T for piece in pieces])[keep],
-        token_ids_T=token_ids[keep],
-        expert_ids_TLK=np.concatenate([piece.expert_ids_TLK for piece in pieces])[keep],
-        weights_TLK=np.concatenate([piece.weights_TLK for piece in pieces])[keep],
-    )
-
-
-_Block = tuple[Path, int, int, int]
-"""Rows of one problem: file, row group, first row in the group, number of rows."""
-
-
-def _blocks_by_problem(folder: Path) -> dict[int, list[_Block]]:
-    blocks: dict[int, list[_Block]] = defaultdict(list)
-    for path in sorted(folder.glob("part-*.parquet")):
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                ids = file.read_row_group(group, columns=["problem_id"]).column(0).to_numpy()
-                starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
-                ends = np.append(starts[1:], len(ids))
-                for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-                    blocks[int(ids[start])].append((path, group, start, end - start))
-    return dict(blocks)
-
-
-class _RowGroupCache:
-    """Decoded row groups, least recently used dropped first."""
-
-    def __init__(self, layers: int, top_k: int) -> None:
-        self._layers, self._top_k = layers, top_k
-        self._files: dict[Path, pq.ParquetFile] = {}
-        self._groups: OrderedDict[tuple[Path, int], RoutingChunk] = OrderedDict()
-
-    def tokens(self, path: Path, group: int, start: int, rows: int) -> RoutingChunk:
-        key = (path, group)
-        if key in self._groups:
-            self._groups.move_to_end(key)
-        else:
-            if path not in self._files:
-                self._files[path] = pq.ParquetFile(path)
-            table = self._files[path].read_row_group(group)
-            self._groups[key] = decode_rows(table, self._layers, self._top_k)
-            if len(self._groups) > SEAL_CACHED_GROUPS:
-                self._groups.popitem(last=False)
-        chunk = self._groups[key]
-        tokens = slice(start // self._layers, (start + rows) // self._layers)
-        return RoutingChunk(
-            chunk.problem_ids_T[tokens], chunk.token_ids_T[tokens], chunk.expert_ids_TLK[tokens], chunk.weights_TLK[tokens]
-        )
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-
-def decode_rows(table: pa.Table, layers: int, top_k: int) -> RoutingChunk:
-    """Rows sorted by token and layer as `[T, L, K]` views on the table's own buffers (no copy beyond joining chunks).
-
-    The caller has checked that every token has all layers.
-    """
-    table = table.combine_chunks()
-
-    def values(name: str) -> npt.NDArray[Any]:
-        column = table.column(name)
-        array = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-        return np.asarray(array.flatten().to_numpy(zero_copy_only=True).reshape(-1, layers, top_k))
-
-    return RoutingChunk(
-        problem_ids_T=table.column("problem_id").to_numpy()[::layers],
-        token_ids_T=table.column("token_id").to_numpy()[::layers],
-        expert_ids_TLK=values("expert_ids"),
-        weights_TLK=values("weights"),
-    )

@@ -20,7 +20,8 @@ from profiler.schema import (
     Metadata,
     ModelMetadata,
 )
-from profiler.writer import RoutingWriter, seal, write_manifest, write_metadata, write_table
+from profiler.sealing import seal
+from profiler.writer import RoutingWriter, write_manifest, write_metadata, write_table
 
 # Tests must not reach for a hub, and two cores are shared by everything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -72,6 +73,7 @@ def make_trace(tmp_path: Path) -> Callable[..., Trace]:
                     "prompt_tokens": prompt_tokens,
                     "output_tokens": length - prompt_tokens,
                     "truncated_tokens": 0,
+                    "cached_tokens": 0,
                     "finish_reason": "length",
                 }
             )

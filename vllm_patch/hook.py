@@ -1,21 +1,61 @@
-"""Find the MoE layers of a loaded vLLM model and wrap their routing with a copy into the recorder's buffers.
+"""Find the MoE layers of a loaded vLLM model and have each copy its routing into the recorder's buffers.
 
-The wrapped method is `router._compute_routing`, which returns routing weights and *logical* expert ids, before expert load
-balancing remaps them (vLLM's fused_moe/router/base_router.py; on CPU the same from 0.30 on).
+What is wrapped is the release's business (`releases`); wrapped or patched in the source, the copy is the same.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 
-from vllm_patch.recorder import Recorder
+from vllm_patch.releases import Hook
+
+Copy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Called in every forward pass with (router inputs `[T, D]`, router logits `[T, E]`, weights `[T, K]`, ids `[T, K]`)."""
+
+# Set on a layer or router where the source of vLLM itself was patched to call it (`vllm_patch.source`).
+SOURCE_ATTRIBUTE = "specmoe_copy"
 
 
 class UnsupportedModelError(Exception):
     """Routing of this model or engine setting cannot be recorded truthfully; the text says why and what to do."""
+
+
+class MoELayer:
+    """One MoE layer of a loaded model: decoder layer `index`, E, K, and the modules that its hook needs."""
+
+    def __init__(self, name: str, module: Any) -> None:
+        self.name = name
+        self.module = module
+        found = re.search(r"(?:^|\.)layers?\.(\d+)(?:\.|$)", str(getattr(module, "layer_name", "")) or name)
+        self.index = int(found.group(1)) if found else int(module.layer_id)
+        config = getattr(module, "moe_config", None)
+        for owner, attribute in ((config, "num_logical_experts"), (module, "logical_num_experts"), (config, "num_experts")):
+            if isinstance(getattr(owner, attribute, None), int):
+                self.num_experts = int(getattr(owner, attribute))
+                break
+        router: Any = getattr(module, "router", None)
+        self.top_k = int(router.top_k if hasattr(router, "top_k") else module.top_k)
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether the layer's kernel routes internally, past the router."""
+        owners: list[Any] = [self.module, getattr(self.module, "quant_method", None)]
+        for owner in owners:
+            if hasattr(owner, "is_monolithic"):
+                return bool(owner.is_monolithic)
+        return False
+
+    @property
+    def balances_load(self) -> bool:
+        """Whether ids are remapped to copies of experts (EPLB)."""
+        return bool(getattr(self.module, "enable_eplb", False))
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -28,61 +68,108 @@ def refuse_unsupported(config: Any) -> None:
         raise UnsupportedModelError("pipeline parallelism splits the layers over workers: use pipeline_parallel_size=1")
     if parallel.data_parallel_size > 1:
         raise UnsupportedModelError("data parallelism splits the tokens over workers: use data_parallel_size=1")
-    if getattr(parallel, "enable_dbo", False):
-        raise UnsupportedModelError("micro-batching (DBO) overlaps steps: run without --enable-dbo")
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise UnsupportedModelError(f"context parallelism splits sequences over workers: use {name}=1")
+    if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:
+        raise UnsupportedModelError("micro-batching (DBO) overlaps steps: run without --enable-dbo and --ubatch-size")
+    if getattr(parallel, "enable_expert_parallel", False) and parallel.tensor_parallel_size > 1:
+        raise UnsupportedModelError(
+            "expert parallelism may route a share of the tokens on each worker: run without --enable-expert-parallel"
+        )
     if config.speculative_config is not None:
         raise UnsupportedModelError("speculative decoding also routes rejected drafts: run without a speculative config")
+    if os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
+        raise UnsupportedModelError("vLLM simulates routing: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
 
 
-def wrap_routers(model: torch.nn.Module, *, max_tokens: int, device: torch.device) -> Recorder:
-    """Wrap every MoE layer's router of `model` and return the recorder that holds the buffers.
+def find_moe_layers(model: torch.nn.Module, hook: Hook) -> list[MoELayer]:
+    """The model's MoE layers, by decoder layer.
 
-    max_tokens: most tokens that one step can schedule. Raises `UnsupportedModelError` if a layer's kernel bypasses the router,
-    or if the layers differ in experts or top-k.
+    Raises `UnsupportedModelError` if there is none, if a layer's kernel bypasses the hook, or if layers differ in E or K.
     """
-    layers = find_moe_layers(model)
+    modules = cast("Iterator[tuple[str, Any]]", model.named_modules())
+    method = hook.wraps if hook.owner == "router" else "select_experts"
+    found: dict[int, MoELayer] = {}
+    for name, module in modules:
+        owner = module if hook.owner == "layer" else getattr(module, "router", None)
+        # A layer and the runner inside it may share a router: the outer one comes first.
+        if hasattr(owner, method) and id(owner) not in found:
+            found[id(owner)] = MoELayer(name, module)
+    layers = sorted(found.values(), key=lambda layer: layer.index)
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no MoE layer with a router that this release knows")
-    shapes = {(_num_experts(layer), int(layer.router.top_k)) for _, layer in layers}
+    shapes = {(layer.num_experts, layer.top_k) for layer in layers}
     if len(shapes) > 1:
         raise UnsupportedModelError(f"the MoE layers differ in (experts, top-k): {sorted(shapes)}; expected one shape")
-    for index, layer in layers:
-        if layer.is_monolithic:
+    if len({layer.index for layer in layers}) < len(layers):
+        raise UnsupportedModelError(f"several MoE layers in one decoder layer: {[layer.name for layer in layers]}")
+    for layer in layers:
+        if layer.is_monolithic and hook.owner != "module":
             raise UnsupportedModelError(
-                f"layer {index} uses a kernel that routes internally ({type(layer).__name__}, monolithic): "
+                f"layer {layer.index} uses a kernel that routes internally ({type(layer.module).__name__}, monolithic): "
                 "choose another MoE backend or quantization"
             )
-    num_experts, top_k = shapes.pop()
-    recorder = Recorder([index for index, _ in layers], num_experts, top_k, max_tokens, device)
-    for position, (_, layer) in enumerate(layers):
-        layer.router._compute_routing = _copying(
-            layer.router._compute_routing, recorder.expert_ids_TLK[:, position], recorder.weights_TLK[:, position]
-        )
-    return recorder
+        if layer.balances_load and not hook.logical:
+            raise UnsupportedModelError("in this release expert load balancing hides the model's own ids: disable EPLB")
+    return layers
 
 
-def find_moe_layers(model: torch.nn.Module) -> list[tuple[int, Any]]:
-    """(decoder layer, MoE module) by layer: modules that own a router with `_compute_routing`."""
-    layers = [
-        (int(module.layer_id), module)
-        for module in cast("Iterator[Any]", model.modules())
-        if hasattr(getattr(module, "router", None), "_compute_routing")
-    ]
-    return sorted(layers, key=lambda pair: pair[0])
+def attach(hook: Hook, layer: MoELayer, copy: Copy) -> None:
+    """Have `layer` call `copy` whenever it has chosen experts."""
+    if hook.owner == "module":
+        _attach_in_kernel(hook, layer, copy)
+        return
+    owner = layer.module if hook.owner == "layer" else layer.module.router
+    if source_is_patched(hook):
+        setattr(owner, SOURCE_ATTRIBUTE, copy)
+    else:
+        setattr(owner, hook.wraps, _copying(getattr(owner, hook.wraps), copy))
 
 
-def _num_experts(layer: Any) -> int:
-    return int(layer.moe_config.num_logical_experts)
+def source_is_patched(hook: Hook) -> bool:
+    """Whether the imported source of the hook's function already calls `SOURCE_ATTRIBUTE`."""
+    owner: Any = importlib.import_module(hook.module)
+    for part in hook.function.split("."):
+        owner = getattr(owner, part)
+    return SOURCE_ATTRIBUTE in owner.__code__.co_varnames
 
 
-def _copying(
-    compute_routing: Callable[..., tuple[torch.Tensor, torch.Tensor]], ids_TK: torch.Tensor, weights_TK: torch.Tensor
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    def compute_routing_and_copy(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = compute_routing(*args, **kwargs)
-        # Unconditional, on device, without Python state: compilers inline it and CUDA graphs replay it.
-        ids_TK[: ids.shape[0]].copy_(ids)
-        weights_TK[: weights.shape[0]].copy_(weights)
-        return weights, ids
+def _copying(choose: Callable[..., Any], copy: Copy) -> Callable[..., Any]:
+    @functools.wraps(choose)
+    def choose_and_copy(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        chosen = choose(hidden_states, router_logits, *args, **kwargs)
+        copy(hidden_states, router_logits, chosen[0], chosen[1])
+        return chosen
 
-    return compute_routing_and_copy
+    return choose_and_copy
+
+
+class _CurrentLayer:
+    """The layer whose kernel is running, for a function that serves all layers."""
+
+    copy: Copy | None = None
+
+
+def _attach_in_kernel(hook: Hook, layer: MoELayer, copy: Copy) -> None:
+    module: Any = importlib.import_module(hook.module)
+    current = getattr(module, "specmoe_current", None)
+    if current is None:
+        current = module.specmoe_current = _CurrentLayer()
+        choose = getattr(module, hook.wraps)
+
+        def choose_and_copy(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            chosen = choose(hidden_states, router_logits, *args, **kwargs)
+            if current.copy is not None:
+                current.copy(hidden_states, router_logits, chosen[0], chosen[1])
+            return chosen
+
+        setattr(module, hook.wraps, choose_and_copy)
+    experts = layer.module.routed_experts
+    forward = experts.forward_monolithic
+
+    def forward_as_current(*args: Any, **kwargs: Any) -> Any:
+        current.copy = copy
+        return forward(*args, **kwargs)
+
+    experts.forward_monolithic = forward_as_current

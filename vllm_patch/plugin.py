@@ -11,20 +11,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_patch.hook import UnsupportedModelError, refuse_unsupported, wrap_routers
+from profiler.capture import CaptureOptions
+from profiler.schema import GATES_FILE
 from vllm_patch.recorder import Recorder
-from vllm_patch.steps import label_rows
-
-ENVIRONMENT_VARIABLE = "SPECMOE_CAPTURE"
 
 
 def register() -> None:
     """Entry point. Cheap and idempotent; patches nothing unless SPECMOE_CAPTURE=1."""
-    if os.environ.get(ENVIRONMENT_VARIABLE) != "1":
+    if CaptureOptions.from_environment(dict(os.environ)) is None:
         return
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    init_device = WorkerWrapperBase.init_device
+    attach_to(WorkerWrapperBase)
+
+
+def attach_to(worker_wrapper: Any) -> None:
+    """Have every worker that `worker_wrapper`, vLLM's `WorkerWrapperBase`, initialises carry a `WorkerCapture`. Idempotent."""
+    init_device = worker_wrapper.init_device
     if hasattr(init_device, "specmoe_original"):
         return
 
@@ -32,24 +35,28 @@ def register() -> None:
     @functools.wraps(init_device)
     def init_device_and_attach(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = init_device(self, *args, **kwargs)
-        WorkerCapture(self.worker)
+        options = CaptureOptions.from_environment(dict(os.environ))
+        if options is not None:
+            WorkerCapture(self.worker, options)
         return result
 
     # Marks the method as wrapped. mypy: functions take attributes, their type does not say so.
     init_device_and_attach.specmoe_original = init_device  # type: ignore[attr-defined]
-    WorkerWrapperBase.init_device = init_device_and_attach
+    worker_wrapper.init_device = init_device_and_attach
 
 
 class WorkerCapture:
     """Capture in one vLLM worker: wraps the worker's `load_model` and `execute_model`, and answers its calls.
 
     Warm-up and profiling runs go past `Worker.execute_model` and so are never recorded. A model or setting that cannot be
-    recorded does not stop the engine: the reason is kept and answered by `specmoe_start`.
+    recorded does not stop the engine: the reason is kept and answered by every call.
     """
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, options: CaptureOptions) -> None:
         self._worker = worker
+        self._options = options
         self._recorder: Recorder | None = None
+        self._facts: dict[str, Any] = {}
         self._refusal: str | None = None
         self._load_model = worker.load_model
         self._execute_model = worker.execute_model
@@ -61,23 +68,25 @@ class WorkerCapture:
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Load, then allocate buffers and wrap the routers: before memory profiling and compilation."""
+        from vllm_patch.hook import UnsupportedModelError
+        from vllm_patch.releases import UnsupportedReleaseError
+
         result = self._load_model(*args, **kwargs)
-        config = self._worker.vllm_config
         # With tensor parallelism every rank computes the same routing.
-        if config.parallel_config.rank == 0:
+        if self._worker.vllm_config.parallel_config.rank == 0:
             try:
-                refuse_unsupported(config)
-                self._recorder = wrap_routers(
-                    self._worker.model_runner.get_model(),
-                    max_tokens=config.scheduler_config.max_num_batched_tokens,
-                    device=self._worker.device,
-                )
-            except UnsupportedModelError as refusal:
+                self._attach()
+            except (UnsupportedModelError, UnsupportedReleaseError) as refusal:
                 self._refusal = str(refusal)
+            except Exception as error:
+                # A model of a form that nobody foresaw must not stop somebody's server.
+                self._refusal = f"the recorder does not fit this model: {type(error).__name__}: {error}"
         return result
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the step, then hand its rows to the recorder."""
+        from vllm_patch.steps import label_rows
+
         result = self._execute_model(scheduler_output, *args, **kwargs)
         if self._recorder is not None and self._recorder.recording:
             self._recorder.record(label_rows(self._worker.model_runner, scheduler_output))
@@ -89,12 +98,69 @@ class WorkerCapture:
             return {"error": self._refusal}
         if self._recorder is None:
             return {"rank": self._worker.rank}
-        return self._recorder.start(Path(directory))
+        answer = self._recorder.start(Path(directory))
+        if "error" not in answer and (self._options.logits or self._options.hidden_layers):
+            from vllm_patch.gates import save_gates
+
+            try:
+                save_gates(self._worker.model_runner.get_model(), self._layers, Path(directory) / GATES_FILE)
+            except Exception as error:
+                self._recorder.stop()
+                return {"error": f"the routers' weights cannot be saved: {error}"}
+        return {**answer, **self._facts}
 
     def status(self) -> dict[str, Any]:
-        """Answers `error` if the writer has failed."""
-        return self._recorder.status() if self._recorder is not None else {}
+        """Answers the facts while nothing is recorded, else the recorder's status; `error` if there is one."""
+        if self._refusal is not None:
+            return {"error": self._refusal}
+        if self._recorder is None:
+            return {"rank": self._worker.rank}
+        return self._recorder.status() if self._recorder.recording else {**self._recorder.facts(), **self._facts}
 
     def stop(self) -> dict[str, Any]:
-        """Write everything out. Answers `rows`, and `error` if the writer failed."""
+        """Write everything out. Answers the final status."""
         return self._recorder.stop() if self._recorder is not None else {}
+
+    def _attach(self) -> None:
+        import vllm
+        from vllm.platforms import current_platform
+
+        from vllm_patch.buffers import CaptureBuffers
+        from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, refuse_unsupported
+        from vllm_patch.releases import is_known, resolve_hook
+
+        config, options = self._worker.vllm_config, self._options
+        refuse_unsupported(config)
+        hook = resolve_hook(vllm.__version__, cpu=current_platform.is_cpu())
+        self._layers = layers = find_moe_layers(self._worker.model_runner.get_model(), hook)
+        indices = [layer.index for layer in layers]
+        absent = sorted(set(options.hidden_layers) - set(indices))
+        if absent:
+            raise UnsupportedModelError(f"--capture-hidden {absent[0]}: expected MoE layers, of {indices[0]}..{indices[-1]}")
+        buffers = CaptureBuffers(
+            max_tokens=_most_tokens(config),
+            layers=len(layers),
+            num_experts=layers[0].num_experts,
+            top_k=layers[0].top_k,
+            device=self._worker.device,
+            logits=options.logits,
+            hidden_layers=tuple(indices.index(layer) for layer in options.hidden_layers),
+            hidden_size=config.model_config.get_hidden_size(),
+        )
+        for position, layer in enumerate(layers):
+            attach(hook, layer, buffers.copy_of_layer(position))
+        self._facts = {"hook": hook.name, "known_release": is_known(vllm.__version__)}
+        self._recorder = Recorder(
+            buffers,
+            moe_layers=indices,
+            num_experts=layers[0].num_experts,
+            top_k=layers[0].top_k,
+            hidden_layers=options.hidden_layers,
+            hidden_tokens=options.hidden_tokens,
+        )
+
+
+def _most_tokens(config: Any) -> int:
+    """Most rows of one forward pass: what a step can schedule, or the padding to the largest captured CUDA graph."""
+    graphs = getattr(config.compilation_config, "cudagraph_capture_sizes", None) or [0]
+    return int(max(config.scheduler_config.max_num_batched_tokens, *graphs))

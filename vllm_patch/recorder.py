@@ -1,47 +1,65 @@
-"""Collect routing from static device buffers, step by step, and write it per request in a thread of its own."""
+"""Collect labelled steps from the engine and write them in a thread of its own, behind a queue of bounded size."""
 
 from __future__ import annotations
 
-import queue
+import contextlib
 import threading
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from profiler.writer import RoutingWriter
+from profiler.capture import CapturedRequest
+from profiler.schema import HIDDEN_FOLDER, LOGITS_FOLDER, REQUESTS_FILE
+from profiler.writer import RoutingWriter, ValuesWriter, checked_pairs
+from vllm_patch.buffers import Arrays, CaptureBuffers, Snapshot
 from vllm_patch.steps import Step
 
-# Steps that may wait for the writer before the engine does. A decode step of 256 requests of Mixtral is 0.1 MB.
-QUEUED_STEPS = 64
+# Bytes that may wait for the writer before the engine waits for it.
+QUEUE_BYTES = 64 << 20
+# The writer takes what has come when this much waits, or after this time: large batches cost the least.
+BATCH_BYTES = 8 << 20
+BATCH_SECONDS = 1.0
+# A file becomes readable when it is closed: this is how much of a run a crash can cost.
+FLUSH_SECONDS = 5.0
 
-_Rows = tuple[Step, npt.NDArray[np.int16], npt.NDArray[np.float32]]
-_Span = tuple[int, npt.NDArray[np.int16], npt.NDArray[np.float32]]
+
+@dataclass
+class _Batch:
+    """Rows of several steps, in order: number of the request and position of each row, and the steps' snapshots."""
+
+    numbers: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    positions: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+    hidden: list[npt.NDArray[np.bool_] | None] = field(default_factory=list)
+    requests: list[CapturedRequest] = field(default_factory=list)
+    nbytes: int = 0
 
 
 class Recorder:
-    """Buffers `[max_tokens, L, K]` that the hooks write in every step, and a writer thread behind a bounded queue.
+    """Takes snapshots of `buffers` after each step (`record`) and writes them to a capture folder between `start` and `stop`.
 
-    moe_layers: decoder layer index of each of the L MoE layers. Rows of a request are kept in memory until it finishes.
+    moe_layers: decoder layer index of each of the L MoE layers. hidden_layers: those whose router inputs are recorded.
+    Requests are numbered from 0 as they appear; rows carry these numbers, `requests.jsonl` says which request has which.
     """
 
     def __init__(
-        self, moe_layers: list[int], num_experts: int, top_k: int, max_tokens: int, device: torch.device | str
+        self,
+        buffers: CaptureBuffers,
+        *,
+        moe_layers: list[int],
+        num_experts: int,
+        top_k: int,
+        hidden_layers: tuple[int, ...] = (),
+        hidden_tokens: int = 0,
     ) -> None:
-        self.moe_layers = moe_layers
-        self.num_experts = num_experts
-        self.top_k = top_k
-        shape = (max_tokens, len(moe_layers), top_k)
-        # Out-of-range ids mark rows that no hook wrote in this step: the writer refuses them.
-        self.expert_ids_TLK = torch.full(shape, -1, dtype=torch.int16, device=device)
-        self.weights_TLK = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._queue: queue.Queue[_Rows | None] = queue.Queue(QUEUED_STEPS)
+        self.buffers = buffers
+        self.moe_layers, self.num_experts, self.top_k = moe_layers, num_experts, top_k
+        self._hidden_layers, self._hidden_budget = hidden_layers, hidden_tokens
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._writer: RoutingWriter | None = None
-        self._unlabelled = 0
 
     @property
     def recording(self) -> bool:
@@ -52,99 +70,216 @@ class Recorder:
         """Begin writing to `directory`; answers the facts of the loaded model, or `error`."""
         if self.recording:
             return {"error": "a capture is already running in this engine"}
+        self._error: BaseException | None = None
+        self._verified = False
+        self._numbers: dict[str, int] = {}
+        self._next_number = 0
+        self._unlabelled = 0
+        self._hidden_left = self._hidden_budget
+        self._hidden_requests: set[str] = set()
+        self._waits, self._wait_seconds = 0, 0.0
+        self._batch = _Batch()
+        self._stopping = False
+        self._change = threading.Condition()
         try:
-            self._writer = RoutingWriter(directory, self.moe_layers, self.num_experts, self.top_k)
+            self._files = _CaptureFiles(directory, self)
         except Exception as error:
-            return {"error": str(error)}
-        self._error, self._unlabelled = None, 0
+            return {"error": _text(error)}
         self._thread = threading.Thread(target=self._write, name="specmoe-writer", daemon=True)
         self._thread.start()
-        return {"moe_layers": self.moe_layers, "num_experts": self.num_experts, "top_k": self.top_k}
+        return self.facts()
+
+    def facts(self) -> dict[str, Any]:
+        """The model as loaded, and what capture takes: bytes on the device, and at most on the host."""
+        return {
+            "moe_layers": self.moe_layers,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "device_bytes": self.buffers.nbytes,
+            # What waits, and as much again in the writer's hands.
+            "host_bytes": 2 * QUEUE_BYTES,
+        }
 
     def record(self, step: Step) -> None:
-        """Snapshot the rows of a finished step. Waits if the writer is behind; does nothing once it has failed."""
-        rows = sum(count for _, _, count in step.spans)
-        ids = self.expert_ids_TLK[:rows].to("cpu", copy=True).numpy()
-        weights = self.weights_TLK[:rows].to("cpu", copy=True).numpy()
-        self.expert_ids_TLK[:rows].fill_(-1)
-        while self._error is None:
-            try:
-                self._queue.put((step, ids, weights), timeout=1.0)
-                return
-            except queue.Full:
-                continue
+        """Take the rows of a finished step. Waits if the writer is behind; does nothing once it has failed."""
+        if self._error is not None:
+            return
+        requests = self._number_new(step)
+        # The client's own numbers for the requests of the step; one that started before the capture has none.
+        numbers = [self._numbers.get(request, -1) for request in step.request_ids]
+        hidden_T = self._choose_hidden(step)
+        snapshot = self.buffers.snapshot(sum(step.counts), hidden=hidden_T is not None)
+        starts, counts = np.array(step.starts, dtype=np.int32), np.array(step.counts, dtype=np.int32)
+        rows = int(counts.sum())
+        first_rows = np.cumsum(counts, dtype=np.int32) - counts
+        positions_T = np.arange(rows, dtype=np.int32) + np.repeat(starts - first_rows, counts)
+        if not self._verified and rows:
+            self._verify(snapshot)
+        with self._change:
+            if self._batch.nbytes + snapshot.nbytes > QUEUE_BYTES and self._batch.nbytes:
+                began = time.perf_counter()
+                self._change.wait_for(lambda: not self._batch.nbytes or self._error is not None)
+                self._waits += 1
+                self._wait_seconds += time.perf_counter() - began
+            batch = self._batch
+            batch.numbers.append(np.repeat(np.array(numbers, dtype=np.int32), counts))
+            batch.positions.append(positions_T)
+            batch.snapshots.append(snapshot)
+            batch.hidden.append(hidden_T)
+            batch.requests += requests
+            batch.nbytes += snapshot.nbytes
+            if batch.nbytes >= BATCH_BYTES:
+                self._change.notify_all()
+        for request in step.finished:
+            self._numbers.pop(request, None)
+            self._hidden_requests.discard(request)
 
     def stop(self) -> dict[str, Any]:
-        """Write what is left and close; answers `rows`, `unlabelled` requests and, if the writer failed, `error`."""
-        if self._thread is None or self._writer is None:
+        """Write what is left and close; answers what `status` does."""
+        if self._thread is None:
             return {"error": "no capture is running in this engine"}
-        while self._error is None:
-            try:
-                self._queue.put(None, timeout=1.0)
-                break
-            except queue.Full:
-                continue
+        with self._change:
+            self._stopping = True
+            self._change.notify_all()
         self._thread.join()
         self._thread = None
-        self._queue = queue.Queue(QUEUED_STEPS)
-        return {"rows": self._writer.rows, "unlabelled": self._unlabelled} | self.status()
+        return self.status()
 
     def status(self) -> dict[str, Any]:
-        """Answers `error` if the writer has failed; rows that came since then were dropped."""
-        return {} if self._error is None else {"error": f"{type(self._error).__name__}: {self._error}"}
+        """Answers `rows`, `requests` and `unlabelled` ones, how often and long the engine waited; `error` if there is one.
+
+        Rows that came after the error were dropped.
+        """
+        answer = {
+            "rows": self._files.rows,
+            "requests": self._next_number,
+            "unlabelled": self._unlabelled,
+            "waits": self._waits,
+            "wait_seconds": self._wait_seconds,
+        }
+        return answer if self._error is None else {**answer, "error": _text(self._error)}
+
+    def _number_new(self, step: Step) -> list[CapturedRequest]:
+        requests = []
+        for new in step.new:
+            # A preempted request may come back as a new one.
+            if new.request_id in self._numbers:
+                continue
+            self._numbers[new.request_id] = self._next_number
+            self._unlabelled += new.label is None
+            requests.append(
+                CapturedRequest(self._next_number, new.request_id, new.label, new.prompt_token_ids, new.cached_tokens)
+            )
+            self._next_number += 1
+        return requests
+
+    def _choose_hidden(self, step: Step) -> npt.NDArray[np.bool_] | None:
+        """Which rows' router inputs are kept `[T]`; None for no row. Whole requests, until the budget is used up."""
+        if not self._hidden_layers:
+            return None
+        for new in step.new:
+            if self._hidden_left > 0:
+                self._hidden_requests.add(new.request_id)
+        kept = np.array([request in self._hidden_requests for request in step.request_ids], dtype=np.bool_)
+        hidden_T = np.repeat(kept, step.counts)
+        self._hidden_left -= int(hidden_T.sum())
+        return hidden_T if hidden_T.any() else None
+
+    def _verify(self, snapshot: Snapshot) -> None:
+        """Look at the first rows at once: a hook that misses its target must not be found out at the end."""
+        arrays = snapshot.arrays()
+        self._verified = True
+        try:
+            checked_pairs(arrays["expert_ids"], arrays["weights"], self.num_experts, "first step")
+        except Exception as error:
+            unwritten = (arrays["expert_ids"] == -1).all(axis=(0, 2))
+            layers = [layer for layer, missed in zip(self.moe_layers, unwritten, strict=True) if missed]
+            reason = f"no routing arrived from layers {layers}" if layers else str(error)
+            self._error = RuntimeError(f"{reason}: this vLLM or its MoE kernel routes past the hook; nothing was recorded")
 
     def _write(self) -> None:
-        assert self._writer is not None
-        spans: dict[str, list[_Span]] = {}
-        problem_ids: dict[str, int] = {}
+        last_flush = time.monotonic()
         try:
-            while (rows := self._queue.get()) is not None:
-                step, ids, weights = rows
-                for request in step.finished & spans.keys():
-                    self._write_request(problem_ids.pop(request), spans.pop(request))
-                for request, problem_id in step.problem_ids.items():
-                    if problem_id is None:
-                        self._unlabelled += 1
-                    else:
-                        problem_ids[request] = problem_id
-                        spans.setdefault(request, [])
-                row = 0
-                for request, first, count in step.spans:
-                    if request in spans:
-                        # Copies: a view would keep the rows of every other request of the step.
-                        rows_of_request = slice(row, row + count)
-                        spans[request].append((first, ids[rows_of_request].copy(), weights[rows_of_request].copy()))
-                    row += count
-            for request, kept in spans.items():
-                self._write_request(problem_ids[request], kept)
-            self._writer.close()
+            while True:
+                with self._change:
+                    self._change.wait_for(lambda: self._stopping or self._batch.nbytes >= BATCH_BYTES, timeout=BATCH_SECONDS)
+                    batch, self._batch = self._batch, _Batch()
+                    stopping = self._stopping
+                    self._change.notify_all()
+                if self._error is None:
+                    self._files.write(batch)
+                if stopping:
+                    break
+                if time.monotonic() > last_flush + FLUSH_SECONDS:
+                    self._files.flush()
+                    last_flush = time.monotonic()
+            self._files.close()
         except BaseException as error:
-            # Read by record() and stop(): the engine goes on, the collection fails with this reason.
-            self._error = error
+            # What had been written before stays and becomes readable, if the disk lets it.
+            with contextlib.suppress(Exception):
+                self._files.close()
+            # Read by record(), status() and stop(): the engine goes on, the collection fails with this reason.
+            with self._change:
+                self._error = error
+                self._change.notify_all()
 
-    def _write_request(self, problem_id: int, spans: list[_Span]) -> None:
-        if not spans:
+
+class _CaptureFiles:
+    """The open files of one capture folder."""
+
+    def __init__(self, directory: Path, recorder: Recorder) -> None:
+        self._routing = RoutingWriter(directory, recorder.moe_layers, recorder.num_experts, recorder.top_k)
+        self._values: dict[str, ValuesWriter] = {}
+        tensors = recorder.buffers.tensors
+        if "logits" in tensors:
+            folder = directory / LOGITS_FOLDER
+            self._values["logits"] = ValuesWriter(folder, recorder.moe_layers, "logits", recorder.num_experts)
+        if "hidden" in tensors:
+            layers, width = list(recorder._hidden_layers), tensors["hidden"].shape[-1]
+            self._values["hidden"] = ValuesWriter(directory / HIDDEN_FOLDER, layers, "hidden", width)
+        self._requests: IO[str] = (directory / REQUESTS_FILE).open("w", encoding="utf-8")
+
+    @property
+    def rows(self) -> int:
+        return self._routing.rows
+
+    def write(self, batch: _Batch) -> None:
+        if batch.requests:
+            self._requests.writelines(request.to_json() + "\n" for request in batch.requests)
+            self._requests.flush()
+        if not batch.numbers:
             return
-        assert self._writer is not None
-        ids_TLK, weights_TLK, captured_T = assemble(spans)
-        token_ids_T = np.flatnonzero(captured_T)
-        self._writer.add(problem_id, token_ids_T, ids_TLK[captured_T], weights_TLK[captured_T])
+        steps = [snapshot.arrays() for snapshot in batch.snapshots]
+        numbers_T, positions_T = np.concatenate(batch.numbers), np.concatenate(batch.positions)
+        # Stable: rows of one request keep the order in which they were computed.
+        order_T = np.argsort(numbers_T, kind="stable")
+        order_T = order_T[np.searchsorted(numbers_T[order_T], 0) :]
+        numbers_T, positions_T = numbers_T[order_T], positions_T[order_T]
+        ids_TLK, weights_TLK = (_joined(steps, name)[order_T] for name in ("expert_ids", "weights"))
+        self._routing.add(numbers_T, positions_T, ids_TLK, weights_TLK)
+        if "logits" in self._values:
+            self._values["logits"].add(numbers_T, positions_T, _joined(steps, "logits")[order_T])
+        if "hidden" in self._values:
+            self._write_hidden(batch, steps)
+
+    def _write_hidden(self, batch: _Batch, steps: list[Arrays]) -> None:
+        for numbers_T, positions_T, arrays, hidden_T in zip(batch.numbers, batch.positions, steps, batch.hidden, strict=True):
+            if hidden_T is not None:
+                self._values["hidden"].add(numbers_T[hidden_T], positions_T[hidden_T], arrays["hidden"][hidden_T])
+
+    def flush(self) -> None:
+        for writer in (self._routing, *self._values.values()):
+            writer.flush()
+
+    def close(self) -> None:
+        self._requests.close()
+        for writer in (self._routing, *self._values.values()):
+            writer.close()
 
 
-def assemble(
-    spans: list[_Span],
-) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Join spans (first position, ids `[n, L, K]`, weights `[n, L, K]`) of one request by position.
+def _joined(steps: list[Arrays], name: str) -> npt.NDArray[Any]:
+    return np.concatenate([arrays[name] for arrays in steps])
 
-    A position that was computed twice (preemption) keeps the later rows. Returns ids and weights `[T, L, K]` and which of
-    the T positions were captured `[T]`.
-    """
-    length = max(first + len(ids) for first, ids, _ in spans)
-    shape = (length, *spans[0][1].shape[1:])
-    ids_TLK = np.full(shape, -1, dtype=np.int16)
-    weights_TLK = np.zeros(shape, dtype=np.float32)
-    captured_T = np.zeros(length, dtype=np.bool_)
-    for first, ids, weights in spans:
-        positions = slice(first, first + len(ids))
-        ids_TLK[positions], weights_TLK[positions], captured_T[positions] = ids, weights, True
-    return ids_TLK, weights_TLK, captured_T
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -7,16 +7,30 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class NewRequest:
+    """A request that is new in a step.
+
+    label: `extra_args["problem_id"]`, as the client gave it; None if it gave none. cached_tokens: from the prefix cache.
+    """
+
+    request_id: str
+    label: int | str | None
+    prompt_token_ids: list[int]
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
 class Step:
     """Row labels of one `execute_model` call.
 
-    spans: (request id, first position in the sequence, number of rows), in the order of the rows.
-    problem_ids: problem id of each request that is new in this step, or None where the client gave none.
-    finished: requests that ended before this step.
+    request_ids, starts, counts: per request in the order of the rows, its first position in the sequence and number of rows.
+    new: requests that appear for the first time. finished: requests that ended before this step.
     """
 
-    spans: list[tuple[str, int, int]]
-    problem_ids: dict[str, int | None]
+    request_ids: list[str]
+    starts: list[int]
+    counts: list[int]
+    new: list[NewRequest]
     finished: set[str]
 
 
@@ -28,21 +42,27 @@ def label_rows(runner: Any, scheduler_output: Any) -> Step:
     """
     batch = getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
     scheduled = scheduler_output.num_scheduled_tokens
-    spans: list[tuple[str, int, int]] = []
+    request_ids: list[str] = []
+    starts: list[int] = []
     if scheduler_output.total_num_scheduled_tokens:
         if batch is not None:
-            request_ids, computed = batch.req_ids, batch.num_computed_tokens_np
+            request_ids, computed = list(batch.req_ids), batch.num_computed_tokens_np
         else:
             batch = runner.input_batch
             request_ids, computed = batch.req_ids[: batch.num_reqs], batch.num_computed_tokens_cpu
-        spans = [(request, int(computed[row]), scheduled[request]) for row, request in enumerate(request_ids)]
+        starts = computed[: len(request_ids)].tolist()
     return Step(
-        spans=spans,
-        problem_ids={new.req_id: _problem_id(new.sampling_params) for new in scheduler_output.scheduled_new_reqs},
+        request_ids=request_ids,
+        starts=starts,
+        counts=[scheduled[request] for request in request_ids],
+        new=[
+            NewRequest(new.req_id, _label(new.sampling_params), list(new.prompt_token_ids or []), new.num_computed_tokens)
+            for new in scheduler_output.scheduled_new_reqs
+        ],
         finished=set(scheduler_output.finished_req_ids),
     )
 
 
-def _problem_id(sampling_params: Any) -> int | None:
-    problem_id = (getattr(sampling_params, "extra_args", None) or {}).get("problem_id")
-    return problem_id if isinstance(problem_id, int) else None
+def _label(sampling_params: Any) -> int | str | None:
+    label = (getattr(sampling_params, "extra_args", None) or {}).get("problem_id")
+    return label if isinstance(label, int | str) and not isinstance(label, bool) else None

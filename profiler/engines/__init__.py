@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from profiler.capture import CaptureOptions
 from profiler.errors import EngineError
 from profiler.models import ResolvedModel
 
@@ -21,12 +22,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model generated for one problem."""
+    """What the model generated for one problem. cached_tokens: prompt tokens that came from a prefix cache."""
 
     problem_id: int
     token_ids: list[int]
     text: str
     finish_reason: str
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,21 @@ class EngineOptions:
     dtype: str = "auto"
     compiled: bool | None = None
     max_length: int | None = None
+    prefix_caching: bool = False
+    capture: CaptureOptions = field(default_factory=CaptureOptions)
     seed: int = 0
     verbose: bool = False
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What `Engine.generate` left in the capture folder.
+
+    captured_as: problem id -> the id that its rows have there. report: how it went, for the metadata.
+    """
+
+    captured_as: dict[int, int]
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -56,6 +71,7 @@ class Engine(Protocol):
 
     moe_layers, num_experts, top_k: facts of the model; where they come from the config, `generate` refuses a model whose
     loaded modules or recorded rows contradict them. dtype: the precision that it runs in. compiled: whether it is compiled.
+    notes: what a user should know before the run, a line each.
     """
 
     name: str
@@ -67,6 +83,7 @@ class Engine(Protocol):
     moe_layers: list[int]
     num_experts: int
     top_k: int
+    notes: list[str]
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, with the tokenizer's own special tokens."""
@@ -74,7 +91,7 @@ class Engine(Protocol):
 
     def generate(
         self, prompts: list[Prompt], sampling: Sampling, capture: Path, on_finished: Callable[[Completion], None]
-    ) -> None:
+    ) -> Captured:
         """Run all prompts, write their routing to `capture`, and report each completion as it finishes.
 
         Raises `EngineError` if routing could not be captured; what had been written stays.

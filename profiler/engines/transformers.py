@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from profiler.engines import Completion, EngineOptions, Prompt, Sampling
+from profiler.engines import Captured, Completion, EngineOptions, Prompt, Sampling
 from profiler.errors import EngineError, ModelError
 from profiler.models import ResolvedModel
 from profiler.writer import RoutingWriter
@@ -29,6 +29,8 @@ class TransformersEngine:
     hook = "forward hooks on the routers"
 
     def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
+        if options.capture.logits or options.capture.hidden_layers:
+            raise EngineError("--capture-logits and --capture-hidden need --engine vllm")
         local = Path(model.location).is_dir()
         revision = None if local else model.metadata.revision
         self.versions = {name: version(name) for name in ("transformers", "torch")}
@@ -43,6 +45,7 @@ class TransformersEngine:
             self._model = self._model.cuda()
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.compiled = False
+        self.notes: list[str] = []
         self.max_length = options.max_length or model.max_length
         self.moe_layers = [layer for layer, _ in find_routers(self._model)]
         ids_TLK, _ = route(self._model, [0, 0])
@@ -56,7 +59,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(
         self, prompts: list[Prompt], sampling: Sampling, capture: Path, on_finished: Callable[[Completion], None]
-    ) -> None:
+    ) -> Captured:
         torch.manual_seed(sampling.seed)
         with RoutingWriter(capture, self.moe_layers, self.num_experts, self.top_k) as writer:
             for start in range(0, len(prompts), BATCH):
@@ -74,6 +77,7 @@ class TransformersEngine:
                             finish_reason="stop" if stopped else "length",
                         )
                     )
+        return Captured({prompt.problem_id: prompt.problem_id for prompt in prompts})
 
     def close(self) -> None:
         del self._model

@@ -18,26 +18,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-from profiler.engines import Completion, EngineOptions, Prompt, Sampling
+from profiler.capture import CaptureOptions, read_requests
+from profiler.engines import Captured, Completion, EngineOptions, Prompt, Sampling
 from profiler.errors import EngineError, ModelError
 from profiler.models import ResolvedModel
 
-CAPTURE_VARIABLE = "SPECMOE_CAPTURE"
 LOOK_EVERY_SECONDS = 5.0
 
 
 class VllmEngine:
-    """`Engine` over `vllm.LLM` in its normal multi-process mode, with continuous batching. Prefix caching is off."""
+    """`Engine` over `vllm.LLM` in its normal multi-process mode, with continuous batching."""
 
     name = "vllm"
-    hook = "router._compute_routing (vllm_patch plugin)"
 
     def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
         if not is_installed():
             raise EngineError(
                 "vLLM is not installed: pip install 'speculative-moe[cpu]' (or [gpu]), or use --engine transformers"
             )
-        self._environment_before = _set_environment()
+        self._environment_before = _set_environment(options.capture)
         self._log = None if options.verbose else _new_log()
         self._log_is_wanted = False
         with _output_to(self._log):
@@ -61,7 +60,7 @@ class VllmEngine:
                 dtype=options.dtype,
                 max_model_len=self.max_length,
                 enforce_eager=not compiled,
-                enable_prefix_caching=False,
+                enable_prefix_caching=options.prefix_caching,
                 seed=options.seed,
                 disable_log_stats=True,
             )
@@ -78,13 +77,19 @@ class VllmEngine:
         self.moe_layers = model.metadata.moe_layers
         self.num_experts = model.metadata.num_experts
         self.top_k = model.metadata.top_k
+        facts = self._call("specmoe_status")
+        self.hook = f"{facts['hook']}, vllm_patch plugin"
+        megabytes = [round(facts[name] / 1e6, 1) for name in ("device_bytes", "host_bytes")]
+        self.notes = [f"capture buffers: {megabytes[0]} MB on the device, at most {megabytes[1]:.0f} MB on the host"]
+        if not facts["known_release"]:
+            self.notes.append(f"vLLM {self.versions['vllm']} is newer than all known ones: its first step is checked")
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))
 
     def generate(
         self, prompts: list[Prompt], sampling: Sampling, capture: Path, on_finished: Callable[[Completion], None]
-    ) -> None:
+    ) -> Captured:
         try:
             # Every wait for the engine is inside: a dead one answers neither steps nor calls.
             with _Watchdog():
@@ -94,8 +99,12 @@ class VllmEngine:
                 answer = self._call("specmoe_stop")
         except _EngineDiedError as error:
             raise EngineError(f"vLLM stopped while it ran: {error}{self._keep_log()}") from error
-        if answer.get("unlabelled"):
-            raise EngineError(f"{answer['unlabelled']} requests reached the worker without a problem id")
+        captured_as = {int(request.label): request.number for request in read_requests(capture) if request.label is not None}
+        if answer["unlabelled"] or len(captured_as) < len(prompts):
+            raise EngineError(
+                f"{len(prompts) - len(captured_as)} requests reached the worker without a problem id of their own"
+            )
+        return Captured(captured_as, {"writer_waits": answer["waits"], "writer_wait_seconds": round(answer["wait_seconds"], 3)})
 
     def _add_requests(self, prompts: list[Prompt], sampling: Sampling) -> dict[str, int]:
         """Queue every prompt; returns problem ids by request id."""
@@ -143,6 +152,7 @@ class VllmEngine:
                             token_ids=list(best.token_ids),
                             text=best.text,
                             finish_reason=best.finish_reason or "unknown",
+                            cached_tokens=output.num_cached_tokens or 0,
                         )
                     )
 
@@ -188,10 +198,11 @@ def is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def _set_environment() -> dict[str, str | None]:
+def _set_environment(capture: CaptureOptions) -> dict[str, str | None]:
     """Set what vLLM's engine and worker processes inherit; returns the values before. Must come before vllm is imported."""
-    before = {name: os.environ.get(name) for name in (CAPTURE_VARIABLE, "VLLM_CACHE_ROOT")}
-    os.environ[CAPTURE_VARIABLE] = "1"
+    switches = capture.to_environment()
+    before = {name: os.environ.get(name) for name in (*switches, "VLLM_CACHE_ROOT")}
+    os.environ.update(switches)
     # Captured and plain runs share vLLM's key for compiled code: keep ours apart.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm"
     os.environ["VLLM_CACHE_ROOT"] = str(Path(before["VLLM_CACHE_ROOT"] or cache) / "specmoe")

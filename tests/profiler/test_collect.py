@@ -126,6 +126,7 @@ def _light_engine(self: object, model: object, engine_options: object) -> None:
         versions={},
         dtype="bfloat16",
         compiled=False,
+        notes=[],
         max_length=64,
         moe_layers=list(range(8)),
         top_k=2,

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from profiler import sealing
 from profiler import writer as writer_module
 from profiler.errors import TraceError
 from profiler.reader import Trace
 from profiler.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
-from profiler.writer import RoutingWriter, seal, sort_pairs, write_manifest, write_metadata
+from profiler.sealing import seal
+from profiler.writer import RoutingWriter, sort_pairs, write_manifest, write_metadata
 
 MODEL = ModelMetadata(id="made", moe_layers=[1, 2], num_experts=4, top_k=2)
 
@@ -32,9 +34,9 @@ def rows(tokens: int, first_expert: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_pairs_are_sorted_by_weight_and_ties_by_expert() -> None:
-    ids, weights = sort_pairs(np.array([[[3, 1, 2]]]), np.array([[[0.2, 0.4, 0.4]]]))
+    ids, weights = sort_pairs(np.array([[[3, 1, 2]]], np.uint8), np.array([[[0.25, 0.5, 0.5]]], np.float16))
     assert ids.tolist() == [[[1, 2, 3]]]
-    assert weights.tolist() == [[[0.4, 0.4, 0.2]]]
+    assert weights.tolist() == [[[0.5, 0.5, 0.25]]]
 
 
 def test_a_hand_written_trace_has_exactly_these_rows(tmp_path: Path) -> None:
@@ -53,7 +55,7 @@ def test_problems_in_any_order_come_out_sorted_over_many_row_groups_and_files(
 ) -> None:
     monkeypatch.setattr(writer_module, "ROWS_PER_GROUP", 12)
     monkeypatch.setattr(writer_module, "ROWS_PER_FILE", 40)
-    monkeypatch.setattr(writer_module, "SEAL_CACHED_GROUPS", 2)
+    monkeypatch.setattr(sealing, "CACHED_GROUPS", 2)
     order = np.random.default_rng(0).permutation(30).tolist()
     with start(tmp_path / "t") as routing:
         for problem_id in order:
@@ -91,7 +93,7 @@ def test_a_position_captured_twice_keeps_the_later_capture(tmp_path: Path) -> No
 def test_missing_positions_and_problems_are_reported(tmp_path: Path) -> None:
     with start(tmp_path / "t") as routing:
         routing.add(0, np.array([0, 2]), *rows(2))
-    assert seal(tmp_path / "t", MODEL, {0: 4, 1: 6}) == {0: 1, 1: 5}
+    assert seal(tmp_path / "t", MODEL, {0: 4, 1: 6}) == {0: [1], 1: [0, 1, 2, 3, 4]}
 
 
 def test_rows_of_an_unknown_problem_are_refused(tmp_path: Path) -> None:

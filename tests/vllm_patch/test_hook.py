@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from vllm_patch import plugin
-from vllm_patch.hook import UnsupportedModelError, refuse_unsupported, wrap_routers
+from vllm_patch.hook import UnsupportedModelError, _copying, find_moe_layers, refuse_unsupported
+from vllm_patch.releases import resolve_hook
 from vllm_patch.steps import label_rows
 
 
 class Router:
-    """A router as vLLM's: `_compute_routing` returns (weights, ids)."""
+    """A router as vLLM's from 0.15 on: `_compute_routing` returns (weights, ids)."""
 
     def __init__(self, top_k: int, shift: int) -> None:
         self.top_k = top_k
         self.shift = shift
 
-    def _compute_routing(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute_routing(self, hidden: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ids = (torch.arange(len(hidden))[:, None] + torch.arange(self.top_k) + self.shift) % 4
         return ids.float() / 10, ids
 
@@ -30,32 +31,70 @@ class Layer(torch.nn.Module):
 
     def __init__(self, layer_id: int, top_k: int = 2, monolithic: bool = False) -> None:
         super().__init__()
-        self.layer_id = layer_id
+        self.layer_name = f"model.layers.{layer_id}.mlp.experts"
         self.router = Router(top_k, layer_id)
         self.is_monolithic = monolithic
         self.moe_config = SimpleNamespace(num_logical_experts=4)
 
 
-def test_each_layer_writes_its_own_column_and_results_are_unchanged() -> None:
+class OldLayer(torch.nn.Module):
+    """An MoE layer as vLLM's in 0.12: it chooses experts itself and returns a third value."""
+
+    def __init__(self, layer_id: int, enable_eplb: bool = False) -> None:
+        super().__init__()
+        self.layer_name = f"model.layers.{layer_id}.block_sparse_moe.experts"
+        self.top_k, self.logical_num_experts, self.enable_eplb = 2, 4, enable_eplb
+
+    def select_experts(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return router_logits[:, :2], torch.tensor([[1, 3]] * len(hidden_states)), None
+
+
+ROUTER_HOOK = resolve_hook("0.32.0", cpu=False)
+OLD_HOOK = resolve_hook("0.12.0", cpu=False)
+
+
+def test_each_layer_copies_what_it_chose_and_returns_it_unchanged() -> None:
     model = torch.nn.Sequential(Layer(5), torch.nn.Linear(2, 2), Layer(3))
-    recorder = wrap_routers(model, max_tokens=6, device=torch.device("cpu"))
-    assert (recorder.moe_layers, recorder.num_experts, recorder.top_k) == ([3, 5], 4, 2)
-    for layer in (model[0], model[2]):
-        weights, ids = layer.router._compute_routing(torch.zeros(3, 2))
-        column = recorder.moe_layers.index(layer.layer_id)
-        assert (recorder.expert_ids_TLK[:3, column] == ids).all()
-        assert (recorder.weights_TLK[:3, column] == weights).all()
-    assert (recorder.expert_ids_TLK[3:] == -1).all()
+    layers = find_moe_layers(model, ROUTER_HOOK)
+    assert [(layer.index, layer.num_experts, layer.top_k) for layer in layers] == [(3, 4, 2), (5, 4, 2)]
+    assert [layer.name for layer in layers] == ["2", "0"]
+    copied = []
+    for layer in layers:
+        layer.module.router._compute_routing = _copying(
+            layer.module.router._compute_routing, lambda *tensors, index=layer.index: copied.append((index, tensors))
+        )
+    hidden, logits = torch.zeros(3, 2), torch.ones(3, 4)
+    weights, ids = model[0].router._compute_routing(hidden, logits)
+    (index, tensors), *rest = copied
+    assert index == 5
+    assert not rest
+    assert all(a is b for a, b in zip(tensors, (hidden, logits, weights, ids), strict=True))
+
+
+def test_releases_that_choose_in_the_layer_itself_are_wrapped_there() -> None:
+    model = torch.nn.Sequential(OldLayer(1), OldLayer(2))
+    layers = find_moe_layers(model, OLD_HOOK)
+    assert [(layer.index, layer.num_experts, layer.top_k) for layer in layers] == [(1, 4, 2), (2, 4, 2)]
+    with pytest.raises(UnsupportedModelError, match="disable EPLB"):
+        find_moe_layers(torch.nn.Sequential(OldLayer(1, enable_eplb=True)), OLD_HOOK)
+
+
+def test_a_runner_inside_its_layer_counts_once() -> None:
+    layer = Layer(0)
+    layer.runner = Layer(0)
+    layer.runner.router = layer.router
+    assert [found.name for found in find_moe_layers(torch.nn.Sequential(layer), ROUTER_HOOK)] == ["0"]
 
 
 def test_models_that_cannot_be_recorded_are_refused() -> None:
-    cpu = torch.device("cpu")
     with pytest.raises(UnsupportedModelError, match="no MoE layer"):
-        wrap_routers(torch.nn.Linear(2, 2), max_tokens=1, device=cpu)
+        find_moe_layers(torch.nn.Linear(2, 2), ROUTER_HOOK)
     with pytest.raises(UnsupportedModelError, match="layer 1 uses a kernel that routes internally"):
-        wrap_routers(torch.nn.Sequential(Layer(0), Layer(1, monolithic=True)), max_tokens=1, device=cpu)
+        find_moe_layers(torch.nn.Sequential(Layer(0), Layer(1, monolithic=True)), ROUTER_HOOK)
     with pytest.raises(UnsupportedModelError, match="differ"):
-        wrap_routers(torch.nn.Sequential(Layer(0), Layer(1, top_k=3)), max_tokens=1, device=cpu)
+        find_moe_layers(torch.nn.Sequential(Layer(0), Layer(1, top_k=3)), ROUTER_HOOK)
+    with pytest.raises(UnsupportedModelError, match="several MoE layers in one"):
+        find_moe_layers(torch.nn.Sequential(Layer(0), Layer(0)), ROUTER_HOOK)
 
 
 @pytest.mark.parametrize(
@@ -63,14 +102,27 @@ def test_models_that_cannot_be_recorded_are_refused() -> None:
     [
         ({"pipeline_parallel_size": 2}, None, "pipeline_parallel_size=1"),
         ({"data_parallel_size": 2}, None, "data_parallel_size=1"),
+        ({"decode_context_parallel_size": 2}, None, "decode_context_parallel_size=1"),
+        ({"prefill_context_parallel_size": 2}, None, "prefill_context_parallel_size=1"),
         ({"enable_dbo": True}, None, "enable-dbo"),
+        ({"ubatch_size": 2}, None, "ubatch-size"),
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, None, "enable-expert-parallel"),
         ({}, object(), "speculative"),
     ],
 )
 def test_settings_that_would_mislabel_rows_are_refused(parallel: dict, speculative: object, text: str) -> None:
-    defaults = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "enable_dbo": False}
+    defaults = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "tensor_parallel_size": 1, "enable_dbo": False}
     config = SimpleNamespace(parallel_config=SimpleNamespace(**(defaults | parallel)), speculative_config=speculative)
     with pytest.raises(UnsupportedModelError, match=text):
+        refuse_unsupported(config)
+
+
+def test_tensor_parallelism_and_simulated_routing(monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel = SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=4)
+    config = SimpleNamespace(parallel_config=parallel, speculative_config=None)
+    refuse_unsupported(config)
+    monkeypatch.setenv("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random")
+    with pytest.raises(UnsupportedModelError, match="simulates"):
         refuse_unsupported(config)
 
 
@@ -79,14 +131,21 @@ def scheduled(tokens: dict[str, int], new: dict[str, dict | None] | None = None,
         num_scheduled_tokens=tokens,
         total_num_scheduled_tokens=sum(tokens.values()),
         scheduled_new_reqs=[
-            SimpleNamespace(req_id=r, sampling_params=SimpleNamespace(extra_args=e)) for r, e in (new or {}).items()
+            SimpleNamespace(
+                req_id=r, sampling_params=SimpleNamespace(extra_args=e), prompt_token_ids=[5, 6], num_computed_tokens=1
+            )
+            for r, e in (new or {}).items()
         ],
         finished_req_ids=set(finished),
     )
 
 
 def test_labels_follow_the_runners_row_order_not_the_schedulers() -> None:
-    output = scheduled({"a": 1, "b": 3}, new={"b": {"problem_id": 7}, "c": None, "d": {"problem_id": "x"}}, finished=("z",))
+    output = scheduled(
+        {"a": 1, "b": 3},
+        new={"b": {"problem_id": 7}, "c": None, "d": {"problem_id": "x"}, "e": {"problem_id": [1]}},
+        finished=("z",),
+    )
     first = SimpleNamespace(
         input_batch=SimpleNamespace(req_ids=["b", "a", None], num_reqs=2, num_computed_tokens_cpu=np.array([0, 9, 99]))
     )
@@ -94,20 +153,22 @@ def test_labels_follow_the_runners_row_order_not_the_schedulers() -> None:
     second = SimpleNamespace(execute_model_state=SimpleNamespace(input_batch=batch))
     for runner in (first, second):
         step = label_rows(runner, output)
-        assert step.spans == [("b", 0, 3), ("a", 9, 1)]
-        assert step.problem_ids == {"b": 7, "c": None, "d": None}
+        assert (step.request_ids, step.starts, step.counts) == (["b", "a"], [0, 9], [3, 1])
+        assert {new.request_id: new.label for new in step.new} == {"b": 7, "c": None, "d": "x", "e": None}
+        assert (step.new[0].prompt_token_ids, step.new[0].cached_tokens) == ([5, 6], 1)
         assert step.finished == {"z"}
 
 
 def test_a_step_without_tokens_has_no_rows() -> None:
-    assert label_rows(SimpleNamespace(), scheduled({}, finished=("a",))).spans == []
+    step = label_rows(SimpleNamespace(), scheduled({}, finished=("a",)))
+    assert (step.request_ids, step.counts) == ([], [])
 
 
 def test_the_plugin_touches_nothing_unless_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
     import sys
 
-    monkeypatch.delenv(plugin.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv("SPECMOE_CAPTURE", raising=False)
     code = "import sys; from vllm_patch.plugin import register; register(); assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,140 +1,236 @@
-"""The recorder without vLLM: labels, preemption, bounded waiting, and a writer that dies."""
+"""The recorder without vLLM: labels, preemption, logits and router inputs, bounded waiting, and a writer that dies."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from profiler.writer import decode_rows
+from profiler.capture import read_requests
+from profiler.schema import ModelMetadata
+from profiler.sealing import seal
 from vllm_patch import recorder as recorder_module
-from vllm_patch.recorder import Recorder, assemble
-from vllm_patch.steps import Step
+from vllm_patch.buffers import CaptureBuffers
+from vllm_patch.recorder import Recorder
+from vllm_patch.steps import NewRequest, Step
+
+MODEL = ModelMetadata(id="made", moe_layers=[0, 1], num_experts=4, top_k=2)
+HIDDEN = 3
+
+
+def make_recorder(*, logits: bool = False, hidden_tokens: int = 0) -> Recorder:
+    hidden = (1,) if hidden_tokens else ()
+    buffers = CaptureBuffers(
+        max_tokens=8, layers=2, num_experts=4, top_k=2, device="cpu", logits=logits, hidden_layers=hidden, hidden_size=HIDDEN
+    )
+    return Recorder(buffers, moe_layers=[0, 1], num_experts=4, top_k=2, hidden_layers=hidden, hidden_tokens=hidden_tokens)
 
 
 @pytest.fixture
 def recorder() -> Recorder:
-    return Recorder([0, 1], num_experts=4, top_k=2, max_tokens=8, device="cpu")
+    return make_recorder()
 
 
-def run_step(
-    recorder: Recorder,
-    spans: list[tuple[str, int, int]],
-    first_expert: int,
-    new: dict[str, int | None] | None = None,
-    finished: set[str] = frozenset(),
-) -> None:
-    """What the hooks and the runner do in one step: fill the first rows of the buffers, then record."""
-    rows = sum(count for _, _, count in spans)
-    recorder.expert_ids_TLK[:rows] = torch.tensor([first_expert, (first_expert + 1) % 4])
-    recorder.weights_TLK[:rows] = torch.tensor([0.75, 0.25])
-    recorder.record(Step(spans=spans, problem_ids=new or {}, finished=finished))
+def labels(spans: list[tuple[str, int, int]], new: dict[str, int | None] | None = None, finished: tuple[str, ...] = ()) -> Step:
+    """Spans are (request, first position, rows)."""
+    return Step(
+        request_ids=[request for request, _, _ in spans],
+        starts=[start for _, start, _ in spans],
+        counts=[count for _, _, count in spans],
+        new=[NewRequest(request, label, [1, 2], 0) for request, label in (new or {}).items()],
+        finished=set(finished),
+    )
 
 
-def read(folder: Path) -> dict[int, dict[int, int]]:
-    """Problem -> position -> strongest expert."""
-    import pyarrow.parquet as pq
+def run_step(recorder: Recorder, first_expert: int, step: Step) -> None:
+    """What the hooks and the runner do in one step: every layer's hook copies, then the runner records."""
+    rows = sum(step.counts)
+    ids = torch.tensor([first_expert, (first_expert + 1) % 4]).repeat(rows, 1)
+    for position in range(2):
+        copy = recorder.buffers.copy_of_layer(position)
+        copy(torch.full((rows, HIDDEN), float(first_expert)), torch.eye(4)[ids[:, 0]], torch.tensor([[0.75, 0.25]] * rows), ids)
+    recorder.record(step)
 
-    chunk = decode_rows(pq.read_table(sorted(folder.glob("part-*.parquet"))), 2, 2)
-    result: dict[int, dict[int, int]] = {}
-    for problem, token, expert in zip(
-        chunk.problem_ids_T.tolist(), chunk.token_ids_T.tolist(), chunk.expert_ids_TLK[:, 0, 0].tolist(), strict=True
-    ):
-        result.setdefault(problem, {})[token] = expert
+
+def read(folder: Path) -> dict[int, list[tuple[int, int]]]:
+    """Request number -> (position, strongest expert), in the order of the rows."""
+    result: dict[int, list[tuple[int, int]]] = {}
+    for part in sorted(folder.glob("part-*.parquet")):
+        for row in pq.read_table(part).to_pylist():
+            if row["layer"] == 0:
+                result.setdefault(row["problem_id"], []).append((row["token_id"], row["expert_ids"][0]))
     return result
 
 
 def test_interleaved_requests_are_told_apart(recorder: Recorder, tmp_path: Path) -> None:
-    assert recorder.start(tmp_path / "c") == {"moe_layers": [0, 1], "num_experts": 4, "top_k": 2}
-    run_step(recorder, [("a", 0, 2), ("b", 0, 3)], 0, new={"a": 10, "b": 20})
-    run_step(recorder, [("b", 3, 1), ("a", 2, 1)], 1)
-    run_step(recorder, [("b", 4, 1)], 2, finished={"a"})
-    assert recorder.stop() == {"rows": 16, "unlabelled": 0}
-    assert read(tmp_path / "c") == {10: {0: 0, 1: 0, 2: 1}, 20: {0: 0, 1: 0, 2: 0, 3: 1, 4: 2}}
+    facts = recorder.start(tmp_path / "c")
+    assert (facts["moe_layers"], facts["num_experts"], facts["top_k"]) == ([0, 1], 4, 2)
+    run_step(recorder, 0, labels([("a", 0, 2), ("b", 0, 3)], new={"a": 10, "b": 20}))
+    run_step(recorder, 1, labels([("b", 3, 1), ("a", 2, 1)]))
+    run_step(recorder, 2, labels([("b", 4, 1)], finished=("a",)))
+    answer = recorder.stop()
+    assert (answer["rows"], answer["requests"], answer["unlabelled"]) == (16, 2, 0)
+    assert read(tmp_path / "c") == {0: [(0, 0), (1, 0), (2, 1)], 1: [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2)]}
+    assert [(r.number, r.request_id, r.label) for r in read_requests(tmp_path / "c")] == [(0, "a", 10), (1, "b", 20)]
+
+
+def test_device_and_host_bytes_are_what_the_buffers_hold(recorder: Recorder, tmp_path: Path) -> None:
+    facts = recorder.start(tmp_path / "c")
+    recorder.stop()
+    # 8 tokens x 2 layers x 2 pairs of int16 and float16.
+    assert facts["device_bytes"] == 8 * 2 * 2 * 4
+    assert facts["host_bytes"] == 2 * recorder_module.QUEUE_BYTES
 
 
 def test_preempted_positions_keep_the_last_rows(recorder: Recorder, tmp_path: Path) -> None:
-    recorder.start(tmp_path / "c")
-    run_step(recorder, [("a", 0, 3)], 0, new={"a": 1})
-    run_step(recorder, [("a", 0, 4)], 2)
-    assert recorder.stop()["rows"] == 8
-    assert read(tmp_path / "c") == {1: {0: 2, 1: 2, 2: 2, 3: 2}}
+    recorder.start(tmp_path / "capture")
+    run_step(recorder, 0, labels([("a", 0, 3)], new={"a": 1}))
+    # vLLM may announce a resumed request as a new one.
+    run_step(recorder, 2, labels([("a", 0, 4)], new={"a": 1}))
+    assert recorder.stop()["requests"] == 1
+    assert seal(tmp_path, MODEL, {1: 5}, {1: 0}) == {}
+    rows = pq.read_table(tmp_path / "routing").to_pylist()
+    assert [(r["problem_id"], r["token_id"], r["expert_ids"][0]) for r in rows if r["layer"] == 0] == [
+        (1, token, 2) for token in range(4)
+    ]
 
 
-def test_requests_without_a_problem_id_are_counted_not_written(recorder: Recorder, tmp_path: Path) -> None:
+def test_requests_without_a_label_are_counted_and_those_from_before_the_start_are_left_out(tmp_path: Path) -> None:
+    recorder = make_recorder()
     recorder.start(tmp_path / "c")
-    run_step(recorder, [("warm-up", 0, 2), ("a", 0, 1)], 3, new={"warm-up": None, "a": 5})
-    assert recorder.stop() == {"rows": 2, "unlabelled": 1}
-    assert read(tmp_path / "c") == {5: {0: 3}}
+    run_step(recorder, 3, labels([("before", 7, 2), ("a", 0, 1), ("b", 0, 1)], new={"a": None, "b": 5}))
+    answer = recorder.stop()
+    assert (answer["rows"], answer["unlabelled"]) == (4, 1)
+    assert read(tmp_path / "c") == {0: [(0, 3)], 1: [(0, 3)]}
 
 
 def test_a_recorder_can_be_used_again(recorder: Recorder, tmp_path: Path) -> None:
     for folder in ("first", "second"):
         recorder.start(tmp_path / folder)
-        run_step(recorder, [("a", 0, 1)], 0, new={"a": 1})
+        run_step(recorder, 0, labels([("a", 0, 1)], new={"a": 1}))
         assert recorder.stop()["rows"] == 2
-        assert read(tmp_path / folder) == {1: {0: 0}}
+        assert read(tmp_path / folder) == {0: [(0, 0)]}
     assert "error" in recorder.stop()
 
 
-def test_a_slow_writer_makes_the_engine_wait_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
-    monkeypatch.setattr(recorder_module, "QUEUED_STEPS", 1)
-    slow = Recorder([0, 1], num_experts=4, top_k=2, max_tokens=8, device="cpu")
-    original = Recorder._write_request
-    monkeypatch.setattr(Recorder, "_write_request", lambda *a: (time.sleep(0.05), original(*a)))
-    slow.start(tmp_path / "c")
-    for number in range(10):
-        name = str(number)
-        run_step(slow, [(name, 0, 1)], number % 4, new={name: number}, finished={str(number - 1)})
-    assert slow.stop()["rows"] == 20
-    assert read(tmp_path / "c") == {number: {0: number % 4} for number in range(10)}
-
-
-def test_a_dead_writer_is_reported_and_never_blocks(recorder: Recorder, tmp_path: Path) -> None:
+def test_logits_of_every_layer_and_token_are_kept(tmp_path: Path) -> None:
+    recorder = make_recorder(logits=True)
     recorder.start(tmp_path / "c")
-    recorder.expert_ids_TLK[:] = -1
-    recorder.record(Step(spans=[("a", 0, 1)], problem_ids={"a": 1}, finished=set()))
-    recorder.record(Step(spans=[], problem_ids={}, finished={"a"}))
-    for _ in range(3 * recorder_module.QUEUED_STEPS):
-        run_step(recorder, [("b", 0, 1)], 0)
-    assert "expected 0..3" in recorder.stop()["error"]
+    run_step(recorder, 2, labels([("a", 0, 2)], new={"a": 0}))
+    recorder.stop()
+    rows = pq.read_table(tmp_path / "c" / "logits").to_pylist()
+    assert [(r["token_id"], r["layer"]) for r in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(r["logits"] == [0, 0, 1, 0] for r in rows)
+
+
+def test_router_inputs_are_kept_of_whole_requests_until_the_budget_is_used(tmp_path: Path) -> None:
+    recorder = make_recorder(hidden_tokens=3)
+    recorder.start(tmp_path / "c")
+    run_step(recorder, 1, labels([("a", 0, 2)], new={"a": 0}))
+    run_step(recorder, 2, labels([("a", 2, 1), ("b", 0, 3)], new={"b": 1}))
+    run_step(recorder, 3, labels([("a", 3, 1), ("b", 3, 1), ("c", 0, 1)], new={"c": 2}))
+    assert recorder.stop()["rows"] == 18
+    rows = pq.read_table(tmp_path / "c" / "hidden").to_pylist()
+    # b was admitted with one token of budget left and is kept whole; c came too late.
+    assert sorted((r["problem_id"], r["token_id"], r["hidden"][0]) for r in rows) == [
+        *[(0, 0, 1.0), (0, 1, 1.0), (0, 2, 2.0), (0, 3, 3.0)],
+        *[(1, 0, 2.0), (1, 1, 2.0), (1, 2, 2.0), (1, 3, 3.0)],
+    ]
+    assert {r["layer"] for r in rows} == {1}
+
+
+def test_a_slow_writer_makes_the_engine_wait_and_loses_nothing(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "QUEUE_BYTES", 1)
+    monkeypatch.setattr(recorder_module, "BATCH_BYTES", 1)
+    recorder.start(tmp_path / "c")
+    write = recorder._files.write
+    monkeypatch.setattr(recorder._files, "write", lambda batch: (time.sleep(0.05), write(batch)))
+    for number in range(10):
+        run_step(recorder, number % 4, labels([(str(number), 0, 1)], new={str(number): number}))
+    answer = recorder.stop()
+    assert answer["rows"] == 20
+    assert answer["waits"] > 0
+    assert answer["wait_seconds"] > 0
+    assert read(tmp_path / "c") == {number: [(0, number % 4)] for number in range(10)}
+
+
+def test_a_full_disk_is_reported_never_blocks_and_keeps_what_was_written(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "QUEUE_BYTES", 64)
+    monkeypatch.setattr(recorder_module, "BATCH_BYTES", 1)
+    recorder.start(tmp_path / "c")
+    run_step(recorder, 0, labels([("a", 0, 2)], new={"a": 1}))
+    deadline = time.monotonic() + 30
+    while recorder.status()["rows"] < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recorder._files, "write", full)
+    for _ in range(100):
+        run_step(recorder, 0, labels([("a", 2, 8)]))
+    assert "No space left" in recorder.stop()["error"]
+    assert read(tmp_path / "c") == {0: [(0, 0), (1, 0)]}
 
 
 def test_a_taken_folder_and_a_second_start_are_refused(recorder: Recorder, tmp_path: Path) -> None:
     recorder.start(tmp_path / "c")
     assert "already running" in recorder.start(tmp_path / "d")["error"]
-    run_step(recorder, [("a", 0, 1)], 0, new={"a": 1})
+    run_step(recorder, 0, labels([("a", 0, 1)], new={"a": 1}))
     recorder.stop()
-    assert "already holds routing parts" in recorder.start(tmp_path / "c")["error"]
+    assert "already holds parts" in recorder.start(tmp_path / "c")["error"]
 
 
-def test_assemble_leaves_gaps_open() -> None:
-    span = (np.ones((1, 1, 1), np.int16), np.ones((1, 1, 1), np.float32))
-    ids, _, captured = assemble([(2, *span), (0, *span)])
-    assert captured.tolist() == [True, False, True]
-    assert ids[:, 0, 0].tolist() == [1, -1, 1]
-
-
-def test_a_layer_whose_hook_did_not_run_is_an_error_not_the_step_before(recorder: Recorder, tmp_path: Path) -> None:
+def test_a_hook_that_misses_a_layer_is_found_in_the_first_step(recorder: Recorder, tmp_path: Path) -> None:
     recorder.start(tmp_path / "c")
-    run_step(recorder, [("a", 0, 2)], 0, new={"a": 1})
-    recorder.expert_ids_TLK[:1, 0] = torch.tensor([0, 1])
-    recorder.record(Step(spans=[("a", 2, 1)], problem_ids={}, finished=set()))
+    recorder.buffers.tensors["expert_ids"][:1, 0] = torch.tensor([0, 1], dtype=torch.int16)
+    recorder.record(labels([("a", 0, 1)], new={"a": 1}))
+    assert "no routing arrived from layers [1]" in recorder.status()["error"]
+    assert recorder.stop()["rows"] == 0
+
+
+@pytest.mark.parametrize(("ids", "text"), [([0, 4], "expected 0..3"), ([2, 2], "the same expert twice")])
+def test_ids_that_no_router_chooses_are_found_in_the_first_step(ids: list[int], text: str, tmp_path: Path) -> None:
+    recorder = make_recorder()
+    recorder.start(tmp_path / "c")
+    recorder.buffers.tensors["expert_ids"][:1] = torch.tensor(ids, dtype=torch.int16)
+    recorder.record(labels([("a", 0, 1)], new={"a": 1}))
+    assert text in recorder.stop()["error"]
+
+
+def test_a_layer_whose_hook_did_not_run_later_is_an_error_not_the_step_before(recorder: Recorder, tmp_path: Path) -> None:
+    recorder.start(tmp_path / "c")
+    run_step(recorder, 0, labels([("a", 0, 2)], new={"a": 1}))
+    recorder.buffers.tensors["expert_ids"][:1, 0] = torch.tensor([0, 1], dtype=torch.int16)
+    recorder.record(labels([("a", 2, 1)]))
     assert "expert ids -1..1" in recorder.stop()["error"]
 
 
-def test_status_tells_of_a_dead_writer_while_it_runs(recorder: Recorder, tmp_path: Path) -> None:
-    import time
-
+def test_rows_are_readable_while_the_capture_runs(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(recorder_module, "BATCH_SECONDS", 0.01)
     recorder.start(tmp_path / "c")
-    recorder.record(Step(spans=[("a", 0, 1)], problem_ids={"a": 1}, finished=set()))
-    assert recorder.status() == {}
-    recorder.record(Step(spans=[], problem_ids={}, finished={"a"}))
+    run_step(recorder, 0, labels([("a", 0, 2)], new={"a": 1}))
     deadline = time.monotonic() + 30
-    while not recorder.status() and time.monotonic() < deadline:
+    while not list((tmp_path / "c").glob("part-*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert "expected 0..3" in recorder.status()["error"]
+    assert read(tmp_path / "c") == {0: [(0, 0), (1, 0)]}
+    run_step(recorder, 1, labels([("a", 2, 1)]))
+    recorder.stop()
+    assert read(tmp_path / "c") == {0: [(0, 0), (1, 0), (2, 1)]}
+
+
+def test_buffers_for_many_experts_hold_every_id() -> None:
+    buffers = CaptureBuffers(max_tokens=1, layers=1, num_experts=40_000, top_k=1, device="cpu")
+    buffers.copy_of_layer(0)(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([[39_999]]))
+    assert buffers.snapshot(1, hidden=False).arrays()["expert_ids"].item() == 39_999
+    assert (buffers.tensors["expert_ids"] == -1).all()
+    assert np.iinfo(np.int16).max < 39_999

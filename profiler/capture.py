@@ -1,0 +1,202 @@
+"""What is captured, and how a finished capture becomes a complete trace.
+
+Engines leave `capture/` (rows under a number per request) and `capture/requests.jsonl` (which request has which number);
+`finish_trace` joins both with the sequences that were run, says what is missing, and writes the manifest last.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from profiler.errors import EngineError, TraceError
+from profiler.jsonl import write_jsonl
+from profiler.reader import Trace
+from profiler.schema import (
+    CAPTURE_FOLDER,
+    DECODE,
+    JSONL_FILE,
+    PREFILL,
+    PROBLEMS_FILE,
+    PROBLEMS_SCHEMA,
+    REQUESTS_FILE,
+    TOKENS_FILE,
+    TOKENS_SCHEMA,
+    Metadata,
+)
+from profiler.sealing import seal
+from profiler.writer import write_manifest, write_metadata, write_table
+
+ABORTED = "abort"
+# Problem ids named in a line about gaps; the tables have them all.
+NAMED_PROBLEMS = 10
+
+_VARIABLE = "SPECMOE_CAPTURE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureOptions:
+    """What is recorded besides expert ids and weights. Engines read it from the environment of their worker processes.
+
+    logits: all router logits, float16. hidden_layers: decoder layers whose router inputs are recorded, float16.
+    hidden_tokens: no request is admitted to the recording of router inputs once so many tokens have been recorded.
+    """
+
+    logits: bool = False
+    hidden_layers: tuple[int, ...] = ()
+    hidden_tokens: int = 20_000
+
+    def to_environment(self) -> dict[str, str]:
+        """Variables that switch the plugin on with these options."""
+        return {
+            _VARIABLE: "1",
+            f"{_VARIABLE}_LOGITS": str(int(self.logits)),
+            f"{_VARIABLE}_HIDDEN": ",".join(map(str, self.hidden_layers)),
+            f"{_VARIABLE}_HIDDEN_TOKENS": str(self.hidden_tokens),
+        }
+
+    @classmethod
+    def from_environment(cls, environment: dict[str, str]) -> Self | None:
+        """The options, or None if capture is off. Raises `EngineError` on values that are no numbers."""
+        if environment.get(_VARIABLE) != "1":
+            return None
+        try:
+            return cls(
+                logits=bool(int(environment.get(f"{_VARIABLE}_LOGITS") or 0)),
+                hidden_layers=tuple(sorted({int(x) for x in (environment.get(f"{_VARIABLE}_HIDDEN") or "").split(",") if x})),
+                hidden_tokens=int(environment.get(f"{_VARIABLE}_HIDDEN_TOKENS") or cls.hidden_tokens),
+            )
+        except ValueError as error:
+            raise EngineError(f"{_VARIABLE}_LOGITS, _HIDDEN or _HIDDEN_TOKENS: expected whole numbers: {error}") from error
+
+
+@dataclass(frozen=True)
+class CapturedRequest:
+    """A request as the engine's worker saw it.
+
+    number: what its rows have as problem id. label: what the client gave as problem id. cached_tokens: from the prefix cache.
+    """
+
+    number: int
+    request_id: str
+    label: int | str | None
+    prompt_token_ids: list[int]
+    cached_tokens: int
+
+    def to_json(self) -> str:
+        """One line of `requests.jsonl`."""
+        return json.dumps(vars(self), separators=(",", ":"))
+
+
+def read_requests(capture: Path) -> list[CapturedRequest]:
+    """The requests of a capture folder, in the order in which they started."""
+    path = capture / REQUESTS_FILE
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        # A killed process leaves a last line without its end.
+        return [CapturedRequest(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """One problem that was run: prompt and output tokens, and what the tables say of it.
+
+    captured_as: the number of its rows in `capture/`, None if no step ever routed it.
+    cached_tokens: prompt tokens taken from the prefix cache, which are not routed again.
+    """
+
+    problem_id: int
+    captured_as: int | None
+    dataset: str
+    source_key: str
+    prompt: str
+    output: str
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    truncated_tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: str = "unknown"
+
+    @property
+    def tokens(self) -> int:
+        """N, prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+
+def finish_trace(directory: Path, metadata: Metadata, sequences: list[Sequence], *, jsonl: bool = False) -> Trace:
+    """Seal `directory/capture` as the routing of `sequences` and write tables, gaps and the manifest.
+
+    Raises `TraceError` if the capture has rows of other requests, or none at all.
+    """
+    sequences = sorted(sequences, key=lambda sequence: sequence.problem_id)
+    if not any((directory / CAPTURE_FOLDER).glob("part-*.parquet")):
+        raise TraceError(f"{directory}: nothing was captured")
+    missing = seal(
+        directory,
+        metadata.model,
+        {sequence.problem_id: sequence.tokens for sequence in sequences},
+        {s.problem_id: s.captured_as for s in sequences if s.captured_as is not None},
+    )
+    write_metadata(directory, metadata.model_copy(update={"gaps": [*metadata.gaps, *_gaps(sequences, missing)]}))
+    write_table(directory / TOKENS_FILE, _tokens_table(sequences))
+    write_table(directory / PROBLEMS_FILE, _problems_table(sequences))
+    extra_files = {}
+    if jsonl:
+        extra_files[JSONL_FILE] = write_jsonl(Trace.open(directory, allow_incomplete=True), directory / JSONL_FILE)
+    write_manifest(directory, extra_files)
+    return Trace.open(directory)
+
+
+def _gaps(sequences: list[Sequence], missing: dict[int, list[int]]) -> list[str]:
+    """What is not in the routing, a line for each cause."""
+    gaps = []
+    cached = {s.problem_id: s.cached_tokens for s in sequences if s.cached_tokens}
+    unexplained = {
+        problem: positions for problem, positions in missing.items() if positions != [*range(cached.get(problem, 0))]
+    }
+    if cached:
+        explained = sum(len(missing.get(problem, [])) for problem in cached if problem not in unexplained)
+        gaps.append(f"{explained} positions of {len(cached)} problems came from the prefix cache: {_named(cached)}")
+    aborted = [s.problem_id for s in sequences if s.finish_reason == ABORTED]
+    if aborted:
+        gaps.append(f"{len(aborted)} problems were aborted and are incomplete: {_named(aborted)}")
+    if unexplained:
+        count = sum(len(positions) for positions in unexplained.values())
+        gaps.append(f"{count} positions of {len(unexplained)} problems were not captured: {_named(unexplained)}")
+    return gaps
+
+
+def _named(problems: list[int] | dict[int, Any]) -> str:
+    ids = sorted(problems)
+    more = f" and {len(ids) - NAMED_PROBLEMS} more" if len(ids) > NAMED_PROBLEMS else ""
+    return "problem " + ", ".join(map(str, ids[:NAMED_PROBLEMS])) + more
+
+
+def _tokens_table(sequences: list[Sequence]) -> pa.Table:
+    lengths = np.array([sequence.tokens for sequence in sequences])
+    decode = [np.arange(s.tokens) >= len(s.prompt_token_ids) for s in sequences]
+    vocab_ids = [np.array(s.prompt_token_ids + s.output_token_ids, dtype=np.int32) for s in sequences]
+    return pa.table(
+        [
+            np.repeat(np.array([sequence.problem_id for sequence in sequences], dtype=np.int32), lengths),
+            np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+            np.concatenate(vocab_ids),
+            pa.DictionaryArray.from_arrays(np.concatenate(decode).astype(np.int8), [PREFILL, DECODE]),
+        ],
+        schema=TOKENS_SCHEMA,
+    )
+
+
+def _problems_table(sequences: list[Sequence]) -> pa.Table:
+    rows = [
+        {name: getattr(s, name) for name in PROBLEMS_SCHEMA.names if hasattr(s, name)}
+        | {"prompt_tokens": len(s.prompt_token_ids), "output_tokens": len(s.output_token_ids)}
+        for s in sequences
+    ]
+    return pa.Table.from_pylist(rows, schema=PROBLEMS_SCHEMA)

@@ -1,0 +1,93 @@
+"""Which function decides routing in which vLLM release. Nothing else in this package knows versions.
+
+Read from the sources of every release named here; `docs/vllm-releases.md` says which ones were run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+_PACKAGE = "vllm.model_executor.layers.fused_moe"
+
+Release = tuple[int, int]
+
+
+class UnsupportedReleaseError(Exception):
+    """This vLLM release has no hook; the text says which have."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Where the releases `first` to `last` choose experts.
+
+    module, function: the source of the choice; the function takes (hidden_states, router_logits, ...) and returns
+    (weights, ids, ...). owner: what holds the method that is wrapped, per layer: the MoE layer itself, its router, or, for
+    monolithic CPU kernels, the module, whose function then serves all layers.
+    logical: whether the ids are the model's own even when vLLM balances load over copies of experts (EPLB).
+    """
+
+    first: Release
+    last: Release
+    module: str
+    function: str
+    owner: Literal["layer", "router", "module"]
+    wraps: str
+    logical: bool = True
+    cpu: bool = False
+
+    @property
+    def name(self) -> str:
+        """For metadata: the function and what is wrapped to reach it."""
+        where = self.module.removeprefix(f"{_PACKAGE}.")
+        return f"{where}.{self.wraps}" if self.owner == "module" else f"{self.owner} {self.wraps} ({where})"
+
+    @property
+    def source(self) -> str:
+        """Path of the source file inside the `vllm` package."""
+        return self.module.removeprefix("vllm.").replace(".", "/") + ".py"
+
+
+HOOKS = (
+    Hook((0, 12), (0, 13), f"{_PACKAGE}.layer", "FusedMoE.select_experts", "layer", "select_experts", logical=False),
+    Hook((0, 14), (0, 14), f"{_PACKAGE}.layer", "FusedMoE._select_experts", "layer", "_select_experts", logical=False),
+    Hook((0, 15), (0, 23), f"{_PACKAGE}.router.base_router", "BaseRouter.select_experts", "router", "_compute_routing"),
+    Hook((0, 24), (0, 33), f"{_PACKAGE}.router.base_router", "BaseRouter._select_experts", "router", "_compute_routing"),
+)
+# CPU builds choose experts inside their kernels up to 0.29, by a function of the kernel's module.
+CPU_HOOKS = (
+    Hook((0, 24), (0, 27), f"{_PACKAGE}.cpu_fused_moe", "select_experts", "module", "select_experts", cpu=True),
+    Hook((0, 28), (0, 29), f"{_PACKAGE}.experts.cpu_moe", "select_experts", "module", "select_experts", cpu=True),
+    *(hook for hook in HOOKS if hook.last >= (0, 30)),
+)
+OLDEST, NEWEST = HOOKS[0].first, HOOKS[-1].last
+OLDEST_CPU = CPU_HOOKS[0].first
+OLDEST_CPU_ROUTER: Release = (0, 30)
+
+
+def parse_release(version: str) -> Release:
+    """(major, minor) of a version such as `0.32.0+cpu`. Raises `UnsupportedReleaseError` if it is no version."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if not found:
+        raise UnsupportedReleaseError(f"vLLM calls itself version {version!r}: expected a release such as 0.32.0")
+    return int(found.group(1)), int(found.group(2))
+
+
+def resolve_hook(version: str, *, cpu: bool) -> Hook:
+    """The hook of a release; for one that is newer than all known, the newest.
+
+    Raises `UnsupportedReleaseError` for older ones.
+    """
+    release = parse_release(version)
+    hooks = CPU_HOOKS if cpu else HOOKS
+    oldest = OLDEST_CPU if cpu else OLDEST
+    if release < oldest:
+        where = " on CPU" if cpu else ""
+        raise UnsupportedReleaseError(f"vLLM {version}{where}: routing can be recorded from {oldest[0]}.{oldest[1]} on")
+    return next((hook for hook in hooks if release <= hook.last), hooks[-1])
+
+
+def is_known(version: str) -> bool:
+    """Whether the release is one whose sources were read; others must prove themselves on their first step."""
+    return OLDEST <= parse_release(version) <= NEWEST
