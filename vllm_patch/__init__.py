@@ -1,6 +1,11 @@
-"""How routing leaves vLLM: a plugin that hooks expert selection in the fused MoE layers and streams it to Parquet.
+"""How routing leaves vLLM: a hook on expert selection in the fused MoE layers, streamed to Parquet.
 
-The plugin is found by vLLM through the entry point group `vllm.general_plugins` and does nothing unless the environment
-variable `SPECMOE_CAPTURE` is set to 1. `plugin` wires it in, `hook` finds and wraps the routers, `steps` labels rows with
-their requests, `recorder` collects and writes them.
+vLLM finds the plugin through the entry point group `vllm.general_plugins`; it does nothing unless the environment variable
+`SPECMOE_CAPTURE` is 1. `releases` knows which function chooses experts in which release, `hook` wraps it, `buffers` hold what
+the hooks copy, `steps` labels rows with their requests, `recorder` writes them. `recording` is for programs with an
+`LLM` of their own.
 """
+
+from vllm_patch.recording import Recording, enable
+
+__all__ = ["Recording", "enable"]

@@ -10,22 +10,40 @@ from safetensors.torch import save_file
 
 from vllm_patch.hook import MoELayer
 
-PARAMETERS = ("weight", "bias", "e_score_correction_bias")
+BIASES = ("bias", "e_score_correction_bias")
 
 
-def save_gates(model: torch.nn.Module, layers: list[MoELayer], path: Path) -> None:
+@torch.inference_mode()
+def save_gates(model: torch.nn.Module, layers: list[MoELayer], hidden_size: int, path: Path) -> None:
     """Write `layers.{index}.weight` `[E, D]` (and biases, where there are any) of every MoE layer's gate.
 
-    Raises `LookupError` if a layer has no gate of that shape.
+    Raises `LookupError` if a layer has no gate beside its experts.
     """
     tensors: dict[str, torch.Tensor] = {}
     for layer in layers:
         gate = _gate_of(model, layer)
-        for name in PARAMETERS:
+        tensors[f"layers.{layer.index}.weight"] = _weight(gate, layer.num_experts, hidden_size)
+        for name in BIASES:
             value = getattr(gate, name, None)
             if isinstance(value, torch.Tensor):
-                tensors[f"layers.{layer.index}.{name}"] = value.detach().cpu().contiguous().clone()
-    save_file(tensors, path)
+                tensors[f"layers.{layer.index}.{name}"] = value
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def _weight(gate: Any, num_experts: int, hidden_size: int) -> torch.Tensor:
+    weight = gate.weight
+    if weight.shape == (num_experts, hidden_size):
+        return torch.as_tensor(weight)
+    # CPU kernels keep weights packed in a form of their own, and quantised ones are codes: ask the gate itself, whose
+    # answer to the unit vectors is exact.
+    units = torch.eye(hidden_size, dtype=getattr(gate, "params_dtype", weight.dtype), device=weight.device)
+    answer = gate(units)
+    logits = answer[0] if isinstance(answer, tuple) else answer
+    if getattr(gate, "bias", None) is not None:
+        logits = logits - gate.bias
+    if logits.shape != (hidden_size, num_experts):
+        raise LookupError(f"a gate answers {tuple(logits.shape)}, expected {(hidden_size, num_experts)}")
+    return logits.T
 
 
 def _gate_of(model: torch.nn.Module, layer: MoELayer) -> Any:
@@ -34,7 +52,6 @@ def _gate_of(model: torch.nn.Module, layer: MoELayer) -> Any:
     for owner in (layer.module, block):
         for name in ("gate", "router"):
             gate = getattr(owner, name, None)
-            weight = getattr(gate, "weight", None)
-            if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[0] >= layer.num_experts:
+            if isinstance(gate, torch.nn.Module) and isinstance(getattr(gate, "weight", None), torch.Tensor):
                 return gate
-    raise LookupError(f"layer {layer.index}: no gate with a weight of {layer.num_experts} rows beside its experts")
+    raise LookupError(f"layer {layer.index}: no gate beside its experts")

@@ -103,7 +103,8 @@ class WorkerCapture:
             from vllm_patch.gates import save_gates
 
             try:
-                save_gates(self._worker.model_runner.get_model(), self._layers, Path(directory) / GATES_FILE)
+                size = self._worker.vllm_config.model_config.get_hidden_size()
+                save_gates(self._worker.model_runner.get_model(), self._layers, size, Path(directory) / GATES_FILE)
             except Exception as error:
                 self._recorder.stop()
                 return {"error": f"the routers' weights cannot be saved: {error}"}

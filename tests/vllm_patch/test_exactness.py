@@ -1,0 +1,242 @@
+"""Every way in which vLLM runs requests, against `transformers` in float32 over the same tokens.
+
+Each scenario of `drive_vllm.py` starts its engines once; the tests look at the traces that it left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from profiler.engines.vllm import is_installed
+from profiler.models import demo_model_folder
+from profiler.reader import Trace
+from profiler.writer import has_repeats
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
+
+HERE = Path(__file__).parent
+NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v1", "deepseek_v2")
+# float16 weights below 1, and the engines' own rounding.
+WEIGHT_TOLERANCE = 2**-12 + 1e-5
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    subprocess.run([sys.executable, HERE / "tiny_models.py", folder], check=True, capture_output=True, timeout=300)
+    return folder
+
+
+def drive(scenario: str, out: Path, *models: Path, **environment: str) -> Path:
+    command = [sys.executable, str(HERE / "drive_vllm.py"), scenario, str(out), *map(str, models)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def families(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return drive("families", tmp_path_factory.mktemp("families"), *(checkpoints / name for name in NAMES))
+
+
+@pytest.fixture(scope="module")
+def pressure(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pressure")
+    return drive("pressure", out, checkpoints / "mixtral", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return drive("calls", tmp_path_factory.mktemp("calls"), demo_model_folder())
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return drive("half", tmp_path_factory.mktemp("half"), demo_model_folder())
+
+
+def load_oracle(folder: Path, dtype: str = "float32") -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if folder.name == "deepseek_v1":
+        sys.path.insert(0, str(HERE))
+        from tiny_models import deepseek_v1_oracle
+
+        return deepseek_v1_oracle(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+
+def vocabulary(trace: Trace) -> dict[int, list[int]]:
+    table = trace.tokens.to_pydict()
+    tokens: dict[int, list[int]] = {}
+    for problem, vocab in zip(table["problem_id"], table["vocab_id"], strict=True):
+        tokens.setdefault(problem, []).append(vocab)
+    return tokens
+
+
+def by_expert(ids_TLK: np.ndarray, weights_TLK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(ids_TLK, -1)
+    return np.take_along_axis(ids_TLK, order, -1), np.take_along_axis(weights_TLK.astype(np.float64), order, -1)
+
+
+def assert_agrees(trace: Trace, oracle: Any) -> int:
+    """Every captured (token, layer) has the oracle's experts and weights; returns their number."""
+    from profiler.engines.transformers import route
+
+    compared = 0
+    for problem, tokens in vocabulary(trace).items():
+        if len(tokens) < 2:
+            continue
+        chunk = trace.arrays(problem)
+        ids_TLK, weights_TLK = route(oracle, tokens[:-1])
+        expected_ids, expected_weights = by_expert(ids_TLK[chunk.token_ids_T], weights_TLK[chunk.token_ids_T])
+        ids, weights = by_expert(chunk.expert_ids_TLK, chunk.weights_TLK)
+        assert (ids == expected_ids).all(), f"problem {problem}: {(ids != expected_ids).any(-1).mean():.1%} differ"
+        assert np.abs(weights - expected_weights).max() <= WEIGHT_TOLERANCE
+        compared += ids.shape[0] * ids.shape[1]
+    return compared
+
+
+def assert_complete(trace: Trace) -> None:
+    assert trace.metadata.gaps == []
+    for problem, tokens in vocabulary(trace).items():
+        if len(tokens) > 1:
+            assert trace.arrays(problem).token_ids_T.tolist() == list(range(len(tokens) - 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_agrees_with_transformers(name: str, families: Path, checkpoints: Path) -> None:
+    trace = Trace.open(families / name)
+    assert_complete(trace)
+    layers = {"deepseek_v1": [1, 2], "deepseek_v2": [1, 2], "qwen3_moe": [0, 2]}.get(name, [0, 1, 2])
+    assert trace.metadata.model.moe_layers == layers
+    assert trace.problems.num_rows == 12
+    assert assert_agrees(trace, load_oracle(checkpoints / name)) > 700 * len(layers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_choose_the_recorded_experts(name: str, families: Path) -> None:
+    trace = Trace.open(families / name)
+    top_k = trace.metadata.model.top_k
+    for problem in (0, 5):
+        positions, layers, logits_TLE = trace.values("logits", problem)
+        chunk = trace.arrays(problem)
+        assert (positions == chunk.token_ids_T).all()
+        assert layers == trace.metadata.model.moe_layers
+        # float16 makes ties: an expert may only be missing from the top K if its logit equals the K-th.
+        kth = np.sort(logits_TLE, -1)[..., [-top_k]]
+        assert (np.take_along_axis(logits_TLE, chunk.expert_ids_TLK.astype(np.int64), -1) >= kth).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_router_inputs_times_gates_are_the_logits(name: str, families: Path) -> None:
+    from safetensors.numpy import load_file
+
+    trace = Trace.open(families / name)
+    gates = load_file(trace.path / "gates.safetensors")
+    assert sorted(gates) == [f"layers.{layer}.weight" for layer in trace.metadata.model.moe_layers]
+    positions, layers, hidden_TLD = trace.values("hidden", 0)
+    assert layers == [2]
+    _, all_layers, logits_TLE = trace.values("logits", 0)
+    assert len(positions) == len(trace.arrays(0))
+    found = hidden_TLD[:, 0].astype(np.float32) @ gates["layers.2.weight"].astype(np.float32).T
+    np.testing.assert_allclose(found, logits_TLE[:, all_layers.index(2)].astype(np.float32), atol=0.02)
+
+
+def test_router_inputs_stop_at_their_budget(families: Path) -> None:
+    import pyarrow.parquet as pq
+
+    trace = Trace.open(families / "mixtral")
+    problems = pq.read_table(trace.path / "hidden").column("problem_id").to_numpy()
+    counts = {problem: int((problems == problem).sum()) for problem in np.unique(problems)}
+    assert all(count == len(trace.arrays(problem)) for problem, count in counts.items())
+    assert 0 < len(counts) <= 12
+    assert sum(counts.values()) >= 300
+
+
+def test_preempted_chunked_compiled_requests_agree_without_duplicates(pressure: Path, checkpoints: Path) -> None:
+    assert json.loads((pressure / "metrics.json").read_text())["preemptions"] > 0
+    trace = Trace.open(pressure / "trace")
+    assert_complete(trace)
+    assert assert_agrees(trace, load_oracle(checkpoints / "mixtral")) == 4 * 299 * 3
+
+
+def test_calls_samples_and_stop_strings_agree(calls: Path) -> None:
+    trace = Trace.open(calls / "trace")
+    outputs = json.loads((calls / "outputs.json").read_text())
+    assert trace.problems.num_rows == 6 + 6 + 4 + 3 * 3 + 2
+    assert assert_agrees(trace, load_oracle(demo_model_folder())) > 0
+    assert trace.problems.column("finish_reason").to_pylist() == [r for request in outputs["finish_reasons"] for r in request]
+    assert "stop" in outputs["finish_reasons"][-1]
+
+
+def test_samples_of_a_request_are_problems_of_their_own(calls: Path) -> None:
+    trace = Trace.open(calls / "trace")
+    tokens = vocabulary(trace)
+    problems = trace.problems.to_pylist()
+    samples = problems[16:25]
+    assert len({problem["prompt"] for problem in samples}) == 3
+    assert len({tuple(tokens[problem["problem_id"]]) for problem in samples}) > 3
+
+
+def test_prefix_cache_gaps_are_what_vllm_says_was_cached(calls: Path) -> None:
+    trace = Trace.open(calls / "trace")
+    reported = [n for request in json.loads((calls / "outputs.json").read_text())["cached"] for n in request]
+    problems = trace.problems.to_pylist()
+    # vLLM reports one number per request; its samples after the first may find more of the prompt in the cache.
+    single = [*range(16), 25, 26]
+    assert [problems[i]["cached_tokens"] for i in single] == [reported[i] for i in single]
+    assert sum(reported[12:16]) >= 4 * 256
+    total = 0
+    for problem in problems:
+        length = problem["prompt_tokens"] + problem["output_tokens"]
+        assert trace.arrays(problem["problem_id"]).token_ids_T.tolist() == list(range(problem["cached_tokens"], length - 1))
+        total += problem["cached_tokens"]
+    (gap,) = trace.metadata.gaps
+    assert gap.startswith(f"{total} positions of {sum(p['cached_tokens'] > 0 for p in problems)} problems came from the prefix")
+    shown = subprocess.run(
+        [sys.executable, "-m", "specmoe", "inspect", str(trace.path)], capture_output=True, text=True, check=True
+    )
+    assert " ".join(gap.split()) in " ".join(shown.stdout.split())
+
+
+def test_an_aborted_request_is_marked_incomplete(calls: Path) -> None:
+    trace = Trace.open(calls / "aborted")
+    kept, dropped = trace.problems.to_pylist()
+    assert (kept["finish_reason"], kept["output_tokens"]) == ("length", 40)
+    assert (dropped["finish_reason"], dropped["prompt_tokens"], dropped["output_tokens"]) == ("abort", 30, 0)
+    assert "1 problems were aborted and are incomplete: problem 1" in trace.metadata.gaps
+    assert len(trace.arrays(0)) == 69
+    assert trace.arrays(1).token_ids_T.tolist() == list(range(29))
+
+
+def test_in_bfloat16_only_near_ties_differ(half: Path) -> None:
+    from profiler.engines.transformers import route
+
+    trace = Trace.open(half / "trace")
+    oracle = load_oracle(demo_model_folder(), "bfloat16")
+    top_k = trace.metadata.model.top_k
+    different, compared, widest = 0, 0, 0.0
+    for problem, tokens in vocabulary(trace).items():
+        chunk = trace.arrays(problem)
+        ids_TLK, _ = route(oracle, tokens[:-1])
+        assert not has_repeats(chunk.expert_ids_TLK).any()
+        disagrees_TL = (np.sort(ids_TLK, -1) != np.sort(chunk.expert_ids_TLK, -1)).any(-1)
+        _, _, logits_TLE = trace.values("logits", problem)
+        ordered = np.sort(logits_TLE.astype(np.float64), -1)
+        gap_TL = ordered[..., -top_k] - ordered[..., -top_k - 1]
+        different, compared = different + int(disagrees_TL.sum()), compared + disagrees_TL.size
+        widest = max(widest, float(gap_TL[disagrees_TL].max(initial=0)))
+    print(f"bfloat16: {different} of {compared} sets differ, widest gap between rank K and K+1 {widest:.4f}")
+    assert compared > 0
+    assert different < 0.05 * compared
+    assert widest < 0.25

@@ -1,0 +1,248 @@
+"""Mixture-of-experts checkpoints with small random weights, one per routing family that vLLM serves.
+
+    python tests/vllm_patch/tiny_models.py FOLDER
+
+vLLM's CPU kernels want head sizes of 32 or 64 and DeepSeek-V2's real attention dimensions; everything else is small.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+VOCABULARY = 512
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def mixtral() -> Any:
+    config = transformers.MixtralConfig(**SHAPE, num_key_value_heads=2, head_dim=32, num_local_experts=8, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config)
+
+
+def qwen2_moe() -> Any:
+    """Softmax over all experts, not renormalised, and a shared expert."""
+    config = transformers.Qwen2MoeConfig(
+        **SHAPE,
+        num_key_value_heads=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=128,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        use_sliding_window=False,
+    )
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
+def qwen3_moe() -> Any:
+    """Renormalised; its second layer is dense, so MoE layers are 0 and 2."""
+    config = transformers.Qwen3MoeConfig(
+        **SHAPE,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=64,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        use_sliding_window=False,
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def olmoe() -> Any:
+    shape = {**SHAPE, "intermediate_size": 64}
+    config = transformers.OlmoeConfig(
+        **shape, num_key_value_heads=4, num_experts=16, num_experts_per_tok=4, norm_topk_prob=False
+    )
+    return transformers.OlmoeForCausalLM(config)
+
+
+def deepseek_v2() -> Any:
+    """DeepSeek-V2-Lite: a dense first layer, shared experts, yarn positions as in the real model."""
+    config = transformers.DeepseekV2Config(
+        **{**SHAPE, "max_position_embeddings": 16384},
+        num_key_value_heads=4,
+        moe_intermediate_size=64,
+        n_shared_experts=2,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        first_k_dense_replace=1,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        routed_scaling_factor=1.0,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+    )
+    return transformers.DeepseekV2ForCausalLM(config)
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
+    "qwen3_moe": qwen3_moe,
+    "olmoe": olmoe,
+    "deepseek_v2": deepseek_v2,
+}
+
+
+def make(name: str, folder: Path) -> Path:
+    """Write checkpoint `name` (one of FAMILIES, or deepseek_v1) to `folder / name` in float32."""
+    torch.manual_seed(0)
+    target = folder / name
+    if name == "deepseek_v1":
+        _make_deepseek_v1(target)
+    else:
+        model = FAMILIES[name]().float().eval()
+        with torch.no_grad():
+            for module, weight in model.named_parameters():
+                # The defaults (0.02, or zero) make routers so indifferent that rounding decides.
+                if module.endswith(".gate.weight"):
+                    weight.normal_(std=0.2)
+        model.save_pretrained(target)
+    return target
+
+
+def _make_deepseek_v1(target: Path) -> None:
+    """DeepSeek v1 has no class in transformers: a Llama with experts from layer 1 on, under the names of its checkpoints."""
+    hidden, experts, expert_size, shared = SHAPE["hidden_size"], 16, 64, 2
+    config = {
+        **SHAPE,
+        "architectures": ["DeepseekForCausalLM"],
+        "model_type": "deepseek",
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"},
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": expert_size,
+        "n_shared_experts": shared,
+        "n_routed_experts": experts,
+        "num_experts_per_tok": 4,
+        "moe_layer_freq": 1,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": False,
+        "scoring_func": "softmax",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    target.mkdir(parents=True)
+    (target / "config.json").write_text(json.dumps(config, indent=1))
+    (target / "configuration_deepseek.py").write_text(
+        'from transformers import PretrainedConfig\n\n\nclass DeepseekConfig(PretrainedConfig):\n    model_type = "deepseek"\n'
+    )
+    weights = {
+        "model.embed_tokens.weight": torch.randn(VOCABULARY, hidden) * 0.02,
+        "lm_head.weight": torch.randn(VOCABULARY, hidden) * 0.02,
+        "model.norm.weight": torch.ones(hidden),
+    }
+
+    def mlp(prefix: str, size: int) -> None:
+        for name, shape in (("gate_proj", (size, hidden)), ("up_proj", (size, hidden)), ("down_proj", (hidden, size))):
+            weights[f"{prefix}.{name}.weight"] = torch.randn(*shape) * 0.02
+
+    for layer in range(SHAPE["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{prefix}.{norm}.weight"] = torch.ones(hidden)
+        for name in "qkvo":
+            weights[f"{prefix}.self_attn.{name}_proj.weight"] = torch.randn(hidden, hidden) * 0.02
+        if layer == 0:
+            mlp(f"{prefix}.mlp", SHAPE["intermediate_size"])
+            continue
+        weights[f"{prefix}.mlp.gate.weight"] = torch.randn(experts, hidden) * 0.2
+        for expert in range(experts):
+            mlp(f"{prefix}.mlp.experts.{expert}", expert_size)
+        mlp(f"{prefix}.mlp.shared_experts", expert_size * shared)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def deepseek_v1_oracle(folder: Path) -> Any:
+    """A `transformers` model with the weights of the deepseek_v1 checkpoint: DeepSeek-V3's code has other attention, so
+    Qwen2-MoE, whose shared expert is gated, serves with the gate forced open.
+    """
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    config = transformers.Qwen2MoeConfig(
+        **{**SHAPE, "rms_norm_eps": 1e-6},
+        num_key_value_heads=4,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=128,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        mlp_only_layers=[0],
+        use_sliding_window=False,
+        qkv_bias=False,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = transformers.Qwen2MoeForCausalLM(config).float().eval()
+    state = model.state_dict()
+    for name in state:
+        if name in weights:
+            state[name] = weights[name]
+        elif ".shared_expert." in name:
+            state[name] = weights[name.replace(".shared_expert.", ".shared_experts.")]
+        elif name.endswith("experts.gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            state[name] = torch.stack(
+                [
+                    torch.cat([weights[f"{prefix}{e}.gate_proj.weight"], weights[f"{prefix}{e}.up_proj.weight"]])
+                    for e in range(16)
+                ]
+            )
+        elif name.endswith("experts.down_proj"):
+            prefix = name.removesuffix("down_proj")
+            state[name] = torch.stack([weights[f"{prefix}{e}.down_proj.weight"] for e in range(16)])
+        elif name.endswith("shared_expert_gate.weight"):
+            # The gate is sigmoid(0 . x) = 1/2: doubling the shared expert's output opens it.
+            state[name] = torch.zeros_like(state[name])
+        elif name.endswith("_proj.bias"):
+            state[name] = torch.zeros_like(state[name])
+        else:
+            raise KeyError(name)
+    for name in state:
+        if name.endswith("shared_expert.down_proj.weight"):
+            state[name] = 2 * state[name]
+    model.load_state_dict(state)
+    return model
+
+
+if __name__ == "__main__":
+    for family in (*FAMILIES, "deepseek_v1"):
+        print(make(family, Path(sys.argv[1])))

@@ -1,0 +1,151 @@
+"""Record what a `vllm.LLM` of your own routes.
+
+vllm_patch.enable()                                   # before vLLM is started
+llm = LLM("mistralai/Mixtral-8x7B-Instruct-v0.1")
+with vllm_patch.Recording(llm, "traces/mine") as recording:
+    recording.add(llm.generate(prompts, sampling_params))
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from profiler.capture import ABORTED, CapturedRequest, CaptureOptions, Sequence, finish_trace, read_requests
+from profiler.errors import EngineError, TraceError
+from profiler.models import resolve_model
+from profiler.reader import Trace
+from profiler.schema import CAPTURE_FOLDER, Metadata
+
+DATASET = "own"
+# vLLM appends a dash and eight random characters to request ids from 0.14 on.
+_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
+
+
+def enable(options: CaptureOptions | None = None) -> None:
+    """Switch the plugin on for engines that this process starts from now on, with a compile cache of their own."""
+    os.environ.update((options or CaptureOptions()).to_environment())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm"
+    # Captured and plain runs share vLLM's key for compiled code: keep ours apart.
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(cache / "specmoe"))
+
+
+class Recording:
+    """Records all requests of `llm` while it is entered; leaving it writes a complete trace to `out`.
+
+    Every sample of every output handed to `add` becomes a problem, in that order. Requests that never came back (aborted
+    ones) keep the routing of their prompt and are marked incomplete.
+    Raises `EngineError` if the engine cannot record, `TraceError` if `out` is taken; leaving it by an exception keeps what
+    was captured in `out/capture`.
+    """
+
+    def __init__(self, llm: Any, out: str | Path) -> None:
+        self.out = Path(out)
+        self._llm = llm
+        self._outputs: list[Any] = []
+        self.trace: Trace | None = None
+
+    def add(self, outputs: Iterable[Any]) -> None:
+        """Outputs of `llm.generate` or `llm.chat`: what was asked and answered."""
+        self._outputs += outputs
+
+    def __enter__(self) -> Self:
+        if self.out.exists() and any(self.out.iterdir()):
+            raise TraceError(f"{self.out} exists and is not an empty folder: choose another one")
+        self._facts = self._call("specmoe_start", str((self.out / CAPTURE_FOLDER).resolve()))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        answer = self._call("specmoe_stop")
+        if kind is not None:
+            return
+        requests = read_requests(self.out / CAPTURE_FOLDER)
+        if not requests:
+            shutil.rmtree(self.out)
+            raise TraceError(f"{self.out}: no request ran while this was recorded")
+        self.trace = finish_trace(self.out, self._metadata(answer), self._sequences(requests))
+
+    def _sequences(self, requests: list[CapturedRequest]) -> list[Sequence]:
+        by_id = {request.request_id: request for request in requests}
+        by_id |= {_SUFFIX.sub("", request.request_id): request for request in requests}
+        sequences: list[Sequence] = []
+        seen = set()
+        for output in self._outputs:
+            for sample in output.outputs:
+                name = f"{sample.index}_{output.request_id}" if len(output.outputs) > 1 else output.request_id
+                request = by_id.get(name)
+                if request is None:
+                    raise TraceError(f"output {output.request_id!r} was not run while this was recorded")
+                seen.add(request.number)
+                sequences.append(
+                    Sequence(
+                        problem_id=len(sequences),
+                        captured_as=request.number,
+                        dataset=DATASET,
+                        source_key=name,
+                        prompt=output.prompt or self._text(output.prompt_token_ids),
+                        output=sample.text,
+                        prompt_token_ids=list(output.prompt_token_ids),
+                        output_token_ids=list(sample.token_ids),
+                        cached_tokens=request.cached_tokens,
+                        finish_reason=sample.finish_reason or ABORTED,
+                    )
+                )
+        for request in requests:
+            if request.number not in seen:
+                sequences.append(
+                    Sequence(
+                        problem_id=len(sequences),
+                        captured_as=request.number,
+                        dataset=DATASET,
+                        source_key=request.request_id,
+                        prompt=self._text(request.prompt_token_ids),
+                        output="",
+                        prompt_token_ids=request.prompt_token_ids,
+                        output_token_ids=[],
+                        cached_tokens=request.cached_tokens,
+                        finish_reason=ABORTED,
+                    )
+                )
+        return sequences
+
+    def _text(self, token_ids: list[int]) -> str:
+        """The prompt's text; its token ids where the engine has no tokenizer."""
+        if self._llm.llm_engine.vllm_config.model_config.skip_tokenizer_init:
+            return " ".join(map(str, token_ids))
+        return str(self._llm.get_tokenizer().decode(token_ids))
+
+    def _metadata(self, answer: dict[str, Any]) -> Metadata:
+        import vllm
+
+        config = self._llm.llm_engine.vllm_config
+        model = resolve_model(config.model_config.model, revision=config.model_config.revision).metadata
+        facts = {name: self._facts[name] for name in ("moe_layers", "num_experts", "top_k")}
+        dtype = str(config.model_config.dtype).removeprefix("torch.")
+        return Metadata(
+            model=model.model_copy(update={**facts, "dtype": dtype}),
+            engine="vllm",
+            versions={"vllm": vllm.__version__, "speculative-moe": version("speculative-moe")},
+            hook=self._facts["hook"],
+            capture={
+                "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+                "writer_waits": answer["waits"],
+                "writer_wait_seconds": round(answer["wait_seconds"], 3),
+            },
+        )
+
+    def _call(self, method: str, *args: str) -> dict[str, Any]:
+        try:
+            answers: list[dict[str, Any]] = self._llm.collective_rpc(method, args=args)
+        except Exception as error:
+            raise EngineError(f"this engine cannot record ({error}): call vllm_patch.enable() before starting it") from error
+        for answer in answers:
+            if "error" in answer:
+                raise EngineError(f"capture failed: {answer['error']}")
+        return answers[0]
