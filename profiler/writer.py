@@ -38,6 +38,8 @@ from profiler.schema import (
 ROWS_PER_GROUP = 1 << 18
 BYTES_PER_GROUP = 32 << 20
 ROWS_PER_FILE = 1 << 24
+# Up to here, comparing column by column is faster than sorting row by row.
+NETWORK_TOP_K = 8
 KEY_COLUMNS = ("problem_id", "layer", "token_id")
 
 Problems = int | npt.NDArray[np.integer[Any]]
@@ -49,10 +51,12 @@ class BlockWriter:
 
     Files appear under their name only when they are whole.
     folder: created if missing; must not hold parts yet. layers: decoder layer index of each of the L recorded layers.
+    temporary: as fast as can be, since the files will be rewritten.
     """
 
-    def __init__(self, folder: Path, layers: list[int], schema: pa.Schema) -> None:
+    def __init__(self, folder: Path, layers: list[int], schema: pa.Schema, *, temporary: bool = False) -> None:
         self.folder = folder
+        self._temporary = temporary
         self.rows = 0
         self._layers_L = np.asarray(layers, dtype=np.int16)
         self._schema = schema
@@ -105,7 +109,7 @@ class BlockWriter:
         if not self._pending:
             return
         if self._file is None:
-            self._file = open_part(self._part_path.with_suffix(".tmp"), self._schema)
+            self._file = open_part(self._part_path.with_suffix(".tmp"), self._schema, temporary=self._temporary)
         layers = len(self._layers_L)
         problem_ids_T = np.concatenate([problem_ids for problem_ids, _, _ in self._pending])
         token_ids_T = np.concatenate([token_ids for _, token_ids, _ in self._pending])
@@ -138,10 +142,10 @@ class BlockWriter:
 
 
 class RoutingWriter(BlockWriter):
-    """Stream routing: every token has K pairs of expert id and weight in each of the L MoE layers."""
+    """Stream routing to be sealed later: every token has K pairs of expert id and weight in each of the L MoE layers."""
 
     def __init__(self, folder: Path, moe_layers: list[int], num_experts: int, top_k: int) -> None:
-        super().__init__(folder, moe_layers, routing_schema(num_experts, top_k))
+        super().__init__(folder, moe_layers, routing_schema(num_experts, top_k), temporary=True)
         self._num_experts = num_experts
         self._top_k = top_k
 
@@ -168,10 +172,10 @@ class RoutingWriter(BlockWriter):
 
 
 class ValuesWriter(BlockWriter):
-    """Stream float16 vectors of width W (router logits, router inputs) of every token in each of the L recorded layers."""
+    """Stream float16 vectors of width W to be sealed later: router logits or inputs of tokens in each of the L layers."""
 
     def __init__(self, folder: Path, layers: list[int], column: str, width: int) -> None:
-        super().__init__(folder, layers, values_schema(column, width))
+        super().__init__(folder, layers, values_schema(column, width), temporary=True)
         self._column, self._width = column, width
 
     def add(self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], values_TLW: npt.NDArray[np.float16]) -> None:
@@ -224,19 +228,39 @@ def sort_pairs(
     # Adding zero turns -0 into +0, whose bits would otherwise sort first.
     bits_TLK = (weights_TLK + np.float16(0)).view(np.uint16)
     keys_TLK = (~bits_TLK).astype(np.uint32) << 16 | expert_ids_TLK
-    keys_TLK.sort(axis=-1)
+    top_k = keys_TLK.shape[-1]
+    if top_k > NETWORK_TOP_K:
+        keys_TLK.sort(axis=-1)
+    else:
+        # Bubble sort of whole columns: a handful of vector operations, where np.sort would be called for every row.
+        keys_KN = np.ascontiguousarray(keys_TLK.reshape(-1, top_k).T)
+        for last in range(top_k - 1, 0, -1):
+            for k in range(last):
+                smaller = np.minimum(keys_KN[k], keys_KN[k + 1])
+                np.maximum(keys_KN[k], keys_KN[k + 1], out=keys_KN[k + 1])
+                keys_KN[k] = smaller
+        keys_TLK = np.ascontiguousarray(keys_KN.T).reshape(keys_TLK.shape)
     ids_TLK = (keys_TLK & 0xFFFF).astype(expert_ids_TLK.dtype)
     return ids_TLK, (~(keys_TLK >> 16).astype(np.uint16)).view(np.float16)
 
 
 def has_repeats(expert_ids_TLK: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Which (token, layer) `[T, L]` name an expert more than once."""
-    ordered = np.sort(expert_ids_TLK, axis=-1)
-    return np.asarray((ordered[..., 1:] == ordered[..., :-1]).any(-1))
+    top_k = expert_ids_TLK.shape[-1]
+    if top_k > NETWORK_TOP_K:
+        ordered = np.sort(expert_ids_TLK, axis=-1)
+        return np.asarray((ordered[..., 1:] == ordered[..., :-1]).any(-1))
+    repeats = np.zeros(expert_ids_TLK.shape[:-1], dtype=np.bool_)
+    for first in range(top_k):
+        for second in range(first + 1, top_k):
+            repeats |= expert_ids_TLK[..., first] == expert_ids_TLK[..., second]
+    return repeats
 
 
-def open_part(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A Parquet writer with the encodings of trace rows: zstd, dictionaries for ids and positions."""
+def open_part(path: Path, schema: pa.Schema, *, temporary: bool = False) -> pq.ParquetWriter:
+    """A Parquet writer with the encodings of trace rows: zstd, dictionaries for ids and positions; neither if temporary."""
+    if temporary:
+        return pq.ParquetWriter(path, schema, compression="none", use_dictionary=False)
     return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=True, write_statistics=True)
 
 

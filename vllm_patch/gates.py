@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -33,7 +33,7 @@ def save_gates(model: torch.nn.Module, layers: list[MoELayer], hidden_size: int,
 def _weight(gate: Any, num_experts: int, hidden_size: int) -> torch.Tensor:
     weight = gate.weight
     if weight.shape == (num_experts, hidden_size):
-        return torch.as_tensor(weight)
+        return cast("torch.Tensor", weight)
     # CPU kernels keep weights packed in a form of their own, and quantised ones are codes: ask the gate itself, whose
     # answer to the unit vectors is exact.
     units = torch.eye(hidden_size, dtype=getattr(gate, "params_dtype", weight.dtype), device=weight.device)
@@ -43,7 +43,7 @@ def _weight(gate: Any, num_experts: int, hidden_size: int) -> torch.Tensor:
         logits = logits - gate.bias
     if logits.shape != (hidden_size, num_experts):
         raise LookupError(f"a gate answers {tuple(logits.shape)}, expected {(hidden_size, num_experts)}")
-    return logits.T
+    return cast("torch.Tensor", logits.T)
 
 
 def _gate_of(model: torch.nn.Module, layer: MoELayer) -> Any:

@@ -18,7 +18,6 @@ import pytest
 from profiler.engines.vllm import is_installed
 from profiler.models import demo_model_folder
 from profiler.reader import Trace
-from profiler.writer import has_repeats
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
 
@@ -219,7 +218,13 @@ def test_an_aborted_request_is_marked_incomplete(calls: Path) -> None:
     assert trace.arrays(1).token_ids_T.tolist() == list(range(29))
 
 
-def test_in_bfloat16_only_near_ties_differ(half: Path) -> None:
+# Gap between the K-th and the next router logit below which two bfloat16 implementations may choose differently. Logits of
+# the demo model have a standard deviation of 1 and 8 bits; the widest that was seen is 0.024.
+BFLOAT16_GAP = 0.05
+
+
+def test_in_bfloat16_differences_arise_only_at_near_ties(half: Path) -> None:
+    """Once one set differs, everything behind it gets other inputs: later layers of that token and of the tokens after."""
     from profiler.engines.transformers import route
 
     trace = Trace.open(half / "trace")
@@ -229,14 +234,12 @@ def test_in_bfloat16_only_near_ties_differ(half: Path) -> None:
     for problem, tokens in vocabulary(trace).items():
         chunk = trace.arrays(problem)
         ids_TLK, _ = route(oracle, tokens[:-1])
-        assert not has_repeats(chunk.expert_ids_TLK).any()
-        disagrees_TL = (np.sort(ids_TLK, -1) != np.sort(chunk.expert_ids_TLK, -1)).any(-1)
+        differs_TL = (np.sort(ids_TLK, -1) != np.sort(chunk.expert_ids_TLK, -1)).any(-1)
         _, _, logits_TLE = trace.values("logits", problem)
         ordered = np.sort(logits_TLE.astype(np.float64), -1)
         gap_TL = ordered[..., -top_k] - ordered[..., -top_k - 1]
-        different, compared = different + int(disagrees_TL.sum()), compared + disagrees_TL.size
-        widest = max(widest, float(gap_TL[disagrees_TL].max(initial=0)))
-    print(f"bfloat16: {different} of {compared} sets differ, widest gap between rank K and K+1 {widest:.4f}")
-    assert compared > 0
+        differed_above_TL = np.cumsum(np.maximum.accumulate(differs_TL, 0), 1) - np.maximum.accumulate(differs_TL, 0) > 0
+        different, compared = different + int(differs_TL.sum()), compared + differs_TL.size
+        widest = max(widest, float(gap_TL[differs_TL & ~differed_above_TL].max(initial=0)))
     assert different < 0.05 * compared
-    assert widest < 0.25
+    assert widest < BFLOAT16_GAP
