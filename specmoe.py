@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +12,6 @@ import typer
 import analysis.cli
 import profiler.cli
 import speculation.cli
-from profiler.errors import SpecmoeError
 
 app = typer.Typer(
     help="Record how mixture-of-experts models route tokens, analyse it, and learn to predict it.",
@@ -27,30 +24,11 @@ app.add_typer(analysis.cli.app)
 app.add_typer(speculation.cli.app)
 
 DEMO_NEW_TOKENS = 64
-INTERRUPTED = 130
 
 
 def main() -> None:
-    """Exit 0 on success, 2 on wrong usage, 1 with one clear line on anything else that a user can meet."""
-    command = typer.main.get_command(app)
-    try:
-        result = command.main(args=sys.argv[1:] or ["--help"], standalone_mode=False)
-    except typer.TyperException as error:
-        _fail(error.format_message(), error.exit_code)
-    except (SpecmoeError, OSError) as error:
-        _fail(str(error), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", INTERRUPTED)
-    except Exception as error:
-        # A defect of ours, or a file broken in a way that nobody thought of: still one line, and the way to more.
-        if os.environ.get("SPECMOE_TRACEBACK") == "1":
-            raise
-        _fail(f"unexpected {type(error).__name__}: {error} (SPECMOE_TRACEBACK=1 shows where)", 1)
-    else:
-        code = result if isinstance(result, int) else 0
-        if code == INTERRUPTED:
-            _fail("interrupted", INTERRUPTED)
-        sys.exit(code)
+    """The entry point of the `specmoe` command."""
+    profiler.cli.run_app(app, "specmoe")
 
 
 @app.command()
@@ -111,11 +89,6 @@ def demo(
     console.rule("Result", align="left")
     speculation.cli.print_evaluation(document)
     typer.echo(f"Report: {out / 'report' / 'report.html'} ({time.monotonic() - began:.0f} s in all)")
-
-
-def _fail(text: str, code: int) -> None:
-    print(f"specmoe: {' '.join(text.split())}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

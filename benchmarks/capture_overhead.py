@@ -205,9 +205,8 @@ def measure(arms: list[Arm], options: argparse.Namespace) -> None:
             if number:
                 seconds[arm.name].append(answer["seconds"])
     mode = "compiled" if options.compiled else "eager"
-    print(
-        f"{options.model} model, {mode}, {options.requests} requests of {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {options.rounds} rounds"
-    )
+    workload = f"{options.requests} requests of {PROMPT_TOKENS} + {NEW_TOKENS} tokens, {options.rounds} rounds"
+    print(f"{options.model} model, {mode}, {workload}")
     print(f"{'':8}{'tokens/s':>10}{'ratio to off':>14}   per round")
     for name, times in seconds.items():
         ratios = [off / own for off, own in zip(seconds["off"], times, strict=True)]

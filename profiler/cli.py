@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -14,12 +15,43 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from profiler.errors import ModelError, TraceError
+from profiler.errors import ModelError, SpecmoeError, TraceError
 from profiler.reader import Trace
 
 app = typer.Typer()
 console = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
+
+
+INTERRUPTED = 130
+
+
+def run_app(app: typer.Typer, name: str) -> None:
+    """Run a command line: exit 0 on success, 2 on wrong usage, 1 with one clear line on anything else that a user can meet."""
+    command = typer.main.get_command(app)
+    try:
+        result = command.main(args=sys.argv[1:] or ["--help"], prog_name=name, standalone_mode=False)
+    except typer.TyperException as error:
+        _fail(name, error.format_message(), error.exit_code)
+    except (SpecmoeError, OSError) as error:
+        _fail(name, str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(name, "interrupted", INTERRUPTED)
+    except Exception as error:
+        # A defect of ours, or a file broken in a way that nobody thought of: still one line, and the way to more.
+        if os.environ.get("SPECMOE_TRACEBACK") == "1":
+            raise
+        _fail(name, f"unexpected {type(error).__name__}: {error} (SPECMOE_TRACEBACK=1 shows where)", 1)
+    else:
+        code = result if isinstance(result, int) else 0
+        if code == INTERRUPTED:
+            _fail(name, "interrupted", INTERRUPTED)
+        sys.exit(code)
+
+
+def _fail(name: str, text: str, code: int) -> None:
+    print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 class EngineName(StrEnum):
@@ -58,6 +90,14 @@ def collect(
     compiled: Annotated[
         bool | None, typer.Option("--compiled/--eager", help="vLLM: torch.compile or not; default: only on a GPU.")
     ] = None,
+    capture_logits: Annotated[bool, typer.Option("--capture-logits", help="Also record all router logits (float16).")] = False,
+    capture_hidden: Annotated[
+        str, typer.Option(metavar="LAYERS", help="Also record the router inputs of these layers, with commas (float16).")
+    ] = "",
+    hidden_tokens: Annotated[int, typer.Option(min=1, help="Start no further problem's router inputs after these.")] = 20_000,
+    prefix_caching: Annotated[
+        bool, typer.Option("--prefix-caching", help="Let vLLM reuse shared prefixes; they are missing from the routing.")
+    ] = False,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Also write routing.jsonl.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's own log.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
@@ -66,9 +106,19 @@ def collect(
 
     Example: specmoe collect --model demo --dataset demo-math --num-problems 20 --out traces/math
     """
+    from profiler.capture import CaptureOptions
     from profiler.collect import CollectOptions
     from profiler.engines import EngineOptions, Sampling
 
+    if not re.fullmatch(r"(\d+(,\d+)*)?", capture_hidden.replace(" ", "")):
+        raise typer.BadParameter(
+            f"{capture_hidden!r}: expected layer numbers with commas, such as 1,5", param_hint="capture-hidden"
+        )
+    capture = CaptureOptions(
+        logits=capture_logits,
+        hidden_layers=tuple(sorted({int(layer) for layer in capture_hidden.split(",") if layer.strip()})),
+        hidden_tokens=hidden_tokens,
+    )
     options = CollectOptions(
         model=model,
         datasets=tuple(name.strip() for name in dataset.split(",")),
@@ -78,7 +128,15 @@ def collect(
         revision=revision,
         engine=engine.value,
         sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
-        engine_options=EngineOptions(dtype=dtype.value, compiled=compiled, max_length=max_length, seed=seed, verbose=verbose),
+        engine_options=EngineOptions(
+            dtype=dtype.value,
+            compiled=compiled,
+            max_length=max_length,
+            prefix_caching=prefix_caching,
+            capture=capture,
+            seed=seed,
+            verbose=verbose,
+        ),
         jsonl=jsonl,
     )
     summary = collect_with_progress(options)

@@ -85,6 +85,10 @@ def collect(
     max_length = options.engine_options.max_length
     if max_length is not None and max_length > model.max_length:
         raise EngineError(f"--max-length {max_length}: {model.metadata.id} was made for {model.max_length} tokens at most")
+    absent = sorted(set(options.engine_options.capture.hidden_layers) - set(model.metadata.moe_layers))
+    if absent:
+        layers = model.metadata.moe_layers
+        raise EngineError(f"--capture-hidden {absent[0]}: not an MoE layer of {model.metadata.id} ({layers[0]}..{layers[-1]})")
     if len(problems) < options.num_problems:
         on_stage(f"taking all {len(problems)} problems that there are, of {options.num_problems} asked for")
     on_stage(f"starting {options.engine} with {model.metadata.id}")
@@ -98,7 +102,7 @@ def collect(
         options.out.mkdir(parents=True, exist_ok=True)
         try:
             write_metadata(options.out, metadata)
-            for note in engine.notes:
+            for note in [*engine.notes, *_size_estimates(options, model, prompts)]:
                 on_stage(note)
             on_stage(f"running {len(prompts)} problems")
             completions, captured = _run(engine, prompts, options, on_progress)
@@ -162,6 +166,29 @@ def _encode(engine: Engine, problems: list[Problem], max_new_tokens: int) -> tup
         prompts.append(Prompt(problem_id, token_ids[:room]))
         truncated.append(max(0, len(token_ids) - room))
     return prompts, truncated
+
+
+def _size_estimates(options: CollectOptions, model: ResolvedModel, prompts: list[Prompt]) -> list[str]:
+    """What the optional recordings may take before compression, a line each."""
+    capture, facts = options.engine_options.capture, model.metadata
+    tokens = sum(len(prompt.token_ids) + options.sampling.max_new_tokens - 1 for prompt in prompts)
+    estimates = []
+    if capture.logits:
+        values = tokens * len(facts.moe_layers) * facts.num_experts
+        estimates.append(
+            f"router logits: up to {tokens:,} tokens x {len(facts.moe_layers)} layers x {facts.num_experts} experts, "
+            f"{2 * values / 1e6:,.1f} MB"
+        )
+    if capture.hidden_layers:
+        # The problem that crosses the budget is still recorded whole.
+        longest = max(len(prompt.token_ids) for prompt in prompts) + options.sampling.max_new_tokens
+        some = min(tokens, capture.hidden_tokens + longest)
+        values = some * len(capture.hidden_layers) * model.hidden_size
+        estimates.append(
+            f"router inputs: about {some:,} tokens x {len(capture.hidden_layers)} layers x {model.hidden_size} values, "
+            f"{2 * values / 1e6:,.1f} MB (--hidden-tokens)"
+        )
+    return estimates
 
 
 def _run(

@@ -33,11 +33,15 @@ _ALWAYS_RENORMALIZED = {"mixtral", "gpt_oss"}
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What an engine loads (`location`: a folder or hub id) and what its config says."""
+    """What an engine loads (`location`: a folder or hub id) and what its config says.
+
+    max_length: tokens per sequence. hidden_size: D, 0 if the config does not say.
+    """
 
     location: str
     metadata: ModelMetadata
     max_length: int
+    hidden_size: int
 
 
 def demo_model_folder() -> Path:
@@ -77,7 +81,9 @@ def _resolved(
         quantization=(config.get("quantization_config") or {}).get("quant_method"),
         **facts,
     )
-    return ResolvedModel(location, metadata, int(config.get("max_position_embeddings") or 2048))
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
+    return ResolvedModel(location, metadata, int(text.get("max_position_embeddings") or 2048), _first(text, "hidden_size") or 0)
 
 
 def moe_facts(config: dict[str, Any]) -> dict[str, Any]:

@@ -129,6 +129,8 @@ def attach(hook: Hook, layer: MoELayer, copy: Copy) -> None:
 
 def source_is_patched(hook: Hook) -> bool:
     """Whether the imported source of the hook's function already calls `SOURCE_ATTRIBUTE`."""
+    if hook.owner == "module":
+        return False
     owner: Any = importlib.import_module(hook.module)
     for part in hook.function.split("."):
         owner = getattr(owner, part)

@@ -127,7 +127,7 @@ class WorkerCapture:
         from vllm.platforms import current_platform
 
         from vllm_patch.buffers import CaptureBuffers
-        from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, refuse_unsupported
+        from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, refuse_unsupported, source_is_patched
         from vllm_patch.releases import is_known, resolve_hook
 
         config, options = self._worker.vllm_config, self._options
@@ -150,7 +150,8 @@ class WorkerCapture:
         )
         for position, layer in enumerate(layers):
             attach(hook, layer, buffers.copy_of_layer(position))
-        self._facts = {"hook": hook.name, "known_release": is_known(vllm.__version__)}
+        how = "vLLM's patched source" if source_is_patched(hook) else "wrapped when loaded"
+        self._facts = {"hook": f"{hook.name}, {how}", "known_release": is_known(vllm.__version__)}
         self._recorder = Recorder(
             buffers,
             moe_layers=indices,

@@ -78,7 +78,7 @@ class VllmEngine:
         self.num_experts = model.metadata.num_experts
         self.top_k = model.metadata.top_k
         facts = self._call("specmoe_status")
-        self.hook = f"{facts['hook']}, vllm_patch plugin"
+        self.hook = facts["hook"]
         megabytes = [round(facts[name] / 1e6, 1) for name in ("device_bytes", "host_bytes")]
         self.notes = [f"capture buffers: {megabytes[0]} MB on the device, at most {megabytes[1]:.0f} MB on the host"]
         if not facts["known_release"]:
