@@ -45,11 +45,15 @@ class CaptureOptions:
 
     logits: all router logits, float16. hidden_layers: decoder layers whose router inputs are recorded, float16.
     hidden_tokens: no request is admitted to the recording of router inputs once so many tokens have been recorded.
+    out: where a server records by itself from its start; empty for engines that are told when and where.
+    rotate_megabytes: a server begins a new trace for new requests when the rows of this one have grown to this; 0 for never.
     """
 
     logits: bool = False
     hidden_layers: tuple[int, ...] = ()
     hidden_tokens: int = 20_000
+    out: str = ""
+    rotate_megabytes: int = 0
 
     def to_environment(self) -> dict[str, str]:
         """Variables that switch the plugin on with these options."""
@@ -58,6 +62,8 @@ class CaptureOptions:
             f"{_VARIABLE}_LOGITS": str(int(self.logits)),
             f"{_VARIABLE}_HIDDEN": ",".join(map(str, self.hidden_layers)),
             f"{_VARIABLE}_HIDDEN_TOKENS": str(self.hidden_tokens),
+            f"{_VARIABLE}_OUT": self.out,
+            f"{_VARIABLE}_ROTATE_MB": str(self.rotate_megabytes),
         }
 
     @classmethod
@@ -70,9 +76,13 @@ class CaptureOptions:
                 logits=bool(int(environment.get(f"{_VARIABLE}_LOGITS") or 0)),
                 hidden_layers=tuple(sorted({int(x) for x in (environment.get(f"{_VARIABLE}_HIDDEN") or "").split(",") if x})),
                 hidden_tokens=int(environment.get(f"{_VARIABLE}_HIDDEN_TOKENS") or cls.hidden_tokens),
+                out=environment.get(f"{_VARIABLE}_OUT", ""),
+                rotate_megabytes=int(environment.get(f"{_VARIABLE}_ROTATE_MB") or 0),
             )
         except ValueError as error:
-            raise EngineError(f"{_VARIABLE}_LOGITS, _HIDDEN or _HIDDEN_TOKENS: expected whole numbers: {error}") from error
+            raise EngineError(
+                f"{_VARIABLE}_LOGITS, _HIDDEN, _HIDDEN_TOKENS or _ROTATE_MB: expected whole numbers: {error}"
+            ) from error
 
 
 @dataclass(frozen=True)

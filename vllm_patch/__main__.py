@@ -1,4 +1,4 @@
-"""`python -m vllm_patch`: the source patch for a local vLLM."""
+"""`python -m vllm_patch`: the source patch for a local vLLM, and sealing what a killed server left."""
 
 from __future__ import annotations
 
@@ -60,6 +60,20 @@ def diff(vllm: Vllm = None) -> None:
     Example: python -m vllm_patch diff --vllm ~/src/vllm > specmoe.patch
     """
     typer.echo(source.diff(source.open_vllm(vllm)), nl=False)
+
+
+@app.command()
+def finish(
+    directory: Annotated[Path, typer.Argument(help="A trace-NNNNN folder that a server left unfinished.", exists=True)],
+) -> None:
+    """Seal what a server has recorded; it does so itself unless it was killed.
+
+    Example: python -m vllm_patch finish traces/served/trace-00000
+    """
+    from vllm_patch.serving import finish as finish_served
+
+    trace = finish_served(directory)
+    typer.echo(f"{directory}: {trace.problems.num_rows} problems" if trace else f"{directory} held no request and was removed")
 
 
 def _show(local: source.LocalVllm, lines: list[str]) -> None:

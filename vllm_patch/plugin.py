@@ -7,19 +7,38 @@ vLLM calls `register` in the main process, the engine core and each worker. The 
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from profiler.capture import CaptureOptions
-from profiler.schema import GATES_FILE
+from profiler.models import resolve_model
+from profiler.schema import GATES_FILE, Metadata
 from vllm_patch.recorder import Recorder
+from vllm_patch.serving import (
+    be_patient_at_shutdown,
+    begin_trace,
+    log_finished_requests,
+    next_trace,
+    seal_in_background,
+    wait_for_seal,
+)
+
+log = logging.getLogger("vllm.specmoe")
 
 
 def register() -> None:
     """Entry point. Cheap and idempotent; patches nothing unless SPECMOE_CAPTURE=1."""
-    if CaptureOptions.from_environment(dict(os.environ)) is None:
+    options = CaptureOptions.from_environment(dict(os.environ))
+    if options is None:
         return
+    if options.out:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        log_finished_requests(Path(options.out))
+        be_patient_at_shutdown()
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     attach_to(WorkerWrapperBase)
@@ -58,10 +77,13 @@ class WorkerCapture:
         self._recorder: Recorder | None = None
         self._facts: dict[str, Any] = {}
         self._refusal: str | None = None
+        self._last_seal: subprocess.Popen[bytes] | None = None
         self._load_model = worker.load_model
         self._execute_model = worker.execute_model
+        self._shutdown = worker.shutdown
         worker.load_model = self.load_model
         worker.execute_model = self.execute_model
+        worker.shutdown = self.shutdown
         worker.specmoe_start = self.start
         worker.specmoe_status = self.status
         worker.specmoe_stop = self.stop
@@ -81,6 +103,8 @@ class WorkerCapture:
             except Exception as error:
                 # A model of a form that nobody foresaw must not stop somebody's server.
                 self._refusal = f"the recorder does not fit this model: {type(error).__name__}: {error}"
+            if self._options.out:
+                self._serve()
         return result
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,6 +116,16 @@ class WorkerCapture:
             self._recorder.record(label_rows(self._worker.model_runner, scheduler_output))
         return result
 
+    def shutdown(self, *args: Any, **kwargs: Any) -> Any:
+        """Close what a server records by itself, then shut down."""
+        if self._options.out and self._recorder is not None and self._recorder.recording:
+            answer = self._recorder.stop()
+            if "error" in answer:
+                log.error("capture failed: %s", answer["error"])
+            elif self._last_seal is not None:
+                wait_for_seal(self._last_seal)
+        return self._shutdown(*args, **kwargs)
+
     def start(self, directory: str) -> dict[str, Any]:
         """Begin recording into `directory`. Answers facts of the loaded model, or `error`."""
         if self._refusal is not None:
@@ -99,15 +133,11 @@ class WorkerCapture:
         if self._recorder is None:
             return {"rank": self._worker.rank}
         answer = self._recorder.start(Path(directory))
-        if "error" not in answer and (self._options.logits or self._options.hidden_layers):
-            from vllm_patch.gates import save_gates
-
-            try:
-                size = self._worker.vllm_config.model_config.get_hidden_size()
-                save_gates(self._worker.model_runner.get_model(), self._layers, size, Path(directory) / GATES_FILE)
-            except Exception as error:
-                self._recorder.stop()
-                return {"error": f"the routers' weights cannot be saved: {error}"}
+        try:
+            self._save_gates(Path(directory))
+        except Exception as error:
+            self._recorder.stop()
+            return {"error": f"the routers' weights cannot be saved: {error}"}
         return {**answer, **self._facts}
 
     def status(self) -> dict[str, Any]:
@@ -121,6 +151,60 @@ class WorkerCapture:
     def stop(self) -> dict[str, Any]:
         """Write everything out. Answers the final status."""
         return self._recorder.stop() if self._recorder is not None else {}
+
+    def _serve(self) -> None:
+        """Record from now on until shutdown. What cannot be recorded is said in the log, and the server goes on."""
+        out = Path(self._options.out)
+
+        def begin() -> Path:
+            capture = begin_trace(next_trace(out), self._metadata())
+            capture.mkdir()
+            self._save_gates(capture)
+            return capture
+
+        def end(capture: Path) -> None:
+            self._last_seal = seal_in_background(capture.parent)
+
+        error = self._refusal
+        if error is None and self._recorder is not None:
+            try:
+                error = self._recorder.start_rotating(begin, end, self._options.rotate_megabytes << 20).get("error")
+            except Exception as reason:
+                error = f"{type(reason).__name__}: {reason}"
+        if error is not None:
+            log.error("routing is not recorded: %s", error)
+        elif self._recorder is not None:
+            sizes = [self._recorder.facts()[name] / 1e6 for name in ("device_bytes", "host_bytes")]
+            log.warning("recording routing into %s: buffers of %.1f MB on the device, at most %.0f MB on the host", out, *sizes)
+
+    def _metadata(self) -> Metadata:
+        import vllm
+
+        assert self._recorder is not None
+        config = self._worker.vllm_config.model_config
+        model = resolve_model(config.model, revision=config.revision).metadata
+        facts = {name: getattr(self._recorder, name) for name in ("moe_layers", "num_experts", "top_k")}
+        return Metadata(
+            model=model.model_copy(update={**facts, "dtype": str(config.dtype).removeprefix("torch.")}),
+            engine="vllm",
+            versions={"vllm": vllm.__version__, "speculative-moe": version("speculative-moe")},
+            hook=self._facts["hook"],
+            capture={
+                "server": True,
+                "prefix_caching": bool(self._worker.vllm_config.cache_config.enable_prefix_caching),
+                "tokenizer": None if config.skip_tokenizer_init else config.tokenizer,
+                "logits": self._options.logits,
+                "hidden_layers": list(self._options.hidden_layers),
+            },
+        )
+
+    def _save_gates(self, directory: Path) -> None:
+        """The routers' weights, where router inputs or logits are recorded too."""
+        if self._options.logits or self._options.hidden_layers:
+            from vllm_patch.gates import save_gates
+
+            size = self._worker.vllm_config.model_config.get_hidden_size()
+            save_gates(self._worker.model_runner.get_model(), self._layers, size, directory / GATES_FILE)
 
     def _attach(self) -> None:
         import vllm

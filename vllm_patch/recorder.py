@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ BATCH_BYTES = 8 << 20
 BATCH_SECONDS = 1.0
 # A file becomes readable when it is closed: this is how much of a run a crash can cost.
 FLUSH_SECONDS = 5.0
+NO_END = np.iinfo(np.int32).max
 
 
 @dataclass
@@ -36,6 +38,7 @@ class _Batch:
     snapshots: list[Snapshot] = field(default_factory=list)
     hidden: list[npt.NDArray[np.bool_] | None] = field(default_factory=list)
     requests: list[CapturedRequest] = field(default_factory=list)
+    finished: list[int] = field(default_factory=list)
     nbytes: int = 0
 
 
@@ -68,6 +71,18 @@ class Recorder:
 
     def start(self, directory: Path) -> dict[str, Any]:
         """Begin writing to `directory`; answers the facts of the loaded model, or `error`."""
+        return self._start(lambda: _CaptureFiles(directory, self))
+
+    def start_rotating(self, begin: Callable[[], Path], end: Callable[[Path], object], limit: int) -> dict[str, Any]:
+        """As `start`, into one folder after another.
+
+        begin: makes a folder and returns it. A request stays with the folder that was open when it started. Once a folder
+        holds `limit` bytes of rows (0: no limit), new requests go to the next; when its last request has finished, it is
+        closed and `end` is called with it, in the writer's thread.
+        """
+        return self._start(lambda: _RotatingFiles(begin, end, limit, self))
+
+    def _start(self, open_files: Callable[[], _Files]) -> dict[str, Any]:
         if self.recording:
             return {"error": "a capture is already running in this engine"}
         self._error: BaseException | None = None
@@ -82,7 +97,7 @@ class Recorder:
         self._stopping = False
         self._change = threading.Condition()
         try:
-            self._files = _CaptureFiles(directory, self)
+            self._files = open_files()
         except Exception as error:
             return {"error": _text(error)}
         self._thread = threading.Thread(target=self._write, name="specmoe-writer", daemon=True)
@@ -104,6 +119,8 @@ class Recorder:
         """Take the rows of a finished step. Waits if the writer is behind; does nothing once it has failed."""
         if self._error is not None:
             return
+        finished = [self._numbers.pop(request) for request in step.finished if request in self._numbers]
+        self._hidden_requests -= step.finished
         requests = self._number_new(step)
         # The client's own numbers for the requests of the step; one that started before the capture has none.
         numbers = [self._numbers.get(request, -1) for request in step.request_ids]
@@ -127,12 +144,10 @@ class Recorder:
             batch.snapshots.append(snapshot)
             batch.hidden.append(hidden_T)
             batch.requests += requests
+            batch.finished += finished
             batch.nbytes += snapshot.nbytes
             if batch.nbytes >= BATCH_BYTES:
                 self._change.notify_all()
-        for request in step.finished:
-            self._numbers.pop(request, None)
-            self._hidden_requests.discard(request)
 
     def stop(self) -> dict[str, Any]:
         """Write what is left and close; answers what `status` does."""
@@ -224,10 +239,25 @@ class Recorder:
                 self._change.notify_all()
 
 
-class _CaptureFiles:
-    """The open files of one capture folder."""
+class _Files(Protocol):
+    @property
+    def rows(self) -> int: ...
 
-    def __init__(self, directory: Path, recorder: Recorder) -> None:
+    def write(self, batch: _Batch) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _CaptureFiles:
+    """The open files of one capture folder. first, end: the request numbers whose rows go here."""
+
+    def __init__(self, directory: Path, recorder: Recorder, first: int = 0) -> None:
+        self.directory = directory
+        self.first, self.end = first, NO_END
+        self.rows = 0
+        self.nbytes = 0
         self._routing = RoutingWriter(directory, recorder.moe_layers, recorder.num_experts, recorder.top_k)
         self._values: dict[str, ValuesWriter] = {}
         tensors = recorder.buffers.tensors
@@ -239,13 +269,10 @@ class _CaptureFiles:
             self._values["hidden"] = ValuesWriter(directory / HIDDEN_FOLDER, layers, "hidden", width)
         self._requests: IO[str] = (directory / REQUESTS_FILE).open("w", encoding="utf-8")
 
-    @property
-    def rows(self) -> int:
-        return self._routing.rows
-
     def write(self, batch: _Batch) -> None:
-        if batch.requests:
-            self._requests.writelines(request.to_json() + "\n" for request in batch.requests)
+        lines = [request.to_json() + "\n" for request in batch.requests if self.first <= request.number < self.end]
+        if lines:
+            self._requests.writelines(lines)
             self._requests.flush()
         if not batch.numbers:
             return
@@ -253,10 +280,12 @@ class _CaptureFiles:
         numbers_T, positions_T = np.concatenate(batch.numbers), np.concatenate(batch.positions)
         # Stable: rows of one request keep the order in which they were computed.
         order_T = np.argsort(numbers_T, kind="stable")
-        order_T = order_T[np.searchsorted(numbers_T[order_T], 0) :]
+        order_T = order_T[slice(*np.searchsorted(numbers_T[order_T], [self.first, self.end]))]
         numbers_T, positions_T = numbers_T[order_T], positions_T[order_T]
         ids_TLK, weights_TLK = (_joined(steps, name)[order_T] for name in ("expert_ids", "weights"))
         self._routing.add(numbers_T, positions_T, ids_TLK, weights_TLK)
+        self.rows = self._routing.rows
+        self.nbytes += ids_TLK.nbytes + weights_TLK.nbytes
         if "logits" in self._values:
             self._values["logits"].add(numbers_T, positions_T, _joined(steps, "logits")[order_T])
         if "hidden" in self._values:
@@ -265,6 +294,7 @@ class _CaptureFiles:
     def _write_hidden(self, batch: _Batch, steps: list[Arrays]) -> None:
         for numbers_T, positions_T, arrays, hidden_T in zip(batch.numbers, batch.positions, steps, batch.hidden, strict=True):
             if hidden_T is not None:
+                hidden_T = hidden_T & (numbers_T >= self.first) & (numbers_T < self.end)
                 self._values["hidden"].add(numbers_T[hidden_T], positions_T[hidden_T], arrays["hidden"][hidden_T])
 
     def flush(self) -> None:
@@ -275,6 +305,50 @@ class _CaptureFiles:
         self._requests.close()
         for writer in (self._routing, *self._values.values()):
             writer.close()
+
+
+class _RotatingFiles:
+    """One `_CaptureFiles` after another; earlier ones stay open until their last request has finished."""
+
+    def __init__(self, begin: Callable[[], Path], end: Callable[[Path], object], limit: int, recorder: Recorder) -> None:
+        self._begin, self._end, self._limit, self._recorder = begin, end, limit, recorder
+        self._open = [_CaptureFiles(begin(), recorder)]
+        self._active: set[int] = set()
+        self._closed_rows = 0
+        self._next_number = 0
+
+    @property
+    def rows(self) -> int:
+        return self._closed_rows + sum(files.rows for files in self._open)
+
+    def write(self, batch: _Batch) -> None:
+        if batch.requests:
+            self._active |= {request.number for request in batch.requests}
+            self._next_number = batch.requests[-1].number + 1
+        for files in self._open:
+            files.write(batch)
+        self._active -= set(batch.finished)
+        current = self._open[-1]
+        if self._limit and current.nbytes >= self._limit:
+            current.end = self._next_number
+            self._open.append(_CaptureFiles(self._begin(), self._recorder, first=self._next_number))
+        for files in self._open[:-1]:
+            if not any(files.first <= number < files.end for number in self._active):
+                self._close(files)
+
+    def flush(self) -> None:
+        for files in self._open:
+            files.flush()
+
+    def close(self) -> None:
+        for files in list(self._open):
+            self._close(files)
+
+    def _close(self, files: _CaptureFiles) -> None:
+        files.close()
+        self._open.remove(files)
+        self._closed_rows += files.rows
+        self._end(files.directory)
 
 
 def _joined(steps: list[Arrays], name: str) -> npt.NDArray[Any]:

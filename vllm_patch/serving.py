@@ -1,0 +1,184 @@
+"""Capture of online traffic: a server's engine records into `OUT/trace-00000`, `trace-00001`, ... by itself.
+
+    SPECMOE_CAPTURE=1 SPECMOE_CAPTURE_OUT=traces/served vllm serve MODEL
+
+The worker writes rows; the process with the scheduler writes what each finished request said (`OUT/finished.jsonl`). A
+process of its own joins both when a trace is full or the server stops, so that no request waits for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from profiler.capture import ABORTED, CapturedRequest, Sequence, finish_trace, read_requests
+from profiler.errors import TraceError
+from profiler.reader import Trace
+from profiler.schema import CAPTURE_FOLDER, METADATA_FILE, Metadata
+from profiler.writer import write_metadata
+
+DATASET = "served"
+FINISHED_FILE = "finished.jsonl"
+# How long a stopping server waits for its last trace to be sealed; the sealing goes on without it.
+SEAL_SECONDS = 3.0
+# How long the engine may take to write what is left; it is not waited for once it has gone.
+SHUTDOWN_SECONDS = 15.0
+
+log = logging.getLogger(__name__)
+
+
+def log_finished_requests(out: Path) -> None:
+    """Have vLLM's scheduler, where this process has one, append each request that ends to `out/finished.jsonl`. Idempotent."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    # mypy: vLLM is not typed here, and a function's attributes never are.
+    free: Any = Scheduler._free_request
+    if hasattr(free, "specmoe_original"):
+        return
+
+    @functools.wraps(free)
+    def log_and_free(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        reason = request.get_finished_reason()
+        record = {
+            "request_id": request.request_id,
+            "output_token_ids": list(request.output_token_ids),
+            # Not `or`: vLLM's STOP is number 0.
+            "finish_reason": ABORTED if reason is None else str(reason),
+        }
+        with (out / FINISHED_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        return free(self, request, *args, **kwargs)
+
+    log_and_free.specmoe_original = free  # type: ignore[attr-defined]
+    Scheduler._free_request = log_and_free
+
+
+def be_patient_at_shutdown() -> None:
+    """Have the server's front process give its engine time to close the trace; by default vLLM kills it at once. Idempotent."""
+    from vllm.v1.engine import utils
+
+    # mypy: as above.
+    stop: Any = utils.shutdown
+    if hasattr(stop, "specmoe_original") or "timeout" not in inspect.signature(stop).parameters:
+        return
+
+    @functools.wraps(stop)
+    def stop_patiently(processes: Any, timeout: float | None = None) -> Any:
+        return stop(processes, timeout=max(timeout or 0.0, SHUTDOWN_SECONDS))
+
+    stop_patiently.specmoe_original = stop  # type: ignore[attr-defined]
+    utils.shutdown = stop_patiently
+
+
+def next_trace(out: Path) -> Path:
+    """The first `trace-NNNNN` under `out` that does not exist."""
+    taken = [int(match.group(1)) for path in out.glob("trace-*") if (match := re.fullmatch(r"trace-(\d{5})", path.name))]
+    return out / f"trace-{max(taken, default=-1) + 1:05d}"
+
+
+def begin_trace(directory: Path, metadata: Metadata) -> Path:
+    """Make a trace directory and return the folder that its rows go to."""
+    directory.mkdir(parents=True)
+    write_metadata(directory, metadata)
+    return directory / CAPTURE_FOLDER
+
+
+def seal_in_background(directory: Path) -> subprocess.Popen[bytes]:
+    """Finish a trace in a process that survives this one, at low priority."""
+    command = [sys.executable, "-m", "vllm_patch", "finish", str(directory)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def wait_for_seal(process: subprocess.Popen[bytes]) -> None:
+    """Give a last sealing a little time."""
+    try:
+        process.wait(SEAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        log.warning("the last trace is still being sealed; it is complete when its manifest.json appears")
+
+
+def finish(directory: Path) -> Trace | None:
+    """Seal the trace of a server that has stopped or moved on; None if it held no request, and then it is removed.
+
+    A problem's id is what its client gave as `vllm_xargs={"problem_id": N}`; requests that gave none, text, or a number that
+    another request has, get the smallest free numbers, and their request id (or text) is their source key.
+    Raises `TraceError` if `directory` is no unfinished trace.
+    """
+    if not (directory / METADATA_FILE).is_file() or not (directory / CAPTURE_FOLDER).is_dir():
+        raise TraceError(f"{directory} is no unfinished trace: expected {METADATA_FILE} and {CAPTURE_FOLDER}/")
+    requests = read_requests(directory / CAPTURE_FOLDER)
+    if not requests:
+        for path in sorted((directory / CAPTURE_FOLDER).iterdir()):
+            path.unlink()
+        (directory / CAPTURE_FOLDER).rmdir()
+        (directory / METADATA_FILE).unlink()
+        directory.rmdir()
+        return None
+    metadata = Trace.open(directory, allow_incomplete=True).metadata
+    finished = _read_finished(directory.parent / FINISHED_FILE, {request.request_id for request in requests})
+    decode = _decoder(metadata)
+    ids = problem_ids(requests)
+    sequences = [
+        Sequence(
+            problem_id=ids[request.number],
+            captured_as=request.number,
+            dataset=DATASET,
+            source_key=request.label if isinstance(request.label, str) else request.request_id,
+            prompt=decode(request.prompt_token_ids),
+            output=decode(found["output_token_ids"]),
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=found["output_token_ids"],
+            cached_tokens=request.cached_tokens,
+            finish_reason=found["finish_reason"],
+        )
+        for request in requests
+        for found in [finished.get(request.request_id, {"output_token_ids": [], "finish_reason": ABORTED})]
+    ]
+    return finish_trace(directory, metadata, sequences)
+
+
+def problem_ids(requests: list[CapturedRequest]) -> dict[int, int]:
+    """Problem id by request number: the clients' own where they are numbers and not taken, else the smallest free ones."""
+    ids: dict[int, int] = {}
+    taken: set[int] = set()
+    for request in requests:
+        if isinstance(request.label, int) and 0 <= request.label < 2**31 and request.label not in taken:
+            ids[request.number] = request.label
+            taken.add(request.label)
+    free = 0
+    for request in requests:
+        if request.number not in ids:
+            while free in taken:
+                free += 1
+            ids[request.number] = free
+            taken.add(free)
+    return ids
+
+
+def _read_finished(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8") as lines:
+        records = (json.loads(line) for line in lines if line.endswith("\n"))
+        return {record["request_id"]: record for record in records if record["request_id"] in wanted}
+
+
+def _decoder(metadata: Metadata) -> Any:
+    """Token ids to text; to the ids themselves as text where there is no tokenizer."""
+    from transformers import AutoTokenizer
+
+    name = metadata.capture.get("tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name) if name else None
+    except (OSError, ValueError):
+        tokenizer = None
+    if tokenizer is None:
+        return lambda token_ids: " ".join(map(str, token_ids))
+    return tokenizer.decode
