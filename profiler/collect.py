@@ -106,6 +106,10 @@ def collect(
                 on_stage(note)
             on_stage(f"running {len(prompts)} problems")
             completions, captured = _run(engine, prompts, options, on_progress)
+        except EngineError as error:
+            if _discard_if_empty(options.out, created):
+                raise
+            raise EngineError(f"{error}; what was recorded before stays in {options.out / CAPTURE_FOLDER}") from error
         except BaseException:
             _discard_if_empty(options.out, created)
             raise
@@ -205,14 +209,15 @@ def _run(
     return sorted(completions, key=lambda completion: completion.problem_id), captured
 
 
-def _discard_if_empty(out: Path, created: bool) -> None:
-    """Leave no trace directory behind that holds no rows."""
+def _discard_if_empty(out: Path, created: bool) -> bool:
+    """Leave no trace directory behind that holds no rows; returns whether it is gone."""
     if any((out / CAPTURE_FOLDER).glob("part-*.parquet")):
-        return
+        return False
     shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
     (out / METADATA_FILE).unlink(missing_ok=True)
     if created:
         out.rmdir()
+    return True
 
 
 def _sequences(

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from profiler.errors import TraceError
 from profiler.schema import (
+    CAPTURE_FOLDER,
     MANIFEST_FILE,
     MAX_HIDDEN_SIZE,
     METADATA_FILE,
@@ -74,7 +75,9 @@ class Trace:
     def faults(self, *, verify: bool = False) -> list[str]:
         """What keeps the trace from being complete, one line each; empty if it is. `verify` compares every hash."""
         if self.manifest is None:
-            return [f"no {MANIFEST_FILE} (the collection did not finish)"]
+            captured = [_rows(path) or 0 for path in sorted((self.path / CAPTURE_FOLDER).glob("part-*.parquet"))]
+            unsealed = f"; {sum(captured):,} rows wait in {CAPTURE_FOLDER}/, not sealed" if captured else ""
+            return [f"no {MANIFEST_FILE} (the collection did not finish){unsealed}"]
         faults = []
         if self.manifest.schema_version != SCHEMA_VERSION:
             faults.append(f"{MANIFEST_FILE} has schema version {self.manifest.schema_version}, expected {SCHEMA_VERSION}")

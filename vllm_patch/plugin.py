@@ -235,6 +235,8 @@ class WorkerCapture:
         for position, layer in enumerate(layers):
             attach(hook, layer, buffers.copy_of_layer(position))
         how = "vLLM's patched source" if source_is_patched(hook) else "wrapped when loaded"
+        if not is_known(vllm.__version__):
+            how += f", release {vllm.__version__} unknown, checked on its first step"
         self._facts = {"hook": f"{hook.name}, {how}", "known_release": is_known(vllm.__version__)}
         self._recorder = Recorder(
             buffers,

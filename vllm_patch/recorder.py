@@ -233,6 +233,7 @@ class Recorder:
             # What had been written before stays and becomes readable, if the disk lets it.
             with contextlib.suppress(Exception):
                 self._files.close()
+            self._files.remove_halves()
             # Read by record(), status() and stop(): the engine goes on, the collection fails with this reason.
             with self._change:
                 self._error = error
@@ -248,6 +249,8 @@ class _Files(Protocol):
     def flush(self) -> None: ...
 
     def close(self) -> None: ...
+
+    def remove_halves(self) -> None: ...
 
 
 class _CaptureFiles:
@@ -306,6 +309,11 @@ class _CaptureFiles:
         for writer in (self._routing, *self._values.values()):
             writer.close()
 
+    def remove_halves(self) -> None:
+        """Delete what could not be closed: no reader takes it, and it holds the disk."""
+        for path in self.directory.rglob("*.tmp"):
+            path.unlink()
+
 
 class _RotatingFiles:
     """One `_CaptureFiles` after another; earlier ones stay open until their last request has finished."""
@@ -343,6 +351,10 @@ class _RotatingFiles:
     def close(self) -> None:
         for files in list(self._open):
             self._close(files)
+
+    def remove_halves(self) -> None:
+        for files in self._open:
+            files.remove_halves()
 
     def _close(self, files: _CaptureFiles) -> None:
         files.close()
