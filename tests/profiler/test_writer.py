@@ -17,7 +17,7 @@ from profiler.errors import TraceError
 from profiler.reader import Trace
 from profiler.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
 from profiler.sealing import seal
-from profiler.writer import RoutingWriter, sort_pairs, write_manifest, write_metadata
+from profiler.writer import RoutingWriter, has_repeats, sort_pairs, write_manifest, write_metadata
 
 MODEL = ModelMetadata(id="made", moe_layers=[1, 2], num_experts=4, top_k=2)
 
@@ -37,6 +37,32 @@ def test_pairs_are_sorted_by_weight_and_ties_by_expert() -> None:
     ids, weights = sort_pairs(np.array([[[3, 1, 2]]], np.uint8), np.array([[[0.25, 0.5, 0.5]]], np.float16))
     assert ids.tolist() == [[[1, 2, 3]]]
     assert weights.tolist() == [[[0.5, 0.5, 0.25]]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    top_k=st.integers(1, 11),
+    seed=st.integers(0, 1000),
+    ties=st.booleans(),
+)
+def test_pairs_sort_as_a_plain_sort_does(top_k: int, seed: int, ties: bool) -> None:
+    random = np.random.default_rng(seed)
+    ids = random.random((4, 3, 64)).argsort(-1)[..., :top_k].astype(np.uint8)
+    weights = random.integers(0, 3 if ties else 1000, ids.shape).astype(np.float16) / np.float16(8)
+    found_ids, found_weights = sort_pairs(ids, weights)
+    order = np.lexsort((ids, -weights), axis=-1)
+    assert (found_ids == np.take_along_axis(ids, order, -1)).all()
+    assert (found_weights == np.take_along_axis(weights, order, -1)).all()
+    ids[1, 2, -1] = ids[1, 2, 0]
+    repeats = has_repeats(ids)
+    assert repeats.sum() == (top_k > 1)
+    assert repeats[1, 2] == (top_k > 1)
+
+
+def test_a_negative_zero_weighs_as_much_as_zero() -> None:
+    ids, weights = sort_pairs(np.array([[[0, 1, 2]]], np.uint8), np.array([[[-0.0, 0.5, 0.0]]], np.float16))
+    assert ids.tolist() == [[[1, 0, 2]]]
+    assert weights.tolist() == [[[0.5, 0.0, 0.0]]]
 
 
 def test_a_hand_written_trace_has_exactly_these_rows(tmp_path: Path) -> None:
