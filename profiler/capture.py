@@ -168,10 +168,10 @@ def _gaps(sequences: list[Sequence], missing: dict[int, list[int]]) -> list[str]
     gaps = []
     cached = {s.problem_id: s.cached_tokens for s in sequences if s.cached_tokens}
     unexplained = {
-        problem: positions for problem, positions in missing.items() if positions != [*range(cached.get(problem, 0))]
+        problem: others for problem, at in missing.items() if (others := [x for x in at if x >= cached.get(problem, 0)])
     }
     if cached:
-        explained = sum(len(missing.get(problem, [])) for problem in cached if problem not in unexplained)
+        explained = sum(len(missing.get(problem, [])) - len(unexplained.get(problem, [])) for problem in cached)
         gaps.append(f"{explained} positions of {len(cached)} problems came from the prefix cache: {_named(cached)}")
     aborted = [s.problem_id for s in sequences if s.finish_reason == ABORTED]
     if aborted:

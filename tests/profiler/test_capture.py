@@ -59,9 +59,9 @@ def test_each_kind_of_gap_has_its_line(directory: Path) -> None:
         sequence(2, None, 3),
     ]
     assert finish_trace(directory, METADATA, sequences).metadata.gaps == [
-        "0 positions of 1 problems came from the prefix cache: problem 0",
+        "1 positions of 1 problems came from the prefix cache: problem 0",
         "1 problems were aborted and are incomplete: problem 1",
-        "4 positions of 2 problems were not captured: problem 0, 2",
+        "3 positions of 2 problems were not captured: problem 0, 2",
     ]
 
 
