@@ -3,7 +3,8 @@
     python benchmarks/capture_overhead.py [--model demo|dummy] [--rounds 7] [--compiled] [--routed-experts]
 
 Every arm is an engine in processes of its own; only one runs at a time, the others are stopped (SIGSTOP). The first round
-warms up and is discarded. The order of the arms changes from round to round. Arms:
+warms up and is discarded, and every turn begins with a few requests off the clock. The order of the arms changes from round
+to round. Arms:
 
     off        vLLM without any plugin
     on         expert ids and weights of every layer and token, in Parquet files when the clock stops
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -34,6 +36,7 @@ import numpy as np
 ARMS = ("off", "on", "logger")
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
+WARM_REQUESTS = 8
 DUMMY = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
@@ -79,6 +82,7 @@ def serve(arm: str, options: argparse.Namespace) -> None:
     """An arm: start the engine, then run once for every line on standard input and answer with seconds and rows."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    import torch
     from vllm import LLM, SamplingParams
 
     folder = Path(tempfile.mkdtemp(prefix="capture-overhead-"))
@@ -90,6 +94,8 @@ def serve(arm: str, options: argparse.Namespace) -> None:
         settings |= {"model": str(folder), "load_format": "dummy", "skip_tokenizer_init": True}
     else:
         settings |= {"model": str(ROOT / "profiler" / "demo" / "model")}
+    if torch.cuda.is_available():
+        settings |= {"gpu_memory_utilization": 0.84 / len(arm_names(options))}
     llm = LLM(
         **settings,
         enforce_eager=not options.compiled,
@@ -104,12 +110,15 @@ def serve(arm: str, options: argparse.Namespace) -> None:
         llm.collective_rpc("plain_logger_start", args=(str(folder / "log.jsonl"),))
     print("ready", file=answers, flush=True)
     for number, _ in enumerate(sys.stdin):
+        # Pages and caches are cold after the stop.
+        llm.generate(prompts[:WARM_REQUESTS], sampling, use_tqdm=False)
         began = time.perf_counter()
         if arm == "on":
             llm.collective_rpc("specmoe_start", args=(str(folder / str(number)),))
         llm.generate(prompts, sampling, use_tqdm=False)
         status = llm.collective_rpc("specmoe_stop")[0] if arm == "on" else {}
         seconds = time.perf_counter() - began
+        shutil.rmtree(folder / str(number), ignore_errors=True)
         print(json.dumps({"seconds": seconds, **status}), file=answers, flush=True)
 
 
@@ -183,12 +192,16 @@ def main() -> None:
     if options.serve:
         serve(options.serve, options)
         return
+    with contextlib.ExitStack() as stack:
+        arms = [stack.enter_context(Arm(name, options)) for name in arm_names(options)]
+        measure(arms, options)
+
+
+def arm_names(options: argparse.Namespace) -> list[str]:
+    """The arms of this run."""
     # .tolist() breaks the graph of a compiled model, and compilation with it.
     skipped = {"logger"} if options.compiled or options.without_logger else set()
-    names = [name for name in ARMS if name not in skipped] + ["routed"] * options.routed_experts
-    with contextlib.ExitStack() as stack:
-        arms = [stack.enter_context(Arm(name, options)) for name in names]
-        measure(arms, options)
+    return [name for name in ARMS if name not in skipped] + ["routed"] * options.routed_experts
 
 
 def measure(arms: list[Arm], options: argparse.Namespace) -> None:

@@ -76,7 +76,7 @@ class Trace:
         """What keeps the trace from being complete, one line each; empty if it is. `verify` compares every hash."""
         if self.manifest is None:
             captured = [_rows(path) or 0 for path in sorted((self.path / CAPTURE_FOLDER).glob("part-*.parquet"))]
-            unsealed = f"; {sum(captured):,} rows wait in {CAPTURE_FOLDER}/, not sealed" if captured else ""
+            unsealed = f"; {sum(captured):,} tokens wait in {CAPTURE_FOLDER}/, not sealed" if captured else ""
             return [f"no {MANIFEST_FILE} (the collection did not finish){unsealed}"]
         faults = []
         if self.manifest.schema_version != SCHEMA_VERSION:

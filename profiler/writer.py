@@ -1,12 +1,14 @@
 """Write a trace: stream rows to Parquet in any problem order, in bounded memory; metadata, tables and the manifest.
 
-While requests run, rows go to `capture/` in the order in which they come (`RoutingWriter`, `ValuesWriter`);
-`profiler.sealing` sorts them into `routing/`, and `write_manifest` comes last.
+While requests run, tokens go to `capture/` in the order in which they come (`RoutingWriter`, `ValuesWriter`);
+`profiler.sealing` sorts them into `routing/` (`BlockWriter`), and `write_manifest` comes last.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 
 from profiler.errors import TraceError
 from profiler.schema import (
+    CAPTURE_FOLDER,
     GATES_FILE,
     HIDDEN_FOLDER,
     LOGITS_FOLDER,
@@ -30,8 +33,6 @@ from profiler.schema import (
     ManifestEntry,
     Metadata,
     expert_dtype,
-    routing_schema,
-    values_schema,
 )
 
 # A row group is the unit of reading: 262,144 rows of K = 2 are 4 MB in memory. Wide rows (logits, hidden) make smaller ones.
@@ -41,29 +42,28 @@ ROWS_PER_FILE = 1 << 24
 # Up to here, comparing column by column is faster than sorting row by row.
 NETWORK_TOP_K = 8
 KEY_COLUMNS = ("problem_id", "layer", "token_id")
+# Under this key, the schema of a capture file tells layers, element types and widths.
+CAPTURE_FORM = b"specmoe.capture"
+# float16: the first of infinity and of what is not a number.
+INFINITY_BITS = 0x7C00
 
 Problems = int | npt.NDArray[np.integer[Any]]
 """The problem of a block of tokens: one for all `[]`, or one per token `[T]`."""
 
 
-class BlockWriter:
-    """Stream rows (problem_id, layer, token_id, lists) to `folder/part-*.parquet`, one block per call of `add_block`.
+class PartsWriter:
+    """Stream blocks of rows to `folder/part-*.parquet`; a file appears under its name only when it is whole.
 
-    Files appear under their name only when they are whole.
-    folder: created if missing; must not hold parts yet. layers: decoder layer index of each of the L recorded layers.
-    temporary: as fast as can be, since the files will be rewritten.
+    folder: created if missing; must not hold parts yet. row_bytes: decides how many rows make a row group.
     """
 
-    def __init__(self, folder: Path, layers: list[int], schema: pa.Schema, *, temporary: bool = False) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema, row_bytes: int, **encoding: Any) -> None:
         self.folder = folder
-        self._temporary = temporary
         self.rows = 0
-        self._layers_L = np.asarray(layers, dtype=np.int16)
-        self._schema = schema
-        values = sum(field.type.list_size for field in schema if field.name not in KEY_COLUMNS)
-        # Every list entry of a trace has one or two bytes.
-        self._rows_per_group = min(ROWS_PER_GROUP, BYTES_PER_GROUP // (2 * values))
-        self._pending: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], dict[str, npt.NDArray[Any]]]] = []
+        self.schema = schema
+        self._encoding = encoding
+        self._rows_per_group = max(1, min(ROWS_PER_GROUP, BYTES_PER_GROUP // row_bytes))
+        self._pending: list[list[npt.NDArray[Any]]] = []
         self._pending_rows = 0
         self._part = 0
         self._file: pq.ParquetWriter | None = None
@@ -71,23 +71,6 @@ class BlockWriter:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.glob("part-*.parquet")):
             raise TraceError(f"{folder} already holds parts; choose another folder")
-
-    def add_block(self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], lists: dict[str, Any]) -> None:
-        """Append tokens of one problem or of several; `lists` maps each list column to an array `[T, L, W]` of its own type.
-
-        Raises `TraceError` if a problem or token id is negative.
-        """
-        if len(token_ids_T) == 0:
-            return
-        problem_ids_T = np.broadcast_to(np.asarray(problems, dtype=np.int32), token_ids_T.shape)
-        if problem_ids_T.min() < 0 or token_ids_T.min() < 0:
-            raise TraceError(f"{_name(problems)}: negative problem_id or token_id")
-        rows = len(token_ids_T) * len(self._layers_L)
-        self._pending.append((problem_ids_T, token_ids_T.astype(np.int32, copy=False), lists))
-        self._pending_rows += rows
-        self.rows += rows
-        if self._pending_rows >= self._rows_per_group:
-            self._write_group()
 
     def flush(self) -> None:
         """Write what is pending and give the file its name; later blocks go to the next file."""
@@ -105,24 +88,26 @@ class BlockWriter:
         if kind is None:
             self.close()
 
+    def _add(self, rows: int, columns: list[npt.NDArray[Any]]) -> None:
+        self._pending.append(columns)
+        self._pending_rows += rows
+        self.rows += rows
+        if self._pending_rows >= self._rows_per_group:
+            self._write_group()
+
+    def _arrow(self, columns: list[npt.NDArray[Any]]) -> list[pa.Array]:
+        """The schema's columns from joined blocks."""
+        raise NotImplementedError
+
     def _write_group(self) -> None:
         if not self._pending:
             return
         if self._file is None:
-            self._file = open_part(self._part_path.with_suffix(".tmp"), self._schema, temporary=self._temporary)
-        layers = len(self._layers_L)
-        problem_ids_T = np.concatenate([problem_ids for problem_ids, _, _ in self._pending])
-        token_ids_T = np.concatenate([token_ids for _, token_ids, _ in self._pending])
-        columns = [
-            pa.array(np.repeat(problem_ids_T, layers)),
-            pa.array(np.tile(self._layers_L, len(token_ids_T))),
-            pa.array(np.repeat(token_ids_T, layers)),
-        ]
-        for field in self._schema:
-            if field.name not in KEY_COLUMNS:
-                values = np.concatenate([lists[field.name] for _, _, lists in self._pending]).reshape(-1)
-                columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values), type=field.type))
-        self._file.write_table(pa.Table.from_arrays(columns, schema=self._schema), row_group_size=self._pending_rows)
+            self._file = pq.ParquetWriter(self._part_path.with_suffix(".tmp"), self.schema, **self._encoding)
+        columns = [np.concatenate(pieces) for pieces in zip(*self._pending, strict=True)]
+        self._file.write_table(
+            pa.Table.from_arrays(self._arrow(columns), schema=self.schema), row_group_size=self._pending_rows
+        )
         self._file_rows += self._pending_rows
         self._pending, self._pending_rows = [], 0
         if self._file_rows >= ROWS_PER_FILE:
@@ -141,13 +126,97 @@ class BlockWriter:
         return self.folder / f"part-{self._part:05d}.parquet"
 
 
-class RoutingWriter(BlockWriter):
-    """Stream routing to be sealed later: every token has K pairs of expert id and weight in each of the L MoE layers."""
+class BlockWriter(PartsWriter):
+    """Write the trace's own rows, one per (problem, token, layer), with zstd and dictionaries.
+
+    layers: decoder layer index of each of the L recorded layers. schema: `routing_schema` or `values_schema`.
+    """
+
+    def __init__(self, folder: Path, layers: list[int], schema: pa.Schema) -> None:
+        lists = [field.type.list_size for field in schema if field.name not in KEY_COLUMNS]
+        # Every list entry of a trace has one or two bytes.
+        super().__init__(folder, schema, 2 * sum(lists), compression="zstd", use_dictionary=True, write_statistics=True)
+        self._layers_L = np.asarray(layers, dtype=np.int16)
+
+    def add(self, problem_id: int, token_ids_T: npt.NDArray[np.int32], lists: dict[str, npt.NDArray[Any]]) -> None:
+        """Append tokens of one problem; `lists` maps each list column to an array `[T, L, W]` of its own type."""
+        problem_ids_T = np.full(len(token_ids_T), problem_id, dtype=np.int32)
+        values = [lists[field.name] for field in self.schema if field.name not in KEY_COLUMNS]
+        if len(token_ids_T):
+            self._add(len(token_ids_T) * len(self._layers_L), [problem_ids_T, token_ids_T, *values])
+
+    def _arrow(self, columns: list[npt.NDArray[Any]]) -> list[pa.Array]:
+        problem_ids_T, token_ids_T, *values = columns
+        layers = len(self._layers_L)
+        kinds = [field.type for field in self.schema if field.name not in KEY_COLUMNS]
+        return [
+            pa.array(np.repeat(problem_ids_T, layers)),
+            pa.array(np.tile(self._layers_L, len(token_ids_T))),
+            pa.array(np.repeat(token_ids_T, layers)),
+            *(
+                pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), type=kind)
+                for array, kind in zip(values, kinds, strict=True)
+            ),
+        ]
+
+
+class CaptureWriter(PartsWriter):
+    """Write tokens as they come, to be sealed later: one row per token, its `[L, W]` values packed as bytes.
+
+    As cheap as can be, since the engine waits for it: no compression, no order. types: element type and W of each column.
+    The layers and types are in the file's schema, so that it explains itself.
+    """
+
+    def __init__(self, folder: Path, layers: list[int], types: dict[str, tuple[np.dtype[Any], int]]) -> None:
+        packed = [(name, pa.binary(len(layers) * width * dtype.itemsize)) for name, (dtype, width) in types.items()]
+        form = {"layers": layers, "types": {name: [dtype.str, width] for name, (dtype, width) in types.items()}}
+        schema = pa.schema(
+            [("problem_id", pa.int32()), ("token_id", pa.int32()), *packed], metadata={CAPTURE_FORM: json.dumps(form)}
+        )
+        row_bytes = 8 + sum(kind.byte_width for _, kind in packed)
+        super().__init__(folder, schema, row_bytes, compression="none", use_dictionary=False, write_statistics=False)
+        self._layers = layers
+        self._types = types
+
+    def add_tokens(
+        self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], values: dict[str, npt.NDArray[Any]]
+    ) -> None:
+        """Append tokens of one problem or of several; `values` maps each column to `[T, L, W]`.
+
+        Raises `TraceError` on another shape, or if a problem or token id is negative.
+        """
+        for name, (_, width) in self._types.items():
+            expected = (len(token_ids_T), len(self._layers), width)
+            if values[name].shape != expected:
+                raise TraceError(f"{_name(problems)}: {name} of shape {values[name].shape}, expected {expected}")
+        if len(token_ids_T) == 0:
+            return
+        problem_ids_T = np.broadcast_to(np.asarray(problems, dtype=np.int32), token_ids_T.shape)
+        if problem_ids_T.min() < 0 or token_ids_T.min() < 0:
+            raise TraceError(f"{_name(problems)}: negative problem_id or token_id")
+        packed = [values[name].astype(dtype, copy=False) for name, (dtype, _) in self._types.items()]
+        self._add(len(token_ids_T), [problem_ids_T, token_ids_T.astype(np.int32, copy=False), *packed])
+
+    def _arrow(self, columns: list[npt.NDArray[Any]]) -> list[pa.Array]:
+        problem_ids_T, token_ids_T, *values = columns
+        kinds = [field.type for field in self.schema][2:]
+        return [
+            pa.array(problem_ids_T),
+            pa.array(token_ids_T),
+            *(
+                pa.Array.from_buffers(kind, len(array), [None, pa.py_buffer(np.ascontiguousarray(array))])
+                for array, kind in zip(values, kinds, strict=True)
+            ),
+        ]
+
+
+class RoutingWriter(CaptureWriter):
+    """Capture routing: every token has K pairs of expert id and weight in each of the L MoE layers, in any order."""
 
     def __init__(self, folder: Path, moe_layers: list[int], num_experts: int, top_k: int) -> None:
-        super().__init__(folder, moe_layers, routing_schema(num_experts, top_k), temporary=True)
         self._num_experts = num_experts
-        self._top_k = top_k
+        types = {"expert_ids": (expert_dtype(num_experts), top_k), "weights": (np.dtype(np.float16), top_k)}
+        super().__init__(folder, moe_layers, types)
 
     def add(
         self,
@@ -156,41 +225,32 @@ class RoutingWriter(BlockWriter):
         expert_ids_TLK: npt.NDArray[np.integer[Any]],
         weights_TLK: npt.NDArray[np.floating[Any]],
     ) -> None:
-        """Append tokens of one problem, or of one problem per token. Pairs are sorted here by weight, descending.
+        """Append tokens of one problem, or of one problem per token.
 
-        Raises `TraceError` if shapes disagree, an id is negative, an expert id is not in 0..E-1 or repeated within a layer,
-        or a weight is negative or not a finite float16.
+        Raises `TraceError` if shapes disagree, an id is negative, an expert id is not in 0..E-1, or a weight is negative or not
+        a finite float16. Repeated experts are found when the trace is sealed.
         """
-        expected = (len(token_ids_T), len(self._layers_L), self._top_k)
-        if expert_ids_TLK.shape != expected or weights_TLK.shape != expected:
-            raise TraceError(
-                f"{_name(problems)}: expert ids {expert_ids_TLK.shape} and weights {weights_TLK.shape}, expected {expected}"
-            )
-        if len(token_ids_T):
-            ids_TLK, weights_TLK = checked_pairs(expert_ids_TLK, weights_TLK, self._num_experts, _name(problems))
-            self.add_block(problems, token_ids_T, {"expert_ids": ids_TLK, "weights": weights_TLK})
+        halves_TLK = check_pairs(expert_ids_TLK, weights_TLK, self._num_experts, _name(problems))
+        self.add_tokens(problems, token_ids_T, {"expert_ids": expert_ids_TLK, "weights": halves_TLK})
 
 
-class ValuesWriter(BlockWriter):
-    """Stream float16 vectors of width W to be sealed later: router logits or inputs of tokens in each of the L layers."""
+class ValuesWriter(CaptureWriter):
+    """Capture float16 vectors of width W, router logits or inputs, of tokens in each of the L layers."""
 
     def __init__(self, folder: Path, layers: list[int], column: str, width: int) -> None:
-        super().__init__(folder, layers, values_schema(column, width), temporary=True)
-        self._column, self._width = column, width
+        super().__init__(folder, layers, {column: (np.dtype(np.float16), width)})
+        self._column = column
 
     def add(self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], values_TLW: npt.NDArray[np.float16]) -> None:
         """Append tokens of one problem, or of one problem per token.
 
         Raises `TraceError` on another shape or type, or on a value that is not a finite number.
         """
-        expected = (len(token_ids_T), len(self._layers_L), self._width)
-        if values_TLW.shape != expected or values_TLW.dtype != np.float16:
-            raise TraceError(
-                f"{_name(problems)}: {self._column} {values_TLW.shape} {values_TLW.dtype}, expected {expected} float16"
-            )
+        if values_TLW.dtype != np.float16:
+            raise TraceError(f"{_name(problems)}: {self._column} of {values_TLW.dtype}, expected float16")
         if not np.isfinite(values_TLW).all():
             raise TraceError(f"{_name(problems)}: {self._column} hold a value that float16 cannot")
-        self.add_block(problems, token_ids_T, {self._column: values_TLW})
+        self.add_tokens(problems, token_ids_T, {self._column: values_TLW})
 
 
 def _name(problems: Problems) -> str:
@@ -198,24 +258,31 @@ def _name(problems: Problems) -> str:
     return f"problem {ids[0]}" if len(ids) == 1 else f"problems {ids[0]}..{ids[-1]}"
 
 
-def checked_pairs(
+def check_pairs(
     expert_ids_TLK: npt.NDArray[np.integer[Any]], weights_TLK: npt.NDArray[np.floating[Any]], num_experts: int, what: str
-) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float16]]:
-    """Pairs in the types of the trace, sorted by weight, descending.
+) -> npt.NDArray[np.float16]:
+    """The weights as float16.
 
-    Raises `TraceError`, which names `what`, on expert ids out of range or repeated and on weights that are no finite float16.
+    Raises `TraceError`, which names `what`, on expert ids out of range and on weights that are negative or no finite float16.
     """
+    if expert_ids_TLK.size == 0:
+        return weights_TLK.astype(np.float16)
     lowest, highest = int(expert_ids_TLK.min()), int(expert_ids_TLK.max())
     if lowest < 0 or highest >= num_experts:
         raise TraceError(f"{what}: expert ids {lowest}..{highest}, expected 0..{num_experts - 1}")
     with np.errstate(over="ignore"):
-        halves_TLK = weights_TLK.astype(np.float16, copy=False)
-    if not (np.isfinite(halves_TLK).all() and (halves_TLK >= 0).all()):
+        halves_TLK = np.ascontiguousarray(weights_TLK, dtype=np.float16)
+    # Of finite numbers that are not negative, the bits are below those of infinity; only -0 is an exception.
+    bits = halves_TLK.view(np.uint16)
+    if bits.max() >= INFINITY_BITS and not (np.isfinite(halves_TLK).all() and (halves_TLK >= 0).all()):
         raise TraceError(f"{what}: a routing weight is negative, not a number, or above 65,504 (float16)")
-    ids_TLK, halves_TLK = sort_pairs(expert_ids_TLK.astype(expert_dtype(num_experts)), halves_TLK)
-    if has_repeats(ids_TLK).any():
+    return halves_TLK
+
+
+def refuse_repeats(expert_ids_TLK: npt.NDArray[Any], what: str) -> None:
+    """Raise `TraceError`, which names `what`, if a token has an expert twice in a layer."""
+    if has_repeats(expert_ids_TLK).any():
         raise TraceError(f"{what}: a token has the same expert twice in a layer")
-    return ids_TLK, halves_TLK
 
 
 def sort_pairs(
@@ -257,13 +324,6 @@ def has_repeats(expert_ids_TLK: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return repeats
 
 
-def open_part(path: Path, schema: pa.Schema, *, temporary: bool = False) -> pq.ParquetWriter:
-    """A Parquet writer with the encodings of trace rows: zstd, dictionaries for ids and positions; neither if temporary."""
-    if temporary:
-        return pq.ParquetWriter(path, schema, compression="none", use_dictionary=False)
-    return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=True, write_statistics=True)
-
-
 def write_metadata(directory: Path, metadata: Metadata) -> None:
     """Write `metadata.json` atomically."""
     write_text(directory / METADATA_FILE, metadata.model_dump_json(indent=1) + "\n")
@@ -277,7 +337,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def write_manifest(directory: Path, extra_files: dict[str, int] | None = None) -> Manifest:
-    """Hash every file of the trace and write `manifest.json`; nothing may be written to the trace afterwards.
+    """Hash every file of the trace, write `manifest.json` and remove `capture/`: nothing may be written afterwards.
 
     extra_files: further file names with their row counts (the JSON lines).
     """
@@ -294,6 +354,7 @@ def write_manifest(directory: Path, extra_files: dict[str, int] | None = None) -
         files[name] = ManifestEntry(rows=count, bytes=path.stat().st_size, sha256=sha256_of(path))
     manifest = Manifest(files=files)
     write_text(directory / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
+    shutil.rmtree(directory / CAPTURE_FOLDER, ignore_errors=True)
     return manifest
 
 

@@ -63,18 +63,22 @@ class CaptureBuffers:
             return torch.zeros((max_tokens, count, width), dtype=dtype, device=self._device)
 
         self.tensors = {"expert_ids": buffer(layers, top_k, id_type), "weights": buffer(layers, top_k, torch.float16)}
-        # Out of range: marks rows that no hook wrote in this step, and the writer refuses them.
-        self.tensors["expert_ids"].fill_(-1)
         if logits:
             self.tensors["logits"] = buffer(layers, num_experts, torch.float16)
         if hidden_layers:
             self.tensors["hidden"] = buffer(len(hidden_layers), hidden_size, torch.float16)
+        # -1 is out of range: it marks rows that no hook wrote in this step, and the writer refuses them.
+        self.clear()
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
     def nbytes(self) -> int:
         """Size on the device."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def clear(self) -> None:
+        """Mark every row as unwritten."""
+        self.tensors["expert_ids"].fill_(-1)
 
     def copy_of_layer(self, position: int) -> Copy:
         """What the hook of the MoE layer at `position` (of L) calls.

@@ -77,6 +77,14 @@ def refuse_unsupported(config: Any) -> None:
         raise UnsupportedModelError(
             "expert parallelism may route a share of the tokens on each worker: run without --enable-expert-parallel"
         )
+    if getattr(parallel, "distributed_executor_backend", None) == "ray":
+        raise UnsupportedModelError("Ray runs steps past the worker's own call: use --distributed-executor-backend mp")
+    if getattr(config.cache_config, "kv_sharing_fast_prefill", False):
+        raise UnsupportedModelError("fast prefill skips tokens in some layers: run without --kv-sharing-fast-prefill")
+    if getattr(config.model_config, "enable_prompt_embeds", False):
+        raise UnsupportedModelError("prompt embeddings have no token ids to record: run without --enable-prompt-embeds")
+    if getattr(config.model_config, "is_diffusion", False):
+        raise UnsupportedModelError("diffusion models route a position many times: choose an autoregressive model")
     if config.speculative_config is not None:
         raise UnsupportedModelError("speculative decoding also routes rejected drafts: run without a speculative config")
     if os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
@@ -89,7 +97,7 @@ def find_moe_layers(model: torch.nn.Module, hook: Hook) -> list[MoELayer]:
     Raises `UnsupportedModelError` if there is none, if a layer's kernel bypasses the hook, or if layers differ in E or K.
     """
     modules = cast("Iterator[tuple[str, Any]]", model.named_modules())
-    method = hook.wraps if hook.owner == "router" else "select_experts"
+    method = "select_experts" if hook.owner == "module" else hook.wraps
     found: dict[int, MoELayer] = {}
     for name, module in modules:
         owner = module if hook.owner == "layer" else getattr(module, "router", None)
@@ -110,6 +118,10 @@ def find_moe_layers(model: torch.nn.Module, hook: Hook) -> list[MoELayer]:
                 f"layer {layer.index} uses a kernel that routes internally ({type(layer.module).__name__}, monolithic): "
                 "choose another MoE backend or quantization"
             )
+        if type(getattr(layer.module, "router", None)).__name__ == "ZeroExpertRouter" or getattr(
+            layer.module, "zero_expert_num", None
+        ):
+            raise UnsupportedModelError(f"layer {layer.index} has zero experts, which vLLM renumbers before they can be seen")
         if layer.balances_load and not hook.logical:
             raise UnsupportedModelError("in this release expert load balancing hides the model's own ids: disable EPLB")
     return layers

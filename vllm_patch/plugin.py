@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import subprocess
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from vllm_patch.serving import (
     be_patient_at_shutdown,
     begin_trace,
     log_finished_requests,
+    log_stop_strings,
     next_trace,
     seal_in_background,
     wait_for_seal,
@@ -35,9 +38,13 @@ def register() -> None:
     options = CaptureOptions.from_environment(dict(os.environ))
     if options is None:
         return
+    # Captured and plain runs share vLLM's key for compiled code: keep ours apart.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm" / "specmoe"
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(cache))
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
         log_finished_requests(Path(options.out))
+        log_stop_strings(Path(options.out))
         be_patient_at_shutdown()
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -113,7 +120,11 @@ class WorkerCapture:
 
         result = self._execute_model(scheduler_output, *args, **kwargs)
         if self._recorder is not None and self._recorder.recording:
-            self._recorder.record(label_rows(self._worker.model_runner, scheduler_output))
+            try:
+                self._recorder.record(label_rows(self._worker.model_runner, scheduler_output))
+            except Exception as error:
+                # Whatever it is, the engine's requests must not suffer from being watched.
+                self._recorder.fail(error)
         return result
 
     def shutdown(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,11 +166,14 @@ class WorkerCapture:
     def _serve(self) -> None:
         """Record from now on until shutdown. What cannot be recorded is said in the log, and the server goes on."""
         out = Path(self._options.out)
+        # Made once, here: a later trace must not depend on a hub, nor run gates beside the engine's own steps.
+        metadata = self._metadata() if self._recorder is not None else None
+        gates = Path(tempfile.mkdtemp(prefix="specmoe-gates-"))
 
         def begin() -> Path:
-            capture = begin_trace(next_trace(out), self._metadata())
-            capture.mkdir()
-            self._save_gates(capture)
+            assert metadata is not None
+            capture = begin_trace(next_trace(out), metadata)
+            shutil.copytree(gates, capture)
             return capture
 
         def end(capture: Path) -> None:
@@ -168,6 +182,7 @@ class WorkerCapture:
         error = self._refusal
         if error is None and self._recorder is not None:
             try:
+                self._save_gates(gates)
                 error = self._recorder.start_rotating(begin, end, self._options.rotate_megabytes << 20).get("error")
             except Exception as reason:
                 error = f"{type(reason).__name__}: {reason}"
@@ -222,6 +237,8 @@ class WorkerCapture:
         absent = sorted(set(options.hidden_layers) - set(indices))
         if absent:
             raise UnsupportedModelError(f"--capture-hidden {absent[0]}: expected MoE layers, of {indices[0]}..{indices[-1]}")
+        if options.hidden_layers and any(getattr(x.module, "routed_input_transform", None) is not None for x in layers):
+            raise UnsupportedModelError("--capture-hidden: this model's experts see another input than its router")
         buffers = CaptureBuffers(
             max_tokens=_most_tokens(config),
             layers=len(layers),
@@ -249,6 +266,8 @@ class WorkerCapture:
 
 
 def _most_tokens(config: Any) -> int:
-    """Most rows of one forward pass: what a step can schedule, or the padding to the largest captured CUDA graph."""
+    """Most rows of one forward pass: what a step can schedule, or its padding for CUDA graphs or tensor parallelism."""
     graphs = getattr(config.compilation_config, "cudagraph_capture_sizes", None) or [0]
-    return int(max(config.scheduler_config.max_num_batched_tokens, *graphs))
+    most = int(max(config.scheduler_config.max_num_batched_tokens, *graphs))
+    ranks = int(config.parallel_config.tensor_parallel_size)
+    return -(-most // ranks) * ranks

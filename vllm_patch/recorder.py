@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from profiler.capture import CapturedRequest
 from profiler.schema import HIDDEN_FOLDER, LOGITS_FOLDER, REQUESTS_FILE
-from profiler.writer import RoutingWriter, ValuesWriter, checked_pairs
+from profiler.writer import BYTES_PER_GROUP, RoutingWriter, ValuesWriter, check_pairs, refuse_repeats
 from vllm_patch.buffers import Arrays, CaptureBuffers, Snapshot
-from vllm_patch.steps import Step
+from vllm_patch.steps import NewRequest, Step
 
 # Bytes that may wait for the writer before the engine waits for it.
 QUEUE_BYTES = 64 << 20
@@ -31,15 +31,67 @@ NO_END = np.iinfo(np.int32).max
 
 @dataclass
 class _Batch:
-    """Rows of several steps, in order: number of the request and position of each row, and the steps' snapshots."""
+    """Steps that wait for the writer, in order: labels, rows, and which rows' router inputs are kept."""
 
-    numbers: list[npt.NDArray[np.int32]] = field(default_factory=list)
-    positions: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
     hidden: list[npt.NDArray[np.bool_] | None] = field(default_factory=list)
-    requests: list[CapturedRequest] = field(default_factory=list)
-    finished: list[int] = field(default_factory=list)
     nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A batch with numbers for names: request `[T]` and position `[T]` of each row, requests that began and that ended."""
+
+    numbers_T: npt.NDArray[np.int32]
+    positions_T: npt.NDArray[np.int32]
+    steps: list[Arrays]
+    hidden: list[npt.NDArray[np.bool_] | None]
+    requests: list[CapturedRequest]
+    finished: list[int]
+
+
+class _Numbering:
+    """Gives requests numbers in the order in which they appear, and rows those of their requests."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.unlabelled = 0
+        self._numbers: dict[str, int] = {}
+        self._last: tuple[list[str], npt.NDArray[np.int32]] = ([], np.empty(0, dtype=np.int32))
+
+    def rows(self, batch: _Batch) -> _Rows:
+        numbers, positions = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.int32)]
+        requests: list[CapturedRequest] = []
+        finished: list[int] = []
+        for step in batch.steps:
+            finished += [self._numbers.pop(name) for name in step.finished if name in self._numbers]
+            # A preempted request may come back as a new one.
+            requests += [self._add(new) for new in step.new if new.request_id not in self._numbers]
+            numbers_B = self._of(step.request_ids, changed=bool(step.new or step.finished))
+            starts_B = step.starts_B.astype(np.int32, copy=False)
+            if step.rows == len(numbers_B):
+                numbers.append(numbers_B)
+                positions.append(starts_B)
+            else:
+                counts_B = np.array([step.scheduled[name] for name in step.request_ids], dtype=np.int32)
+                numbers.append(np.repeat(numbers_B, counts_B))
+                first_rows_B = np.cumsum(counts_B, dtype=np.int32) - counts_B
+                positions.append(np.arange(step.rows, dtype=np.int32) + np.repeat(starts_B - first_rows_B, counts_B))
+        arrays = [snapshot.arrays() for snapshot in batch.snapshots]
+        return _Rows(np.concatenate(numbers), np.concatenate(positions), arrays, batch.hidden, requests, finished)
+
+    def _add(self, new: NewRequest) -> CapturedRequest:
+        number = self._numbers[new.request_id] = self.requests
+        self.requests += 1
+        self.unlabelled += new.label is None
+        return CapturedRequest(number, new.request_id, new.label, new.prompt_token_ids, new.cached_tokens)
+
+    def _of(self, names: list[str], *, changed: bool) -> npt.NDArray[np.int32]:
+        """Numbers of the requests; -1 for those that began before the capture."""
+        if changed or names != self._last[0]:
+            self._last = (names, np.array([self._numbers.get(name, -1) for name in names], dtype=np.int32))
+        return self._last[1]
 
 
 class Recorder:
@@ -87,15 +139,15 @@ class Recorder:
             return {"error": "a capture is already running in this engine"}
         self._error: BaseException | None = None
         self._verified = False
-        self._numbers: dict[str, int] = {}
-        self._next_number = 0
-        self._unlabelled = 0
+        self._numbering = _Numbering()
         self._hidden_left = self._hidden_budget
         self._hidden_requests: set[str] = set()
         self._waits, self._wait_seconds = 0, 0.0
         self._batch = _Batch()
         self._stopping = False
         self._change = threading.Condition()
+        # Warm-up runs wrote here too: the first step must not be taken for theirs.
+        self.buffers.clear()
         try:
             self._files = open_files()
         except Exception as error:
@@ -111,26 +163,17 @@ class Recorder:
             "num_experts": self.num_experts,
             "top_k": self.top_k,
             "device_bytes": self.buffers.nbytes,
-            # What waits, and as much again in the writer's hands.
-            "host_bytes": 2 * QUEUE_BYTES,
+            # What waits (one step, if that is more), the same in the writer's hands with a sorted copy, and pending rows.
+            "host_bytes": 3 * max(QUEUE_BYTES, self.buffers.nbytes) + len(self.buffers.tensors) * BYTES_PER_GROUP,
         }
 
     def record(self, step: Step) -> None:
         """Take the rows of a finished step. Waits if the writer is behind; does nothing once it has failed."""
         if self._error is not None:
             return
-        finished = [self._numbers.pop(request) for request in step.finished if request in self._numbers]
-        self._hidden_requests -= step.finished
-        requests = self._number_new(step)
-        # The client's own numbers for the requests of the step; one that started before the capture has none.
-        numbers = [self._numbers.get(request, -1) for request in step.request_ids]
         hidden_T = self._choose_hidden(step)
-        snapshot = self.buffers.snapshot(sum(step.counts), hidden=hidden_T is not None)
-        starts, counts = np.array(step.starts, dtype=np.int32), np.array(step.counts, dtype=np.int32)
-        rows = int(counts.sum())
-        first_rows = np.cumsum(counts, dtype=np.int32) - counts
-        positions_T = np.arange(rows, dtype=np.int32) + np.repeat(starts - first_rows, counts)
-        if not self._verified and rows:
+        snapshot = self.buffers.snapshot(step.rows, hidden=hidden_T is not None)
+        if not self._verified and step.rows:
             self._verify(snapshot)
         with self._change:
             if self._batch.nbytes + snapshot.nbytes > QUEUE_BYTES and self._batch.nbytes:
@@ -139,15 +182,18 @@ class Recorder:
                 self._waits += 1
                 self._wait_seconds += time.perf_counter() - began
             batch = self._batch
-            batch.numbers.append(np.repeat(np.array(numbers, dtype=np.int32), counts))
-            batch.positions.append(positions_T)
+            batch.steps.append(step)
             batch.snapshots.append(snapshot)
             batch.hidden.append(hidden_T)
-            batch.requests += requests
-            batch.finished += finished
             batch.nbytes += snapshot.nbytes
             if batch.nbytes >= BATCH_BYTES:
                 self._change.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """End the capture with this reason; what is written stays, and the engine goes on."""
+        with self._change:
+            self._error = self._error or error
+            self._change.notify_all()
 
     def stop(self) -> dict[str, Any]:
         """Write what is left and close; answers what `status` does."""
@@ -167,36 +213,23 @@ class Recorder:
         """
         answer = {
             "rows": self._files.rows,
-            "requests": self._next_number,
-            "unlabelled": self._unlabelled,
+            "requests": self._numbering.requests,
+            "unlabelled": self._numbering.unlabelled,
             "waits": self._waits,
             "wait_seconds": self._wait_seconds,
         }
         return answer if self._error is None else {**answer, "error": _text(self._error)}
 
-    def _number_new(self, step: Step) -> list[CapturedRequest]:
-        requests = []
-        for new in step.new:
-            # A preempted request may come back as a new one.
-            if new.request_id in self._numbers:
-                continue
-            self._numbers[new.request_id] = self._next_number
-            self._unlabelled += new.label is None
-            requests.append(
-                CapturedRequest(self._next_number, new.request_id, new.label, new.prompt_token_ids, new.cached_tokens)
-            )
-            self._next_number += 1
-        return requests
-
     def _choose_hidden(self, step: Step) -> npt.NDArray[np.bool_] | None:
         """Which rows' router inputs are kept `[T]`; None for no row. Whole requests, until the budget is used up."""
         if not self._hidden_layers:
             return None
+        self._hidden_requests -= step.finished
         for new in step.new:
             if self._hidden_left > 0:
                 self._hidden_requests.add(new.request_id)
         kept = np.array([request in self._hidden_requests for request in step.request_ids], dtype=np.bool_)
-        hidden_T = np.repeat(kept, step.counts)
+        hidden_T = np.repeat(kept, [step.scheduled[request] for request in step.request_ids])
         self._hidden_left -= int(hidden_T.sum())
         return hidden_T if hidden_T.any() else None
 
@@ -205,7 +238,8 @@ class Recorder:
         arrays = snapshot.arrays()
         self._verified = True
         try:
-            checked_pairs(arrays["expert_ids"], arrays["weights"], self.num_experts, "first step")
+            check_pairs(arrays["expert_ids"], arrays["weights"], self.num_experts, "first step")
+            refuse_repeats(arrays["expert_ids"], "first step")
         except Exception as error:
             unwritten = (arrays["expert_ids"] == -1).all(axis=(0, 2))
             layers = [layer for layer, missed in zip(self.moe_layers, unwritten, strict=True) if missed]
@@ -222,7 +256,7 @@ class Recorder:
                     stopping = self._stopping
                     self._change.notify_all()
                 if self._error is None:
-                    self._files.write(batch)
+                    self._files.write(self._numbering.rows(batch))
                 if stopping:
                     break
                 if time.monotonic() > last_flush + FLUSH_SECONDS:
@@ -244,7 +278,7 @@ class _Files(Protocol):
     @property
     def rows(self) -> int: ...
 
-    def write(self, batch: _Batch) -> None: ...
+    def write(self, rows: _Rows) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -272,33 +306,35 @@ class _CaptureFiles:
             self._values["hidden"] = ValuesWriter(directory / HIDDEN_FOLDER, layers, "hidden", width)
         self._requests: IO[str] = (directory / REQUESTS_FILE).open("w", encoding="utf-8")
 
-    def write(self, batch: _Batch) -> None:
-        lines = [request.to_json() + "\n" for request in batch.requests if self.first <= request.number < self.end]
+    def write(self, rows: _Rows) -> None:
+        lines = [request.to_json() + "\n" for request in rows.requests if self.first <= request.number < self.end]
         if lines:
             self._requests.writelines(lines)
             self._requests.flush()
-        if not batch.numbers:
-            return
-        steps = [snapshot.arrays() for snapshot in batch.snapshots]
-        numbers_T, positions_T = np.concatenate(batch.numbers), np.concatenate(batch.positions)
         # Stable: rows of one request keep the order in which they were computed.
-        order_T = np.argsort(numbers_T, kind="stable")
-        order_T = order_T[slice(*np.searchsorted(numbers_T[order_T], [self.first, self.end]))]
-        numbers_T, positions_T = numbers_T[order_T], positions_T[order_T]
-        ids_TLK, weights_TLK = (_joined(steps, name)[order_T] for name in ("expert_ids", "weights"))
+        order_T = np.argsort(rows.numbers_T, kind="stable")
+        order_T = order_T[slice(*np.searchsorted(rows.numbers_T[order_T], [self.first, self.end]))]
+        if not len(order_T):
+            return
+        numbers_T, positions_T = rows.numbers_T[order_T], rows.positions_T[order_T]
+        ids_TLK, weights_TLK = (_joined(rows.steps, name)[order_T] for name in ("expert_ids", "weights"))
         self._routing.add(numbers_T, positions_T, ids_TLK, weights_TLK)
-        self.rows = self._routing.rows
+        self.rows += ids_TLK.shape[0] * ids_TLK.shape[1]
         self.nbytes += ids_TLK.nbytes + weights_TLK.nbytes
         if "logits" in self._values:
-            self._values["logits"].add(numbers_T, positions_T, _joined(steps, "logits")[order_T])
+            self._values["logits"].add(numbers_T, positions_T, _joined(rows.steps, "logits")[order_T])
         if "hidden" in self._values:
-            self._write_hidden(batch, steps)
+            self._write_hidden(rows)
 
-    def _write_hidden(self, batch: _Batch, steps: list[Arrays]) -> None:
-        for numbers_T, positions_T, arrays, hidden_T in zip(batch.numbers, batch.positions, steps, batch.hidden, strict=True):
+    def _write_hidden(self, rows: _Rows) -> None:
+        first = 0
+        for hidden_T, step in zip(rows.hidden, rows.steps, strict=True):
+            of_step = slice(first, first + len(step["weights"]))
+            first = of_step.stop
             if hidden_T is not None:
-                hidden_T = hidden_T & (numbers_T >= self.first) & (numbers_T < self.end)
-                self._values["hidden"].add(numbers_T[hidden_T], positions_T[hidden_T], arrays["hidden"][hidden_T])
+                numbers_T = rows.numbers_T[of_step]
+                mine_T = hidden_T & (numbers_T >= self.first) & (numbers_T < self.end)
+                self._values["hidden"].add(numbers_T[mine_T], rows.positions_T[of_step][mine_T], step["hidden"][mine_T])
 
     def flush(self) -> None:
         for writer in (self._routing, *self._values.values()):
@@ -329,13 +365,13 @@ class _RotatingFiles:
     def rows(self) -> int:
         return self._closed_rows + sum(files.rows for files in self._open)
 
-    def write(self, batch: _Batch) -> None:
-        if batch.requests:
-            self._active |= {request.number for request in batch.requests}
-            self._next_number = batch.requests[-1].number + 1
+    def write(self, rows: _Rows) -> None:
+        if rows.requests:
+            self._active |= {request.number for request in rows.requests}
+            self._next_number = rows.requests[-1].number + 1
         for files in self._open:
-            files.write(batch)
-        self._active -= set(batch.finished)
+            files.write(rows)
+        self._active -= set(rows.finished)
         current = self._open[-1]
         if self._limit and current.nbytes >= self._limit:
             current.end = self._next_number

@@ -13,6 +13,7 @@ import inspect
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,12 +53,43 @@ def log_finished_requests(out: Path) -> None:
             # Not `or`: vLLM's STOP is number 0.
             "finish_reason": ABORTED if reason is None else str(reason),
         }
-        with (out / FINISHED_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        _append(out, record)
         return free(self, request, *args, **kwargs)
 
     log_and_free.specmoe_original = free  # type: ignore[attr-defined]
     Scheduler._free_request = log_and_free
+
+
+def log_stop_strings(out: Path) -> None:
+    """Have vLLM's front process, if this is it, note which requests it ended at a stop string. Idempotent.
+
+    The scheduler only learns that such a request is to be aborted.
+    """
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    # mypy: as above.
+    process: Any = OutputProcessor.process_outputs
+    if hasattr(process, "specmoe_original"):
+        return
+
+    @functools.wraps(process)
+    def process_and_log(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = process(self, *args, **kwargs)
+        for request_id in result.reqs_to_abort:
+            _append(out, {"request_id": request_id, "stopped": True})
+        return result
+
+    process_and_log.specmoe_original = process  # type: ignore[attr-defined]
+    OutputProcessor.process_outputs = process_and_log
+
+
+def _append(out: Path, record: dict[str, Any]) -> None:
+    """Add a line; a full disk costs the record, not the request."""
+    try:
+        with (out / FINISHED_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+    except OSError as error:
+        log.error("specmoe: a finished request is not recorded: %s", error)
 
 
 def be_patient_at_shutdown() -> None:
@@ -115,11 +147,7 @@ def finish(directory: Path) -> Trace | None:
         raise TraceError(f"{directory} is no unfinished trace: expected {METADATA_FILE} and {CAPTURE_FOLDER}/")
     requests = read_requests(directory / CAPTURE_FOLDER)
     if not requests:
-        for path in sorted((directory / CAPTURE_FOLDER).iterdir()):
-            path.unlink()
-        (directory / CAPTURE_FOLDER).rmdir()
-        (directory / METADATA_FILE).unlink()
-        directory.rmdir()
+        shutil.rmtree(directory)
         return None
     metadata = Trace.open(directory, allow_incomplete=True).metadata
     finished = _read_finished(directory.parent / FINISHED_FILE, {request.request_id for request in requests})
@@ -166,8 +194,13 @@ def _read_finished(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     with path.open(encoding="utf-8") as lines:
-        records = (json.loads(line) for line in lines if line.endswith("\n"))
-        return {record["request_id"]: record for record in records if record["request_id"] in wanted}
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+    mine = [record for record in records if record["request_id"] in wanted]
+    stopped = {record["request_id"] for record in mine if "stopped" in record}
+    finished = {record["request_id"]: record for record in mine if "stopped" not in record}
+    for request_id in stopped & finished.keys():
+        finished[request_id]["finish_reason"] = "stop"
+    return finished
 
 
 def _decoder(metadata: Metadata) -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class NewRequest:
@@ -21,15 +24,16 @@ class NewRequest:
 
 @dataclass(frozen=True)
 class Step:
-    """Row labels of one `execute_model` call.
+    """Row labels of one `execute_model` call. Little is computed here: the engine waits.
 
-    request_ids, starts, counts: per request in the order of the rows, its first position in the sequence and number of rows.
-    new: requests that appear for the first time. finished: requests that ended before this step.
+    request_ids, starts_B: per request in the order of the rows, its id and first position in the sequence. scheduled: its
+    number of rows. rows: all of them. new: requests that appear for the first time. finished: those that ended before.
     """
 
     request_ids: list[str]
-    starts: list[int]
-    counts: list[int]
+    starts_B: npt.NDArray[np.integer[Any]]
+    scheduled: dict[str, int]
+    rows: int
     new: list[NewRequest]
     finished: set[str]
 
@@ -40,26 +44,27 @@ def label_rows(runner: Any, scheduler_output: Any) -> Step:
     The V2 runner keeps the batch in `execute_model_state.input_batch`, the V1 runner in `input_batch`; both hold, per
     request in row order, how many tokens had been computed before the step.
     """
-    batch = getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
-    scheduled = scheduler_output.num_scheduled_tokens
     request_ids: list[str] = []
-    starts: list[int] = []
+    starts_B: npt.NDArray[np.integer[Any]] = np.empty(0, dtype=np.int32)
     if scheduler_output.total_num_scheduled_tokens:
+        batch = getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
         if batch is not None:
             request_ids, computed = list(batch.req_ids), batch.num_computed_tokens_np
         else:
             batch = runner.input_batch
             request_ids, computed = batch.req_ids[: batch.num_reqs], batch.num_computed_tokens_cpu
-        starts = computed[: len(request_ids)].tolist()
+        # A copy: the runner goes on in place.
+        starts_B = np.array(computed[: len(request_ids)])
     return Step(
         request_ids=request_ids,
-        starts=starts,
-        counts=[scheduled[request] for request in request_ids],
+        starts_B=starts_B,
+        scheduled=scheduler_output.num_scheduled_tokens,
+        rows=scheduler_output.total_num_scheduled_tokens,
         new=[
             NewRequest(new.req_id, _label(new.sampling_params), list(new.prompt_token_ids or []), new.num_computed_tokens)
             for new in scheduler_output.scheduled_new_reqs
         ],
-        finished=set(scheduler_output.finished_req_ids),
+        finished=scheduler_output.finished_req_ids,
     )
 
 

@@ -184,5 +184,7 @@ def test_an_expert_twice_in_a_layer_and_negative_problems_are_refused(tmp_path: 
     with pytest.raises(TraceError, match="negative problem_id"):
         start(tmp_path / "t").add(-1, np.arange(2), ids, weights)
     ids[0, 1] = 2
-    with pytest.raises(TraceError, match="the same expert twice"):
-        start(tmp_path / "u").add(0, np.arange(2), ids, weights)
+    with start(tmp_path / "u") as routing:
+        routing.add(3, np.arange(2), ids, weights)
+    with pytest.raises(TraceError, match="problem 3: a token has the same expert twice"):
+        seal(tmp_path / "u", MODEL, {3: 3})

@@ -79,6 +79,46 @@ def test_releases_that_choose_in_the_layer_itself_are_wrapped_there() -> None:
         find_moe_layers(torch.nn.Sequential(OldLayer(1, enable_eplb=True)), OLD_HOOK)
 
 
+def test_the_form_of_0_14_has_its_own_name_for_the_choice() -> None:
+    class Layer14(OldLayer):
+        select_experts = property()
+
+        def __init__(self, layer_id: int) -> None:
+            super().__init__(layer_id)
+            self.router = SimpleNamespace(select_experts=lambda: None)
+
+        def _select_experts(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return router_logits[:, :2], torch.tensor([[1, 3]] * len(hidden_states))
+
+    (layer,) = find_moe_layers(torch.nn.Sequential(Layer14(3)), resolve_hook("0.14.1", cpu=False))
+    assert (layer.index, layer.num_experts, layer.top_k) == (3, 4, 2)
+
+
+def test_zero_experts_are_refused() -> None:
+    class ZeroExpertRouter(Router):
+        pass
+
+    layer = Layer(0)
+    layer.router = ZeroExpertRouter(2, 0)
+    with pytest.raises(UnsupportedModelError, match="zero experts"):
+        find_moe_layers(torch.nn.Sequential(layer), ROUTER_HOOK)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "text"),
+    [
+        ("cache_config", "kv_sharing_fast_prefill", "fast prefill"),
+        ("model_config", "enable_prompt_embeds", "prompt embeddings"),
+        ("model_config", "is_diffusion", "diffusion"),
+    ],
+)
+def test_engines_that_skip_or_repeat_positions_are_refused(place: str, name: str, text: str) -> None:
+    config = make_config(None, pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=1)
+    setattr(getattr(config, place), name, True)
+    with pytest.raises(UnsupportedModelError, match=text):
+        refuse_unsupported(config)
+
+
 def test_a_runner_inside_its_layer_counts_once() -> None:
     layer = Layer(0)
     layer.runner = Layer(0)
@@ -97,6 +137,15 @@ def test_models_that_cannot_be_recorded_are_refused() -> None:
         find_moe_layers(torch.nn.Sequential(Layer(0), Layer(0)), ROUTER_HOOK)
 
 
+def make_config(speculative: object = None, **parallel: object) -> SimpleNamespace:
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel),
+        speculative_config=speculative,
+        cache_config=SimpleNamespace(),
+        model_config=SimpleNamespace(),
+    )
+
+
 @pytest.mark.parametrize(
     ("parallel", "speculative", "text"),
     [
@@ -104,6 +153,7 @@ def test_models_that_cannot_be_recorded_are_refused() -> None:
         ({"data_parallel_size": 2}, None, "data_parallel_size=1"),
         ({"decode_context_parallel_size": 2}, None, "decode_context_parallel_size=1"),
         ({"prefill_context_parallel_size": 2}, None, "prefill_context_parallel_size=1"),
+        ({"distributed_executor_backend": "ray"}, None, "distributed-executor-backend mp"),
         ({"enable_dbo": True}, None, "enable-dbo"),
         ({"ubatch_size": 2}, None, "ubatch-size"),
         ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, None, "enable-expert-parallel"),
@@ -112,14 +162,13 @@ def test_models_that_cannot_be_recorded_are_refused() -> None:
 )
 def test_settings_that_would_mislabel_rows_are_refused(parallel: dict, speculative: object, text: str) -> None:
     defaults = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "tensor_parallel_size": 1, "enable_dbo": False}
-    config = SimpleNamespace(parallel_config=SimpleNamespace(**(defaults | parallel)), speculative_config=speculative)
+    config = make_config(speculative, **(defaults | parallel))
     with pytest.raises(UnsupportedModelError, match=text):
         refuse_unsupported(config)
 
 
 def test_tensor_parallelism_and_simulated_routing(monkeypatch: pytest.MonkeyPatch) -> None:
-    parallel = SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=4)
-    config = SimpleNamespace(parallel_config=parallel, speculative_config=None)
+    config = make_config(None, pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=4)
     refuse_unsupported(config)
     monkeypatch.setenv("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random")
     with pytest.raises(UnsupportedModelError, match="simulates"):
@@ -153,7 +202,8 @@ def test_labels_follow_the_runners_row_order_not_the_schedulers() -> None:
     second = SimpleNamespace(execute_model_state=SimpleNamespace(input_batch=batch))
     for runner in (first, second):
         step = label_rows(runner, output)
-        assert (step.request_ids, step.starts, step.counts) == (["b", "a"], [0, 9], [3, 1])
+        assert (step.request_ids, step.starts_B.tolist(), step.rows) == (["b", "a"], [0, 9], 4)
+        assert [step.scheduled[request] for request in step.request_ids] == [3, 1]
         assert {new.request_id: new.label for new in step.new} == {"b": 7, "c": None, "d": "x", "e": None}
         assert (step.new[0].prompt_token_ids, step.new[0].cached_tokens) == ([5, 6], 1)
         assert step.finished == {"z"}
@@ -161,7 +211,7 @@ def test_labels_follow_the_runners_row_order_not_the_schedulers() -> None:
 
 def test_a_step_without_tokens_has_no_rows() -> None:
     step = label_rows(SimpleNamespace(), scheduled({}, finished=("a",)))
-    assert (step.request_ids, step.counts) == ([], [])
+    assert (step.request_ids, step.rows) == ([], 0)
 
 
 def test_the_plugin_touches_nothing_unless_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:

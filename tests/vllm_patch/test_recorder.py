@@ -12,7 +12,8 @@ import torch
 
 from profiler.capture import read_requests
 from profiler.schema import ModelMetadata
-from profiler.sealing import seal
+from profiler.sealing import _decode, _read_form, seal
+from profiler.writer import BYTES_PER_GROUP
 from vllm_patch import recorder as recorder_module
 from vllm_patch.buffers import CaptureBuffers
 from vllm_patch.recorder import Recorder
@@ -39,8 +40,9 @@ def labels(spans: list[tuple[str, int, int]], new: dict[str, int | None] | None 
     """Spans are (request, first position, rows)."""
     return Step(
         request_ids=[request for request, _, _ in spans],
-        starts=[start for _, start, _ in spans],
-        counts=[count for _, _, count in spans],
+        starts_B=np.array([start for _, start, _ in spans]),
+        scheduled={request: count for request, _, count in spans},
+        rows=sum(count for _, _, count in spans),
         new=[NewRequest(request, label, [1, 2], 0) for request, label in (new or {}).items()],
         finished=set(finished),
     )
@@ -48,7 +50,7 @@ def labels(spans: list[tuple[str, int, int]], new: dict[str, int | None] | None 
 
 def run_step(recorder: Recorder, first_expert: int, step: Step) -> None:
     """What the hooks and the runner do in one step: every layer's hook copies, then the runner records."""
-    rows = sum(step.counts)
+    rows = step.rows
     ids = torch.tensor([first_expert, (first_expert + 1) % 4]).repeat(rows, 1)
     for position in range(2):
         copy = recorder.buffers.copy_of_layer(position)
@@ -56,13 +58,21 @@ def run_step(recorder: Recorder, first_expert: int, step: Step) -> None:
     recorder.record(step)
 
 
-def read(folder: Path) -> dict[int, list[tuple[int, int]]]:
-    """Request number -> (position, strongest expert), in the order of the rows."""
-    result: dict[int, list[tuple[int, int]]] = {}
+def read_values(folder: Path, name: str) -> list[tuple[int, int, np.ndarray]]:
+    """(request number, position, values `[L, W]`) of every captured token, in order."""
+    found = []
     for part in sorted(folder.glob("part-*.parquet")):
-        for row in pq.read_table(part).to_pylist():
-            if row["layer"] == 0:
-                result.setdefault(row["problem_id"], []).append((row["token_id"], row["expert_ids"][0]))
+        table = pq.read_table(part)
+        piece = _decode(table, _read_form(part))
+        found += zip(table.column("problem_id").to_pylist(), piece.token_ids_T.tolist(), piece.lists[name], strict=True)
+    return found
+
+
+def read(folder: Path) -> dict[int, list[tuple[int, int]]]:
+    """Request number -> (position, first expert of the first layer), in the order of the rows."""
+    result: dict[int, list[tuple[int, int]]] = {}
+    for number, position, ids_LK in read_values(folder, "expert_ids"):
+        result.setdefault(number, []).append((position, int(ids_LK[0, 0])))
     return result
 
 
@@ -83,7 +93,7 @@ def test_device_and_host_bytes_are_what_the_buffers_hold(recorder: Recorder, tmp
     recorder.stop()
     # 8 tokens x 2 layers x 2 pairs of int16 and float16.
     assert facts["device_bytes"] == 8 * 2 * 2 * 4
-    assert facts["host_bytes"] == 2 * recorder_module.QUEUE_BYTES
+    assert facts["host_bytes"] == 3 * recorder_module.QUEUE_BYTES + 2 * BYTES_PER_GROUP
 
 
 def test_preempted_positions_keep_the_last_rows(recorder: Recorder, tmp_path: Path) -> None:
@@ -122,9 +132,9 @@ def test_logits_of_every_layer_and_token_are_kept(tmp_path: Path) -> None:
     recorder.start(tmp_path / "c")
     run_step(recorder, 2, labels([("a", 0, 2)], new={"a": 0}))
     recorder.stop()
-    rows = pq.read_table(tmp_path / "c" / "logits").to_pylist()
-    assert [(r["token_id"], r["layer"]) for r in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert all(r["logits"] == [0, 0, 1, 0] for r in rows)
+    values = read_values(tmp_path / "c" / "logits", "logits")
+    assert [(number, position) for number, position, _ in values] == [(0, 0), (0, 1)]
+    assert all((logits_LE == [[0, 0, 1, 0]] * 2).all() for _, _, logits_LE in values)
 
 
 def test_router_inputs_are_kept_of_whole_requests_until_the_budget_is_used(tmp_path: Path) -> None:
@@ -134,13 +144,13 @@ def test_router_inputs_are_kept_of_whole_requests_until_the_budget_is_used(tmp_p
     run_step(recorder, 2, labels([("a", 2, 1), ("b", 0, 3)], new={"b": 1}))
     run_step(recorder, 3, labels([("a", 3, 1), ("b", 3, 1), ("c", 0, 1)], new={"c": 2}))
     assert recorder.stop()["rows"] == 18
-    rows = pq.read_table(tmp_path / "c" / "hidden").to_pylist()
+    values = read_values(tmp_path / "c" / "hidden", "hidden")
     # b was admitted with one token of budget left and is kept whole; c came too late.
-    assert sorted((r["problem_id"], r["token_id"], r["hidden"][0]) for r in rows) == [
+    assert sorted((number, position, float(hidden_LD[0, 0])) for number, position, hidden_LD in values) == [
         *[(0, 0, 1.0), (0, 1, 1.0), (0, 2, 2.0), (0, 3, 3.0)],
         *[(1, 0, 2.0), (1, 1, 2.0), (1, 2, 2.0), (1, 3, 3.0)],
     ]
-    assert {r["layer"] for r in rows} == {1}
+    assert {hidden_LD.shape for _, _, hidden_LD in values} == {(1, HIDDEN)}
 
 
 def test_a_slow_writer_makes_the_engine_wait_and_loses_nothing(

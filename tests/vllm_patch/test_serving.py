@@ -54,15 +54,14 @@ def serve(out: Path, steps: list[Step], limit: int) -> list[Path]:
     answer = recorder.start_rotating(lambda: begin_trace(next_trace(out), METADATA), lambda c: closed.append(c.parent), limit)
     assert "error" not in answer
     for number, step in enumerate(steps):
-        rows = sum(step.counts)
+        rows = step.rows
         ids = torch.tensor([number % 4, (number + 1) % 4]).repeat(rows, 1)
         buffers.copy_of_layer(0)(torch.zeros(rows, 1), torch.zeros(rows, 4), torch.tensor([[0.75, 0.25]] * rows), ids)
-        recorder.record(step)
         # Each step is written on its own, so that the limit is looked at after each.
         done = recorder.status()["rows"]
-        with recorder._change:
-            recorder._change.wait_for(lambda: not recorder._batch.numbers, timeout=30)
-        while recorder.status()["rows"] < done + rows:
+        recorder.record(step)
+        deadline = time.monotonic() + 30
+        while recorder.status()["rows"] < done + rows and time.monotonic() < deadline:
             time.sleep(0.01)
     assert "error" not in recorder.stop()
     return closed
@@ -70,7 +69,14 @@ def serve(out: Path, steps: list[Step], limit: int) -> list[Path]:
 
 def step(spans: list[tuple[str, int, int]], new: tuple[str, ...] = (), finished: tuple[str, ...] = ()) -> Step:
     names, starts, counts = (list(column) for column in zip(*spans, strict=True))
-    return Step(names, starts, counts, [NewRequest(name, None, [1, 2], 0) for name in new], set(finished))
+    return Step(
+        request_ids=names,
+        starts_B=np.array(starts),
+        scheduled=dict(zip(names, counts, strict=True)),
+        rows=sum(counts),
+        new=[NewRequest(name, None, [1, 2], 0) for name in new],
+        finished=set(finished),
+    )
 
 
 def finished_line(name: str, output: list[int]) -> str:
@@ -112,8 +118,20 @@ def test_a_request_that_never_ended_keeps_its_prompt(tmp_path: Path) -> None:
 
 def test_a_server_without_traffic_leaves_no_trace(tmp_path: Path) -> None:
     (directory,) = serve(tmp_path, [], limit=0)
+    (directory / CAPTURE_FOLDER / "logits").mkdir()
     assert finish(directory) is None
     assert not directory.exists()
+
+
+def test_requests_ended_at_a_stop_string_are_not_called_aborted(tmp_path: Path) -> None:
+    (directory,) = serve(tmp_path, [step([("a", 0, 2)], new=("a",)), step([("a", 2, 1)])], limit=0)
+    record = {"request_id": "a", "output_token_ids": [5, 6], "finish_reason": "abort"}
+    stop = {"request_id": "a", "stopped": True}
+    (tmp_path / FINISHED_FILE).write_text(json.dumps(stop) + "\n" + json.dumps(record) + "\n")
+    trace = finish(directory)
+    assert trace is not None
+    assert trace.problems.column("finish_reason").to_pylist() == ["stop"]
+    assert trace.metadata.gaps == []
 
 
 def test_only_unfinished_traces_can_be_finished(tmp_path: Path) -> None:
@@ -164,6 +182,7 @@ def test_a_real_server_records_its_traffic_and_closes_the_trace_on_sigterm(tmp_p
         body = {"model": "demo", "prompt": "A train leaves", "max_tokens": 30, "temperature": 0}
         bodies = [{**body, "prompt": f"def f{number}(", "vllm_xargs": {"problem_id": 10 + number}} for number in range(8)]
         bodies += [body, {**body, "vllm_xargs": {"problem_id": "review 3"}}, {**body, "n": 2, "temperature": 1.0}]
+        bodies += [{**body, "prompt": "def add(", "stop": ["e"], "vllm_xargs": {"problem_id": 30}}]
         with ThreadPoolExecutor(4) as clients:
             answers = list(clients.map(lambda b: post(port, b), bodies))
         server.send_signal(signal.SIGTERM)
@@ -178,7 +197,8 @@ def test_a_real_server_records_its_traffic_and_closes_the_trace_on_sigterm(tmp_p
     assert manifest.exists(), (tmp_path / "log").read_text()[-3000:]
     trace = Trace.open(out / "trace-00000")
     problems = {problem["problem_id"]: problem for problem in trace.problems.to_pylist()}
-    assert sorted(problems) == [0, 1, 2, 3, *range(10, 18)]
+    assert sorted(problems) == [0, 1, 2, 3, *range(10, 18), 30]
+    assert problems[30]["finish_reason"] == answers[11]["choices"][0]["finish_reason"] == "stop"
     for number in range(8):
         assert problems[10 + number]["prompt"].endswith(f"def f{number}(")
         assert problems[10 + number]["output"] == answers[number]["choices"][0]["text"]
@@ -187,4 +207,4 @@ def test_a_real_server_records_its_traffic_and_closes_the_trace_on_sigterm(tmp_p
     assert sum(answers[8]["id"] in key for key in keys) == 1
     assert_complete(trace)
     assert assert_agrees(trace, load_oracle(demo_model_folder())) > 12 * 30 * 8
-    assert np.unique(trace.load().problem_ids_T).size == 12
+    assert np.unique(trace.load().problem_ids_T).size == 13
