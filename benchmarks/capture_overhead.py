@@ -7,6 +7,7 @@ warms up and is discarded, and every turn begins with a few requests off the clo
 to round. Arms:
 
     off        vLLM without any plugin
+    again      the same in a second engine: how far from 1 the ratio of equals is
     on         expert ids and weights of every layer and token, in Parquet files when the clock stops
     logger     a plain hook as published patches have it: per layer .tolist() and a line of JSON per token
     routed     vLLM's own enable_return_routed_experts (ids only), with --routed-experts; runs on CPU with 0.30 alone
@@ -33,7 +34,7 @@ from typing import Any, Self
 
 import numpy as np
 
-ARMS = ("off", "on", "logger")
+ARMS = ("off", "again", "on", "logger")
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
 WARM_REQUESTS = 8
