@@ -7,6 +7,7 @@ Engines leave `capture/` (rows under a number per request) and `capture/requests
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +28,7 @@ from profiler.schema import (
     REQUESTS_FILE,
     TOKENS_FILE,
     TOKENS_SCHEMA,
+    DatasetMetadata,
     Metadata,
 )
 from profiler.sealing import seal
@@ -153,7 +155,10 @@ def finish_trace(directory: Path, metadata: Metadata, sequences: list[Sequence],
         {sequence.problem_id: sequence.tokens for sequence in sequences},
         {s.problem_id: s.captured_as for s in sequences if s.captured_as is not None},
     )
-    write_metadata(directory, metadata.model_copy(update={"gaps": [*metadata.gaps, *_gaps(sequences, missing)]}))
+    counts = Counter(sequence.dataset for sequence in sequences)
+    datasets = metadata.datasets or [DatasetMetadata(name=name, problems=count) for name, count in counts.items()]
+    gaps = [*metadata.gaps, *_gaps(sequences, missing)]
+    write_metadata(directory, metadata.model_copy(update={"datasets": datasets, "gaps": gaps}))
     write_table(directory / TOKENS_FILE, _tokens_table(sequences))
     write_table(directory / PROBLEMS_FILE, _problems_table(sequences))
     extra_files = {}

@@ -50,6 +50,7 @@ def test_rows_get_the_ids_of_their_problems(directory: Path) -> None:
     assert trace.metadata.gaps == ["2 positions of 1 problems came from the prefix cache: problem 0"]
     assert trace.problems.column("cached_tokens").to_pylist() == [2, 0]
     assert not (directory / CAPTURE_FOLDER).exists()
+    assert [(dataset.name, dataset.problems) for dataset in trace.metadata.datasets] == [("made", 2)]
 
 
 def test_each_kind_of_gap_has_its_line(directory: Path) -> None:
