@@ -7,6 +7,7 @@ Engines leave `capture/` (rows under a number per request) and `capture/requests
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,12 @@ class CaptureOptions:
             raise EngineError(
                 f"{_VARIABLE}_LOGITS, _HIDDEN, _HIDDEN_TOKENS or _ROTATE_MB: expected whole numbers: {error}"
             ) from error
+
+
+def keep_compiled_code_apart() -> None:
+    """Give vLLM a cache folder of its own, unless one is set: captured and plain runs share its key for compiled code."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm" / "specmoe"
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(cache))
 
 
 @dataclass(frozen=True)

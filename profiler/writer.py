@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,7 +52,7 @@ Problems = int | npt.NDArray[np.integer[Any]]
 """The problem of a block of tokens: one for all `[]`, or one per token `[T]`."""
 
 
-class PartsWriter:
+class PartsWriter(ABC):
     """Stream blocks of rows to `folder/part-*.parquet`; a file appears under its name only when it is whole.
 
     folder: created if missing; must not hold parts yet. row_bytes: decides how many rows make a row group.
@@ -95,9 +96,9 @@ class PartsWriter:
         if self._pending_rows >= self._rows_per_group:
             self._write_group()
 
+    @abstractmethod
     def _arrow(self, columns: list[npt.NDArray[Any]]) -> list[pa.Array]:
         """The schema's columns from joined blocks."""
-        raise NotImplementedError
 
     def _write_group(self) -> None:
         if not self._pending:
@@ -254,8 +255,9 @@ class ValuesWriter(CaptureWriter):
 
 
 def _name(problems: Problems) -> str:
-    ids = np.unique(np.asarray(problems))
-    return f"problem {ids[0]}" if len(ids) == 1 else f"problems {ids[0]}..{ids[-1]}"
+    # Not np.unique: this runs for every block, and the engine may wait.
+    first, last = (np.min(problems), np.max(problems)) if np.size(problems) else (0, -1)
+    return f"problem {first}" if first == last else f"problems {first}..{last}"
 
 
 def check_pairs(

@@ -69,6 +69,7 @@ class CaptureBuffers:
             self.tensors["hidden"] = buffer(len(hidden_layers), hidden_size, torch.float16)
         # -1 is out of range: it marks rows that no hook wrote in this step, and the writer refuses them.
         self.clear()
+        # mypy: PyTorch leaves streams and events without annotations.
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @property
@@ -129,6 +130,7 @@ class CaptureBuffers:
                 tensor.record_stream(self._stream)
                 host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 host[name].copy_(tensor, non_blocking=True)
+            # mypy: as above.
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(self._stream)
         return Snapshot(host, copied)

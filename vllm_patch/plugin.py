@@ -11,12 +11,11 @@ import logging
 import os
 import shutil
 import subprocess
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from profiler.capture import CaptureOptions
+from profiler.capture import CaptureOptions, keep_compiled_code_apart
 from profiler.models import resolve_model
 from profiler.schema import GATES_FILE, Metadata
 from vllm_patch.recorder import Recorder
@@ -38,9 +37,7 @@ def register() -> None:
     options = CaptureOptions.from_environment(dict(os.environ))
     if options is None:
         return
-    # Captured and plain runs share vLLM's key for compiled code: keep ours apart.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm" / "specmoe"
-    os.environ.setdefault("VLLM_CACHE_ROOT", str(cache))
+    keep_compiled_code_apart()
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
         log_finished_requests(Path(options.out))
@@ -144,6 +141,8 @@ class WorkerCapture:
         if self._recorder is None:
             return {"rank": self._worker.rank}
         answer = self._recorder.start(Path(directory))
+        if "error" in answer:
+            return answer
         try:
             self._save_gates(Path(directory))
         except Exception as error:
@@ -165,16 +164,7 @@ class WorkerCapture:
 
     def _serve(self) -> None:
         """Record from now on until shutdown. What cannot be recorded is said in the log, and the server goes on."""
-        out = Path(self._options.out)
-        # Made once, here: a later trace must not depend on a hub, nor run gates beside the engine's own steps.
-        metadata = self._metadata() if self._recorder is not None else None
-        gates = Path(tempfile.mkdtemp(prefix="specmoe-gates-"))
-
-        def begin() -> Path:
-            assert metadata is not None
-            capture = begin_trace(next_trace(out), metadata)
-            shutil.copytree(gates, capture)
-            return capture
+        out, options = Path(self._options.out), self._options
 
         def end(capture: Path) -> None:
             self._last_seal = seal_in_background(capture.parent)
@@ -182,8 +172,18 @@ class WorkerCapture:
         error = self._refusal
         if error is None and self._recorder is not None:
             try:
-                self._save_gates(gates)
-                error = self._recorder.start_rotating(begin, end, self._options.rotate_megabytes << 20).get("error")
+                # Made once, here: a later trace must not depend on a hub, nor run gates beside the engine's own steps.
+                metadata = self._metadata()
+                self._save_gates(out)
+
+                def begin() -> Path:
+                    capture = begin_trace(next_trace(out), metadata)
+                    capture.mkdir()
+                    if options.logits or options.hidden_layers:
+                        shutil.copyfile(out / GATES_FILE, capture / GATES_FILE)
+                    return capture
+
+                error = self._recorder.start_rotating(begin, end, options.rotate_megabytes << 20).get("error")
             except Exception as reason:
                 error = f"{type(reason).__name__}: {reason}"
         if error is not None:

@@ -1,9 +1,6 @@
-"""Record what a `vllm.LLM` of your own routes.
+"""Record what a `vllm.LLM` of your own routes: call `enable()` before vLLM is started, and run it inside a `Recording`.
 
-vllm_patch.enable()                                   # before vLLM is started
-llm = LLM("mistralai/Mixtral-8x7B-Instruct-v0.1")
-with vllm_patch.Recording(llm, "traces/mine") as recording:
-    recording.add(llm.generate(prompts, sampling_params))
+docs/capture.md has a program.
 """
 
 from __future__ import annotations
@@ -17,7 +14,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from profiler.capture import ABORTED, CapturedRequest, CaptureOptions, Sequence, finish_trace, read_requests
+from profiler.capture import (
+    ABORTED,
+    CapturedRequest,
+    CaptureOptions,
+    Sequence,
+    finish_trace,
+    keep_compiled_code_apart,
+    read_requests,
+)
 from profiler.errors import EngineError, TraceError
 from profiler.models import resolve_model
 from profiler.reader import Trace
@@ -31,9 +36,7 @@ _SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 def enable(options: CaptureOptions | None = None) -> None:
     """Switch the plugin on for engines that this process starts from now on, with a compile cache of their own."""
     os.environ.update((options or CaptureOptions()).to_environment())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm"
-    # Captured and plain runs share vLLM's key for compiled code: keep ours apart.
-    os.environ.setdefault("VLLM_CACHE_ROOT", str(cache / "specmoe"))
+    keep_compiled_code_apart()
 
 
 class Recording:

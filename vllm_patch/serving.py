@@ -32,7 +32,7 @@ SEAL_SECONDS = 3.0
 # How long the engine may take to write what is left; it is not waited for once it has gone.
 SHUTDOWN_SECONDS = 15.0
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vllm.specmoe")
 
 
 def log_finished_requests(out: Path) -> None:
