@@ -2,8 +2,8 @@
 
 vLLM finds the plugin through the entry point group `vllm.general_plugins`; it does nothing unless the environment variable
 `SPECMOE_CAPTURE` is 1. `releases` knows which function chooses experts in which release, `hook` wraps it, `buffers` hold what
-the hooks copy, `steps` labels rows with their requests, `recorder` writes them. `recording` is for programs with an
-`LLM` of their own.
+the hooks copy, `steps` labels rows with their requests, `recorder` queues and `capture_files` write them. `recording` is for
+programs with an `LLM` of their own, `serving` for servers, `source` for the patch of a local vLLM.
 """
 
 from vllm_patch.recording import Recording, enable

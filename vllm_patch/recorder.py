@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from profiler.capture import CapturedRequest
-from profiler.schema import HIDDEN_FOLDER, LOGITS_FOLDER, REQUESTS_FILE
+from profiler.schema import HIDDEN_FOLDER, LOGITS_FOLDER
 from profiler.writer import BYTES_PER_GROUP, RoutingWriter, ValuesWriter, check_pairs, refuse_repeats
-from vllm_patch.buffers import Arrays, CaptureBuffers, Snapshot
+from vllm_patch.buffers import CaptureBuffers, Snapshot
+from vllm_patch.capture_files import CaptureFiles, Files, RotatingFiles, Rows
 from vllm_patch.steps import NewRequest, Step
 
 # Bytes that may wait for the writer before the engine waits for it.
@@ -26,7 +27,6 @@ BATCH_BYTES = 8 << 20
 BATCH_SECONDS = 1.0
 # A file becomes readable when it is closed: this is how much of a run a crash can cost.
 FLUSH_SECONDS = 5.0
-NO_END = np.iinfo(np.int32).max
 
 
 @dataclass
@@ -39,18 +39,6 @@ class _Batch:
     nbytes: int = 0
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A batch with numbers for names: request `[T]` and position `[T]` of each row, requests that began and that ended."""
-
-    numbers_T: npt.NDArray[np.int32]
-    positions_T: npt.NDArray[np.int32]
-    steps: list[Arrays]
-    hidden: list[npt.NDArray[np.bool_] | None]
-    requests: list[CapturedRequest]
-    finished: list[int]
-
-
 class _Numbering:
     """Gives requests numbers in the order in which they appear, and rows those of their requests."""
 
@@ -60,7 +48,7 @@ class _Numbering:
         self._numbers: dict[str, int] = {}
         self._last: tuple[list[str], npt.NDArray[np.int32]] = ([], np.empty(0, dtype=np.int32))
 
-    def rows(self, batch: _Batch) -> _Rows:
+    def rows(self, batch: _Batch) -> Rows:
         numbers, positions = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.int32)]
         requests: list[CapturedRequest] = []
         finished: list[int] = []
@@ -79,7 +67,7 @@ class _Numbering:
                 first_rows_B = np.cumsum(counts_B, dtype=np.int32) - counts_B
                 positions.append(np.arange(step.rows, dtype=np.int32) + np.repeat(starts_B - first_rows_B, counts_B))
         arrays = [snapshot.arrays() for snapshot in batch.snapshots]
-        return _Rows(np.concatenate(numbers), np.concatenate(positions), arrays, batch.hidden, requests, finished)
+        return Rows(np.concatenate(numbers), np.concatenate(positions), arrays, batch.hidden, requests, finished)
 
     def _add(self, new: NewRequest) -> CapturedRequest:
         number = self._numbers[new.request_id] = self.requests
@@ -123,7 +111,7 @@ class Recorder:
 
     def start(self, directory: Path) -> dict[str, Any]:
         """Begin writing to `directory`; answers the facts of the loaded model, or `error`."""
-        return self._start(lambda: _CaptureFiles(directory, self))
+        return self._start(lambda: CaptureFiles(directory, self._open_writers))
 
     def start_rotating(self, begin: Callable[[], Path], end: Callable[[Path], object], limit: int) -> dict[str, Any]:
         """As `start`, into one folder after another.
@@ -132,9 +120,9 @@ class Recorder:
         holds `limit` bytes of rows (0: no limit), new requests go to the next; when its last request has finished, it is
         closed and `end` is called with it, in the writer's thread.
         """
-        return self._start(lambda: _RotatingFiles(begin, end, limit, self))
+        return self._start(lambda: RotatingFiles(begin, end, limit, self._open_writers))
 
-    def _start(self, open_files: Callable[[], _Files]) -> dict[str, Any]:
+    def _start(self, open_files: Callable[[], Files]) -> dict[str, Any]:
         if self.recording:
             return {"error": "a capture is already running in this engine"}
         self._error: BaseException | None = None
@@ -220,6 +208,16 @@ class Recorder:
         }
         return answer if self._error is None else {**answer, "error": _text(self._error)}
 
+    def _open_writers(self, directory: Path) -> tuple[RoutingWriter, dict[str, ValuesWriter]]:
+        tensors = self.buffers.tensors
+        values = {}
+        if "logits" in tensors:
+            values["logits"] = ValuesWriter(directory / LOGITS_FOLDER, self.moe_layers, "logits", self.num_experts)
+        if "hidden" in tensors:
+            layers, width = list(self._hidden_layers), tensors["hidden"].shape[-1]
+            values["hidden"] = ValuesWriter(directory / HIDDEN_FOLDER, layers, "hidden", width)
+        return RoutingWriter(directory, self.moe_layers, self.num_experts, self.top_k), values
+
     def _choose_hidden(self, step: Step) -> npt.NDArray[np.bool_] | None:
         """Which rows' router inputs are kept `[T]`; None for no row. Whole requests, until the budget is used up."""
         if not self._hidden_layers:
@@ -272,135 +270,6 @@ class Recorder:
             with self._change:
                 self._error = error
                 self._change.notify_all()
-
-
-class _Files(Protocol):
-    @property
-    def rows(self) -> int: ...
-
-    def write(self, rows: _Rows) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def remove_halves(self) -> None: ...
-
-
-class _CaptureFiles:
-    """The open files of one capture folder. first, end: the request numbers whose rows go here."""
-
-    def __init__(self, directory: Path, recorder: Recorder, first: int = 0) -> None:
-        self.directory = directory
-        self.first, self.end = first, NO_END
-        self.rows = 0
-        self.nbytes = 0
-        self._routing = RoutingWriter(directory, recorder.moe_layers, recorder.num_experts, recorder.top_k)
-        self._values: dict[str, ValuesWriter] = {}
-        tensors = recorder.buffers.tensors
-        if "logits" in tensors:
-            folder = directory / LOGITS_FOLDER
-            self._values["logits"] = ValuesWriter(folder, recorder.moe_layers, "logits", recorder.num_experts)
-        if "hidden" in tensors:
-            layers, width = list(recorder._hidden_layers), tensors["hidden"].shape[-1]
-            self._values["hidden"] = ValuesWriter(directory / HIDDEN_FOLDER, layers, "hidden", width)
-        self._requests: IO[str] = (directory / REQUESTS_FILE).open("w", encoding="utf-8")
-
-    def write(self, rows: _Rows) -> None:
-        lines = [request.to_json() + "\n" for request in rows.requests if self.first <= request.number < self.end]
-        if lines:
-            self._requests.writelines(lines)
-            self._requests.flush()
-        # Stable: rows of one request keep the order in which they were computed.
-        order_T = np.argsort(rows.numbers_T, kind="stable")
-        order_T = order_T[slice(*np.searchsorted(rows.numbers_T[order_T], [self.first, self.end]))]
-        if not len(order_T):
-            return
-        numbers_T, positions_T = rows.numbers_T[order_T], rows.positions_T[order_T]
-        ids_TLK, weights_TLK = (_joined(rows.steps, name)[order_T] for name in ("expert_ids", "weights"))
-        self._routing.add(numbers_T, positions_T, ids_TLK, weights_TLK)
-        self.rows += ids_TLK.shape[0] * ids_TLK.shape[1]
-        self.nbytes += ids_TLK.nbytes + weights_TLK.nbytes
-        if "logits" in self._values:
-            self._values["logits"].add(numbers_T, positions_T, _joined(rows.steps, "logits")[order_T])
-        if "hidden" in self._values:
-            self._write_hidden(rows)
-
-    def _write_hidden(self, rows: _Rows) -> None:
-        first = 0
-        for hidden_T, step in zip(rows.hidden, rows.steps, strict=True):
-            of_step = slice(first, first + len(step["weights"]))
-            first = of_step.stop
-            if hidden_T is not None:
-                numbers_T = rows.numbers_T[of_step]
-                mine_T = hidden_T & (numbers_T >= self.first) & (numbers_T < self.end)
-                self._values["hidden"].add(numbers_T[mine_T], rows.positions_T[of_step][mine_T], step["hidden"][mine_T])
-
-    def flush(self) -> None:
-        for writer in (self._routing, *self._values.values()):
-            writer.flush()
-
-    def close(self) -> None:
-        self._requests.close()
-        for writer in (self._routing, *self._values.values()):
-            writer.close()
-
-    def remove_halves(self) -> None:
-        """Delete what could not be closed: no reader takes it, and it holds the disk."""
-        for path in self.directory.rglob("*.tmp"):
-            path.unlink()
-
-
-class _RotatingFiles:
-    """One `_CaptureFiles` after another; earlier ones stay open until their last request has finished."""
-
-    def __init__(self, begin: Callable[[], Path], end: Callable[[Path], object], limit: int, recorder: Recorder) -> None:
-        self._begin, self._end, self._limit, self._recorder = begin, end, limit, recorder
-        self._open = [_CaptureFiles(begin(), recorder)]
-        self._active: set[int] = set()
-        self._closed_rows = 0
-        self._next_number = 0
-
-    @property
-    def rows(self) -> int:
-        return self._closed_rows + sum(files.rows for files in self._open)
-
-    def write(self, rows: _Rows) -> None:
-        if rows.requests:
-            self._active |= {request.number for request in rows.requests}
-            self._next_number = rows.requests[-1].number + 1
-        for files in self._open:
-            files.write(rows)
-        self._active -= set(rows.finished)
-        current = self._open[-1]
-        if self._limit and current.nbytes >= self._limit:
-            current.end = self._next_number
-            self._open.append(_CaptureFiles(self._begin(), self._recorder, first=self._next_number))
-        for files in self._open[:-1]:
-            if not any(files.first <= number < files.end for number in self._active):
-                self._close(files)
-
-    def flush(self) -> None:
-        for files in self._open:
-            files.flush()
-
-    def close(self) -> None:
-        for files in list(self._open):
-            self._close(files)
-
-    def remove_halves(self) -> None:
-        for files in self._open:
-            files.remove_halves()
-
-    def _close(self, files: _CaptureFiles) -> None:
-        files.close()
-        self._open.remove(files)
-        self._closed_rows += files.rows
-        self._end(files.directory)
-
-
-def _joined(steps: list[Arrays], name: str) -> npt.NDArray[Any]:
-    return np.concatenate([arrays[name] for arrays in steps])
 
 
 def _text(error: BaseException) -> str:

@@ -161,6 +161,7 @@ def test_a_real_server_records_its_traffic_and_closes_the_trace_on_sigterm(tmp_p
         **os.environ,
         "SPECMOE_CAPTURE": "1",
         "SPECMOE_CAPTURE_OUT": str(out),
+        "SPECMOE_CAPTURE_LOGITS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
     }
@@ -206,5 +207,9 @@ def test_a_real_server_records_its_traffic_and_closes_the_trace_on_sigterm(tmp_p
     assert "review 3" in keys
     assert sum(answers[8]["id"] in key for key in keys) == 1
     assert_complete(trace)
+    positions, layers, logits_TLE = trace.values("logits", 10)
+    assert (positions == trace.arrays(10).token_ids_T).all()
+    assert logits_TLE.shape[1:] == (len(layers), 8)
+    assert (trace.path / "gates.safetensors").is_file()
     assert assert_agrees(trace, load_oracle(demo_model_folder())) > 12 * 30 * 8
     assert np.unique(trace.load().problem_ids_T).size == 13

@@ -1,0 +1,156 @@
+"""The files of a running capture: one folder, or, for servers, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from profiler.capture import CapturedRequest
+from profiler.schema import REQUESTS_FILE
+from profiler.writer import RoutingWriter, ValuesWriter
+from vllm_patch.buffers import Arrays
+
+NO_END = np.iinfo(np.int32).max
+
+OpenWriters = Callable[[Path], tuple[RoutingWriter, dict[str, ValuesWriter]]]
+"""Opens the writers of a capture folder: routing, and logits and hidden where they are recorded."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch with numbers for names: request `[T]` and position `[T]` of each row, requests that began and that ended."""
+
+    numbers_T: npt.NDArray[np.int32]
+    positions_T: npt.NDArray[np.int32]
+    steps: list[Arrays]
+    hidden: list[npt.NDArray[np.bool_] | None]
+    requests: list[CapturedRequest]
+    finished: list[int]
+
+
+class Files(Protocol):
+    """Where the writer's thread puts rows."""
+
+    @property
+    def rows(self) -> int: ...
+
+    def write(self, rows: Rows) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def remove_halves(self) -> None: ...
+
+
+class CaptureFiles:
+    """The open files of one capture folder. first, end: the request numbers whose rows go here."""
+
+    def __init__(self, directory: Path, open_writers: OpenWriters, first: int = 0) -> None:
+        self.directory = directory
+        self.first, self.end = first, NO_END
+        self.rows = 0
+        self.nbytes = 0
+        self._routing, self._values = open_writers(directory)
+        self._requests: IO[str] = (directory / REQUESTS_FILE).open("w", encoding="utf-8")
+
+    def write(self, rows: Rows) -> None:
+        lines = [request.to_json() + "\n" for request in rows.requests if self.first <= request.number < self.end]
+        if lines:
+            self._requests.writelines(lines)
+            self._requests.flush()
+        # Stable: rows of one request keep the order in which they were computed.
+        order_T = np.argsort(rows.numbers_T, kind="stable")
+        order_T = order_T[slice(*np.searchsorted(rows.numbers_T[order_T], [self.first, self.end]))]
+        if not len(order_T):
+            return
+        numbers_T, positions_T = rows.numbers_T[order_T], rows.positions_T[order_T]
+        ids_TLK, weights_TLK = (_joined(rows.steps, name)[order_T] for name in ("expert_ids", "weights"))
+        self._routing.add(numbers_T, positions_T, ids_TLK, weights_TLK)
+        self.rows += ids_TLK.shape[0] * ids_TLK.shape[1]
+        self.nbytes += ids_TLK.nbytes + weights_TLK.nbytes
+        if "logits" in self._values:
+            self._values["logits"].add(numbers_T, positions_T, _joined(rows.steps, "logits")[order_T])
+        if "hidden" in self._values:
+            self._write_hidden(rows)
+
+    def _write_hidden(self, rows: Rows) -> None:
+        first = 0
+        for hidden_T, step in zip(rows.hidden, rows.steps, strict=True):
+            of_step = slice(first, first + len(step["weights"]))
+            first = of_step.stop
+            if hidden_T is not None:
+                numbers_T = rows.numbers_T[of_step]
+                mine_T = hidden_T & (numbers_T >= self.first) & (numbers_T < self.end)
+                self._values["hidden"].add(numbers_T[mine_T], rows.positions_T[of_step][mine_T], step["hidden"][mine_T])
+
+    def flush(self) -> None:
+        for writer in (self._routing, *self._values.values()):
+            writer.flush()
+
+    def close(self) -> None:
+        self._requests.close()
+        for writer in (self._routing, *self._values.values()):
+            writer.close()
+
+    def remove_halves(self) -> None:
+        """Delete what could not be closed: no reader takes it, and it holds the disk."""
+        for path in self.directory.rglob("*.tmp"):
+            path.unlink()
+
+
+class RotatingFiles:
+    """One `CaptureFiles` after another; earlier ones stay open until their last request has finished."""
+
+    def __init__(self, begin: Callable[[], Path], end: Callable[[Path], object], limit: int, open_writers: OpenWriters) -> None:
+        self._begin, self._end, self._limit, self._open_writers = begin, end, limit, open_writers
+        self._open = [CaptureFiles(begin(), open_writers)]
+        self._active: set[int] = set()
+        self._closed_rows = 0
+        self._next_number = 0
+
+    @property
+    def rows(self) -> int:
+        return self._closed_rows + sum(files.rows for files in self._open)
+
+    def write(self, rows: Rows) -> None:
+        if rows.requests:
+            self._active |= {request.number for request in rows.requests}
+            self._next_number = rows.requests[-1].number + 1
+        for files in self._open:
+            files.write(rows)
+        self._active -= set(rows.finished)
+        current = self._open[-1]
+        if self._limit and current.nbytes >= self._limit:
+            current.end = self._next_number
+            self._open.append(CaptureFiles(self._begin(), self._open_writers, first=self._next_number))
+        for files in self._open[:-1]:
+            if not any(files.first <= number < files.end for number in self._active):
+                self._close(files)
+
+    def flush(self) -> None:
+        for files in self._open:
+            files.flush()
+
+    def close(self) -> None:
+        for files in list(self._open):
+            self._close(files)
+
+    def remove_halves(self) -> None:
+        for files in self._open:
+            files.remove_halves()
+
+    def _close(self, files: CaptureFiles) -> None:
+        files.close()
+        self._open.remove(files)
+        self._closed_rows += files.rows
+        self._end(files.directory)
+
+
+def _joined(steps: list[Arrays], name: str) -> npt.NDArray[Any]:
+    return np.concatenate([arrays[name] for arrays in steps])
