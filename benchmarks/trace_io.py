@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from profiler.capture_stream import RoutingWriter
 from profiler.reader import Trace
-from profiler.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
-from profiler.sealing import seal
-from profiler.writer import RoutingWriter, write_manifest, write_metadata
+from profiler.schema import Metadata, ModelMetadata
+from profiler.sealing import run_folder, seal
+from profiler.writer import write_manifest, write_metadata
 
 LAYERS, EXPERTS, TOP_K = 32, 8, 2
 TOKENS_PER_PROBLEM = 500
@@ -66,7 +67,7 @@ def write_trace(directory: Path, problems: int, ids: np.ndarray, weights: np.nda
     directory.mkdir()
     model = ModelMetadata(id="made", moe_layers=list(range(LAYERS)), num_experts=EXPERTS, top_k=TOP_K)
     write_metadata(directory, Metadata(model=model, engine="none", hook="none"))
-    with RoutingWriter(directory / CAPTURE_FOLDER, model.moe_layers, EXPERTS, TOP_K) as writer:
+    with RoutingWriter(run_folder(directory, 0), model) as writer:
         for problem_id in range(problems):
             # Another order of tokens for every problem, so that compression finds no repeated problem.
             order = np.random.default_rng(problem_id).permutation(TOKENS_PER_PROBLEM)

@@ -1,7 +1,8 @@
 """What is captured, and how a finished capture becomes a complete trace.
 
-Engines leave `capture/` (rows under a number per request) and `capture/requests.jsonl` (which request has which number);
-`finish_trace` joins both with the sequences that were run, says what is missing, and writes the manifest last.
+Engines leave a folder for each run (`capture/run-00000`): rows under a number per request, and `requests.jsonl`, which says
+which request has which number. `finish_trace` joins both with the sequences that were run, says what is missing, and writes the
+manifest last.
 """
 
 from __future__ import annotations
@@ -9,37 +10,40 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
+from profiler.capture_stream import ROUTING_STREAM
 from profiler.errors import EngineError, TraceError
 from profiler.jsonl import write_jsonl
 from profiler.reader import Trace
 from profiler.schema import (
-    CAPTURE_FOLDER,
     DECODE,
     JSONL_FILE,
     PREFILL,
     PROBLEMS_FILE,
     PROBLEMS_SCHEMA,
-    REQUESTS_FILE,
     TOKENS_FILE,
     TOKENS_SCHEMA,
     DatasetMetadata,
     Metadata,
 )
-from profiler.sealing import seal
+from profiler.sealing import Source, run_folder, runs_of, seal
 from profiler.writer import write_manifest, write_metadata, write_table
 
+REQUESTS_FILE, COMPLETIONS_FILE = "requests.jsonl", "completions.jsonl"
 ABORTED = "abort"
 # Problem ids named in a line about gaps; the tables have them all.
 NAMED_PROBLEMS = 10
 
 _VARIABLE = "SPECMOE_CAPTURE"
+# The process that started an engine only to collect with it: the engine ends when that process does.
+OWNER_VARIABLE = f"{_VARIABLE}_OWNER"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,26 +116,64 @@ class CapturedRequest:
         return json.dumps(vars(self), separators=(",", ":"))
 
 
-def read_requests(capture: Path) -> list[CapturedRequest]:
-    """The requests of a capture folder, in the order in which they started."""
-    path = capture / REQUESTS_FILE
+def read_requests(run: Path) -> list[CapturedRequest]:
+    """The requests of a run's folder, in the order in which they started."""
+    return [CapturedRequest(**record) for record in _records(run / REQUESTS_FILE, CapturedRequest)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletedProblem:
+    """A problem that a run finished, with all that its tables say: one line of `completions.jsonl`."""
+
+    problem_id: int
+    dataset: str
+    source_key: str
+    prompt: str
+    prompt_token_ids: list[int]
+    truncated_tokens: int
+    output: str
+    output_token_ids: list[int]
+    cached_tokens: int
+    finish_reason: str
+
+    def to_json(self) -> str:
+        """One line of `completions.jsonl`."""
+        return json.dumps(vars(self), separators=(",", ":"))
+
+
+def read_completions(run: Path) -> list[CompletedProblem]:
+    """What a run finished, in that order. Lines that are no such record are an error."""
+    return [CompletedProblem(**record) for record in _records(run / COMPLETIONS_FILE, CompletedProblem)]
+
+
+def _records(path: Path, kind: type[CapturedRequest | CompletedProblem]) -> Iterator[dict[str, Any]]:
+    """JSON lines with exactly the fields of `kind`; a last line without its end was cut off by a kill and is left out."""
     if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as lines:
-        # A killed process leaves a last line without its end.
-        return [CapturedRequest(**json.loads(line)) for line in lines if line.endswith("\n")]
+        return
+    names = {field.name for field in fields(kind)}
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict) or record.keys() != names:
+                raise TraceError(f"{path}, line {number}: expected an object with {', '.join(sorted(names))}")
+            yield record
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequence:
     """One problem that was run: prompt and output tokens, and what the tables say of it.
 
-    captured_as: the number of its rows in `capture/`, None if no step ever routed it.
+    captured_as: run, and the number of its rows there; None if no step ever routed it.
     cached_tokens: prompt tokens taken from the prefix cache, which are not routed again.
     """
 
     problem_id: int
-    captured_as: int | None
+    captured_as: Source | None
     dataset: str
     source_key: str
     prompt: str
@@ -148,19 +190,23 @@ class Sequence:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
 
-def finish_trace(directory: Path, metadata: Metadata, sequences: list[Sequence], *, jsonl: bool = False) -> Trace:
+def finish_trace(
+    directory: Path, metadata: Metadata, sequences: list[Sequence], *, jsonl: bool = False, others_abandoned: bool = False
+) -> Trace:
     """Seal `directory/capture` as the routing of `sequences` and write tables, gaps and the manifest.
 
+    others_abandoned: leave out rows of requests that are not among the sequences.
     Raises `TraceError` if the capture has rows of other requests, or none at all.
     """
     sequences = sorted(sequences, key=lambda sequence: sequence.problem_id)
-    if not any((directory / CAPTURE_FOLDER).glob("part-*.parquet")):
+    if not any((run_folder(directory, run) / ROUTING_STREAM).is_file() for run in runs_of(directory)):
         raise TraceError(f"{directory}: nothing was captured")
     missing = seal(
         directory,
         metadata.model,
         {sequence.problem_id: sequence.tokens for sequence in sequences},
         {s.problem_id: s.captured_as for s in sequences if s.captured_as is not None},
+        others_abandoned=others_abandoned,
     )
     counts = Counter(sequence.dataset for sequence in sequences)
     datasets = metadata.datasets or [DatasetMetadata(name=name, problems=count) for name, count in counts.items()]

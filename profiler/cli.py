@@ -99,6 +99,9 @@ def collect(
         bool, typer.Option("--prefix-caching", help="Let vLLM reuse shared prefixes; they are missing from the routing.")
     ] = False,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Also write routing.jsonl.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted collection in --out; begin it if there is none.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's own log.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -138,6 +141,7 @@ def collect(
             verbose=verbose,
         ),
         jsonl=jsonl,
+        resume=resume,
     )
     summary = collect_with_progress(options)
     if as_json:
@@ -182,10 +186,12 @@ def print_summary(summary: Any) -> None:
         f"{summary.trace}: {summary.problems} problems, {summary.prompt_tokens:,} prompt and "
         f"{summary.output_tokens:,} generated tokens, {summary.rows:,} routing rows, {_size(summary.bytes)}"
     )
-    typer.echo(
-        f"{summary.engine}: started in {summary.start_seconds:.1f} s, ran {summary.generate_seconds:.1f} s, "
-        f"{summary.tokens_per_second:,.0f} tokens/s"
-    )
+    if summary.resumed < summary.problems:
+        speed = summary.tokens_per_second
+        typer.echo(
+            f"{summary.engine}: started in {summary.start_seconds:.1f} s, ran {summary.generate_seconds:.1f} s, "
+            + (f"{speed:,.0f} tokens/s" if speed is not None else f"{summary.resumed} problems were finished before")
+        )
     if summary.truncated_problems:
         typer.echo(f"{summary.truncated_problems} prompts were too long and kept only their head")
 
@@ -247,6 +253,8 @@ def inspect(
         typer.echo(f"  {'unknown' if rows is None else f'{rows:,}'} routing rows; {metadata.engine}, {metadata.created}")
         for gap in metadata.gaps:
             typer.echo(f"  gap: {gap}")
+        for caveat in opened.caveats():
+            typer.echo(f"  note: {caveat}")
         typer.echo("complete" if not faults else "incomplete: " + "; ".join(faults))
     if faults:
         raise typer.Exit(1)

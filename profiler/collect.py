@@ -1,4 +1,8 @@
-"""Collect a trace: problems -> prompts -> engine with capture -> sealed trace directory."""
+"""Collect a trace: problems -> prompts -> engine with capture -> sealed trace directory.
+
+A collection that was killed is resumed: problems that an earlier run finished, and whose routing is all there, are kept; the
+others run again, in a run of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from profiler.capture import Sequence, finish_trace
+import numpy as np
+import numpy.typing as npt
+
+from profiler.capture import (
+    COMPLETIONS_FILE,
+    CompletedProblem,
+    Sequence,
+    finish_trace,
+    read_completions,
+    read_requests,
+)
+from profiler.capture_stream import HIDDEN_STREAM, ROUTING_STREAM
 from profiler.datasets import Dataset, Problem, find_dataset, load_problems
-from profiler.engines import Captured, Completion, Engine, EngineOptions, Prompt, Sampling, start_engine
+from profiler.engines import Completion, Engine, EngineOptions, Prompt, Sampling, start_engine
 from profiler.errors import DatasetError, EngineError, TraceError
 from profiler.models import ResolvedModel, resolve_model
-from profiler.schema import (
-    CAPTURE_FOLDER,
-    METADATA_FILE,
-    DatasetMetadata,
-    Metadata,
-)
-from profiler.writer import write_metadata
+from profiler.reader import Trace
+from profiler.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE, DatasetMetadata, Metadata
+from profiler.sealing import captured_positions, run_folder, runs_of
+from profiler.writer import exclusive, write_metadata
 
 # Beyond this, sampling is noise and vLLM refuses it.
 MAX_TEMPERATURE = 2.0
@@ -42,15 +55,17 @@ class CollectOptions:
     sampling: Sampling
     engine_options: EngineOptions = field(default_factory=EngineOptions)
     jsonl: bool = False
+    resume: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectSummary:
-    """What was collected. Times in seconds, `bytes` of the whole directory."""
+    """What the trace holds. Times in seconds, `bytes` of the whole directory. resumed: problems that were finished before."""
 
     trace: Path
     engine: str
     problems: int
+    resumed: int
     prompt_tokens: int
     output_tokens: int
     truncated_problems: int
@@ -60,8 +75,10 @@ class CollectSummary:
     generate_seconds: float
 
     @property
-    def tokens_per_second(self) -> float:
-        """Prompt and output tokens through the model per second, capture included, engine start excluded."""
+    def tokens_per_second(self) -> float | None:
+        """Prompt and output tokens through the model per second, capture included; None if earlier runs did a part."""
+        if self.resumed:
+            return None
         return (self.prompt_tokens + self.output_tokens) / max(self.generate_seconds, 1e-9)
 
 
@@ -76,7 +93,7 @@ def collect(
     on_stage is told what begins; on_progress gets (finished problems, all problems).
     Raises `SpecmoeError`; everything that can be checked before the engine starts is, and then nothing is written.
     """
-    check_free(options.out)
+    check_free(options.out, resume=options.resume)
     if not 0 < options.sampling.top_p <= 1 or not 0 <= options.sampling.temperature <= MAX_TEMPERATURE:
         raise EngineError(f"expected --top-p above 0 up to 1 and --temperature 0 to {MAX_TEMPERATURE:g}")
     model = resolve_model(options.model, dtype=options.engine_options.dtype, revision=options.revision)
@@ -91,57 +108,169 @@ def collect(
         raise EngineError(f"--capture-hidden {absent[0]}: not an MoE layer of {model.metadata.id} ({layers[0]}..{layers[-1]})")
     if len(problems) < options.num_problems:
         on_stage(f"taking all {len(problems)} problems that there are, of {options.num_problems} asked for")
-    on_stage(f"starting {options.engine} with {model.metadata.id}")
-    began = time.monotonic()
-    engine = start_engine(options.engine, model, options.engine_options)
-    started = time.monotonic()
-    try:
-        prompts, truncated = _encode(engine, problems, options.sampling.max_new_tokens)
-        metadata = _metadata(options, model, engine, datasets, problems, truncated)
-        created = not options.out.exists()
-        options.out.mkdir(parents=True, exist_ok=True)
+    created = not options.out.exists()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with exclusive(options.out):
+        # Another collector may have begun or finished it since the first look.
+        check_free(options.out, resume=options.resume)
+        begun = (options.out / METADATA_FILE).exists()
         try:
-            write_metadata(options.out, metadata)
-            for note in [*engine.notes, *_size_estimates(options, model, prompts)]:
+            return _collect(options, model, datasets, problems, on_stage, on_progress)
+        except BaseException as error:
+            if not begun and _discard_if_empty(options.out, created):
+                raise
+            if isinstance(error, EngineError):
+                raise EngineError(f"{error}; what was recorded before stays: --resume goes on from there") from error
+            raise
+
+
+def _collect(
+    options: CollectOptions,
+    model: ResolvedModel,
+    datasets: list[Dataset],
+    problems: list[Problem],
+    on_stage: Callable[[str], None],
+    on_progress: Callable[[int, int], None],
+) -> CollectSummary:
+    """As `collect`, in a folder that is held."""
+    out = options.out
+    earlier = Trace.open(out, allow_incomplete=True) if (out / METADATA_FILE).is_file() else None
+    sequences: dict[int, Sequence] = {}
+    if earlier is not None:
+        _refuse_other_settings(earlier.metadata, _settings(options, model, datasets, problems), out)
+        if earlier.manifest is not None:
+            on_stage(f"{out} is complete already")
+            trace = Trace.open(out)
+            return _summary(trace, resumed=trace.problems.num_rows)
+        sequences = _finished_problems(out, problems)
+        on_stage(f"resuming: {len(sequences)} of {len(problems)} problems are finished")
+    resumed = len(sequences)
+    start_seconds, generate_seconds = 0.0, 0.0
+    if earlier is not None and resumed == len(problems):
+        metadata = earlier.metadata
+    else:
+        on_stage(f"starting {options.engine} with {model.metadata.id}")
+        began = time.monotonic()
+        engine = start_engine(options.engine, model, options.engine_options)
+        try:
+            start_seconds = time.monotonic() - began
+            metadata = _metadata(options, model, engine, datasets, problems)
+            if earlier is None:
+                write_metadata(out, metadata)
+            else:
+                _refuse_other_settings(earlier.metadata, metadata.model_dump(mode="json", exclude={"created", "command"}), out)
+                metadata = metadata.model_copy(update={"created": earlier.metadata.created})
+            remaining = [problem_id for problem_id in range(len(problems)) if problem_id not in sequences]
+            prompts = _encode(engine, problems, remaining, options.sampling.max_new_tokens)
+            for note in [*engine.notes, *_size_estimates(options, model, [prompt for prompt, _ in prompts])]:
                 on_stage(note)
             on_stage(f"running {len(prompts)} problems")
-            completions, captured = _run(engine, prompts, options, on_progress)
-        except EngineError as error:
-            if _discard_if_empty(options.out, created):
-                raise
-            raise EngineError(f"{error}; what was recorded before stays in {options.out / CAPTURE_FOLDER}") from error
-        except BaseException:
-            _discard_if_empty(options.out, created)
-            raise
-        generated = time.monotonic()
-        on_stage("sealing the trace")
-        sequences = _sequences(problems, prompts, truncated, completions, captured.captured_as)
-        metadata = metadata.model_copy(update={"capture": metadata.capture | captured.report})
-        trace = finish_trace(options.out, metadata, sequences, jsonl=options.jsonl)
-    finally:
-        engine.close()
+            began = time.monotonic()
+            ran, report = _run(engine, problems, prompts, options, lambda done: on_progress(resumed + done, len(problems)))
+            generate_seconds = time.monotonic() - began
+        finally:
+            engine.close()
+        sequences |= ran
+        metadata = metadata.model_copy(update={"capture": metadata.capture | report})
+    on_stage("sealing the trace")
+    runs = len(runs_of(out))
+    cut = sum(sequence.truncated_tokens > 0 for sequence in sequences.values())
+    metadata = metadata.model_copy(update={"capture": metadata.capture | {"truncated_problems": cut, "runs": runs}})
+    trace = finish_trace(out, metadata, list(sequences.values()), jsonl=options.jsonl, others_abandoned=runs > 1)
+    return _summary(trace, resumed=resumed, start_seconds=start_seconds, generate_seconds=generate_seconds)
+
+
+def _summary(trace: Trace, *, resumed: int, start_seconds: float = 0.0, generate_seconds: float = 0.0) -> CollectSummary:
+    columns = trace.problems.select(["prompt_tokens", "output_tokens", "truncated_tokens"]).to_pydict()
     return CollectSummary(
-        trace=options.out,
-        engine=engine.name,
-        problems=len(problems),
-        prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
-        output_tokens=sum(len(completion.token_ids) for completion in completions),
-        truncated_problems=sum(cut > 0 for cut in truncated),
+        trace=trace.path,
+        engine=trace.metadata.engine,
+        problems=trace.problems.num_rows,
+        resumed=resumed,
+        prompt_tokens=sum(columns["prompt_tokens"]),
+        output_tokens=sum(columns["output_tokens"]),
+        truncated_problems=sum(cut > 0 for cut in columns["truncated_tokens"]),
         rows=trace.num_rows,
-        bytes=sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file()),
-        start_seconds=started - began,
-        generate_seconds=generated - started,
+        bytes=sum(path.stat().st_size for path in trace.path.rglob("*") if path.is_file()),
+        start_seconds=start_seconds,
+        generate_seconds=generate_seconds,
     )
 
 
-def check_free(out: Path) -> None:
-    """Raise `TraceError` unless `out` is absent or an empty folder."""
+def _finished_problems(out: Path, problems: list[Problem]) -> dict[int, Sequence]:
+    """What earlier runs finished: the output is known, and every position of it was written.
+
+    Raises `TraceError` if a finished problem is not the one that has this number now.
+    """
+    finished = {}
+    for run in runs_of(out):
+        positions = captured_positions(run_folder(out, run))
+        for problem_id, sequence in _completed(out, run).items():
+            if not 0 <= problem_id < len(problems) or sequence.prompt != problems[problem_id].prompt:
+                raise TraceError(
+                    f"{out}: problem {problem_id} was another one before: the dataset has changed; choose another --out"
+                )
+            if _is_captured(sequence, positions):
+                finished[problem_id] = sequence
+    return finished
+
+
+def _completed(out: Path, run: int) -> dict[int, Sequence]:
+    """The problems that a run completed."""
+    folder = run_folder(out, run)
+    requests = {request.label: request for request in read_requests(folder)}
+    completed = {}
+    for completion in read_completions(folder):
+        request = requests.get(completion.problem_id)
+        source = None if request is None else (run, request.number)
+        completed[completion.problem_id] = Sequence(captured_as=source, **vars(completion))
+    return completed
+
+
+def _is_captured(sequence: Sequence, positions: dict[str, dict[int, npt.NDArray[np.int32]]]) -> bool:
+    """Whether every routed position is in the streams of its run."""
+    if sequence.captured_as is None or ROUTING_STREAM not in positions:
+        return False
+    wanted = np.arange(sequence.cached_tokens, sequence.tokens - 1)
+    for stream, by_number in positions.items():
+        found = by_number.get(sequence.captured_as[1])
+        # Router inputs are recorded of some problems only, but then of all their positions.
+        if found is None and stream == HIDDEN_STREAM:
+            continue
+        if found is None or not np.isin(wanted, found).all():
+            return False
+    return True
+
+
+def _refuse_other_settings(before: Metadata, now: dict[str, Any], out: Path) -> None:
+    """Raise `TraceError`, naming the first difference, if a collection is resumed with other settings."""
+
+    def compare(old: Any, new: Any, name: str) -> None:
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in new:
+                compare(old.get(key), new[key], f"{name}.{key}" if name else key)
+        elif old != new:
+            raise TraceError(
+                f"{out} was begun with {name} {old!r}, now it is {new!r}: resume with the arguments of the first run"
+            )
+
+    compare(before.model_dump(mode="json"), now, "")
+
+
+def check_free(out: Path, *, resume: bool = False) -> None:
+    """Raise `TraceError` unless `out` is absent or an empty folder; or, to resume, a trace or what is left of its beginning."""
     if out.is_dir() and (out / METADATA_FILE).exists():
-        raise TraceError(f"{out} already holds a trace: choose another --out, or delete that folder first")
+        if resume:
+            return
+        if (out / MANIFEST_FILE).exists():
+            raise TraceError(f"{out} already holds a trace: choose another --out, or delete that folder first")
+        raise TraceError(f"{out} holds an unfinished collection: add --resume to go on with it, or delete that folder first")
     existing = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
     if not existing.is_dir():
         raise TraceError(f"{existing} is a file, not a folder: choose another --out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # A kill may have come before metadata.json had its name.
+    begun = {(out / METADATA_FILE).with_suffix(".tmp")} if resume else set()
+    if out.exists() and (not out.is_dir() or set(out.iterdir()) - begun):
         raise TraceError(f"{out} exists and is not an empty folder: choose another --out")
 
 
@@ -159,17 +288,16 @@ def _load_all(datasets: list[Dataset], options: CollectOptions) -> list[Problem]
     return problems
 
 
-def _encode(engine: Engine, problems: list[Problem], max_new_tokens: int) -> tuple[list[Prompt], list[int]]:
+def _encode(engine: Engine, problems: list[Problem], problem_ids: list[int], max_new_tokens: int) -> list[tuple[Prompt, int]]:
     """Prompts, and how many tokens each lost: prompts that leave no room for the output keep their head."""
     room = engine.max_length - max_new_tokens
     if room < 1:
         raise EngineError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {engine.max_length} tokens")
-    prompts, truncated = [], []
-    for problem_id, problem in enumerate(problems):
-        token_ids = engine.encode(problem.prompt)
-        prompts.append(Prompt(problem_id, token_ids[:room]))
-        truncated.append(max(0, len(token_ids) - room))
-    return prompts, truncated
+    prompts = []
+    for problem_id in problem_ids:
+        token_ids = engine.encode(problems[problem_id].prompt)
+        prompts.append((Prompt(problem_id, token_ids[:room]), max(0, len(token_ids) - room)))
+    return prompts
 
 
 def _size_estimates(options: CollectOptions, model: ResolvedModel, prompts: list[Prompt]) -> list[str]:
@@ -196,74 +324,67 @@ def _size_estimates(options: CollectOptions, model: ResolvedModel, prompts: list
 
 
 def _run(
-    engine: Engine, prompts: list[Prompt], options: CollectOptions, on_progress: Callable[[int, int], None]
-) -> tuple[list[Completion], Captured]:
-    completions: list[Completion] = []
+    engine: Engine,
+    problems: list[Problem],
+    prompts: list[tuple[Prompt, int]],
+    options: CollectOptions,
+    on_progress: Callable[[int], None],
+) -> tuple[dict[int, Sequence], dict[str, Any]]:
+    """Run the prompts in a run of their own; returns their sequences and the engine's report."""
+    run = max(runs_of(options.out), default=-1) + 1
+    folder = run_folder(options.out, run)
+    folder.mkdir(parents=True)
+    truncated = {prompt.problem_id: cut for prompt, cut in prompts}
+    token_ids = {prompt.problem_id: prompt.token_ids for prompt, _ in prompts}
+    done = 0
+    with (folder / COMPLETIONS_FILE).open("w", encoding="utf-8") as completions:
 
-    def finished(completion: Completion) -> None:
-        completions.append(completion)
-        on_progress(len(completions), len(prompts))
+        def finished(completion: Completion) -> None:
+            nonlocal done
+            problem = problems[completion.problem_id]
+            record = CompletedProblem(
+                problem_id=completion.problem_id,
+                dataset=problem.dataset,
+                source_key=problem.source_key,
+                prompt=problem.prompt,
+                prompt_token_ids=token_ids[completion.problem_id],
+                truncated_tokens=truncated[completion.problem_id],
+                output=completion.text,
+                output_token_ids=completion.token_ids,
+                cached_tokens=completion.cached_tokens,
+                finish_reason=completion.finish_reason,
+            )
+            completions.write(record.to_json() + "\n")
+            completions.flush()
+            done += 1
+            on_progress(done)
 
-    on_progress(0, len(prompts))
-    captured = engine.generate(prompts, options.sampling, options.out / CAPTURE_FOLDER, finished)
-    return sorted(completions, key=lambda completion: completion.problem_id), captured
+        on_progress(done)
+        report = engine.generate([prompt for prompt, _ in prompts], options.sampling, folder, finished)
+    return _completed(options.out, run), report
 
 
 def _discard_if_empty(out: Path, created: bool) -> bool:
     """Leave no trace directory behind that holds no rows; returns whether it is gone."""
-    if any((out / CAPTURE_FOLDER).glob("part-*.parquet")):
+    if any(captured_positions(run_folder(out, run)).get(ROUTING_STREAM) for run in runs_of(out)):
         return False
     shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
-    (out / METADATA_FILE).unlink(missing_ok=True)
+    for name in (METADATA_FILE, Path(METADATA_FILE).with_suffix(".tmp").name):
+        (out / name).unlink(missing_ok=True)
     if created:
         out.rmdir()
     return True
 
 
-def _sequences(
-    problems: list[Problem],
-    prompts: list[Prompt],
-    truncated: list[int],
-    completions: list[Completion],
-    captured_as: dict[int, int],
-) -> list[Sequence]:
-    return [
-        Sequence(
-            problem_id=prompt.problem_id,
-            captured_as=captured_as.get(prompt.problem_id),
-            dataset=problem.dataset,
-            source_key=problem.source_key,
-            prompt=problem.prompt,
-            output=completion.text,
-            prompt_token_ids=prompt.token_ids,
-            output_token_ids=completion.token_ids,
-            truncated_tokens=cut,
-            cached_tokens=completion.cached_tokens,
-            finish_reason=completion.finish_reason,
-        )
-        for problem, prompt, cut, completion in zip(problems, prompts, truncated, completions, strict=True)
-    ]
-
-
-def _metadata(
-    options: CollectOptions,
-    model: ResolvedModel,
-    engine: Engine,
-    datasets: list[Dataset],
-    problems: list[Problem],
-    truncated: list[int],
-) -> Metadata:
+def _settings(
+    options: CollectOptions, model: ResolvedModel, datasets: list[Dataset], problems: list[Problem]
+) -> dict[str, Any]:
+    """What the metadata says before an engine was started."""
     sampling = options.sampling
-    return Metadata(
-        model=model.metadata.model_copy(
-            update={
-                "moe_layers": engine.moe_layers,
-                "num_experts": engine.num_experts,
-                "top_k": engine.top_k,
-                "dtype": engine.dtype,
-            }
-        ),
-        datasets=[
+    return {
+        "model": {"id": model.metadata.id, "revision": model.metadata.revision},
+        "engine": options.engine,
+        "datasets": [
             DatasetMetadata(
                 name=dataset.name,
                 hub_id=None if options.data_files else dataset.hub_id,
@@ -272,16 +393,28 @@ def _metadata(
                 data_files=options.data_files.name if options.data_files else None,
                 prompt_template=dataset.template,
                 problems=sum(problem.dataset == dataset.name for problem in problems),
-            )
+            ).model_dump(mode="json")
             for dataset in datasets
         ],
-        sampling={
+        "sampling": {
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": sampling.seed,
             "ignore_eos": sampling.ignore_eos,
         },
+    }
+
+
+def _metadata(
+    options: CollectOptions, model: ResolvedModel, engine: Engine, datasets: list[Dataset], problems: list[Problem]
+) -> Metadata:
+    settings = _settings(options, model, datasets, problems)
+    loaded = {name: getattr(engine, name) for name in ("moe_layers", "num_experts", "top_k", "dtype")}
+    return Metadata(
+        model=model.metadata.model_copy(update=loaded),
+        datasets=settings["datasets"],
+        sampling=settings["sampling"],
         engine=engine.name,
         versions=engine.versions | {"speculative-moe": version("speculative-moe"), "python": platform.python_version()},
         hook=engine.hook,
@@ -289,7 +422,6 @@ def _metadata(
             "dtype": options.engine_options.dtype,
             "compiled": engine.compiled,
             "max_length": engine.max_length,
-            "truncated_problems": sum(cut > 0 for cut in truncated),
             "logits": options.engine_options.capture.logits,
             "hidden_layers": list(options.engine_options.capture.hidden_layers),
             "prefix_caching": options.engine_options.prefix_caching,

@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
+from profiler.capture_stream import RoutingWriter
 from profiler.errors import TraceError
 from profiler.reader import Trace
-from profiler.schema import CAPTURE_FOLDER, MAX_EXPERTS, MAX_TOP_K, Metadata, ModelMetadata, RoutingChunk
-from profiler.sealing import seal
-from profiler.writer import RoutingWriter, write_manifest, write_metadata
+from profiler.schema import MAX_EXPERTS, MAX_TOP_K, Metadata, ModelMetadata, RoutingChunk
+from profiler.sealing import run_folder, seal
+from profiler.writer import write_manifest, write_metadata
 
 _LINE = '{{"problem_id": {}, "layer": {}, "token_id": {}, "expert_ids": [{}], "weights": [{}]}}\n'
 
@@ -55,6 +56,7 @@ def _write(chunks: Iterator[RoutingChunk], moe_layers: list[int], path: Path) ->
 
 
 def _write_chunk(chunk: RoutingChunk, moe_layers: list[int], file: TextIO) -> int:
+    assert chunk.weights_TLK is not None
     weight_text = _float16_texts()[chunk.weights_TLK.view(np.uint16)]
     tokens = zip(
         chunk.problem_ids_T.tolist(),
@@ -116,7 +118,7 @@ def _fill(source: Path, directory: Path, metadata: Metadata) -> None:
     model = metadata.model
     sequence_tokens: dict[int, int] = {}
     write_metadata(directory, metadata)
-    with RoutingWriter(directory / CAPTURE_FOLDER, model.moe_layers, model.num_experts, model.top_k) as writer:
+    with RoutingWriter(run_folder(directory, 0), model) as writer:
         for table in _problems(source):
             problem_id = int(table.column("problem_id")[0].as_py())
             if problem_id in sequence_tokens:

@@ -1,12 +1,15 @@
-"""Read a trace: metadata, problems, tokens, and routing as `[T, L, K]` arrays in chunks of whole problems."""
+"""Read a trace: metadata, problems, tokens, and routing as `[T, L, K]` arrays in chunks of whole problems.
+
+A trace may come from a stranger: whatever is read is checked, and sizes before anything is allocated for them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
+from profiler.capture_stream import ROUTING_STREAM, first_line, read_index
 from profiler.errors import TraceError
+from profiler.pairs import INFINITY_BITS, has_repeats
 from profiler.schema import (
     CAPTURE_FOLDER,
     MANIFEST_FILE,
@@ -23,6 +28,7 @@ from profiler.schema import (
     METADATA_FILE,
     PROBLEMS_FILE,
     PROBLEMS_SCHEMA,
+    REQUIRED_COLUMNS,
     ROUTING_FOLDER,
     SCHEMA_VERSION,
     TOKENS_FILE,
@@ -30,12 +36,19 @@ from profiler.schema import (
     Manifest,
     Metadata,
     RoutingChunk,
+    expert_dtype,
     routing_schema,
     values_schema,
 )
-from profiler.writer import has_repeats, sha256_of
+from profiler.writer import sha256_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_DOCUMENT_BYTES = 64 << 20
+# Our own row groups are below 40 MB; a stranger's few compressed bytes must not become gigabytes.
+MAX_GROUP_BYTES = 256 << 20
+MAX_TABLE_BYTES = 768 << 20
 
 _DocumentType = TypeVar("_DocumentType", bound=BaseModel)
 
@@ -69,15 +82,13 @@ class Trace:
         if not allow_incomplete:
             faults = trace.faults()
             if faults:
-                raise TraceError(f"{directory} is incomplete: {faults[0]}; collect it again or look with 'specmoe inspect'")
+                raise TraceError(f"{directory} is incomplete: {faults[0]}; 'specmoe inspect' tells more")
         return trace
 
     def faults(self, *, verify: bool = False) -> list[str]:
         """What keeps the trace from being complete, one line each; empty if it is. `verify` compares every hash."""
         if self.manifest is None:
-            captured = [_rows(path) or 0 for path in sorted((self.path / CAPTURE_FOLDER).glob("part-*.parquet"))]
-            unsealed = f"; {sum(captured):,} tokens wait in {CAPTURE_FOLDER}/, not sealed" if captured else ""
-            return [f"no {MANIFEST_FILE} (the collection did not finish){unsealed}"]
+            return [f"no {MANIFEST_FILE} (the collection did not finish){self._unsealed()}"]
         faults = []
         if self.manifest.schema_version != SCHEMA_VERSION:
             faults.append(f"{MANIFEST_FILE} has schema version {self.manifest.schema_version}, expected {SCHEMA_VERSION}")
@@ -122,56 +133,81 @@ class Trace:
         """`tokens.parquet`: every token of every problem, sorted by (problem_id, token_id)."""
         return _read_table(self.path / TOKENS_FILE, TOKENS_SCHEMA)
 
-    def chunks(self) -> Iterator[RoutingChunk]:
-        """Routing in order, in chunks of whole problems; a chunk is about one row group (some MB).
+    def chunks(self, *, whole_problems: bool = True) -> Iterator[RoutingChunk]:
+        """Routing in order, in chunks of whole problems of about one row group (some MB) or one problem, if that is more.
 
+        whole_problems: if false, a chunk is a row group, whatever problems it cuts: memory is bounded even for a giant problem.
         Raises `TraceError`, naming the file and row, on rows that break the format.
         """
-        carried: RoutingChunk | None = None
+        pending: list[RoutingChunk] = []
         last_key = -1
-        for path in self.routing_files:
-            file = _open_parquet(path)
-            expected = routing_schema(self.metadata.model.num_experts, self.metadata.model.top_k)
-            if file.schema_arrow.remove_metadata() != expected:
-                raise TraceError(f"{path}: columns {file.schema_arrow.names} of other names or types than the metadata says")
-            for group in range(file.metadata.num_row_groups):
-                chunk = self._decode(_read_row_group(file, group, path), path, group)
-                if _key(chunk, 0) <= last_key:
-                    raise TraceError(f"{path}, row group {group}: its first row does not come after the row before it")
-                last_key = _key(chunk, -1)
-                if carried is not None:
-                    chunk = concatenate([carried, chunk])
-                # The last problem may go on in the next row group.
-                last = int(np.searchsorted(chunk.problem_ids_T, chunk.problem_ids_T[-1]))
-                whole, carried = _split(chunk, last)
-                if len(whole):
-                    yield whole
-        if carried is not None:
-            yield carried
+        for path, file, group in self._groups():
+            chunk = self._decode(_read_row_group(file, group, path), path, group)
+            if _key(chunk, 0) <= last_key:
+                raise TraceError(f"{path}, row group {group}: its first row does not come after the row before it")
+            last_key = _key(chunk, -1)
+            if not whole_problems:
+                yield chunk
+                continue
+            # The last problem may go on in the next row group.
+            last = int(np.searchsorted(chunk.problem_ids_T, chunk.problem_ids_T[-1]))
+            if last or (pending and pending[-1].problem_ids_T[-1] != chunk.problem_ids_T[0]):
+                pending.append(chunk.take(slice(0, last)))
+                yield concatenate([piece for piece in pending if len(piece)])
+                pending = []
+            pending.append(chunk.take(slice(last, None)))
+        if pending:
+            yield concatenate(pending)
 
     def load(self) -> RoutingChunk:
         """All routing in memory: 3 to 4 bytes per (token, layer, expert)."""
-        return concatenate(list(self.chunks()))
+        return concatenate(list(self.chunks(whole_problems=False)))
 
     def arrays(self, problem_id: int) -> RoutingChunk:
-        """Routing of one problem. Raises `TraceError` if the trace has none of it."""
+        """Routing of one problem: views on the decoded row group, unless the problem lies in several.
+
+        Raises `TraceError` if the trace has none of it.
+        """
         pieces = []
-        for path in self.routing_files:
-            file = _open_parquet(path)
-            for group in range(file.metadata.num_row_groups):
-                statistics = file.metadata.row_group(group).column(0).statistics
-                if statistics is not None and not statistics.min <= problem_id <= statistics.max:
-                    continue
-                table = _read_row_group(file, group, path)
-                rows = table.filter(pc.equal(table.column("problem_id"), problem_id))
-                if rows.num_rows:
-                    pieces.append(self._decode(rows, path, group))
+        for path, file, group in self._groups():
+            statistics = file.metadata.row_group(group).column(0).statistics
+            if statistics is not None and statistics.has_min_max and not statistics.min <= problem_id <= statistics.max:
+                continue
+            chunk = self._decode(_read_row_group(file, group, path), path, group)
+            first, end = np.searchsorted(chunk.problem_ids_T, [problem_id, problem_id + 1])
+            if first < end:
+                pieces.append(chunk.take(slice(int(first), int(end))))
         if not pieces:
             raise TraceError(f"{self.path}: no routing of problem {problem_id}")
         whole = concatenate(pieces)
         if (np.diff(whole.token_ids_T) <= 0).any():
             raise TraceError(f"{self.path}: rows of problem {problem_id} are not sorted by token_id over the row groups")
         return whole
+
+    def to_arrow(self) -> pa.Table:
+        """All routing rows, one per (problem, token, layer), as they are in the files. Raises `TraceError` as `chunks` does."""
+        tables = []
+        for path, file, group in self._groups():
+            table = _read_row_group(file, group, path)
+            self._decode(table, path, group)
+            tables.append(table)
+        if not tables:
+            raise TraceError(f"{self.path} has no routing rows")
+        return pa.concat_tables(tables)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """As `to_arrow`, as a data frame: 200 bytes per row and more, so for millions of rows prefer `to_arrow` or `chunks`."""
+        return self.to_arrow().to_pandas()
+
+    def caveats(self) -> list[str]:
+        """What a reader of any number from this trace must know, a line each."""
+        record = self.metadata.record
+        lines = []
+        if not record.weights:
+            lines.append("no weights were recorded: 'strongest' means the expert that the source lists first")
+        if record.empty_slots:
+            lines.append(f"{record.empty_slots:,} slots have no expert: some tokens went to fewer than K")
+        return lines
 
     def values(self, folder: str, problem_id: int) -> tuple[npt.NDArray[np.int32], list[int], npt.NDArray[np.float16]]:
         """Router logits (`folder` "logits", W = E) or router inputs ("hidden", W = D) of one problem.
@@ -183,13 +219,15 @@ class Trace:
         for path in sorted((self.path / folder).glob("part-*.parquet")):
             file = _open_parquet(path)
             names = file.schema_arrow.names
-            if len(names) != 4 or file.schema_arrow.remove_metadata() != _values_schema(file.schema_arrow, path):
+            if len(names) != 4 or not _same_columns(file.schema_arrow, _values_schema(file.schema_arrow, path)):
                 raise TraceError(f"{path}: columns {names}, expected problem_id, layer, token_id and one list of float16")
             for group in range(file.metadata.num_row_groups):
                 statistics = file.metadata.row_group(group).column(0).statistics
-                if statistics is not None and not statistics.min <= problem_id <= statistics.max:
+                if statistics is not None and statistics.has_min_max and not statistics.min <= problem_id <= statistics.max:
                     continue
                 table = _read_row_group(file, group, path)
+                if any(column.null_count for column in [*table.columns, *_entries(table.column(3))]):
+                    raise TraceError(f"{path}, row group {group}: nulls, expected none")
                 tables.append(table.filter(pc.equal(table.column("problem_id"), problem_id)))
         if not sum(table.num_rows for table in tables):
             raise TraceError(f"{self.path}: no {folder} of problem {problem_id}")
@@ -200,36 +238,105 @@ class Trace:
             raise TraceError(f"{self.path}: {folder} of problem {problem_id} lacks layers for some tokens")
         return token_ids[::count], layers[:count].tolist(), decode_lists(whole.column(3), count)
 
+    def _unsealed(self) -> str:
+        """What an unfinished collection has: counts of whole lines and blocks, whatever else is in the files."""
+        capture = self.path / CAPTURE_FOLDER
+        tokens = 0
+        for path in sorted(capture.glob(f"run-*/{ROUTING_STREAM}")):
+            try:
+                index = read_index(path)
+                tokens += 0 if index is None else len(index.token_ids_N)
+            except TraceError as error:
+                return f"; {error}"
+        finished = sum(path.read_bytes().count(b"\n") for path in capture.glob("run-*/completions.jsonl"))
+        if not tokens:
+            return "; nothing was recorded yet"
+        outputs = f" and the outputs of {finished} problems" if finished else ""
+        return f"; {tokens:,} tokens{outputs} wait in {CAPTURE_FOLDER}/: 'specmoe collect --resume' goes on"
+
+    def _groups(self) -> Iterator[tuple[Path, pq.ParquetFile, int]]:
+        """Every row group of the routing, after a look at its file's columns."""
+        model, record = self.metadata.model, self.metadata.record
+        expected = routing_schema(model.num_experts, model.top_k, weights=record.weights)
+        for path in self.routing_files:
+            with _open_parquet(path) as file:
+                if not _same_columns(file.schema_arrow, expected):
+                    raise TraceError(
+                        f"{path}: columns {file.schema_arrow.names} of other names or types than the metadata says"
+                    )
+                for group in range(file.metadata.num_row_groups):
+                    yield path, file, group
+
     def _decode(self, table: pa.Table, path: Path, group: int) -> RoutingChunk:
-        layers_L = np.asarray(self.metadata.model.moe_layers)
-        layers = len(layers_L)
+        model, record = self.metadata.model, self.metadata.record
+        layers = len(model.moe_layers)
         if table.num_rows == 0 or table.num_rows % layers:
             raise TraceError(f"{path}, row group {group}: {table.num_rows} rows, expected a multiple of {layers} layers")
-        lists = ("expert_ids", "weights")
-        nested = [chunk.flatten() for name in lists for chunk in table.column(name).chunks]
-        if any(column.null_count for column in [*table.columns, *nested]):
-            raise TraceError(f"{path}, row group {group}: nulls, expected none")
-        problem_TL = table.column("problem_id").to_numpy().reshape(-1, layers).astype(np.int64)
-        token_TL = table.column("token_id").to_numpy().reshape(-1, layers).astype(np.int64)
-        layer_TL = table.column("layer").to_numpy().reshape(-1, layers)
-        broken_T = (
-            (layer_TL != layers_L).any(1) | (problem_TL != problem_TL[:, :1]).any(1) | (token_TL != token_TL[:, :1]).any(1)
+        entries = (
+            [] if record.empty_slots else [array for name in table.column_names[3:] for array in _entries(table.column(name))]
         )
-        broken_T |= (problem_TL[:, 0] < 0) | (token_TL[:, 0] < 0)
-        key_T = problem_TL[:, 0] << 32 | token_TL[:, 0]
-        broken_T[1:] |= np.diff(key_T) <= 0
-        chunk = decode_rows(table, layers)
-        broken_T |= (chunk.expert_ids_TLK >= self.metadata.model.num_experts).any((1, 2))
-        broken_T |= has_repeats(chunk.expert_ids_TLK).any(1)
-        with np.errstate(invalid="ignore"):
-            broken_T |= ~(chunk.weights_TLK >= 0).all((1, 2)) | ~np.isfinite(chunk.weights_TLK).all((1, 2))
-        if broken_T.any():
-            row = int(np.flatnonzero(broken_T)[0]) * layers
+        if any(column.null_count for column in [*table.columns, *entries]):
+            raise TraceError(f"{path}, row group {group}: nulls, expected none")
+        chunk = decode_rows(table, layers, model.num_experts if record.empty_slots else None)
+        if not self._is_sound(table, chunk):
+            row = self._first_broken_row(table, chunk)
             raise TraceError(
                 f"{path}, row group {group}, row {row}: expected rows sorted by (problem_id, token_id, layer), every MoE layer "
-                f"once, different expert ids below {self.metadata.model.num_experts} and finite weights, not negative"
+                f"once, different expert ids below {model.num_experts}, and finite weights, not negative, in descending order"
             )
         return chunk
+
+    def _is_sound(self, table: pa.Table, chunk: RoutingChunk) -> bool:
+        """Whether every row is as the format wants it; without saying which is not, this takes a fraction of the decoding."""
+        layers_L = np.asarray(self.metadata.model.moe_layers, dtype=np.int16)
+        layers, experts = len(layers_L), self.metadata.model.num_experts
+        for name, first_T in (("problem_id", chunk.problem_ids_T), ("token_id", chunk.token_ids_T)):
+            if first_T.min() < 0 or (table.column(name).to_numpy().reshape(-1, layers) != first_T[:, None]).any():
+                return False
+        if (table.column("layer").to_numpy().reshape(-1, layers) != layers_L).any():
+            return False
+        if (np.diff(chunk.problem_ids_T.astype(np.int64) << 32 | chunk.token_ids_T) <= 0).any():
+            return False
+        ids_TLK, weights_TLK = chunk.expert_ids_TLK, chunk.weights_TLK
+        if self.metadata.record.empty_slots:
+            return not self._broken_pairs(chunk).any()
+        if ids_TLK.max() >= experts or has_repeats(ids_TLK).any():
+            return False
+        if weights_TLK is None:
+            return True
+        bits_TLK = weights_TLK.view(np.uint16)
+        if bits_TLK.max() >= INFINITY_BITS:
+            return not self._broken_pairs(chunk).any()
+        return not (bits_TLK[..., 1:] > bits_TLK[..., :-1]).any()
+
+    def _broken_pairs(self, chunk: RoutingChunk) -> npt.NDArray[np.bool_]:
+        """Which tokens `[T]` have pairs that break the format."""
+        experts, ids_TLK, weights_TLK = self.metadata.model.num_experts, chunk.expert_ids_TLK, chunk.weights_TLK
+        empty = experts if self.metadata.record.empty_slots else None
+        is_empty_TLK = ids_TLK == experts if empty is not None else np.zeros_like(ids_TLK, dtype=np.bool_)
+        broken_T = (ids_TLK > (experts if empty is not None else experts - 1)).any((1, 2)) | has_repeats(ids_TLK, empty).any(1)
+        # Empty slots come last, and have no weight.
+        broken_T |= (is_empty_TLK[..., :-1] & ~is_empty_TLK[..., 1:]).any((1, 2))
+        if weights_TLK is not None:
+            with np.errstate(invalid="ignore"):
+                known_TLK = np.where(is_empty_TLK, np.float16(0), weights_TLK)
+                broken_T |= ~((known_TLK >= 0) & np.isfinite(known_TLK)).all((1, 2))
+                broken_T |= (known_TLK[..., 1:] > known_TLK[..., :-1]).any((1, 2))
+            broken_T |= (np.isnan(weights_TLK) != is_empty_TLK).any((1, 2))
+        return np.asarray(broken_T)
+
+    def _first_broken_row(self, table: pa.Table, chunk: RoutingChunk) -> int:
+        layers_L = np.asarray(self.metadata.model.moe_layers)
+        layers = len(layers_L)
+        broken_T = self._broken_pairs(chunk) | (chunk.problem_ids_T < 0) | (chunk.token_ids_T < 0)
+        for name, expected in (
+            ("problem_id", chunk.problem_ids_T[:, None]),
+            ("token_id", chunk.token_ids_T[:, None]),
+            ("layer", layers_L),
+        ):
+            broken_T |= (table.column(name).to_numpy().reshape(-1, layers) != expected).any(1)
+        broken_T[1:] |= np.diff(chunk.problem_ids_T.astype(np.int64) << 32 | chunk.token_ids_T) <= 0
+        return int(np.flatnonzero(broken_T)[0]) * layers
 
 
 def concatenate(chunks: list[RoutingChunk]) -> RoutingChunk:
@@ -238,35 +345,58 @@ def concatenate(chunks: list[RoutingChunk]) -> RoutingChunk:
         raise TraceError("the trace has no routing rows")
     if len(chunks) == 1:
         return chunks[0]
-    names = [field.name for field in fields(RoutingChunk)]
-    return RoutingChunk(**{name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in names})
+    weights = [chunk.weights_TLK for chunk in chunks if chunk.weights_TLK is not None]
+    return RoutingChunk(
+        problem_ids_T=np.concatenate([chunk.problem_ids_T for chunk in chunks]),
+        token_ids_T=np.concatenate([chunk.token_ids_T for chunk in chunks]),
+        expert_ids_TLK=np.concatenate([chunk.expert_ids_TLK for chunk in chunks]),
+        weights_TLK=np.concatenate(weights) if weights else None,
+    )
 
 
-def decode_rows(table: pa.Table, layers: int) -> RoutingChunk:
+def decode_rows(table: pa.Table, layers: int, empty: int | None = None) -> RoutingChunk:
     """Rows sorted by token and layer as `[T, L, K]` views on the table's own buffers (no copy beyond joining chunks).
 
-    The caller has checked that every token has all layers.
+    The caller has checked that every token has all layers. empty: the id that stands for null; then the ids are copied.
     """
+    has_weights = "weights" in table.column_names
     return RoutingChunk(
         problem_ids_T=table.column("problem_id").to_numpy()[::layers],
         token_ids_T=table.column("token_id").to_numpy()[::layers],
-        expert_ids_TLK=decode_lists(table.column("expert_ids"), layers),
-        weights_TLK=decode_lists(table.column("weights"), layers),
+        expert_ids_TLK=decode_lists(table.column("expert_ids"), layers, empty),
+        weights_TLK=decode_lists(table.column("weights"), layers, None if empty is None else np.nan) if has_weights else None,
     )
 
 
-def decode_lists(column: pa.ChunkedArray, layers: int) -> npt.NDArray[Any]:
-    """A fixed-size list column, rows sorted by token and layer, as `[T, L, W]`: a view unless it has several chunks."""
+def decode_lists(column: pa.ChunkedArray, layers: int, null: float | None = None) -> npt.NDArray[Any]:
+    """A fixed-size list column, rows sorted by token and layer, as `[T, L, W]`: a view unless it has several chunks.
+
+    null: what stands for null entries; an expert id that the column's type cannot hold widens it.
+    """
     array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
-    return np.asarray(array.flatten().to_numpy(zero_copy_only=True).reshape(-1, layers, column.type.list_size))
+    entries = array.flatten()
+    if null is not None:
+        if pa.types.is_integer(entries.type):
+            entries = entries.cast(pa.from_numpy_dtype(expert_dtype(int(null) + 1)))
+        entries = pc.fill_null(
+            entries, pa.scalar(np.float16(null) if pa.types.is_floating(entries.type) else null, entries.type)
+        )
+    return np.asarray(entries.to_numpy(zero_copy_only=True).reshape(-1, layers, column.type.list_size))
 
 
-def _split(chunk: RoutingChunk, at: int) -> tuple[RoutingChunk, RoutingChunk]:
-    names = [field.name for field in fields(RoutingChunk)]
-    return (
-        RoutingChunk(**{name: getattr(chunk, name)[:at] for name in names}),
-        RoutingChunk(**{name: getattr(chunk, name)[at:] for name in names}),
-    )
+def _entries(column: pa.ChunkedArray) -> list[pa.Array]:
+    return [chunk.flatten() for chunk in column.chunks]
+
+
+def _same_columns(schema: pa.Schema, expected: pa.Schema) -> bool:
+    """Whether names and types agree; whether nulls are allowed is told by the data."""
+
+    def plain(kind: pa.DataType) -> tuple[str, int]:
+        if pa.types.is_fixed_size_list(kind):
+            return str(kind.value_type), int(kind.list_size)
+        return str(kind), 0
+
+    return [(f.name, plain(f.type)) for f in schema] == [(f.name, plain(f.type)) for f in expected]
 
 
 def _values_schema(schema: pa.Schema, path: Path) -> pa.Schema:
@@ -299,36 +429,71 @@ def _read_document(path: Path, kind: type[_DocumentType]) -> _DocumentType:
         raise TraceError(f"{path} is not valid: {where}: {first['msg']}") from error
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
+def _open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, **options)
     except (pa.ArrowException, OSError) as error:
-        raise TraceError(f"{path} is not a readable Parquet file: {_first_line(error)}") from error
+        raise TraceError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
 def _read_row_group(file: pq.ParquetFile, group: int, path: Path) -> pa.Table:
+    rows = file.metadata.row_group(group).num_rows
+    if rows * sum(_row_bytes(field.type) for field in file.schema_arrow) > MAX_GROUP_BYTES:
+        raise TraceError(
+            f"{path}, row group {group}: {rows:,} rows take more than {MAX_GROUP_BYTES >> 20} MiB; split the group"
+        )
     try:
         return file.read_row_group(group)
     except (pa.ArrowException, OSError) as error:
-        raise TraceError(f"{path}, row group {group}: cannot be decoded: {_first_line(error)}") from error
+        raise TraceError(f"{path}, row group {group}: cannot be decoded: {first_line(error)}") from error
+
+
+def _row_bytes(kind: pa.DataType) -> int:
+    bits = kind.list_size * kind.value_type.bit_width if pa.types.is_fixed_size_list(kind) else kind.bit_width
+    return int(bits) // 8
 
 
 def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """The columns of `schema`, and any further ones of numbers, truth values and text."""
     if not path.is_file():
         raise TraceError(f"{path} is missing")
-    file = _open_parquet(path)
-    missing = [name for name in schema.names if name not in file.schema_arrow.names]
+    with _open_parquet(path) as file:
+        found = file.schema_arrow
+    missing = [name for name in schema.names if name not in found.names]
     if missing:
-        raise TraceError(f"{path} lacks column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
-    try:
-        table = file.read(columns=schema.names).cast(schema)
-    except (pa.ArrowException, OSError) as error:
-        raise TraceError(f"{path} cannot be decoded: {_first_line(error)}") from error
+        raise TraceError(f"{path} lacks column {missing[0]!r}; it has {', '.join(found.names)}")
+    if len(set(found.names)) < len(found.names):
+        raise TraceError(f"{path} has a column twice")
+    further = [field for field in found if field.name not in schema.names and _is_plain(field.type)]
+    wanted = pa.schema([*schema, *further])
+    # Text is read as dictionaries: a page of a few bytes can stand for gigabytes of repeated text.
+    text = [field.name for field in found if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    with _open_parquet(path, read_dictionary=text) as file:
+        fixed = sum(field.type.bit_width // 8 for field in found if field.name in wanted.names and _is_fixed(field.type))
+        if file.metadata.num_rows * (fixed + 4 * len(text)) > MAX_TABLE_BYTES:
+            raise TraceError(f"{path}: {file.metadata.num_rows:,} rows take more than {MAX_TABLE_BYTES >> 20} MiB")
+        try:
+            table = file.read(columns=wanted.names)
+            if sum(_text_bytes(table.column(name)) for name in text if name in wanted.names) > MAX_TABLE_BYTES:
+                raise TraceError(f"{path}: its text takes more than {MAX_TABLE_BYTES >> 20} MiB")
+            table = table.cast(wanted)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
     for name in schema.names:
-        if table.column(name).null_count:
+        if name in REQUIRED_COLUMNS and table.column(name).null_count:
             raise TraceError(f"{path}: nulls in column {name!r}, expected none")
     return table
 
 
-def _first_line(error: BaseException) -> Any:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _is_plain(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or _is_fixed(kind))
+
+
+def _is_fixed(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    """Bytes of a dictionary column as plain text."""
+    lengths = [pc.take(pc.binary_length(chunk.dictionary), chunk.indices) for chunk in column.chunks]
+    return sum(pc.sum(chunk.cast(pa.int64())).as_py() or 0 for chunk in lengths)

@@ -26,9 +26,8 @@ ROUTING_FOLDER = "routing"
 # Optional: all router logits, and router inputs of chosen layers.
 LOGITS_FOLDER, HIDDEN_FOLDER = "logits", "hidden"
 GATES_FILE = "gates.safetensors"
-# Rows in the order in which requests finished; exists only while a trace is being collected.
+# Tokens in the order in which they were computed, a folder for each run; exists only until a trace is complete.
 CAPTURE_FOLDER = "capture"
-REQUESTS_FILE = "requests.jsonl"
 
 # What a uint16 id can hold; and a generous bound on what a stranger's metadata can make a reader allocate per row.
 MAX_EXPERTS = 65_536
@@ -60,6 +59,8 @@ TOKENS_SCHEMA = pa.schema(
         ("phase", pa.dictionary(pa.int8(), pa.string())),
     ]
 )
+# What every row of the tables has; a converted trace may not know the rest (null), or know more (further columns).
+REQUIRED_COLUMNS = frozenset({"problem_id", "dataset", "source_key", "token_id", "phase"})
 
 
 def expert_dtype(num_experts: int) -> np.dtype[Any]:
@@ -67,30 +68,27 @@ def expert_dtype(num_experts: int) -> np.dtype[Any]:
     return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
 
 
-def routing_schema(num_experts: int, top_k: int) -> pa.Schema:
-    """Arrow schema of `routing/*.parquet` for a model with `num_experts` experts, `top_k` of them per token."""
-    ids = pa.from_numpy_dtype(expert_dtype(num_experts))
-    return pa.schema(
-        [
-            ("problem_id", pa.int32()),
-            ("layer", pa.int16()),
-            ("token_id", pa.int32()),
-            ("expert_ids", pa.list_(pa.field("element", ids), top_k)),
-            ("weights", pa.list_(pa.field("element", pa.float16()), top_k)),
-        ]
-    )
+def routing_schema(num_experts: int, top_k: int, *, weights: bool = True, empty_slots: bool = False) -> pa.Schema:
+    """Arrow schema of `routing/*.parquet` for a model with `num_experts` experts, `top_k` of them per token.
+
+    weights: whether there is that column. empty_slots: whether entries of the lists may be null.
+    """
+    lists = {"expert_ids": pa.from_numpy_dtype(expert_dtype(num_experts))}
+    if weights:
+        lists["weights"] = pa.float16()
+    columns = {name: pa.list_(pa.field("element", kind, nullable=empty_slots), top_k) for name, kind in lists.items()}
+    return _rows_schema(columns)
 
 
 def values_schema(column: str, width: int) -> pa.Schema:
     """Arrow schema of `logits/*.parquet` (width E) and `hidden/*.parquet` (width D): `column` holds float16 lists."""
-    return pa.schema(
-        [
-            ("problem_id", pa.int32()),
-            ("layer", pa.int16()),
-            ("token_id", pa.int32()),
-            (column, pa.list_(pa.field("element", pa.float16()), width)),
-        ]
-    )
+    return _rows_schema({column: pa.list_(pa.field("element", pa.float16(), nullable=False), width)})
+
+
+def _rows_schema(lists: dict[str, pa.DataType]) -> pa.Schema:
+    """One row per (problem, token, layer). No column has nulls: half of the decoding time would go into looking for them."""
+    columns = {"problem_id": pa.int32(), "layer": pa.int16(), "token_id": pa.int32(), **lists}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
 @dataclass(frozen=True)
@@ -98,17 +96,23 @@ class RoutingChunk:
     """Routing of whole problems, one row per token, tokens of a problem adjacent and in order.
 
     problem_ids_T, token_ids_T: int32 `[T]`; token_ids_T is the position in the sequence (prompt + output), from 0.
-    expert_ids_TLK: uint8 or uint16 `[T, L, K]`, pairs sorted by weight, descending.
-    weights_TLK: float16 `[T, L, K]`, as the model applies them.
+    expert_ids_TLK: uint8 or uint16 `[T, L, K]`, pairs sorted by weight, descending; in the order of the source where the trace
+    has no weights. Slots without an expert, in traces that have such (`RecordMetadata.empty_slots`), come last and hold E.
+    weights_TLK: float16 `[T, L, K]`, as the model applies them, NaN in empty slots; None if the trace has no weights.
     """
 
     problem_ids_T: npt.NDArray[np.int32]
     token_ids_T: npt.NDArray[np.int32]
     expert_ids_TLK: npt.NDArray[np.unsignedinteger[Any]]
-    weights_TLK: npt.NDArray[np.float16]
+    weights_TLK: npt.NDArray[np.float16] | None
 
     def __len__(self) -> int:
         return len(self.problem_ids_T)
+
+    def take(self, tokens: slice | npt.NDArray[Any]) -> RoutingChunk:
+        """The chunk with only these tokens: a slice (views), a mask, or indices."""
+        weights_TLK = None if self.weights_TLK is None else self.weights_TLK[tokens]
+        return RoutingChunk(self.problem_ids_T[tokens], self.token_ids_T[tokens], self.expert_ids_TLK[tokens], weights_TLK)
 
 
 class _Document(BaseModel):
@@ -138,6 +142,17 @@ class ModelMetadata(_Document):
         return self
 
 
+class RecordMetadata(_Document):
+    """What the rows hold. Anything but the defaults comes from a converter whose source knew or kept less than a router does.
+
+    weights: false if there are none; pairs are then in the order of the source, so which expert is the strongest is unknown.
+    empty_slots: pairs without an expert (null in the files), of tokens that went to fewer than K.
+    """
+
+    weights: bool = True
+    empty_slots: int = Field(default=0, ge=0)
+
+
 class DatasetMetadata(_Document):
     """Where problems came from."""
 
@@ -155,6 +170,7 @@ class Metadata(_Document):
 
     schema_version: int = SCHEMA_VERSION
     model: ModelMetadata
+    record: RecordMetadata = RecordMetadata()
     datasets: list[DatasetMetadata] = []
     sampling: dict[str, Any] = {}
     engine: str

@@ -27,7 +27,7 @@ class EmptyPartError(TraceError):
 class Routes:
     """Tokens of whole problems, in order.
 
-    expert_ids_TLK `[T, L, K]` and weights_TLK `[T, L, K]` as in the trace, sorted by weight.
+    expert_ids_TLK `[T, L, K]` and weights_TLK `[T, L, K]` as in the trace, sorted by weight; equal weights if it has none.
     problem_ids_T, token_ids_T `[T]`: problem and position in the sequence.
     vocab_ids_T `[T]`: the token's vocabulary id, or -1 if the trace does not say. is_decode_T `[T]`: generated, not prompt.
     previous_T `[T]`: index of the same problem's preceding token in these arrays, or -1.
@@ -67,19 +67,18 @@ def load_routes(trace: Trace, part: str) -> Routes:
     part: train, validation, test, or all. A trace without prompts is split by its problem ids.
     Raises `EmptyPartError` if no problem falls into the part.
     """
+    if trace.metadata.record.empty_slots:
+        count = trace.metadata.record.empty_slots
+        raise TraceError(
+            f"{trace.path}: {count:,} slots have no expert, and predictors are judged by sets of K: "
+            "convert the source again with --drop-incomplete"
+        )
     problem_ids = _problems_of_part(trace, part)
     pieces = []
     for chunk in trace.chunks():
         keep_T = np.isin(chunk.problem_ids_T, problem_ids)
         if keep_T.any():
-            pieces.append(
-                RoutingChunk(
-                    chunk.problem_ids_T[keep_T],
-                    chunk.token_ids_T[keep_T],
-                    chunk.expert_ids_TLK[keep_T],
-                    chunk.weights_TLK[keep_T],
-                )
-            )
+            pieces.append(chunk.take(keep_T))
     if not pieces:
         raise EmptyPartError(f"{trace.path}: no problem falls into the {part} part of the split; collect more problems")
     return make_routes(concatenate(pieces), *_token_facts(trace))
@@ -107,7 +106,7 @@ def make_routes(
     follows_T[1:] = np.diff(key_T) == 1
     return Routes(
         expert_ids_TLK=chunk.expert_ids_TLK,
-        weights_TLK=chunk.weights_TLK,
+        weights_TLK=equal_weights(chunk) if chunk.weights_TLK is None else chunk.weights_TLK,
         problem_ids_T=chunk.problem_ids_T,
         token_ids_T=chunk.token_ids_T,
         vocab_ids_T=vocab_ids_T,
@@ -116,10 +115,19 @@ def make_routes(
     )
 
 
+def equal_weights(chunk: RoutingChunk) -> npt.NDArray[np.float16]:
+    """1/K for every expert: what is known where nothing was recorded."""
+    return np.full(chunk.expert_ids_TLK.shape, 1 / chunk.expert_ids_TLK.shape[-1], dtype=np.float16)
+
+
 def _problems_of_part(trace: Trace, part: str) -> npt.NDArray[np.int32]:
     if trace.has_problems:
-        columns = trace.problems.select(["problem_id", "prompt"]).to_pydict()
-        prompts = dict(zip(columns["problem_id"], columns["prompt"], strict=True))
+        columns = trace.problems.select(["problem_id", "prompt", "source_key"]).to_pydict()
+        # Where the prompt's text is not known, the source's own key stands for it (a hash of the prompt, at best).
+        prompts = {
+            problem_id: key if prompt is None else prompt
+            for problem_id, prompt, key in zip(columns["problem_id"], columns["prompt"], columns["source_key"], strict=True)
+        }
     else:
         prompts = {int(i): f"problem {i}" for chunk in trace.chunks() for i in np.unique(chunk.problem_ids_T)}
     chosen = [problem_id for problem_id, prompt in prompts.items() if part in {"all", part_of(prompt)}]

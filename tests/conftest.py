@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from profiler.capture_stream import RoutingWriter
 from profiler.reader import Trace
 from profiler.schema import (
-    CAPTURE_FOLDER,
     PROBLEMS_FILE,
     PROBLEMS_SCHEMA,
     TOKENS_FILE,
@@ -20,8 +20,8 @@ from profiler.schema import (
     Metadata,
     ModelMetadata,
 )
-from profiler.sealing import seal
-from profiler.writer import RoutingWriter, write_manifest, write_metadata, write_table
+from profiler.sealing import run_folder, seal
+from profiler.writer import write_manifest, write_metadata, write_table
 
 # Tests must not reach for a hub, and two cores are shared by everything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -50,7 +50,7 @@ def make_trace(tmp_path: Path) -> Callable[..., Trace]:
         model = ModelMetadata(id="made", moe_layers=list(range(layers)), num_experts=num_experts, top_k=top_k)
         write_metadata(directory, Metadata(model=model, engine="none", hook="none"))
         lengths = {}
-        with RoutingWriter(directory / CAPTURE_FOLDER, model.moe_layers, num_experts, top_k) as writer:
+        with RoutingWriter(run_folder(directory, 0), model) as writer:
             for problem_id, (ids, weights) in enumerate(problems):
                 writer.add(problem_id, np.arange(len(ids)), ids, weights)
                 lengths[problem_id] = len(ids) + 1

@@ -10,15 +10,14 @@ from typing import IO, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from profiler.capture import CapturedRequest
-from profiler.schema import REQUESTS_FILE
-from profiler.writer import RoutingWriter, ValuesWriter
+from profiler.capture import REQUESTS_FILE, CapturedRequest
+from profiler.capture_stream import RoutingWriter, ValuesWriter
 from vllm_patch.buffers import Arrays
 
 NO_END = np.iinfo(np.int32).max
 
 OpenWriters = Callable[[Path], tuple[RoutingWriter, dict[str, ValuesWriter]]]
-"""Opens the writers of a capture folder: routing, and logits and hidden where they are recorded."""
+"""Opens the writers of a run's folder: routing, and logits and hidden where they are recorded."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,15 @@ class Files(Protocol):
 
     def write(self, rows: Rows) -> None: ...
 
-    def flush(self) -> None: ...
-
     def close(self) -> None: ...
-
-    def remove_halves(self) -> None: ...
 
 
 class CaptureFiles:
-    """The open files of one capture folder. first, end: the request numbers whose rows go here."""
+    """The open files of one run's folder. first, end: the request numbers whose rows go here.
+
+    Whatever was handed to `write` is readable when it returns, should the process be killed then. Routing comes last: where a
+    position has routing, it has all that was recorded of it.
+    """
 
     def __init__(self, directory: Path, open_writers: OpenWriters, first: int = 0) -> None:
         self.directory = directory
@@ -71,13 +70,13 @@ class CaptureFiles:
             return
         numbers_T, positions_T = rows.numbers_T[order_T], rows.positions_T[order_T]
         ids_TLK, weights_TLK = (_joined(rows.steps, name)[order_T] for name in ("expert_ids", "weights"))
-        self._routing.add(numbers_T, positions_T, ids_TLK, weights_TLK)
-        self.rows += ids_TLK.shape[0] * ids_TLK.shape[1]
-        self.nbytes += ids_TLK.nbytes + weights_TLK.nbytes
         if "logits" in self._values:
             self._values["logits"].add(numbers_T, positions_T, _joined(rows.steps, "logits")[order_T])
         if "hidden" in self._values:
             self._write_hidden(rows)
+        self._routing.add(numbers_T, positions_T, ids_TLK, weights_TLK)
+        self.rows += ids_TLK.shape[0] * ids_TLK.shape[1]
+        self.nbytes += ids_TLK.nbytes + weights_TLK.nbytes
 
     def _write_hidden(self, rows: Rows) -> None:
         first = 0
@@ -89,19 +88,10 @@ class CaptureFiles:
                 mine_T = hidden_T & (numbers_T >= self.first) & (numbers_T < self.end)
                 self._values["hidden"].add(numbers_T[mine_T], rows.positions_T[of_step][mine_T], step["hidden"][mine_T])
 
-    def flush(self) -> None:
-        for writer in (self._routing, *self._values.values()):
-            writer.flush()
-
     def close(self) -> None:
         self._requests.close()
         for writer in (self._routing, *self._values.values()):
             writer.close()
-
-    def remove_halves(self) -> None:
-        """Delete what could not be closed: no reader takes it, and it holds the disk."""
-        for path in self.directory.rglob("*.tmp"):
-            path.unlink()
 
 
 class RotatingFiles:
@@ -133,17 +123,9 @@ class RotatingFiles:
             if not any(files.first <= number < files.end for number in self._active):
                 self._close(files)
 
-    def flush(self) -> None:
-        for files in self._open:
-            files.flush()
-
     def close(self) -> None:
         for files in list(self._open):
             self._close(files)
-
-    def remove_halves(self) -> None:
-        for files in self._open:
-            files.remove_halves()
 
     def _close(self, files: CaptureFiles) -> None:
         files.close()

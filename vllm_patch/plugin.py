@@ -11,11 +11,13 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from profiler.capture import CaptureOptions, keep_compiled_code_apart
+from profiler.capture import OWNER_VARIABLE, CaptureOptions, keep_compiled_code_apart
 from profiler.models import resolve_model
 from profiler.schema import GATES_FILE, Metadata
 from vllm_patch.recorder import Recorder
@@ -29,6 +31,9 @@ from vllm_patch.serving import (
     wait_for_seal,
 )
 
+WATCH = "specmoe-parent"
+PARENT_SECONDS = 0.5
+
 log = logging.getLogger("vllm.specmoe")
 
 
@@ -38,6 +43,8 @@ def register() -> None:
     if options is None:
         return
     keep_compiled_code_apart()
+    if os.environ.get(OWNER_VARIABLE, str(os.getpid())) != str(os.getpid()):
+        _end_with_parent()
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
         log_finished_requests(Path(options.out))
@@ -46,6 +53,20 @@ def register() -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     attach_to(WorkerWrapperBase)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent dies: vLLM's engine outlives a killed collector, and keeps the device's memory."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        # Nobody is left to tell. What the recorder has written is readable.
+        os._exit(1)
+
+    if not any(thread.name == WATCH for thread in threading.enumerate()):
+        threading.Thread(target=watch, name=WATCH, daemon=True).start()
 
 
 def attach_to(worker_wrapper: Any) -> None:
@@ -167,7 +188,7 @@ class WorkerCapture:
         out, options = Path(self._options.out), self._options
 
         def end(capture: Path) -> None:
-            self._last_seal = seal_in_background(capture.parent)
+            self._last_seal = seal_in_background(capture.parent.parent)
 
         error = self._refusal
         if error is None and self._recorder is not None:
@@ -178,7 +199,7 @@ class WorkerCapture:
 
                 def begin() -> Path:
                     capture = begin_trace(next_trace(out), metadata)
-                    capture.mkdir()
+                    capture.mkdir(parents=True)
                     if options.logits or options.hidden_layers:
                         shutil.copyfile(out / GATES_FILE, capture / GATES_FILE)
                     return capture

@@ -14,19 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.capture import CapturedRequest
-from profiler.schema import HIDDEN_FOLDER, LOGITS_FOLDER
-from profiler.writer import BYTES_PER_GROUP, RoutingWriter, ValuesWriter, check_pairs, refuse_repeats
+from profiler.capture_stream import HIDDEN_STREAM, LOGITS_STREAM, RoutingWriter, ValuesWriter
+from profiler.pairs import check_ids, check_weights, refuse_repeats
+from profiler.schema import ModelMetadata
 from vllm_patch.buffers import CaptureBuffers, Snapshot
 from vllm_patch.capture_files import CaptureFiles, Files, RotatingFiles, Rows
 from vllm_patch.steps import NewRequest, Step
 
 # Bytes that may wait for the writer before the engine waits for it.
 QUEUE_BYTES = 64 << 20
-# The writer takes what has come when this much waits, or after this time: large batches cost the least.
+# The writer takes what has come when this much waits, or after this time: large batches cost the least. What it has written
+# survives a kill: a crash costs what waits, one second of it at most or a full queue.
 BATCH_BYTES = 8 << 20
 BATCH_SECONDS = 1.0
-# A file becomes readable when it is closed: this is how much of a run a crash can cost.
-FLUSH_SECONDS = 5.0
 
 
 @dataclass
@@ -151,8 +151,8 @@ class Recorder:
             "num_experts": self.num_experts,
             "top_k": self.top_k,
             "device_bytes": self.buffers.nbytes,
-            # What waits (one step, if that is more), the same in the writer's hands with a sorted copy, and pending rows.
-            "host_bytes": 3 * max(QUEUE_BYTES, self.buffers.nbytes) + len(self.buffers.tensors) * BYTES_PER_GROUP,
+            # What waits (one step, if that is more), and the same in the writer's hands with a sorted copy.
+            "host_bytes": 3 * max(QUEUE_BYTES, self.buffers.nbytes),
         }
 
     def record(self, step: Step) -> None:
@@ -212,11 +212,12 @@ class Recorder:
         tensors = self.buffers.tensors
         values = {}
         if "logits" in tensors:
-            values["logits"] = ValuesWriter(directory / LOGITS_FOLDER, self.moe_layers, "logits", self.num_experts)
+            values["logits"] = ValuesWriter(directory / LOGITS_STREAM, self.moe_layers, "logits", self.num_experts)
         if "hidden" in tensors:
             layers, width = list(self._hidden_layers), tensors["hidden"].shape[-1]
-            values["hidden"] = ValuesWriter(directory / HIDDEN_FOLDER, layers, "hidden", width)
-        return RoutingWriter(directory, self.moe_layers, self.num_experts, self.top_k), values
+            values["hidden"] = ValuesWriter(directory / HIDDEN_STREAM, layers, "hidden", width)
+        model = ModelMetadata(id="recorded", moe_layers=self.moe_layers, num_experts=self.num_experts, top_k=self.top_k)
+        return RoutingWriter(directory, model), values
 
     def _choose_hidden(self, step: Step) -> npt.NDArray[np.bool_] | None:
         """Which rows' router inputs are kept `[T]`; None for no row. Whole requests, until the budget is used up."""
@@ -236,7 +237,8 @@ class Recorder:
         arrays = snapshot.arrays()
         self._verified = True
         try:
-            check_pairs(arrays["expert_ids"], arrays["weights"], self.num_experts, "first step")
+            check_ids(arrays["expert_ids"], self.num_experts, "first step")
+            check_weights(arrays["weights"], "first step")
             refuse_repeats(arrays["expert_ids"], "first step")
         except Exception as error:
             unwritten = (arrays["expert_ids"] == -1).all(axis=(0, 2))
@@ -245,7 +247,6 @@ class Recorder:
             self._error = RuntimeError(f"{reason}: this vLLM or its MoE kernel routes past the hook; nothing was recorded")
 
     def _write(self) -> None:
-        last_flush = time.monotonic()
         try:
             while True:
                 with self._change:
@@ -257,15 +258,11 @@ class Recorder:
                     self._files.write(self._numbering.rows(batch))
                 if stopping:
                     break
-                if time.monotonic() > last_flush + FLUSH_SECONDS:
-                    self._files.flush()
-                    last_flush = time.monotonic()
             self._files.close()
         except BaseException as error:
-            # What had been written before stays and becomes readable, if the disk lets it.
+            # What had been written before stays and is readable.
             with contextlib.suppress(Exception):
                 self._files.close()
-            self._files.remove_halves()
             # Read by record(), status() and stop(): the engine goes on, the collection fails with this reason.
             with self._change:
                 self._error = error

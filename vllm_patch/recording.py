@@ -26,7 +26,8 @@ from profiler.capture import (
 from profiler.errors import EngineError, TraceError
 from profiler.models import resolve_model
 from profiler.reader import Trace
-from profiler.schema import CAPTURE_FOLDER, Metadata
+from profiler.schema import Metadata
+from profiler.sealing import run_folder
 
 DATASET = "own"
 # vLLM appends a dash and eight random characters to request ids from 0.14 on.
@@ -61,14 +62,14 @@ class Recording:
     def __enter__(self) -> Self:
         if self.out.exists() and any(self.out.iterdir()):
             raise TraceError(f"{self.out} exists and is not an empty folder: choose another one")
-        self._facts = self._call("specmoe_start", str((self.out / CAPTURE_FOLDER).resolve()))
+        self._facts = self._call("specmoe_start", str(run_folder(self.out, 0).resolve()))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         answer = self._call("specmoe_stop")
         if kind is not None:
             return
-        requests = read_requests(self.out / CAPTURE_FOLDER)
+        requests = read_requests(run_folder(self.out, 0))
         if not requests:
             shutil.rmtree(self.out)
             raise TraceError(f"{self.out}: no request ran while this was recorded")
@@ -89,7 +90,7 @@ class Recording:
                 sequences.append(
                     Sequence(
                         problem_id=len(sequences),
-                        captured_as=request.number,
+                        captured_as=(0, request.number),
                         dataset=DATASET,
                         source_key=name,
                         prompt=output.prompt or self._text(output.prompt_token_ids),
@@ -105,7 +106,7 @@ class Recording:
                 sequences.append(
                     Sequence(
                         problem_id=len(sequences),
-                        captured_as=request.number,
+                        captured_as=(0, request.number),
                         dataset=DATASET,
                         source_key=request.request_id,
                         prompt=self._text(request.prompt_token_ids),

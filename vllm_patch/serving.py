@@ -23,6 +23,7 @@ from profiler.capture import ABORTED, CapturedRequest, Sequence, finish_trace, r
 from profiler.errors import TraceError
 from profiler.reader import Trace
 from profiler.schema import CAPTURE_FOLDER, METADATA_FILE, Metadata
+from profiler.sealing import run_folder
 from profiler.writer import write_metadata
 
 DATASET = "served"
@@ -119,7 +120,7 @@ def begin_trace(directory: Path, metadata: Metadata) -> Path:
     """Make a trace directory and return the folder that its rows go to."""
     directory.mkdir(parents=True)
     write_metadata(directory, metadata)
-    return directory / CAPTURE_FOLDER
+    return run_folder(directory, 0)
 
 
 def seal_in_background(directory: Path) -> subprocess.Popen[bytes]:
@@ -145,7 +146,7 @@ def finish(directory: Path) -> Trace | None:
     """
     if not (directory / METADATA_FILE).is_file() or not (directory / CAPTURE_FOLDER).is_dir():
         raise TraceError(f"{directory} is no unfinished trace: expected {METADATA_FILE} and {CAPTURE_FOLDER}/")
-    requests = read_requests(directory / CAPTURE_FOLDER)
+    requests = read_requests(run_folder(directory, 0))
     if not requests:
         shutil.rmtree(directory)
         return None
@@ -156,7 +157,7 @@ def finish(directory: Path) -> Trace | None:
     sequences = [
         Sequence(
             problem_id=ids[request.number],
-            captured_as=request.number,
+            captured_as=(0, request.number),
             dataset=DATASET,
             source_key=request.label if isinstance(request.label, str) else request.request_id,
             prompt=decode(request.prompt_token_ids),

@@ -55,17 +55,6 @@ class EngineOptions:
     verbose: bool = False
 
 
-@dataclass(frozen=True)
-class Captured:
-    """What `Engine.generate` left in the capture folder.
-
-    captured_as: problem id -> the id that its rows have there. report: how it went, for the metadata.
-    """
-
-    captured_as: dict[int, int]
-    report: dict[str, Any] = field(default_factory=dict)
-
-
 class Engine(Protocol):
     """A loaded model.
 
@@ -90,11 +79,12 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, prompts: list[Prompt], sampling: Sampling, capture: Path, on_finished: Callable[[Completion], None]
-    ) -> Captured:
-        """Run all prompts, write their routing to `capture`, and report each completion as it finishes.
+        self, prompts: list[Prompt], sampling: Sampling, run: Path, on_finished: Callable[[Completion], None]
+    ) -> dict[str, Any]:
+        """Run all prompts, write their routing to the folder `run`, and report each completion as it finishes.
 
-        Raises `EngineError` if routing could not be captured; what had been written stays.
+        In `run`, `requests.jsonl` labels the number of every request with its problem id. Returns how it went, for the
+        metadata. Raises `EngineError` if routing could not be captured; what had been written stays.
         """
         ...
 

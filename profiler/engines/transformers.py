@@ -13,10 +13,11 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from profiler.engines import Captured, Completion, EngineOptions, Prompt, Sampling
+from profiler.capture import REQUESTS_FILE, CapturedRequest
+from profiler.capture_stream import RoutingWriter
+from profiler.engines import Completion, EngineOptions, Prompt, Sampling
 from profiler.errors import EngineError, ModelError
 from profiler.models import ResolvedModel
-from profiler.writer import RoutingWriter
 
 BATCH = 16
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -52,19 +53,28 @@ class TransformersEngine:
         self.top_k = ids_TLK.shape[-1]
         # Routers do not agree on an attribute for E; the config's value is checked against every id by the writer.
         self.num_experts = model.metadata.num_experts
+        self._model_facts = model.metadata
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text)["input_ids"])
 
     @torch.inference_mode()
     def generate(
-        self, prompts: list[Prompt], sampling: Sampling, capture: Path, on_finished: Callable[[Completion], None]
-    ) -> Captured:
+        self, prompts: list[Prompt], sampling: Sampling, run: Path, on_finished: Callable[[Completion], None]
+    ) -> dict[str, Any]:
         torch.manual_seed(sampling.seed)
-        with RoutingWriter(capture, self.moe_layers, self.num_experts, self.top_k) as writer:
+        facts = {"moe_layers": self.moe_layers, "num_experts": self.num_experts, "top_k": self.top_k}
+        with (
+            RoutingWriter(run, self._model_facts.model_copy(update=facts)) as writer,
+            (run / REQUESTS_FILE).open("w", encoding="utf-8") as requests,
+        ):
             for start in range(0, len(prompts), BATCH):
                 batch = prompts[start : start + BATCH]
                 for prompt, output in zip(batch, self._complete(batch, sampling), strict=True):
+                    name = f"problem-{prompt.problem_id}"
+                    request = CapturedRequest(prompt.problem_id, name, prompt.problem_id, prompt.token_ids, cached_tokens=0)
+                    requests.write(request.to_json() + "\n")
+                    requests.flush()
                     token_ids = prompt.token_ids + output
                     ids_TLK, weights_TLK = route(self._model, token_ids[:-1])
                     writer.add(prompt.problem_id, np.arange(len(token_ids) - 1), ids_TLK, weights_TLK)
@@ -77,7 +87,7 @@ class TransformersEngine:
                             finish_reason="stop" if stopped else "length",
                         )
                     )
-        return Captured({prompt.problem_id: prompt.problem_id for prompt in prompts})
+        return {}
 
     def close(self) -> None:
         del self._model

@@ -18,8 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-from profiler.capture import CaptureOptions, read_requests
-from profiler.engines import Captured, Completion, EngineOptions, Prompt, Sampling
+from profiler.capture import OWNER_VARIABLE, CaptureOptions, read_requests
+from profiler.engines import Completion, EngineOptions, Prompt, Sampling
 from profiler.errors import EngineError, ModelError
 from profiler.models import ResolvedModel
 
@@ -88,23 +88,21 @@ class VllmEngine:
         return list(self._tokenizer.encode(text))
 
     def generate(
-        self, prompts: list[Prompt], sampling: Sampling, capture: Path, on_finished: Callable[[Completion], None]
-    ) -> Captured:
+        self, prompts: list[Prompt], sampling: Sampling, run: Path, on_finished: Callable[[Completion], None]
+    ) -> dict[str, Any]:
         try:
             # Every wait for the engine is inside: a dead one answers neither steps nor calls.
             with _Watchdog():
-                self._check_facts(self._call("specmoe_start", str(capture.resolve())))
+                self._check_facts(self._call("specmoe_start", str(run.resolve())))
                 requests = self._add_requests(prompts, sampling)
                 self._run(requests, on_finished)
                 answer = self._call("specmoe_stop")
         except _EngineDiedError as error:
             raise EngineError(f"vLLM stopped while it ran: {error}{self._keep_log()}") from error
-        captured_as = {int(request.label): request.number for request in read_requests(capture) if request.label is not None}
-        if answer["unlabelled"] or len(captured_as) < len(prompts):
-            raise EngineError(
-                f"{len(prompts) - len(captured_as)} requests reached the worker without a problem id of their own"
-            )
-        return Captured(captured_as, {"writer_waits": answer["waits"], "writer_wait_seconds": round(answer["wait_seconds"], 3)})
+        labels = {request.label for request in read_requests(run)}
+        if answer["unlabelled"] or len(labels) < len(prompts):
+            raise EngineError(f"{len(prompts) - len(labels)} requests reached the worker without a problem id of their own")
+        return {"writer_waits": answer["waits"], "writer_wait_seconds": round(answer["wait_seconds"], 3)}
 
     def _add_requests(self, prompts: list[Prompt], sampling: Sampling) -> dict[str, int]:
         """Queue every prompt; returns problem ids by request id."""
@@ -200,7 +198,7 @@ def is_installed() -> bool:
 
 def _set_environment(capture: CaptureOptions) -> dict[str, str | None]:
     """Set what vLLM's engine and worker processes inherit; returns the values before. Must come before vllm is imported."""
-    switches = capture.to_environment()
+    switches = capture.to_environment() | {OWNER_VARIABLE: str(os.getpid())}
     before = {name: os.environ.get(name) for name in (*switches, "VLLM_CACHE_ROOT")}
     os.environ.update(switches)
     # Captured and plain runs share vLLM's key for compiled code: keep ours apart.

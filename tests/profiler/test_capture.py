@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiler.capture import CapturedRequest, CaptureOptions, Sequence, finish_trace, read_requests
+from profiler.capture import REQUESTS_FILE, CapturedRequest, CaptureOptions, Sequence, finish_trace, read_requests
+from profiler.capture_stream import HIDDEN_STREAM, LOGITS_STREAM, RoutingWriter, ValuesWriter
 from profiler.errors import EngineError, TraceError
-from profiler.schema import CAPTURE_FOLDER, HIDDEN_FOLDER, LOGITS_FOLDER, REQUESTS_FILE, Metadata, ModelMetadata
-from profiler.writer import RoutingWriter, ValuesWriter, write_metadata
+from profiler.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
+from profiler.sealing import run_folder
+from profiler.writer import write_metadata
 
 METADATA = Metadata(model=ModelMetadata(id="made", moe_layers=[1, 4], num_experts=4, top_k=2), engine="none", hook="none")
 
@@ -19,7 +21,7 @@ METADATA = Metadata(model=ModelMetadata(id="made", moe_layers=[1, 4], num_expert
 def sequence(problem_id: int, captured_as: int | None, tokens: int, **others: object) -> Sequence:
     base = Sequence(
         problem_id=problem_id,
-        captured_as=captured_as,
+        captured_as=None if captured_as is None else (0, captured_as),
         dataset="made",
         source_key=str(problem_id),
         prompt="p",
@@ -37,7 +39,7 @@ def rows(tokens: int, expert: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     write_metadata(tmp_path, METADATA)
-    with RoutingWriter(tmp_path / CAPTURE_FOLDER, [1, 4], 4, 2) as writer:
+    with RoutingWriter(run_folder(tmp_path, 0), METADATA.model) as writer:
         writer.add(5, np.arange(3), *rows(3, 1))
         writer.add(np.array([6, 6, 5]), np.array([2, 3, 3]), *rows(3, 2))
     return tmp_path
@@ -92,11 +94,11 @@ def test_an_empty_capture_is_refused(tmp_path: Path) -> None:
 
 
 def test_logits_and_router_inputs_are_sealed_beside_the_routing(directory: Path) -> None:
-    capture = directory / CAPTURE_FOLDER
+    run = run_folder(directory, 0)
     logits = np.arange(3 * 2 * 4, dtype=np.float16).reshape(3, 2, 4)
-    with ValuesWriter(capture / LOGITS_FOLDER, [1, 4], "logits", 4) as writer:
+    with ValuesWriter(run / LOGITS_STREAM, [1, 4], "logits", 4) as writer:
         writer.add(np.array([6, 5, 5]), np.array([2, 0, 1]), logits)
-    with ValuesWriter(capture / HIDDEN_FOLDER, [4], "hidden", 3) as writer:
+    with ValuesWriter(run / HIDDEN_STREAM, [4], "hidden", 3) as writer:
         writer.add(5, np.arange(2), np.zeros((2, 1, 3), np.float16))
         # Computed again after a preemption: the later values stand.
         writer.add(5, np.array([1]), np.ones((1, 1, 3), np.float16))
@@ -112,7 +114,7 @@ def test_logits_and_router_inputs_are_sealed_beside_the_routing(directory: Path)
 
 
 def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
-    with ValuesWriter(tmp_path, [0], "hidden", 1) as writer:
+    with ValuesWriter(tmp_path / HIDDEN_STREAM, [0], "hidden", 1) as writer:
         with pytest.raises(TraceError, match="hold a value that float16 cannot"):
             writer.add(0, np.arange(1), np.full((1, 1, 1), np.inf, np.float16))
         with pytest.raises(TraceError, match="hidden of float64, expected float16"):

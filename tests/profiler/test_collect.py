@@ -131,6 +131,7 @@ def _light_engine(self: object, model: object, engine_options: object) -> None:
         moe_layers=list(range(8)),
         top_k=2,
         num_experts=8,
+        _model_facts=model.metadata,
     )
 
 

@@ -35,8 +35,11 @@ def rewrite_routing(trace: Trace, **columns: object) -> None:
     path = trace.routing_files[0]
     table = pq.read_table(path)
     for name, values in columns.items():
-        position = table.schema.get_field_index(name)
-        table = table.set_column(position, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+        field = table.schema.field(name)
+        if pa.types.is_fixed_size_list(field.type):
+            # As other writers do: nulls are possible.
+            field = pa.field(name, pa.list_(field.type.value_type, field.type.list_size))
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
     pq.write_table(table, path)
     (trace.path / "manifest.json").unlink()
     write_manifest(trace.path)
@@ -216,11 +219,14 @@ def test_nulls_and_repeated_experts_are_refused(trace: Trace) -> None:
         Trace.open(trace.path).load()
 
 
-def test_null_prompts_are_refused(trace: Trace) -> None:
-    table = pq.read_table(trace.path / "problems.parquet")
-    position = table.schema.get_field_index("prompt")
-    table = table.set_column(position, "prompt", pa.nulls(len(table), pa.string()))
-    pq.write_table(table, trace.path / "problems.parquet")
-    write_manifest(trace.path)
-    with pytest.raises(TraceError, match="nulls in column 'prompt'"):
+def test_prompts_may_be_unknown_but_not_the_problems_dataset(trace: Trace) -> None:
+    for name in ("prompt", "dataset"):
+        table = pq.read_table(trace.path / "problems.parquet")
+        position = table.schema.get_field_index(name)
+        table = table.set_column(position, name, pa.nulls(len(table), pa.string()))
+        pq.write_table(table, trace.path / "problems.parquet")
+        write_manifest(trace.path)
+        if name == "prompt":
+            assert Trace.open(trace.path).problems.column("prompt").null_count == 5
+    with pytest.raises(TraceError, match="nulls in column 'dataset'"):
         _ = Trace.open(trace.path).problems

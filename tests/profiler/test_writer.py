@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from profiler import sealing
 from profiler import writer as writer_module
+from profiler.capture_stream import RoutingWriter
 from profiler.errors import TraceError
+from profiler.pairs import has_repeats, sort_pairs
 from profiler.reader import Trace
 from profiler.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
-from profiler.sealing import seal
-from profiler.writer import RoutingWriter, has_repeats, sort_pairs, write_manifest, write_metadata
+from profiler.sealing import run_folder, seal
+from profiler.writer import write_manifest, write_metadata
 
 MODEL = ModelMetadata(id="made", moe_layers=[1, 2], num_experts=4, top_k=2)
 
@@ -25,7 +26,7 @@ MODEL = ModelMetadata(id="made", moe_layers=[1, 2], num_experts=4, top_k=2)
 def start(directory: Path) -> RoutingWriter:
     directory.mkdir(exist_ok=True)
     write_metadata(directory, Metadata(model=MODEL, engine="none", hook="none"))
-    return RoutingWriter(directory / CAPTURE_FOLDER, MODEL.moe_layers, MODEL.num_experts, MODEL.top_k)
+    return RoutingWriter(run_folder(directory, 0), MODEL)
 
 
 def rows(tokens: int, first_expert: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +82,6 @@ def test_problems_in_any_order_come_out_sorted_over_many_row_groups_and_files(
 ) -> None:
     monkeypatch.setattr(writer_module, "ROWS_PER_GROUP", 12)
     monkeypatch.setattr(writer_module, "ROWS_PER_FILE", 40)
-    monkeypatch.setattr(sealing, "CACHED_GROUPS", 2)
     order = np.random.default_rng(0).permutation(30).tolist()
     with start(tmp_path / "t") as routing:
         for problem_id in order:
@@ -186,5 +186,5 @@ def test_an_expert_twice_in_a_layer_and_negative_problems_are_refused(tmp_path: 
     ids[0, 1] = 2
     with start(tmp_path / "u") as routing:
         routing.add(3, np.arange(2), ids, weights)
-    with pytest.raises(TraceError, match="problem 3: a token has the same expert twice"):
+    with pytest.raises(TraceError, match="problem 3, token 0, layer 2: the same expert twice"):
         seal(tmp_path / "u", MODEL, {3: 3})

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from agreement import assert_agrees, assert_complete, load_oracle
 
+from profiler.capture_stream import ROUTING_STREAM, read_index
 from profiler.engines.vllm import is_installed
 from profiler.errors import TraceError
 from profiler.models import demo_model_folder
@@ -108,6 +109,6 @@ def test_a_run_that_is_cut_off_ends_with_one_line_and_leaves_no_process(how: str
     assert alive == []
     # Rows that had reached a file by then stay, marked as incomplete.
     if (tmp_path / "trace").exists():
-        assert list((tmp_path / "trace" / "capture").glob("part-*.parquet"))
+        assert read_index(tmp_path / "trace" / "capture" / "run-00000" / ROUTING_STREAM) is not None
         with pytest.raises(TraceError, match="is incomplete: no manifest"):
             Trace.open(tmp_path / "trace")

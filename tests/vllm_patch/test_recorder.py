@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from profiler.capture import read_requests
+from profiler.capture_stream import HIDDEN_STREAM, LOGITS_STREAM, ROUTING_STREAM, gather, read_index
 from profiler.schema import ModelMetadata
-from profiler.sealing import _decode, _read_form, seal
-from profiler.writer import BYTES_PER_GROUP
+from profiler.sealing import run_folder, seal
 from vllm_patch import recorder as recorder_module
 from vllm_patch.buffers import CaptureBuffers
 from vllm_patch.recorder import Recorder
@@ -58,20 +58,22 @@ def run_step(recorder: Recorder, first_expert: int, step: Step) -> None:
     recorder.record(step)
 
 
-def read_values(folder: Path, name: str) -> list[tuple[int, int, np.ndarray]]:
+def read_values(path: Path, name: str) -> list[tuple[int, int, np.ndarray]]:
     """(request number, position, values `[L, W]`) of every captured token, in order."""
-    found = []
-    for part in sorted(folder.glob("part-*.parquet")):
-        table = pq.read_table(part)
-        piece = _decode(table, _read_form(part))
-        found += zip(table.column("problem_id").to_pylist(), piece.token_ids_T.tolist(), piece.lists[name], strict=True)
-    return found
+    index = read_index(path)
+    assert index is not None
+    kind, width = index.form.types[name]
+    values = np.empty((len(index.token_ids_N), len(index.form.layers), width), kind)
+    everything = np.arange(len(values))
+    others = {other: np.empty((len(values), len(index.form.layers), w), k) for other, (k, w) in index.form.types.items()}
+    gather(index, everything, others | {name: values}, everything)
+    return list(zip(index.problem_ids_N.tolist(), index.token_ids_N.tolist(), values, strict=True))
 
 
 def read(folder: Path) -> dict[int, list[tuple[int, int]]]:
     """Request number -> (position, first expert of the first layer), in the order of the rows."""
     result: dict[int, list[tuple[int, int]]] = {}
-    for number, position, ids_LK in read_values(folder, "expert_ids"):
+    for number, position, ids_LK in read_values(folder / ROUTING_STREAM, "expert_ids"):
         result.setdefault(number, []).append((position, int(ids_LK[0, 0])))
     return result
 
@@ -93,16 +95,16 @@ def test_device_and_host_bytes_are_what_the_buffers_hold(recorder: Recorder, tmp
     recorder.stop()
     # 8 tokens x 2 layers x 2 pairs of int16 and float16.
     assert facts["device_bytes"] == 8 * 2 * 2 * 4
-    assert facts["host_bytes"] == 3 * recorder_module.QUEUE_BYTES + 2 * BYTES_PER_GROUP
+    assert facts["host_bytes"] == 3 * recorder_module.QUEUE_BYTES
 
 
 def test_preempted_positions_keep_the_last_rows(recorder: Recorder, tmp_path: Path) -> None:
-    recorder.start(tmp_path / "capture")
+    recorder.start(run_folder(tmp_path, 0))
     run_step(recorder, 0, labels([("a", 0, 3)], new={"a": 1}))
     # vLLM may announce a resumed request as a new one.
     run_step(recorder, 2, labels([("a", 0, 4)], new={"a": 1}))
     assert recorder.stop()["requests"] == 1
-    assert seal(tmp_path, MODEL, {1: 5}, {1: 0}) == {}
+    assert seal(tmp_path, MODEL, {1: 5}, {1: (0, 0)}) == {}
     rows = pq.read_table(tmp_path / "routing").to_pylist()
     assert [(r["problem_id"], r["token_id"], r["expert_ids"][0]) for r in rows if r["layer"] == 0] == [
         (1, token, 2) for token in range(4)
@@ -132,7 +134,7 @@ def test_logits_of_every_layer_and_token_are_kept(tmp_path: Path) -> None:
     recorder.start(tmp_path / "c")
     run_step(recorder, 2, labels([("a", 0, 2)], new={"a": 0}))
     recorder.stop()
-    values = read_values(tmp_path / "c" / "logits", "logits")
+    values = read_values(tmp_path / "c" / LOGITS_STREAM, "logits")
     assert [(number, position) for number, position, _ in values] == [(0, 0), (0, 1)]
     assert all((logits_LE == [[0, 0, 1, 0]] * 2).all() for _, _, logits_LE in values)
 
@@ -144,7 +146,7 @@ def test_router_inputs_are_kept_of_whole_requests_until_the_budget_is_used(tmp_p
     run_step(recorder, 2, labels([("a", 2, 1), ("b", 0, 3)], new={"b": 1}))
     run_step(recorder, 3, labels([("a", 3, 1), ("b", 3, 1), ("c", 0, 1)], new={"c": 2}))
     assert recorder.stop()["rows"] == 18
-    values = read_values(tmp_path / "c" / "hidden", "hidden")
+    values = read_values(tmp_path / "c" / HIDDEN_STREAM, "hidden")
     # b was admitted with one token of budget left and is kept whole; c came too late.
     assert sorted((number, position, float(hidden_LD[0, 0])) for number, position, hidden_LD in values) == [
         *[(0, 0, 1.0), (0, 1, 1.0), (0, 2, 2.0), (0, 3, 3.0)],
@@ -196,7 +198,7 @@ def test_a_taken_folder_and_a_second_start_are_refused(recorder: Recorder, tmp_p
     assert "already running" in recorder.start(tmp_path / "d")["error"]
     run_step(recorder, 0, labels([("a", 0, 1)], new={"a": 1}))
     recorder.stop()
-    assert "already holds parts" in recorder.start(tmp_path / "c")["error"]
+    assert "exists already: a capture needs a new folder" in recorder.start(tmp_path / "c")["error"]
 
 
 def test_a_hook_that_misses_a_layer_is_found_in_the_first_step(recorder: Recorder, tmp_path: Path) -> None:
@@ -225,12 +227,11 @@ def test_a_layer_whose_hook_did_not_run_later_is_an_error_not_the_step_before(re
 
 
 def test_rows_are_readable_while_the_capture_runs(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(recorder_module, "BATCH_SECONDS", 0.01)
     recorder.start(tmp_path / "c")
     run_step(recorder, 0, labels([("a", 0, 2)], new={"a": 1}))
     deadline = time.monotonic() + 30
-    while not list((tmp_path / "c").glob("part-*.parquet")) and time.monotonic() < deadline:
+    while recorder.status()["rows"] < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert read(tmp_path / "c") == {0: [(0, 0), (1, 0)]}
     run_step(recorder, 1, labels([("a", 2, 1)]))

@@ -51,7 +51,8 @@ def serve(out: Path, steps: list[Step], limit: int) -> list[Path]:
     buffers = CaptureBuffers(max_tokens=8, layers=1, num_experts=4, top_k=2, device="cpu")
     recorder = Recorder(buffers, moe_layers=[0], num_experts=4, top_k=2)
     closed: list[Path] = []
-    answer = recorder.start_rotating(lambda: begin_trace(next_trace(out), METADATA), lambda c: closed.append(c.parent), limit)
+    end = lambda run: closed.append(run.parent.parent)  # noqa: E731
+    answer = recorder.start_rotating(lambda: begin_trace(next_trace(out), METADATA), end, limit)
     assert "error" not in answer
     for number, step in enumerate(steps):
         rows = step.rows
@@ -118,7 +119,7 @@ def test_a_request_that_never_ended_keeps_its_prompt(tmp_path: Path) -> None:
 
 def test_a_server_without_traffic_leaves_no_trace(tmp_path: Path) -> None:
     (directory,) = serve(tmp_path, [], limit=0)
-    (directory / CAPTURE_FOLDER / "logits").mkdir()
+    assert (directory / CAPTURE_FOLDER / "run-00000" / "routing.arrows").is_file()
     assert finish(directory) is None
     assert not directory.exists()
 
