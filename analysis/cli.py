@@ -85,3 +85,5 @@ def print_statistics(statistics: Any) -> None:
             *shared,
         )
     console.print(table)
+    for caveat in statistics.trace.caveats():
+        console.print(f"note: {caveat}")

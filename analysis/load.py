@@ -28,10 +28,10 @@ class LoadStatistics:
 
 
 def count_experts(expert_ids_TLK: npt.NDArray[Any], num_experts: int) -> Counts:
-    """Selections per layer and expert `[L, E]`."""
-    layers = expert_ids_TLK.shape[1]
-    index_TLK = expert_ids_TLK.astype(np.int64) + num_experts * np.arange(layers)[:, None]
-    return np.bincount(index_TLK.reshape(-1), minlength=layers * num_experts).reshape(layers, num_experts)
+    """Selections per layer and expert `[L, E]`; empty slots (id E) are not counted."""
+    layers, ids = expert_ids_TLK.shape[1], num_experts + 1
+    index_TLK = expert_ids_TLK.astype(np.int64) + ids * np.arange(layers)[:, None]
+    return np.bincount(index_TLK.reshape(-1), minlength=layers * ids).reshape(layers, ids)[:, :num_experts]
 
 
 def load_statistics(counts_LE: Counts) -> LoadStatistics:

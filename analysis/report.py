@@ -49,6 +49,7 @@ def write_report(statistics: Statistics, path: Path, predictions: list[dict[str,
         ("Chance", f"a given expert is selected with probability {model.top_k / model.num_experts:.3f}"),
     ]
     facts += [("Gap", gap) for gap in statistics.trace.metadata.gaps]
+    facts += [("Note", caveat) for caveat in statistics.trace.caveats()]
     template = jinja2.Environment(autoescape=True, loader=jinja2.PackageLoader("analysis", "")).get_template("report.html.j2")
     page = template.render(title=f"Expert routing of {model.id}", facts=facts, sections=sections, plotly=get_plotlyjs())
     write_text(path, page)

@@ -52,6 +52,7 @@ class Statistics:
             "tokens": self.tokens,
             "chance": {"top1": 1 / model.num_experts, "recall_at_k": model.top_k / model.num_experts},
             "definitions": DEFINITIONS,
+            "caveats": self.trace.caveats(),
             "load": _plain(self.load),
             "load_by_dataset": {name: _plain(load) for name, load in self.load_by_dataset.items()},
             "transitions": [_plain(hop) for hop in self.transitions],

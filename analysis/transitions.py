@@ -125,4 +125,7 @@ def mutual_information(joint_counts: Counts) -> Floats:
 
 
 def _count(here: npt.NDArray[Any], there: npt.NDArray[Any], experts: int) -> Counts:
-    return np.bincount((here * experts + there).reshape(-1), minlength=experts * experts).reshape(experts, experts)
+    """How often each pair occurs `[E, E]`; empty slots (id E) make no pair."""
+    ids = experts + 1
+    counts = np.bincount((here * ids + there).reshape(-1), minlength=ids * ids).reshape(ids, ids)
+    return counts[:experts, :experts]

@@ -196,29 +196,90 @@ def print_summary(summary: Any) -> None:
         typer.echo(f"{summary.truncated_problems} prompts were too long and kept only their head")
 
 
+class ConvertTo(StrEnum):
+    """What `convert` makes."""
+
+    trace = "trace"
+    jsonl = "jsonl"
+    hub_folder = "hub-folder"
+
+
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A trace directory, or a file of JSON lines.")],
-    target: Annotated[Path, typer.Argument(help="The file or trace directory to make.")],
-    to: Annotated[str, typer.Option(help="'jsonl', or 'trace'.")] = "trace",
+    source: Annotated[Path, typer.Argument(help="A trace, or what another tool recorded (see --from).")],
+    target: Annotated[Path, typer.Argument(help="The trace directory, file or folder to make.")],
+    to: Annotated[ConvertTo, typer.Option(help="trace: from any format. jsonl, hub-folder: from a trace.")] = ConvertTo.trace,
+    format_name: Annotated[
+        str | None, typer.Option("--from", metavar="FORMAT", help="See 'specmoe formats'; default: by content.")
+    ] = None,
     num_experts: Annotated[int | None, typer.Option(min=1, help="Experts per layer, where the source does not say.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="A-B,C", help="Import only these layers: tokens need rows at no others.")
+    ] = None,
+    drop_incomplete: Annotated[
+        bool, typer.Option("--drop-incomplete", help="Leave out tokens with fewer than K experts, instead of empty slots.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="With --to hub-folder: also upload it to the Hugging Face hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: make the dataset private.")] = False,
 ) -> None:
-    """Turn a trace into JSON lines, or JSON lines into a trace.
+    """Turn what other tools recorded into a trace, or a trace into JSON lines or a Hugging Face dataset.
 
-    Example: specmoe convert traces/math routing.jsonl --to jsonl
+    Example: specmoe convert dumps/routes.npz traces/served
     """
-    from profiler.jsonl import read_jsonl, write_jsonl
+    from profiler.importers import import_trace
+    from profiler.importers.target import ImportOptions
+    from profiler.jsonl import write_jsonl
+    from profiler.writer import public_command
 
-    if to == "jsonl":
-        if target.exists():
-            raise TraceError(f"{target} exists: choose another file")
+    if push is not None and to is not ConvertTo.hub_folder:
+        raise typer.BadParameter("goes with --to hub-folder", param_hint="--push")
+    if to is ConvertTo.trace:
+        options = ImportOptions(
+            num_experts=num_experts, layers=_layers(layers), drop_incomplete=drop_incomplete, command=tuple(public_command())
+        )
+        trace = import_trace(source, target, format_name=format_name, options=options)
+        typer.echo(f"{target}: {trace.num_rows:,} rows, {_size(_bytes(target))}; {trace.metadata.hook}")
+        for line in [*trace.metadata.gaps, *trace.caveats()]:
+            typer.echo(f"  {line}")
+        return
+    if target.exists() and (not target.is_dir() or to is ConvertTo.jsonl or any(target.iterdir())):
+        raise TraceError(f"{target} exists: choose another {'file' if to is ConvertTo.jsonl else 'folder'}")
+    if to is ConvertTo.jsonl:
         lines = write_jsonl(Trace.open(source), target)
         typer.echo(f"{target}: {lines:,} rows, {_size(target.stat().st_size)}")
-    elif to == "trace":
-        trace = read_jsonl(source, target, num_experts=num_experts)
-        typer.echo(f"{target}: {trace.num_rows:,} rows")
     else:
-        raise typer.BadParameter(f"{to!r}: expected jsonl or trace", param_hint="--to")
+        from profiler.hub import push_folder, write_hub_folder
+
+        write_hub_folder(Trace.open(source), target)
+        typer.echo(f"{target}: {_size(_bytes(target))}, a dataset with a card")
+        if push is not None:
+            typer.echo(push_folder(target, push, private=private))
+
+
+@app.command()
+def formats(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """List what 'specmoe convert' reads.
+
+    Example: specmoe formats
+    """
+    from profiler.importers import FORMATS
+
+    _print_rows([{"format": entry.name, "source": entry.about} for entry in FORMATS.values()], as_json)
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    """Layer numbers and ranges with commas."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text.replace(" ", "")):
+        raise typer.BadParameter(f"{text!r}: expected numbers and ranges, such as 0-23,25", param_hint="--layers")
+    layers: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        first, _, last = part.partition("-")
+        layers |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(layers))
 
 
 @app.command()
@@ -309,6 +370,10 @@ def _print_rows(rows: list[dict[str, str]], as_json: bool) -> None:
     for row in rows:
         table.add_row(*row.values())
     console.print(table)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _size(count: int) -> str:

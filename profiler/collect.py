@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from profiler.models import ResolvedModel, resolve_model
 from profiler.reader import Trace
 from profiler.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE, DatasetMetadata, Metadata
 from profiler.sealing import captured_positions, run_folder, runs_of
-from profiler.writer import exclusive, write_metadata
+from profiler.writer import exclusive, public_command, write_metadata
 
 # Beyond this, sampling is noise and vLLM refuses it.
 MAX_TEMPERATURE = 2.0
@@ -426,10 +425,5 @@ def _metadata(
             "hidden_layers": list(options.engine_options.capture.hidden_layers),
             "prefix_caching": options.engine_options.prefix_caching,
         },
-        command=_public_command(),
+        command=public_command(),
     )
-
-
-def _public_command() -> list[str]:
-    """The command line without the folder of the interpreter or script."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,6 +158,11 @@ def exclusive(directory: Path) -> Iterator[None]:
 def write_metadata(directory: Path, metadata: Metadata) -> None:
     """Write `metadata.json` atomically."""
     write_text(directory / METADATA_FILE, metadata.model_dump_json(indent=1) + "\n")
+
+
+def public_command() -> list[str]:
+    """This process's command line for the metadata, without the folder of the interpreter or script."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def write_table(path: Path, table: pa.Table) -> None:

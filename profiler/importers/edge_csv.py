@@ -1,0 +1,144 @@
+"""Route traces of edge inference (`# route_trace v1`): CSV with a line per expert that a token went to.
+
+turn,phase,step,layer,slot,expert,weight,residency,expert_bytes,dropped
+
+`step` is the position in the context, `phase` 0 for the prompt and 1 for generated tokens, a weight of `nan` is unknown, and
+`dropped` = 1 is an expert that was chosen and then not run: an empty slot here. Columns are found by name, further ones ignored
+(github.com/Helldez/BigMoeOnEdge). In a prompt, the last layer has only the last token there, since no other one is needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv as pa_csv
+
+from profiler.capture_stream import first_line
+from profiler.errors import TraceError
+from profiler.importers.lines import head
+from profiler.importers.target import EMPTY, Rows, Target
+from profiler.schema import DECODE, MAX_TOP_K, PREFILL
+
+NAME = "edge-csv"
+ABOUT = "route-trace CSV: turn, phase, step, layer, slot, expert, weight, ...; a line per expert"
+
+_TYPES = {
+    "turn": pa.int64(),
+    "phase": pa.int64(),
+    "step": pa.int64(),
+    "layer": pa.int32(),
+    "slot": pa.int32(),
+    "expert": pa.int32(),
+    "weight": pa.float32(),
+    "dropped": pa.int8(),
+}
+_REQUIRED = ("turn", "step", "layer", "slot", "expert")
+BLOCK_BYTES = 4 << 20
+
+
+def detect(source: Path) -> bool:
+    text = head(source).lstrip("\ufeff")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return text.startswith("# route_trace") or bool(lines and {*_REQUIRED} <= {*lines[0].split(",")})
+
+
+def read(source: Path, target: Target) -> None:
+    preamble = _preamble(source)
+    fact = re.search(r"\bmodel=(\S+)", "\n".join(preamble))
+    if fact:
+        # A path of the machine that recorded it; its name is enough.
+        target.model_id = fact.group(1).replace("\\", "/").rpartition("/")[2]
+    experts = re.search(r"\bn_expert=(\d{1,6})\b", "\n".join(preamble))
+    if experts:
+        target.num_experts = int(experts.group(1))
+    carried: pa.Table | None = None
+    phases: dict[tuple[int, int], list[np.ndarray]] = {}
+    for where, block in _blocks(source, len(preamble)):
+        table = block if carried is None else pa.concat_tables([carried, block])
+        keys = np.stack([table.column(name).to_numpy() for name in ("turn", "step", "layer")])
+        # The last token's rows may go on in the next block.
+        ends = np.flatnonzero((np.diff(keys) != 0).any(0)) + 1
+        end = int(ends[-1]) if len(ends) else 0
+        if end == 0 and table.num_rows > MAX_TOP_K:
+            raise TraceError(f"{where}: more than {MAX_TOP_K} experts at one token and layer")
+        carried = table.slice(end)
+        if end:
+            _add(table.slice(0, end), target, where, phases)
+    if carried is not None and carried.num_rows:
+        _add(carried, target, f"{source}, at its end", phases)
+    for (problem_id, phase), pieces in sorted(phases.items()):
+        target.add_tokens(problem_id, np.unique(np.concatenate(pieces)), DECODE if phase else PREFILL)
+
+
+def _preamble(source: Path) -> list[str]:
+    lines = []
+    for line in head(source).lstrip("\ufeff").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line)
+    return lines
+
+
+def _blocks(source: Path, skipped: int) -> Iterator[tuple[str, pa.Table]]:
+    """The known columns, block by block."""
+    options = pa_csv.ConvertOptions(column_types=_TYPES, null_values=[""], strings_can_be_null=False)
+    reading = pa_csv.ReadOptions(block_size=BLOCK_BYTES, skip_rows=skipped)
+    row = 1
+    try:
+        with pa_csv.open_csv(source, read_options=reading, convert_options=options) as reader:
+            absent = [name for name in _REQUIRED if name not in reader.schema.names]
+            if absent:
+                raise TraceError(f"{source} lacks the column {absent[0]!r}")
+            for batch in reader:
+                where = f"{source}, rows {row}..{row + batch.num_rows - 1}"
+                row += batch.num_rows
+                names = [name for name in _TYPES if name in batch.schema.names]
+                if any(batch.column(name).null_count for name in names):
+                    raise TraceError(f"{where}: an empty field")
+                if batch.num_rows:
+                    yield where, pa.Table.from_batches([batch.select(names)])
+    except pa.ArrowException as error:
+        raise TraceError(f"{source}, after row {row - 1}: {first_line(error)}") from error
+
+
+def _add(table: pa.Table, target: Target, where: str, phases: dict[tuple[int, int], list[np.ndarray]]) -> None:
+    """Rows of whole (turn, step, layer), one line per slot, as rows with their experts in the order of the slots."""
+    columns = {name: table.column(name).to_numpy() for name in table.column_names}
+    # Steps that cannot be attributed to a position are below zero.
+    keep_N = columns["step"] >= 0
+    order_N = np.lexsort([columns[name] for name in ("slot", "layer", "step", "turn")])
+    columns = {name: values[order_N[keep_N[order_N]]] for name, values in columns.items()}
+    if not len(columns["turn"]):
+        return
+    keys = np.stack([columns[name] for name in ("turn", "step", "layer")])
+    starts = np.flatnonzero(np.append(True, (np.diff(keys) != 0).any(0)))
+    counts = np.diff(np.append(starts, keys.shape[1]))
+    if counts.max() > MAX_TOP_K:
+        raise TraceError(f"{where}: {counts.max()} experts at one token and layer")
+    there_NK = np.arange(counts.max()) < counts[:, None]
+
+    def padded(values: np.ndarray, fill: float) -> np.ndarray:
+        rows_NK = np.full(there_NK.shape, fill, dtype=values.dtype)
+        rows_NK[there_NK] = values
+        return rows_NK
+
+    expert_N = columns["expert"]
+    if "dropped" in columns:
+        expert_N = np.where(columns["dropped"] != 0, EMPTY, expert_N)
+    turn_N = columns["turn"][starts]
+    numbers = {turn: target.problem("edge", str(turn)) for turn in np.unique(turn_N).tolist()}
+    problem_N = np.array([numbers[turn] for turn in turn_N.tolist()])
+    step_N = columns["step"][starts]
+    weights_NK = padded(columns["weight"], np.nan) if "weight" in columns else None
+    target.add(Rows(problem_N, step_N, columns["layer"][starts], padded(expert_N, EMPTY), weights_NK), where)
+    if "phase" in columns:
+        phase_N = columns["phase"][starts] != 0
+        for problem_id in np.unique(problem_N).tolist():
+            for phase in (0, 1):
+                steps = np.unique(step_N[(problem_N == problem_id) & (phase_N == bool(phase))])
+                if len(steps):
+                    phases.setdefault((problem_id, phase), []).append(steps)

@@ -1,0 +1,145 @@
+"""FLAME-MoE's traces: a Parquet file per layer, `actives/iter_0540/layer_02.parquet`, with `scores` and `indices` of K experts.
+
+Row n of every layer is the same token; `samples/*.parquet`, two folders up, has its vocabulary id. Scores are probabilities of
+the router's softmax, in descending order, not renormalised. Layers are counted from 1 (Megatron): layer_02 is decoder layer 1.
+The tokens are packed training sequences of 2,048, without the boundaries of documents (huggingface.co/datasets/
+CMU-FLAME/FLAME-MoE-Traces).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from profiler.capture_stream import first_line
+from profiler.errors import TraceError
+from profiler.importers.target import MAX_PIECE_BYTES, Target
+from profiler.schema import MAX_TOP_K, PREFILL
+
+NAME = "flame-moe"
+ABOUT = "FLAME-MoE Parquet, a file or folder of layer_NN.parquet: scores list<float16>, indices list<int16>"
+
+SEQUENCE_TOKENS = 2048
+BATCH_ROWS = 16 * SEQUENCE_TOKENS
+
+
+def detect(source: Path) -> bool:
+    files = _files(source)
+    if not files:
+        return False
+    try:
+        return {"scores", "indices"} <= set(pq.read_schema(files[0]).names)
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def read(source: Path, target: Target) -> None:
+    files = _files(source)
+    if not files:
+        raise TraceError(f"{source}: no layer_NN.parquet")
+    numbered = {path: int(number.group(1)) for path in files if (number := re.search(r"layer_(\d{1,5})$", path.stem))}
+    if len(numbered) < len(files):
+        if len(files) > 1:
+            raise TraceError(f"{source}: expected files of the form layer_NN.parquet only")
+        numbered = {files[0]: 1}
+        target.gaps.append("the file's name tells no layer: it is called layer 0")
+    files.sort(key=lambda path: numbered[path])
+    layers = [numbered[path] - 1 for path in files]
+    if layers[0] < 0 or len(set(layers)) < len(layers):
+        raise TraceError(f"{source}: layers {[layer + 1 for layer in layers]}, expected numbers from 1, once each")
+    target.renormalized = False
+    target.gaps.append(f"packed training text, cut into sequences of {SEQUENCE_TOKENS} tokens; nothing generated")
+    start = 0
+    for pieces in _together(files):
+        lengths = {len(ids) for ids, _ in pieces}
+        if len(lengths) > 1:
+            raise TraceError(f"{source}: the layers' files differ in their number of rows, from row {start} on")
+        ids_TLK = np.stack([ids for ids, _ in pieces], axis=1)
+        weights_TLK = np.stack([weights for _, weights in pieces], axis=1)
+        # Whole sequences: a batch begins where one does.
+        for first in range(0, len(ids_TLK), SEQUENCE_TOKENS):
+            part = slice(first, first + SEQUENCE_TOKENS)
+            problem_id = target.problem("flame-moe", str((start + first) // SEQUENCE_TOKENS))
+            where = f"{source}, rows {start + first}.."
+            target.add_arrays(problem_id, np.arange(len(ids_TLK[part])), layers, ids_TLK[part], weights_TLK[part], where)
+        start += len(ids_TLK)
+    _add_tokens(source, start, target)
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_dir():
+        return sorted(source.glob("layer_*.parquet"))
+    return [source] if source.suffix == ".parquet" and source.is_file() else []
+
+
+def _together(files: list[Path]) -> Iterator[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
+    """Expert ids and scores `[T, K]` of the same rows of every file."""
+    readers = [_pairs(path) for path in files]
+    while True:
+        pieces = [next(reader, None) for reader in readers]
+        if all(piece is None for piece in pieces):
+            return
+        nothing = (np.empty((0, 1), np.int32), np.empty((0, 1), np.float32))
+        yield [nothing if piece is None else piece for piece in pieces]
+
+
+def _pairs(path: Path) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    for batch in batches(path, ["scores", "indices"], BATCH_ROWS):
+        yield lists(batch.column("indices"), f"{path}: indices"), lists(batch.column("scores"), f"{path}: scores")
+
+
+def _add_tokens(source: Path, rows: int, target: Target) -> None:
+    folder = source if source.is_dir() else source.parent
+    samples = sorted((folder.parent.parent / "samples").glob("*.parquet"))
+    if not samples:
+        return
+    start = 0
+    for path in samples:
+        for batch in batches(path, ["token_id"], BATCH_ROWS):
+            column = batch.column("token_id")
+            if not pa.types.is_integer(column.type) or column.null_count:
+                raise TraceError(f"{path}: token_id is {column.type}, expected whole numbers")
+            vocab_ids_T = column.to_numpy()[: max(0, rows - start)]
+            at_T = np.arange(start, start + len(vocab_ids_T))
+            for sequence in np.unique(at_T // SEQUENCE_TOKENS).tolist():
+                mine_T = at_T // SEQUENCE_TOKENS == sequence
+                problem_id = target.problem("flame-moe", str(sequence))
+                target.add_tokens(problem_id, at_T[mine_T] % SEQUENCE_TOKENS, PREFILL, vocab_ids_T=vocab_ids_T[mine_T])
+            start += len(vocab_ids_T)
+
+
+def batches(path: Path, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """Columns of a Parquet file, so many rows at a time. Raises `TraceError` if one is absent or nothing can be decoded."""
+    try:
+        with pq.ParquetFile(path) as file:
+            absent = [name for name in columns if name not in file.schema_arrow.names]
+            if absent:
+                raise TraceError(f"{path} lacks the column {absent[0]!r}")
+            # What a stranger's footer promises of one row group is what decoding it may take.
+            largest = max((file.metadata.row_group(g).total_byte_size for g in range(file.num_row_groups)), default=0)
+            if largest > MAX_PIECE_BYTES:
+                raise TraceError(f"{path}: a row group of {largest:,} bytes, expected at most {MAX_PIECE_BYTES:,}")
+            yield from file.iter_batches(batch_size=rows, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
+
+
+def lists(column: pa.Array, what: str) -> npt.NDArray[Any]:
+    """A list column whose lists have one length as `[N, K]`. Raises `TraceError`, which names `what`, on anything else."""
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise TraceError(f"{what} is {kind}, expected lists")
+    values = column.flatten()
+    if column.null_count or values.null_count or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        raise TraceError(f"{what}: nulls, or entries that are no numbers")
+    lengths = column.value_lengths().to_numpy() if not pa.types.is_fixed_size_list(kind) else np.array([kind.list_size])
+    if not len(lengths) or lengths.min() != lengths.max() or not 1 <= lengths[0] <= MAX_TOP_K:
+        raise TraceError(f"{what}: lists of {lengths.min(initial=0)} to {lengths.max(initial=0)} entries, expected one length")
+    return np.asarray(values.to_numpy(zero_copy_only=False).reshape(-1, int(lengths[0])))

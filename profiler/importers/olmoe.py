@@ -1,0 +1,56 @@
+"""OLMoE's analysis: JSON lines of whole sequences, `input_ids` and `exp_ids` nested `[T][K][L]` (the layer last).
+
+{"input_ids": [510, 12], "exp_ids": [[[3, 60], [9, 1]], [[5, 2], [3, 8]]]}: token 0 goes to experts 3 and 9 at layer 0.
+
+From a single pass over text, without weights; experts come in the order of their logits. A sequence is a piece of concatenated
+documents (github.com/allenai/OLMoE, scripts/run_moe_analysis.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from profiler.errors import TraceError
+from profiler.importers.lines import head, objects
+from profiler.importers.target import Target
+from profiler.schema import PREFILL
+
+NAME = "olmoe"
+ABOUT = "OLMoE analysis JSON lines: input_ids, exp_ids[T][K][L]; no weights"
+
+
+def detect(source: Path) -> bool:
+    text = head(source)
+    return text.lstrip().startswith("{") and '"exp_ids"' in text
+
+
+def read(source: Path, target: Target) -> None:
+    target.gaps.append("prefill only: sequences of concatenated text, nothing generated")
+    for number, found in objects(source):
+        where = f"{source}, line {number}"
+        if "exp_ids" not in found:
+            raise TraceError(f"{where}: no 'exp_ids'")
+        ids_TLK = integers(found["exp_ids"], 3, f"{where}: exp_ids").transpose(0, 2, 1)
+        problem_id = target.problem("olmoe", str(number - 1))
+        positions_T = np.arange(len(ids_TLK))
+        target.add_arrays(problem_id, positions_T, list(range(ids_TLK.shape[1])), ids_TLK, None, where)
+        if "input_ids" in found:
+            vocab_ids_T = integers(found["input_ids"], 1, f"{where}: input_ids")
+            if len(vocab_ids_T) != len(ids_TLK):
+                raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids, but exp_ids of {len(ids_TLK)} tokens")
+            target.add_tokens(problem_id, positions_T, PREFILL, vocab_ids_T=vocab_ids_T)
+
+
+def integers(nested: object, dimensions: int, what: str) -> np.ndarray:
+    """Nested lists as an int32 array. Raises `TraceError`, which names `what`, if they are ragged, empty or no such numbers."""
+    try:
+        array = np.array(nested)
+    except ValueError as error:
+        raise TraceError(f"{what} has rows of different length") from error
+    if array.ndim != dimensions or not array.size or array.dtype.kind not in "iu":
+        raise TraceError(f"{what}: expected whole numbers, nested {dimensions} deep")
+    if array.min() < 0 or array.max() >= 2**31:
+        raise TraceError(f"{what}: a number below 0 or above 2^31")
+    return array.astype(np.int32)

@@ -1,0 +1,122 @@
+"""vLLM's `routed_experts`: integer arrays `[T, L, K]`, as `.npy`, as `.npz` (a sequence per array), or a folder of `.npy`.
+
+No weights. L is the number of decoder layers: dense ones are all zeros, or all -1. Positions from a prefix cache are -1. The
+last generated token has no row. Whether the prompt is included depends on the release and cannot be told from the array.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from profiler.capture_stream import first_line
+from profiler.errors import TraceError
+from profiler.importers.target import EMPTY, MAX_PIECE_BYTES, Target
+
+NAME = "routed-experts"
+ABOUT = "vLLM's routed_experts arrays [T, L, K]: .npy, .npz, or a folder of .npy; no weights"
+
+# Rows are handed on in slices of so many tokens.
+TOKENS = 8192
+# What numpy raises on files that it did not write.
+UNREADABLE = (ValueError, OSError, EOFError, SyntaxError, OverflowError, MemoryError, TypeError, KeyError)
+
+
+def detect(source: Path) -> bool:
+    return source.suffix in {".npy", ".npz"} or (source.is_dir() and any(source.glob("*.npy")))
+
+
+def read(source: Path, target: Target) -> None:
+    layers = _moe_layers(source)
+    if not layers:
+        raise TraceError(f"{source}: every layer is zeros or -1 throughout, as dense layers are")
+    target.gaps.append("layers are numbered as in the array; whether the prompt is included is not known")
+    for name, array_TLK in _arrays(source):
+        problem_id = target.problem("routed-experts", name)
+        for start in range(0, len(array_TLK), TOKENS):
+            piece_TLK = np.asarray(array_TLK[start : start + TOKENS, layers])
+            positions_T = np.arange(start, start + len(piece_TLK))
+            # A position from the cache has no expert at any layer.
+            there_T = ~(piece_TLK == EMPTY).all((1, 2))
+            where = f"{source}, {name}, tokens {start}..{start + len(piece_TLK) - 1}"
+            if there_T.any():
+                target.add_arrays(problem_id, positions_T[there_T], layers, piece_TLK[there_T].astype(np.int64), None, where)
+
+
+def _moe_layers(source: Path) -> list[int]:
+    """Layers that are not 0 or -1 throughout."""
+    layers: set[int] = set()
+    shapes = set()
+    for name, array_TLK in _arrays(source):
+        shapes.add(array_TLK.shape[1:])
+        if len(shapes) > 1:
+            raise TraceError(f"{source}, {name}: {array_TLK.shape[1:]} layers and experts, others have another number")
+        for start in range(0, len(array_TLK), TOKENS):
+            piece_TLK = np.asarray(array_TLK[start : start + TOKENS])
+            dense_TLK = (piece_TLK == 0) | (piece_TLK == EMPTY)
+            layers |= set(np.flatnonzero(~dense_TLK.all((0, 2))).tolist())
+    return sorted(layers)
+
+
+def _arrays(source: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Every array by name, mapped where that is possible. Raises `TraceError` on other shapes and types."""
+    files = sorted(source.glob("*.npy"), key=lambda path: (len(path.name), path.name)) if source.is_dir() else [source]
+    for path in files:
+        if path.suffix == ".npz":
+            yield from _zipped(path)
+        else:
+            try:
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except UNREADABLE as error:
+                raise TraceError(f"{path} is no array: {first_line(error)}") from error
+            yield path.stem, _checked(array, f"{path}")
+
+
+def _zipped(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                where = f"{path}, {entry.filename}"
+                if entry.file_size > MAX_PIECE_BYTES:
+                    raise TraceError(
+                        f"{where}: {entry.file_size:,} bytes, expected at most {MAX_PIECE_BYTES:,}; save it as .npy"
+                    )
+                with archive.open(entry) as file:
+                    # What the header promises is checked before numpy allocates it.
+                    form: Any = np.lib.format
+                    version = form.read_magic(file)
+                    read_header = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
+                    if version not in read_header:
+                        raise TraceError(f"{where}: .npy version {version}, expected 1.0 or 2.0")
+                    shape, fortran, kind = read_header[version](file)
+                    if kind.hasobject or kind.kind not in "iu" or len(shape) != 3:
+                        raise TraceError(f"{where}: {kind} of shape {shape}, expected whole numbers [T, L, K]")
+                    count = int(np.prod(shape, dtype=object))
+                    if count * kind.itemsize > min(entry.file_size, MAX_PIECE_BYTES):
+                        raise TraceError(f"{where}: shape {shape} does not fit into its {entry.file_size:,} bytes")
+                    data = np.frombuffer(file.read(count * kind.itemsize), dtype=kind)
+                array = data.reshape(shape, order="F" if fortran else "C")
+                yield entry.filename.removesuffix(".npy"), _checked(array, where)
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        OSError,
+        EOFError,
+        SyntaxError,
+        OverflowError,
+        NotImplementedError,
+        zlib.error,
+    ) as error:
+        raise TraceError(f"{path} is no archive of arrays: {first_line(error)}") from error
+
+
+def _checked(array: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
+    if array.ndim != 3 or array.dtype.kind not in "iu" or 0 in array.shape[1:]:
+        raise TraceError(f"{where}: {array.dtype} of shape {array.shape}, expected whole numbers [T, L, K]")
+    return array

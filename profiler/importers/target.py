@@ -1,0 +1,484 @@
+"""What every importer hands its rows to: it sorts, checks, counts what is missing, and writes the trace."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import ipc
+
+from profiler.capture_stream import RoutingWriter
+from profiler.errors import TraceError
+from profiler.reader import Trace
+from profiler.schema import (
+    MAX_EXPERTS,
+    MAX_TOP_K,
+    PROBLEMS_FILE,
+    PROBLEMS_SCHEMA,
+    TOKENS_FILE,
+    TOKENS_SCHEMA,
+    DatasetMetadata,
+    Metadata,
+    ModelMetadata,
+    RecordMetadata,
+)
+from profiler.sealing import run_folder, seal
+from profiler.writer import write_manifest, write_metadata, write_table
+
+EMPTY = -1
+"""An expert id of a slot without an expert, between importer and `Target`."""
+
+# Rows are sorted one bucket at a time; tokens of one problem may be spread over several, rows of one token are not.
+BUCKETS = 64
+TOKENS_PER_BUCKET_TURN = 4096
+BUCKETS_FOLDER = "rows"
+# A source that decodes to more in one piece is refused rather than swallowed.
+MAX_PIECE_BYTES = 512 << 20
+MAX_LINE_BYTES = 64 << 20
+MAX_LAYER = 32_767
+
+_ROWS_SCHEMA = pa.schema(
+    [
+        ("problem_id", pa.int32()),
+        ("token_id", pa.int32()),
+        ("layer", pa.int32()),
+        ("expert_ids", pa.list_(pa.int32())),
+        ("weights", pa.list_(pa.float32())),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """What a source does not say, or not all of what it has.
+
+    num_experts: experts per layer; None: the source's word, or the highest id plus one. layers: import only these.
+    drop_incomplete: leave out tokens that went to fewer than K experts, instead of recording empty slots.
+    command: for the metadata.
+    """
+
+    num_experts: int | None = None
+    layers: tuple[int, ...] | None = None
+    drop_incomplete: bool = False
+    command: tuple[str, ...] = ()
+
+
+@dataclass
+class Rows:
+    """N rows, each a (problem, token, layer) with its experts; arrays `[N]` and `[N, K]`.
+
+    expert_ids_NK: `EMPTY` where there is none. weights_NK: None if the source has none; NaN where it does not know one.
+    """
+
+    problem_ids_N: npt.NDArray[np.integer[Any]]
+    token_ids_N: npt.NDArray[np.integer[Any]]
+    layers_N: npt.NDArray[np.integer[Any]]
+    expert_ids_NK: npt.NDArray[np.integer[Any]]
+    weights_NK: npt.NDArray[np.floating[Any]] | None
+
+
+@dataclass
+class ProblemFacts:
+    """What a source knows of a problem besides its routing; None where it does not."""
+
+    dataset: str
+    source_key: str
+    further: dict[str, Any] = field(default_factory=dict)
+
+
+class Target:
+    """A trace in the making. Importers set `model_id` and the like, then call `add` and `add_tokens` as they read."""
+
+    def __init__(self, directory: Path, source: Path, format_name: str, options: ImportOptions) -> None:
+        self.directory = directory
+        self.source = source
+        self.options = options
+        self.model_id = "unknown"
+        self.architecture: str | None = None
+        self.num_experts: int | None = None
+        self.renormalized: bool | None = None
+        self.versions: dict[str, str] = {}
+        self.gaps: list[str] = []
+        self.problems: dict[int, ProblemFacts] = {}
+        self._format = format_name
+        self._ids: dict[tuple[str, ...], int] = {}
+        self._buckets: dict[int, Any] = {}
+        self._rows_of_layer: dict[int, int] = defaultdict(int)
+        self._most_experts = 0
+        self._fewest_experts = MAX_TOP_K + 1
+        self._highest = -1
+        self._weighted_rows = 0
+        self._rows = 0
+        self._unknown_weights = 0
+        self._tokens: list[dict[str, npt.NDArray[Any]]] = []
+        self._finished: Trace | None = None
+
+    def problem(self, dataset: str, *key: str) -> int:
+        """The number of the problem that the source calls so; new ones are numbered as they come."""
+        name = (dataset, *key)
+        if name not in self._ids:
+            self._ids[name] = len(self._ids)
+            self.problems[self._ids[name]] = ProblemFacts(dataset, "/".join(key))
+        return self._ids[name]
+
+    def add(self, rows: Rows, where: str) -> None:
+        """Take rows in any order. Raises `TraceError`, which names `where`, on numbers that no trace can hold."""
+        layers_N, ids_NK = rows.layers_N, rows.expert_ids_NK
+        if self.options.layers is not None:
+            keep_N = np.isin(layers_N, self.options.layers)
+            rows = Rows(
+                rows.problem_ids_N[keep_N],
+                rows.token_ids_N[keep_N],
+                layers_N[keep_N],
+                ids_NK[keep_N],
+                None if rows.weights_NK is None else rows.weights_NK[keep_N],
+            )
+            layers_N, ids_NK = rows.layers_N, rows.expert_ids_NK
+        if not len(layers_N):
+            return
+        limits = (
+            ("problem_id", rows.problem_ids_N, 0, 2**31 - 1),
+            ("token_id", rows.token_ids_N, 0, 2**31 - 3),
+            ("layer", layers_N, 0, MAX_LAYER),
+            ("expert id", ids_NK, EMPTY, MAX_EXPERTS - 1),
+        )
+        for name, values, lowest, highest in limits:
+            if values.size and not lowest <= values.min() <= values.max() <= highest:
+                raise TraceError(f"{where}: {name} {values.min()}..{values.max()}, expected {max(lowest, 0)}..{highest}")
+        if ids_NK.shape[1] > MAX_TOP_K:
+            raise TraceError(f"{where}: {ids_NK.shape[1]} experts per token, expected at most {MAX_TOP_K}")
+        present_NK = ids_NK != EMPTY
+        counts_N = present_NK.sum(1)
+        if rows.weights_NK is not None:
+            with np.errstate(invalid="ignore"):
+                bad_N = (present_NK & ((rows.weights_NK < 0) | np.isinf(rows.weights_NK) | (rows.weights_NK > 65_504))).any(1)
+            if bad_N.any():
+                at = int(np.flatnonzero(bad_N)[0])
+                raise TraceError(
+                    f"{where}: problem {rows.problem_ids_N[at]}, token {rows.token_ids_N[at]}, layer {layers_N[at]}: "
+                    "a weight that is negative, infinite, or above 65,504 (float16)"
+                )
+            self._weighted_rows += len(layers_N)
+            self._unknown_weights += int((present_NK & np.isnan(rows.weights_NK)).any(1).sum())
+        self._rows += len(layers_N)
+        for layer, count in zip(*np.unique(layers_N, return_counts=True), strict=True):
+            self._rows_of_layer[int(layer)] += int(count)
+        self._most_experts = max(self._most_experts, int(counts_N.max()))
+        self._fewest_experts = min(self._fewest_experts, int(counts_N.min()))
+        self._highest = max(self._highest, int(ids_NK.max(initial=-1)))
+        self._spill(rows, present_NK, counts_N)
+
+    def add_arrays(
+        self,
+        problem_id: int,
+        token_ids_T: npt.NDArray[np.integer[Any]],
+        layers: list[int],
+        expert_ids_TLK: npt.NDArray[np.integer[Any]],
+        weights_TLK: npt.NDArray[np.floating[Any]] | None,
+        where: str,
+    ) -> None:
+        """Take tokens of one problem that have all `layers`, as `[T, L, K]`."""
+        tokens, count, top_k = expert_ids_TLK.shape
+        self.add(
+            Rows(
+                np.full(tokens * count, problem_id),
+                np.repeat(token_ids_T, count),
+                np.tile(np.asarray(layers), tokens),
+                expert_ids_TLK.reshape(-1, top_k),
+                None if weights_TLK is None else weights_TLK.reshape(-1, top_k),
+            ),
+            where,
+        )
+
+    def add_tokens(
+        self,
+        problem_id: int,
+        token_ids_T: npt.NDArray[np.integer[Any]],
+        phase: str,
+        *,
+        vocab_ids_T: npt.NDArray[np.integer[Any]] | None = None,
+        texts_T: list[str | None] | None = None,
+    ) -> None:
+        """Take what is known of tokens of one problem: their vocabulary ids, or their text, and the phase of all."""
+        columns: dict[str, Any] = {
+            "problem_id": pa.array(np.full(len(token_ids_T), problem_id), pa.int32()),
+            "token_id": pa.array(np.asarray(token_ids_T), pa.int32()),
+            "vocab_id": pa.nulls(len(token_ids_T), pa.int32()) if vocab_ids_T is None else pa.array(vocab_ids_T, pa.int32()),
+            "phase": pa.DictionaryArray.from_arrays(np.zeros(len(token_ids_T), np.int8), [phase]).cast("string"),
+        }
+        if texts_T is not None:
+            columns["text"] = pa.array(texts_T, pa.string())
+        self._tokens.append(columns)
+
+    def is_finished(self, trace: Trace) -> None:
+        """For an importer that has written the whole trace itself."""
+        self._finished = trace
+
+    def finish(self) -> Trace:
+        """Sort what was taken and write the trace. Raises `TraceError` if nothing is left of it."""
+        if self._finished is not None:
+            return self._finished
+        if not self._rows:
+            asked = "" if self.options.layers is None else f" at layers {','.join(map(str, self.options.layers))}"
+            raise TraceError(f"{self.source}: no routing rows{asked}")
+        for bucket in self._buckets.values():
+            bucket.close()
+        model, record = self._model(), self._record()
+        kept = _Kept()
+        with RoutingWriter(run_folder(self.directory, 0), model, record) as writer:
+            for number in sorted(self._buckets):
+                self._assemble(self._bucket(number), model, record, writer, kept)
+        shutil.rmtree(self.directory / BUCKETS_FOLDER)
+        if not kept.tokens:
+            scarce = min(self._rows_of_layer, key=lambda layer: self._rows_of_layer[layer])
+            raise TraceError(
+                f"{self.source}: no token has rows at all of the layers {model.moe_layers}; layer {scarce} has the fewest "
+                f"({self._rows_of_layer[scarce]:,}); --layers chooses some"
+            )
+        record = record.model_copy(update={"empty_slots": kept.empty_slots})
+        missing = seal(self.directory, model, {p: last + 2 for p, last in kept.last_token.items()}, record=record)
+        self._write_tables(kept)
+        gaps = [*self.gaps, *kept.gaps(), *_holes(missing), *self._model_gaps(model)]
+        names = sorted({facts.dataset for facts in self.problems.values()})
+        datasets = [
+            DatasetMetadata(
+                name=name, problems=sum(self.problems[p].dataset == name for p in kept.last_token if p in self.problems)
+            )
+            for name in names
+        ]
+        write_metadata(
+            self.directory,
+            Metadata(
+                model=model,
+                record=record,
+                datasets=datasets,
+                engine="unknown",
+                versions=self.versions,
+                hook=f"imported from {self._format}",
+                gaps=gaps,
+                command=list(self.options.command),
+            ),
+        )
+        write_manifest(self.directory)
+        return Trace.open(self.directory)
+
+    def _spill(self, rows: Rows, present_NK: npt.NDArray[np.bool_], counts_N: npt.NDArray[np.integer[Any]]) -> None:
+        """Append the rows to the buckets of their tokens."""
+        offsets = np.concatenate([[0], np.cumsum(counts_N)]).astype(np.int32)
+        weights = np.ones(present_NK.sum()) if rows.weights_NK is None else rows.weights_NK[present_NK]
+        batch = pa.RecordBatch.from_arrays(
+            [
+                pa.array(rows.problem_ids_N.astype(np.int32)),
+                pa.array(rows.token_ids_N.astype(np.int32)),
+                pa.array(rows.layers_N.astype(np.int32)),
+                pa.ListArray.from_arrays(offsets, rows.expert_ids_NK[present_NK].astype(np.int32)),
+                pa.ListArray.from_arrays(offsets, weights.astype(np.float32)),
+            ],
+            schema=_ROWS_SCHEMA,
+        )
+        turn_N = rows.problem_ids_N.astype(np.int64) * 31 + rows.token_ids_N // TOKENS_PER_BUCKET_TURN
+        bucket_N = turn_N % BUCKETS
+        for number in np.unique(bucket_N).tolist():
+            if number not in self._buckets:
+                (self.directory / BUCKETS_FOLDER).mkdir(exist_ok=True)
+                path = self.directory / BUCKETS_FOLDER / f"{number:03d}.arrows"
+                self._buckets[number] = ipc.new_stream(pa.OSFile(str(path), "wb"), _ROWS_SCHEMA)
+            mine_N = bucket_N == number
+            self._buckets[number].write_batch(batch if mine_N.all() else batch.take(pa.array(np.flatnonzero(mine_N))))
+
+    def _bucket(self, number: int) -> pa.Table:
+        with pa.OSFile(str(self.directory / BUCKETS_FOLDER / f"{number:03d}.arrows")) as file:
+            return ipc.open_stream(file).read_all().combine_chunks()
+
+    def _assemble(
+        self, table: pa.Table, model: ModelMetadata, record: RecordMetadata, writer: RoutingWriter, kept: _Kept
+    ) -> None:
+        """Write the tokens of a bucket that have one row at every layer."""
+        layers_L = np.array(model.moe_layers)
+        problem_N, token_N, layer_N = (table.column(name).to_numpy() for name in ("problem_id", "token_id", "layer"))
+        ids_NK, weights_NK = _padded(table, model.top_k)
+        order_N = np.lexsort((layer_N, token_N, problem_N))
+        key_N = (problem_N.astype(np.int64) << 32 | token_N)[order_N]
+        layer_N, ids_NK, weights_NK = layer_N[order_N], ids_NK[order_N], weights_NK[order_N]
+        again_N = np.zeros(len(key_N), dtype=np.bool_)
+        again_N[1:] = (key_N[1:] == key_N[:-1]) & (layer_N[1:] == layer_N[:-1])
+        if again_N.any():
+            # A row that was written twice counts once; two that contradict each other leave nothing to choose.
+            same_N = np.zeros_like(again_N)
+            same_N[1:] = (ids_NK[1:] == ids_NK[:-1]).all(1) & _equal(weights_NK[1:], weights_NK[:-1]).all(1)
+            contradicted = np.unique(key_N[again_N & ~same_N])
+            kept.contradicted += len(contradicted)
+            keep_N = ~again_N & ~np.isin(key_N, contradicted)
+            key_N, layer_N, ids_NK, weights_NK = key_N[keep_N], layer_N[keep_N], ids_NK[keep_N], weights_NK[keep_N]
+        keys_T, first_T, counts_T = np.unique(key_N, return_index=True, return_counts=True)
+        whole_T = counts_T == len(layers_L)
+        kept.count_incomplete(keys_T[~whole_T])
+        rows_TL = first_T[whole_T][:, None] + np.arange(len(layers_L))
+        keys_T = keys_T[whole_T]
+        ids_TLK, weights_TLK = ids_NK[rows_TL], weights_NK[rows_TL]
+        empty_TLK = ids_TLK == EMPTY
+        repeated_T = _repeats(ids_TLK).any(1)
+        kept.repeated += int(repeated_T.sum())
+        leave_T = repeated_T
+        if record.weights and self._unknown_weights:
+            unknown_T = (np.isnan(weights_TLK) & ~empty_TLK).any((1, 2)) & ~leave_T
+            kept.unknown_weights += int(unknown_T.sum())
+            leave_T = leave_T | unknown_T
+        if self.options.drop_incomplete:
+            short_T = empty_TLK.any((1, 2)) & ~leave_T
+            kept.short += int(short_T.sum())
+            leave_T = leave_T | short_T
+        keys_T, ids_TLK, weights_TLK, empty_TLK = (array[~leave_T] for array in (keys_T, ids_TLK, weights_TLK, empty_TLK))
+        if not len(keys_T):
+            return
+        kept.empty_slots += int(empty_TLK.sum())
+        kept.count(keys_T)
+        ids_TLK = np.where(empty_TLK, model.num_experts, ids_TLK)
+        weights = np.where(empty_TLK, 0, weights_TLK).astype(np.float16) if record.weights else None
+        writer.add((keys_T >> 32).astype(np.int32), (keys_T & 0xFFFFFFFF).astype(np.int32), ids_TLK, weights)
+
+    def _model(self) -> ModelMetadata:
+        highest = self._highest
+        known = self.options.num_experts or self.num_experts
+        if highest < 0:
+            raise TraceError(f"{self.source}: no expert in any row")
+        if known is not None and not highest < known <= MAX_EXPERTS:
+            raise TraceError(f"{self.source}: expert id {highest}, expected below the number of experts, {known}")
+        num_experts = known or highest + 1
+        if self._most_experts > num_experts:
+            raise TraceError(f"{self.source}: {self._most_experts} experts per token, but ids only up to {highest}")
+        return ModelMetadata(
+            id=self.model_id,
+            architecture=self.architecture,
+            moe_layers=sorted(self._rows_of_layer),
+            num_experts=num_experts,
+            top_k=self._most_experts,
+            renormalized=self.renormalized,
+        )
+
+    def _model_gaps(self, model: ModelMetadata) -> list[str]:
+        gaps = []
+        if self.options.num_experts is None and self.num_experts is None:
+            gaps.append("num_experts was inferred from the highest expert id")
+        if self.options.layers is not None:
+            gaps.append(f"only layers {','.join(map(str, model.moe_layers))} were imported")
+        if not self._tokens:
+            gaps.append("no prompts, outputs or vocabulary ids")
+        return gaps
+
+    def _record(self) -> RecordMetadata:
+        if 0 < self._weighted_rows < self._rows:
+            raise TraceError(f"{self.source}: {self._rows - self._weighted_rows:,} rows without weights, the others with them")
+        known = self._weighted_rows > 0 and self._unknown_weights < self._rows
+        if self._weighted_rows and not known:
+            self.gaps.append("the source knows no weight")
+        # For now: the number of slots is known when the rows are assembled.
+        varies = self._fewest_experts < self._most_experts and not self.options.drop_incomplete
+        return RecordMetadata(weights=known, empty_slots=int(varies))
+
+    def _write_tables(self, kept: _Kept) -> None:
+        if self._tokens:
+            texts = any("text" in columns for columns in self._tokens)
+            names = [*TOKENS_SCHEMA.names, *(["text"] if texts else [])]
+            schema = pa.schema([*TOKENS_SCHEMA, *([("text", pa.string())] if texts else [])])
+            pieces = [
+                pa.table({name: c.get(name, pa.nulls(len(c["token_id"]), pa.string())) for name in names}) for c in self._tokens
+            ]
+            table = pa.concat_tables(pieces).cast(schema).sort_by([("problem_id", "ascending"), ("token_id", "ascending")])
+            write_table(self.directory / TOKENS_FILE, table.unify_dictionaries())
+        if self.problems:
+            known = sorted(self.problems.keys() & kept.last_token.keys())
+            further = sorted({name for p in known for name in self.problems[p].further} - set(PROBLEMS_SCHEMA.names))
+            names = [*PROBLEMS_SCHEMA.names, *further]
+            columns: dict[str, list[Any]] = {name: [self.problems[p].further.get(name) for p in known] for name in names}
+            columns["problem_id"] = known
+            columns["dataset"] = [self.problems[p].dataset for p in known]
+            columns["source_key"] = [self.problems[p].source_key for p in known]
+            arrays = {
+                name: pa.array(values, PROBLEMS_SCHEMA.field(name).type if name in PROBLEMS_SCHEMA.names else None)
+                for name, values in columns.items()
+            }
+            write_table(self.directory / PROBLEMS_FILE, pa.table(arrays))
+
+
+@dataclass
+class _Kept:
+    """What became of the tokens."""
+
+    tokens: int = 0
+    last_token: dict[int, int] = field(default_factory=dict)
+    incomplete: int = 0
+    incomplete_problems: set[int] = field(default_factory=set)
+    contradicted: int = 0
+    repeated: int = 0
+    unknown_weights: int = 0
+    short: int = 0
+    empty_slots: int = 0
+
+    def count(self, keys_T: npt.NDArray[np.int64]) -> None:
+        self.tokens += len(keys_T)
+        problems_T = keys_T >> 32
+        # Keys ascend: the last of a problem is its highest position.
+        last_T = np.append(np.diff(problems_T) > 0, True)
+        for problem, token in zip(problems_T[last_T].tolist(), (keys_T[last_T] & 0xFFFFFFFF).tolist(), strict=True):
+            self.last_token[problem] = max(self.last_token.get(problem, -1), token)
+
+    def count_incomplete(self, keys: npt.NDArray[np.int64]) -> None:
+        self.incomplete += len(keys)
+        self.incomplete_problems |= set(np.unique(keys >> 32).tolist())
+
+    def gaps(self) -> list[str]:
+        left_out = self.incomplete + self.contradicted + self.repeated + self.unknown_weights + self.short
+        of = f"of {self.tokens + left_out:,} tokens"
+        reasons = [
+            (self.incomplete, f"lacked rows at some layer and were dropped, in {len(self.incomplete_problems):,} problems"),
+            (self.contradicted, "had two different rows at a layer and were dropped"),
+            (self.repeated, "named an expert twice at a layer and were dropped"),
+            (self.unknown_weights, "had an unknown weight and were dropped"),
+            (self.short, "went to fewer than K experts and were dropped"),
+        ]
+        return [f"{count:,} {of} {reason}" for count, reason in reasons if count]
+
+
+def _holes(missing: dict[int, list[int]]) -> list[str]:
+    """Positions without rows: the beginnings of problems (prompts that were not recorded), and others."""
+    beginnings = {p: sum(at == n for n, at in enumerate(holes)) for p, holes in missing.items()}
+    late = sum(count > 0 for count in beginnings.values())
+    others = {p: len(holes) - beginnings[p] for p, holes in missing.items() if len(holes) > beginnings[p]}
+    gaps = []
+    if late:
+        gaps.append(
+            f"{late:,} problems begin after position 0, {sum(beginnings.values()):,} positions in: no prefill, or not all"
+        )
+    if others:
+        gaps.append(f"{sum(others.values()):,} further positions of {len(others):,} problems have no rows")
+    return gaps
+
+
+def _padded(table: pa.Table, top_k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """The lists as `[N, K]`, with `EMPTY` and NaN behind shorter ones."""
+    ids, weights = (table.column(name).combine_chunks() for name in ("expert_ids", "weights"))
+    if isinstance(ids, pa.ChunkedArray):
+        ids, weights = pa.concat_arrays(ids.chunks), pa.concat_arrays(weights.chunks)
+    counts_N = np.diff(ids.offsets.to_numpy())
+    ids_NK = np.full((len(counts_N), top_k), EMPTY, dtype=np.int32)
+    weights_NK = np.full((len(counts_N), top_k), np.nan, dtype=np.float32)
+    there_NK = np.arange(top_k) < counts_N[:, None]
+    ids_NK[there_NK] = ids.flatten().to_numpy()
+    weights_NK[there_NK] = weights.flatten().to_numpy(zero_copy_only=False)
+    return ids_NK, weights_NK
+
+
+def _equal(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    return np.asarray((first == second) | (np.isnan(first) & np.isnan(second)))
+
+
+def _repeats(ids_TLK: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    ordered = np.sort(ids_TLK, axis=-1)
+    return np.asarray(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != EMPTY)).any(-1))
