@@ -120,12 +120,20 @@ class Trace:
 
     @property
     def has_problems(self) -> bool:
-        """Whether prompts are known; a trace converted from bare routing rows has neither problems nor tokens."""
+        """Whether problems have names at all; a trace converted from bare routing rows has no such table."""
         return (self.path / PROBLEMS_FILE).is_file()
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether vocabulary ids, or at least phases, are known."""
+        return (self.path / TOKENS_FILE).is_file()
 
     @cached_property
     def problems(self) -> pa.Table:
-        """`problems.parquet`, sorted by problem_id; columns as in `profiler.schema.PROBLEMS_SCHEMA`."""
+        """`problems.parquet`, sorted by problem_id; columns as in `profiler.schema.PROBLEMS_SCHEMA`, and further ones.
+
+        What a converted trace does not know, such as the prompt, is null.
+        """
         return _read_table(self.path / PROBLEMS_FILE, PROBLEMS_SCHEMA)
 
     @cached_property

@@ -144,6 +144,8 @@ def print_evaluation(document: dict[str, Any]) -> None:
         f"{what}: {document['problems']} problems, {document['tokens']:,} tokens; {document['part']} part of a split "
         f"{document['split']}. In brackets: 95 % interval over problems."
     )
+    for caveat in document["caveats"]:
+        typer.echo(f"Note: {caveat}")
 
 
 @app.command()

@@ -60,6 +60,7 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0) -> di
         "problems": routes.num_problems,
         "tokens": len(routes),
         "definitions": DEFINITIONS,
+        "caveats": trace.caveats(),
         "chance": by_chance,
         "results": {evaluation.name: {"metrics": evaluation.metrics, **evaluation.details} for evaluation in evaluations},
     }
@@ -72,7 +73,7 @@ def _check_split(run: Run, trace: Trace) -> None:
             f"{run.path} was trained on a split by {run.split}, and {trace.path} can only be split by {split_key(trace)}: "
             "training problems could not be told apart"
         )
-    if run.split == "problem id" and manifest_sha256(trace) != run.trace_sha256:
+    if run.split in {"problem id", "source key"} and manifest_sha256(trace) != run.trace_sha256:
         raise TraceError(f"{trace.path} has no prompts and is not the trace that {run.path} was trained on: expected that one")
 
 

@@ -17,6 +17,8 @@ PARTS = ("train", "validation", "test")
 # Shares of the hash space in percent. A problem's side depends on its prompt alone, so it never changes when a trace grows.
 _UP_TO = {"train": 70, "validation": 80, "test": 100}
 UNKNOWN_TOKEN = -1
+# Columns in which a converted trace may have a hash of a prompt that it does not have.
+PROMPT_HASHES = ("prompt_sha256", "prompt_md5")
 
 
 class EmptyPartError(TraceError):
@@ -57,8 +59,17 @@ def part_of(prompt: str) -> str:
 
 
 def split_key(trace: Trace) -> str:
-    """What decides a problem's side: its prompt, or, in a trace without prompts, only its number in that trace."""
-    return "prompt" if trace.has_problems else "problem id"
+    """What decides a problem's side: its prompt, the source's hash of it, or, failing both, a name that only this trace gives.
+
+    "prompt", "prompt_sha256", "prompt_md5", "source key" or "problem id"; the last two mean nothing in another trace.
+    """
+    if not trace.has_problems:
+        return "problem id"
+    problems = trace.problems
+    if not problems.column("prompt").null_count:
+        return "prompt"
+    known = (name for name in PROMPT_HASHES if name in problems.column_names and not problems.column(name).null_count)
+    return next(known, "source key")
 
 
 def load_routes(trace: Trace, part: str) -> Routes:
@@ -121,30 +132,28 @@ def equal_weights(chunk: RoutingChunk) -> npt.NDArray[np.float16]:
 
 
 def _problems_of_part(trace: Trace, part: str) -> npt.NDArray[np.int32]:
-    if trace.has_problems:
-        columns = trace.problems.select(["problem_id", "prompt", "source_key"]).to_pydict()
-        # Where the prompt's text is not known, the source's own key stands for it (a hash of the prompt, at best).
-        prompts = {
-            problem_id: key if prompt is None else prompt
-            for problem_id, prompt, key in zip(columns["problem_id"], columns["prompt"], columns["source_key"], strict=True)
-        }
+    by = split_key(trace)
+    if by == "problem id":
+        keys = {int(i): f"problem {i}" for chunk in trace.chunks() for i in np.unique(chunk.problem_ids_T)}
     else:
-        prompts = {int(i): f"problem {i}" for chunk in trace.chunks() for i in np.unique(chunk.problem_ids_T)}
-    chosen = [problem_id for problem_id, prompt in prompts.items() if part in {"all", part_of(prompt)}]
+        names = ["dataset", "source_key"] if by == "source key" else [by]
+        rows = trace.problems.select(["problem_id", *names]).to_pylist()
+        keys = {row["problem_id"]: "/".join(str(row[name]) for name in names) for row in rows}
+    chosen = [problem_id for problem_id, key in keys.items() if part in {"all", part_of(key)}]
     return np.array(sorted(chosen), dtype=np.int32)
 
 
 def _token_facts(
     trace: Trace,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.bool_]] | tuple[None, None, None]:
-    if not trace.has_problems:
+    if not trace.has_tokens:
         return None, None, None
     tokens = trace.tokens
     keys = _keys(tokens.column("problem_id").to_numpy(), tokens.column("token_id").to_numpy())
     if (np.diff(keys) <= 0).any():
         raise TraceError(f"{trace.path}: tokens.parquet is not sorted by (problem_id, token_id)")
     phase = tokens.column("phase").cast("string").to_numpy(zero_copy_only=False)
-    return keys, tokens.column("vocab_id").to_numpy(), phase == DECODE
+    return keys, tokens.column("vocab_id").fill_null(UNKNOWN_TOKEN).to_numpy(), phase == DECODE
 
 
 def _keys(problem_ids: npt.NDArray[Any], token_ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
