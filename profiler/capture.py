@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from profiler.capture_stream import ROUTING_STREAM
 from profiler.errors import EngineError, TraceError
@@ -98,6 +98,10 @@ def keep_compiled_code_apart() -> None:
     os.environ.setdefault("VLLM_CACHE_ROOT", str(cache))
 
 
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+"""A number that fits the tables' int32."""
+
+
 @dataclass(frozen=True)
 class CapturedRequest:
     """A request as the engine's worker saw it.
@@ -105,11 +109,13 @@ class CapturedRequest:
     number: what its rows have as problem id. label: what the client gave as problem id. cached_tokens: from the prefix cache.
     """
 
-    number: int
+    number: Count
     request_id: str
     label: int | str | None
-    prompt_token_ids: list[int]
-    cached_tokens: int
+    prompt_token_ids: list[Count]
+    cached_tokens: Count
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def to_json(self) -> str:
         """One line of `requests.jsonl`."""
@@ -117,24 +123,26 @@ class CapturedRequest:
 
 
 def read_requests(run: Path) -> list[CapturedRequest]:
-    """The requests of a run's folder, in the order in which they started."""
-    return [CapturedRequest(**record) for record in _records(run / REQUESTS_FILE, CapturedRequest)]
+    """The requests of a run's folder, in the order in which they started. Raises `TraceError` on a line that is none."""
+    return _records(run / REQUESTS_FILE, CapturedRequest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletedProblem:
     """A problem that a run finished, with all that its tables say: one line of `completions.jsonl`."""
 
-    problem_id: int
+    problem_id: Count
     dataset: str
     source_key: str
     prompt: str
-    prompt_token_ids: list[int]
-    truncated_tokens: int
+    prompt_token_ids: list[Count]
+    truncated_tokens: Count
     output: str
-    output_token_ids: list[int]
-    cached_tokens: int
+    output_token_ids: list[Count]
+    cached_tokens: Count
     finish_reason: str
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def to_json(self) -> str:
         """One line of `completions.jsonl`."""
@@ -142,26 +150,30 @@ class CompletedProblem:
 
 
 def read_completions(run: Path) -> list[CompletedProblem]:
-    """What a run finished, in that order. Lines that are no such record are an error."""
-    return [CompletedProblem(**record) for record in _records(run / COMPLETIONS_FILE, CompletedProblem)]
+    """What a run finished, in that order. Raises `TraceError` on a line that is no such record."""
+    return _records(run / COMPLETIONS_FILE, CompletedProblem)
 
 
-def _records(path: Path, kind: type[CapturedRequest | CompletedProblem]) -> Iterator[dict[str, Any]]:
-    """JSON lines with exactly the fields of `kind`; a last line without its end was cut off by a kill and is left out."""
+_Record = TypeVar("_Record")
+
+
+def _records(path: Path, kind: type[_Record]) -> list[_Record]:
+    """JSON lines as `kind`; a last line without its end was cut off by a kill and is left out."""
     if not path.is_file():
-        return
-    names = {field.name for field in fields(kind)}
-    with path.open(encoding="utf-8", errors="replace") as lines:
+        return []
+    adapter = TypeAdapter(kind)
+    records = []
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.endswith("\n"):
-                return
+            if not line.endswith(b"\n"):
+                break
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict) or record.keys() != names:
-                raise TraceError(f"{path}, line {number}: expected an object with {', '.join(sorted(names))}")
-            yield record
+                records.append(adapter.validate_json(line, strict=True))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                raise TraceError(f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}") from error
+    return records
 
 
 @dataclass(frozen=True, kw_only=True)

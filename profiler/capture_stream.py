@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import ipc
 
-from profiler.errors import TraceError
+from profiler.errors import UNREADABLE, TraceError
 from profiler.pairs import check_ids, check_weights
 from profiler.schema import MAX_HIDDEN_SIZE, MAX_TOP_K, ModelMetadata, RecordMetadata, expert_dtype
 
@@ -214,7 +214,7 @@ def read_index(path: Path) -> CaptureIndex | None:
     with pa.memory_map(str(path)) as file:
         try:
             schema = ipc.read_schema(file)
-        except (pa.ArrowException, OSError, EOFError):
+        except UNREADABLE:
             # Killed before the first block.
             return None
         try:
@@ -226,6 +226,9 @@ def read_index(path: Path) -> CaptureIndex | None:
             batch = _read_block(file, schema)
             if batch is None:
                 break
+            for keys in (batch.column(0), batch.column(1)):
+                if keys.to_numpy().min() < 0:
+                    raise TraceError(f"{path}, at byte {offset}: negative problem_id or token_id")
             offsets.append(offset)
             # Copies: the file is not to stay mapped.
             problems.append(batch.column(0).to_numpy().copy())
@@ -263,7 +266,8 @@ def gather(
             if batch is None:
                 raise TraceError(f"{index.path}: shorter than a moment ago")
             for name, values in into.items():
-                raw = np.frombuffer(batch.column(name).buffers()[1], dtype=np.void(index.form.row_bytes(name)).dtype)
+                kind = np.void(index.form.row_bytes(name)).dtype
+                raw = np.frombuffer(batch.column(name).buffers()[1], dtype=kind, count=batch.num_rows)
                 values.reshape(len(values), -1).view(raw.dtype)[at[here], 0] = raw[row_T[here]]
 
 
@@ -272,7 +276,7 @@ def _read_block(file: pa.MemoryMappedFile, schema: pa.Schema) -> pa.RecordBatch 
     try:
         batch = ipc.read_record_batch(ipc.read_message(file), schema)
         batch.validate(full=True)
-    except (pa.ArrowException, OSError, EOFError):
+    except UNREADABLE:
         return None
     torn = any(column.null_count or column.offset for column in batch.columns)
     return None if torn or batch.num_rows == 0 else batch

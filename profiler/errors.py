@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+
+# What reading a file of an unknown writer can raise in libraries: broken content, names that are no text, sizes beyond limits.
+UNREADABLE = (
+    pa.ArrowException,
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 class SpecmoeError(Exception):
     """Base class; the command line prints the text and exits with 1."""

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from profiler.capture_stream import ROUTING_STREAM, first_line, read_index
-from profiler.errors import TraceError
+from profiler.errors import UNREADABLE, TraceError
 from profiler.pairs import INFINITY_BITS, has_repeats
 from profiler.schema import (
     CAPTURE_FOLDER,
@@ -177,10 +177,7 @@ class Trace:
         Raises `TraceError` if the trace has none of it.
         """
         pieces = []
-        for path, file, group in self._groups():
-            statistics = file.metadata.row_group(group).column(0).statistics
-            if statistics is not None and statistics.has_min_max and not statistics.min <= problem_id <= statistics.max:
-                continue
+        for path, file, group in self._groups(problem_id):
             chunk = self._decode(_read_row_group(file, group, path), path, group)
             first, end = np.searchsorted(chunk.problem_ids_T, [problem_id, problem_id + 1])
             if first < end:
@@ -225,18 +222,16 @@ class Trace:
         """
         tables = []
         for path in sorted((self.path / folder).glob("part-*.parquet")):
-            file = _open_parquet(path)
-            names = file.schema_arrow.names
-            if len(names) != 4 or not _same_columns(file.schema_arrow, _values_schema(file.schema_arrow, path)):
-                raise TraceError(f"{path}: columns {names}, expected problem_id, layer, token_id and one list of float16")
-            for group in range(file.metadata.num_row_groups):
-                statistics = file.metadata.row_group(group).column(0).statistics
-                if statistics is not None and statistics.has_min_max and not statistics.min <= problem_id <= statistics.max:
-                    continue
-                table = _read_row_group(file, group, path)
-                if any(column.null_count for column in [*table.columns, *_entries(table.column(3))]):
-                    raise TraceError(f"{path}, row group {group}: nulls, expected none")
-                tables.append(table.filter(pc.equal(table.column("problem_id"), problem_id)))
+            with _open_parquet(path) as file:
+                names = file.schema_arrow.names
+                if len(names) != 4 or not _same_columns(file.schema_arrow, _values_schema(file.schema_arrow, path)):
+                    raise TraceError(f"{path}: columns {names}, expected problem_id, layer, token_id and one list of float16")
+                for group, (first, last) in enumerate(_problems_of_groups(file, path)):
+                    if first <= problem_id <= last:
+                        table = _read_row_group(file, group, path)
+                        if any(column.null_count for column in [*table.columns, *_entries(table.column(3))]):
+                            raise TraceError(f"{path}, row group {group}: nulls, expected none")
+                        tables.append(table.filter(pc.equal(table.column("problem_id"), problem_id)))
         if not sum(table.num_rows for table in tables):
             raise TraceError(f"{self.path}: no {folder} of problem {problem_id}")
         whole = pa.concat_tables(tables)
@@ -262,18 +257,28 @@ class Trace:
         outputs = f" and the outputs of {finished} problems" if finished else ""
         return f"; {tokens:,} tokens{outputs} wait in {CAPTURE_FOLDER}/: 'specmoe collect --resume' goes on"
 
-    def _groups(self) -> Iterator[tuple[Path, pq.ParquetFile, int]]:
-        """Every row group of the routing, after a look at its file's columns."""
+    def _groups(self, problem_id: int | None = None) -> Iterator[tuple[Path, pq.ParquetFile, int]]:
+        """Every row group of the routing, or those that may have a problem, after a look at its file's columns."""
         model, record = self.metadata.model, self.metadata.record
         expected = routing_schema(model.num_experts, model.top_k, weights=record.weights)
         for path in self.routing_files:
             with _open_parquet(path) as file:
                 if not _same_columns(file.schema_arrow, expected):
-                    raise TraceError(
-                        f"{path}: columns {file.schema_arrow.names} of other names or types than the metadata says"
-                    )
-                for group in range(file.metadata.num_row_groups):
+                    names = file.schema_arrow.names
+                    raise TraceError(f"{path}: columns {names} of other names or types than the metadata says")
+                if problem_id is not None and path not in self._problems_of_files:
+                    self._problems_of_files[path] = _problems_of_groups(file, path)
+                for group in range(file.num_row_groups):
+                    if problem_id is not None:
+                        first, last = self._problems_of_files[path][group]
+                        if not first <= problem_id <= last:
+                            continue
                     yield path, file, group
+
+    @cached_property
+    def _problems_of_files(self) -> dict[Path, list[tuple[int, int]]]:
+        """First and last problem of each row group, of the files that were looked into so far."""
+        return {}
 
     def _decode(self, table: pa.Table, path: Path, group: int) -> RoutingChunk:
         model, record = self.metadata.model, self.metadata.record
@@ -422,7 +427,7 @@ def _rows(path: Path) -> int | None:
     """Rows by the file's own footer; None if it is not readable."""
     try:
         return int(pq.read_metadata(path).num_rows)
-    except (pa.ArrowException, OSError):
+    except UNREADABLE:
         return None
 
 
@@ -439,21 +444,39 @@ def _read_document(path: Path, kind: type[_DocumentType]) -> _DocumentType:
 
 def _open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, **options)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(path, **options)
+        # Names that are no text are found out when they are asked for.
+        _ = file.schema_arrow.names, file.num_row_groups
+        return file
+    except UNREADABLE as error:
         raise TraceError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
-def _read_row_group(file: pq.ParquetFile, group: int, path: Path) -> pa.Table:
+def _problems_of_groups(file: pq.ParquetFile, path: Path) -> list[tuple[int, int]]:
+    """First and last problem of each row group, from the column itself.
+
+    Not from the column's statistics: pyarrow 26 ends the process on those of a broken file.
+    """
+    found = []
+    for group in range(file.num_row_groups):
+        ids = _read_row_group(file, group, path, ["problem_id"]).column(0)
+        found.append((ids[0].as_py() or 0, ids[-1].as_py() or 0) if len(ids) else (0, -1))
+    return found
+
+
+def _read_row_group(file: pq.ParquetFile, group: int, path: Path, columns: list[str] | None = None) -> pa.Table:
     rows = file.metadata.row_group(group).num_rows
     if rows * sum(_row_bytes(field.type) for field in file.schema_arrow) > MAX_GROUP_BYTES:
-        raise TraceError(
-            f"{path}, row group {group}: {rows:,} rows take more than {MAX_GROUP_BYTES >> 20} MiB; split the group"
-        )
+        raise TraceError(f"{path}, row group {group}: {rows:,} rows are larger than {MAX_GROUP_BYTES >> 20} MiB")
     try:
-        return file.read_row_group(group)
-    except (pa.ArrowException, OSError) as error:
+        table = file.read_row_group(group, columns=columns)
+        # A broken page can decode to other lengths than it promised.
+        table.validate()
+    except UNREADABLE as error:
         raise TraceError(f"{path}, row group {group}: cannot be decoded: {first_line(error)}") from error
+    if table.num_rows != rows:
+        raise TraceError(f"{path}, row group {group}: {table.num_rows:,} rows, expected {rows:,}")
+    return table
 
 
 def _row_bytes(kind: pa.DataType) -> int:
@@ -485,7 +508,7 @@ def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
             if sum(_text_bytes(table.column(name)) for name in text if name in wanted.names) > MAX_TABLE_BYTES:
                 raise TraceError(f"{path}: its text takes more than {MAX_TABLE_BYTES >> 20} MiB")
             table = table.cast(wanted)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
     for name in schema.names:
         if name in REQUIRED_COLUMNS and table.column(name).null_count:

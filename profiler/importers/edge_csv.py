@@ -18,7 +18,7 @@ import pyarrow as pa
 from pyarrow import csv as pa_csv
 
 from profiler.capture_stream import first_line
-from profiler.errors import TraceError
+from profiler.errors import UNREADABLE, TraceError
 from profiler.importers.lines import head
 from profiler.importers.target import EMPTY, Rows, Target
 from profiler.schema import DECODE, MAX_TOP_K, PREFILL
@@ -101,7 +101,7 @@ def _blocks(source: Path, skipped: int) -> Iterator[tuple[str, pa.Table]]:
                     raise TraceError(f"{where}: an empty field")
                 if batch.num_rows:
                     yield where, pa.Table.from_batches([batch.select(names)])
-    except pa.ArrowException as error:
+    except UNREADABLE as error:
         raise TraceError(f"{source}, after row {row - 1}: {first_line(error)}") from error
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from profiler.capture_stream import first_line
-from profiler.errors import TraceError
+from profiler.errors import UNREADABLE, TraceError
 from profiler.importers.target import MAX_PIECE_BYTES, Target
 from profiler.schema import MAX_TOP_K, PREFILL
 
@@ -36,7 +36,7 @@ def detect(source: Path) -> bool:
         return False
     try:
         return {"scores", "indices"} <= set(pq.read_schema(files[0]).names)
-    except (pa.ArrowException, OSError):
+    except UNREADABLE:
         return False
 
 
@@ -127,7 +127,7 @@ def batches(path: Path, columns: list[str], rows: int) -> Iterator[pa.RecordBatc
             if largest > MAX_PIECE_BYTES:
                 raise TraceError(f"{path}: a row group of {largest:,} bytes, expected at most {MAX_PIECE_BYTES:,}")
             yield from file.iter_batches(batch_size=rows, columns=columns)
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
 
 

@@ -32,7 +32,7 @@ def read(source: Path, target: Target) -> None:
         folder = run_folder(target.directory, run)
         completions = {completion.problem_id: completion for completion in read_completions(folder)}
         for request in read_requests(folder):
-            if not isinstance(request.label, int):
+            if not isinstance(request.label, int) or not 0 <= request.label < 2**31:
                 continue
             completion = completions.get(request.label)
             if completion is not None:

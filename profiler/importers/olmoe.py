@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from profiler.errors import TraceError
-from profiler.importers.lines import head, objects
+from profiler.importers.lines import head, json_lines
 from profiler.importers.target import Target
 from profiler.schema import PREFILL
 
@@ -28,7 +28,7 @@ def detect(source: Path) -> bool:
 
 def read(source: Path, target: Target) -> None:
     target.gaps.append("prefill only: sequences of concatenated text, nothing generated")
-    for number, found in objects(source):
+    for number, found in ((n, o) for lines in json_lines(source) for n, o in zip(lines.numbers, lines.objects, strict=True)):
         where = f"{source}, line {number}"
         if "exp_ids" not in found:
             raise TraceError(f"{where}: no 'exp_ids'")

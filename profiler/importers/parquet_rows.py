@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from profiler.errors import TraceError
+from profiler.errors import UNREADABLE, TraceError
 from profiler.importers.flame_moe import batches, lists
 from profiler.importers.target import ProblemFacts, Rows, Target
 from profiler.schema import DECODE, METADATA_FILE, PREFILL
@@ -32,7 +32,7 @@ def detect(source: Path) -> bool:
         return False
     try:
         return set(_KEYS) <= set(pq.read_schema(files[0]).names)
-    except (pa.ArrowException, OSError):
+    except UNREADABLE:
         return False
 
 
@@ -72,7 +72,7 @@ def _files(source: Path) -> list[Path]:
 def _names(path: Path) -> list[str]:
     try:
         return list(pq.read_schema(path).names)
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise TraceError(f"{path} is not a readable Parquet file: {error}") from error
 
 

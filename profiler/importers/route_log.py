@@ -15,27 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from profiler.errors import TraceError
-from profiler.importers.json_rows import padded
-from profiler.importers.lines import first_object, json_batches, objects
+from profiler.importers.json_rows import weights_of
+from profiler.importers.lines import Objects, first_object, json_lines
 from profiler.importers.target import EMPTY, MAX_LAYER, Rows, Target
 
 NAME = "route-log"
 ABOUT = 'JSON lines that begin with {"type": "meta"}, then {"type": "route", "req_id", "token_idx", "layer", "topk_ids", ...}'
-
-_SCHEMA = pa.schema(
-    [
-        ("type", pa.string()),
-        ("req_id", pa.string()),
-        ("token_idx", pa.int64()),
-        ("layer", pa.int32()),
-        ("topk_ids", pa.list_(pa.int32())),
-        ("topk_weights", pa.list_(pa.float32())),
-    ]
-)
 
 
 def detect(source: Path) -> bool:
@@ -43,63 +30,55 @@ def detect(source: Path) -> bool:
 
 
 def read(source: Path, target: Target) -> None:
-    meta = next((found for _, found in objects(source)), {})
+    meta = first_object(source)
     if meta.get("type") == "meta":
         target.model_id = str(meta.get("model_id", "unknown"))
-        if isinstance(meta.get("num_experts"), int):
+        if type(meta.get("num_experts")) is int:
             target.num_experts = meta["num_experts"]
         if meta.get("vllm_version"):
             target.versions["vllm"] = str(meta["vllm_version"])
     agreed = _agreed_rows(source)
     counts: dict[int, int] = {}
     drifted = 0
-    for where, routes in _routes(source):
-        problem_N = np.array([target.problem("logged", request) for request in routes.column("req_id").to_pylist()])
-        layer_N, token_N = routes.column("layer").to_numpy(), routes.column("token_idx").to_numpy()
+    for routes in _routes(source):
+        requests = routes.texts("req_id")
+        problem_N = np.array([target.problem("logged", request) for request in requests], dtype=np.int64)
+        layer_N, token_N = routes.integers("layer"), routes.integers("token_idx")
+        ids_NK = routes.lists("topk_ids", EMPTY)
+        weights_NK = weights_of(routes, "topk_weights", ids_NK) if "topk_weights" in routes.objects[0] else None
+        rows = Rows(problem_N, token_N, layer_N, ids_NK, weights_NK)
         if agreed is not None:
-            token_N = _running_count(problem_N << 16 | layer_N, counts)
-            limit_N = np.array([agreed[request] for request in routes.column("req_id").to_pylist()])
-            drifted += int((token_N >= limit_N).sum())
-            keep_N = token_N < limit_N
-            routes = routes.filter(pa.array(keep_N))
-            problem_N, layer_N, token_N = problem_N[keep_N], layer_N[keep_N], token_N[keep_N]
-        ids_NK = padded(routes.column("topk_ids"), EMPTY, where)
-        weights = routes.column("topk_weights")
-        weights_NK = None if weights.null_count == len(weights) else padded(weights, np.nan, where)
-        if weights_NK is not None and weights_NK.shape != ids_NK.shape:
-            raise TraceError(f"{where}: a row with another number of weights than of experts")
-        target.add(Rows(problem_N, token_N, layer_N, ids_NK, weights_NK), where)
+            rows.token_ids_N = _running_count(problem_N << 16 | layer_N, counts)
+            keep_N = rows.token_ids_N < np.array([agreed[request] for request in requests])
+            drifted += int((~keep_N).sum())
+            rows = rows.where(keep_N)
+        target.add(rows, routes.where)
     if agreed is not None:
         target.gaps.append("token_idx restarts in the log: tokens are numbered as they were logged, whatever their requests")
     if drifted:
         target.gaps.append(f"{drifted:,} rows come after a place where the layers disagree on token_idx, and were dropped")
 
 
-def _routes(source: Path) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """The route lines, block by block. Raises `TraceError` on one that lacks a field."""
-    for where, batch in json_batches(source, _SCHEMA):
-        routes = batch.filter(pc.fill_null(pc.equal(batch.column("type"), "route"), False))
-        for name in ("req_id", "token_idx", "layer", "topk_ids"):
-            if routes.column(name).null_count:
-                raise TraceError(f"{where}: a route without {name!r}")
-        if routes.num_rows:
-            layer_N = routes.column("layer").to_numpy()
+def _routes(source: Path) -> Iterator[Objects]:
+    """The route lines, block by block. Raises `TraceError` on one without a layer."""
+    for found in json_lines(source):
+        routes = found.having("type", "route")
+        if routes.objects:
+            layer_N = routes.integers("layer")
             if layer_N.min() < 0 or layer_N.max() > MAX_LAYER:
-                raise TraceError(f"{where}: layer {layer_N.min()}..{layer_N.max()}, expected 0..{MAX_LAYER}")
-            yield where, routes
+                raise TraceError(f"{routes.where}: layer {layer_N.min()}..{layer_N.max()}, expected 0..{MAX_LAYER}")
+            yield routes
 
 
 def _agreed_rows(source: Path) -> dict[str, int] | None:
     """Request -> up to which row all of its layers agree on `token_idx`; None if it never restarts, and so is a position."""
     pieces: dict[tuple[str, int], list[npt.NDArray[np.int64]]] = {}
-    for _, routes in _routes(source):
-        request_N = routes.column("req_id").to_numpy(zero_copy_only=False)
-        layer_N, token_N = routes.column("layer").to_numpy(), routes.column("token_idx").to_numpy()
-        names, request_N = np.unique(request_N.astype(str), return_inverse=True)
-        keys_N = request_N.astype(np.int64) << 16 | layer_N
+    for routes in _routes(source):
+        names, request_N = np.unique(np.array(routes.texts("req_id"), dtype=object), return_inverse=True)
+        keys_N = request_N.astype(np.int64) << 16 | routes.integers("layer")
         order_N = np.argsort(keys_N, kind="stable")
         keys, starts = np.unique(keys_N[order_N], return_index=True)
-        for key, tokens in zip(keys.tolist(), np.split(token_N[order_N], starts[1:]), strict=True):
+        for key, tokens in zip(keys.tolist(), np.split(routes.integers("token_idx")[order_N], starts[1:]), strict=True):
             pieces.setdefault((str(names[key >> 16]), key & 0xFFFF), []).append(tokens)
     logged = {key: np.concatenate(arrays) for key, arrays in pieces.items()}
     if all((np.diff(tokens) > 0).all() for tokens in logged.values()):

@@ -6,6 +6,7 @@ last generated token has no row. Whether the prompt is included depends on the r
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.capture_stream import first_line
-from profiler.errors import TraceError
+from profiler.errors import UNREADABLE, TraceError
 from profiler.importers.target import EMPTY, MAX_PIECE_BYTES, Target
 
 NAME = "routed-experts"
@@ -24,8 +25,8 @@ ABOUT = "vLLM's routed_experts arrays [T, L, K]: .npy, .npz, or a folder of .npy
 
 # Rows are handed on in slices of so many tokens.
 TOKENS = 8192
-# What numpy raises on files that it did not write.
-UNREADABLE = (ValueError, OSError, EOFError, SyntaxError, OverflowError, MemoryError, TypeError, KeyError)
+# The header of an array is read as Python literals.
+NO_ARRAY = (*UNREADABLE, SyntaxError, tokenize.TokenError)
 
 
 def detect(source: Path) -> bool:
@@ -73,7 +74,7 @@ def _arrays(source: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         else:
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except UNREADABLE as error:
+            except NO_ARRAY as error:
                 raise TraceError(f"{path} is no array: {first_line(error)}") from error
             yield path.stem, _checked(array, f"{path}")
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.capture_stream import first_line
-from profiler.errors import TraceError
+from profiler.errors import UNREADABLE, TraceError
 from profiler.importers.olmoe import integers
 from profiler.importers.target import EMPTY, MAX_PIECE_BYTES, Target
 from profiler.schema import DECODE, PREFILL
@@ -68,7 +68,7 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except TraceError:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, OSError, EOFError) as error:
+    except (*UNREADABLE, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise TraceError(f"{path} is no file of torch.save with tensors and plain values only: {first_line(error)}") from error
     except Exception as error:
         # What a broken pickle makes torch raise is not documented.

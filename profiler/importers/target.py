@@ -82,6 +82,13 @@ class Rows:
     expert_ids_NK: npt.NDArray[np.integer[Any]]
     weights_NK: npt.NDArray[np.floating[Any]] | None
 
+    def where(self, keep_N: npt.NDArray[np.bool_]) -> Rows:
+        """Only these rows."""
+        weights_NK = None if self.weights_NK is None else self.weights_NK[keep_N]
+        return Rows(
+            self.problem_ids_N[keep_N], self.token_ids_N[keep_N], self.layers_N[keep_N], self.expert_ids_NK[keep_N], weights_NK
+        )
+
 
 @dataclass
 class ProblemFacts:
@@ -131,14 +138,7 @@ class Target:
         """Take rows in any order. Raises `TraceError`, which names `where`, on numbers that no trace can hold."""
         layers_N, ids_NK = rows.layers_N, rows.expert_ids_NK
         if self.options.layers is not None:
-            keep_N = np.isin(layers_N, self.options.layers)
-            rows = Rows(
-                rows.problem_ids_N[keep_N],
-                rows.token_ids_N[keep_N],
-                layers_N[keep_N],
-                ids_NK[keep_N],
-                None if rows.weights_NK is None else rows.weights_NK[keep_N],
-            )
+            rows = rows.where(np.isin(layers_N, self.options.layers))
             layers_N, ids_NK = rows.layers_N, rows.expert_ids_NK
         if not len(layers_N):
             return

@@ -136,10 +136,13 @@ def test_many_problems_and_tokens_over_several_buckets_come_out_sorted(tmp_path:
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
-        ([line(), "{"], "after row 0: not JSON lines"),
-        (['{"layer": 0, "problem_id": 0, "expert_ids": [1]}'], "its row 1 lacks 'token_id'"),
-        ([line(), line(weights=[0.5])], "another number of weights than of experts"),
-        ([line(), line(weights=None)], "another number of weights than of experts"),
+        ([line(), "{"], "line 2: not JSON"),
+        ([line(), "null" + line()], "line 2: not JSON"),
+        ([line(), line() + " null"], "line 2: not JSON"),
+        ([line(), "[]"], "line 2: expected an object"),
+        (['{"layer": 0, "problem_id": 0, "expert_ids": [1]}'], "line 1: expected a whole number 'token_id'"),
+        ([line(), line(weights=[0.5])], "line 2: 1 weights of 2 experts"),
+        ([line(), line(weights=None)], "line 2: expected a list 'weights'"),
         ([line(expert_ids=[1, -2])], r"expert id -2..1, expected 0"),
         ([line(weights=[0.5, -0.5])], "problem 0, token 0, layer 0: a weight that is negative"),
         (
@@ -147,15 +150,17 @@ def test_many_problems_and_tokens_over_several_buckets_come_out_sorted(tmp_path:
             r"no token has rows at all of the layers \[0, 1\]; layer 0",
         ),
         ([line(token_id=-1)], "token_id -1..-1"),
+        ([line(token_id=2**70)], "expected a whole number"),
+        ([line(token_id=1.5)], "expected a whole number"),
         ([line(problem_id=-1)], "problem_id -1..-1"),
         ([line(expert_ids=[0, 0])], "2 experts per token, but ids only up to 0"),
         ([line(), line(token_id=1, expert_ids=[1, 1])], None),
         ([line(expert_ids=[70_000, 0])], "expert id 0..70000"),
         ([line(weights=[1e6, 0.5])], "above 65,504"),
         ([line(layer=40_000)], "layer 40000..40000"),
-        ([line(expert_ids=[1, None])], "null in a list"),
+        ([line(expert_ids=[1, None])], "line 1: expected numbers of a sensible size in 'expert_ids'"),
         ([line(expert_ids=[], weights=[])], "no expert in any row"),
-        ([line(expert_ids=list(range(2000)), weights=[0.1] * 2000)], "2000 experts in a row"),
+        ([line(expert_ids=list(range(2000)), weights=[0.1] * 2000)], "expected a list 'expert_ids' of at most 1024"),
     ],
 )
 def test_bad_lines_are_refused_with_the_reason(tmp_path: Path, lines: list[str], reason: str | None) -> None:
@@ -182,7 +187,7 @@ def test_positions_that_are_not_there_are_named_as_gaps(tmp_path: Path) -> None:
 
 def test_a_target_folder_that_was_there_stays_there_empty(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
-    with pytest.raises(TraceError, match="null in a list"):
+    with pytest.raises(TraceError, match="expected numbers of a sensible size"):
         convert(tmp_path, [line(expert_ids=[None])])
     assert list((tmp_path / "t").iterdir()) == []
 

@@ -57,10 +57,10 @@ def test_rows_behind_a_missing_one_are_not_guessed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (route(0, req_id=None), "a route without 'req_id'"),
+        (route(0, req_id=None), "line 2: expected a text 'req_id'"),
         (route(0, layer=-1), "layer -1..-1"),
-        (route(0, topk_weights=[0.5]), "another number of weights than of experts"),
-        ({"type": "route"}, "a route without"),
+        (route(0, topk_weights=[0.5]), "line 2: 1 weights of 2 experts"),
+        ({"type": "route"}, "line 2: expected a whole number 'layer'"),
         ({"type": "other"}, "no routing rows"),
     ],
 )
