@@ -101,7 +101,7 @@ class Trace:
             elif file.stat().st_size != entry.bytes:
                 faults.append(f"{name} has {file.stat().st_size} bytes, expected {entry.bytes}")
             elif name.endswith(".parquet") and (rows := _rows(file)) != entry.rows:
-                faults.append(f"{name} has {rows} rows, expected {entry.rows}")
+                faults.append(f"{name} {'is not readable' if rows is None else f'has {rows} rows'}, expected {entry.rows} rows")
             elif verify and sha256_of(file) != entry.sha256:
                 faults.append(f"{name} does not match its sha256")
         return faults

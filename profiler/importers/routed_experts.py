@@ -83,38 +83,30 @@ def _zipped(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                where = f"{path}, {entry.filename}"
-                if entry.file_size > MAX_PIECE_BYTES:
-                    raise TraceError(
-                        f"{where}: {entry.file_size:,} bytes, expected at most {MAX_PIECE_BYTES:,}; save it as .npy"
-                    )
-                with archive.open(entry) as file:
-                    # What the header promises is checked before numpy allocates it.
-                    form: Any = np.lib.format
-                    version = form.read_magic(file)
-                    read_header = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
-                    if version not in read_header:
-                        raise TraceError(f"{where}: .npy version {version}, expected 1.0 or 2.0")
-                    shape, fortran, kind = read_header[version](file)
-                    if kind.hasobject or kind.kind not in "iu" or len(shape) != 3:
-                        raise TraceError(f"{where}: {kind} of shape {shape}, expected whole numbers [T, L, K]")
-                    count = int(np.prod(shape, dtype=object))
-                    if count * kind.itemsize > min(entry.file_size, MAX_PIECE_BYTES):
-                        raise TraceError(f"{where}: shape {shape} does not fit into its {entry.file_size:,} bytes")
-                    data = np.frombuffer(file.read(count * kind.itemsize), dtype=kind)
-                array = data.reshape(shape, order="F" if fortran else "C")
-                yield entry.filename.removesuffix(".npy"), _checked(array, where)
-    except (
-        zipfile.BadZipFile,
-        ValueError,
-        OSError,
-        EOFError,
-        SyntaxError,
-        OverflowError,
-        NotImplementedError,
-        zlib.error,
-    ) as error:
+                array = _unzipped(archive, entry, f"{path}, {entry.filename}")
+                yield entry.filename.removesuffix(".npy"), array
+    except (*NO_ARRAY, zipfile.BadZipFile, zlib.error) as error:
         raise TraceError(f"{path} is no archive of arrays: {first_line(error)}") from error
+
+
+def _unzipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str) -> npt.NDArray[Any]:
+    """An array of an archive; what its header promises is checked before anything is allocated for it."""
+    if entry.file_size > MAX_PIECE_BYTES:
+        raise TraceError(f"{where}: larger than {MAX_PIECE_BYTES >> 20} MiB; save it as .npy")
+    form: Any = np.lib.format
+    read_header = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
+    with archive.open(entry) as file:
+        version = form.read_magic(file)
+        if version not in read_header:
+            raise TraceError(f"{where}: .npy version {version}, expected 1.0 or 2.0")
+        shape, fortran, kind = read_header[version](file)
+        if kind.kind not in "iu" or len(shape) != 3 or min(shape) < 0:
+            raise TraceError(f"{where}: {kind} of shape {shape}, expected whole numbers [T, L, K]")
+        size = kind.itemsize * shape[0] * shape[1] * shape[2]
+        if size > entry.file_size:
+            raise TraceError(f"{where}: shape {shape} does not fit into its {entry.file_size:,} bytes")
+        data = np.frombuffer(file.read(size), dtype=kind)
+    return _checked(data.reshape(shape, order="F" if fortran else "C"), where)
 
 
 def _checked(array: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:

@@ -1,0 +1,151 @@
+"""The dataset folder and its upload, to a hub that speaks the protocol."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from profiler.errors import TraceError
+from profiler.hub import write_hub_folder
+from profiler.reader import Trace
+
+Make = Callable[..., Trace]
+
+
+@pytest.fixture
+def trace(make_trace: Make, random_problems: Make) -> Trace:
+    return make_trace(random_problems(count=2, tokens=5, layers=2, num_experts=8, top_k=2), 8)
+
+
+def test_the_card_names_configurations_and_facts(trace: Trace, tmp_path: Path) -> None:
+    write_hub_folder(trace, tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert [config["config_name"] for config in front["configs"]] == ["routing", "problems", "tokens"]
+    assert front["configs"][0] == {"config_name": "routing", "data_files": "routing/*.parquet", "default": True}
+    assert "2 MoE layers, 8 experts, top-2, weights as the model applies them" in card
+    assert "20, one per (problem, token, MoE layer)" in card
+
+
+def test_names_from_the_metadata_cannot_write_into_the_card(trace: Trace, tmp_path: Path) -> None:
+    path = trace.path / "metadata.json"
+    document = json.loads(path.read_text())
+    document["model"]["id"] = "x\n---\n# Free <script>alert(1)</script> [money](http://evil)"
+    path.write_text(json.dumps(document))
+    (trace.path / "manifest.json").unlink()
+    from profiler.writer import write_manifest
+
+    write_manifest(trace.path)
+    write_hub_folder(Trace.open(trace.path), tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "<script>" not in card
+    assert "[money](" not in card
+    assert "\n# Free" not in card
+
+
+def test_a_changed_file_is_not_copied(trace: Trace, tmp_path: Path) -> None:
+    part = trace.routing_files[0]
+    content = bytearray(part.read_bytes())
+    content[20] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(TraceError, match="does not match its sha256"):
+        write_hub_folder(Trace.open(trace.path), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as takes a commit of small files; knows one user by the token `good`."""
+
+    repositories: dict[str, dict[str, Any]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != "Bearer good":
+            self._answer({"error": "Invalid username or password."}, 401)
+        elif self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            self.repositories[name] = {"asked": asked, "files": {}}
+            self._answer({"url": f"{self._address}/datasets/{name}", "name": name, "id": name})
+        elif self.path == "/api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
+        elif self.path.endswith("/preupload/main"):
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            self._answer({"files": files})
+        elif self.path.endswith("/commit/main"):
+            name = self.path.removeprefix("/api/datasets/").removesuffix("/commit/main")
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.repositories[name]["files"][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            self._answer({"commitUrl": f"{self._address}/datasets/{name}/commit/abc", "commitOid": "abc", "success": True})
+        else:
+            self._answer({"error": f"no such address {self.path}"}, 404)
+
+    @property
+    def _address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def _answer(self, document: dict[str, Any], status: int = 200) -> None:
+        content = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    repositories: dict[str, dict[str, Any]] = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"repositories": repositories}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", repositories
+    server.shutdown()
+    server.server_close()
+
+
+def push(trace: Trace, folder: Path, address: str, token: str, *more: str) -> subprocess.CompletedProcess[str]:
+    arguments = ["convert", str(trace.path), str(folder), "--to", "hub-folder", "--push", "me/routes", *more]
+    environment = {"HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HOME": str(folder.parent)}
+    return subprocess.run([sys.executable, "-m", "specmoe", *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_a_push_puts_every_file_into_the_dataset(
+    trace: Trace, tmp_path: Path, hub: tuple[str, dict[str, dict[str, Any]]]
+) -> None:
+    address, repositories = hub
+    done = push(trace, tmp_path / "folder", address, "good", "--private")
+    assert done.returncode == 0, done.stderr
+    assert "datasets/me/routes" in done.stdout
+    repository = repositories["me/routes"]
+    assert repository["asked"]["type"] == "dataset"
+    assert repository["asked"].get("private") is True or repository["asked"].get("visibility") == "private"
+    folder = tmp_path / "folder"
+    local = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert repository["files"] == local
+    assert {"README.md", "manifest.json", "routing/part-00000.parquet"} <= local.keys()
+
+
+def test_what_the_hub_refuses_is_one_line_and_the_folder_stays(
+    trace: Trace, tmp_path: Path, hub: tuple[str, dict[str, dict[str, Any]]]
+) -> None:
+    done = push(trace, tmp_path / "folder", hub[0], "bad")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "the hub did not take me/routes" in done.stderr
+    assert "Invalid username or password" in done.stderr
+    assert (tmp_path / "folder" / "README.md").is_file()
