@@ -469,6 +469,13 @@ def _read_row_group(file: pq.ParquetFile, group: int, path: Path, columns: list[
     if rows * sum(_row_bytes(field.type) for field in file.schema_arrow) > MAX_GROUP_BYTES:
         raise TraceError(f"{path}, row group {group}: {rows:,} rows are larger than {MAX_GROUP_BYTES >> 20} MiB")
     try:
+        # One row may have a list of a billion entries: what the footer says of each column must fit the rows.
+        entries = [field.type.list_size if pa.types.is_fixed_size_list(field.type) else 1 for field in file.schema_arrow]
+        found = [file.metadata.row_group(group).column(column).num_values for column in range(file.metadata.num_columns)]
+        if found != [rows * each for each in entries]:
+            raise TraceError(
+                f"{path}, row group {group}: columns of {found} values, expected lists of {entries} in {rows:,} rows"
+            )
         table = file.read_row_group(group, columns=columns)
         # A broken page can decode to other lengths than it promised.
         table.validate()
@@ -498,7 +505,7 @@ def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
     further = [field for field in found if field.name not in schema.names and _is_plain(field.type)]
     wanted = pa.schema([*schema, *further])
     # Text is read as dictionaries: a page of a few bytes can stand for gigabytes of repeated text.
-    text = [field.name for field in found if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    text = [field.name for field in found if _is_text(field.type)]
     with _open_parquet(path, read_dictionary=text) as file:
         fixed = sum(field.type.bit_width // 8 for field in found if field.name in wanted.names and _is_fixed(field.type))
         if file.metadata.num_rows * (fixed + 4 * len(text)) > MAX_TABLE_BYTES:
@@ -514,6 +521,11 @@ def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
         if name in REQUIRED_COLUMNS and table.column(name).null_count:
             raise TraceError(f"{path}: nulls in column {name!r}, expected none")
     return table
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _is_plain(kind: pa.DataType) -> bool:

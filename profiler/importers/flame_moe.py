@@ -28,6 +28,8 @@ ABOUT = "FLAME-MoE Parquet, a file or folder of layer_NN.parquet: scores list<fl
 
 SEQUENCE_TOKENS = 2048
 BATCH_ROWS = 16 * SEQUENCE_TOKENS
+# A decoded entry of a list, with what tells where lists begin.
+VALUE_BYTES = 8
 
 
 def detect(source: Path) -> bool:
@@ -122,10 +124,15 @@ def batches(path: Path, columns: list[str], rows: int) -> Iterator[pa.RecordBatc
             absent = [name for name in columns if name not in file.schema_arrow.names]
             if absent:
                 raise TraceError(f"{path} lacks the column {absent[0]!r}")
-            # What a stranger's footer promises of one row group is what decoding it may take.
-            largest = max((file.metadata.row_group(g).total_byte_size for g in range(file.num_row_groups)), default=0)
-            if largest > MAX_PIECE_BYTES:
-                raise TraceError(f"{path}: a row group of {largest:,} bytes, expected at most {MAX_PIECE_BYTES:,}")
+            # A few bytes can stand for a list of a billion entries in a single row.
+            metadata = file.metadata
+            counts = [
+                metadata.row_group(group).column(column).num_values
+                for group in range(metadata.num_row_groups)
+                for column in range(metadata.num_columns)
+            ]
+            if max(counts, default=0) * VALUE_BYTES > MAX_PIECE_BYTES:
+                raise TraceError(f"{path}: {max(counts):,} values in a column of a row group: more than can be taken at once")
             yield from file.iter_batches(batch_size=rows, columns=columns)
     except UNREADABLE as error:
         raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error

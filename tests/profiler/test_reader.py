@@ -230,3 +230,85 @@ def test_prompts_may_be_unknown_but_not_the_problems_dataset(trace: Trace) -> No
             assert Trace.open(trace.path).problems.column("prompt").null_count == 5
     with pytest.raises(TraceError, match="nulls in column 'dataset'"):
         _ = Trace.open(trace.path).problems
+
+
+def test_pairs_out_of_order_are_refused(trace: Trace) -> None:
+    weights = column(trace, "weights")
+    weights[5] = [np.float16(0.25), np.float16(0.75)]
+    rewrite_routing(trace, weights=[np.array(w, dtype=np.float16) for w in weights])
+    with pytest.raises(TraceError, match=r"row 3: .*in descending order"):
+        Trace.open(trace.path).load()
+
+
+def test_a_row_group_that_decodes_to_more_than_its_limit_is_refused_unread(
+    trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("profiler.reader.MAX_GROUP_BYTES", 105 * 16 - 1)
+    with pytest.raises(TraceError, match="row group 0: 105 rows are larger than"):
+        Trace.open(trace.path).load()
+
+
+def test_a_list_of_millions_is_refused_before_it_is_decoded(trace: Trace) -> None:
+    """The file says that its lists are of two entries, and one has two million."""
+    path = trace.routing_files[0]
+    claimed = pq.read_metadata(path).metadata[b"ARROW:schema"]
+    table = pq.read_table(path)
+    for name in ("expert_ids", "weights"):
+        kind = table.schema.field(name).type.value_type
+        short = pa.array(table.column(name).to_pylist()[:-1], pa.list_(kind))
+        long = pa.ListArray.from_arrays(pa.array([0, 2_000_000], pa.int32()), pa.nulls(2_000_000).cast(kind).fill_null(0))
+        table = table.set_column(table.schema.get_field_index(name), name, pa.chunked_array([short, long]))
+    with pq.ParquetWriter(path, table.schema, store_schema=False) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"ARROW:schema": claimed.decode()})
+    assert path.stat().st_size < 10_000
+    write_manifest(trace.path)
+    with pytest.raises(TraceError, match=r"row group 0: columns of .*2000208.*expected lists of \[1, 1, 1, 2, 2\]"):
+        Trace.open(trace.path).load()
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_text_that_decodes_to_more_than_its_limit_is_refused(
+    trace: Trace, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("profiler.reader.MAX_TABLE_BYTES", 10_000_000)
+    table = pa.concat_tables([pq.read_table(trace.path / "problems.parquet").slice(0, 1)] * 200)
+    long = pa.array(["x" * 1_000_000] * 200)
+    position = table.schema.get_field_index("output")
+    table = table.set_column(position, "output", long if plain else long.dictionary_encode())
+    pq.write_table(table, trace.path / "problems.parquet")
+    assert (trace.path / "problems.parquet").stat().st_size < 1 << 20
+    write_manifest(trace.path)
+    with pytest.raises(TraceError, match="its text takes more than"):
+        _ = Trace.open(trace.path).problems
+
+
+def test_further_columns_of_problems_are_kept(trace: Trace) -> None:
+    path = trace.path / "problems.parquet"
+    pq.write_table(pq.read_table(path).append_column("looping", pa.array([True] * 5)), path)
+    write_manifest(trace.path)
+    assert Trace.open(trace.path).problems.column("looping").to_pylist() == [True] * 5
+
+
+def test_chunks_of_a_giant_problem_can_be_taken_in_pieces(trace: Trace) -> None:
+    path = trace.routing_files[0]
+    pq.write_table(pq.read_table(path).cast(routing_schema(8, 2)), path, row_group_size=6)
+    write_manifest(trace.path)
+    pieces = list(Trace.open(trace.path).chunks(whole_problems=False))
+    assert [len(piece) for piece in pieces] == [2] * 17 + [1]
+    assert sum(map(len, Trace.open(trace.path).chunks())) == 35
+
+
+def test_arrays_are_views_on_what_was_decoded(trace: Trace) -> None:
+    one = trace.arrays(2)
+    assert not one.expert_ids_TLK.flags.owndata
+    assert one.weights_TLK is not None
+    assert not one.weights_TLK.flags.owndata
+
+
+def test_files_of_earlier_releases_whose_columns_may_be_null_are_read(trace: Trace) -> None:
+    before = trace.to_arrow()
+    weights = [np.array(pair, np.float16) for pair in column(trace, "weights")]
+    rewrite_routing(trace, expert_ids=column(trace, "expert_ids"), weights=weights)
+    assert pq.read_schema(trace.routing_files[0]).field("weights").type.value_field.nullable
+    assert Trace.open(trace.path).to_arrow().to_pylist() == before.to_pylist()
