@@ -25,6 +25,7 @@ from profiler.schema import MAX_HIDDEN_SIZE, MAX_TOP_K, ModelMetadata, RecordMet
 ROUTING_STREAM, LOGITS_STREAM, HIDDEN_STREAM = "routing.arrows", "logits.arrows", "hidden.arrows"
 # Under this key, a stream's schema tells layers, element types and widths.
 FORM_KEY = b"specmoe.capture"
+MAPPED_BYTES = 64 << 20
 ELEMENT_TYPES = ("|u1", "<u2", "<f2")
 
 Problems = int | npt.NDArray[np.integer[Any]]
@@ -209,30 +210,22 @@ def read_index(path: Path) -> CaptureIndex | None:
     """
     if not path.is_file() or path.stat().st_size == 0:
         return None
-    offsets: list[int] = []
-    problems, tokens = [], []
     with pa.memory_map(str(path)) as file:
         try:
             schema = ipc.read_schema(file)
         except UNREADABLE:
             # Killed before the first block.
             return None
-        try:
-            form = Form.of(schema)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TraceError(f"{path} is no capture of routing: {first_line(error)}") from error
-        while True:
-            offset = file.tell()
-            batch = _read_block(file, schema)
-            if batch is None:
-                break
-            for keys in (batch.column(0), batch.column(1)):
-                if keys.to_numpy().min() < 0:
-                    raise TraceError(f"{path}, at byte {offset}: negative problem_id or token_id")
-            offsets.append(offset)
-            # Copies: the file is not to stay mapped.
-            problems.append(batch.column(0).to_numpy().copy())
-            tokens.append(batch.column(1).to_numpy().copy())
+        offset = file.tell()
+    try:
+        form = Form.of(schema)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TraceError(f"{path} is no capture of routing: {first_line(error)}") from error
+    offsets: list[int] = []
+    problems: list[npt.NDArray[np.int32]] = []
+    tokens: list[npt.NDArray[np.int32]] = []
+    while offset is not None:
+        offset = _read_keys(path, schema, offset, offsets, problems, tokens)
     if not offsets:
         return None
     counts = np.array([len(block) for block in problems], dtype=np.int32)
@@ -245,6 +238,34 @@ def read_index(path: Path) -> CaptureIndex | None:
         block_N=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
         row_N=np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
     )
+
+
+def _read_keys(
+    path: Path,
+    schema: pa.Schema,
+    start: int,
+    offsets: list[int],
+    problems: list[npt.NDArray[np.int32]],
+    tokens: list[npt.NDArray[np.int32]],
+) -> int | None:
+    """Append the keys of the blocks from byte `start` on; returns where to go on, or None at the end.
+
+    The file is mapped anew every `MAPPED_BYTES`: pages that were looked at count as this process's memory until then.
+    """
+    with pa.memory_map(str(path)) as file:
+        file.seek(start)
+        while (offset := file.tell()) < start + MAPPED_BYTES:
+            batch = _read_block(file, schema)
+            if batch is None:
+                return None
+            # Copies: the file is not to stay mapped.
+            problem_ids_T, token_ids_T = (batch.column(key).to_numpy().copy() for key in (0, 1))
+            if min(problem_ids_T.min(), token_ids_T.min()) < 0:
+                raise TraceError(f"{path}, at byte {offset}: negative problem_id or token_id")
+            offsets.append(offset)
+            problems.append(problem_ids_T)
+            tokens.append(token_ids_T)
+    return int(offset)
 
 
 def gather(

@@ -15,7 +15,7 @@ from profiler.errors import TraceError
 # Up to here, comparing column by column is faster than sorting row by row.
 NETWORK_TOP_K = 8
 # float16: the first of infinity and of what is not a number.
-INFINITY_BITS = 0x7C00
+INFINITY_BITS, SIGN_BIT = 0x7C00, 0x8000
 
 
 def check_ids(expert_ids_TLK: npt.NDArray[np.integer[Any]], num_experts: int, what: str) -> None:
@@ -50,25 +50,42 @@ def sort_pairs(
 ) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float16]]:
     """Both arrays `[T, L, K]` reordered along K by weight, descending; equal weights by expert id.
 
-    Weights must not be negative: then their bits have their order, and one sort of (inverted bits, id) as a number does.
+    Weights must not be negative: then their bits have their order. Routers mostly give their choices in order already: only
+    the tokens and layers where they did not, or where weights are equal, are sorted.
     """
-    # Adding zero turns -0 into +0, whose bits would otherwise sort first.
-    bits_TLK = (weights_TLK + np.float16(0)).view(np.uint16)
-    keys_TLK = (~bits_TLK).astype(np.uint32) << 16 | expert_ids_TLK
-    top_k = keys_TLK.shape[-1]
+    top_k = expert_ids_TLK.shape[-1]
+    ids_NK, weights_NK = expert_ids_TLK.reshape(-1, top_k), weights_TLK.reshape(-1, top_k)
+    bits_NK = weights_NK.view(np.uint16)
+    # A negative zero, whose bits are above all others, is set right wherever it is not the only one.
+    sort_N = bits_NK[:, 0] >= SIGN_BIT
+    for k in range(top_k - 1):
+        sort_N |= bits_NK[:, k + 1] >= bits_NK[:, k]
+    if sort_N.any():
+        ids_NK, weights_NK = ids_NK.copy(), weights_NK.copy()
+        ids_NK[sort_N], weights_NK[sort_N] = _sorted(ids_NK[sort_N], weights_NK[sort_N])
+    return ids_NK.reshape(expert_ids_TLK.shape), weights_NK.reshape(weights_TLK.shape)
+
+
+def _sorted(
+    ids_NK: npt.NDArray[np.unsignedinteger[Any]], weights_NK: npt.NDArray[np.float16]
+) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float16]]:
+    """Pairs sorted by one number each, (inverted bits of the weight, id)."""
+    # Adding zero turns -0 into +0.
+    bits_NK = (weights_NK + np.float16(0)).view(np.uint16)
+    keys_NK = (~bits_NK).astype(np.uint32) << 16 | ids_NK
+    top_k = keys_NK.shape[-1]
     if top_k > NETWORK_TOP_K:
-        keys_TLK.sort(axis=-1)
+        keys_NK.sort(axis=-1)
     else:
         # Bubble sort of whole columns: a handful of vector operations, where np.sort would be called for every row.
-        keys_KN = np.ascontiguousarray(keys_TLK.reshape(-1, top_k).T)
+        keys_KN = np.ascontiguousarray(keys_NK.T)
         for last in range(top_k - 1, 0, -1):
             for k in range(last):
                 smaller = np.minimum(keys_KN[k], keys_KN[k + 1])
                 np.maximum(keys_KN[k], keys_KN[k + 1], out=keys_KN[k + 1])
                 keys_KN[k] = smaller
-        keys_TLK = np.ascontiguousarray(keys_KN.T).reshape(keys_TLK.shape)
-    ids_TLK = (keys_TLK & 0xFFFF).astype(expert_ids_TLK.dtype)
-    return ids_TLK, (~(keys_TLK >> 16).astype(np.uint16)).view(np.float16)
+        keys_NK = np.ascontiguousarray(keys_KN.T)
+    return (keys_NK & 0xFFFF).astype(ids_NK.dtype), (~(keys_NK >> 16).astype(np.uint16)).view(np.float16)
 
 
 def empty_slots_last(expert_ids_TLK: npt.NDArray[np.unsignedinteger[Any]], empty: int) -> npt.NDArray[np.unsignedinteger[Any]]:

@@ -159,7 +159,9 @@ def _sort(
         keys.append(rank_N[places_N] << 32 | index.token_ids_N[places_N])
         places.append(places_N + first)
         first += len(rank_N)
-    keys_N, places_N = np.concatenate(keys), np.concatenate(places)
+    # Mostly there is one run, and a long capture's index is not to be copied.
+    keys_N, places_N = (found[0] if len(found) == 1 else np.concatenate(found) for found in (keys, places))
+    del keys, places
     if (np.diff(keys_N) <= 0).any():
         order_N = np.argsort(keys_N, kind="stable")
         # Of equal ones the last was computed last.
