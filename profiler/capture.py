@@ -127,6 +127,24 @@ def read_requests(run: Path) -> list[CapturedRequest]:
     return _records(run / REQUESTS_FILE, CapturedRequest)
 
 
+def problem_ids(requests: list[CapturedRequest]) -> dict[int, int]:
+    """Problem id by request number: the clients' own where they are numbers and not taken, else the smallest free ones."""
+    ids: dict[int, int] = {}
+    taken: set[int] = set()
+    for request in requests:
+        if isinstance(request.label, int) and 0 <= request.label < 2**31 and request.label not in taken:
+            ids[request.number] = request.label
+            taken.add(request.label)
+    free = 0
+    for request in requests:
+        if request.number not in ids:
+            while free in taken:
+                free += 1
+            ids[request.number] = free
+            taken.add(free)
+    return ids
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompletedProblem:
     """A problem that a run finished, with all that its tables say: one line of `completions.jsonl`."""

@@ -212,6 +212,7 @@ def convert(
     format_name: Annotated[
         str | None, typer.Option("--from", metavar="FORMAT", help="See 'specmoe formats'; default: by content.")
     ] = None,
+    model: Annotated[str, typer.Option(help="What the model is called, where the source does not say.")] = "unknown",
     num_experts: Annotated[int | None, typer.Option(min=1, help="Experts per layer, where the source does not say.")] = None,
     layers: Annotated[
         str | None, typer.Option(metavar="A-B,C", help="Import only these layers: tokens need rows at no others.")
@@ -237,7 +238,11 @@ def convert(
         raise typer.BadParameter("goes with --to hub-folder", param_hint="--push")
     if to is ConvertTo.trace:
         options = ImportOptions(
-            num_experts=num_experts, layers=_layers(layers), drop_incomplete=drop_incomplete, command=tuple(public_command())
+            model=model,
+            num_experts=num_experts,
+            layers=_layers(layers),
+            drop_incomplete=drop_incomplete,
+            command=tuple(public_command()),
         )
         trace = import_trace(source, target, format_name=format_name, options=options)
         typer.echo(f"{target}: {trace.num_rows:,} rows, {_size(_bytes(target))}; {trace.metadata.hook}")

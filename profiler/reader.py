@@ -255,7 +255,11 @@ class Trace:
         if not tokens:
             return "; nothing was recorded yet"
         outputs = f" and the outputs of {finished} problems" if finished else ""
-        return f"; {tokens:,} tokens{outputs} wait in {CAPTURE_FOLDER}/: 'specmoe collect --resume' goes on"
+        if self.metadata.capture.get("server"):
+            how = "'python -m vllm_patch finish' seals them"
+        else:
+            how = "'specmoe collect --resume' goes on, 'specmoe convert' takes what there is"
+        return f"; {tokens:,} tokens{outputs} wait in {CAPTURE_FOLDER}/: {how}"
 
     def _groups(self, problem_id: int | None = None) -> Iterator[tuple[Path, pq.ParquetFile, int]]:
         """Every row group of the routing, or those that may have a problem, after a look at its file's columns."""

@@ -28,6 +28,7 @@ from profiler.models import resolve_model
 from profiler.reader import Trace
 from profiler.schema import Metadata
 from profiler.sealing import run_folder
+from profiler.writer import write_metadata
 
 DATASET = "own"
 # vLLM appends a dash and eight random characters to request ids from 0.14 on.
@@ -63,6 +64,8 @@ class Recording:
         if self.out.exists() and any(self.out.iterdir()):
             raise TraceError(f"{self.out} exists and is not an empty folder: choose another one")
         self._facts = self._call("specmoe_start", str(run_folder(self.out, 0).resolve()))
+        # For what is left of it, should this process be killed.
+        write_metadata(self.out, self._metadata())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -73,7 +76,10 @@ class Recording:
         if not requests:
             shutil.rmtree(self.out)
             raise TraceError(f"{self.out}: no request ran while this was recorded")
-        self.trace = finish_trace(self.out, self._metadata(answer), self._sequences(requests))
+        metadata = self._metadata()
+        waits = {"writer_waits": answer["waits"], "writer_wait_seconds": round(answer["wait_seconds"], 3)}
+        metadata = metadata.model_copy(update={"capture": metadata.capture | waits})
+        self.trace = finish_trace(self.out, metadata, self._sequences(requests))
 
     def _sequences(self, requests: list[CapturedRequest]) -> list[Sequence]:
         by_id = {request.request_id: request for request in requests}
@@ -125,7 +131,7 @@ class Recording:
             return " ".join(map(str, token_ids))
         return str(self._llm.get_tokenizer().decode(token_ids))
 
-    def _metadata(self, answer: dict[str, Any]) -> Metadata:
+    def _metadata(self) -> Metadata:
         import vllm
 
         config = self._llm.llm_engine.vllm_config
@@ -137,11 +143,7 @@ class Recording:
             engine="vllm",
             versions={"vllm": vllm.__version__, "speculative-moe": version("speculative-moe")},
             hook=self._facts["hook"],
-            capture={
-                "prefix_caching": bool(config.cache_config.enable_prefix_caching),
-                "writer_waits": answer["waits"],
-                "writer_wait_seconds": round(answer["wait_seconds"], 3),
-            },
+            capture={"prefix_caching": bool(config.cache_config.enable_prefix_caching)},
         )
 
     def _call(self, method: str, *args: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from profiler.capture import ABORTED, CapturedRequest, Sequence, finish_trace, read_requests
+from profiler.capture import ABORTED, Sequence, finish_trace, problem_ids, read_requests
 from profiler.errors import TraceError
 from profiler.reader import Trace
 from profiler.schema import CAPTURE_FOLDER, METADATA_FILE, Metadata
@@ -171,24 +171,6 @@ def finish(directory: Path) -> Trace | None:
         for found in [finished.get(request.request_id, {"output_token_ids": [], "finish_reason": ABORTED})]
     ]
     return finish_trace(directory, metadata, sequences)
-
-
-def problem_ids(requests: list[CapturedRequest]) -> dict[int, int]:
-    """Problem id by request number: the clients' own where they are numbers and not taken, else the smallest free ones."""
-    ids: dict[int, int] = {}
-    taken: set[int] = set()
-    for request in requests:
-        if isinstance(request.label, int) and 0 <= request.label < 2**31 and request.label not in taken:
-            ids[request.number] = request.label
-            taken.add(request.label)
-    free = 0
-    for request in requests:
-        if request.number not in ids:
-            while free in taken:
-                free += 1
-            ids[request.number] = free
-            taken.add(free)
-    return ids
 
 
 def _read_finished(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:

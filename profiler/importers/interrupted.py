@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from profiler.capture import ABORTED, Sequence, finish_trace, read_completions, read_requests
+from profiler.capture import ABORTED, Sequence, finish_trace, problem_ids, read_completions, read_requests
 from profiler.errors import TraceError
 from profiler.importers.target import Target
 from profiler.reader import Trace
@@ -31,16 +31,17 @@ def read(source: Path, target: Target) -> None:
     for run in runs_of(target.directory):
         folder = run_folder(target.directory, run)
         completions = {completion.problem_id: completion for completion in read_completions(folder)}
-        for request in read_requests(folder):
-            if not isinstance(request.label, int) or not 0 <= request.label < 2**31:
-                continue
-            completion = completions.get(request.label)
+        requests = read_requests(folder)
+        ids = problem_ids(requests)
+        for request in requests:
+            problem_id = ids[request.number]
+            completion = completions.get(problem_id)
             if completion is not None:
-                sequences[request.label] = Sequence(captured_as=(run, request.number), **vars(completion))
-            elif request.label not in sequences or sequences[request.label].finish_reason == ABORTED:
+                sequences[problem_id] = Sequence(captured_as=(run, request.number), **vars(completion))
+            elif problem_id not in sequences or sequences[problem_id].finish_reason == ABORTED:
                 # Its prompt is known, and what was routed of that.
-                sequences[request.label] = Sequence(
-                    problem_id=request.label,
+                sequences[problem_id] = Sequence(
+                    problem_id=problem_id,
                     captured_as=(run, request.number),
                     dataset="unfinished",
                     source_key=request.request_id,
@@ -53,6 +54,7 @@ def read(source: Path, target: Target) -> None:
                 )
     if not sequences:
         raise TraceError(f"{source}: nothing was recorded before the interruption")
-    gap = f"the collection was interrupted: {len(sequences)} of {sum(d.problems for d in metadata.datasets)} problems had begun"
+    planned = sum(dataset.problems for dataset in metadata.datasets)
+    gap = f"the collection was interrupted: {len(sequences)} of {planned or 'an unknown number of'} problems had begun"
     metadata = metadata.model_copy(update={"gaps": [*metadata.gaps, gap], "datasets": []})
     target.is_finished(finish_trace(target.directory, metadata, list(sequences.values()), others_abandoned=True))

@@ -32,7 +32,7 @@ def detect(source: Path) -> bool:
 def read(source: Path, target: Target) -> None:
     meta = first_object(source)
     if meta.get("type") == "meta":
-        target.model_id = str(meta.get("model_id", "unknown"))
+        target.model_id = str(meta.get("model_id", target.model_id))
         if type(meta.get("num_experts")) is int:
             target.num_experts = meta["num_experts"]
         if meta.get("vllm_version"):

@@ -58,11 +58,13 @@ _ROWS_SCHEMA = pa.schema(
 class ImportOptions:
     """What a source does not say, or not all of what it has.
 
-    num_experts: experts per layer; None: the source's word, or the highest id plus one. layers: import only these.
+    model: what it is called, where the source does not say. layers: import only these.
+    num_experts: experts per layer; None: the source's word, or the highest id plus one.
     drop_incomplete: leave out tokens that went to fewer than K experts, instead of recording empty slots.
     command: for the metadata.
     """
 
+    model: str = "unknown"
     num_experts: int | None = None
     layers: tuple[int, ...] | None = None
     drop_incomplete: bool = False
@@ -106,7 +108,7 @@ class Target:
         self.directory = directory
         self.source = source
         self.options = options
-        self.model_id = "unknown"
+        self.model_id = options.model
         self.architecture: str | None = None
         self.num_experts: int | None = None
         self.renormalized: bool | None = None

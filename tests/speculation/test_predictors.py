@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -230,18 +233,46 @@ def test_first_tokens_have_no_predecessor_even_if_problems_touch() -> None:
 
 
 def test_a_converted_trace_cannot_hide_training_problems(markov_trace: Trace, tmp_path: Path) -> None:
-    from profiler.jsonl import read_jsonl, write_jsonl
+    from profiler.importers import import_trace
+    from profiler.importers.target import ImportOptions
+    from profiler.jsonl import write_jsonl
 
     run = train(markov_trace, "popularity", tmp_path / "run")
     write_jsonl(markov_trace, tmp_path / "rows.jsonl")
-    converted = read_jsonl(tmp_path / "rows.jsonl", tmp_path / "converted", num_experts=8)
+    converted = import_trace(tmp_path / "rows.jsonl", tmp_path / "converted", options=ImportOptions(num_experts=8))
     with pytest.raises(TraceError, match="training problems could not be told apart"):
         evaluate(run, converted)
     own = train(converted, "popularity", tmp_path / "own")
     assert evaluate(own, converted)["split"] == "by problem (hash of the problem id)"
-    other = read_jsonl(tmp_path / "rows.jsonl", tmp_path / "other", num_experts=9)
+    other = import_trace(tmp_path / "rows.jsonl", tmp_path / "other", options=ImportOptions(num_experts=9))
     with pytest.raises(SpecmoeError):
         evaluate(own, other)
+
+
+def test_hashes_of_prompts_split_across_traces_and_mere_names_do_not(markov_trace: Trace, tmp_path: Path) -> None:
+    from profiler.importers import import_trace
+    from profiler.importers.target import ImportOptions
+
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        shutil.copytree(markov_trace.path / "routing", folder / "routing")
+        problems = markov_trace.problems.select(["problem_id", "dataset"])
+        hashes = pa.array([f"hash {i}" for i in range(problems.num_rows)])
+        pq.write_table(problems.append_column("prompt_md5", hashes), folder / "problems.parquet")
+    options = ImportOptions(num_experts=8)
+    first, second = (import_trace(tmp_path / name, tmp_path / f"{name}-trace", options=options) for name in ("first", "second"))
+    run = train(first, "popularity", tmp_path / "run")
+    assert evaluate(run, second)["split"] == "by problem (hash of the prompt_md5)"
+    for name in ("first", "second"):
+        path = tmp_path / name / "problems.parquet"
+        pq.write_table(pq.read_table(path).drop_columns("prompt_md5"), path)
+    third = import_trace(tmp_path / "first", tmp_path / "third", options=options)
+    # Another trace, though its problems have the same names.
+    fourth = import_trace(tmp_path / "second", tmp_path / "fourth", options=ImportOptions(num_experts=8, command=("other",)))
+    run = train(third, "popularity", tmp_path / "names")
+    assert evaluate(run, third)["split"] == "by problem (hash of the source key)"
+    with pytest.raises(TraceError, match="is not the trace that"):
+        evaluate(run, fourth)
 
 
 def test_training_that_diverges_is_an_error_and_writes_nothing(markov_trace: Trace, tmp_path: Path) -> None:
