@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from profiler.capture_stream import ROUTING_STREAM, first_line, read_index
 from profiler.errors import UNREADABLE, TraceError
 from profiler.pairs import INFINITY_BITS, has_repeats
+from profiler.parquet_footer import read_row_groups
 from profiler.schema import (
     CAPTURE_FOLDER,
     MANIFEST_FILE,
@@ -226,6 +227,7 @@ class Trace:
                 names = file.schema_arrow.names
                 if len(names) != 4 or not _same_columns(file.schema_arrow, _values_schema(file.schema_arrow, path)):
                     raise TraceError(f"{path}: columns {names}, expected problem_id, layer, token_id and one list of float16")
+                _check_sizes(file, path)
                 for group, (first, last) in enumerate(_problems_of_groups(file, path)):
                     if first <= problem_id <= last:
                         table = _read_row_group(file, group, path)
@@ -267,21 +269,22 @@ class Trace:
         expected = routing_schema(model.num_experts, model.top_k, weights=record.weights)
         for path in self.routing_files:
             with _open_parquet(path) as file:
-                if not _same_columns(file.schema_arrow, expected):
-                    names = file.schema_arrow.names
-                    raise TraceError(f"{path}: columns {names} of other names or types than the metadata says")
-                if problem_id is not None and path not in self._problems_of_files:
-                    self._problems_of_files[path] = _problems_of_groups(file, path)
+                if path not in self._checked:
+                    if not _same_columns(file.schema_arrow, expected):
+                        names = file.schema_arrow.names
+                        raise TraceError(f"{path}: columns {names} of other names or types than the metadata says")
+                    _check_sizes(file, path)
+                    self._checked[path] = None
+                if problem_id is not None and self._checked[path] is None:
+                    self._checked[path] = _problems_of_groups(file, path)
                 for group in range(file.num_row_groups):
-                    if problem_id is not None:
-                        first, last = self._problems_of_files[path][group]
-                        if not first <= problem_id <= last:
-                            continue
-                    yield path, file, group
+                    first, last = (self._checked[path] or [])[group] if problem_id is not None else (0, 0)
+                    if problem_id is None or first <= problem_id <= last:
+                        yield path, file, group
 
     @cached_property
-    def _problems_of_files(self) -> dict[Path, list[tuple[int, int]]]:
-        """First and last problem of each row group, of the files that were looked into so far."""
+    def _checked(self) -> dict[Path, list[tuple[int, int]] | None]:
+        """Files whose columns and sizes are as they should be; first and last problem of their row groups, once asked for."""
         return {}
 
     def _decode(self, table: pa.Table, path: Path, group: int) -> RoutingChunk:
@@ -468,18 +471,24 @@ def _problems_of_groups(file: pq.ParquetFile, path: Path) -> list[tuple[int, int
     return found
 
 
+def _check_sizes(file: pq.ParquetFile, path: Path) -> None:
+    """Raise `TraceError` if a row group would be too large decoded, or has other numbers of values than its rows need."""
+    kinds = [field.type for field in file.schema_arrow]
+    entries = [kind.list_size if pa.types.is_fixed_size_list(kind) else 1 for kind in kinds]
+    groups = read_row_groups(path)
+    if len(groups) != file.num_row_groups:
+        raise TraceError(f"{path}: {len(groups)} row groups, pyarrow finds {file.num_row_groups}")
+    for number, group in enumerate(groups):
+        if group.rows * sum(map(_row_bytes, kinds)) > MAX_GROUP_BYTES:
+            raise TraceError(f"{path}, row group {number}: {group.rows:,} rows are larger than {MAX_GROUP_BYTES >> 20} MiB")
+        if group.values != [group.rows * each for each in entries]:
+            what = f"columns of {group.values} values, expected lists of {entries}"
+            raise TraceError(f"{path}, row group {number}: {what} in {group.rows:,} rows")
+
+
 def _read_row_group(file: pq.ParquetFile, group: int, path: Path, columns: list[str] | None = None) -> pa.Table:
     rows = file.metadata.row_group(group).num_rows
-    if rows * sum(_row_bytes(field.type) for field in file.schema_arrow) > MAX_GROUP_BYTES:
-        raise TraceError(f"{path}, row group {group}: {rows:,} rows are larger than {MAX_GROUP_BYTES >> 20} MiB")
     try:
-        # One row may have a list of a billion entries: what the footer says of each column must fit the rows.
-        entries = [field.type.list_size if pa.types.is_fixed_size_list(field.type) else 1 for field in file.schema_arrow]
-        found = [file.metadata.row_group(group).column(column).num_values for column in range(file.metadata.num_columns)]
-        if found != [rows * each for each in entries]:
-            raise TraceError(
-                f"{path}, row group {group}: columns of {found} values, expected lists of {entries} in {rows:,} rows"
-            )
         table = file.read_row_group(group, columns=columns)
         # A broken page can decode to other lengths than it promised.
         table.validate()

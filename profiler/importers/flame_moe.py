@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from profiler.capture_stream import first_line
 from profiler.errors import UNREADABLE, TraceError
 from profiler.importers.target import MAX_PIECE_BYTES, Target
+from profiler.parquet_footer import read_row_groups
 from profiler.schema import MAX_TOP_K, PREFILL
 
 NAME = "flame-moe"
@@ -125,14 +126,9 @@ def batches(path: Path, columns: list[str], rows: int) -> Iterator[pa.RecordBatc
             if absent:
                 raise TraceError(f"{path} lacks the column {absent[0]!r}")
             # A few bytes can stand for a list of a billion entries in a single row.
-            metadata = file.metadata
-            counts = [
-                metadata.row_group(group).column(column).num_values
-                for group in range(metadata.num_row_groups)
-                for column in range(metadata.num_columns)
-            ]
-            if max(counts, default=0) * VALUE_BYTES > MAX_PIECE_BYTES:
-                raise TraceError(f"{path}: {max(counts):,} values in a column of a row group: more than can be taken at once")
+            most = max((count for group in read_row_groups(path) for count in group.values), default=0)
+            if most * VALUE_BYTES > MAX_PIECE_BYTES:
+                raise TraceError(f"{path}: {most:,} values in a column of a row group: more than can be taken at once")
             yield from file.iter_batches(batch_size=rows, columns=columns)
     except UNREADABLE as error:
         raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
