@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -33,10 +34,10 @@ from profiler.schema import (
     DatasetMetadata,
     Metadata,
 )
-from profiler.sealing import Source, run_folder, runs_of, seal
+from profiler.sealing import Missing, Source, run_folder, runs_of, seal
 from profiler.writer import write_manifest, write_metadata, write_table
 
-REQUESTS_FILE, COMPLETIONS_FILE = "requests.jsonl", "completions.jsonl"
+REQUESTS_FILE, PLANNED_FILE, COMPLETIONS_FILE = "requests.jsonl", "planned.jsonl", "completions.jsonl"
 ABORTED = "abort"
 # Problem ids named in a line about gaps; the tables have them all.
 NAMED_PROBLEMS = 10
@@ -135,19 +136,13 @@ def problem_ids(requests: list[CapturedRequest]) -> dict[int, int]:
         if isinstance(request.label, int) and 0 <= request.label < 2**31 and request.label not in taken:
             ids[request.number] = request.label
             taken.add(request.label)
-    free = 0
-    for request in requests:
-        if request.number not in ids:
-            while free in taken:
-                free += 1
-            ids[request.number] = free
-            taken.add(free)
-    return ids
+    free = free_ids(taken)
+    return ids | {request.number: next(free) for request in requests if request.number not in ids}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompletedProblem:
-    """A problem that a run finished, with all that its tables say: one line of `completions.jsonl`."""
+class PlannedProblem:
+    """A problem that a run set out to do: one line of `planned.jsonl`, written before the engine begins."""
 
     problem_id: Count
     dataset: str
@@ -155,6 +150,26 @@ class CompletedProblem:
     prompt: str
     prompt_token_ids: list[Count]
     truncated_tokens: Count
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def to_json(self) -> str:
+        """One line of `planned.jsonl`."""
+        return json.dumps(vars(self), separators=(",", ":"))
+
+    def sequence(self, source: Source | None, request: CapturedRequest | None = None) -> Sequence:
+        """As a sequence that was begun and not finished."""
+        cached = 0 if request is None else request.cached_tokens
+        return Sequence(
+            **vars(self), captured_as=source, output="", output_token_ids=[], cached_tokens=cached, finish_reason=ABORTED
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletedProblem:
+    """A problem that a run finished: one line of `completions.jsonl`, written at once."""
+
+    problem_id: Count
     output: str
     output_token_ids: list[Count]
     cached_tokens: Count
@@ -167,9 +182,29 @@ class CompletedProblem:
         return json.dumps(vars(self), separators=(",", ":"))
 
 
-def read_completions(run: Path) -> list[CompletedProblem]:
-    """What a run finished, in that order. Raises `TraceError` on a line that is no such record."""
-    return _records(run / COMPLETIONS_FILE, CompletedProblem)
+def read_planned(run: Path) -> list[PlannedProblem]:
+    """What a run set out to do. Raises `TraceError` on a line that is no such record."""
+    return _records(run / PLANNED_FILE, PlannedProblem)
+
+
+def read_completed(directory: Path, run: int) -> dict[int, Sequence]:
+    """The problems that a run of the trace `directory` finished. Raises `TraceError` on a line that is no such record."""
+    folder = run_folder(directory, run)
+    planned = {problem.problem_id: problem for problem in read_planned(folder)}
+    requests = {request.label: request for request in read_requests(folder)}
+    completed = {}
+    for completion in _records(folder / COMPLETIONS_FILE, CompletedProblem):
+        problem_id = completion.problem_id
+        if problem_id not in planned:
+            raise TraceError(f"{folder / COMPLETIONS_FILE}: problem {problem_id}, which {PLANNED_FILE} does not have")
+        source = (run, requests[problem_id].number) if problem_id in requests else None
+        completed[problem_id] = replace(planned[problem_id].sequence(source), **vars(completion))
+    return completed
+
+
+def free_ids(taken: Container[int]) -> Iterator[int]:
+    """Whole numbers from 0 that are not taken, as long as there are."""
+    return (number for number in range(2**31) if number not in taken)
 
 
 _Record = TypeVar("_Record")
@@ -206,7 +241,7 @@ class Sequence:
     captured_as: Source | None
     dataset: str
     source_key: str
-    prompt: str
+    prompt: str | None
     output: str
     prompt_token_ids: list[int]
     output_token_ids: list[int]
@@ -251,21 +286,24 @@ def finish_trace(
     return Trace.open(directory)
 
 
-def _gaps(sequences: list[Sequence], missing: dict[int, list[int]]) -> list[str]:
+def _gaps(sequences: list[Sequence], missing: Missing) -> list[str]:
     """What is not in the routing, a line for each cause."""
-    gaps = []
     cached = {s.problem_id: s.cached_tokens for s in sequences if s.cached_tokens}
-    unexplained = {
-        problem: others for problem, at in missing.items() if (others := [x for x in at if x >= cached.get(problem, 0)])
-    }
+    explained, unexplained = 0, {}
+    for problem_id, gaps_G2 in missing.items():
+        from_cache = np.clip(np.minimum(gaps_G2[:, 1], cached.get(problem_id, 0)) - gaps_G2[:, 0], 0, None).sum()
+        explained += int(from_cache)
+        others = int((gaps_G2[:, 1] - gaps_G2[:, 0]).sum() - from_cache)
+        if others:
+            unexplained[problem_id] = others
+    gaps = []
     if cached:
-        explained = sum(len(missing.get(problem, [])) - len(unexplained.get(problem, [])) for problem in cached)
         gaps.append(f"{explained} positions of {len(cached)} problems came from the prefix cache: {_named(cached)}")
     aborted = [s.problem_id for s in sequences if s.finish_reason == ABORTED]
     if aborted:
         gaps.append(f"{len(aborted)} problems were aborted and are incomplete: {_named(aborted)}")
     if unexplained:
-        count = sum(len(positions) for positions in unexplained.values())
+        count = sum(unexplained.values())
         gaps.append(f"{count} positions of {len(unexplained)} problems were not captured: {_named(unexplained)}")
     return gaps
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import ipc
 
-from profiler.errors import UNREADABLE, TraceError
+from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.pairs import check_ids, check_weights
 from profiler.schema import MAX_HIDDEN_SIZE, MAX_TOP_K, ModelMetadata, RecordMetadata, expert_dtype
 
@@ -295,15 +296,32 @@ def gather(
 def _read_block(file: pa.MemoryMappedFile, schema: pa.Schema) -> pa.RecordBatch | None:
     """The next block, None at the end or where the rest is torn."""
     try:
-        batch = ipc.read_record_batch(ipc.read_message(file), schema)
+        message = ipc.read_message(file)
+        if _is_compressed(message.metadata.to_pybytes()):
+            return None
+        batch = ipc.read_record_batch(message, schema)
         batch.validate(full=True)
-    except UNREADABLE:
+    except (*UNREADABLE, struct.error):
         return None
     torn = any(column.null_count or column.offset for column in batch.columns)
     return None if torn or batch.num_rows == 0 else batch
 
 
-def first_line(error: BaseException) -> str:
-    """An exception as one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _is_compressed(message: bytes) -> bool:
+    """Whether a block's header announces compression. Ours are never: a few bytes of a stranger's could become gigabytes.
+
+    It is a flatbuffer (apache/arrow, Message.fbs): field 2 of Message is the RecordBatch, field 3 of that the compression.
+    """
+
+    def field(table: int, number: int) -> int | None:
+        vtable = table - struct.unpack_from("<i", message, table)[0]
+        (size,) = struct.unpack_from("<H", message, vtable)
+        entry = 4 + 2 * number
+        (offset,) = struct.unpack_from("<H", message, vtable + entry) if entry < size else (0,)
+        return table + offset if offset else None
+
+    (root,) = struct.unpack_from("<I", message, 0)
+    header = field(root, 2)
+    if header is None:
+        return False
+    return field(header + struct.unpack_from("<I", message, header)[0], 3) is not None

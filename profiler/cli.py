@@ -17,6 +17,7 @@ from rich.table import Table
 
 from profiler.errors import ModelError, SpecmoeError, TraceError
 from profiler.reader import Trace
+from profiler.schema import MAX_EXPERTS
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -50,8 +51,13 @@ def run_app(app: typer.Typer, name: str) -> None:
 
 
 def _fail(name: str, text: str, code: int) -> None:
-    print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+    print(f"{name}: {printable(' '.join(text.split()))}", file=sys.stderr)
     sys.exit(code)
+
+
+def printable(text: str) -> str:
+    """Text without control characters: names in a stranger's file must not steer the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class EngineName(StrEnum):
@@ -213,7 +219,9 @@ def convert(
         str | None, typer.Option("--from", metavar="FORMAT", help="See 'specmoe formats'; default: by content.")
     ] = None,
     model: Annotated[str, typer.Option(help="What the model is called, where the source does not say.")] = "unknown",
-    num_experts: Annotated[int | None, typer.Option(min=1, help="Experts per layer, where the source does not say.")] = None,
+    num_experts: Annotated[
+        int | None, typer.Option(min=1, max=MAX_EXPERTS, help="Experts per layer, where the source does not say.")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(metavar="A-B,C", help="Import only these layers: tokens need rows at no others.")
     ] = None,
@@ -229,11 +237,13 @@ def convert(
 
     Example: specmoe convert dumps/routes.npz traces/served
     """
-    from profiler.importers import import_trace
+    from profiler.importers import FORMATS, import_trace
     from profiler.importers.target import ImportOptions
     from profiler.jsonl import write_jsonl
     from profiler.writer import public_command
 
+    if format_name is not None and format_name not in FORMATS:
+        raise typer.BadParameter(f"{format_name!r}: expected one of {', '.join(FORMATS)}", param_hint="--from")
     if push is not None and to is not ConvertTo.hub_folder:
         raise typer.BadParameter("goes with --to hub-folder", param_hint="--push")
     if to is ConvertTo.trace:
@@ -247,17 +257,21 @@ def convert(
         trace = import_trace(source, target, format_name=format_name, options=options)
         typer.echo(f"{target}: {trace.num_rows:,} rows, {_size(_bytes(target))}; {trace.metadata.hook}")
         for line in [*trace.metadata.gaps, *trace.caveats()]:
-            typer.echo(f"  {line}")
+            typer.echo(f"  {printable(line)}")
         return
-    if target.exists() and (not target.is_dir() or to is ConvertTo.jsonl or any(target.iterdir())):
-        raise TraceError(f"{target} exists: choose another {'file' if to is ConvertTo.jsonl else 'folder'}")
+    trace = Trace.open(source)
     if to is ConvertTo.jsonl:
-        lines = write_jsonl(Trace.open(source), target)
+        if target.exists():
+            raise TraceError(f"{target} exists: choose another file")
+        lines = write_jsonl(trace, target)
         typer.echo(f"{target}: {lines:,} rows, {_size(target.stat().st_size)}")
     else:
-        from profiler.hub import push_folder, write_hub_folder
+        from profiler.hub import is_folder_of, push_folder, write_hub_folder
 
-        write_hub_folder(Trace.open(source), target)
+        if not is_folder_of(trace, target):
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise TraceError(f"{target} exists and is not of this trace: choose another folder")
+            write_hub_folder(trace, target)
         typer.echo(f"{target}: {_size(_bytes(target))}, a dataset with a card")
         if push is not None:
             typer.echo(push_folder(target, push, private=private))
@@ -283,6 +297,8 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
     layers: set[int] = set()
     for part in text.replace(" ", "").split(","):
         first, _, last = part.partition("-")
+        if int(last or first) < int(first):
+            raise typer.BadParameter(f"{part!r}: expected the smaller number first", param_hint="--layers")
         layers |= set(range(int(first), int(last or first) + 1))
     return tuple(sorted(layers))
 
@@ -311,17 +327,18 @@ def inspect(
     else:
         model = metadata.model
         typer.echo(
-            f"{trace}: {model.id}, {len(model.moe_layers)} MoE layers ({model.moe_layers[0]}-{model.moe_layers[-1]}), "
-            f"{model.num_experts} experts, top-{model.top_k}"
+            f"{trace}: {printable(model.id)}, {len(model.moe_layers)} MoE layers ({model.moe_layers[0]}-{model.moe_layers[-1]})"
+            f", {model.num_experts} experts, top-{model.top_k}"
         )
         for source in metadata.datasets:
-            typer.echo(f"  {source.problems} problems of {source.name}")
-        typer.echo(f"  {'unknown' if rows is None else f'{rows:,}'} routing rows; {metadata.engine}, {metadata.created}")
+            typer.echo(f"  {source.problems} problems of {printable(source.name)}")
+        origin = printable(f"{metadata.engine}, {metadata.created}")
+        typer.echo(f"  {'unknown' if rows is None else f'{rows:,}'} routing rows; {origin}")
         for gap in metadata.gaps:
-            typer.echo(f"  gap: {gap}")
+            typer.echo(f"  gap: {printable(gap)}")
         for caveat in opened.caveats():
             typer.echo(f"  note: {caveat}")
-        typer.echo("complete" if not faults else "incomplete: " + "; ".join(faults))
+        typer.echo("complete" if not faults else "incomplete: " + printable("; ".join(faults)))
     if faults:
         raise typer.Exit(1)
 

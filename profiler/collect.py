@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ import numpy.typing as npt
 
 from profiler.capture import (
     COMPLETIONS_FILE,
+    PLANNED_FILE,
     CompletedProblem,
+    PlannedProblem,
     Sequence,
     finish_trace,
-    read_completions,
-    read_requests,
+    read_completed,
 )
 from profiler.capture_stream import HIDDEN_STREAM, ROUTING_STREAM
 from profiler.datasets import Dataset, Problem, find_dataset, load_problems
@@ -140,24 +141,29 @@ def _collect(
         if earlier.manifest is not None:
             on_stage(f"{out} is complete already")
             trace = Trace.open(out)
+            # A kill may have come between the manifest and this.
+            shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
             return _summary(trace, resumed=trace.problems.num_rows)
         sequences = _finished_problems(out, problems)
         on_stage(f"resuming: {len(sequences)} of {len(problems)} problems are finished")
     resumed = len(sequences)
     start_seconds, generate_seconds = 0.0, 0.0
     if earlier is not None and resumed == len(problems):
-        metadata = earlier.metadata
+        # Sealing says anew what is missing.
+        metadata = earlier.metadata.model_copy(update={"gaps": []})
     else:
         on_stage(f"starting {options.engine} with {model.metadata.id}")
         began = time.monotonic()
-        engine = start_engine(options.engine, model, options.engine_options)
+        engine = start_engine(options.engine, model, _with_hidden_tokens_left(options.engine_options, out, sequences))
         try:
             start_seconds = time.monotonic() - began
             metadata = _metadata(options, model, engine, datasets, problems)
             if earlier is None:
                 write_metadata(out, metadata)
             else:
-                _refuse_other_settings(earlier.metadata, metadata.model_dump(mode="json", exclude={"created", "command"}), out)
+                _refuse_other_settings(
+                    earlier.metadata, metadata.model_dump(mode="json", exclude={"created", "command", "gaps"}), out
+                )
                 metadata = metadata.model_copy(update={"created": earlier.metadata.created})
             remaining = [problem_id for problem_id in range(len(problems)) if problem_id not in sequences]
             prompts = _encode(engine, problems, remaining, options.sampling.max_new_tokens)
@@ -204,7 +210,7 @@ def _finished_problems(out: Path, problems: list[Problem]) -> dict[int, Sequence
     finished = {}
     for run in runs_of(out):
         positions = captured_positions(run_folder(out, run))
-        for problem_id, sequence in _completed(out, run).items():
+        for problem_id, sequence in read_completed(out, run).items():
             if not 0 <= problem_id < len(problems) or sequence.prompt != problems[problem_id].prompt:
                 raise TraceError(
                     f"{out}: problem {problem_id} was another one before: the dataset has changed; choose another --out"
@@ -214,16 +220,14 @@ def _finished_problems(out: Path, problems: list[Problem]) -> dict[int, Sequence
     return finished
 
 
-def _completed(out: Path, run: int) -> dict[int, Sequence]:
-    """The problems that a run completed."""
-    folder = run_folder(out, run)
-    requests = {request.label: request for request in read_requests(folder)}
-    completed = {}
-    for completion in read_completions(folder):
-        request = requests.get(completion.problem_id)
-        source = None if request is None else (run, request.number)
-        completed[completion.problem_id] = Sequence(captured_as=source, **vars(completion))
-    return completed
+def _with_hidden_tokens_left(options: EngineOptions, out: Path, finished: dict[int, Sequence]) -> EngineOptions:
+    """The options, with a budget of router inputs that is less by what earlier runs recorded of the finished problems."""
+    if not options.capture.hidden_layers:
+        return options
+    recorded = {run: captured_positions(run_folder(out, run)).get(HIDDEN_STREAM, {}) for run in runs_of(out)}
+    sources = [sequence.captured_as for sequence in finished.values() if sequence.captured_as is not None]
+    used = sum(len(recorded[run].get(number, ())) for run, number in sources)
+    return replace(options, capture=replace(options.capture, hidden_tokens=max(0, options.capture.hidden_tokens - used)))
 
 
 def _is_captured(sequence: Sequence, positions: dict[str, dict[int, npt.NDArray[np.int32]]]) -> bool:
@@ -333,21 +337,25 @@ def _run(
     run = max(runs_of(options.out), default=-1) + 1
     folder = run_folder(options.out, run)
     folder.mkdir(parents=True)
-    truncated = {prompt.problem_id: cut for prompt, cut in prompts}
-    token_ids = {prompt.problem_id: prompt.token_ids for prompt, _ in prompts}
+    with (folder / PLANNED_FILE).open("w", encoding="utf-8") as file:
+        for prompt, cut in prompts:
+            problem = problems[prompt.problem_id]
+            planned = PlannedProblem(
+                problem_id=prompt.problem_id,
+                dataset=problem.dataset,
+                source_key=problem.source_key,
+                prompt=problem.prompt,
+                prompt_token_ids=prompt.token_ids,
+                truncated_tokens=cut,
+            )
+            file.write(planned.to_json() + "\n")
     done = 0
     with (folder / COMPLETIONS_FILE).open("w", encoding="utf-8") as completions:
 
         def finished(completion: Completion) -> None:
             nonlocal done
-            problem = problems[completion.problem_id]
             record = CompletedProblem(
                 problem_id=completion.problem_id,
-                dataset=problem.dataset,
-                source_key=problem.source_key,
-                prompt=problem.prompt,
-                prompt_token_ids=token_ids[completion.problem_id],
-                truncated_tokens=truncated[completion.problem_id],
                 output=completion.text,
                 output_token_ids=completion.token_ids,
                 cached_tokens=completion.cached_tokens,
@@ -360,7 +368,7 @@ def _run(
 
         on_progress(done)
         report = engine.generate([prompt for prompt, _ in prompts], options.sampling, folder, finished)
-    return _completed(options.out, run), report
+    return read_completed(options.out, run), report
 
 
 def _discard_if_empty(out: Path, created: bool) -> bool:
@@ -423,6 +431,7 @@ def _metadata(
             "max_length": engine.max_length,
             "logits": options.engine_options.capture.logits,
             "hidden_layers": list(options.engine_options.capture.hidden_layers),
+            "hidden_tokens": options.engine_options.capture.hidden_tokens,
             "prefix_caching": options.engine_options.prefix_caching,
         },
         command=public_command(),

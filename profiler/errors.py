@@ -36,3 +36,9 @@ class DatasetError(SpecmoeError):
 
 class EngineError(SpecmoeError):
     """An inference engine is not installed, or the capture inside it failed."""
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

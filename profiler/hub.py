@@ -38,13 +38,19 @@ def write_hub_folder(trace: Trace, folder: Path) -> None:
     The folder is a trace as well. Raises `TraceError` if a file is not as the manifest says, before it is copied.
     """
     assert trace.manifest is not None
+    names = [*_own_files(trace), MANIFEST_FILE]
+    linked = next((name for name in names if (trace.path / name).is_symlink()), None)
+    if linked is not None:
+        raise TraceError(f"{trace.path / linked} is a link, which may lead anywhere: copy the trace first")
     faults = trace.faults(verify=True)
     if faults:
         raise TraceError(f"{trace.path}: {faults[0]}")
+    if GATES_FILE in names:
+        _check_gates(trace.path / GATES_FILE)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        for name in [*_own_files(trace), MANIFEST_FILE]:
+        for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(trace.path / name, folder / name)
         write_text(folder / CARD_FILE, _card(trace))
@@ -53,6 +59,14 @@ def write_hub_folder(trace: Trace, folder: Path) -> None:
         if not created:
             folder.mkdir()
         raise
+
+
+def is_folder_of(trace: Trace, folder: Path) -> bool:
+    """Whether `folder` was made of this trace, and is whole."""
+    manifest = folder / MANIFEST_FILE
+    if not (folder / CARD_FILE).is_file() or not manifest.is_file():
+        return False
+    return manifest.read_bytes() == (trace.path / MANIFEST_FILE).read_bytes() and not Trace.open(folder).faults(verify=True)
 
 
 def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
@@ -66,17 +80,31 @@ def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
     try:
         api = HfApi()
         address = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        if private and not api.repo_info(repository, repo_type="dataset").private:
+            raise TraceError(f"{repository} exists and is public: make it private on the hub first, or leave out --private")
+        # What an earlier push left would be loaded along with this one.
         api.upload_folder(
             repo_id=repository,
             repo_type="dataset",
             folder_path=folder,
             commit_message="Routing trace",
-            ignore_patterns=["*.tmp"],
+            delete_patterns=["*.parquet", "*.safetensors", "*.jsonl"],
         )
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
         raise TraceError(f"the hub did not take {repository}: {reason}; {folder} stays") from error
     return str(address)
+
+
+def _check_gates(path: Path) -> None:
+    """Raise `TraceError` unless the file is of tensors and nothing else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise TraceError(f"{path} has no tensors: {error}") from error
 
 
 def _own_files(trace: Trace) -> list[str]:

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
-from profiler.capture_stream import ROUTING_STREAM, first_line, read_index
-from profiler.errors import UNREADABLE, TraceError
+from profiler.capture_stream import ROUTING_STREAM, read_index
+from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.pairs import INFINITY_BITS, has_repeats
 from profiler.parquet_footer import read_row_groups
 from profiler.schema import (
@@ -46,7 +46,8 @@ from profiler.writer import sha256_of
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_DOCUMENT_BYTES = 64 << 20
+# Parsed, JSON of nothing but empty objects takes thirty times its length.
+MAX_DOCUMENT_BYTES = 16 << 20
 # Our own row groups are below 40 MB; a stranger's few compressed bytes must not become gigabytes.
 MAX_GROUP_BYTES = 256 << 20
 MAX_TABLE_BYTES = 768 << 20

@@ -29,8 +29,9 @@ GATES_FILE = "gates.safetensors"
 # Tokens in the order in which they were computed, a folder for each run; exists only until a trace is complete.
 CAPTURE_FOLDER = "capture"
 
-# What a uint16 id can hold; and a generous bound on what a stranger's metadata can make a reader allocate per row.
-MAX_EXPERTS = 65_536
+# What a uint16 can hold besides the id of empty slots; and a generous bound on what a stranger's metadata can make a reader
+# allocate per row.
+MAX_EXPERTS = 65_535
 MAX_TOP_K = 1024
 MAX_HIDDEN_SIZE = 1 << 20
 

@@ -38,6 +38,9 @@ STREAMS = {ROUTING_FOLDER: ROUTING_STREAM, LOGITS_FOLDER: LOGITS_STREAM, HIDDEN_
 Source = tuple[int, int]
 """Where the tokens of a problem are in `capture/`: run, and the number that they have there."""
 
+Missing = dict[int, npt.NDArray[np.int64]]
+"""Problem id -> its positions without routing, as intervals `[G, 2]` from first to behind last."""
+
 
 def run_folder(directory: Path, run: int) -> Path:
     """The folder of the `run`-th attempt (from 0) at collecting the trace `directory`."""
@@ -58,7 +61,7 @@ def seal(
     *,
     record: RecordMetadata | None = None,
     others_abandoned: bool = False,
-) -> dict[int, list[int]]:
+) -> Missing:
     """Sort `capture/` into `routing/` (and `logits/`, `hidden/`) and return the positions that each problem lacks.
 
     `capture/` stays: `write_manifest` removes it, so that a seal that was cut short can be repeated. Memory: about 40 bytes
@@ -69,7 +72,7 @@ def seal(
     captured twice keep the last capture. Pairs are sorted by weight, descending.
     captured_as: problem id -> run and number of its tokens; default: run 0, the same number.
     others_abandoned: leave out rows of other numbers (requests of a run that was killed); otherwise they are an error.
-    Returns problem id -> those of the N - 1 positions without routing, for the problems that lack some.
+    Returns those of the N - 1 positions without routing, of the problems that lack some.
     Raises `TraceError` if a captured number is none of these, or if a token has an expert twice.
     """
     if captured_as is None:
@@ -86,7 +89,7 @@ def seal(
             missing = lacking if name == ROUTING_FOLDER else missing
     gates = [run_folder(directory, run) / GATES_FILE for run in runs_of(directory)]
     for path in gates:
-        if path.exists():
+        if path.is_file() and not path.is_symlink():
             shutil.copyfile(path, directory / GATES_FILE)
     return missing
 
@@ -125,14 +128,17 @@ class _Wanted:
         at_N = np.minimum(np.searchsorted(self._sorted_keys_P, keys_N), len(self._sorted_keys_P) - 1)
         return np.where(self._sorted_keys_P[at_N] == keys_N, self._order_P[at_N], -1)
 
-    def lacking(self, keys_N: npt.NDArray[np.int64]) -> dict[int, list[int]]:
-        """Problem id -> positions without a key; `keys_N`: rank << 32 | position, ascending, each once."""
+    def lacking(self, keys_N: npt.NDArray[np.int64]) -> Missing:
+        """What is missing besides `keys_N`: rank << 32 | position, ascending, each once."""
         counts_P = np.bincount(keys_N >> 32, minlength=len(self.problem_ids_P))
         starts_P = np.cumsum(counts_P) - counts_P
         lacking = {}
         for p in np.flatnonzero(counts_P < self.routed_P).tolist():
             found = keys_N[starts_P[p] : starts_P[p] + counts_P[p]] & 0xFFFFFFFF
-            lacking[int(self.problem_ids_P[p])] = np.setdiff1d(np.arange(self.routed_P[p]), found, assume_unique=True).tolist()
+            # Between one that is there and the next, with one before the first and one behind the last.
+            edges = np.concatenate([[-1], found, [self.routed_P[p]]])
+            gaps_G2 = np.stack([edges[:-1] + 1, edges[1:]], axis=1)
+            lacking[int(self.problem_ids_P[p])] = gaps_G2[gaps_G2[:, 1] > gaps_G2[:, 0]]
         return lacking
 
 
@@ -143,7 +149,7 @@ def _sort(
     record: RecordMetadata,
     wanted: _Wanted,
     others_abandoned: bool,
-) -> dict[int, list[int]]:
+) -> Missing:
     form = next(iter(indices.values())).form
     keys, places = [], []
     first = 0

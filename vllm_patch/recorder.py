@@ -21,8 +21,8 @@ from vllm_patch.buffers import CaptureBuffers, Snapshot
 from vllm_patch.capture_files import CaptureFiles, Files, RotatingFiles, Rows
 from vllm_patch.steps import NewRequest, Step
 
-# Bytes that may wait for the writer before the engine waits for it.
-QUEUE_BYTES = 64 << 20
+# Bytes that may wait for the writer before the engine waits for it; as many again may be in its hands.
+QUEUE_BYTES = 32 << 20
 # The writer takes what has come when this much waits, or after this time: large batches cost the least. What it has written
 # survives a kill: a crash costs what waits, one second of it at most or a full queue.
 BATCH_BYTES = 8 << 20

@@ -150,7 +150,8 @@ def finish(directory: Path) -> Trace | None:
     if not requests:
         shutil.rmtree(directory)
         return None
-    metadata = Trace.open(directory, allow_incomplete=True).metadata
+    # What is missing is said anew, should an earlier sealing have been cut short.
+    metadata = Trace.open(directory, allow_incomplete=True).metadata.model_copy(update={"gaps": []})
     finished = _read_finished(directory.parent / FINISHED_FILE, {request.request_id for request in requests})
     decode = _decoder(metadata)
     ids = problem_ids(requests)

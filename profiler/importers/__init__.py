@@ -26,6 +26,7 @@ from profiler.importers import (
 )
 from profiler.importers.target import ImportOptions, Target
 from profiler.reader import Trace
+from profiler.schema import MANIFEST_FILE
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ def import_trace(
     format_name: one of `FORMATS`; None for the one that the content looks like. What the source lacks, and what was left out,
     is in the trace's gaps. Raises `TraceError`, and leaves nothing behind, if the source cannot be read.
     """
-    if not source.exists():
+    if not source.is_file() and not source.is_dir():
         raise TraceError(f"{source}: no such file or folder")
+    if directory.is_symlink():
+        raise TraceError(f"{directory} is a link: choose a folder")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise TraceError(f"{directory} exists and is not an empty folder: choose another one")
     chosen = find_format(source, format_name)
@@ -90,4 +93,6 @@ def find_format(source: Path, name: str | None = None) -> Format:
     for candidate in FORMATS.values():
         if candidate.detect(source):
             return candidate
+    if (source / MANIFEST_FILE).is_file():
+        raise TraceError(f"{source} is a trace already; --to jsonl and --to hub-folder make something else of it")
     raise TraceError(f"{source} looks like none of {', '.join(FORMATS)}: choose one with --from, if it is one of them")

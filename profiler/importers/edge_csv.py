@@ -17,9 +17,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv as pa_csv
 
-from profiler.capture_stream import first_line
-from profiler.errors import UNREADABLE, TraceError
-from profiler.importers.lines import head
+from profiler.errors import UNREADABLE, TraceError, first_line
+from profiler.importers.reading import head
 from profiler.importers.target import EMPTY, Rows, Target
 from profiler.schema import DECODE, MAX_TOP_K, PREFILL
 
@@ -41,7 +40,7 @@ BLOCK_BYTES = 4 << 20
 
 
 def detect(source: Path) -> bool:
-    text = head(source).lstrip("\ufeff")
+    text = head(source)
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     return text.startswith("# route_trace") or bool(lines and {*_REQUIRED} <= {*lines[0].split(",")})
 
@@ -55,6 +54,8 @@ def read(source: Path, target: Target) -> None:
     experts = re.search(r"\bn_expert=(\d{1,6})\b", "\n".join(preamble))
     if experts:
         target.num_experts = int(experts.group(1))
+    # What is sorted otherwise would be taken apart where blocks end.
+    target.contradiction = "lines of one turn, step and layer are not together: sort the file by turn, step, layer and slot"
     carried: pa.Table | None = None
     phases: dict[tuple[int, int], list[np.ndarray]] = {}
     for where, block in _blocks(source, len(preamble)):
@@ -76,7 +77,7 @@ def read(source: Path, target: Target) -> None:
 
 def _preamble(source: Path) -> list[str]:
     lines = []
-    for line in head(source).lstrip("\ufeff").splitlines():
+    for line in head(source).splitlines():
         if not line.startswith("#"):
             break
         lines.append(line)
@@ -85,18 +86,21 @@ def _preamble(source: Path) -> list[str]:
 
 def _blocks(source: Path, skipped: int) -> Iterator[tuple[str, pa.Table]]:
     """The known columns, block by block."""
-    options = pa_csv.ConvertOptions(column_types=_TYPES, null_values=[""], strings_can_be_null=False)
+    header = next((line for line in head(source).splitlines() if line and not line.startswith("#")), "").split(",")
+    absent = [name for name in _REQUIRED if name not in header]
+    if absent:
+        raise TraceError(f"{source} lacks the column {absent[0]!r}")
+    if len(set(header)) < len(header):
+        raise TraceError(f"{source} has a column twice")
+    names = [name for name in _TYPES if name in header]
+    options = pa_csv.ConvertOptions(column_types=_TYPES, include_columns=names, null_values=[""], strings_can_be_null=False)
     reading = pa_csv.ReadOptions(block_size=BLOCK_BYTES, skip_rows=skipped)
     row = 1
     try:
         with pa_csv.open_csv(source, read_options=reading, convert_options=options) as reader:
-            absent = [name for name in _REQUIRED if name not in reader.schema.names]
-            if absent:
-                raise TraceError(f"{source} lacks the column {absent[0]!r}")
             for batch in reader:
                 where = f"{source}, rows {row}..{row + batch.num_rows - 1}"
                 row += batch.num_rows
-                names = [name for name in _TYPES if name in batch.schema.names]
                 if any(batch.column(name).null_count for name in names):
                     raise TraceError(f"{where}: an empty field")
                 if batch.num_rows:

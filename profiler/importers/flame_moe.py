@@ -15,22 +15,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from profiler.capture_stream import first_line
-from profiler.errors import UNREADABLE, TraceError
-from profiler.importers.target import MAX_PIECE_BYTES, Target
-from profiler.parquet_footer import read_row_groups
-from profiler.schema import MAX_TOP_K, PREFILL
+from profiler.errors import TraceError
+from profiler.importers.reading import batches, column_names, files_in, id_lists, lists, whole_numbers
+from profiler.importers.target import Target
+from profiler.schema import PREFILL
 
 NAME = "flame-moe"
 ABOUT = "FLAME-MoE Parquet, a file or folder of layer_NN.parquet: scores list<float16>, indices list<int16>"
 
 SEQUENCE_TOKENS = 2048
 BATCH_ROWS = 16 * SEQUENCE_TOKENS
-# A decoded entry of a list, with what tells where lists begin.
-VALUE_BYTES = 8
 
 
 def detect(source: Path) -> bool:
@@ -38,8 +33,8 @@ def detect(source: Path) -> bool:
     if not files:
         return False
     try:
-        return {"scores", "indices"} <= set(pq.read_schema(files[0]).names)
-    except UNREADABLE:
+        return {"scores", "indices"} <= set(column_names(files[0]))
+    except TraceError:
         return False
 
 
@@ -78,7 +73,7 @@ def read(source: Path, target: Target) -> None:
 
 def _files(source: Path) -> list[Path]:
     if source.is_dir():
-        return sorted(source.glob("layer_*.parquet"))
+        return files_in(source, "layer_*.parquet")
     return [source] if source.suffix == ".parquet" and source.is_file() else []
 
 
@@ -95,54 +90,21 @@ def _together(files: list[Path]) -> Iterator[list[tuple[npt.NDArray[Any], npt.ND
 
 def _pairs(path: Path) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
     for batch in batches(path, ["scores", "indices"], BATCH_ROWS):
-        yield lists(batch.column("indices"), f"{path}: indices"), lists(batch.column("scores"), f"{path}: scores")
+        yield id_lists(batch.column("indices"), f"{path}: indices"), lists(batch.column("scores"), f"{path}: scores")
 
 
 def _add_tokens(source: Path, rows: int, target: Target) -> None:
     folder = source if source.is_dir() else source.parent
-    samples = sorted((folder.parent.parent / "samples").glob("*.parquet"))
+    samples = files_in(folder.parent.parent / "samples", "*.parquet")
     if not samples:
         return
     start = 0
     for path in samples:
         for batch in batches(path, ["token_id"], BATCH_ROWS):
-            column = batch.column("token_id")
-            if not pa.types.is_integer(column.type) or column.null_count:
-                raise TraceError(f"{path}: token_id is {column.type}, expected whole numbers")
-            vocab_ids_T = column.to_numpy()[: max(0, rows - start)]
+            vocab_ids_T = whole_numbers(batch.column("token_id"), f"{path}: token_id")[: max(0, rows - start)]
             at_T = np.arange(start, start + len(vocab_ids_T))
             for sequence in np.unique(at_T // SEQUENCE_TOKENS).tolist():
                 mine_T = at_T // SEQUENCE_TOKENS == sequence
                 problem_id = target.problem("flame-moe", str(sequence))
                 target.add_tokens(problem_id, at_T[mine_T] % SEQUENCE_TOKENS, PREFILL, vocab_ids_T=vocab_ids_T[mine_T])
             start += len(vocab_ids_T)
-
-
-def batches(path: Path, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-    """Columns of a Parquet file, so many rows at a time. Raises `TraceError` if one is absent or nothing can be decoded."""
-    try:
-        with pq.ParquetFile(path) as file:
-            absent = [name for name in columns if name not in file.schema_arrow.names]
-            if absent:
-                raise TraceError(f"{path} lacks the column {absent[0]!r}")
-            # A few bytes can stand for a list of a billion entries in a single row.
-            most = max((count for group in read_row_groups(path) for count in group.values), default=0)
-            if most * VALUE_BYTES > MAX_PIECE_BYTES:
-                raise TraceError(f"{path}: {most:,} values in a column of a row group: more than can be taken at once")
-            yield from file.iter_batches(batch_size=rows, columns=columns)
-    except UNREADABLE as error:
-        raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
-
-
-def lists(column: pa.Array, what: str) -> npt.NDArray[Any]:
-    """A list column whose lists have one length as `[N, K]`. Raises `TraceError`, which names `what`, on anything else."""
-    kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise TraceError(f"{what} is {kind}, expected lists")
-    values = column.flatten()
-    if column.null_count or values.null_count or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
-        raise TraceError(f"{what}: nulls, or entries that are no numbers")
-    lengths = column.value_lengths().to_numpy() if not pa.types.is_fixed_size_list(kind) else np.array([kind.list_size])
-    if not len(lengths) or lengths.min() != lengths.max() or not 1 <= lengths[0] <= MAX_TOP_K:
-        raise TraceError(f"{what}: lists of {lengths.min(initial=0)} to {lengths.max(initial=0)} entries, expected one length")
-    return np.asarray(values.to_numpy(zero_copy_only=False).reshape(-1, int(lengths[0])))

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from pathlib import Path
 
-from profiler.capture import ABORTED, Sequence, finish_trace, problem_ids, read_completions, read_requests
+from profiler.capture import (
+    ABORTED,
+    COMPLETIONS_FILE,
+    PLANNED_FILE,
+    REQUESTS_FILE,
+    CapturedRequest,
+    Sequence,
+    finish_trace,
+    free_ids,
+    read_completed,
+    read_planned,
+    read_requests,
+)
 from profiler.errors import TraceError
 from profiler.importers.target import Target
 from profiler.reader import Trace
-from profiler.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE
-from profiler.sealing import run_folder, runs_of
+from profiler.schema import CAPTURE_FOLDER, GATES_FILE, MANIFEST_FILE, METADATA_FILE
+from profiler.sealing import STREAMS, run_folder, runs_of
 from profiler.writer import exclusive
 
 NAME = "interrupted"
 ABOUT = "the folder of a collection that was interrupted"
+
+_FILES = (*STREAMS.values(), REQUESTS_FILE, COMPLETIONS_FILE, PLANNED_FILE, GATES_FILE)
 
 
 def detect(source: Path) -> bool:
@@ -24,37 +39,52 @@ def detect(source: Path) -> bool:
 def read(source: Path, target: Target) -> None:
     if not detect(source):
         raise TraceError(f"{source}: expected {METADATA_FILE} and {CAPTURE_FOLDER}/, and no {MANIFEST_FILE}")
+    if target.options.layers is not None or target.options.num_experts is not None:
+        raise TraceError(f"{source}: --layers and --num-experts are for other tools' formats; this one knows its model")
     with exclusive(source):
         metadata = Trace.open(source, allow_incomplete=True).metadata
-        shutil.copytree(source / CAPTURE_FOLDER, target.directory / CAPTURE_FOLDER)
+        for run in runs_of(source):
+            _copy_run(run_folder(source, run), run_folder(target.directory, run))
     sequences: dict[int, Sequence] = {}
+    unlabelled: list[tuple[int, CapturedRequest]] = []
     for run in runs_of(target.directory):
         folder = run_folder(target.directory, run)
-        completions = {completion.problem_id: completion for completion in read_completions(folder)}
-        requests = read_requests(folder)
-        ids = problem_ids(requests)
-        for request in requests:
-            problem_id = ids[request.number]
-            completion = completions.get(problem_id)
-            if completion is not None:
-                sequences[problem_id] = Sequence(captured_as=(run, request.number), **vars(completion))
-            elif problem_id not in sequences or sequences[problem_id].finish_reason == ABORTED:
+        sequences |= read_completed(target.directory, run)
+        planned = {problem.problem_id: problem for problem in read_planned(folder)}
+        for request in read_requests(folder):
+            known = planned.get(request.label) if isinstance(request.label, int) else None
+            if known is None:
+                unlabelled.append((run, request))
+            elif known.problem_id not in sequences or sequences[known.problem_id].finish_reason == ABORTED:
                 # Its prompt is known, and what was routed of that.
-                sequences[problem_id] = Sequence(
-                    problem_id=problem_id,
-                    captured_as=(run, request.number),
-                    dataset="unfinished",
-                    source_key=request.request_id,
-                    prompt=" ".join(map(str, request.prompt_token_ids)),
-                    output="",
-                    prompt_token_ids=request.prompt_token_ids,
-                    output_token_ids=[],
-                    cached_tokens=request.cached_tokens,
-                    finish_reason=ABORTED,
-                )
+                sequences[known.problem_id] = known.sequence((run, request.number), request)
+    for problem_id, (run, request) in zip(free_ids(sequences), unlabelled, strict=False):
+        sequences[problem_id] = Sequence(
+            problem_id=problem_id,
+            captured_as=(run, request.number),
+            dataset="unfinished",
+            source_key=request.request_id,
+            prompt=None,
+            output="",
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=[],
+            cached_tokens=request.cached_tokens,
+            finish_reason=ABORTED,
+        )
     if not sequences:
         raise TraceError(f"{source}: nothing was recorded before the interruption")
-    planned = sum(dataset.problems for dataset in metadata.datasets)
-    gap = f"the collection was interrupted: {len(sequences)} of {planned or 'an unknown number of'} problems had begun"
-    metadata = metadata.model_copy(update={"gaps": [*metadata.gaps, gap], "datasets": []})
+    planned_count = sum(dataset.problems for dataset in metadata.datasets) or "an unknown number of"
+    gap = f"the collection was interrupted: {len(sequences)} of {planned_count} problems had begun"
+    metadata = metadata.model_copy(update={"gaps": [gap], "datasets": []})
     target.is_finished(finish_trace(target.directory, metadata, list(sequences.values()), others_abandoned=True))
+
+
+def _copy_run(source: Path, target: Path) -> None:
+    """Copy the files that a run has, and nothing that a link could make of them."""
+    target.mkdir(parents=True)
+    for name in _FILES:
+        path = source / name
+        if path.is_symlink() or (path.exists() and not stat.S_ISREG(path.lstat().st_mode)):
+            raise TraceError(f"{path} is no plain file")
+        if path.exists():
+            shutil.copyfile(path, target / name, follow_symlinks=False)

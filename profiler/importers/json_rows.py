@@ -12,11 +12,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from profiler.errors import TraceError
-from profiler.importers.lines import Objects, first_object, json_lines
-from profiler.importers.target import EMPTY, Rows, Target
+from profiler.importers.reading import Objects, first_object, json_lines
+from profiler.importers.target import Rows, Target
 
 NAME = "jsonl"
 ABOUT = "JSON lines with problem_id, layer, token_id (token_idx, token_pos), expert_ids (experts), weights (gating_probs)"
@@ -34,28 +33,29 @@ def detect(source: Path) -> bool:
 
 
 def read(source: Path, target: Target) -> None:
-    first = first_object(source)
-    spelled = {name: next((s for s in options if s in first), options[0]) for name, options in _SPELLINGS.items()}
-    has_weights = spelled["weights"] in first
-    named = isinstance(first.get("problem_id"), str) or "dataset" in first
-    if spelled["token_id"] != "token_id":
-        target.gaps.append(f"positions are the source's {spelled['token_id']}: whether prompts are included is not known")
+    named: bool | None = None
+    spelled: dict[str, str] = {}
     for rows in json_lines(source):
-        ids_NK = rows.lists(spelled["expert_ids"], EMPTY)
-        weights_NK = weights_of(rows, spelled["weights"], ids_NK) if has_weights else None
+        if named is None:
+            named = rows.have("dataset") or isinstance(rows.objects[0].get("problem_id"), str)
+            spelled = {name: next(filter(rows.have, options), options[0]) for name, options in _SPELLINGS.items()}
+            if spelled["token_id"] != "token_id":
+                target.gaps.append(
+                    f"positions are the source's {spelled['token_id']}: whether prompts are included is not known"
+                )
+        ids_NK = rows.expert_ids(spelled["expert_ids"])
+        weights_NK = rows.weights(spelled["weights"], ids_NK) if rows.have(spelled["weights"]) else None
         if named:
             datasets = [str(found.get("dataset", "unknown")) for found in rows.objects]
             names = zip(datasets, rows.texts("problem_id"), strict=True)
             problem_N = np.array([target.problem(dataset, problem) for dataset, problem in names])
         else:
+            _refuse_names(rows)
             problem_N = rows.integers("problem_id")
         target.add(Rows(problem_N, rows.integers(spelled["token_id"]), rows.integers("layer"), ids_NK, weights_NK), rows.where)
 
 
-def weights_of(rows: Objects, name: str, ids_NK: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """The weights of rows with these experts. Raises `TraceError`, naming the line, if there are more or fewer."""
-    weights_NK = rows.lists(name, np.nan)
-    for number, found, ids_K in zip(rows.numbers, rows.objects, (ids_NK != EMPTY).sum(1).tolist(), strict=True):
-        if len(found[name]) != ids_K:
-            raise TraceError(f"{rows.path}, line {number}: {len(found[name])} weights of {ids_K} experts")
-    return weights_NK
+def _refuse_names(rows: Objects) -> None:
+    """Raise `TraceError` if rows name their datasets where the first ones did not: equal numbers would become one problem."""
+    if rows.have("dataset"):
+        raise TraceError(f"{rows.where}: a 'dataset', which the lines before do not have; give every line one")

@@ -9,30 +9,34 @@ weights, and experts in no particular order (github.com/ngavhane/moe-beyond). A 
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from pydantic_core import from_json
 
 from profiler.errors import TraceError
-from profiler.importers.lines import head
-from profiler.importers.olmoe import integers
-from profiler.importers.target import Target
-from profiler.schema import PREFILL
+from profiler.importers.reading import files_in, head, integers
+from profiler.importers.target import EMPTY, Rows, Target
+from profiler.schema import MAX_TOP_K, PREFILL
 
 NAME = "moe-beyond"
 ABOUT = "MoE-Beyond CSV, or a folder of them: Layer ID, Batch Number, Token, Activated Expert IDs; no weights"
 
 _COLUMNS = ("Layer ID", "Batch Number", "Token", "Activated Expert IDs")
 MAX_FIELD_BYTES = 1 << 20
+ROWS = 4096
+
+_Line = tuple[int, dict[str, str]]
 
 
 def detect(source: Path) -> bool:
     files = _files(source)
-    return bool(files) and head(files[0]).lstrip("\ufeff").startswith("Layer ID,")
+    return bool(files) and head(files[0]).startswith("Layer ID,")
 
 
 def read(source: Path, target: Target) -> None:
@@ -40,39 +44,72 @@ def read(source: Path, target: Target) -> None:
     files = _files(source)
     if not files:
         raise TraceError(f"{source}: no .csv file")
-    for path in files:
-        number = re.search(r"(\d+)", path.stem)
-        name = number.group(1) if number else path.stem
-        layers: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
-        texts: dict[tuple[str, int], list[str | None]] = defaultdict(list)
-        for line, row in _rows(path):
-            where = f"{path}, line {line}"
-            try:
-                layer = int(row["Layer ID"])
-                ids = json.loads(row["Activated Expert IDs"])
-            except (ValueError, TypeError, RecursionError) as error:
-                raise TraceError(f"{where}: expected a layer number and a list of expert ids") from error
-            layers[row["Batch Number"], layer].append(integers(ids, 1, f"{where}: Activated Expert IDs"))
-            texts[row["Batch Number"], layer].append(row["Token"])
-        for (batch, layer), lists in layers.items():
-            problem_id = target.problem("moe-beyond", name if batch == "0" else f"{name}/{batch}")
-            width = max(map(len, lists))
-            ids_NK = np.full((len(lists), 1, width), -1, dtype=np.int32)
-            for row_number, ids_K in enumerate(lists):
-                ids_NK[row_number, 0, : len(ids_K)] = ids_K
-            target.add_arrays(problem_id, np.arange(len(lists)), [layer], ids_NK, None, f"{path}, layer {layer}")
-            if layer == min(other for b, other in layers if b == batch):
-                tokens = texts[batch, layer]
-                target.add_tokens(problem_id, np.arange(len(tokens)), PREFILL, texts_T=tokens)
+    named = [(_name(path), path) for path in files]
+    for name, path in named:
+        if [other for other, _ in named].count(name) > 1:
+            raise TraceError(f"{path}: another file is of prompt {name} too")
+        lines = _lines(path)
+        seen = _Seen()
+        while block := list(islice(lines, ROWS)):
+            _add(path, name, block, seen, target)
+
+
+@dataclass
+class _Seen:
+    """Of a file so far: rows of each batch and layer, and the layer with which a batch began."""
+
+    rows: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
+    first_layer: dict[str, int] = field(default_factory=dict)
+
+
+def _add(path: Path, name: str, block: list[_Line], seen: _Seen, target: Target) -> None:
+    """Some lines of a file."""
+    keys: list[tuple[int, int, int]] = []
+    lists: list[np.ndarray] = []
+    texts: dict[int, tuple[list[int], list[str | None]]] = {}
+    for line, row in block:
+        where = f"{path}, line {line}"
+        batch = row["Batch Number"]
+        if not re.fullmatch(r"\d{1,5}", row["Layer ID"], re.ASCII):
+            raise TraceError(f"{where}: expected a layer number")
+        layer = int(row["Layer ID"])
+        try:
+            ids_K = integers(from_json(row["Activated Expert IDs"]), f"{where}: Activated Expert IDs")
+        except ValueError as error:
+            raise TraceError(f"{where}: expected a list of expert ids") from error
+        if len(ids_K) > MAX_TOP_K:
+            raise TraceError(f"{where}: {len(ids_K)} experts, expected at most {MAX_TOP_K}")
+        problem_id = target.problem("moe-beyond", name if batch == "0" else f"{name}/{batch}")
+        position = seen.rows[batch, layer]
+        seen.rows[batch, layer] += 1
+        keys.append((problem_id, position, layer))
+        lists.append(ids_K)
+        # The layer that comes first has every token's text; the others repeat it.
+        if seen.first_layer.setdefault(batch, layer) == layer:
+            known = texts.setdefault(problem_id, ([], []))
+            known[0].append(position)
+            known[1].append(row["Token"])
+    ids_NK = np.full((len(lists), max(map(len, lists))), EMPTY, dtype=np.int64)
+    for number, ids_K in enumerate(lists):
+        ids_NK[number, : len(ids_K)] = ids_K
+    problem_N, token_N, layer_N = np.array(keys, dtype=np.int64).T
+    target.add(Rows(problem_N, token_N, layer_N, ids_NK, None), f"{path}, lines {block[0][0]}..{block[-1][0]}")
+    for problem_id, (at, tokens) in texts.items():
+        target.add_tokens(problem_id, np.array(at), PREFILL, texts_T=tokens)
 
 
 def _files(source: Path) -> list[Path]:
     if source.is_dir():
-        return sorted(source.glob("*.csv"), key=lambda path: (len(path.name), path.name))
-    return [source] if source.suffix == ".csv" else []
+        return files_in(source, "*.csv")
+    return [source] if source.suffix == ".csv" and source.is_file() else []
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _name(path: Path) -> str:
+    number = re.fullmatch(r"prompt_(\d+)(_data)?", path.stem)
+    return number.group(1) if number else path.stem
+
+
+def _lines(path: Path) -> Iterator[_Line]:
     csv.field_size_limit(MAX_FIELD_BYTES)
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.DictReader(file)

@@ -8,12 +8,14 @@ documents (github.com/allenai/OLMoE, scripts/run_moe_analysis.py).
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from profiler.errors import TraceError
-from profiler.importers.lines import head, json_lines
+from profiler.importers.reading import head, integers, json_lines
 from profiler.importers.target import Target
 from profiler.schema import PREFILL
 
@@ -28,29 +30,29 @@ def detect(source: Path) -> bool:
 
 def read(source: Path, target: Target) -> None:
     target.gaps.append("prefill only: sequences of concatenated text, nothing generated")
-    for number, found in ((n, o) for lines in json_lines(source) for n, o in zip(lines.numbers, lines.objects, strict=True)):
-        where = f"{source}, line {number}"
-        if "exp_ids" not in found:
-            raise TraceError(f"{where}: no 'exp_ids'")
-        ids_TLK = integers(found["exp_ids"], 3, f"{where}: exp_ids").transpose(0, 2, 1)
-        problem_id = target.problem("olmoe", str(number - 1))
-        positions_T = np.arange(len(ids_TLK))
-        target.add_arrays(problem_id, positions_T, list(range(ids_TLK.shape[1])), ids_TLK, None, where)
-        if "input_ids" in found:
-            vocab_ids_T = integers(found["input_ids"], 1, f"{where}: input_ids")
-            if len(vocab_ids_T) != len(ids_TLK):
-                raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids, but exp_ids of {len(ids_TLK)} tokens")
-            target.add_tokens(problem_id, positions_T, PREFILL, vocab_ids_T=vocab_ids_T)
+    for lines in json_lines(source):
+        for number, found in zip(lines.numbers, lines.objects, strict=True):
+            where = f"{source}, line {number}"
+            ids_TLK = _nested(found.get("exp_ids"), f"{where}: exp_ids").transpose(0, 2, 1)
+            problem_id = target.problem("olmoe", str(number - 1))
+            positions_T = np.arange(len(ids_TLK))
+            target.add_arrays(problem_id, positions_T, list(range(ids_TLK.shape[1])), ids_TLK, None, where)
+            if "input_ids" in found:
+                vocab_ids_T = integers(found["input_ids"], f"{where}: input_ids")
+                if len(vocab_ids_T) != len(ids_TLK):
+                    raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids, but exp_ids of {len(ids_TLK)} tokens")
+                target.add_tokens(problem_id, positions_T, PREFILL, vocab_ids_T=vocab_ids_T)
 
 
-def integers(nested: object, dimensions: int, what: str) -> np.ndarray:
-    """Nested lists as an int32 array. Raises `TraceError`, which names `what`, if they are ragged, empty or no such numbers."""
-    try:
-        array = np.array(nested)
-    except ValueError as error:
-        raise TraceError(f"{what} has rows of different length") from error
-    if array.ndim != dimensions or not array.size or array.dtype.kind not in "iu":
-        raise TraceError(f"{what}: expected whole numbers, nested {dimensions} deep")
-    if array.min() < 0 or array.max() >= 2**31:
-        raise TraceError(f"{what}: a number below 0 or above 2^31")
-    return array.astype(np.int32)
+def _nested(value: object, what: str) -> npt.NDArray[np.int64]:
+    """Lists three deep `[T][K][L]` as an array. Raises `TraceError`, which names `what`, if they are ragged or no numbers."""
+    shape = []
+    flat: object = value
+    for _ in range(2):
+        if not isinstance(flat, list) or not flat or {*map(type, flat)} != {list}:
+            raise TraceError(f"{what}: expected whole numbers, nested 3 deep")
+        shape.append(len(flat[0]))
+        if {*map(len, flat)} != {shape[-1]} or not shape[-1]:
+            raise TraceError(f"{what} has rows of different length, or empty ones")
+        flat = [*chain.from_iterable(flat)]
+    return integers(flat, what).reshape(-1, *shape)

@@ -7,23 +7,24 @@ dataset, and whatever else is known) and `tokens.parquet` (problem_id, token_id,
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from profiler.errors import UNREADABLE, TraceError
-from profiler.importers.flame_moe import batches, lists
+from profiler.errors import UNREADABLE, TraceError, first_line
+from profiler.importers.reading import batches, column_names, files_in, id_lists, is_text, lists, whole_numbers
 from profiler.importers.target import ProblemFacts, Rows, Target
-from profiler.schema import DECODE, METADATA_FILE, PREFILL
+from profiler.schema import DECODE, METADATA_FILE, PREFILL, PROBLEMS_SCHEMA
 
 NAME = "parquet"
 ABOUT = "Parquet with problem_id, layer, token_id, expert_ids[, weights]: a file, or a folder with routing.parquet"
 
-_KEYS = ["problem_id", "layer", "token_id", "expert_ids"]
+_KEYS = ["problem_id", "layer", "token_id"]
 BATCH_ROWS = 1 << 17
-# Names of a hash or key of the prompt, which decides the side of a split where the prompt itself is not known.
-_PROMPT_KEYS = ("source_key", "prompt_sha256", "prompt_md5", "prompt_hash", "prompt")
+# Names of a hash or key of the prompt, which tells problems apart where the prompt itself is not known.
+_PROMPT_KEYS = ("source_key", "prompt_sha256", "prompt_md5", "prompt_hash")
 
 
 def detect(source: Path) -> bool:
@@ -31,8 +32,8 @@ def detect(source: Path) -> bool:
     if not files or (source.is_dir() and (source / METADATA_FILE).exists()):
         return False
     try:
-        return set(_KEYS) <= set(pq.read_schema(files[0]).names)
-    except UNREADABLE:
+        return {*_KEYS, "expert_ids"} <= set(column_names(files[0]))
+    except TraceError:
         return False
 
 
@@ -40,78 +41,111 @@ def read(source: Path, target: Target) -> None:
     files = _files(source)
     if not files:
         raise TraceError(f"{source}: no routing.parquet and no routing/*.parquet")
-    seen: set[int] = set()
+    first_tokens: dict[int, int] = {}
     for path in files:
         row = 0
-        has_weights = "weights" in _names(path)
-        for batch in batches(path, [*_KEYS, *(["weights"] if has_weights else [])], BATCH_ROWS):
+        has_weights = "weights" in column_names(path)
+        for batch in batches(path, [*_KEYS, "expert_ids", *(["weights"] if has_weights else [])], BATCH_ROWS):
             where = f"{path}, rows {row}..{row + len(batch) - 1}"
             row += len(batch)
-            keys = [batch.column(name) for name in _KEYS[:3]]
-            if any(not pa.types.is_integer(column.type) or column.null_count for column in keys):
-                raise TraceError(f"{where}: problem_id, layer and token_id must be whole numbers, and not null")
-            problem_N, layer_N, token_N = (column.to_numpy() for column in keys)
-            ids_NK = lists(batch.column("expert_ids"), f"{where}: expert_ids")
+            problem_N, layer_N, token_N = (whole_numbers(batch.column(name), f"{where}: {name}") for name in _KEYS)
+            ids_NK = id_lists(batch.column("expert_ids"), f"{where}: expert_ids")
             weights_NK = lists(batch.column("weights"), f"{where}: weights") if has_weights else None
-            if (weights_NK is not None and weights_NK.shape != ids_NK.shape) or ids_NK.dtype.kind not in "iu":
-                raise TraceError(f"{where}: expert_ids of {ids_NK.shape[1]} whole numbers and as many weights are expected")
-            target.add(Rows(problem_N, token_N, layer_N, ids_NK.astype(np.int64), weights_NK), where)
-            seen |= set(np.unique(problem_N).tolist())
+            if weights_NK is not None and weights_NK.shape != ids_NK.shape:
+                raise TraceError(f"{where}: {weights_NK.shape[1]} weights of {ids_NK.shape[1]} experts")
+            target.add(Rows(problem_N, token_N, layer_N, ids_NK, weights_NK), where)
+            order_N = np.lexsort((token_N, problem_N))
+            problems, at = np.unique(problem_N[order_N], return_index=True)
+            for problem, first in zip(problems.tolist(), token_N[order_N][at].tolist(), strict=True):
+                first_tokens[problem] = min(first_tokens.get(problem, first), first)
     if source.is_dir():
-        _read_problems(source / "problems.parquet", seen, target)
-        _read_tokens(source / "tokens.parquet", target)
+        _read_problems(source / "problems.parquet", first_tokens, target)
+        _read_tokens(source / "tokens.parquet", first_tokens, target)
 
 
 def _files(source: Path) -> list[Path]:
     if source.is_dir():
         single = source / "routing.parquet"
-        return [single] if single.is_file() else sorted((source / "routing").glob("*.parquet"))
+        return [single] if single.is_file() else files_in(source / "routing", "*.parquet")
     return [source] if source.suffix == ".parquet" and source.is_file() else []
 
 
-def _names(path: Path) -> list[str]:
-    try:
-        return list(pq.read_schema(path).names)
-    except UNREADABLE as error:
-        raise TraceError(f"{path} is not a readable Parquet file: {error}") from error
-
-
-def _read_problems(path: Path, seen: set[int], target: Target) -> None:
+def _read_problems(path: Path, seen: dict[int, int], target: Target) -> None:
+    """Facts of the problems that have routing; columns that are neither text nor numbers are left out and named."""
     if not path.is_file():
         return
-    names = [name for name in _names(path) if name != "problem_id"]
-    for batch in batches(path, ["problem_id", *names], 1024):
-        plain = [f.name for f in batch.schema if pa.types.is_string(f.type) or pa.types.is_primitive(f.type)]
-        for row in batch.select(plain).to_pylist():
-            number = row.pop("problem_id", None)
-            if not isinstance(number, int):
-                raise TraceError(f"{path}: a problem_id that is no whole number")
+    for batch in batches(path, column_names(path), 1024):
+        plain = {field.name: field.type for field in batch.schema if is_text(field.type) or _is_number(field.type)}
+        if len(plain) < batch.num_columns:
+            others = ", ".join(name for name in batch.schema.names if name not in plain)
+            gap = f"columns of problems.parquet that are no text and no numbers were left out: {others}"
+            target.gaps += [] if gap in target.gaps else [gap]
+        number_N = whole_numbers(_column(batch, "problem_id", path), f"{path}: problem_id")
+        columns = {
+            name: _cast(batch.column(name), _wanted(name, kind), f"{path}: {name}").to_pylist()
+            for name, kind in plain.items()
+            if name != "problem_id"
+        }
+        for row, number in enumerate(number_N.tolist()):
             if number in seen:
-                key = next((str(row[name]) for name in _PROMPT_KEYS if row.get(name) is not None), str(number))
-                target.problems[number] = ProblemFacts(str(row.pop("dataset", None) or "unknown"), key, row)
+                facts: dict[str, Any] = {name: values[row] for name, values in columns.items()}
+                key = next((str(facts[name]) for name in _PROMPT_KEYS if facts.get(name) is not None), str(number))
+                target.problems[number] = ProblemFacts(facts.pop("dataset", None) or "unknown", key, facts)
 
 
-def _read_tokens(path: Path, target: Target) -> None:
+def _read_tokens(path: Path, first_tokens: dict[int, int], target: Target) -> None:
+    """Vocabulary ids or text, and phases, of tokens of problems that have routing."""
     if not path.is_file():
         return
-    names = _names(path)
+    names = column_names(path)
     text = next((name for name in ("text", "token") if name in names), None)
-    phase = "phase" if "phase" in names else None
-    columns = ["problem_id", "token_id", *(["vocab_id"] if "vocab_id" in names else []), *filter(None, [text, phase])]
+    columns = ["problem_id", "token_id", *(name for name in ("vocab_id", text, "phase") if name is not None and name in names)]
+    generated = "phase" not in names and min(first_tokens.values(), default=0) > 0
+    if "phase" not in names:
+        guess = "every problem begins after position 0, so they count as generated" if generated else "they count as prompts"
+        target.gaps.append(f"the phases of tokens are not known: {guess}")
     for batch in batches(path, columns, BATCH_ROWS):
-        problem_N = batch.column("problem_id").to_numpy(zero_copy_only=False)
-        phases = (
-            batch.column("phase").cast(pa.string()).to_numpy(zero_copy_only=False) if phase else np.full(len(batch), DECODE)
-        )
+        problem_N = whole_numbers(_column(batch, "problem_id", path), f"{path}: problem_id")
+        whole_numbers(_column(batch, "token_id", path), f"{path}: token_id")
+        phases = pa.array([DECODE if generated else PREFILL] * len(batch))
+        if "phase" in names:
+            phases = _cast(batch.column("phase"), pa.string(), f"{path}: phase")
+            if not pc.all(pc.is_in(phases, pa.array([PREFILL, DECODE]))).as_py():
+                raise TraceError(f"{path}: a phase that is neither {PREFILL!r} nor {DECODE!r}")
         for problem in np.unique(problem_N).tolist():
-            for name in (PREFILL, DECODE):
-                mine = pa.array((problem_N == problem) & (phases == name))
-                part = batch.filter(mine)
-                if len(part):
+            for phase in (PREFILL, DECODE):
+                part = batch.filter(pc.and_(pa.array(problem_N == problem), pc.equal(phases, phase)))
+                if len(part) and problem in first_tokens:
                     target.add_tokens(
                         problem,
                         part.column("token_id").to_numpy(),
-                        name,
-                        vocab_ids_T=part.column("vocab_id").to_numpy(zero_copy_only=False) if "vocab_id" in names else None,
-                        texts_T=part.column(text).cast(pa.string()).to_pylist() if text else None,
+                        phase,
+                        vocab_ids_T=_cast(part.column("vocab_id"), pa.int32(), f"{path}: vocab_id")
+                        if "vocab_id" in names
+                        else None,
+                        texts_T=_cast(part.column(text), pa.string(), path) if text else None,
                     )
+
+
+def _column(batch: pa.RecordBatch, name: str, path: Path) -> pa.Array:
+    if name not in batch.schema.names:
+        raise TraceError(f"{path} lacks the column {name!r}")
+    return batch.column(name)
+
+
+def _wanted(name: str, kind: pa.DataType) -> pa.DataType:
+    """The type of a column of the trace's own, or of another one as it is; text as plain text."""
+    if name in PROBLEMS_SCHEMA.names:
+        return PROBLEMS_SCHEMA.field(name).type
+    return pa.string() if is_text(kind) else kind
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+def _cast(column: pa.Array, kind: pa.DataType, what: object) -> pa.Array:
+    try:
+        return column.cast(kind)
+    except UNREADABLE as error:
+        raise TraceError(f"{what}: a column of {column.type}, expected {kind}: {first_line(error)}") from error

@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import TraceError
-from profiler.importers.json_rows import weights_of
-from profiler.importers.lines import Objects, first_object, json_lines
-from profiler.importers.target import EMPTY, MAX_LAYER, Rows, Target
+from profiler.importers.reading import Objects, first_object, json_lines
+from profiler.importers.target import MAX_LAYER, Rows, Target
 
 NAME = "route-log"
 ABOUT = 'JSON lines that begin with {"type": "meta"}, then {"type": "route", "req_id", "token_idx", "layer", "topk_ids", ...}'
@@ -35,8 +34,8 @@ def read(source: Path, target: Target) -> None:
         target.model_id = str(meta.get("model_id", target.model_id))
         if type(meta.get("num_experts")) is int:
             target.num_experts = meta["num_experts"]
-        if meta.get("vllm_version"):
-            target.versions["vllm"] = str(meta["vllm_version"])
+        if isinstance(meta.get("vllm_version"), str):
+            target.versions["vllm"] = meta["vllm_version"]
     agreed = _agreed_rows(source)
     counts: dict[int, int] = {}
     drifted = 0
@@ -44,8 +43,8 @@ def read(source: Path, target: Target) -> None:
         requests = routes.texts("req_id")
         problem_N = np.array([target.problem("logged", request) for request in requests], dtype=np.int64)
         layer_N, token_N = routes.integers("layer"), routes.integers("token_idx")
-        ids_NK = routes.lists("topk_ids", EMPTY)
-        weights_NK = weights_of(routes, "topk_weights", ids_NK) if "topk_weights" in routes.objects[0] else None
+        ids_NK = routes.expert_ids("topk_ids")
+        weights_NK = routes.weights("topk_weights", ids_NK) if routes.have("topk_weights") else None
         rows = Rows(problem_N, token_N, layer_N, ids_NK, weights_NK)
         if agreed is not None:
             rows.token_ids_N = _running_count(problem_N << 16 | layer_N, counts)
@@ -72,20 +71,19 @@ def _routes(source: Path) -> Iterator[Objects]:
 
 def _agreed_rows(source: Path) -> dict[str, int] | None:
     """Request -> up to which row all of its layers agree on `token_idx`; None if it never restarts, and so is a position."""
-    pieces: dict[tuple[str, int], list[npt.NDArray[np.int64]]] = {}
+    pieces: dict[str, dict[int, list[npt.NDArray[np.int64]]]] = {}
     for routes in _routes(source):
         names, request_N = np.unique(np.array(routes.texts("req_id"), dtype=object), return_inverse=True)
         keys_N = request_N.astype(np.int64) << 16 | routes.integers("layer")
         order_N = np.argsort(keys_N, kind="stable")
         keys, starts = np.unique(keys_N[order_N], return_index=True)
         for key, tokens in zip(keys.tolist(), np.split(routes.integers("token_idx")[order_N], starts[1:]), strict=True):
-            pieces.setdefault((str(names[key >> 16]), key & 0xFFFF), []).append(tokens)
-    logged = {key: np.concatenate(arrays) for key, arrays in pieces.items()}
-    if all((np.diff(tokens) > 0).all() for tokens in logged.values()):
+            pieces.setdefault(str(names[key >> 16]), {}).setdefault(key & 0xFFFF, []).append(tokens)
+    logged = {request: [np.concatenate(arrays) for arrays in layers.values()] for request, layers in pieces.items()}
+    if all((np.diff(tokens) > 0).all() for layers in logged.values() for tokens in layers):
         return None
     agreed: dict[str, int] = {}
-    for request in {request for request, _ in logged}:
-        layers = [tokens for (other, _), tokens in logged.items() if other == request]
+    for request, layers in logged.items():
         common = min(map(len, layers))
         differ = np.flatnonzero((np.stack([tokens[:common] for tokens in layers]) != layers[0][:common]).any(0))
         # Where nothing differs, the rest of longer layers is incomplete, and counted as that.

@@ -16,58 +16,68 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.capture_stream import first_line
-from profiler.errors import UNREADABLE, TraceError
-from profiler.importers.target import EMPTY, MAX_PIECE_BYTES, Target
+from profiler.errors import UNREADABLE, TraceError, first_line
+from profiler.importers.reading import files_in
+from profiler.importers.target import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, Target
+from profiler.schema import MAX_TOP_K
 
 NAME = "routed-experts"
 ABOUT = "vLLM's routed_experts arrays [T, L, K]: .npy, .npz, or a folder of .npy; no weights"
 
-# Rows are handed on in slices of so many tokens.
-TOKENS = 8192
+# Ids are handed on in slices of about so many.
+SLICE_IDS = 1 << 20
 # The header of an array is read as Python literals.
 NO_ARRAY = (*UNREADABLE, SyntaxError, tokenize.TokenError)
 
 
 def detect(source: Path) -> bool:
-    return source.suffix in {".npy", ".npz"} or (source.is_dir() and any(source.glob("*.npy")))
+    return (source.suffix in {".npy", ".npz"} and source.is_file()) or (source.is_dir() and bool(files_in(source, "*.npy")))
 
 
 def read(source: Path, target: Target) -> None:
-    layers = _moe_layers(source)
+    layers, dense = _moe_layers(source)
     if not layers:
         raise TraceError(f"{source}: every layer is zeros or -1 throughout, as dense layers are")
     target.gaps.append("layers are numbered as in the array; whether the prompt is included is not known")
+    if dense:
+        target.gaps.append(f"layers that are 0 or -1 throughout were taken for dense: {','.join(map(str, dense))}")
     for name, array_TLK in _arrays(source):
         problem_id = target.problem("routed-experts", name)
-        for start in range(0, len(array_TLK), TOKENS):
-            piece_TLK = np.asarray(array_TLK[start : start + TOKENS, layers])
+        for start in range(0, len(array_TLK), _tokens(array_TLK)):
+            piece_TLK = np.asarray(array_TLK[start : start + _tokens(array_TLK)][:, layers])
             positions_T = np.arange(start, start + len(piece_TLK))
             # A position from the cache has no expert at any layer.
             there_T = ~(piece_TLK == EMPTY).all((1, 2))
             where = f"{source}, {name}, tokens {start}..{start + len(piece_TLK) - 1}"
             if there_T.any():
-                target.add_arrays(problem_id, positions_T[there_T], layers, piece_TLK[there_T].astype(np.int64), None, where)
+                target.add_arrays(problem_id, positions_T[there_T], layers, piece_TLK[there_T], None, where)
 
 
-def _moe_layers(source: Path) -> list[int]:
-    """Layers that are not 0 or -1 throughout."""
+def _moe_layers(source: Path) -> tuple[list[int], list[int]]:
+    """Layers with experts, and the others: those that are 0 or -1 throughout."""
     layers: set[int] = set()
     shapes = set()
     for name, array_TLK in _arrays(source):
         shapes.add(array_TLK.shape[1:])
         if len(shapes) > 1:
             raise TraceError(f"{source}, {name}: {array_TLK.shape[1:]} layers and experts, others have another number")
-        for start in range(0, len(array_TLK), TOKENS):
-            piece_TLK = np.asarray(array_TLK[start : start + TOKENS])
+        for start in range(0, len(array_TLK), _tokens(array_TLK)):
+            piece_TLK = np.asarray(array_TLK[start : start + _tokens(array_TLK)])
             dense_TLK = (piece_TLK == 0) | (piece_TLK == EMPTY)
             layers |= set(np.flatnonzero(~dense_TLK.all((0, 2))).tolist())
-    return sorted(layers)
+    count = shapes.pop()[0] if shapes else 0
+    return sorted(layers), sorted(set(range(count)) - layers)
+
+
+def _tokens(array_TLK: npt.NDArray[Any]) -> int:
+    """Tokens in a slice."""
+    _, layers, top_k = array_TLK.shape
+    return int(max(1, SLICE_IDS // (layers * top_k)))
 
 
 def _arrays(source: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Every array by name, mapped where that is possible. Raises `TraceError` on other shapes and types."""
-    files = sorted(source.glob("*.npy"), key=lambda path: (len(path.name), path.name)) if source.is_dir() else [source]
+    files = files_in(source, "*.npy") if source.is_dir() else [source]
     for path in files:
         if path.suffix == ".npz":
             yield from _zipped(path)
@@ -110,6 +120,8 @@ def _unzipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str) -> n
 
 
 def _checked(array: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
+    if array.ndim == 3 and (array.shape[1] > MAX_LAYER or array.shape[2] > MAX_TOP_K):
+        raise TraceError(f"{where}: {array.shape[1]} layers and {array.shape[2]} experts per token: more than there can be")
     if array.ndim != 3 or array.dtype.kind not in "iu" or 0 in array.shape[1:]:
         raise TraceError(f"{where}: {array.dtype} of shape {array.shape}, expected whole numbers [T, L, K]")
     return array

@@ -2,56 +2,83 @@
 
 A record is one forward pass: `input_ids`, `positions`, `extend_seq_lens`, `forward_mode`, and `topk_ids_of_layer`, int32
 `[L, T, K]` with -1 in dense layers, unused columns and padding. Ids are of physical experts; the map leads to the model's own.
-There are no weights. Without request ids (upstream has none), sequences are put together again from positions: a pass over a
-prompt begins one, or goes on with one that ended there; decoded rows go on with the running ones, whose order a batch keeps
+There are no weights. Every rank writes a file; with plain tensor parallelism they are copies of each other
 (sgl-project/sglang, python/sglang/srt/eplb/expert_distribution.py).
+
+Without request ids (upstream has none), sequences are put together again from positions. A pass over prompts begins sequences;
+one that starts beyond 0 goes on with the prompt of the pass before it that ends there, if it was cut into pieces, and else
+begins a sequence whose beginning came from a cache. A decoding pass has one row for every running sequence, in the batch's
+order, to which new ones were added at the end: a sequence without a row has ended.
 """
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from profiler.capture_stream import first_line
-from profiler.errors import UNREADABLE, TraceError
-from profiler.importers.olmoe import integers
-from profiler.importers.target import EMPTY, MAX_PIECE_BYTES, Target
-from profiler.schema import DECODE, PREFILL
+from profiler.errors import UNREADABLE, TraceError, first_line
+from profiler.importers.reading import files_in, integers
+from profiler.importers.target import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, Target
+from profiler.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "sglang"
 ABOUT = "SGLang expert-distribution dump of mode per_token: a .pt file, or a folder of them; no weights"
 
+DECODE_MODES = (2, "decode")
+
 
 def detect(source: Path) -> bool:
-    return source.suffix == ".pt" or (source.is_dir() and any(source.glob("*.pt")))
+    return (source.suffix == ".pt" and source.is_file()) or (source.is_dir() and bool(files_in(source, "*.pt")))
 
 
 def read(source: Path, target: Target) -> None:
-    files = sorted(source.glob("*.pt")) if source.is_dir() else [source]
-    named = False
+    files = files_in(source, "*.pt") if source.is_dir() else [source]
+    seen: set[bytes] = set()
+    copies = ambiguous = 0
+    named = True
     for path in files:
-        document = _load(path)
-        records = document.get("records") if isinstance(document, dict) else None
-        if not isinstance(records, list) or not records:
-            raise TraceError(f"{path}: expected 'records' of mode per_token; a dump of counts is no routing")
-        mapping_LP = _mapping(document.get("last_physical_to_logical_map"), path)
-        if mapping_LP is not None and mapping_LP.size:
-            target.num_experts = max(target.num_experts or 0, int(mapping_LP.max()) + 1)
-        sequences = _Sequences(target, path.stem if len(files) > 1 else "dump")
-        passes = [_Pass.of(record, mapping_LP, f"{path}, record {number}") for number, record in enumerate(records)]
+        passes = _passes(path, target)
+        digest = hashlib.sha256()
+        for one in passes:
+            one.hash_into(digest)
+        if digest.digest() in seen:
+            copies += 1
+            continue
+        seen.add(digest.digest())
+        named &= all(one.request_ids is not None for one in passes)
         layers = sorted({layer for one in passes for layer in one.layers})
-        named |= any(one.request_ids is not None for one in passes)
-        for one in sorted(passes, key=lambda one: one.number):
+        sequences = _Sequences(target, path.stem if len(files) > 1 else "dump")
+        for one in passes:
             sequences.add(one, layers)
         sequences.finish()
+        ambiguous += sequences.ambiguous
+    if copies:
+        target.gaps.append(f"{copies} of {len(files)} files are copies of other ranks' and were left out")
     if not named:
         target.gaps.append("the dump names no requests: sequences were put together from positions")
+    if ambiguous:
+        target.gaps.append(f"{ambiguous:,} decoded tokens fit several sequences; the last of those in the batch was taken")
+
+
+def _passes(path: Path, target: Target) -> list[_Pass]:
+    document = _load(path)
+    records = document.get("records") if isinstance(document, dict) else None
+    if not isinstance(records, list) or not records:
+        raise TraceError(f"{path}: expected 'records' of mode per_token; a dump of counts is no routing")
+    mapping_LP = _mapping(document.get("last_physical_to_logical_map"), path)
+    if mapping_LP is not None and mapping_LP.size:
+        target.num_experts = max(target.num_experts or 0, int(mapping_LP.max()) + 1)
+    passes = [_Pass.of(record, mapping_LP, f"{path}, record {number}") for number, record in enumerate(records)]
+    return sorted(passes, key=lambda one: one.number)
 
 
 def _load(path: Path) -> Any:
@@ -76,14 +103,16 @@ def _load(path: Path) -> Any:
 
 
 def _tensor(value: object, dimensions: int, what: str) -> npt.NDArray[Any]:
+    """Whole numbers, as many as are stored. Raises `TraceError`, which names `what`, on another or an expanded tensor."""
     import torch
 
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta or value.ndim != dimensions:
         raise TraceError(f"{what}: expected a tensor of {dimensions} dimensions")
-    if value.is_floating_point() or value.is_complex() or value.numel() * value.element_size() > MAX_PIECE_BYTES:
-        raise TraceError(f"{what}: expected whole numbers, at most {MAX_PIECE_BYTES >> 20} MiB of them")
     if value.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
         raise TraceError(f"{what}: {value.dtype}, expected whole numbers")
+    size = value.numel() * value.element_size()
+    if size > min(value.untyped_storage().nbytes(), MAX_PIECE_BYTES):
+        raise TraceError(f"{what}: more numbers than it stores, or more than {MAX_PIECE_BYTES >> 20} MiB")
     return np.asarray(value.numpy())
 
 
@@ -103,8 +132,8 @@ class _Pass:
 
     number: int
     decode: bool
-    vocab_ids_T: npt.NDArray[np.int32]
-    positions_T: npt.NDArray[np.int32]
+    vocab_ids_T: npt.NDArray[np.int64]
+    positions_T: npt.NDArray[np.int64]
     lengths: list[int]
     request_ids: list[str] | None
     ids_LTK: npt.NDArray[Any]
@@ -116,28 +145,32 @@ class _Pass:
         if not isinstance(record, dict) or "topk_ids_of_layer" not in record:
             raise TraceError(f"{where}: no 'topk_ids_of_layer': the recorder must run in mode per_token")
         ids_LTK = _tensor(record["topk_ids_of_layer"], 3, f"{where}: topk_ids_of_layer")
-        tokens = ids_LTK.shape[1]
-        nothing = np.empty(0, dtype=np.int32)
-        vocab_ids_T = integers(record.get("input_ids"), 1, f"{where}: input_ids") if tokens else nothing
-        positions_T = integers(record.get("positions"), 1, f"{where}: positions") if tokens else nothing
-        if not tokens <= len(vocab_ids_T) or len(positions_T) < tokens:
+        layers, tokens, top_k = ids_LTK.shape
+        if layers > MAX_LAYER or top_k > MAX_TOP_K:
+            raise TraceError(f"{where}: {layers} layers and {top_k} experts per token are more than there can be")
+        vocab_ids_T = integers(record.get("input_ids"), f"{where}: input_ids")
+        positions_T = integers(record.get("positions"), f"{where}: positions")
+        if min(len(vocab_ids_T), len(positions_T)) < tokens:
             raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids and {len(positions_T)} positions of {tokens} tokens")
         if mapping_LP is not None:
             if len(mapping_LP) != len(ids_LTK) or ids_LTK.max(initial=0) >= mapping_LP.shape[1]:
                 raise TraceError(f"{where}: expert ids that last_physical_to_logical_map does not have")
             logical_LTK = mapping_LP[np.arange(len(ids_LTK))[:, None, None], np.maximum(ids_LTK, 0)]
             ids_LTK = np.where(ids_LTK < 0, EMPTY, logical_LTK)
-        decode = record.get("forward_mode") in (2, "decode")
-        lengths = record.get("extend_seq_lens")
-        if decode or lengths is None:
-            lengths = [1] * tokens
-        if not isinstance(lengths, list) or any(not isinstance(n, int) or n < 0 for n in lengths) or sum(lengths) < tokens:
-            raise TraceError(f"{where}: extend_seq_lens {str(lengths)[:60]}, expected the lengths of {tokens} tokens")
+        mode = record.get("forward_mode")
+        decode = type(mode) in (int, str) and mode in DECODE_MODES
+        lengths = [1] * tokens
+        if not decode and record.get("extend_seq_lens") is not None:
+            lengths = integers(record["extend_seq_lens"], f"{where}: extend_seq_lens").tolist()
+        if sum(lengths) < tokens:
+            raise TraceError(f"{where}: extend_seq_lens of {sum(lengths)} tokens in all, expected {tokens}")
         requests = record.get("rids")
-        if requests is not None and (not isinstance(requests, list) or len(requests) != len(lengths)):
-            raise TraceError(f"{where}: {len(lengths)} sequences, expected as many rids")
+        if requests is not None and not (
+            isinstance(requests, list) and len(requests) == len(lengths) and {*map(type, requests)} <= {str, int}
+        ):
+            raise TraceError(f"{where}: expected rids, texts or numbers, of {len(lengths)} sequences")
         return cls(
-            number=record["forward_pass_id"] if isinstance(record.get("forward_pass_id"), int) else 0,
+            number=record["forward_pass_id"] if type(record.get("forward_pass_id")) is int else 0,
             decode=decode,
             vocab_ids_T=vocab_ids_T[:tokens],
             positions_T=positions_T[:tokens],
@@ -148,8 +181,14 @@ class _Pass:
             where=where,
         )
 
+    def hash_into(self, digest: Any) -> None:
+        """Everything that another rank would have just so."""
+        for array in (self.vocab_ids_T, self.positions_T, np.ascontiguousarray(self.ids_LTK, dtype=np.int64)):
+            digest.update(str(array.shape).encode())
+            digest.update(array.tobytes())
 
-@dataclass
+
+@dataclass(eq=False)
 class _Running:
     """A sequence that may go on: its problem, and the position that comes next."""
 
@@ -159,58 +198,95 @@ class _Running:
 
 
 class _Sequences:
-    """Puts the passes of one file together into sequences."""
+    """Puts the passes of one file together into sequences. ambiguous: decoded rows that several sequences could have had."""
 
     def __init__(self, target: Target, name: str) -> None:
+        self.ambiguous = 0
         self._target = target
         self._name = name
+        # In the batch's order.
         self._running: list[_Running] = []
+        # Of the last pass over prompts: one of them may have been cut into pieces.
+        self._last_prompts: list[_Running] = []
         self._by_request: dict[str, _Running] = {}
         self._everything: list[_Running] = []
 
     def add(self, one: _Pass, layers: list[int]) -> None:
         """Take a pass; `layers`: the MoE layers of the file."""
-        first = 0
-        matched = 0
-        for number, length in enumerate(one.lengths):
-            of_T = slice(first, min(first + length, len(one.positions_T)))
-            first += length
-            positions_T = one.positions_T[of_T]
-            # Padding has no expert at any layer.
-            there_T = (one.ids_LTK[layers][:, of_T] != EMPTY).any((0, 2))
-            if not len(positions_T) or not there_T.any():
-                continue
-            request = None if one.request_ids is None else one.request_ids[number]
-            start = int(positions_T[0])
-            sequence, matched = self._find(request, start, matched, in_order=one.decode)
+        ends = np.minimum(np.cumsum([0, *one.lengths]), len(one.positions_T)).tolist()
+        spans = [slice(first, end) for first, end in pairwise(ends)]
+        ids_LTK = one.ids_LTK[layers]
+        # Padding has no expert at any layer.
+        there_T = (ids_LTK != EMPTY).any((0, 2))
+        rows = [number for number, span in enumerate(spans) if span.stop > span.start and there_T[span].any()]
+        starts = [int(one.positions_T[spans[number].start]) for number in rows]
+        if one.request_ids is not None:
+            sequences = [self._of_request(one.request_ids[number], start) for number, start in zip(rows, starts, strict=True)]
+        elif one.decode:
+            sequences = self._decoded(starts)
+        else:
+            sequences = self._prompts(starts)
+        for number, sequence in zip(rows, sequences, strict=True):
+            span = spans[number]
+            positions_T, mine_T = one.positions_T[span], there_T[span]
             sequence.next_position = int(positions_T[-1]) + 1
-            phase = DECODE if one.decode or (length == 1 and sequence.pieces) else PREFILL
-            sequence.pieces.setdefault(phase, []).append((positions_T[there_T], one.vocab_ids_T[of_T][there_T]))
-            ids_TLK = one.ids_LTK[layers][:, of_T][:, there_T].transpose(1, 0, 2)
-            self._target.add_arrays(sequence.problem_id, positions_T[there_T], layers, ids_TLK, None, one.where)
+            phase = DECODE if one.decode else PREFILL
+            sequence.pieces.setdefault(phase, []).append((positions_T[mine_T], one.vocab_ids_T[span][mine_T]))
+            ids_TLK = ids_LTK[:, span][:, mine_T].transpose(1, 0, 2)
+            self._target.add_arrays(sequence.problem_id, positions_T[mine_T], layers, ids_TLK, None, one.where)
 
     def finish(self) -> None:
         """Hand on what is known of the tokens."""
         for sequence in self._everything:
+            known: set[int] = set()
             for phase, pieces in sequence.pieces.items():
                 positions_T, vocab_ids_T = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
                 positions_T, at_T = np.unique(positions_T, return_index=True)
-                self._target.add_tokens(sequence.problem_id, positions_T, phase, vocab_ids_T=vocab_ids_T[at_T])
+                new_T = ~np.isin(positions_T, list(known))
+                known |= set(positions_T.tolist())
+                if new_T.any():
+                    vocab_ids = vocab_ids_T[at_T][new_T]
+                    self._target.add_tokens(sequence.problem_id, positions_T[new_T], phase, vocab_ids_T=vocab_ids)
 
-    def _find(self, request: str | None, start: int, matched: int, *, in_order: bool) -> tuple[_Running, int]:
-        """The sequence that goes on at `start`, or a new one; and how far the running ones have been gone through."""
-        if request is not None:
-            if request not in self._by_request:
-                self._by_request[request] = self._begin(start, request)
-            return self._by_request[request], matched
-        candidates = range(matched if in_order else 0, len(self._running))
-        for at in candidates:
-            if self._running[at].next_position == start and (start > 0):
-                return self._running[at], at + 1 if in_order else matched
-        return self._begin(start, str(len(self._everything))), matched
+    def _of_request(self, request: str, start: int) -> _Running:
+        if request not in self._by_request:
+            self._by_request[request] = self._begin(start, request)
+        return self._by_request[request]
+
+    def _prompts(self, starts: list[int]) -> list[_Running]:
+        """Sequences that begin at these positions, or go on there with a prompt that was cut into pieces."""
+        cut = list(self._last_prompts)
+        sequences = []
+        for start in starts:
+            goes_on = next((sequence for sequence in cut if start and sequence.next_position == start), None)
+            if goes_on is not None:
+                cut.remove(goes_on)
+            else:
+                goes_on = self._begin(start, str(len(self._everything)))
+                self._running.append(goes_on)
+            sequences.append(goes_on)
+        self._last_prompts = sequences
+        return sequences
+
+    def _decoded(self, starts: list[int]) -> list[_Running]:
+        """The running sequences that go on at these positions, in the batch's order; the others have ended."""
+        fits, rows = Counter(sequence.next_position for sequence in self._running), Counter(starts)
+        self.ambiguous += sum(count for start, count in rows.items() if fits[start] > count)
+        found: list[_Running] = []
+        before = len(self._running)
+        # From the end: those at the end are new, and surely among the rows.
+        for start in reversed(starts):
+            at = next((at for at in range(before - 1, -1, -1) if self._running[at].next_position == start), None)
+            if at is None:
+                found.append(self._begin(start, str(len(self._everything))))
+            else:
+                before = at
+                found.append(self._running[at])
+        self._running = found[::-1]
+        self._last_prompts = []
+        return self._running
 
     def _begin(self, start: int, name: str) -> _Running:
         sequence = _Running(self._target.problem("sglang", self._name, name), start)
-        self._running.append(sequence)
         self._everything.append(sequence)
         return sequence

@@ -28,7 +28,7 @@ from profiler.schema import (
     ModelMetadata,
     RecordMetadata,
 )
-from profiler.sealing import run_folder, seal
+from profiler.sealing import Missing, run_folder, seal
 from profiler.writer import write_manifest, write_metadata, write_table
 
 EMPTY = -1
@@ -40,7 +40,8 @@ TOKENS_PER_BUCKET_TURN = 4096
 BUCKETS_FOLDER = "rows"
 # A source that decodes to more in one piece is refused rather than swallowed.
 MAX_PIECE_BYTES = 512 << 20
-MAX_LINE_BYTES = 64 << 20
+# A pair of id and weight while rows are sorted.
+PAIR_BYTES = 8
 MAX_LAYER = 32_767
 
 _ROWS_SCHEMA = pa.schema(
@@ -125,6 +126,9 @@ class Target:
         self._weighted_rows = 0
         self._rows = 0
         self._unknown_weights = 0
+        self._known_weights = 0
+        # Why rows that contradict each other cannot be, in a format where they mean something worse than a logger's slip.
+        self.contradiction: str | None = None
         self._tokens: list[dict[str, npt.NDArray[Any]]] = []
         self._finished: Trace | None = None
 
@@ -155,6 +159,8 @@ class Target:
                 raise TraceError(f"{where}: {name} {values.min()}..{values.max()}, expected {max(lowest, 0)}..{highest}")
         if ids_NK.shape[1] > MAX_TOP_K:
             raise TraceError(f"{where}: {ids_NK.shape[1]} experts per token, expected at most {MAX_TOP_K}")
+        # Not before: an id of 2^64 - 1 would become an empty slot.
+        ids_NK = rows.expert_ids_NK = ids_NK.astype(np.int32)
         present_NK = ids_NK != EMPTY
         counts_N = present_NK.sum(1)
         if rows.weights_NK is not None:
@@ -167,7 +173,9 @@ class Target:
                     "a weight that is negative, infinite, or above 65,504 (float16)"
                 )
             self._weighted_rows += len(layers_N)
-            self._unknown_weights += int((present_NK & np.isnan(rows.weights_NK)).any(1).sum())
+            unknown_NK = present_NK & np.isnan(rows.weights_NK)
+            self._unknown_weights += int(unknown_NK.sum())
+            self._known_weights += int(present_NK.sum() - unknown_NK.sum())
         self._rows += len(layers_N)
         for layer, count in zip(*np.unique(layers_N, return_counts=True), strict=True):
             self._rows_of_layer[int(layer)] += int(count)
@@ -204,14 +212,14 @@ class Target:
         token_ids_T: npt.NDArray[np.integer[Any]],
         phase: str,
         *,
-        vocab_ids_T: npt.NDArray[np.integer[Any]] | None = None,
-        texts_T: list[str | None] | None = None,
+        vocab_ids_T: npt.NDArray[np.integer[Any]] | pa.Array | None = None,
+        texts_T: list[str | None] | pa.Array | None = None,
     ) -> None:
         """Take what is known of tokens of one problem: their vocabulary ids, or their text, and the phase of all."""
         columns: dict[str, Any] = {
             "problem_id": pa.array(np.full(len(token_ids_T), problem_id), pa.int32()),
             "token_id": pa.array(np.asarray(token_ids_T), pa.int32()),
-            "vocab_id": pa.nulls(len(token_ids_T), pa.int32()) if vocab_ids_T is None else pa.array(vocab_ids_T, pa.int32()),
+            "vocab_id": pa.array([None] * len(token_ids_T) if vocab_ids_T is None else vocab_ids_T, pa.int32()),
             "phase": pa.DictionaryArray.from_arrays(np.zeros(len(token_ids_T), np.int8), [phase]).cast("string"),
         }
         if texts_T is not None:
@@ -239,9 +247,10 @@ class Target:
         shutil.rmtree(self.directory / BUCKETS_FOLDER)
         if not kept.tokens:
             scarce = min(self._rows_of_layer, key=lambda layer: self._rows_of_layer[layer])
+            reasons = "; ".join(kept.gaps())
             raise TraceError(
-                f"{self.source}: no token has rows at all of the layers {model.moe_layers}; layer {scarce} has the fewest "
-                f"({self._rows_of_layer[scarce]:,}); --layers chooses some"
+                f"{self.source}: nothing is left: {reasons}. Of the layers {model.moe_layers}, layer {scarce} has the fewest "
+                f"rows ({self._rows_of_layer[scarce]:,}); --layers chooses some"
             )
         record = record.model_copy(update={"empty_slots": kept.empty_slots})
         missing = seal(self.directory, model, {p: last + 2 for p, last in kept.last_token.items()}, record=record)
@@ -302,6 +311,11 @@ class Target:
         self, table: pa.Table, model: ModelMetadata, record: RecordMetadata, writer: RoutingWriter, kept: _Kept
     ) -> None:
         """Write the tokens of a bucket that have one row at every layer."""
+        if table.num_rows * model.top_k * PAIR_BYTES > MAX_PIECE_BYTES:
+            raise TraceError(
+                f"{self.source}: {table.num_rows:,} rows of up to {model.top_k} experts are to be sorted at once: more than "
+                f"{MAX_PIECE_BYTES >> 20} MiB; split the source by problems"
+            )
         layers_L = np.array(model.moe_layers)
         problem_N, token_N, layer_N = (table.column(name).to_numpy() for name in ("problem_id", "token_id", "layer"))
         ids_NK, weights_NK = _padded(table, model.top_k)
@@ -315,6 +329,8 @@ class Target:
             same_N = np.zeros_like(again_N)
             same_N[1:] = (ids_NK[1:] == ids_NK[:-1]).all(1) & _equal(weights_NK[1:], weights_NK[:-1]).all(1)
             contradicted = np.unique(key_N[again_N & ~same_N])
+            if len(contradicted) and self.contradiction is not None:
+                raise TraceError(f"{self.source}: {self.contradiction}")
             kept.contradicted += len(contradicted)
             keep_N = ~again_N & ~np.isin(key_N, contradicted)
             key_N, layer_N, ids_NK, weights_NK = key_N[keep_N], layer_N[keep_N], ids_NK[keep_N], weights_NK[keep_N]
@@ -377,7 +393,7 @@ class Target:
     def _record(self) -> RecordMetadata:
         if 0 < self._weighted_rows < self._rows:
             raise TraceError(f"{self.source}: {self._rows - self._weighted_rows:,} rows without weights, the others with them")
-        known = self._weighted_rows > 0 and self._unknown_weights < self._rows
+        known = self._known_weights > 0
         if self._weighted_rows and not known:
             self.gaps.append("the source knows no weight")
         # For now: the number of slots is known when the rows are assembled.
@@ -448,19 +464,20 @@ class _Kept:
         return [f"{count:,} {of} {reason}" for count, reason in reasons if count]
 
 
-def _holes(missing: dict[int, list[int]]) -> list[str]:
+def _holes(missing: Missing) -> list[str]:
     """Positions without rows: the beginnings of problems (prompts that were not recorded), and others."""
-    beginnings = {p: sum(at == n for n, at in enumerate(holes)) for p, holes in missing.items()}
-    late = sum(count > 0 for count in beginnings.values())
-    others = {p: len(holes) - beginnings[p] for p, holes in missing.items() if len(holes) > beginnings[p]}
-    gaps = []
+    late = beginnings = holes = others = 0
+    for gaps_G2 in missing.values():
+        first = int(gaps_G2[0, 1]) if gaps_G2[0, 0] == 0 else 0
+        rest = int((gaps_G2[:, 1] - gaps_G2[:, 0]).sum()) - first
+        late, beginnings = late + (first > 0), beginnings + first
+        others, holes = others + (rest > 0), holes + rest
+    found = []
     if late:
-        gaps.append(
-            f"{late:,} problems begin after position 0, {sum(beginnings.values()):,} positions in: no prefill, or not all"
-        )
+        found.append(f"{late:,} problems begin after position 0, {beginnings:,} positions in: no prefill, or not all")
     if others:
-        gaps.append(f"{sum(others.values()):,} further positions of {len(others):,} problems have no rows")
-    return gaps
+        found.append(f"{holes:,} further positions of {others:,} problems have no rows")
+    return found
 
 
 def _padded(table: pa.Table, top_k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:

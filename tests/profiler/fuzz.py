@@ -27,7 +27,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from profiler.capture import COMPLETIONS_FILE, REQUESTS_FILE, CapturedRequest, CompletedProblem
+from profiler.capture import (
+    COMPLETIONS_FILE,
+    PLANNED_FILE,
+    REQUESTS_FILE,
+    CapturedRequest,
+    CompletedProblem,
+    PlannedProblem,
+)
 from profiler.capture_stream import ROUTING_STREAM, RoutingWriter
 from profiler.errors import TraceError
 from profiler.importers import import_trace
@@ -129,10 +136,12 @@ def make_capture(folder: Path) -> Path:
             writer.add(number, np.arange(5), *random_routing(5, number))
     requests = [CapturedRequest(n, f"problem-{n}", n, [1, 2, 3], 0).to_json() for n in range(3)]
     (run / REQUESTS_FILE).write_text("".join(line + "\n" for line in requests))
-    completion = {"dataset": "d", "source_key": "s", "prompt": "p", "prompt_token_ids": [1, 2, 3], "truncated_tokens": 0}
-    completion |= {"output": "o", "output_token_ids": [4, 5, 6], "cached_tokens": 0, "finish_reason": "stop"}
-    lines = [CompletedProblem(problem_id=n, **completion).to_json() for n in range(2)]
-    (run / COMPLETIONS_FILE).write_text("".join(line + "\n" for line in lines))
+    facts = {"dataset": "d", "source_key": "s", "prompt": "p", "prompt_token_ids": [1, 2, 3], "truncated_tokens": 0}
+    planned = [PlannedProblem(problem_id=n, **facts).to_json() for n in range(3)]
+    (run / PLANNED_FILE).write_text("".join(line + "\n" for line in planned))
+    facts = {"output": "o", "output_token_ids": [4, 5, 6], "cached_tokens": 0, "finish_reason": "stop"}
+    completions = [CompletedProblem(problem_id=n, **facts).to_json() for n in range(2)]
+    (run / COMPLETIONS_FILE).write_text("".join(line + "\n" for line in completions))
     return folder
 
 
@@ -242,6 +251,7 @@ READERS = {
     "problems": part_of_trace("problems.parquet"),
     "capture": Reader(lambda folder: run_folder(make_capture(folder), 0) / ROUTING_STREAM, read_capture),
     "completions": Reader(lambda folder: run_folder(make_capture(folder), 0) / COMPLETIONS_FILE, read_capture),
+    "planned": Reader(lambda folder: run_folder(make_capture(folder), 0) / PLANNED_FILE, read_capture),
     "requests": Reader(lambda folder: run_folder(make_capture(folder), 0) / REQUESTS_FILE, read_capture),
     "jsonl": imported(make_json_rows, "jsonl"),
     "old-jsonl": imported(make_old_rows, "jsonl"),

@@ -101,6 +101,25 @@ def test_a_stream_of_something_else_is_refused(tmp_path: Path) -> None:
             read_index(path)
 
 
+def test_compressed_blocks_are_not_unpacked(tmp_path: Path) -> None:
+    """A few bytes of a stranger's stream must not become gigabytes."""
+    schema = read_schema(write(tmp_path / "ours", blocks=1))
+    path = tmp_path / ROUTING_STREAM
+    rows = 100_000
+    packed = [pa.array([bytes(field.type.byte_width)] * rows, field.type) for field in list(schema)[2:]]
+    columns = [pa.array(np.zeros(rows, np.int32))] * 2 + packed
+    options = ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(path), "wb") as file, ipc.new_stream(file, schema, options=options) as stream:
+        stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+    assert path.stat().st_size < 10_000
+    assert read_index(path) is None
+
+
+def read_schema(path: Path) -> pa.Schema:
+    with pa.OSFile(str(path)) as file:
+        return ipc.open_stream(file).schema
+
+
 @pytest.mark.parametrize(("problem", "token"), [(-1, 0), (0, -1), (2**31, 0), (0, 2**31)])
 def test_numbers_that_no_table_holds_are_refused(tmp_path: Path, problem: int, token: int) -> None:
     ids, weights = np.tile([0, 1], (1, 2, 1)), np.tile([0.5, 0.5], (1, 2, 1))

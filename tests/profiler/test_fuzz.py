@@ -20,7 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_mutated_inputs_are_read_or_refused() -> None:
     readers = run("--list").stdout.split()
-    assert len(readers) >= 19
+    assert len(readers) >= 20
     with ThreadPoolExecutor(2) as pool:
         for done in pool.map(lambda name: run(name, "--inputs", str(INPUTS)), readers):
             assert done.returncode == 0, f"exit {done.returncode}: {done.stdout}{done.stderr}"

@@ -75,7 +75,9 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
-            self.repositories[name] = {"asked": asked, "files": {}}
+            private = bool(asked.get("private") or asked.get("visibility") == "private")
+            # As on the hub, a repository that exists stays as it is.
+            self.repositories.setdefault(name, {"asked": asked, "private": private, "files": {}})
             self._answer({"url": f"{self._address}/datasets/{name}", "name": name, "id": name})
         elif self.path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
@@ -86,17 +88,31 @@ class Hub(BaseHTTPRequestHandler):
             name = self.path.removeprefix("/api/datasets/").removesuffix("/commit/main")
             for line in body.splitlines():
                 entry = json.loads(line)
+                if entry["key"] == "deletedFile":
+                    del self.repositories[name]["files"][entry["value"]["path"]]
                 if entry["key"] == "file":
                     self.repositories[name]["files"][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             self._answer({"commitUrl": f"{self._address}/datasets/{name}/commit/abc", "commitOid": "abc", "success": True})
         else:
             self._answer({"error": f"no such address {self.path}"}, 404)
 
+    def do_GET(self) -> None:
+        name = self.path.removeprefix("/api/datasets/").partition("/tree/")[0].partition("/revision/")[0]
+        if name not in self.repositories:
+            self._answer({"error": f"no such address {self.path}"}, 404)
+        elif "/tree/" in self.path:
+            files = self.repositories[name]["files"]
+            self._answer([{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in files])
+        else:
+            siblings = [{"rfilename": path} for path in self.repositories[name]["files"]]
+            private = self.repositories[name]["private"]
+            self._answer({"id": name, "private": private, "sha": "0" * 40, "siblings": siblings, "tags": [], "downloads": 0})
+
     @property
     def _address(self) -> str:
         return f"http://127.0.0.1:{self.server.server_address[1]}"
 
-    def _answer(self, document: dict[str, Any], status: int = 200) -> None:
+    def _answer(self, document: Any, status: int = 200) -> None:
         content = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -133,11 +149,42 @@ def test_a_push_puts_every_file_into_the_dataset(
     assert "datasets/me/routes" in done.stdout
     repository = repositories["me/routes"]
     assert repository["asked"]["type"] == "dataset"
-    assert repository["asked"].get("private") is True or repository["asked"].get("visibility") == "private"
+    assert repository["private"]
     folder = tmp_path / "folder"
     local = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert repository["files"] == local
     assert {"README.md", "manifest.json", "routing/part-00000.parquet"} <= local.keys()
+
+
+def test_a_second_push_leaves_nothing_of_the_first(
+    trace: Trace, tmp_path: Path, hub: tuple[str, dict[str, dict[str, Any]]]
+) -> None:
+    address, repositories = hub
+    files = {"routing/part-00007.parquet": b"old", "notes.md": b"mine"}
+    repositories["me/routes"] = {"asked": {}, "private": False, "files": files}
+    assert push(trace, tmp_path / "folder", address, "good").returncode == 0
+    assert "routing/part-00007.parquet" not in files
+    assert files["notes.md"] == b"mine"
+    # The folder is there now, and can be pushed again; but what is public does not become private by asking.
+    assert push(trace, tmp_path / "folder", address, "good").returncode == 0
+    done = push(trace, tmp_path / "folder", address, "good", "--private")
+    assert done.returncode == 1
+    assert "me/routes exists and is public" in done.stderr
+
+
+def test_a_folder_of_another_trace_is_not_overwritten(trace: Trace, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "README.md").write_text("mine")
+    done = push(trace, tmp_path / "folder", "http://127.0.0.1:9", "good")
+    assert done.returncode == 1
+    assert "is not of this trace" in done.stderr
+
+
+def test_links_are_not_published(trace: Trace, tmp_path: Path) -> None:
+    (trace.path / "tokens.parquet").rename(tmp_path / "elsewhere")
+    (trace.path / "tokens.parquet").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(TraceError, match="is a link"):
+        write_hub_folder(trace, tmp_path / "folder")
 
 
 def test_what_the_hub_refuses_is_one_line_and_the_folder_stays(

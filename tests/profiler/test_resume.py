@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from profiler.capture import COMPLETIONS_FILE
+from profiler.capture import COMPLETIONS_FILE, PLANNED_FILE
 from profiler.capture_stream import ROUTING_STREAM, read_index
 from profiler.collect import CollectOptions, collect
 from profiler.engines import EngineOptions, Sampling
@@ -195,10 +195,26 @@ def test_what_is_finished_needs_no_engine(unfinished: Path, finished: Path, monk
     monkeypatch.setattr("profiler.collect.start_engine", no_engine)
     assert collect(options(unfinished, resume=True)).resumed == 3
     assert_same(Trace.open(finished), Trace.open(unfinished))
-    # And what is complete stays as it is.
+    # And what is complete stays as it is, but for what a kill just before the end had left.
     before = (unfinished / "manifest.json").read_bytes()
+    (unfinished / "capture" / "run-00000").mkdir(parents=True)
     assert collect(options(unfinished, resume=True)).resumed == 3
     assert (unfinished / "manifest.json").read_bytes() == before
+    assert not (unfinished / "capture").exists()
+
+
+def test_gaps_are_said_once_though_sealing_was_cut_short(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    completions = run_folder(unfinished, 0) / COMPLETIONS_FILE
+    # One position came from a prefix cache.
+    completions.write_text(completions.read_text().replace('"cached_tokens":0', '"cached_tokens":1'))
+    for _ in range(2):
+        with monkeypatch.context() as context:
+            context.setattr("profiler.capture.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                collect(options(unfinished, resume=True))
+    collect(options(unfinished, resume=True))
+    (gap,) = Trace.open(unfinished).metadata.gaps
+    assert "came from the prefix cache: problem 0, 1, 2" in gap
 
 
 def test_a_problem_whose_last_rows_are_missing_runs_again(unfinished: Path, finished: Path) -> None:
@@ -239,10 +255,10 @@ def test_a_collection_is_not_resumed_with_other_settings(unfinished: Path, chang
 
 
 def test_a_changed_dataset_is_found_out(unfinished: Path) -> None:
-    completions = run_folder(unfinished, 0) / COMPLETIONS_FILE
-    lines = completions.read_text().splitlines()
+    planned = run_folder(unfinished, 0) / PLANNED_FILE
+    lines = planned.read_text().splitlines()
     record = json.loads(lines[0]) | {"prompt": "another one"}
-    completions.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
+    planned.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
     with pytest.raises(TraceError, match="problem 0 was another one before"):
         collect(options(unfinished, resume=True))
 
@@ -296,9 +312,24 @@ def test_an_engine_that_fails_keeps_what_there_is_and_says_how_to_go_on(
     assert_same(Trace.open(finished), Trace.open(tmp_path / "trace"))
 
 
-def test_an_unfinished_collection_can_be_taken_as_it_is(unfinished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gates.safetensors", "routing.arrows"])
+def test_links_in_a_strangers_collection_are_not_followed(unfinished: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.key").write_text("secret")
+    path = run_folder(unfinished, 0) / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "secret.key")
+    with pytest.raises(TraceError, match="is no plain file"):
+        import_trace(unfinished, tmp_path / "taken")
+    assert not (tmp_path / "taken").exists()
+
+
+def test_an_unfinished_collection_can_be_taken_as_it_is(unfinished: Path, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(unfinished, tmp_path / "copy")
+    completions = run_folder(tmp_path / "copy", 0) / COMPLETIONS_FILE
+    completions.write_text("".join(completions.read_text().splitlines(keepends=True)[:2]))
     trace = import_trace(tmp_path / "copy", tmp_path / "taken")
-    assert trace.problems.num_rows == 3
+    assert trace.problems.column("finish_reason").to_pylist()[2] == "abort"
+    assert trace.problems.column("prompt").equals(Trace.open(finished).problems.column("prompt"))
+    assert trace.metadata.gaps[0] == "the collection was interrupted: 3 of 3 problems had begun"
     assert np.unique(trace.load().problem_ids_T).tolist() == [0, 1, 2]
     assert captured_tokens(tmp_path / "copy") == captured_tokens(unfinished)

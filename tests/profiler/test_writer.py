@@ -119,7 +119,15 @@ def test_a_position_captured_twice_keeps_the_later_capture(tmp_path: Path) -> No
 def test_missing_positions_and_problems_are_reported(tmp_path: Path) -> None:
     with start(tmp_path / "t") as routing:
         routing.add(0, np.array([0, 2]), *rows(2))
-    assert seal(tmp_path / "t", MODEL, {0: 4, 1: 6}) == {0: [1], 1: [0, 1, 2, 3, 4]}
+    missing = seal(tmp_path / "t", MODEL, {0: 4, 1: 6})
+    assert {problem: gaps.tolist() for problem, gaps in missing.items()} == {0: [[1, 2]], 1: [[0, 5]]}
+
+
+def test_what_is_missing_takes_no_memory_for_what_is_not_there(tmp_path: Path) -> None:
+    with start(tmp_path / "t") as routing:
+        routing.add(0, np.array([5, 2**31 - 3]), *rows(2))
+    missing = seal(tmp_path / "t", MODEL, {0: 2**31 - 1})
+    assert missing[0].tolist() == [[0, 5], [6, 2**31 - 3]]
 
 
 def test_rows_of_an_unknown_problem_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -143,11 +144,11 @@ def test_many_problems_and_tokens_over_several_buckets_come_out_sorted(tmp_path:
         (['{"layer": 0, "problem_id": 0, "expert_ids": [1]}'], "line 1: expected a whole number 'token_id'"),
         ([line(), line(weights=[0.5])], "line 2: 1 weights of 2 experts"),
         ([line(), line(weights=None)], "line 2: expected a list 'weights'"),
-        ([line(expert_ids=[1, -2])], r"expert id -2..1, expected 0"),
+        ([line(expert_ids=[1, -1])], "line 1: expected expert ids of a sensible size"),
         ([line(weights=[0.5, -0.5])], "problem 0, token 0, layer 0: a weight that is negative"),
         (
             [line(layer=0), line(layer=1, token_id=1)],
-            r"no token has rows at all of the layers \[0, 1\]; layer 0",
+            r"nothing is left: 2 of 2 tokens lacked rows .* Of the layers \[0, 1\], layer 0",
         ),
         ([line(token_id=-1)], "token_id -1..-1"),
         ([line(token_id=2**70)], "expected a whole number"),
@@ -158,7 +159,7 @@ def test_many_problems_and_tokens_over_several_buckets_come_out_sorted(tmp_path:
         ([line(expert_ids=[70_000, 0])], "expert id 0..70000"),
         ([line(weights=[1e6, 0.5])], "above 65,504"),
         ([line(layer=40_000)], "layer 40000..40000"),
-        ([line(expert_ids=[1, None])], "line 1: expected numbers of a sensible size in 'expert_ids'"),
+        ([line(expert_ids=[1, None])], "line 1: expected expert ids of a sensible size in 'expert_ids'"),
         ([line(expert_ids=[], weights=[])], "no expert in any row"),
         ([line(expert_ids=list(range(2000)), weights=[0.1] * 2000)], "expected a list 'expert_ids' of at most 1024"),
     ],
@@ -170,6 +171,56 @@ def test_bad_lines_are_refused_with_the_reason(tmp_path: Path, lines: list[str],
     with pytest.raises(TraceError, match=reason):
         convert(tmp_path, lines)
     assert not (tmp_path / "t").exists()
+
+
+def test_weights_that_only_later_lines_have_are_an_error_whatever_the_order(tmp_path: Path) -> None:
+    for lines in ([line(weights=None), line(token_id=1)], [line(), line(token_id=1, weights=None)]):
+        with pytest.raises(TraceError, match="expected a list 'weights'"):
+            convert(tmp_path, lines)
+
+
+def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf\n\r\n" + line().encode() + b"\r\n\n")
+    assert find_format(tmp_path / "in.jsonl").name == "jsonl"
+    assert import_trace(tmp_path / "in.jsonl", tmp_path / "t").metadata.record.weights
+
+
+def test_an_unknown_weight_is_unknown_wherever_it_stands(tmp_path: Path) -> None:
+    for n, weights in enumerate(([float("nan"), 0.5], [0.5, float("nan")])):
+        (tmp_path / "in.jsonl").write_text(line(weights=weights) + "\n" + line(token_id=1) + "\n")
+        trace = import_trace(tmp_path / "in.jsonl", tmp_path / f"t{n}")
+        assert trace.load().token_ids_T.tolist() == [1]
+
+
+def test_a_huge_position_takes_no_memory(tmp_path: Path) -> None:
+    gaps = convert(tmp_path, [line(token_id=2**31 - 3)]).metadata.gaps
+    assert gaps[0] == "1 problems begin after position 0, 2,147,483,645 positions in: no prefill, or not all"
+
+
+def test_the_largest_id_leaves_room_for_that_of_empty_slots(tmp_path: Path) -> None:
+    lines = [line(expert_ids=[65_534, 7]), line(token_id=1, expert_ids=[5], weights=[1.0])]
+    assert convert(tmp_path, lines).load().expert_ids_TLK.tolist() == [[[7, 65_534]], [[5, 65_535]]]
+    with pytest.raises(TraceError, match=r"expert id 0\.\.65535"):
+        import_trace(_one(tmp_path, line(expert_ids=[65_535, 0])), tmp_path / "u")
+
+
+def _one(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "one.jsonl").write_text(text + "\n")
+    return tmp_path / "one.jsonl"
+
+
+def test_a_pipe_is_no_source(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.pt")
+    with pytest.raises(TraceError, match="no such file or folder"):
+        import_trace(tmp_path / "x.pt", tmp_path / "t")
+    with pytest.raises(TraceError, match="looks like none of"):
+        import_trace(tmp_path, tmp_path / "t")
+
+
+def test_a_trace_is_no_source_but_says_so(tmp_path: Path) -> None:
+    convert(tmp_path, [line()])
+    with pytest.raises(TraceError, match="is a trace already"):
+        import_trace(tmp_path / "t", tmp_path / "u")
 
 
 def test_a_number_of_experts_below_the_highest_id_is_refused(tmp_path: Path) -> None:
@@ -187,7 +238,7 @@ def test_positions_that_are_not_there_are_named_as_gaps(tmp_path: Path) -> None:
 
 def test_a_target_folder_that_was_there_stays_there_empty(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
-    with pytest.raises(TraceError, match="expected numbers of a sensible size"):
+    with pytest.raises(TraceError, match="expected expert ids of a sensible size"):
         convert(tmp_path, [line(expert_ids=[None])])
     assert list((tmp_path / "t").iterdir()) == []
 

@@ -35,7 +35,7 @@ def test_olmoes_nesting_has_the_layer_last(tmp_path: Path) -> None:
     [
         ('{"exp_ids": [[[1, 2], [3]]]}', "rows of different length"),
         ('{"exp_ids": [[1, 2]]}', "nested 3 deep"),
-        ('{"exp_ids": [[[1, 0.5]]]}', "expected whole numbers"),
+        ('{"exp_ids": [[[1, 0.5]]]}', "expected a list of whole numbers"),
         ('{"exp_ids": [[[-1, 0]]]}', "below 0"),
         ('{"exp_ids": [[[1, 0]]], "input_ids": [1, 2]}', "2 input_ids, but exp_ids of 1 tokens"),
         ('{"exp_ids": [[[1, 0]]]}\n{"exp_ids": [[[1, 0]', "line 2: not JSON"),
@@ -109,12 +109,20 @@ def test_moe_beyonds_positions_are_row_numbers_of_a_layer(tmp_path: Path) -> Non
     assert trace.metadata.record.weights is False
 
 
+def test_a_number_elsewhere_in_the_name_is_no_prompt(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name in ("deepseek2_prompt_7.csv", "deepseek2_prompt_8.csv"):
+        (tmp_path / "d" / name).write_text(BEYOND, newline="")
+    trace = import_trace(tmp_path / "d", tmp_path / "t")
+    assert trace.problems.column("source_key").to_pylist() == ["deepseek2_prompt_7", "deepseek2_prompt_8"]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         (BEYOND.replace("Token", "Tok", 1), "lacks the column 'Token'"),
-        (BEYOND.replace('"[5, 2, 6]"', "\"__import__('os')\""), "line 5: expected a layer number and a list"),
-        (BEYOND.replace('"[5, 2, 6]"', '"5"'), "expected whole numbers, nested 1 deep"),
+        (BEYOND.replace('"[5, 2, 6]"', "\"__import__('os')\""), "line 5: expected a list of expert ids"),
+        (BEYOND.replace('"[5, 2, 6]"', '"5"'), "expected a list of whole numbers"),
         (BEYOND + "3,0\r\n", "fewer fields than columns"),
     ],
 )
@@ -180,6 +188,18 @@ def _written(path: Path, text: str) -> Path:
     return path
 
 
+def test_columns_that_are_ignored_may_hold_anything(tmp_path: Path) -> None:
+    rows = [f"0,{n},0,{slot},{slot},{'note' if n > 2000 else ''}" for n in range(3000) for slot in range(2)]
+    trace = edge(tmp_path, "turn,step,layer,slot,expert,comment\n" + "\n".join(rows) + "\n")
+    assert len(trace.load()) == 3000
+
+
+def test_lines_of_one_token_must_be_together(tmp_path: Path) -> None:
+    rows = [f"0,{n},0,{slot},{slot}" for slot in range(2) for n in range(5)]
+    with pytest.raises(TraceError, match="are not together: sort the file by turn, step, layer and slot"):
+        edge(tmp_path, "turn,step,layer,slot,expert\n" + "\n".join([rows[5], *rows[:5], *rows[6:], rows[4]]) + "\n")
+
+
 def test_columns_may_be_absent_but_not_broken(tmp_path: Path) -> None:
     text = "turn,step,layer,slot,expert\n0,0,0,0,3\n0,0,0,1,1\n"
     trace = edge(tmp_path, text)
@@ -217,7 +237,51 @@ def test_bare_parquet_keeps_what_else_is_known_of_problems_and_tokens(tmp_path: 
     (problem,) = trace.problems.to_pylist()
     assert (problem["dataset"], problem["source_key"], problem["looping"], problem["prompt"]) == ("mmlu", "abc", True, None)
     assert trace.tokens.column("text").to_pylist() == ["The", " answer"]
-    assert trace.metadata.gaps == ["1 problems begin after position 0, 101 positions in: no prefill, or not all"]
+    assert trace.tokens.column("phase").to_pylist() == ["decode", "decode"]
+    assert trace.metadata.gaps == [
+        "the phases of tokens are not known: every problem begins after position 0, so they count as generated",
+        "1 problems begin after position 0, 101 positions in: no prefill, or not all",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "values", "reason"),
+    [
+        ("tokens", "token_id", pa.array([None, 102], pa.int32()), "token_id: expected whole numbers, and no nulls"),
+        ("tokens", "vocab_id", pa.array(["a", "b"]), "expected int32"),
+        ("tokens", "phase", pa.array(["prefill", "thinking"]), "a phase that is neither 'prefill' nor 'decode'"),
+        ("problems", "problem_id", pa.array(["4"]), "problem_id: expected whole numbers"),
+        ("problems", "prompt_tokens", pa.array(["many"]), "expected int32"),
+    ],
+)
+def test_side_tables_of_other_types_are_refused(tmp_path: Path, name: str, column: str, values: pa.Array, reason: str) -> None:
+    folder = bare(tmp_path)
+    table = pq.read_table(folder / f"{name}.parquet")
+    table = table.drop_columns([column] if column in table.column_names else []).append_column(column, values)
+    pq.write_table(table, folder / f"{name}.parquet")
+    with pytest.raises(TraceError, match=reason):
+        import_trace(folder, tmp_path / "t")
+
+
+def test_text_in_any_form_and_unknown_vocabulary_ids_are_taken(tmp_path: Path) -> None:
+    folder = bare(tmp_path)
+    problems = {
+        "problem_id": [4],
+        "dataset": pa.array(["mmlu"]).dictionary_encode(),
+        "prompt": pa.array(["Why?"], pa.large_string()),
+    }
+    pq.write_table(pa.table(problems | {"tags": [["a"]]}), folder / "problems.parquet")
+    tokens = {
+        "problem_id": [4, 4],
+        "token_id": [101, 102],
+        "vocab_id": pa.array([7, None], pa.int64()),
+        "phase": ["decode"] * 2,
+    }
+    pq.write_table(pa.table(tokens), folder / "tokens.parquet")
+    trace = import_trace(folder, tmp_path / "t", options=ImportOptions(num_experts=32))
+    assert trace.problems.select(["dataset", "prompt"]).to_pylist() == [{"dataset": "mmlu", "prompt": "Why?"}]
+    assert trace.tokens.column("vocab_id").to_pylist() == [7, None]
+    assert "columns of problems.parquet that are no text and no numbers were left out: tags" in trace.metadata.gaps
 
 
 def test_bare_parquet_with_broken_rows_is_refused(tmp_path: Path) -> None:
