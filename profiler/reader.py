@@ -452,7 +452,7 @@ def _read_document(path: Path, kind: type[_DocumentType]) -> _DocumentType:
 
 def _open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path, **options)
+        file = pq.ParquetFile(path, page_checksum_verification=True, **options)
         # Names that are no text are found out when they are asked for.
         _ = file.schema_arrow.names, file.num_row_groups
         return file

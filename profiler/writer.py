@@ -88,6 +88,8 @@ class BlockWriter:
                 use_dictionary=False,
                 column_encoding=encodings,
                 write_statistics=list(KEY_COLUMNS),
+                # A flipped bit is found when it is read, not only by comparing hashes.
+                write_page_checksum=True,
             )
         layers = len(self._layers_L)
         columns = [
@@ -168,7 +170,7 @@ def public_command() -> list[str]:
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a small table (tokens, problems) atomically."""
     temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary, compression="zstd")
+    pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     temporary.rename(path)
 
 

@@ -43,6 +43,8 @@ def read(source: Path, target: Target) -> None:
         raise TraceError(f"{source}: --layers and --num-experts are for other tools' formats; this one knows its model")
     with exclusive(source):
         metadata = Trace.open(source, allow_incomplete=True).metadata
+        if metadata.capture.get("server"):
+            raise TraceError(f"{source} is of a server: 'python -m vllm_patch finish' seals it, and knows more of it")
         for run in runs_of(source):
             _copy_run(run_folder(source, run), run_folder(target.directory, run))
     sequences: dict[int, Sequence] = {}
