@@ -18,7 +18,7 @@ demo: install
 	@$(VENV)/bin/specmoe demo --out specmoe-demo
 
 test: install lint
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadscope
 
 fast: install lint
 	@$(VENV)/bin/python -m pytest -m "not slow"

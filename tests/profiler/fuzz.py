@@ -35,7 +35,7 @@ from profiler.capture import (
     CompletedProblem,
     PlannedProblem,
 )
-from profiler.capture_stream import ROUTING_STREAM, RoutingWriter
+from profiler.capture_stream import ROUTING_STREAM, RoutingWriter, gather, read_index
 from profiler.errors import TraceError
 from profiler.importers import import_trace
 from profiler.jsonl import write_jsonl
@@ -104,28 +104,16 @@ def make_trace(folder: Path) -> Path:
     return folder
 
 
-def read_trace(source: Path, _: Path) -> None:
-    """Everything that a trace offers; sizes and hashes of the manifest would find the mutation, so they are not asked."""
-    trace = Trace.open(source.parent if source.parent.name != "routing" else source.parent.parent, allow_incomplete=True)
-    refusals = []
-    for part in (
-        lambda: trace.faults(verify=True),
-        lambda: trace.problems,
-        lambda: trace.tokens,
-        trace.load,
-        lambda: trace.arrays(1),
-        lambda: list(trace.chunks()),
-    ):
-        try:
-            part()
-        except TraceError as error:
-            refusals.append(error)
-    if refusals:
-        raise refusals[0]
+def part_of_trace(name: str, *parts: Callable[[Trace], object]) -> Reader:
+    """A trace in which the file `name` is mutated; completeness, which would tell at once, is not asked for."""
 
+    def read(source: Path, _: Path) -> None:
+        folder = source.parent.parent if source.parent.name == "routing" else source.parent
+        trace = Trace.open(folder, allow_incomplete=True)
+        for part in parts:
+            part(trace)
 
-def part_of_trace(name: str) -> Reader:
-    return Reader(lambda folder: make_trace(folder) / name, read_trace)
+    return Reader(lambda folder: make_trace(folder) / name, read)
 
 
 def make_capture(folder: Path) -> Path:
@@ -143,6 +131,16 @@ def make_capture(folder: Path) -> Path:
     completions = [CompletedProblem(problem_id=n, **facts).to_json() for n in range(2)]
     (run / COMPLETIONS_FILE).write_text("".join(line + "\n" for line in completions))
     return folder
+
+
+def read_stream(source: Path, _: Path) -> None:
+    index = read_index(source)
+    if index is not None:
+        tokens = np.arange(len(index.token_ids_N))
+        shape = (len(tokens), len(index.form.layers))
+        gather(
+            index, tokens, {name: np.empty((*shape, width), kind) for name, (kind, width) in index.form.types.items()}, tokens
+        )
 
 
 def read_capture(source: Path, out: Path) -> None:
@@ -244,12 +242,12 @@ def imported(make: Callable[[Path], Path], name: str) -> Reader:
 
 
 READERS = {
-    "metadata": part_of_trace("metadata.json"),
-    "manifest": part_of_trace("manifest.json"),
-    "routing": part_of_trace("routing/part-00000.parquet"),
-    "tokens": part_of_trace("tokens.parquet"),
-    "problems": part_of_trace("problems.parquet"),
-    "capture": Reader(lambda folder: run_folder(make_capture(folder), 0) / ROUTING_STREAM, read_capture),
+    "metadata": part_of_trace("metadata.json", lambda trace: trace.load()),
+    "manifest": part_of_trace("manifest.json", lambda trace: trace.faults(verify=True)),
+    "routing": part_of_trace("routing/part-00000.parquet", lambda trace: trace.arrays(1), lambda trace: list(trace.chunks())),
+    "tokens": part_of_trace("tokens.parquet", lambda trace: trace.tokens),
+    "problems": part_of_trace("problems.parquet", lambda trace: trace.problems),
+    "capture": Reader(lambda folder: run_folder(make_capture(folder), 0) / ROUTING_STREAM, read_stream),
     "completions": Reader(lambda folder: run_folder(make_capture(folder), 0) / COMPLETIONS_FILE, read_capture),
     "planned": Reader(lambda folder: run_folder(make_capture(folder), 0) / PLANNED_FILE, read_capture),
     "requests": Reader(lambda folder: run_folder(make_capture(folder), 0) / REQUESTS_FILE, read_capture),
