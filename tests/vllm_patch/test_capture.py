@@ -76,12 +76,18 @@ def test_gsm8k_from_a_local_file_agrees_with_the_oracle(tmp_path: Path) -> None:
     ("how", "code", "text"),
     [("interrupt", 130, "specmoe: interrupted"), ("kill the engine", 1, "its process EngineCore ended with exit code -9")],
 )
-def test_a_run_that_is_cut_off_ends_with_one_line_and_leaves_no_process(how: str, code: int, text: str, tmp_path: Path) -> None:
+def test_a_run_that_is_cut_off_ends_with_one_line_and_leaves_no_process(
+    how: str, code: int, text: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     import os
+    import shutil
     import signal
+    import tempfile
 
     import psutil
 
+    short_folder = tempfile.mkdtemp()
+    request.addfinalizer(lambda: shutil.rmtree(short_folder, ignore_errors=True))
     command = [sys.executable, "-m", "specmoe", "collect", "--model", "demo", "--dataset", "demo-math,demo-code,demo-reviews"]
     command += ["--num-problems", "120", "--max-new-tokens", "850", "--out", str(tmp_path / "trace")]
     run = subprocess.Popen(
@@ -89,7 +95,8 @@ def test_a_run_that_is_cut_off_ends_with_one_line_and_leaves_no_process(how: str
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        # Not tmp_path: vLLM's sockets are there, and a socket's path may have 107 characters.
+        env={**os.environ, "TMPDIR": short_folder},
         # A shell's background job hands SIGINT down as ignored, and this suite may run in one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
