@@ -78,7 +78,6 @@ class CaptureWriter:
         if path.exists():
             raise TraceError(f"{path} exists already: a capture needs a new folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.tokens = 0
         self._path = path
         self._form = form
         self._schema = form.schema()
@@ -116,7 +115,6 @@ class CaptureWriter:
             self._file.close()
             os.truncate(self._path, whole)
             raise
-        self.tokens += len(token_ids_T)
 
     def close(self) -> None:
         """End the stream."""
