@@ -238,7 +238,7 @@ def convert(
     Example: specmoe convert dumps/routes.npz traces/served
     """
     from profiler.importers import FORMATS, import_trace
-    from profiler.importers.target import ImportOptions
+    from profiler.importers.rows import ImportOptions
     from profiler.jsonl import write_jsonl
     from profiler.writer import public_command
 

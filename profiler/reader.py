@@ -19,9 +19,17 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from profiler.capture_stream import ROUTING_STREAM, read_index
-from profiler.errors import UNREADABLE, TraceError, first_line
+from profiler.errors import TraceError
 from profiler.pairs import INFINITY_BITS, has_repeats
-from profiler.parquet_footer import read_row_groups
+from profiler.parquet_files import (
+    check_sizes,
+    count_rows,
+    open_parquet,
+    problems_of_groups,
+    read_row_group,
+    read_table,
+    same_columns,
+)
 from profiler.schema import (
     CAPTURE_FOLDER,
     MANIFEST_FILE,
@@ -29,7 +37,6 @@ from profiler.schema import (
     METADATA_FILE,
     PROBLEMS_FILE,
     PROBLEMS_SCHEMA,
-    REQUIRED_COLUMNS,
     ROUTING_FOLDER,
     SCHEMA_VERSION,
     TOKENS_FILE,
@@ -48,9 +55,6 @@ if TYPE_CHECKING:
 
 # Parsed, JSON of nothing but empty objects takes thirty times its length.
 MAX_DOCUMENT_BYTES = 16 << 20
-# Our own row groups are below 40 MB; a stranger's few compressed bytes must not become gigabytes.
-MAX_GROUP_BYTES = 256 << 20
-MAX_TABLE_BYTES = 768 << 20
 
 _DocumentType = TypeVar("_DocumentType", bound=BaseModel)
 
@@ -102,7 +106,7 @@ class Trace:
                 faults.append(f"{name} is missing")
             elif file.stat().st_size != entry.bytes:
                 faults.append(f"{name} has {file.stat().st_size} bytes, expected {entry.bytes}")
-            elif name.endswith(".parquet") and (rows := _rows(file)) != entry.rows:
+            elif name.endswith(".parquet") and (rows := count_rows(file)) != entry.rows:
                 faults.append(f"{name} {'is not readable' if rows is None else f'has {rows} rows'}, expected {entry.rows} rows")
             elif verify and sha256_of(file) != entry.sha256:
                 faults.append(f"{name} does not match its sha256")
@@ -118,7 +122,7 @@ class Trace:
     @cached_property
     def num_rows(self) -> int:
         """Routing rows: one per (problem, token, MoE layer)."""
-        return sum(_open_parquet(path).metadata.num_rows for path in self.routing_files)
+        return sum(open_parquet(path).metadata.num_rows for path in self.routing_files)
 
     @property
     def has_problems(self) -> bool:
@@ -136,12 +140,12 @@ class Trace:
 
         What a converted trace does not know, such as the prompt, is null.
         """
-        return _read_table(self.path / PROBLEMS_FILE, PROBLEMS_SCHEMA)
+        return read_table(self.path / PROBLEMS_FILE, PROBLEMS_SCHEMA)
 
     @cached_property
     def tokens(self) -> pa.Table:
         """`tokens.parquet`: every token of every problem, sorted by (problem_id, token_id)."""
-        return _read_table(self.path / TOKENS_FILE, TOKENS_SCHEMA)
+        return read_table(self.path / TOKENS_FILE, TOKENS_SCHEMA)
 
     def chunks(self, *, whole_problems: bool = True) -> Iterator[RoutingChunk]:
         """Routing in order, in chunks of whole problems of about one row group (some MB) or one problem, if that is more.
@@ -152,7 +156,7 @@ class Trace:
         pending: list[RoutingChunk] = []
         last_key = -1
         for path, file, group in self._groups():
-            chunk = self._decode(_read_row_group(file, group, path), path, group)
+            chunk = self._decode(read_row_group(file, group, path), path, group)
             if _key(chunk, 0) <= last_key:
                 raise TraceError(f"{path}, row group {group}: its first row does not come after the row before it")
             last_key = _key(chunk, -1)
@@ -180,7 +184,7 @@ class Trace:
         """
         pieces = []
         for path, file, group in self._groups(problem_id):
-            chunk = self._decode(_read_row_group(file, group, path), path, group)
+            chunk = self._decode(read_row_group(file, group, path), path, group)
             first, end = np.searchsorted(chunk.problem_ids_T, [problem_id, problem_id + 1])
             if first < end:
                 pieces.append(chunk.take(slice(int(first), int(end))))
@@ -195,7 +199,7 @@ class Trace:
         """All routing rows, one per (problem, token, layer), as they are in the files. Raises `TraceError` as `chunks` does."""
         tables = []
         for path, file, group in self._groups():
-            table = _read_row_group(file, group, path)
+            table = read_row_group(file, group, path)
             self._decode(table, path, group)
             tables.append(table)
         if not tables:
@@ -224,14 +228,14 @@ class Trace:
         """
         tables = []
         for path in sorted((self.path / folder).glob("part-*.parquet")):
-            with _open_parquet(path) as file:
+            with open_parquet(path) as file:
                 names = file.schema_arrow.names
-                if len(names) != 4 or not _same_columns(file.schema_arrow, _values_schema(file.schema_arrow, path)):
+                if len(names) != 4 or not same_columns(file.schema_arrow, _values_schema(file.schema_arrow, path)):
                     raise TraceError(f"{path}: columns {names}, expected problem_id, layer, token_id and one list of float16")
-                _check_sizes(file, path)
-                for group, (first, last) in enumerate(_problems_of_groups(file, path)):
+                check_sizes(file, path)
+                for group, (first, last) in enumerate(problems_of_groups(file, path)):
                     if first <= problem_id <= last:
-                        table = _read_row_group(file, group, path)
+                        table = read_row_group(file, group, path)
                         if any(column.null_count for column in [*table.columns, *_entries(table.column(3))]):
                             raise TraceError(f"{path}, row group {group}: nulls, expected none")
                         tables.append(table.filter(pc.equal(table.column("problem_id"), problem_id)))
@@ -269,15 +273,15 @@ class Trace:
         model, record = self.metadata.model, self.metadata.record
         expected = routing_schema(model.num_experts, model.top_k, weights=record.weights)
         for path in self.routing_files:
-            with _open_parquet(path) as file:
+            with open_parquet(path) as file:
                 if path not in self._checked:
-                    if not _same_columns(file.schema_arrow, expected):
+                    if not same_columns(file.schema_arrow, expected):
                         names = file.schema_arrow.names
                         raise TraceError(f"{path}: columns {names} of other names or types than the metadata says")
-                    _check_sizes(file, path)
+                    check_sizes(file, path)
                     self._checked[path] = None
                 if problem_id is not None and self._checked[path] is None:
-                    self._checked[path] = _problems_of_groups(file, path)
+                    self._checked[path] = problems_of_groups(file, path)
                 for group in range(file.num_row_groups):
                     first, last = (self._checked[path] or [])[group] if problem_id is not None else (0, 0)
                     if problem_id is None or first <= problem_id <= last:
@@ -409,17 +413,6 @@ def _entries(column: pa.ChunkedArray) -> list[pa.Array]:
     return [chunk.flatten() for chunk in column.chunks]
 
 
-def _same_columns(schema: pa.Schema, expected: pa.Schema) -> bool:
-    """Whether names and types agree; whether nulls are allowed is told by the data."""
-
-    def plain(kind: pa.DataType) -> tuple[str, int]:
-        if pa.types.is_fixed_size_list(kind):
-            return str(kind.value_type), int(kind.list_size)
-        return str(kind), 0
-
-    return [(f.name, plain(f.type)) for f in schema] == [(f.name, plain(f.type)) for f in expected]
-
-
 def _values_schema(schema: pa.Schema, path: Path) -> pa.Schema:
     kind = schema.field(3).type
     if not pa.types.is_fixed_size_list(kind) or not 1 <= kind.list_size <= MAX_HIDDEN_SIZE:
@@ -431,14 +424,6 @@ def _key(chunk: RoutingChunk, token: int) -> int:
     return int(chunk.problem_ids_T[token]) << 32 | int(chunk.token_ids_T[token])
 
 
-def _rows(path: Path) -> int | None:
-    """Rows by the file's own footer; None if it is not readable."""
-    try:
-        return int(pq.read_metadata(path).num_rows)
-    except UNREADABLE:
-        return None
-
-
 def _read_document(path: Path, kind: type[_DocumentType]) -> _DocumentType:
     if path.stat().st_size > MAX_DOCUMENT_BYTES:
         raise TraceError(f"{path} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB, which no trace needs")
@@ -448,109 +433,3 @@ def _read_document(path: Path, kind: type[_DocumentType]) -> _DocumentType:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise TraceError(f"{path} is not valid: {where}: {first['msg']}") from error
-
-
-def _open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True, **options)
-        # Names that are no text are found out when they are asked for.
-        _ = file.schema_arrow.names, file.num_row_groups
-        return file
-    except UNREADABLE as error:
-        raise TraceError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
-
-
-def _problems_of_groups(file: pq.ParquetFile, path: Path) -> list[tuple[int, int]]:
-    """First and last problem of each row group, from the column itself.
-
-    Not from the column's statistics: pyarrow 26 ends the process on those of a broken file.
-    """
-    found = []
-    for group in range(file.num_row_groups):
-        ids = _read_row_group(file, group, path, ["problem_id"]).column(0)
-        found.append((ids[0].as_py() or 0, ids[-1].as_py() or 0) if len(ids) else (0, -1))
-    return found
-
-
-def _check_sizes(file: pq.ParquetFile, path: Path) -> None:
-    """Raise `TraceError` if a row group would be too large decoded, or has other numbers of values than its rows need."""
-    kinds = [field.type for field in file.schema_arrow]
-    entries = [kind.list_size if pa.types.is_fixed_size_list(kind) else 1 for kind in kinds]
-    groups = read_row_groups(path)
-    if len(groups) != file.num_row_groups:
-        raise TraceError(f"{path}: {len(groups)} row groups, pyarrow finds {file.num_row_groups}")
-    for number, group in enumerate(groups):
-        if group.rows * sum(map(_row_bytes, kinds)) > MAX_GROUP_BYTES:
-            raise TraceError(f"{path}, row group {number}: {group.rows:,} rows are larger than {MAX_GROUP_BYTES >> 20} MiB")
-        if group.values != [group.rows * each for each in entries]:
-            what = f"columns of {group.values} values, expected lists of {entries}"
-            raise TraceError(f"{path}, row group {number}: {what} in {group.rows:,} rows")
-
-
-def _read_row_group(file: pq.ParquetFile, group: int, path: Path, columns: list[str] | None = None) -> pa.Table:
-    rows = file.metadata.row_group(group).num_rows
-    try:
-        table = file.read_row_group(group, columns=columns)
-        # A broken page can decode to other lengths than it promised.
-        table.validate()
-    except UNREADABLE as error:
-        raise TraceError(f"{path}, row group {group}: cannot be decoded: {first_line(error)}") from error
-    if table.num_rows != rows:
-        raise TraceError(f"{path}, row group {group}: {table.num_rows:,} rows, expected {rows:,}")
-    return table
-
-
-def _row_bytes(kind: pa.DataType) -> int:
-    bits = kind.list_size * kind.value_type.bit_width if pa.types.is_fixed_size_list(kind) else kind.bit_width
-    return int(bits) // 8
-
-
-def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """The columns of `schema`, and any further ones of numbers, truth values and text."""
-    if not path.is_file():
-        raise TraceError(f"{path} is missing")
-    with _open_parquet(path) as file:
-        found = file.schema_arrow
-    missing = [name for name in schema.names if name not in found.names]
-    if missing:
-        raise TraceError(f"{path} lacks column {missing[0]!r}; it has {', '.join(found.names)}")
-    if len(set(found.names)) < len(found.names):
-        raise TraceError(f"{path} has a column twice")
-    further = [field for field in found if field.name not in schema.names and _is_plain(field.type)]
-    wanted = pa.schema([*schema, *further])
-    # Text is read as dictionaries: a page of a few bytes can stand for gigabytes of repeated text.
-    text = [field.name for field in found if _is_text(field.type)]
-    with _open_parquet(path, read_dictionary=text) as file:
-        fixed = sum(field.type.bit_width // 8 for field in found if field.name in wanted.names and _is_fixed(field.type))
-        if file.metadata.num_rows * (fixed + 4 * len(text)) > MAX_TABLE_BYTES:
-            raise TraceError(f"{path}: {file.metadata.num_rows:,} rows take more than {MAX_TABLE_BYTES >> 20} MiB")
-        try:
-            table = file.read(columns=wanted.names)
-            if sum(_text_bytes(table.column(name)) for name in text if name in wanted.names) > MAX_TABLE_BYTES:
-                raise TraceError(f"{path}: its text takes more than {MAX_TABLE_BYTES >> 20} MiB")
-            table = table.cast(wanted)
-        except UNREADABLE as error:
-            raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
-    for name in schema.names:
-        if name in REQUIRED_COLUMNS and table.column(name).null_count:
-            raise TraceError(f"{path}: nulls in column {name!r}, expected none")
-    return table
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or _is_fixed(kind))
-
-
-def _is_fixed(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
-
-
-def _text_bytes(column: pa.ChunkedArray) -> int:
-    """Bytes of a dictionary column as plain text."""
-    lengths = [pc.take(pc.binary_length(chunk.dictionary), chunk.indices) for chunk in column.chunks]
-    return sum(pc.sum(chunk.cast(pa.int64())).as_py() or 0 for chunk in lengths)

@@ -24,7 +24,8 @@ from profiler.importers import (
     routed_experts,
     sglang,
 )
-from profiler.importers.target import ImportOptions, Target
+from profiler.importers.rows import ImportOptions
+from profiler.importers.target import Target
 from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
 

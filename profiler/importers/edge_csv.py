@@ -19,7 +19,8 @@ from pyarrow import csv as pa_csv
 
 from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers.reading import head
-from profiler.importers.target import EMPTY, Rows, Target
+from profiler.importers.rows import EMPTY, Rows
+from profiler.importers.target import Target
 from profiler.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "edge-csv"

@@ -15,7 +15,8 @@ import numpy as np
 
 from profiler.errors import TraceError
 from profiler.importers.reading import Objects, first_object, json_lines
-from profiler.importers.target import Rows, Target
+from profiler.importers.rows import Rows
+from profiler.importers.target import Target
 
 NAME = "jsonl"
 ABOUT = "JSON lines with problem_id, layer, token_id (token_idx, token_pos), expert_ids (experts), weights (gating_probs)"

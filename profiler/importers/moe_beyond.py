@@ -21,7 +21,8 @@ from pydantic_core import from_json
 
 from profiler.errors import TraceError
 from profiler.importers.reading import files_in, head, integers
-from profiler.importers.target import EMPTY, Rows, Target
+from profiler.importers.rows import EMPTY, Rows
+from profiler.importers.target import Target
 from profiler.schema import MAX_TOP_K, PREFILL
 
 NAME = "moe-beyond"

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers.reading import batches, column_names, files_in, id_lists, is_text, lists, whole_numbers
-from profiler.importers.target import ProblemFacts, Rows, Target
+from profiler.importers.rows import ProblemFacts, Rows
+from profiler.importers.target import Target
 from profiler.schema import DECODE, METADATA_FILE, PREFILL, PROBLEMS_SCHEMA
 
 NAME = "parquet"

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pydantic_core import from_json
 
 from profiler.errors import UNREADABLE, TraceError, first_line
-from profiler.importers.target import EMPTY, MAX_PIECE_BYTES
+from profiler.importers.rows import EMPTY, MAX_PIECE_BYTES
 from profiler.parquet_footer import read_row_groups
 from profiler.schema import MAX_TOP_K
 

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from profiler.errors import TraceError
 from profiler.importers.reading import Objects, first_object, json_lines
-from profiler.importers.target import MAX_LAYER, Rows, Target
+from profiler.importers.rows import MAX_LAYER, Rows
+from profiler.importers.target import Target
 
 NAME = "route-log"
 ABOUT = 'JSON lines that begin with {"type": "meta"}, then {"type": "route", "req_id", "token_idx", "layer", "topk_ids", ...}'

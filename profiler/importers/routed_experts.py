@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers.reading import files_in
-from profiler.importers.target import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, Target
+from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES
+from profiler.importers.target import Target
 from profiler.schema import MAX_TOP_K
 
 NAME = "routed-experts"

@@ -27,7 +27,8 @@ import numpy.typing as npt
 
 from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers.reading import files_in, integers
-from profiler.importers.target import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, Target
+from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES
+from profiler.importers.target import Target
 from profiler.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "sglang"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiler.importers import import_trace
-from profiler.importers.target import ImportOptions
+from profiler.importers.rows import ImportOptions
 from profiler.jsonl import write_jsonl
 from profiler.reader import Trace
 

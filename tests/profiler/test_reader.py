@@ -256,7 +256,7 @@ def test_pairs_out_of_order_are_refused(trace: Trace) -> None:
 def test_a_row_group_that_decodes_to_more_than_its_limit_is_refused_unread(
     trace: Trace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("profiler.reader.MAX_GROUP_BYTES", 105 * 16 - 1)
+    monkeypatch.setattr("profiler.parquet_files.MAX_GROUP_BYTES", 105 * 16 - 1)
     with pytest.raises(TraceError, match="row group 0: 105 rows are larger than"):
         Trace.open(trace.path).load()
 
@@ -284,7 +284,7 @@ def test_a_list_of_millions_is_refused_before_it_is_decoded(trace: Trace) -> Non
 def test_text_that_decodes_to_more_than_its_limit_is_refused(
     trace: Trace, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("profiler.reader.MAX_TABLE_BYTES", 10_000_000)
+    monkeypatch.setattr("profiler.parquet_files.MAX_TABLE_BYTES", 10_000_000)
     table = pa.concat_tables([pq.read_table(trace.path / "problems.parquet").slice(0, 1)] * 200)
     long = pa.array(["x" * 1_000_000] * 200)
     position = table.schema.get_field_index("output")

@@ -234,7 +234,7 @@ def test_first_tokens_have_no_predecessor_even_if_problems_touch() -> None:
 
 def test_a_converted_trace_cannot_hide_training_problems(markov_trace: Trace, tmp_path: Path) -> None:
     from profiler.importers import import_trace
-    from profiler.importers.target import ImportOptions
+    from profiler.importers.rows import ImportOptions
     from profiler.jsonl import write_jsonl
 
     run = train(markov_trace, "popularity", tmp_path / "run")

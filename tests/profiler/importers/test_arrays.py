@@ -12,7 +12,7 @@ import torch
 
 from profiler.errors import TraceError
 from profiler.importers import find_format, import_trace
-from profiler.importers.target import ImportOptions
+from profiler.importers.rows import ImportOptions
 from profiler.reader import Trace
 
 # [T, L, K]: the first layer is dense; token 1 came from the prefix cache.

@@ -11,7 +11,7 @@ import pytest
 
 from profiler.errors import TraceError
 from profiler.importers import find_format, import_trace
-from profiler.importers.target import ImportOptions
+from profiler.importers.rows import ImportOptions
 from profiler.jsonl import write_jsonl
 from profiler.reader import Trace
 

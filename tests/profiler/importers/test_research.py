@@ -13,7 +13,7 @@ import pytest
 
 from profiler.errors import TraceError
 from profiler.importers import find_format, import_trace
-from profiler.importers.target import ImportOptions
+from profiler.importers.rows import ImportOptions
 from profiler.reader import Trace
 
 

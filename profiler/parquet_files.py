@@ -1,0 +1,148 @@
+"""Parquet files of a trace, whoever wrote them: opened, measured by what they promise, and only then decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from profiler.errors import UNREADABLE, TraceError, first_line
+from profiler.parquet_footer import read_row_groups
+from profiler.schema import REQUIRED_COLUMNS
+
+# Our own row groups are below 40 MB; a stranger's few compressed bytes must not become gigabytes.
+MAX_GROUP_BYTES = 256 << 20
+MAX_TABLE_BYTES = 768 << 20
+
+
+def same_columns(schema: pa.Schema, expected: pa.Schema) -> bool:
+    """Whether names and types agree; whether nulls are allowed is told by the data."""
+
+    def plain(kind: pa.DataType) -> tuple[str, int]:
+        if pa.types.is_fixed_size_list(kind):
+            return str(kind.value_type), int(kind.list_size)
+        return str(kind), 0
+
+    return [(f.name, plain(f.type)) for f in schema] == [(f.name, plain(f.type)) for f in expected]
+
+
+def count_rows(path: Path) -> int | None:
+    """Rows by the file's own footer; None if it is not readable."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except UNREADABLE:
+        return None
+
+
+def open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
+    """An open file, whose pages are compared with their checksums. Raises `TraceError` if it is not readable."""
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True, **options)
+        # Names that are no text are found out when they are asked for.
+        _ = file.schema_arrow.names, file.num_row_groups
+        return file
+    except UNREADABLE as error:
+        raise TraceError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
+
+
+def problems_of_groups(file: pq.ParquetFile, path: Path) -> list[tuple[int, int]]:
+    """First and last problem of each row group, from the column itself.
+
+    Not from the column's statistics: pyarrow 26 ends the process on those of a broken file.
+    """
+    found = []
+    for group in range(file.num_row_groups):
+        ids = read_row_group(file, group, path, ["problem_id"]).column(0)
+        found.append((ids[0].as_py() or 0, ids[-1].as_py() or 0) if len(ids) else (0, -1))
+    return found
+
+
+def check_sizes(file: pq.ParquetFile, path: Path) -> None:
+    """Raise `TraceError` if a row group would be too large decoded, or has other numbers of values than its rows need."""
+    kinds = [field.type for field in file.schema_arrow]
+    entries = [kind.list_size if pa.types.is_fixed_size_list(kind) else 1 for kind in kinds]
+    groups = read_row_groups(path)
+    if len(groups) != file.num_row_groups:
+        raise TraceError(f"{path}: {len(groups)} row groups, pyarrow finds {file.num_row_groups}")
+    for number, group in enumerate(groups):
+        if group.rows * sum(map(_row_bytes, kinds)) > MAX_GROUP_BYTES:
+            raise TraceError(f"{path}, row group {number}: {group.rows:,} rows are larger than {MAX_GROUP_BYTES >> 20} MiB")
+        if group.values != [group.rows * each for each in entries]:
+            what = f"columns of {group.values} values, expected lists of {entries}"
+            raise TraceError(f"{path}, row group {number}: {what} in {group.rows:,} rows")
+
+
+def read_row_group(file: pq.ParquetFile, group: int, path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A row group, after `check_sizes`. Raises `TraceError` if it cannot be decoded."""
+    rows = file.metadata.row_group(group).num_rows
+    try:
+        table = file.read_row_group(group, columns=columns)
+        # A broken page can decode to other lengths than it promised.
+        table.validate()
+    except UNREADABLE as error:
+        raise TraceError(f"{path}, row group {group}: cannot be decoded: {first_line(error)}") from error
+    if table.num_rows != rows:
+        raise TraceError(f"{path}, row group {group}: {table.num_rows:,} rows, expected {rows:,}")
+    return table
+
+
+def _row_bytes(kind: pa.DataType) -> int:
+    bits = kind.list_size * kind.value_type.bit_width if pa.types.is_fixed_size_list(kind) else kind.bit_width
+    return int(bits) // 8
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """A table with the columns of `schema`, and any further ones of numbers, truth values and text.
+
+    Raises `TraceError` if the file is missing, lacks a column, has nulls where the format has none, or takes too much memory.
+    """
+    if not path.is_file():
+        raise TraceError(f"{path} is missing")
+    with open_parquet(path) as file:
+        found = file.schema_arrow
+    missing = [name for name in schema.names if name not in found.names]
+    if missing:
+        raise TraceError(f"{path} lacks column {missing[0]!r}; it has {', '.join(found.names)}")
+    if len(set(found.names)) < len(found.names):
+        raise TraceError(f"{path} has a column twice")
+    further = [field for field in found if field.name not in schema.names and _is_plain(field.type)]
+    wanted = pa.schema([*schema, *further])
+    # Text is read as dictionaries: a page of a few bytes can stand for gigabytes of repeated text.
+    text = [field.name for field in found if _is_text(field.type)]
+    with open_parquet(path, read_dictionary=text) as file:
+        fixed = sum(field.type.bit_width // 8 for field in found if field.name in wanted.names and _is_fixed(field.type))
+        if file.metadata.num_rows * (fixed + 4 * len(text)) > MAX_TABLE_BYTES:
+            raise TraceError(f"{path}: {file.metadata.num_rows:,} rows take more than {MAX_TABLE_BYTES >> 20} MiB")
+        try:
+            table = file.read(columns=wanted.names)
+            if sum(_text_bytes(table.column(name)) for name in text if name in wanted.names) > MAX_TABLE_BYTES:
+                raise TraceError(f"{path}: its text takes more than {MAX_TABLE_BYTES >> 20} MiB")
+            table = table.cast(wanted)
+        except UNREADABLE as error:
+            raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
+    for name in schema.names:
+        if name in REQUIRED_COLUMNS and table.column(name).null_count:
+            raise TraceError(f"{path}: nulls in column {name!r}, expected none")
+    return table
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or _is_fixed(kind))
+
+
+def _is_fixed(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    """Bytes of a dictionary column as plain text."""
+    lengths = [pc.take(pc.binary_length(chunk.dictionary), chunk.indices) for chunk in column.chunks]
+    return sum(pc.sum(chunk.cast(pa.int64())).as_py() or 0 for chunk in lengths)
