@@ -180,6 +180,13 @@ def test_a_folder_of_another_trace_is_not_overwritten(trace: Trace, tmp_path: Pa
     assert "is not of this trace" in done.stderr
 
 
+def test_without_a_network_the_push_says_so(trace: Trace, tmp_path: Path) -> None:
+    done = push(trace, tmp_path / "folder", "http://127.0.0.1:9", "good")
+    assert done.returncode == 1
+    assert done.stderr.startswith("specmoe: the hub did not take me/routes")
+    assert done.stderr.count("\n") == 1
+
+
 def test_links_are_not_published(trace: Trace, tmp_path: Path) -> None:
     (trace.path / "tokens.parquet").rename(tmp_path / "elsewhere")
     (trace.path / "tokens.parquet").symlink_to(tmp_path / "elsewhere")
