@@ -45,7 +45,7 @@ def write_report(statistics: Statistics, path: Path, predictions: list[dict[str,
         ("Data", ", ".join(statistics.load_by_dataset)),
         ("Problems", f"{statistics.problems:,}"),
         ("Tokens", f"{statistics.tokens:,}"),
-        ("Recorded with", f"{statistics.trace.metadata.engine} {_engine_version(statistics)}, {model.dtype}"),
+        ("Recorded with", _origin(statistics)),
         ("Chance", f"a given expert is selected with probability {model.top_k / model.num_experts:.3f}"),
     ]
     facts += [("Gap", gap) for gap in statistics.trace.metadata.gaps]
@@ -55,9 +55,13 @@ def write_report(statistics: Statistics, path: Path, predictions: list[dict[str,
     write_text(path, page)
 
 
-def _engine_version(statistics: Statistics) -> str:
+def _origin(statistics: Statistics) -> str:
+    """Engine, version and precision; for a converted trace, the format that it came in."""
     metadata = statistics.trace.metadata
-    return metadata.versions.get(metadata.engine, "")
+    if metadata.engine == "unknown":
+        return ", ".join(filter(None, [metadata.hook, metadata.model.dtype]))
+    engine = " ".join(filter(None, [metadata.engine, metadata.versions.get(metadata.engine)]))
+    return ", ".join(filter(None, [engine, metadata.model.dtype]))
 
 
 def _load(statistics: Statistics) -> Section:
