@@ -44,12 +44,13 @@ def demo(
 
     Example: specmoe demo --out specmoe-demo
     """
-    from profiler.collect import CollectOptions, check_free
+    from profiler.collect import CollectOptions
     from profiler.datasets import DEMO_DATASETS
     from profiler.engines import EngineOptions, Sampling
     from profiler.engines.vllm import is_installed
     from profiler.models import DEMO_MODEL
     from profiler.reader import Trace
+    from profiler.resume import check_free
     from profiler.writer import write_text
     from speculation.evaluate import evaluate, table
     from speculation.predictors import TrainingOptions

@@ -10,13 +10,10 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from profiler.capture import (
     COMPLETIONS_FILE,
@@ -27,13 +24,14 @@ from profiler.capture import (
     finish_trace,
     read_completed,
 )
-from profiler.capture_stream import HIDDEN_STREAM, ROUTING_STREAM
+from profiler.capture_stream import ROUTING_STREAM
 from profiler.datasets import Dataset, Problem, find_dataset, load_problems
 from profiler.engines import Completion, Engine, EngineOptions, Prompt, Sampling, start_engine
-from profiler.errors import DatasetError, EngineError, TraceError
+from profiler.errors import DatasetError, EngineError
 from profiler.models import ResolvedModel, resolve_model
 from profiler.reader import Trace
-from profiler.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE, DatasetMetadata, Metadata
+from profiler.resume import check_free, finished_problems, refuse_other_settings, with_hidden_tokens_left
+from profiler.schema import CAPTURE_FOLDER, METADATA_FILE, DatasetMetadata, Metadata
 from profiler.sealing import captured_positions, run_folder, runs_of
 from profiler.writer import exclusive, public_command, write_metadata
 
@@ -137,14 +135,14 @@ def _collect(
     earlier = Trace.open(out, allow_incomplete=True) if (out / METADATA_FILE).is_file() else None
     sequences: dict[int, Sequence] = {}
     if earlier is not None:
-        _refuse_other_settings(earlier.metadata, _settings(options, model, datasets, problems), out)
+        refuse_other_settings(earlier.metadata, _settings(options, model, datasets, problems), out)
         if earlier.manifest is not None:
             on_stage(f"{out} is complete already")
             trace = Trace.open(out)
             # A kill may have come between the manifest and this.
             shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
             return _summary(trace, resumed=trace.problems.num_rows)
-        sequences = _finished_problems(out, problems)
+        sequences = finished_problems(out, problems)
         on_stage(f"resuming: {len(sequences)} of {len(problems)} problems are finished")
     resumed = len(sequences)
     start_seconds, generate_seconds = 0.0, 0.0
@@ -154,14 +152,14 @@ def _collect(
     else:
         on_stage(f"starting {options.engine} with {model.metadata.id}")
         began = time.monotonic()
-        engine = start_engine(options.engine, model, _with_hidden_tokens_left(options.engine_options, out, sequences))
+        engine = start_engine(options.engine, model, with_hidden_tokens_left(options.engine_options, out, sequences))
         try:
             start_seconds = time.monotonic() - began
             metadata = _metadata(options, model, engine, datasets, problems)
             if earlier is None:
                 write_metadata(out, metadata)
             else:
-                _refuse_other_settings(
+                refuse_other_settings(
                     earlier.metadata, metadata.model_dump(mode="json", exclude={"created", "command", "gaps"}), out
                 )
                 metadata = metadata.model_copy(update={"created": earlier.metadata.created})
@@ -200,81 +198,6 @@ def _summary(trace: Trace, *, resumed: int, start_seconds: float = 0.0, generate
         start_seconds=start_seconds,
         generate_seconds=generate_seconds,
     )
-
-
-def _finished_problems(out: Path, problems: list[Problem]) -> dict[int, Sequence]:
-    """What earlier runs finished: the output is known, and every position of it was written.
-
-    Raises `TraceError` if a finished problem is not the one that has this number now.
-    """
-    finished = {}
-    for run in runs_of(out):
-        positions = captured_positions(run_folder(out, run))
-        for problem_id, sequence in read_completed(out, run).items():
-            if not 0 <= problem_id < len(problems) or sequence.prompt != problems[problem_id].prompt:
-                raise TraceError(
-                    f"{out}: problem {problem_id} was another one before: the dataset has changed; choose another --out"
-                )
-            if _is_captured(sequence, positions):
-                finished[problem_id] = sequence
-    return finished
-
-
-def _with_hidden_tokens_left(options: EngineOptions, out: Path, finished: dict[int, Sequence]) -> EngineOptions:
-    """The options, with a budget of router inputs that is less by what earlier runs recorded of the finished problems."""
-    if not options.capture.hidden_layers:
-        return options
-    recorded = {run: captured_positions(run_folder(out, run)).get(HIDDEN_STREAM, {}) for run in runs_of(out)}
-    sources = [sequence.captured_as for sequence in finished.values() if sequence.captured_as is not None]
-    used = sum(len(recorded[run].get(number, ())) for run, number in sources)
-    return replace(options, capture=replace(options.capture, hidden_tokens=max(0, options.capture.hidden_tokens - used)))
-
-
-def _is_captured(sequence: Sequence, positions: dict[str, dict[int, npt.NDArray[np.int32]]]) -> bool:
-    """Whether every routed position is in the streams of its run."""
-    if sequence.captured_as is None or ROUTING_STREAM not in positions:
-        return False
-    wanted = np.arange(sequence.cached_tokens, sequence.tokens - 1)
-    for stream, by_number in positions.items():
-        found = by_number.get(sequence.captured_as[1])
-        # Router inputs are recorded of some problems only, but then of all their positions.
-        if found is None and stream == HIDDEN_STREAM:
-            continue
-        if found is None or not np.isin(wanted, found).all():
-            return False
-    return True
-
-
-def _refuse_other_settings(before: Metadata, now: dict[str, Any], out: Path) -> None:
-    """Raise `TraceError`, naming the first difference, if a collection is resumed with other settings."""
-
-    def compare(old: Any, new: Any, name: str) -> None:
-        if isinstance(old, dict) and isinstance(new, dict):
-            for key in new:
-                compare(old.get(key), new[key], f"{name}.{key}" if name else key)
-        elif old != new:
-            raise TraceError(
-                f"{out} was begun with {name} {old!r}, now it is {new!r}: resume with the arguments of the first run"
-            )
-
-    compare(before.model_dump(mode="json"), now, "")
-
-
-def check_free(out: Path, *, resume: bool = False) -> None:
-    """Raise `TraceError` unless `out` is absent or an empty folder; or, to resume, a trace or what is left of its beginning."""
-    if out.is_dir() and (out / METADATA_FILE).exists():
-        if resume:
-            return
-        if (out / MANIFEST_FILE).exists():
-            raise TraceError(f"{out} already holds a trace: choose another --out, or delete that folder first")
-        raise TraceError(f"{out} holds an unfinished collection: add --resume to go on with it, or delete that folder first")
-    existing = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
-    if not existing.is_dir():
-        raise TraceError(f"{existing} is a file, not a folder: choose another --out")
-    # A kill may have come before metadata.json had its name.
-    begun = {(out / METADATA_FILE).with_suffix(".tmp")} if resume else set()
-    if out.exists() and (not out.is_dir() or set(out.iterdir()) - begun):
-        raise TraceError(f"{out} exists and is not an empty folder: choose another --out")
 
 
 def _load_all(datasets: list[Dataset], options: CollectOptions) -> list[Problem]:

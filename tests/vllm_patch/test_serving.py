@@ -51,7 +51,10 @@ def serve(out: Path, steps: list[Step], limit: int) -> list[Path]:
     buffers = CaptureBuffers(max_tokens=8, layers=1, num_experts=4, top_k=2, device="cpu")
     recorder = Recorder(buffers, moe_layers=[0], num_experts=4, top_k=2)
     closed: list[Path] = []
-    end = lambda run: closed.append(run.parent.parent)  # noqa: E731
+
+    def end(run: Path) -> None:
+        closed.append(run.parent.parent)
+
     answer = recorder.start_rotating(lambda: begin_trace(next_trace(out), METADATA), end, limit)
     assert "error" not in answer
     for number, step in enumerate(steps):

@@ -1,0 +1,93 @@
+"""Going on with a collection that was interrupted: where it may begin, which settings it needs, what need not run again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from profiler.capture import Sequence, read_completed
+from profiler.capture_stream import HIDDEN_STREAM, ROUTING_STREAM
+from profiler.datasets import Problem
+from profiler.engines import EngineOptions
+from profiler.errors import TraceError
+from profiler.schema import MANIFEST_FILE, METADATA_FILE, Metadata
+from profiler.sealing import captured_positions, run_folder, runs_of
+
+
+def check_free(out: Path, *, resume: bool = False) -> None:
+    """Raise `TraceError` unless `out` is absent or an empty folder; or, to resume, a trace or what is left of its beginning."""
+    if out.is_dir() and (out / METADATA_FILE).exists():
+        if resume:
+            return
+        if (out / MANIFEST_FILE).exists():
+            raise TraceError(f"{out} already holds a trace: choose another --out, or delete that folder first")
+        raise TraceError(f"{out} holds an unfinished collection: add --resume to go on with it, or delete that folder first")
+    existing = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        raise TraceError(f"{existing} is a file, not a folder: choose another --out")
+    # A kill may have come before metadata.json had its name.
+    begun = {(out / METADATA_FILE).with_suffix(".tmp")} if resume else set()
+    if out.exists() and (not out.is_dir() or set(out.iterdir()) - begun):
+        raise TraceError(f"{out} exists and is not an empty folder: choose another --out")
+
+
+def refuse_other_settings(before: Metadata, now: dict[str, Any], out: Path) -> None:
+    """Raise `TraceError`, naming the first difference, if a collection is resumed with other settings."""
+
+    def compare(old: Any, new: Any, name: str) -> None:
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in new:
+                compare(old.get(key), new[key], f"{name}.{key}" if name else key)
+        elif old != new:
+            raise TraceError(
+                f"{out} was begun with {name} {old!r}, now it is {new!r}: resume with the arguments of the first run"
+            )
+
+    compare(before.model_dump(mode="json"), now, "")
+
+
+def finished_problems(out: Path, problems: list[Problem]) -> dict[int, Sequence]:
+    """What earlier runs finished: the output is known, and every position of it was written.
+
+    Raises `TraceError` if a finished problem is not the one that has this number now.
+    """
+    finished = {}
+    for run in runs_of(out):
+        positions = captured_positions(run_folder(out, run))
+        for problem_id, sequence in read_completed(out, run).items():
+            if not 0 <= problem_id < len(problems) or sequence.prompt != problems[problem_id].prompt:
+                raise TraceError(
+                    f"{out}: problem {problem_id} was another one before: the dataset has changed; choose another --out"
+                )
+            if _is_captured(sequence, positions):
+                finished[problem_id] = sequence
+    return finished
+
+
+def with_hidden_tokens_left(options: EngineOptions, out: Path, finished: dict[int, Sequence]) -> EngineOptions:
+    """The options, with a budget of router inputs that is less by what earlier runs recorded of the finished problems."""
+    if not options.capture.hidden_layers:
+        return options
+    recorded = {run: captured_positions(run_folder(out, run)).get(HIDDEN_STREAM, {}) for run in runs_of(out)}
+    sources = [sequence.captured_as for sequence in finished.values() if sequence.captured_as is not None]
+    used = sum(len(recorded[run].get(number, ())) for run, number in sources)
+    return replace(options, capture=replace(options.capture, hidden_tokens=max(0, options.capture.hidden_tokens - used)))
+
+
+def _is_captured(sequence: Sequence, positions: dict[str, dict[int, npt.NDArray[np.int32]]]) -> bool:
+    """Whether every routed position is in the streams of its run."""
+    if sequence.captured_as is None or ROUTING_STREAM not in positions:
+        return False
+    wanted = np.arange(sequence.cached_tokens, sequence.tokens - 1)
+    for stream, by_number in positions.items():
+        found = by_number.get(sequence.captured_as[1])
+        # Router inputs are recorded of some problems only, but then of all their positions.
+        if found is None and stream == HIDDEN_STREAM:
+            continue
+        if found is None or not np.isin(wanted, found).all():
+            return False
+    return True
