@@ -103,8 +103,18 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 """A number that fits the tables' int32."""
 
 
+class _JsonLine:
+    """A record that is one line of a run's files; a line with other fields is none."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def to_json(self) -> str:
+        """The line, without its end."""
+        return json.dumps(vars(self), separators=(",", ":"))
+
+
 @dataclass(frozen=True)
-class CapturedRequest:
+class CapturedRequest(_JsonLine):
     """A request as the engine's worker saw it.
 
     number: what its rows have as problem id. label: what the client gave as problem id. cached_tokens: from the prefix cache.
@@ -115,12 +125,6 @@ class CapturedRequest:
     label: int | str | None
     prompt_token_ids: list[Count]
     cached_tokens: Count
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    def to_json(self) -> str:
-        """One line of `requests.jsonl`."""
-        return json.dumps(vars(self), separators=(",", ":"))
 
 
 def read_requests(run: Path) -> list[CapturedRequest]:
@@ -141,7 +145,7 @@ def problem_ids(requests: list[CapturedRequest]) -> dict[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedProblem:
+class PlannedProblem(_JsonLine):
     """A problem that a run set out to do: one line of `planned.jsonl`, written before the engine begins."""
 
     problem_id: Count
@@ -150,12 +154,6 @@ class PlannedProblem:
     prompt: str
     prompt_token_ids: list[Count]
     truncated_tokens: Count
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    def to_json(self) -> str:
-        """One line of `planned.jsonl`."""
-        return json.dumps(vars(self), separators=(",", ":"))
 
     def sequence(self, source: Source | None, request: CapturedRequest | None = None) -> Sequence:
         """As a sequence that was begun and not finished."""
@@ -166,7 +164,7 @@ class PlannedProblem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompletedProblem:
+class CompletedProblem(_JsonLine):
     """A problem that a run finished: one line of `completions.jsonl`, written at once."""
 
     problem_id: Count
@@ -174,12 +172,6 @@ class CompletedProblem:
     output_token_ids: list[Count]
     cached_tokens: Count
     finish_reason: str
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    def to_json(self) -> str:
-        """One line of `completions.jsonl`."""
-        return json.dumps(vars(self), separators=(",", ":"))
 
 
 def read_planned(run: Path) -> list[PlannedProblem]:

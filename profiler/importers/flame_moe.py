@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import TraceError
-from profiler.importers.reading import batches, column_names, files_in, id_lists, lists, whole_numbers
+from profiler.importers.reading import batches, files_in, has_columns, id_lists, lists, whole_numbers
 from profiler.importers.target import Target
 from profiler.schema import PREFILL
 
@@ -30,12 +30,7 @@ BATCH_ROWS = 16 * SEQUENCE_TOKENS
 
 def detect(source: Path) -> bool:
     files = _files(source)
-    if not files:
-        return False
-    try:
-        return {"scores", "indices"} <= set(column_names(files[0]))
-    except TraceError:
-        return False
+    return bool(files) and has_columns(files[0], {"scores", "indices"})
 
 
 def read(source: Path, target: Target) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -46,8 +46,9 @@ def read(source: Path, target: Target) -> None:
     if not files:
         raise TraceError(f"{source}: no .csv file")
     named = [(_name(path), path) for path in files]
+    counts = Counter(name for name, _ in named)
     for name, path in named:
-        if [other for other, _ in named].count(name) > 1:
+        if counts[name] > 1:
             raise TraceError(f"{path}: another file is of prompt {name} too")
         lines = _lines(path)
         seen = _Seen()

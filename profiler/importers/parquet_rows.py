@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from profiler.errors import UNREADABLE, TraceError, first_line
-from profiler.importers.reading import batches, column_names, files_in, id_lists, is_text, lists, whole_numbers
+from profiler.importers.reading import batches, column_names, files_in, has_columns, id_lists, is_text, lists, whole_numbers
 from profiler.importers.rows import ProblemFacts, Rows
 from profiler.importers.target import Target
 from profiler.schema import DECODE, METADATA_FILE, PREFILL, PROBLEMS_SCHEMA
@@ -32,10 +32,7 @@ def detect(source: Path) -> bool:
     files = _files(source)
     if not files or (source.is_dir() and (source / METADATA_FILE).exists()):
         return False
-    try:
-        return {*_KEYS, "expert_ids"} <= set(column_names(files[0]))
-    except TraceError:
-        return False
+    return has_columns(files[0], {*_KEYS, "expert_ids"})
 
 
 def read(source: Path, target: Target) -> None:

@@ -200,6 +200,14 @@ def column_names(path: Path) -> list[str]:
         raise TraceError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
+def has_columns(path: Path, names: set[str]) -> bool:
+    """Whether a file is Parquet with these columns, among others."""
+    try:
+        return names <= set(column_names(path))
+    except TraceError:
+        return False
+
+
 def batches(path: Path, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
     """Columns of a Parquet file, so many rows at a time. Raises `TraceError` if one is absent or nothing can be decoded."""
     # A few bytes can stand for a list of a billion entries in a single row.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,13 +204,9 @@ class Target:
         missing = seal(self.directory, model, {p: last + 2 for p, last in kept.last_token.items()}, record=record)
         self._write_tables(kept)
         gaps = [*self.gaps, *kept.gaps(), *_holes(missing), *self._model_gaps(model)]
-        names = sorted({facts.dataset for facts in self.problems.values()})
-        datasets = [
-            DatasetMetadata(
-                name=name, problems=sum(self.problems[p].dataset == name for p in kept.last_token if p in self.problems)
-            )
-            for name in names
-        ]
+        # Counted in one pass: a stranger's file may name as many datasets as it has problems.
+        counts = Counter(self.problems[problem].dataset for problem in kept.last_token if problem in self.problems)
+        datasets = [DatasetMetadata(name=name, problems=count) for name, count in sorted(counts.items())]
         write_metadata(
             self.directory,
             Metadata(

@@ -135,3 +135,11 @@ def test_a_torn_last_line_of_the_requests_is_left_out(tmp_path: Path) -> None:
     (tmp_path / REQUESTS_FILE).write_text(whole.to_json() + "\n" + whole.to_json()[:20])
     assert read_requests(tmp_path) == [whole]
     assert read_requests(tmp_path / "none") == []
+
+
+def test_a_line_that_is_no_request_is_named(tmp_path: Path) -> None:
+    whole = CapturedRequest(0, "a", 1, [1, 2], 0).to_json()
+    for broken in (whole.replace('"number":0', '"number":-1'), whole.replace("}", ',"more":1}'), "null"):
+        (tmp_path / REQUESTS_FILE).write_text(f"{whole}\n{broken}\n")
+        with pytest.raises(TraceError, match=r"requests\.jsonl, line 2: "):
+            read_requests(tmp_path)
