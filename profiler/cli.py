@@ -25,6 +25,8 @@ messages = Console(stderr=True, highlight=False)
 
 
 INTERRUPTED = 130
+# Of tables that go into a file or pipe.
+TABLE_WIDTH = 200
 
 
 def run_app(app: typer.Typer, name: str) -> None:
@@ -82,13 +84,30 @@ def collect(
     dataset: Annotated[str, typer.Option(help="One name, or several with commas (see 'specmoe datasets').")],
     out: Annotated[Path, typer.Option(help="The trace directory to make.")],
     num_problems: Annotated[int, typer.Option(min=1, help="Total, spread evenly over the datasets.")] = 100,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generated tokens per problem, at most.")] = 128,
+    target_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in all, prompt and output, instead of a number of problems.")
+    ] = None,
+    max_tokens_per_problem: Annotated[
+        int | None, typer.Option(min=2, help="Prompt and output; prompts lose their tail to stay within it.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Generated tokens per problem, at most; default: the dataset's.")
+    ] = None,
     data_files: Annotated[Path | None, typer.Option(help="Local .parquet or .jsonl instead of the hub.")] = None,
     engine: Annotated[EngineName, typer.Option()] = EngineName.vllm,
     dtype: Annotated[
         DtypeName, typer.Option(help="auto: the engine's choice for this checkpoint and device.")
     ] = DtypeName.auto,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="Which checkpoint of a short name (see 'specmoe models NAME'); auto: the first that fits.")
+    ] = "auto",
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time; default: the preset of model and GPU.")] = None,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="transformers: quantise while loading.")] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="transformers: quantise while loading.")] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="transformers: keep in the host's memory what the GPU has no room for.")
+    ] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -123,6 +142,9 @@ def collect(
         raise typer.BadParameter(
             f"{capture_hidden!r}: expected layer numbers with commas, such as 1,5", param_hint="capture-hidden"
         )
+    if load_in_8bit and load_in_4bit:
+        raise typer.BadParameter("choose one of --load-in-8bit and --load-in-4bit")
+    load_in = "8bit" if load_in_8bit else "4bit" if load_in_4bit else None
     capture = CaptureOptions(
         logits=capture_logits,
         hidden_layers=tuple(sorted({int(layer) for layer in capture_hidden.split(",") if layer.strip()})),
@@ -133,8 +155,11 @@ def collect(
         datasets=tuple(name.strip() for name in dataset.split(",")),
         out=out,
         num_problems=num_problems,
+        target_tokens=target_tokens,
+        max_tokens_per_problem=max_tokens_per_problem,
         data_files=data_files,
         revision=revision,
+        precision=precision,
         engine=engine.value,
         sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
         engine_options=EngineOptions(
@@ -144,6 +169,9 @@ def collect(
             prefix_caching=prefix_caching,
             capture=capture,
             seed=seed,
+            batch=batch,
+            load_in=load_in,
+            offload=offload,
             verbose=verbose,
         ),
         jsonl=jsonl,
@@ -151,7 +179,12 @@ def collect(
     )
     summary = collect_with_progress(options)
     if as_json:
-        fields = {**vars(summary), "trace": str(summary.trace), "tokens_per_second": summary.tokens_per_second}
+        fields = {
+            **vars(summary),
+            "trace": str(summary.trace),
+            "tokens_per_second": summary.tokens_per_second,
+            "usage": vars(summary.usage),
+        }
         console.print_json(json.dumps(fields))
     else:
         print_summary(summary)
@@ -163,9 +196,9 @@ def collect_with_progress(options: Any) -> Any:
 
     if not messages.is_terminal:
 
-        def report(done: int, total: int) -> None:
-            if done in {max(1, round(share / 4 * total)) for share in range(1, 5)}:
-                messages.print(f"{done} of {total} problems")
+        def report(progress: Any) -> None:
+            if progress.problems in {max(1, round(share / 4 * progress.total)) for share in range(1, 5)}:
+                messages.print(f"{progress.problems} of {progress.total} problems, {progress.usage}")
 
         return run(options, on_stage=lambda text: messages.print(f"{text} ..."), on_progress=report)
     columns = (
@@ -174,15 +207,16 @@ def collect_with_progress(options: Any) -> Any:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[usage]}"),
     )
     # A descriptor of its own: while vLLM starts, standard error leads to vLLM's log.
     terminal = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), highlight=False)
     with Progress(*columns, console=terminal, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
-        task = progress.add_task("checking", total=None)
+        task = progress.add_task("checking", total=None, usage="")
         return run(
             options,
             on_stage=lambda text: progress.update(task, description=text),
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            on_progress=lambda now: progress.update(task, completed=now.problems, total=now.total, usage=str(now.usage)),
         )
 
 
@@ -198,6 +232,10 @@ def print_summary(summary: Any) -> None:
             f"{summary.engine}: started in {summary.start_seconds:.1f} s, ran {summary.generate_seconds:.1f} s, "
             + (f"{speed:,.0f} tokens/s" if speed is not None else f"{summary.resumed} problems were finished before")
         )
+    typer.echo(str(summary.usage))
+    if len(summary.by_dataset) > 1:
+        gave = (f"{name} {problems} problems, {tokens:,} tokens" for name, (problems, tokens) in summary.by_dataset.items())
+        typer.echo("; ".join(gave))
     if summary.truncated_problems:
         typer.echo(f"{summary.truncated_problems} prompts were too long and kept only their head")
 
@@ -344,21 +382,70 @@ def inspect(
 
 
 @app.command()
-def models(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """List models by short name. Any other hub id or model folder works as well.
+def models(
+    name: Annotated[str | None, typer.Argument(help="One model: its checkpoints, and what fits on which GPU.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """List models by short name, or say how one of them runs. Any other hub id or model folder works as well.
 
-    Example: specmoe models
+    Example: specmoe models mixtral-8x7b
     """
-    from profiler.models import DEMO_MODEL, MODELS, resolve_model
+    from profiler.devices import GPUS
+    from profiler.model_registry import MODELS, checkpoint, fits
+    from profiler.models import DEMO_MODEL, resolve_model
 
-    rows = []
-    try:
+    if name is None:
         facts = resolve_model(DEMO_MODEL).metadata
-        about = f"{len(facts.moe_layers)} layers, {facts.num_experts} experts, top-{facts.top_k}"
-    except ModelError as error:
-        about = str(error)
-    rows.append({"name": DEMO_MODEL, "location": f"embedded ({about})"})
-    rows += [{"name": name, "location": hub_id} for name, hub_id in MODELS.items()]
+        own = {"name": DEMO_MODEL, "MoE layers": str(len(facts.moe_layers)), "experts": str(facts.num_experts)}
+        rows = [own | {"top-k": str(facts.top_k), "shared": "0", "precisions": facts.dtype or "", "location": "embedded"}]
+        rows += [
+            {
+                "name": entry.name,
+                "MoE layers": str(len(entry.moe_layers)),
+                "experts": str(entry.experts),
+                "top-k": str(entry.top_k),
+                "shared": str(entry.shared),
+                "precisions": ", ".join(entry.precisions),
+                "location": entry.checkpoints[entry.precisions[0]],
+            }
+            for entry in MODELS.values()
+        ]
+        _print_rows(rows, as_json)
+        return
+    if name not in MODELS:
+        raise ModelError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
+    entry = MODELS[name]
+    presets = {gpu.name: [fits(entry, gpu, precision) for precision in entry.precisions] for gpu in GPUS.values()}
+    if as_json:
+        found = {gpu: [vars(preset) for preset in row if preset] for gpu, row in presets.items()}
+        places = {precision: entry.checkpoints.get(precision) for precision in entry.precisions}
+        facts_of = {key: value for key, value in vars(entry).items() if key not in {"checkpoints", "quantizable"}}
+        console.print_json(json.dumps(facts_of | {"checkpoints": places, "presets": found}))
+        return
+    typer.echo(
+        f"{name}: {entry.parameters} billion parameters, {entry.active} for a token; {entry.layers} layers, "
+        f"{len(entry.moe_layers)} with {entry.experts} experts, top-{entry.top_k}, and {entry.shared} shared"
+    )
+    for precision in entry.precisions:
+        made = "" if precision in entry.checkpoints else "  (not public: modal run modal_jobs/quantize.py makes it)"
+        gated = "  (accept its terms on the hub, and give a token)" if precision in entry.gated else ""
+        place = entry.checkpoints.get(precision) or checkpoint(entry, precision)
+        typer.echo(f"  {precision}: {place}, {entry.weights_gb(precision):.0f} GB in memory{made}{gated}")
+    rows = []
+    for gpu in GPUS.values():
+        cells = {
+            precision: f"batch {preset.batch}" if preset else "-"
+            for precision, preset in zip(entry.precisions, presets[gpu.name], strict=True)
+        }
+        small = entry.small_gpus.get(gpu.name)
+        rows.append(
+            {
+                "GPU": gpu.name,
+                "GB": str(gpu.memory),
+                **cells,
+                "--engine transformers": f"{small[0]}, batch {small[1]}" if small else "",
+            }
+        )
     _print_rows(rows, as_json)
 
 
@@ -373,12 +460,17 @@ def datasets(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON
     rows = [
         {
             "name": dataset.name,
-            "source": dataset.hub_id or "embedded",
+            "source": " ".join(filter(None, (dataset.hub_id or "embedded", dataset.config, dataset.split))),
+            "rows": str(dataset.rows or 40),
             "columns": ", ".join(dataset.columns),
+            "new tokens": str(dataset.new_tokens),
             "description": dataset.description,
         }
         for dataset in DATASETS.values()
     ]
+    if as_json:
+        templates = {dataset.name: dataset.template for dataset in DATASETS.values()}
+        rows = [row | {"template": templates[row["name"]]} for row in rows]
     _print_rows(rows, as_json)
 
 
@@ -388,10 +480,12 @@ def _print_rows(rows: list[dict[str, str]], as_json: bool) -> None:
         return
     table = Table(box=None)
     for column in rows[0]:
-        table.add_column(column)
+        # A cut hub id is of no use, nor is a cut name.
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
     for row in rows:
         table.add_row(*row.values())
-    console.print(table)
+    wide = console if console.is_terminal else Console(width=TABLE_WIDTH)
+    wide.print(table)
 
 
 def _bytes(folder: Path) -> int:

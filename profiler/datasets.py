@@ -1,21 +1,11 @@
-"""Datasets by name: where they live, which columns they need, and how a problem becomes a prompt."""
+"""Datasets by name: where they live, which columns they need, and how a row becomes a prompt."""
 
 from __future__ import annotations
 
-import json
 import string
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from profiler.errors import DatasetError
-
-MAX_JSONL_LINE = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +13,25 @@ class Dataset:
     """One entry of the registry.
 
     template: `str.format` text over column names; the columns that it names must exist.
+    new_tokens: how many tokens a model generates for a problem, at most, unless told otherwise: what an answer takes.
     key: column that identifies a row in its source, or None to use the row's number.
+    rows: of the split, as its card says; 0 if the problems are embedded.
+    sorted_by_class: the file has one class after the other, so that its head is no sample: rows are taken in shuffled order.
+    min_characters: shorter rows (headings, blank lines) are passed over.
     embedded: the problems ship with this package (`profiler/demo/prompts/`), so no hub is involved.
     """
 
     name: str
     description: str
     template: str
+    new_tokens: int = 128
     key: str | None = None
     hub_id: str | None = None
     config: str | None = None
     split: str | None = None
+    rows: int = 0
+    sorted_by_class: bool = False
+    min_characters: int = 0
     embedded: bool = False
 
     @property
@@ -43,57 +41,145 @@ class Dataset:
         return [*names, *([self.key] if self.key else [])]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A prompt and where it came from. `source_key` identifies it inside its dataset."""
-
-    dataset: str
-    source_key: str
-    prompt: str
-
-
 DATASETS: dict[str, Dataset] = {
     dataset.name: dataset
     for dataset in (
         Dataset(
-            name="gsm8k",
-            description="grade-school arithmetic word problems",
-            template="Question: {question}\nAnswer:",
-            hub_id="openai/gsm8k",
-            config="main",
-            split="test",
-        ),
-        Dataset(
             name="humaneval",
             description="Python functions to complete",
             template="{prompt}",
+            new_tokens=256,
             key="task_id",
             hub_id="openai/openai_humaneval",
             split="test",
+            rows=164,
+        ),
+        Dataset(
+            name="gsm8k",
+            description="grade-school arithmetic word problems",
+            template="Question: {question}\nAnswer:",
+            new_tokens=256,
+            hub_id="openai/gsm8k",
+            config="main",
+            split="test",
+            rows=1319,
         ),
         Dataset(
             name="imdb",
-            description="film reviews",
+            description="film reviews, good or bad",
             template="Review: {text}\nSentiment:",
+            new_tokens=8,
             hub_id="stanfordnlp/imdb",
             split="test",
+            rows=25_000,
+            sorted_by_class=True,
+        ),
+        Dataset(
+            name="yelp",
+            description="reviews of businesses, one to five stars",
+            template="Review: {text}\nStars (1 to 5):",
+            new_tokens=8,
+            hub_id="Yelp/yelp_review_full",
+            split="test",
+            rows=50_000,
+        ),
+        Dataset(
+            name="ag_news",
+            description="news in a paragraph, of four topics",
+            template="Article: {text}\nTopic:",
+            new_tokens=8,
+            hub_id="fancyzhx/ag_news",
+            split="test",
+            rows=7600,
+        ),
+        Dataset(
+            name="squad",
+            description="questions about a paragraph of Wikipedia",
+            template="{context}\n\nQuestion: {question}\nAnswer:",
+            new_tokens=32,
+            key="id",
+            hub_id="rajpurkar/squad",
+            split="validation",
+            rows=10_570,
+        ),
+        Dataset(
+            name="amazon",
+            description="reviews of products, good or bad",
+            template="Review: {title}. {content}\nSentiment:",
+            new_tokens=8,
+            hub_id="fancyzhx/amazon_polarity",
+            split="test",
+            rows=400_000,
+        ),
+        Dataset(
+            name="dbpedia",
+            description="first paragraphs of Wikipedia, of 14 classes",
+            template="{title}: {content}\nCategory:",
+            new_tokens=8,
+            hub_id="fancyzhx/dbpedia_14",
+            split="test",
+            rows=70_000,
+            sorted_by_class=True,
+        ),
+        Dataset(
+            name="wikitext-2",
+            description="paragraphs of Wikipedia, to read",
+            template="{text}",
+            new_tokens=1,
+            hub_id="Salesforce/wikitext",
+            config="wikitext-2-raw-v1",
+            split="test",
+            rows=4358,
+            min_characters=200,
+        ),
+        Dataset(
+            name="cnn_dailymail",
+            description="newspaper articles to summarise",
+            template="{article}\n\nSummary:",
+            key="id",
+            hub_id="abisee/cnn_dailymail",
+            config="3.0.0",
+            split="test",
+            rows=11_490,
+        ),
+        Dataset(
+            name="xsum",
+            description="BBC articles to summarise in a sentence",
+            template="{document}\n\nSummary in one sentence:",
+            new_tokens=48,
+            key="id",
+            hub_id="EdinburghNLP/xsum",
+            split="test",
+            rows=11_334,
+        ),
+        Dataset(
+            name="multi_news",
+            description="several articles on one event to summarise",
+            template="{document}\n\nSummary:",
+            new_tokens=256,
+            hub_id="alexfabbri/multi_news",
+            split="test",
+            rows=5622,
         ),
         Dataset(
             name="demo-math",
             description="arithmetic word problems, shipped with this package",
             template="Question: {text}\nAnswer:",
+            new_tokens=64,
             embedded=True,
         ),
         Dataset(
             name="demo-code",
             description="Python functions to complete, shipped with this package",
             template="{text}",
+            new_tokens=64,
             embedded=True,
         ),
         Dataset(
             name="demo-reviews",
             description="short reviews, shipped with this package",
             template="Review: {text}\nSentiment:",
+            new_tokens=64,
             embedded=True,
         ),
     )
@@ -107,114 +193,3 @@ def find_dataset(name: str) -> Dataset:
     if name not in DATASETS:
         raise DatasetError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
     return DATASETS[name]
-
-
-def load_problems(dataset: Dataset, count: int, *, data_files: Path | None = None) -> list[Problem]:
-    """The first `count` problems, from `data_files` (.parquet, .jsonl) if given, else embedded or from the hub.
-
-    Fewer are returned if the dataset holds fewer. Raises `DatasetError` on an unreadable file or a missing column.
-    """
-    if data_files is not None:
-        rows = _read_local(data_files, dataset)
-    elif dataset.embedded:
-        rows = _read_embedded(dataset)
-    else:
-        rows = _read_hub(dataset)
-    problems: list[Problem] = []
-    for number, row in enumerate(rows):
-        if len(problems) == count:
-            break
-        for column in dataset.columns:
-            if row.get(column) is None:
-                where = data_files or dataset.hub_id
-                raise DatasetError(f"{where}, row {number}: column {column!r} is empty, and {dataset.name} needs it")
-        for column in dataset.columns:
-            if column != dataset.key and not _is_text(row[column]):
-                where = data_files or dataset.hub_id
-                raise DatasetError(f"{where}, row {number}: column {column!r} is {str(row[column])[:40]!r}, expected text")
-        key = str(row[dataset.key]) if dataset.key else str(number)
-        problems.append(Problem(dataset.name, key, dataset.template.format(**row)))
-    if not problems:
-        raise DatasetError(f"{data_files or dataset.name} holds no problems")
-    return problems
-
-
-def _read_embedded(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    text = resources.files("profiler").joinpath("demo", "prompts", f"{dataset.name}.jsonl").read_text(encoding="utf-8")
-    return (json.loads(line) for line in text.splitlines())
-
-
-def _read_local(path: Path, dataset: Dataset) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        raise DatasetError(f"data file {path}: no such file")
-    if path.suffix == ".parquet":
-        return _read_parquet(path, dataset)
-    if path.suffix in {".jsonl", ".ndjson"}:
-        return _read_json_lines(path, dataset)
-    raise DatasetError(f"data file {path}: expected a name ending in .parquet or .jsonl")
-
-
-def _read_parquet(path: Path, dataset: Dataset) -> Iterator[dict[str, Any]]:
-    try:
-        file = pq.ParquetFile(path)
-        _check_columns(file.schema_arrow.names, dataset, path)
-        columns = list(dict.fromkeys(dataset.columns))
-        batches = file.iter_batches(batch_size=256, columns=columns)
-        # The first batch is decoded here, so that a corrupt file fails before an engine has been started.
-        first = next(batches, None)
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"data file {path} is not readable Parquet: {str(error).splitlines()[0]}") from error
-
-    def rows() -> Iterator[dict[str, Any]]:
-        if first is not None:
-            yield from first.to_pylist()
-        try:
-            for batch in batches:
-                yield from batch.to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise DatasetError(f"data file {path} is not readable Parquet: {str(error).splitlines()[0]}") from error
-
-    return rows()
-
-
-def _read_json_lines(path: Path, dataset: Dataset) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_JSONL_LINE), b""), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DatasetError(f"data file {path}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DatasetError(f"data file {path}, line {number}: expected an object with columns")
-            _check_columns(list(row), dataset, path)
-            yield row
-
-
-def _is_text(value: Any) -> bool:
-    """A string that can be written as UTF-8 (JSON can spell lone surrogates)."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _check_columns(present: list[str], dataset: Dataset, path: Path) -> None:
-    for column in dataset.columns:
-        if column not in present:
-            raise DatasetError(
-                f"data file {path} lacks column {column!r}, which {dataset.name} needs; it has {', '.join(present)}"
-            )
-
-
-def _read_hub(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    # Imported late: it takes a second, and only hub datasets need it.
-    import datasets as hub
-
-    try:
-        rows = hub.load_dataset(dataset.hub_id, dataset.config, split=dataset.split)
-    except Exception as error:  # its failures share no base class: connection, missing repository, bad file
-        reason = str(error).splitlines()[0]
-        raise DatasetError(
-            f"cannot load {dataset.hub_id} from the Hugging Face hub ({reason}); without a network use --data-files FILE"
-        ) from error
-    _check_columns(list(rows.column_names), dataset, Path(str(dataset.hub_id)))
-    return iter(rows)

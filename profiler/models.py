@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from profiler.errors import ModelError
+from profiler.model_registry import MODELS, ModelEntry, checkpoint
 from profiler.schema import ModelMetadata
 
 DEMO_MODEL = "demo"
 MAX_LAYERS = 10_000
-
-MODELS: dict[str, str] = {
-    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
-    "mixtral-8x7b-awq": "TheBloke/Mixtral-8x7B-v0.1-AWQ",
-    "qwen1.5-moe": "Qwen/Qwen1.5-MoE-A2.7B",
-    "deepseek-moe-16b": "deepseek-ai/deepseek-moe-16b-base",
-    "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite",
-    "olmoe": "allenai/OLMoE-1B-7B-0125",
-    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
-    "gpt-oss-20b": "openai/gpt-oss-20b",
-}
-"""Short name -> Hugging Face hub id. Any other hub id or local folder works as well."""
 
 # Architectures without a `norm_topk_prob` entry whose code renormalises the top-k weights to sum 1.
 _ALWAYS_RENORMALIZED = {"mixtral", "gpt_oss"}
@@ -49,12 +38,26 @@ def demo_model_folder() -> Path:
     return Path(str(resources.files("profiler").joinpath("demo", "model")))
 
 
-def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None) -> ResolvedModel:
+def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None, precision: str = "auto") -> ResolvedModel:
     """Find a model by short name, local folder or hub id, and read its MoE facts.
 
-    Raises `ModelError` if it is unknown, its config cannot be read, or it has no routed experts.
+    precision: which checkpoint of a short name; `auto` is the one as published.
+    Raises `ModelError` if it is unknown, its config cannot be read, has no routed experts, or contradicts the registry.
     """
-    location = str(demo_model_folder()) if name == DEMO_MODEL else MODELS.get(name, name)
+    entry = MODELS.get(name)
+    location = str(demo_model_folder()) if name == DEMO_MODEL else name
+    if entry is not None:
+        if precision != "auto" and precision not in entry.precisions:
+            raise ModelError(f"{name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")
+        precision = entry.precisions[0] if precision == "auto" else precision
+        location = checkpoint(entry, precision)
+        if precision not in entry.checkpoints and not Path(location).is_dir():
+            raise ModelError(
+                f"no {precision} checkpoint of {name} is public, and {location} does not exist: make one with "
+                f"modal run modal_jobs/quantize.py --model {name}"
+            )
+    elif precision != "auto":
+        raise ModelError(f"--precision chooses among the checkpoints of a short name; {name!r} is none (see 'specmoe models')")
     is_folder = Path(location).is_dir()
     if not is_folder and "/" not in location:
         known = ", ".join([DEMO_MODEL, *MODELS])
@@ -64,10 +67,35 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
     config = _read_config(location, revision)
     facts = moe_facts(config)
     try:
-        return _resolved(name, location, config, facts, dtype, revision)
+        model = _resolved(name, location, config, facts, dtype, revision)
+        if entry is not None and precision not in entry.checkpoints:
+            # Not the folder: it means nothing to others.
+            named = model.metadata.model_copy(update={"id": f"{entry.name}-{precision}"})
+            model = replace(model, metadata=named)
     except (ValidationError, TypeError, ValueError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise ModelError(f"the config of {location} makes no sense: {reason}") from error
+    if entry is not None:
+        check_facts(entry, model)
+    return model
+
+
+def check_facts(entry: ModelEntry, model: ResolvedModel) -> None:
+    """Raise `ModelError`, naming the first difference, if the registry and a loaded config disagree."""
+    said = {
+        "layers": (entry.layers, model.metadata.num_layers),
+        "MoE layers": (entry.moe_layers, model.metadata.moe_layers),
+        "experts": (entry.experts, model.metadata.num_experts),
+        "experts per token": (entry.top_k, model.metadata.top_k),
+        "renormalized": (entry.renormalized, model.metadata.renormalized),
+        "hidden size": (entry.hidden, model.hidden_size or None),
+    }
+    for fact, (expected, found) in said.items():
+        if expected != found and expected is not None and found is not None:
+            raise ModelError(
+                f"{model.location}: its config says {fact} {found}, the registry has {expected} for {entry.name}: this is "
+                "another model than the registry's; give its hub id or folder as --model to take it as it is"
+            )
 
 
 def _resolved(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import numpy.typing as npt
 
 from profiler.capture import Sequence, read_completed
 from profiler.capture_stream import HIDDEN_STREAM, ROUTING_STREAM
-from profiler.datasets import Problem
-from profiler.engines import EngineOptions
 from profiler.errors import TraceError
+from profiler.problems import Problem
 from profiler.schema import MANIFEST_FILE, METADATA_FILE, Metadata
 from profiler.sealing import captured_positions, run_folder, runs_of
 
@@ -50,7 +48,7 @@ def refuse_other_settings(before: Metadata, now: dict[str, Any], out: Path) -> N
     compare(before.model_dump(mode="json"), now, "")
 
 
-def finished_problems(out: Path, problems: list[Problem]) -> dict[int, Sequence]:
+def finished_problems(out: Path, problems: dict[int, Problem]) -> dict[int, Sequence]:
     """What earlier runs finished: the output is known, and every position of it was written.
 
     Raises `TraceError` if a finished problem is not the one that has this number now.
@@ -59,7 +57,7 @@ def finished_problems(out: Path, problems: list[Problem]) -> dict[int, Sequence]
     for run in runs_of(out):
         positions = captured_positions(run_folder(out, run))
         for problem_id, sequence in read_completed(out, run).items():
-            if not 0 <= problem_id < len(problems) or sequence.prompt != problems[problem_id].prompt:
+            if problem_id not in problems or sequence.prompt != problems[problem_id].prompt:
                 raise TraceError(
                     f"{out}: problem {problem_id} was another one before: the dataset has changed; choose another --out"
                 )
@@ -68,14 +66,11 @@ def finished_problems(out: Path, problems: list[Problem]) -> dict[int, Sequence]
     return finished
 
 
-def with_hidden_tokens_left(options: EngineOptions, out: Path, finished: dict[int, Sequence]) -> EngineOptions:
-    """The options, with a budget of router inputs that is less by what earlier runs recorded of the finished problems."""
-    if not options.capture.hidden_layers:
-        return options
+def hidden_tokens_used(out: Path, finished: dict[int, Sequence]) -> int:
+    """Tokens of the finished problems whose router inputs earlier runs recorded."""
     recorded = {run: captured_positions(run_folder(out, run)).get(HIDDEN_STREAM, {}) for run in runs_of(out)}
     sources = [sequence.captured_as for sequence in finished.values() if sequence.captured_as is not None]
-    used = sum(len(recorded[run].get(number, ())) for run, number in sources)
-    return replace(options, capture=replace(options.capture, hidden_tokens=max(0, options.capture.hidden_tokens - used)))
+    return sum(len(recorded[run].get(number, ())) for run, number in sources)
 
 
 def _is_captured(sequence: Sequence, positions: dict[str, dict[int, npt.NDArray[np.int32]]]) -> bool:

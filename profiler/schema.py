@@ -155,7 +155,7 @@ class RecordMetadata(_Document):
 
 
 class DatasetMetadata(_Document):
-    """Where problems came from."""
+    """Where problems came from. shuffle_seed: of the order in which rows were taken; None for the file's own."""
 
     name: str
     hub_id: str | None = None
@@ -163,6 +163,7 @@ class DatasetMetadata(_Document):
     split: str | None = None
     data_files: str | None = None
     prompt_template: str | None = None
+    shuffle_seed: int | None = None
     problems: int = Field(ge=0)
 
 

@@ -1,7 +1,7 @@
 """The vLLM plugin: attach a recorder to every worker that vLLM creates.
 
 vLLM calls `register` in the main process, the engine core and each worker. The worker then offers three calls to
-`LLM.collective_rpc`: `specmoe_start(directory)`, `specmoe_status()` and `specmoe_stop()`.
+`LLM.collective_rpc`: `specmoe_start(directory, hidden_tokens)`, `specmoe_status()` and `specmoe_stop()`.
 """
 
 from __future__ import annotations
@@ -155,13 +155,16 @@ class WorkerCapture:
                 wait_for_seal(self._last_seal)
         return self._shutdown(*args, **kwargs)
 
-    def start(self, directory: str) -> dict[str, Any]:
-        """Begin recording into `directory`. Answers facts of the loaded model, or `error`."""
+    def start(self, directory: str, hidden_tokens: int | None = None) -> dict[str, Any]:
+        """Begin recording into `directory`, router inputs of `hidden_tokens` (default: as the engine was started).
+
+        Answers facts of the loaded model, or `error`.
+        """
         if self._refusal is not None:
             return {"error": self._refusal}
         if self._recorder is None:
             return {"rank": self._worker.rank}
-        answer = self._recorder.start(Path(directory))
+        answer = self._recorder.start(Path(directory), hidden_tokens)
         if "error" in answer:
             return answer
         try:

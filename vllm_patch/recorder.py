@@ -109,8 +109,13 @@ class Recorder:
         """Between `start` and `stop`."""
         return self._thread is not None
 
-    def start(self, directory: Path) -> dict[str, Any]:
-        """Begin writing to `directory`; answers the facts of the loaded model, or `error`."""
+    def start(self, directory: Path, hidden_tokens: int | None = None) -> dict[str, Any]:
+        """Begin writing to `directory`; answers the facts of the loaded model, or `error`.
+
+        hidden_tokens: a budget of router inputs instead of the one that the recorder was made with.
+        """
+        if hidden_tokens is not None:
+            self._hidden_budget = hidden_tokens
         return self._start(lambda: CaptureFiles(directory, self._open_writers))
 
     def start_rotating(self, begin: Callable[[], Path], end: Callable[[Path], object], limit: int) -> dict[str, Any]:

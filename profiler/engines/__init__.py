@@ -14,10 +14,11 @@ from profiler.models import ResolvedModel
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request: the problem it belongs to, and its tokens."""
+    """One request: the problem it belongs to, its tokens, and how many may be generated."""
 
     problem_id: int
     token_ids: list[int]
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy."""
+    """How tokens are chosen; temperature 0 is greedy. max_new_tokens: for all problems; None for each dataset's own number."""
 
-    max_new_tokens: int
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -44,7 +45,11 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a model is loaded. `compiled` None means the engine's choice for the device."""
+    """How a model is loaded. `compiled` None means the engine's choice for the device.
+
+    batch: sequences at a time; None for the engine's choice. load_in: `8bit` or `4bit` quantises the weights while they are
+    loaded (transformers only). offload: what a GPU has no room for stays in the host's memory (transformers only).
+    """
 
     dtype: str = "auto"
     compiled: bool | None = None
@@ -52,6 +57,9 @@ class EngineOptions:
     prefix_caching: bool = False
     capture: CaptureOptions = field(default_factory=CaptureOptions)
     seed: int = 0
+    batch: int | None = None
+    load_in: str | None = None
+    offload: bool = False
     verbose: bool = False
 
 
@@ -79,12 +87,18 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, prompts: list[Prompt], sampling: Sampling, run: Path, on_finished: Callable[[Completion], None]
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        run: Path,
+        on_finished: Callable[[Completion], None],
+        hidden_tokens: int = 0,
     ) -> dict[str, Any]:
         """Run all prompts, write their routing to the folder `run`, and report each completion as it finishes.
 
-        In `run`, `requests.jsonl` labels the number of every request with its problem id. Returns how it went, for the
-        metadata. Raises `EngineError` if routing could not be captured; what had been written stays.
+        hidden_tokens: how many may have their router inputs recorded, where the engine was started to do that. In `run`,
+        `requests.jsonl` labels the number of every request with its problem id. Returns how it went, for the metadata.
+        Raises `EngineError` if routing could not be captured; what had been written stays.
         """
         ...
 

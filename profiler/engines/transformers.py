@@ -47,6 +47,7 @@ class TransformersEngine:
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.compiled = False
         self.notes: list[str] = []
+        self._batch = options.batch or BATCH
         self.max_length = options.max_length or model.max_length
         self.moe_layers = [layer for layer, _ in find_routers(self._model)]
         ids_TLK, _ = route(self._model, [0, 0])
@@ -60,7 +61,12 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: list[Prompt], sampling: Sampling, run: Path, on_finished: Callable[[Completion], None]
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        run: Path,
+        on_finished: Callable[[Completion], None],
+        hidden_tokens: int = 0,
     ) -> dict[str, Any]:
         torch.manual_seed(sampling.seed)
         facts = {"moe_layers": self.moe_layers, "num_experts": self.num_experts, "top_k": self.top_k}
@@ -68,8 +74,8 @@ class TransformersEngine:
             RoutingWriter(run, self._model_facts.model_copy(update=facts)) as writer,
             (run / REQUESTS_FILE).open("w", encoding="utf-8") as requests,
         ):
-            for start in range(0, len(prompts), BATCH):
-                batch = prompts[start : start + BATCH]
+            for start in range(0, len(prompts), self._batch):
+                batch = prompts[start : start + self._batch]
                 for prompt, output in zip(batch, self._complete(batch, sampling), strict=True):
                     name = f"problem-{prompt.problem_id}"
                     request = CapturedRequest(prompt.problem_id, name, prompt.problem_id, prompt.token_ids, cached_tokens=0)
@@ -114,11 +120,12 @@ class TransformersEngine:
         output_BT = self._model.generate(
             tokens_BT.to(self._model.device),
             attention_mask=mask_BT.to(self._model.device),
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max(prompt.max_new_tokens for prompt in batch),
             pad_token_id=pad,
             **choice,
         )
-        return [self._until_end(row, sampling) for row in output_BT[:, longest:].tolist()]
+        rows = zip(output_BT[:, longest:].tolist(), batch, strict=True)
+        return [self._until_end(row[: prompt.max_new_tokens], sampling) for row, prompt in rows]
 
     def _until_end(self, output: list[int], sampling: Sampling) -> list[int]:
         if not sampling.ignore_eos:

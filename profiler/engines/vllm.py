@@ -32,6 +32,8 @@ class VllmEngine:
     name = "vllm"
 
     def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
+        if options.load_in is not None or options.offload:
+            raise EngineError("--load-in-8bit, --load-in-4bit and --offload need --engine transformers; vLLM has --precision")
         if not is_installed():
             raise EngineError(
                 "vLLM is not installed: pip install 'speculative-moe[cpu]' (or [gpu]), or use --engine transformers"
@@ -63,6 +65,7 @@ class VllmEngine:
                 enable_prefix_caching=options.prefix_caching,
                 seed=options.seed,
                 disable_log_stats=True,
+                **({} if options.batch is None else {"max_num_seqs": options.batch}),
             )
         except Exception as error:  # vLLM raises whatever its loader met
             reason = _root_cause(self._log) or _first_line(error)
@@ -88,12 +91,17 @@ class VllmEngine:
         return list(self._tokenizer.encode(text))
 
     def generate(
-        self, prompts: list[Prompt], sampling: Sampling, run: Path, on_finished: Callable[[Completion], None]
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        run: Path,
+        on_finished: Callable[[Completion], None],
+        hidden_tokens: int = 0,
     ) -> dict[str, Any]:
         try:
             # Every wait for the engine is inside: a dead one answers neither steps nor calls.
             with _Watchdog():
-                self._check_facts(self._call("specmoe_start", str(run.resolve())))
+                self._check_facts(self._call("specmoe_start", str(run.resolve()), hidden_tokens))
                 requests = self._add_requests(prompts, sampling)
                 self._run(requests, on_finished)
                 answer = self._call("specmoe_stop")
@@ -112,7 +120,7 @@ class VllmEngine:
         requests = {}
         for prompt in prompts:
             params = SamplingParams(
-                max_tokens=sampling.max_new_tokens,
+                max_tokens=prompt.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seed=sampling.seed if sampling.temperature > 0 else None,
@@ -171,7 +179,7 @@ class VllmEngine:
         self._log_is_wanted = True
         return f" (its log is {self._log})" if self._log is not None else ""
 
-    def _call(self, method: str, *args: str) -> dict[str, Any]:
+    def _call(self, method: str, *args: str | int) -> dict[str, Any]:
         try:
             answers: list[dict[str, Any]] = self._llm.collective_rpc(method, args=args)
         except Exception as error:
@@ -249,7 +257,11 @@ class _Watchdog:
         ended = (child for child in self._children if not child.is_alive())
         return next((f"its process {child.name} ended with exit code {child.exitcode}" for child in ended), "")
 
-    def _interrupt(self, *_: object) -> None:
+    def _interrupt(self, *arguments: Any) -> None:
+        if not self._dead() and callable(self._previous):
+            # Somebody else's signal.
+            self._previous(*arguments)
+            return
         raise _EngineDiedError(self._dead())
 
 

@@ -33,7 +33,7 @@ def options(out: Path, **changes: object) -> CollectOptions:
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     out = tmp_path_factory.mktemp("collect") / "trace"
     progress: list[tuple[int, int]] = []
-    summary = collect(options(out, jsonl=True), on_progress=lambda done, total: progress.append((done, total)))
+    summary = collect(options(out, jsonl=True), on_progress=lambda now: progress.append((now.problems, now.total)))
     assert progress == [(n, 5) for n in range(6)]
     trace = Trace.open(out)
     assert (summary.problems, summary.rows) == (5, trace.num_rows)
@@ -127,6 +127,7 @@ def _light_engine(self: object, model: object, engine_options: object) -> None:
         dtype="bfloat16",
         compiled=False,
         notes=[],
+        _batch=16,
         max_length=64,
         moe_layers=list(range(8)),
         top_k=2,
@@ -159,7 +160,7 @@ def specmoe(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["frobnicate"], 2, "No such command 'frobnicate'"),
         (["collect", "--model", "demo"], 2, "Missing option '--dataset'"),
         (["collect", "--model", "x", "--dataset", "demo-math", "--out", "OUT"], 1, "unknown model 'x': expected one of demo"),
-        (["collect", "--model", "demo", "--dataset", "x", "--out", "OUT"], 1, "unknown dataset 'x': expected one of gsm8k"),
+        (["collect", "--model", "demo", "--dataset", "x", "--out", "OUT"], 1, "unknown dataset 'x': expected one of humaneval"),
         (["collect", "--model", "demo", "--dataset", "gsm8k", "--data-files", "no.parquet", "--out", "OUT"], 1, "no such file"),
         (
             ["collect", "--model", "demo", "--dataset", "demo-math", "--out", "OUT", "--dtype", "int3"],

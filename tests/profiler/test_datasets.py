@@ -9,8 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from profiler.datasets import DATASETS, DEMO_DATASETS, find_dataset, load_problems
+from profiler.datasets import DATASETS, DEMO_DATASETS, Dataset, find_dataset
 from profiler.errors import DatasetError
+from profiler.problems import Problem, read_problems, take_problems
+
+
+def load_problems(dataset: Dataset, count: int, *, data_files: Path | None = None) -> list[Problem]:
+    return take_problems({dataset.name: read_problems(dataset, data_files=data_files)}, count)
 
 
 def test_gsm8k_rows_become_questions(tmp_path: Path) -> None:
@@ -34,7 +39,7 @@ def test_braces_in_a_problem_are_text(tmp_path: Path) -> None:
 
 
 def test_unknown_dataset_lists_what_exists() -> None:
-    with pytest.raises(DatasetError, match="expected one of gsm8k, humaneval, imdb, demo-math"):
+    with pytest.raises(DatasetError, match="expected one of humaneval, gsm8k, imdb, yelp"):
         find_dataset("gsm9k")
 
 

@@ -182,7 +182,7 @@ def unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr("profiler.collect.finish_trace", killed)
+        context.setattr("profiler.collector.finish_trace", killed)
         with pytest.raises(KeyboardInterrupt):
             collect(options(tmp_path / "trace"))
     return tmp_path / "trace"
@@ -192,7 +192,7 @@ def test_what_is_finished_needs_no_engine(unfinished: Path, finished: Path, monk
     def no_engine(*_: object) -> None:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr("profiler.collect.start_engine", no_engine)
+    monkeypatch.setattr("profiler.collector.start_engine", no_engine)
     assert collect(options(unfinished, resume=True)).resumed == 3
     assert_same(Trace.open(finished), Trace.open(unfinished))
     # And what is complete stays as it is, but for what a kill just before the end had left.

@@ -1,0 +1,59 @@
+"""GPUs that people collect on: memory, speed, and what an hour of them costs on Modal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from profiler.errors import ModelError
+
+PRICES_OF = "November 2026"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU. Memory in GB, bandwidth in GB/s, dense BF16 in TFLOP/s, from the makers' data sheets.
+
+    dollars_per_hour: on Modal (modal.com/pricing), None where Modal does not have it.
+    """
+
+    name: str
+    memory: int
+    bandwidth: int
+    tflops: int
+    dollars_per_hour: float | None = None
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(name="RTX 3090", memory=24, bandwidth=936, tflops=71),
+        Gpu(name="RTX 4090", memory=24, bandwidth=1008, tflops=165),
+        Gpu(name="A6000", memory=48, bandwidth=768, tflops=155),
+        Gpu(name="L4", memory=24, bandwidth=300, tflops=121, dollars_per_hour=0.80),
+        Gpu(name="A10", memory=24, bandwidth=600, tflops=125, dollars_per_hour=1.10),
+        Gpu(name="L40S", memory=48, bandwidth=864, tflops=362, dollars_per_hour=1.95),
+        Gpu(name="A100-40GB", memory=40, bandwidth=1555, tflops=312, dollars_per_hour=2.10),
+        Gpu(name="A100-80GB", memory=80, bandwidth=2039, tflops=312, dollars_per_hour=2.50),
+        Gpu(name="H100", memory=80, bandwidth=3350, tflops=989, dollars_per_hour=3.95),
+        Gpu(name="H200", memory=141, bandwidth=4800, tflops=989, dollars_per_hour=4.54),
+        Gpu(name="B200", memory=180, bandwidth=8000, tflops=2250, dollars_per_hour=6.25),
+    )
+}
+
+
+def find_gpu(name: str, *, rented: bool = False) -> Gpu:
+    """The GPU of this name. Raises `ModelError` listing what exists; with `rented`, what can be had on Modal."""
+    known = {key: gpu for key, gpu in GPUS.items() if not rented or gpu.dollars_per_hour is not None}
+    if name not in known:
+        raise ModelError(f"unknown GPU {name!r}: expected one of {', '.join(known)}")
+    return known[name]
+
+
+def local_gpu() -> Gpu | None:
+    """This machine's first GPU as CUDA describes it, with the memory that it really has; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return Gpu(name=properties.name, memory=round(properties.total_memory / 1e9), bandwidth=0, tflops=0)

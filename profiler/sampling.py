@@ -1,0 +1,89 @@
+"""Which problems a collection takes: a number of them, or so many tokens, spread evenly over datasets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from profiler.datasets import find_dataset
+from profiler.engines import Sampling
+from profiler.errors import DatasetError, ModelError
+from profiler.models import ResolvedModel
+from profiler.problems import SHUFFLE_SEED, Problem, read_problems, take_problems, take_tokens, within
+from profiler.schema import DatasetMetadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which problems, and how they are answered.
+
+    num_problems: in all. target_tokens: tokens in all, prompt and output, instead. max_tokens_per_problem: prompts lose their
+    tail to stay within it. data_files: a local file instead of the hub, of one dataset.
+    """
+
+    datasets: tuple[str, ...]
+    num_problems: int = 100
+    target_tokens: int | None = None
+    max_tokens_per_problem: int | None = None
+    data_files: Path | None = None
+    sampling: Sampling
+
+
+def select(selection: Selection, model: ResolvedModel) -> list[Problem]:
+    """The problems, dataset by dataset. Raises `DatasetError`, or `ModelError` if tokens must be counted and cannot be."""
+    if selection.data_files is not None and len(selection.datasets) > 1:
+        raise DatasetError("--data-files goes with one --dataset, not with several")
+    if len(set(selection.datasets)) < len(selection.datasets):
+        raise DatasetError(f"--dataset {','.join(selection.datasets)} names a dataset twice")
+    datasets = [find_dataset(name) for name in selection.datasets]
+    sources = {
+        dataset.name: read_problems(dataset, data_files=selection.data_files, max_new_tokens=selection.sampling.max_new_tokens)
+        for dataset in datasets
+    }
+    if selection.target_tokens is None and selection.max_tokens_per_problem is None:
+        return take_problems(sources, selection.num_problems)
+    count_tokens = token_counter(model)
+    if selection.target_tokens is None:
+        problems = take_problems(sources, selection.num_problems)
+        return [within(problem, selection.max_tokens_per_problem, count_tokens)[0] for problem in problems]
+    return take_tokens(sources, selection.target_tokens, selection.max_tokens_per_problem, count_tokens)
+
+
+def describe(selection: Selection, problems: list[Problem]) -> dict[str, Any]:
+    """What a `Collection` says of the problems: by their ids, their datasets, the sampling, and how they were chosen."""
+    counts = Counter(problem.dataset for problem in problems)
+    from_file = selection.data_files is not None
+    recipe = {"target_tokens": selection.target_tokens, "max_tokens_per_problem": selection.max_tokens_per_problem}
+    return {
+        "problems": dict(enumerate(problems)),
+        "datasets": [
+            DatasetMetadata(
+                name=dataset.name,
+                hub_id=None if from_file else dataset.hub_id,
+                config=None if from_file else dataset.config,
+                split=None if from_file else dataset.split,
+                data_files=selection.data_files.name if selection.data_files is not None else None,
+                prompt_template=dataset.template,
+                shuffle_seed=SHUFFLE_SEED if dataset.sorted_by_class else None,
+                problems=counts[dataset.name],
+            )
+            for dataset in map(find_dataset, selection.datasets)
+        ],
+        "sampling": selection.sampling,
+        "recipe": {name: value for name, value in recipe.items() if value is not None},
+    }
+
+
+def token_counter(model: ResolvedModel) -> Callable[[str], int]:
+    """Counts the tokens of a text as the model's engine will. Raises `ModelError` if there is no tokenizer."""
+    from transformers import AutoTokenizer
+
+    local = Path(model.location).is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.location, revision=None if local else model.metadata.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the tokenizer of {model.location}: {str(error).splitlines()[0]}") from error
+    return lambda text: len(tokenizer(text)["input_ids"])

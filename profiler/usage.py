@@ -1,0 +1,101 @@
+"""What a collection takes: memory of this process and its children, and of the GPUs, watched from a thread."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+EVERY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Peaks in bytes, utilisation as the mean of its samples in percent; None of GPUs where NVML does not answer.
+
+    host: resident memory of the process and its descendants together; pages that they share count for each of them.
+    device: memory in use on all GPUs, whoever uses it.
+    """
+
+    host_bytes: int = 0
+    device_bytes: int | None = None
+    gpu_utilization: float | None = None
+
+    def __str__(self) -> str:
+        parts = [f"peak memory {self.host_bytes / 1e9:.1f} GB"]
+        if self.device_bytes is not None:
+            parts.append(f"{self.device_bytes / 1e9:.1f} GB on the GPU")
+        if self.gpu_utilization is not None:
+            parts.append(f"GPU {self.gpu_utilization:.0f} % busy")
+        return ", ".join(parts)
+
+
+class UsageMonitor:
+    """Samples usage once a second while it is entered."""
+
+    def __init__(self) -> None:
+        self._host = 0
+        self._device: int | None = None
+        self._busy: list[float] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="specmoe-usage", daemon=True)
+
+    @property
+    def usage(self) -> Usage:
+        """Of the samples so far."""
+        busy = self._busy
+        return Usage(
+            host_bytes=self._host,
+            device_bytes=self._device,
+            gpu_utilization=sum(busy) / len(busy) if busy else None,
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        devices = _open_devices()
+        while True:
+            self._sample(devices)
+            if self._done.wait(EVERY_SECONDS):
+                return
+
+    def _sample(self, devices: list[Any]) -> None:
+        self._host = max(self._host, _resident_bytes())
+        if devices:
+            import pynvml
+
+            used = sum(int(pynvml.nvmlDeviceGetMemoryInfo(device).used) for device in devices)
+            self._device = max(self._device or 0, used)
+            self._busy.append(sum(pynvml.nvmlDeviceGetUtilizationRates(device).gpu for device in devices) / len(devices))
+
+
+def _resident_bytes() -> int:
+    total = 0
+    process = psutil.Process()
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            total += one.memory_info().rss
+        except psutil.Error:
+            # It ended since it was listed.
+            continue
+    return total
+
+
+def _open_devices() -> list[Any]:
+    """NVML's handles of all GPUs; none where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
