@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
@@ -91,6 +92,13 @@ class CaptureOptions:
             raise EngineError(
                 f"{_VARIABLE}_LOGITS, _HIDDEN, _HIDDEN_TOKENS or _ROTATE_MB: expected whole numbers: {error}"
             ) from error
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers with commas, ascending. Raises `EngineError` on anything else."""
+    if not re.fullmatch(r"(\d{1,5}(,\d{1,5})*)?", text.replace(" ", "")):
+        raise EngineError(f"--capture-hidden {text!r}: expected layer numbers with commas, such as 1,5")
+    return tuple(sorted({int(layer) for layer in text.split(",") if layer.strip()}))
 
 
 def keep_compiled_code_apart() -> None:

@@ -80,9 +80,9 @@ class DtypeName(StrEnum):
 
 @app.command()
 def collect(
-    model: Annotated[str, typer.Option(help="demo, a short name (see 'specmoe models'), a hub id, or a folder.")],
     dataset: Annotated[str, typer.Option(help="One name, or several with commas (see 'specmoe datasets').")],
-    out: Annotated[Path, typer.Option(help="The trace directory to make.")],
+    model: Annotated[str | None, typer.Option(help="demo, a short name (see 'specmoe models'), a hub id, or a folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The trace directory to make.")] = None,
     num_problems: Annotated[int, typer.Option(min=1, help="Total, spread evenly over the datasets.")] = 100,
     target_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens in all, prompt and output, instead of a number of problems.")
@@ -127,6 +127,12 @@ def collect(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted collection in --out; begin it if there is none.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what 'modal run modal_jobs/collect.py' would do with these arguments.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(help="--plan: the GPU to rent.", show_default="A100-80GB")] = None,
+    containers: Annotated[int, typer.Option(min=1, help="--plan: machines at a time.")] = 1,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="--plan: problems in a shard.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's own log.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -134,25 +140,62 @@ def collect(
 
     Example: specmoe collect --model demo --dataset demo-math --num-problems 20 --out traces/math
     """
-    from profiler.capture import CaptureOptions
+    from profiler.capture import CaptureOptions, parse_layers
     from profiler.collect import CollectOptions
     from profiler.engines import EngineOptions, Sampling
+    from profiler.plan import DEFAULT_MODEL, make_plan
+    from profiler.sampling import Selection
 
-    if not re.fullmatch(r"(\d+(,\d+)*)?", capture_hidden.replace(" ", "")):
-        raise typer.BadParameter(
-            f"{capture_hidden!r}: expected layer numbers with commas, such as 1,5", param_hint="capture-hidden"
-        )
     if load_in_8bit and load_in_4bit:
         raise typer.BadParameter("choose one of --load-in-8bit and --load-in-4bit")
+    names = tuple(name.strip() for name in dataset.split(","))
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if plan:
+        planned = make_plan(
+            model=model or DEFAULT_MODEL,
+            selection=Selection(
+                datasets=names,
+                num_problems=num_problems,
+                target_tokens=target_tokens,
+                max_tokens_per_problem=max_tokens_per_problem,
+                data_files=data_files,
+                sampling=sampling,
+            ),
+            gpu=gpu,
+            containers=containers,
+            shard_size=shard_size,
+            precision=precision,
+            revision=revision,
+            engine=engine.value,
+            dtype=dtype.value,
+            max_length=max_length,
+            logits=capture_logits,
+            hidden_layers=parse_layers(capture_hidden),
+            hidden_tokens=hidden_tokens,
+        )
+        if as_json:
+            console.print_json(json.dumps(planned.document()))
+        else:
+            typer.echo("\n".join(planned.lines()))
+        return
+    for name, value in {
+        "--gpu": gpu,
+        "--shard-size": shard_size,
+        "--containers": None if containers == 1 else containers,
+    }.items():
+        if value is not None:
+            raise typer.BadParameter("goes with --plan; rented GPUs: modal run modal_jobs/collect.py", param_hint=name)
+    if model is None or out is None:
+        raise typer.BadParameter("needed unless --plan is given", param_hint="--model" if model is None else "--out")
     load_in = "8bit" if load_in_8bit else "4bit" if load_in_4bit else None
     capture = CaptureOptions(
         logits=capture_logits,
-        hidden_layers=tuple(sorted({int(layer) for layer in capture_hidden.split(",") if layer.strip()})),
+        hidden_layers=parse_layers(capture_hidden),
         hidden_tokens=hidden_tokens,
     )
     options = CollectOptions(
         model=model,
-        datasets=tuple(name.strip() for name in dataset.split(",")),
+        datasets=names,
         out=out,
         num_problems=num_problems,
         target_tokens=target_tokens,
@@ -161,7 +204,7 @@ def collect(
         revision=revision,
         precision=precision,
         engine=engine.value,
-        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
+        sampling=sampling,
         engine_options=EngineOptions(
             dtype=dtype.value,
             compiled=compiled,

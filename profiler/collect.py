@@ -69,7 +69,7 @@ def collect(
         on_stage=on_stage,
         on_progress=on_progress,
     ) as collector:
-        problems = select(options.selection, collector.model)
+        problems = select(options.selection, collector.model.location, collector.model.metadata.revision)
         if options.target_tokens is None and len(problems) < options.num_problems:
             on_stage(f"taking all {len(problems)} problems that there are, of {options.num_problems} asked for")
         return collector.collect(

@@ -50,7 +50,8 @@ class Collection:
     """What one trace is to hold.
 
     problems: by their id in the trace. datasets: where they come from. sampling: its `max_new_tokens` is not used, since every
-    problem has its own. recipe: how the problems were chosen, for the metadata. resume: go on with what is in `out`.
+    problem has its own. recipe: how the problems were chosen, for the metadata. hidden_tokens: how many may have their router
+    inputs recorded. resume: go on with what is in `out`.
     """
 
     problems: dict[int, Problem]
@@ -181,7 +182,7 @@ class TraceCollector:
             data_files=data_files,
             sampling=sampling or Sampling(),
         )
-        problems = select(selection, self.model)
+        problems = select(selection, self.model.location, self.model.metadata.revision)
         folder = Path(tempfile.mkdtemp(prefix="specmoe-"))
         try:
             summary = self.collect(Collection(out=folder / "trace", **describe(selection, problems)))
@@ -256,7 +257,7 @@ class TraceCollector:
                 trace = Trace.open(out)
                 # A kill may have come between the manifest and this.
                 shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
-                return _summary(trace, resumed=trace.problems.num_rows, usage=monitor.usage)
+                return summarize(trace, resumed=trace.problems.num_rows, usage=monitor.usage)
             sequences = finished_problems(out, problems)
             self.on_stage(f"resuming: {len(sequences)} of {len(problems)} problems are finished")
         resumed = len(sequences)
@@ -288,7 +289,7 @@ class TraceCollector:
         cut = sum(sequence.truncated_tokens > 0 for sequence in sequences.values())
         metadata = metadata.model_copy(update={"capture": metadata.capture | {"truncated_problems": cut, "runs": runs}})
         trace = finish_trace(out, metadata, list(sequences.values()), jsonl=collection.jsonl, others_abandoned=runs > 1)
-        return _summary(
+        return summarize(
             trace,
             resumed=resumed,
             usage=monitor.usage,
@@ -368,7 +369,6 @@ class TraceCollector:
             "engine": self.engine_name,
             "datasets": [dataset.model_dump(mode="json") for dataset in collection.datasets],
             "sampling": {
-                "max_new_tokens": _new_tokens(collection.problems),
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "seed": sampling.seed,
@@ -430,16 +430,10 @@ def check_sampling(sampling: Sampling) -> None:
         raise EngineError(f"expected --top-p above 0 up to 1 and --temperature 0 to {MAX_TEMPERATURE:g}")
 
 
-def _new_tokens(problems: dict[int, Problem]) -> int | dict[str, int]:
-    """One number if it is the same for all, else one for each dataset."""
-    found = {problem.dataset: problem.max_new_tokens for problem in problems.values()}
-    numbers = set(found.values())
-    return numbers.pop() if len(numbers) == 1 else found
-
-
-def _summary(
+def summarize(
     trace: Trace, *, resumed: int, usage: Usage, start_seconds: float = 0.0, generate_seconds: float = 0.0
 ) -> CollectSummary:
+    """What a complete trace holds."""
     columns = trace.problems.select(["dataset", "prompt_tokens", "output_tokens", "truncated_tokens"]).to_pydict()
     by_dataset: dict[str, tuple[int, int]] = {}
     for name, *tokens in zip(columns["dataset"], columns["prompt_tokens"], columns["output_tokens"], strict=True):

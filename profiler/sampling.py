@@ -10,8 +10,7 @@ from typing import Any
 
 from profiler.datasets import find_dataset
 from profiler.engines import Sampling
-from profiler.errors import DatasetError, ModelError
-from profiler.models import ResolvedModel
+from profiler.errors import DatasetError, ModelError, first_line
 from profiler.problems import SHUFFLE_SEED, Problem, read_problems, take_problems, take_tokens, within
 from profiler.schema import DatasetMetadata
 
@@ -31,9 +30,23 @@ class Selection:
     data_files: Path | None = None
     sampling: Sampling
 
+    def __post_init__(self) -> None:
+        numbers = {
+            "--num-problems": self.num_problems,
+            "--target-tokens": self.target_tokens,
+            "--max-tokens-per-problem": self.max_tokens_per_problem,
+            "--max-new-tokens": self.sampling.max_new_tokens,
+        }
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise DatasetError(f"{name} {value}: expected 1 or more")
 
-def select(selection: Selection, model: ResolvedModel) -> list[Problem]:
-    """The problems, dataset by dataset. Raises `DatasetError`, or `ModelError` if tokens must be counted and cannot be."""
+
+def select(selection: Selection, location: str, revision: str | None = None) -> list[Problem]:
+    """The problems, dataset by dataset. location, revision: of the model whose tokens are counted, if any are.
+
+    Raises `DatasetError`, and `ModelError` if tokens must be counted and cannot be.
+    """
     if selection.data_files is not None and len(selection.datasets) > 1:
         raise DatasetError("--data-files goes with one --dataset, not with several")
     if len(set(selection.datasets)) < len(selection.datasets):
@@ -45,7 +58,7 @@ def select(selection: Selection, model: ResolvedModel) -> list[Problem]:
     }
     if selection.target_tokens is None and selection.max_tokens_per_problem is None:
         return take_problems(sources, selection.num_problems)
-    count_tokens = token_counter(model)
+    count_tokens = token_counter(location, revision)
     if selection.target_tokens is None:
         problems = take_problems(sources, selection.num_problems)
         return [within(problem, selection.max_tokens_per_problem, count_tokens)[0] for problem in problems]
@@ -56,7 +69,12 @@ def describe(selection: Selection, problems: list[Problem]) -> dict[str, Any]:
     """What a `Collection` says of the problems: by their ids, their datasets, the sampling, and how they were chosen."""
     counts = Counter(problem.dataset for problem in problems)
     from_file = selection.data_files is not None
-    recipe = {"target_tokens": selection.target_tokens, "max_tokens_per_problem": selection.max_tokens_per_problem}
+    new_tokens = {problem.dataset: problem.max_new_tokens for problem in problems}
+    recipe = {
+        "max_new_tokens": new_tokens if len(set(new_tokens.values())) > 1 else next(iter(new_tokens.values())),
+        "target_tokens": selection.target_tokens,
+        "max_tokens_per_problem": selection.max_tokens_per_problem,
+    }
     return {
         "problems": dict(enumerate(problems)),
         "datasets": [
@@ -77,13 +95,12 @@ def describe(selection: Selection, problems: list[Problem]) -> dict[str, Any]:
     }
 
 
-def token_counter(model: ResolvedModel) -> Callable[[str], int]:
+def token_counter(location: str, revision: str | None = None) -> Callable[[str], int]:
     """Counts the tokens of a text as the model's engine will. Raises `ModelError` if there is no tokenizer."""
     from transformers import AutoTokenizer
 
-    local = Path(model.location).is_dir()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.location, revision=None if local else model.metadata.revision)
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=None if Path(location).is_dir() else revision)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the tokenizer of {model.location}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"cannot load the tokenizer of {location}: {first_line(error)}") from error
     return lambda text: len(tokenizer(text)["input_ids"])

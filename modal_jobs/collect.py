@@ -1,0 +1,339 @@
+"""Collect routing on rented GPUs.
+
+    modal run modal_jobs/collect.py --dataset gsm8k --model mixtral-8x7b --num-problems 100
+    modal run --detach modal_jobs/collect.py ...            # goes on when this machine is gone
+    modal run modal_jobs/collect.py::download --run-id RUN  # fetch what a detached run made
+    specmoe collect --plan ...                              # what it would do and cost, without an account
+
+The work is in `profiler.plan`, `modal_jobs.shards` and `modal_jobs.download`; this file carries it to Modal.
+"""
+
+# No `from __future__ import annotations` here: Modal reads the types of class parameters as they are.
+
+import os
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import modal
+
+from modal_jobs.download import download_run, finished_shards, stored_job
+from modal_jobs.image import (
+    CACHE,
+    HF_SECRET,
+    TRACE_VOLUME,
+    TRACES,
+    cache_volume,
+    cpu_image,
+    gpu_image,
+    trace_volume,
+)
+from modal_jobs.shards import (
+    ShardReport,
+    collect_shard,
+    device_name,
+    dollars_per_hour,
+    finished_attempt,
+    start_collector,
+)
+from modal_jobs.weights import fetch_checkpoint
+from profiler.capture import parse_layers
+from profiler.devices import find_gpu
+from profiler.engines import Sampling
+from profiler.errors import SpecmoeError, first_line
+from profiler.estimate import CORES, MEMORY_GIB
+from profiler.plan import (
+    DEFAULT_GPU,
+    DEFAULT_MODEL,
+    FALLBACK_GPU,
+    JOB_FILE,
+    CollectJob,
+    Plan,
+    make_plan,
+    read_job,
+    write_job,
+)
+from profiler.sampling import Selection
+
+DAY = 24 * 60 * 60
+
+app = modal.App("specmoe-collect")
+
+
+@app.cls(
+    image=gpu_image(),
+    gpu=[DEFAULT_GPU, FALLBACK_GPU],
+    cpu=CORES,
+    memory=MEMORY_GIB * 1024,
+    volumes={CACHE: cache_volume, TRACES: trace_volume},
+    timeout=DAY,
+    startup_timeout=30 * 60,
+    retries=modal.Retries(max_retries=3, initial_delay=1.0),
+    scaledown_window=60,
+)
+class Collector:
+    """A container that loads the model once and collects shards."""
+
+    run_id: str = modal.parameter()
+    gpu: str = modal.parameter(default=DEFAULT_GPU)
+
+    @modal.enter()
+    def start(self) -> None:
+        """Load the model from the cache. What cannot be loaded is answered by every call: retrying would not help."""
+        self._since = self._began = time.monotonic()
+        # Weights were fetched before: no token is needed here, and nothing is to change between two containers.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        self._refusal: str | None = None
+        try:
+            self._job = read_job(self._folder.joinpath(JOB_FILE).read_bytes(), JOB_FILE)
+            self._collector = start_collector(self._job, say=_say)
+            self._device = device_name()
+        except SpecmoeError as error:
+            self._refusal = first_line(error)
+        # Compiled code and the like, for the next container.
+        cache_volume.commit()
+
+    @modal.method()
+    def collect(self, shard: int) -> ShardReport:
+        """Collect a shard, or find that it is finished."""
+        if self._refusal is not None:
+            return ShardReport(shard=shard, error=self._refusal)
+        trace_volume.reload()
+        rate = dollars_per_hour(self._device, find_gpu(self.gpu))
+        try:
+            report = collect_shard(
+                self._folder,
+                self._job,
+                shard,
+                self._collector,
+                device=self._device,
+                commit=trace_volume.commit,
+                say=_say,
+                spent=lambda: rate * (time.monotonic() - self._began) / 3600,
+            )
+        except SpecmoeError as error:
+            return ShardReport(shard=shard, error=first_line(error))
+        except Exception as error:
+            # Modal tries again; the caller of a map gets errors without the input that they are of.
+            raise RuntimeError(f"shard {shard}: {type(error).__name__}: {first_line(error)}") from error
+        before, self._since = self._since, time.monotonic()
+        return report.took(self._since - before, rate)
+
+    @modal.exit()
+    def stop(self) -> None:
+        """Stop the engine."""
+        if self._refusal is None:
+            self._collector.close()
+
+    @property
+    def _folder(self) -> Path:
+        return Path(TRACES) / self.run_id
+
+
+@app.function(image=cpu_image(), volumes={CACHE: cache_volume}, timeout=4 * 60 * 60, retries=2)
+def fetch_weights(checkpoint: str, revision: str | None) -> str:
+    """Put the model's files into the cache, on a machine without a GPU. Returns an error's line, empty if there is none."""
+    try:
+        fetch_checkpoint(checkpoint, revision, say=_say)
+    except SpecmoeError as error:
+        return first_line(error)
+    cache_volume.commit()
+    return ""
+
+
+@app.function(image=cpu_image(), volumes={TRACES: trace_volume}, timeout=DAY, nonpreemptible=True)
+def orchestrate(run_id: str, gpu: str | None, containers: int, secret: str | None) -> list[ShardReport]:
+    """Fetch the weights, then collect all shards that are not finished; goes on when the client is gone."""
+    run = Path(TRACES) / run_id
+    job = read_job(run.joinpath(JOB_FILE).read_bytes(), JOB_FILE)
+    todo = [shard for shard in range(job.num_shards) if finished_attempt(run, shard) is None]
+    if len(todo) < job.num_shards:
+        _say(f"{job.num_shards - len(todo)} of {job.num_shards} shards were finished before")
+    if not todo:
+        return []
+    if job.checkpoint is not None:
+        fetch = fetch_weights if secret is None else fetch_weights.with_options(secrets=[modal.Secret.from_name(secret)])
+        refusal = fetch.remote(job.checkpoint, job.revision)
+        if refusal:
+            return [ShardReport(shard=shard, error=refusal) for shard in todo]
+    # Modal turns the class into one of its own, which type checkers do not see.
+    where = cast("modal.Cls", Collector).with_options(max_containers=containers, gpu=gpu)
+    collector = where(run_id=run_id, gpu=gpu or DEFAULT_GPU)
+    outcomes = collector.collect.map(todo, order_outputs=False, return_exceptions=True, wrap_returned_exceptions=False)
+    return list(_watch(outcomes, todo, job))
+
+
+def _watch(outcomes: Iterable[ShardReport | Exception], todo: list[int], job: CollectJob) -> Iterator[ShardReport]:
+    """Reports as they come, saying what all have cost so far."""
+    dollars = hours = 0.0
+    tokens = 0
+    left = list(todo)
+    for outcome in outcomes:
+        report = _failed(outcome, left) if isinstance(outcome, BaseException) else outcome
+        left.remove(report.shard)
+        tokens, hours, dollars = tokens + report.tokens, hours + report.seconds / 3600, dollars + report.dollars
+        result = f"failed: {report.error}" if report.error else f"finished, {report.tokens:,} tokens"
+        _say(
+            f"shard {report.shard + 1} of {job.num_shards} {result}; in all {tokens:,} tokens, {hours:.2f} GPU hours, "
+            f"about ${dollars:.2f}, {len(left)} shards to go"
+        )
+        yield report
+
+
+def _failed(error: BaseException, left: list[int]) -> ShardReport:
+    """The report of a shard whose container raised; of any that is left, if the container died without a word."""
+    text = first_line(error)
+    named = re.match(r"shard (\d+): (.*)", text)
+    if named and int(named.group(1)) in left:
+        return ShardReport(shard=int(named.group(1)), error=named.group(2))
+    return ShardReport(shard=left[0], error=f"{type(error).__name__}: {text}")
+
+
+@app.local_entrypoint()
+def main(
+    dataset: str,
+    model: str = DEFAULT_MODEL,
+    num_problems: int = 100,
+    gpu: str | None = None,
+    containers: int = 1,
+    max_new_tokens: int | None = None,
+    out: str | None = None,
+    precision: str = "auto",
+    revision: str | None = None,
+    data_files: str | None = None,
+    target_tokens: int | None = None,
+    max_tokens_per_problem: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    max_length: int | None = None,
+    engine: str = "vllm",
+    capture_logits: bool = False,
+    capture_hidden: str = "",
+    hidden_tokens: int = 20_000,
+    shard_size: int | None = None,
+    hf_secret: str | None = None,
+) -> None:
+    """Collect a trace and bring it here."""
+    with _one_line():
+        plan = make_plan(
+            model=model,
+            selection=Selection(
+                datasets=tuple(name.strip() for name in dataset.split(",")),
+                num_problems=num_problems,
+                target_tokens=target_tokens,
+                max_tokens_per_problem=max_tokens_per_problem,
+                data_files=Path(data_files) if data_files else None,
+                sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
+            ),
+            gpu=gpu,
+            containers=containers,
+            shard_size=shard_size,
+            precision=precision,
+            revision=revision,
+            engine=engine,
+            dtype=dtype,
+            max_length=max_length,
+            logits=capture_logits,
+            hidden_layers=parse_layers(capture_hidden),
+            hidden_tokens=hidden_tokens,
+        )
+        target = Path(out or f"traces/{plan.job.run_id}")
+        if target.exists():
+            raise SpecmoeError(f"{target} exists: choose another --out, or move it away")
+        secret = _secret(plan.job, hf_secret)
+        job = _upload(plan)
+        print("\n".join(plan.lines()), flush=True)
+        began = time.monotonic()
+        call = orchestrate.spawn(job.run_id, gpu, containers, secret)
+        print(f"  with --detach it goes on without this machine; then: ...::download --run-id {job.run_id}", flush=True)
+        reports = call.get()
+        failed = [report for report in reports if report.error]
+        for report in failed:
+            print(f"shard {report.shard + 1} of {job.num_shards} failed: {report.error}")
+        if failed:
+            raise SpecmoeError(f"{len(failed)} of {job.num_shards} shards failed: run again to resume; finished ones are kept")
+        _bring(trace_volume, job.run_id, target, reports)
+        _print_end(reports, time.monotonic() - began)
+
+
+def fetch_run(run_id: str, out: str | None = None, volume: str = TRACE_VOLUME) -> None:
+    """Fetch a finished run from the Volume, verify it and merge it into one trace."""
+    with _one_line():
+        _bring(modal.Volume.from_name(volume), run_id, Path(out or f"traces/{run_id}"), [])
+
+
+# An app of its own, which needs no image; and not bound to a name, so that `modal run modal_jobs/collect.py` means `main`.
+download = modal.App("specmoe-download")
+download.local_entrypoint(name="download")(fetch_run)
+
+
+def _upload(plan: Plan) -> CollectJob:
+    """Put the job onto the Volume, unless it is there: then it keeps the shards that it was begun with."""
+    stored = stored_job(trace_volume, plan.job.run_id)
+    if stored is not None:
+        finished = len(finished_shards(trace_volume, stored))
+        print(f"{stored.run_id} was begun before: {finished} of {stored.num_shards} shards are finished", flush=True)
+        return stored
+    with tempfile.TemporaryDirectory() as folder, trace_volume.batch_upload(force=True) as batch:
+        write_job(Path(folder), plan.job, plan.problems)
+        # The job's own file last: with it, a run exists.
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == JOB_FILE):
+            batch.put_file(path, f"/{plan.job.run_id}/{path.name}")
+    return plan.job
+
+
+def _secret(job: CollectJob, name: str | None) -> str | None:
+    """The secret with the Hugging Face token that the model's repository wants, looked up before anything is paid for."""
+    if name is None and not job.is_gated:
+        return None
+    name = name or HF_SECRET
+    try:
+        modal.Secret.from_name(name, required_keys=["HF_TOKEN"]).hydrate()
+    except modal.exception.NotFoundError as error:
+        raise SpecmoeError(
+            f"no Modal secret {name!r} with HF_TOKEN, which {job.checkpoint} needs: accept the model's terms on "
+            f"huggingface.co, then 'modal secret create {name} HF_TOKEN=hf_...'"
+        ) from error
+    return name
+
+
+def _bring(volume: modal.Volume, run_id: str, target: Path, reports: list[ShardReport]) -> None:
+    devices = dict(Counter(report.device for report in reports if report.device))
+    trace = download_run(volume, run_id, target, about={"devices": devices} if devices else {}, say=_say)
+    size = sum(entry.bytes for entry in trace.manifest.files.values()) if trace.manifest else 0
+    print(f"{target}: {trace.problems.num_rows} problems, {trace.num_rows:,} routing rows, {size / 1e6:.1f} MB, complete")
+
+
+def _print_end(reports: list[ShardReport], seconds: float) -> None:
+    tokens = sum(report.tokens for report in reports)
+    hours, dollars = sum(report.seconds for report in reports) / 3600, sum(report.dollars for report in reports)
+    for report in reports:
+        if report.usage is not None:
+            speed = f"{report.tokens_per_second:,.0f} tokens/s, " if report.tokens_per_second else ""
+            print(f"  shard {report.shard + 1}: {report.tokens:,} tokens, {speed}{report.device}, {report.usage}")
+    print(
+        f"{tokens:,} tokens in {seconds:.0f} s, {hours:.2f} GPU hours, about ${dollars:.2f} "
+        "(without the minute that machines idle before they stop)"
+    )
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Errors that a user can meet as one line and exit code 1."""
+    try:
+        yield
+    except modal.exception.NotFoundError as error:
+        raise SystemExit(f"collect: {first_line(error)}") from None
+    except (SpecmoeError, OSError) as error:
+        raise SystemExit(f"collect: {' '.join(str(error).split())}") from None
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,155 @@
+"""Bring a run's finished shards from a Volume to this machine, verified, and merge them into one trace."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from profiler.errors import TraceError
+from profiler.merge import merge_traces
+from profiler.plan import JOB_FILE, CollectJob, read_job
+from profiler.reader import Trace
+from profiler.resume import check_free
+from profiler.schema import MANIFEST_FILE, Manifest, ManifestEntry
+from profiler.writer import sha256_of
+
+# A job or manifest is some kilobytes; what is longer than this is neither.
+MAX_DOCUMENT = 64 << 20
+ATTEMPTS = 2
+
+
+class Volume(Protocol):
+    """What is used of `modal.Volume`."""
+
+    def listdir(self, path: str, *, recursive: bool = False) -> list[Any]:
+        """Entries with a `path` from the root of the Volume."""
+        ...
+
+    def read_file(self, path: str) -> Iterator[bytes]:
+        """The content in pieces."""
+        ...
+
+
+def stored_job(volume: Volume, run_id: str) -> CollectJob | None:
+    """The job of a run as it was first uploaded; None if there is no such run."""
+    names = {PurePosixPath(entry.path).parts[0] for entry in volume.listdir("/")}
+    if run_id not in names:
+        return None
+    if f"{run_id}/{JOB_FILE}" not in {entry.path.lstrip("/") for entry in volume.listdir(run_id)}:
+        return None
+    job = read_job(_read_document(volume, f"{run_id}/{JOB_FILE}"), f"{run_id}/{JOB_FILE}")
+    if job.run_id != run_id:
+        raise TraceError(f"{run_id}/{JOB_FILE} on the Volume is of run {job.run_id}")
+    return job
+
+
+def finished_shards(volume: Volume, job: CollectJob) -> dict[int, str]:
+    """Folder on the Volume of each shard that is finished."""
+    shards: dict[int, str] = {}
+    for path in sorted(entry.path.lstrip("/") for entry in volume.listdir(job.run_id, recursive=True)):
+        parts = PurePosixPath(path).parts
+        if len(parts) == 4 and parts[3] == MANIFEST_FILE and parts[1].startswith("shard-"):
+            shard = int(parts[1].removeprefix("shard-"))
+            if shard < job.num_shards:
+                shards.setdefault(shard, str(PurePosixPath(path).parent))
+    return shards
+
+
+def download_run(
+    volume: Volume, run_id: str, out: Path, *, about: dict[str, Any] | None = None, say: Callable[[str], None]
+) -> Trace:
+    """Make the complete trace `out` of a finished run. What was downloaded before and is whole is not downloaded again.
+
+    about: entries for the metadata's `capture`. Raises `TraceError` if there is no such run, if it is not finished, or if a
+    file does not have the SHA-256 that its shard's manifest says.
+    """
+    check_free(out)
+    job = stored_job(volume, run_id)
+    if job is None:
+        raise TraceError(f"no run {run_id} on the Volume; 'modal volume ls NAME' lists what there is")
+    shards = finished_shards(volume, job)
+    if len(shards) < job.num_shards:
+        raise TraceError(
+            f"{len(shards)} of {job.num_shards} shards of {run_id} are finished: run the same collection again to resume"
+        )
+    folder = out.with_name(out.name + ".shards")
+    parts = []
+    for shard in sorted(shards):
+        parts.append(folder / f"shard-{shard:05d}")
+        fetched = fetch_trace(volume, shards[shard], parts[-1])
+        say(f"shard {shard + 1} of {job.num_shards}: {fetched / 1e6:.1f} MB downloaded and verified")
+    trace = merge_traces(parts, out, about={"run_id": run_id, **(about or {})})
+    shutil.rmtree(folder)
+    return trace
+
+
+def fetch_trace(volume: Volume, path: str, target: Path) -> int:
+    """Download the trace folder `path` and compare every file with its manifest; returns bytes downloaded.
+
+    A file has its name only when it is whole, the manifest comes last. Raises `TraceError` naming the file.
+    """
+    text = _read_document(volume, f"{path}/{MANIFEST_FILE}")
+    try:
+        # Paths that leave the folder are refused here.
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise TraceError(f"{path}/{MANIFEST_FILE} on the Volume is no manifest: {error.errors()[0]['msg']}") from error
+    fetched = 0
+    for name, entry in manifest.files.items():
+        local = target / name
+        if (
+            local.is_file()
+            and not local.is_symlink()
+            and local.stat().st_size == entry.bytes
+            and sha256_of(local) == entry.sha256
+        ):
+            continue
+        local.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, ATTEMPTS + 1):
+            reason = _fetch_file(volume, f"{path}/{name}", local, entry)
+            if reason is None:
+                break
+            if attempt == ATTEMPTS:
+                raise TraceError(
+                    f"{path}/{name}: {reason}, twice; if that stays so, 'modal volume rm -r' the folder {path} and run the "
+                    "same collection again: only that shard is computed again"
+                )
+        fetched += entry.bytes
+    (target / MANIFEST_FILE).write_bytes(text)
+    return fetched
+
+
+def _fetch_file(volume: Volume, path: str, local: Path, entry: ManifestEntry) -> str | None:
+    """Download one file; returns what is wrong with it, or None."""
+    temporary = local.with_name(local.name + ".part")
+    digest, size = hashlib.sha256(), 0
+    with temporary.open("wb") as file:
+        for piece in volume.read_file(path):
+            size += len(piece)
+            if size > entry.bytes:
+                break
+            digest.update(piece)
+            file.write(piece)
+    if size != entry.bytes:
+        reason = f"more than {entry.bytes} bytes" if size > entry.bytes else f"{size} bytes, expected {entry.bytes}"
+    elif digest.hexdigest() != entry.sha256:
+        reason = "its SHA-256 is not what the manifest says"
+    else:
+        temporary.replace(local)
+        return None
+    temporary.unlink()
+    return reason
+
+
+def _read_document(volume: Volume, path: str) -> bytes:
+    content = b""
+    for piece in volume.read_file(path):
+        content += piece
+        if len(content) > MAX_DOCUMENT:
+            raise TraceError(f"{path} on the Volume is larger than {MAX_DOCUMENT >> 20} MiB: it is not ours")
+    return content

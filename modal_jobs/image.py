@@ -1,0 +1,68 @@
+"""What the rented machines run: container images, Volumes, and where they are mounted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import modal
+
+from profiler.plan import VLLM
+
+ROOT = Path(__file__).resolve().parent.parent
+# vLLM's PyTorch, 2.13, is built for CUDA 13.0.
+CUDA_IMAGE = "nvidia/cuda:13.0.1-devel-ubuntu22.04"
+TORCH_CPU = "https://download.pytorch.org/whl/cpu"
+PYTHON = "3.12"
+
+CACHE, TRACES = "/cache", "/traces"
+CACHE_VOLUME, TRACE_VOLUME = "specmoe-cache", "specmoe-traces"
+HF_SECRET = "huggingface-secret"
+PROJECT = (
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "specmoe.py",
+    "analysis",
+    "modal_jobs",
+    "profiler",
+    "speculation",
+    "vllm_patch",
+)
+SOURCE = "/opt/speculative-moe"
+
+ENVIRONMENT = {
+    "HF_HOME": f"{CACHE}/huggingface",
+    "HF_XET_HIGH_PERFORMANCE": "1",
+    "VLLM_CACHE_ROOT": f"{CACHE}/vllm",
+    "VLLM_NO_USAGE_STATS": "1",
+    "SPECMOE_CHECKPOINTS": f"{CACHE}/checkpoints",
+}
+
+
+def with_project(image: modal.Image, extra: str = "") -> modal.Image:
+    """The image with this project installed, so that vLLM finds the plugin by its entry point."""
+    return (
+        image.add_local_dir(ROOT, SOURCE, copy=True, ignore=_is_not_ours)
+        .run_commands(f"python -m pip install '{SOURCE}{extra}'")
+        .env(ENVIRONMENT)
+    )
+
+
+def _is_not_ours(path: Path) -> bool:
+    """Whether a file, relative to the project, stays here."""
+    return path.parts[0] not in PROJECT or "__pycache__" in path.parts
+
+
+def gpu_image() -> modal.Image:
+    """vLLM with CUDA's compiler, which some kernels need at their first run."""
+    base = modal.Image.from_registry(CUDA_IMAGE, add_python=PYTHON).entrypoint([])
+    return with_project(base.uv_pip_install(VLLM))
+
+
+def cpu_image() -> modal.Image:
+    """Without vLLM: what downloads, watches and merges."""
+    return with_project(modal.Image.debian_slim(python_version=PYTHON).uv_pip_install("torch", index_url=TORCH_CPU))
+
+
+cache_volume = modal.Volume.from_name(CACHE_VOLUME, create_if_missing=True)
+trace_volume = modal.Volume.from_name(TRACE_VOLUME, create_if_missing=True)

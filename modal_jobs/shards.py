@@ -1,0 +1,224 @@
+"""One shard of a collection on a Volume: found if it is finished, resumed if it was begun, else collected.
+
+On the Volume, `RUN/shard-00003/ATTEMPT/` is a trace directory. Every attempt has a folder of its own, since a container that
+was preempted may still commit its files after another has taken over: no file is ever written by two. An attempt with a
+manifest is complete; one without is what the next attempt goes on from.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+from profiler.capture import CaptureOptions
+from profiler.collector import Collection, CollectSummary, Progress, TraceCollector, summarize
+from profiler.devices import GPUS, Gpu
+from profiler.engines import EngineOptions, Sampling
+from profiler.errors import TraceError
+from profiler.estimate import HOST_DOLLARS
+from profiler.plan import CollectJob, read_shard, shard_datasets
+from profiler.reader import Trace
+from profiler.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE
+from profiler.usage import Usage
+
+COMMIT_SECONDS = 20.0
+REPORT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    """How a shard went. cached: it was finished before. error: why there is no trace, one line.
+
+    seconds: of the container since its last report, its start included; dollars: what they cost.
+    """
+
+    shard: int
+    cached: bool = False
+    error: str | None = None
+    attempt: str | None = None
+    problems: int = 0
+    tokens: int = 0
+    rows: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    dollars: float = 0.0
+    tokens_per_second: float | None = None
+    device: str = ""
+    usage: Usage | None = None
+
+    def took(self, seconds: float, rate: float) -> ShardReport:
+        """The report with the time that the machine took, at `rate` dollars per hour."""
+        return replace(self, seconds=seconds, dollars=seconds * rate / 3600)
+
+
+def shard_folder(run: Path, shard: int) -> Path:
+    """Where the attempts at a shard are."""
+    return run / f"shard-{shard:05d}"
+
+
+def finished_attempt(run: Path, shard: int) -> Path | None:
+    """The first attempt that is a complete trace."""
+    manifests = sorted(shard_folder(run, shard).glob(f"*/{MANIFEST_FILE}"))
+    return next((path.parent for path in manifests if not Trace.open(path.parent, allow_incomplete=True).faults()), None)
+
+
+def collect_shard(
+    run: Path,
+    job: CollectJob,
+    shard: int,
+    collector: TraceCollector,
+    *,
+    device: str,
+    commit: Callable[[], None],
+    say: Callable[[str], None],
+    spent: Callable[[], float] = lambda: 0.0,
+) -> ShardReport:
+    """Leave a complete trace of the shard in the folder `run` (which has the job's files), unless there is one.
+
+    commit: makes what was written visible to others; called every 20 s, so that little is lost with this machine. say: told how
+    it goes. spent: dollars of this machine so far. Raises `SpecmoeError` if it cannot be collected.
+    """
+    folder = shard_folder(run, shard)
+    done = finished_attempt(run, shard)
+    if done is not None:
+        return _report(summarize(Trace.open(done), resumed=0, usage=Usage()), shard, job, device, cached=True)
+    problems = read_shard(run, job, shard)
+    attempt = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:8]}"
+    resumed = _continue_from(folder, attempt)
+    collection = Collection(
+        problems=problems,
+        datasets=shard_datasets(job, problems),
+        sampling=Sampling(temperature=job.temperature, top_p=job.top_p, seed=job.seed),
+        recipe=job.recipe,
+        # A budget for the whole run cannot be shared by machines that do not see each other.
+        hidden_tokens=-(-job.hidden_tokens // job.num_shards),
+        out=attempt,
+        resume=True,
+    )
+    with _committing(commit), _reporting(collector, f"shard {shard + 1} of {job.num_shards}", say, spent):
+        try:
+            summary = collector.collect(collection)
+        except TraceError as error:
+            if not resumed:
+                raise
+            # What another machine left cannot be used: it is not worth more than the time that it saves.
+            say(f"shard {shard + 1}: begins anew, since its earlier attempt cannot be resumed ({error})")
+            shutil.rmtree(attempt)
+            summary = collector.collect(replace(collection, out=attempt))
+    for other in folder.iterdir():
+        if other != attempt:
+            shutil.rmtree(other, ignore_errors=True)
+    commit()
+    return _report(summary, shard, job, device)
+
+
+def start_collector(job: CollectJob, *, say: Callable[[str], None]) -> TraceCollector:
+    """A collector for the job, whose engine has started. Raises `SpecmoeError`."""
+    collector = TraceCollector(
+        job.model,
+        engine=job.engine,
+        precision=job.precision,
+        revision=job.revision,
+        engine_options=EngineOptions(
+            dtype=job.dtype,
+            max_length=job.max_length,
+            seed=job.seed,
+            capture=CaptureOptions(logits=job.logits, hidden_layers=tuple(job.hidden_layers)),
+        ),
+        on_stage=say,
+    )
+    collector.start()
+    return collector
+
+
+def device_name() -> str:
+    """This machine's first GPU as CUDA names it, or `CPU`."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+
+
+def dollars_per_hour(device: str, asked: Gpu) -> float:
+    """What the machine costs: of the GPU that it has, if it can be told from its name, else of the one asked for."""
+    found = next((gpu for gpu in GPUS.values() if gpu.dollars_per_hour and gpu.name.split("-")[0] in device), asked)
+    if found.name.split("-")[0] == asked.name.split("-")[0]:
+        found = asked
+    return (found.dollars_per_hour or 0.0) + HOST_DOLLARS
+
+
+def _continue_from(folder: Path, attempt: Path) -> bool:
+    """Copy what the attempt that came furthest has; returns whether there is one. Complete ones with faults are removed."""
+    others = [path for path in folder.glob("*/") if (path / METADATA_FILE).is_file()]
+    for path in others:
+        if (path / MANIFEST_FILE).exists():
+            shutil.rmtree(path)
+    begun = [path for path in others if (path / CAPTURE_FOLDER).is_dir()]
+    if not begun:
+        return False
+    furthest = max(begun, key=lambda path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
+    attempt.mkdir(parents=True)
+    shutil.copyfile(furthest / METADATA_FILE, attempt / METADATA_FILE)
+    shutil.copytree(furthest / CAPTURE_FOLDER, attempt / CAPTURE_FOLDER)
+    return True
+
+
+@contextmanager
+def _committing(commit: Callable[[], None]) -> Iterator[None]:
+    """Commit every `COMMIT_SECONDS`, and once more when the block is left, however it is left."""
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(COMMIT_SECONDS):
+            commit()
+
+    thread = threading.Thread(target=work, name="specmoe-commit", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        commit()
+
+
+@contextmanager
+def _reporting(collector: TraceCollector, name: str, say: Callable[[str], None], spent: Callable[[], float]) -> Iterator[None]:
+    """Have the collector say how far it is, every `REPORT_SECONDS`."""
+    last = -REPORT_SECONDS
+
+    def progress(now: Progress) -> None:
+        nonlocal last
+        if now.problems < now.total and now.seconds < last + REPORT_SECONDS:
+            return
+        last = now.seconds
+        speed = f", {now.tokens / now.seconds:,.0f} tokens/s" if now.tokens else ""
+        say(f"{name}: {now.problems} of {now.total} problems{speed}, {now.usage}, about ${spent():.2f} on this machine")
+
+    before = collector.on_progress, collector.on_stage
+    collector.on_progress = progress
+    collector.on_stage = lambda text: say(f"{name}: {text}")
+    try:
+        yield
+    finally:
+        collector.on_progress, collector.on_stage = before
+
+
+def _report(summary: CollectSummary, shard: int, job: CollectJob, device: str, *, cached: bool = False) -> ShardReport:
+    return ShardReport(
+        shard=shard,
+        cached=cached,
+        attempt=summary.trace.name,
+        problems=summary.problems,
+        tokens=summary.prompt_tokens + summary.output_tokens,
+        rows=summary.rows,
+        bytes=summary.bytes,
+        tokens_per_second=None if cached else summary.tokens_per_second,
+        device=device,
+        usage=None if cached else summary.usage,
+    )

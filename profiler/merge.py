@@ -1,0 +1,157 @@
+"""Put parts of one collection, each a complete trace of other problems, together to one trace.
+
+Rows are not rewritten: since problems are in order, the parts' files are linked (or copied, where links do not go) under new
+numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from profiler.errors import TraceError
+from profiler.reader import Trace
+from profiler.resume import check_free
+from profiler.schema import (
+    GATES_FILE,
+    HIDDEN_FOLDER,
+    LOGITS_FOLDER,
+    PROBLEMS_FILE,
+    ROUTING_FOLDER,
+    TOKENS_FILE,
+    DatasetMetadata,
+    Metadata,
+)
+from profiler.writer import public_command, sha256_of, write_manifest, write_metadata
+
+# Of the metadata's `capture`: what is added up. Everything else must be the same in all parts.
+COUNTED = {"truncated_problems", "runs", "hidden_tokens", "writer_waits", "writer_wait_seconds"}
+OWN = {"created", "command", "gaps", "datasets", "capture"}
+
+
+def merge_traces(
+    parts: list[Path],
+    out: Path,
+    *,
+    about: dict[str, Any] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Trace:
+    """Make the trace `out` of `parts`, which stay as they are. Memory: one table of tokens of one part.
+
+    about: entries for the metadata's `capture`. Raises `TraceError` if a part is incomplete, if the problems of two overlap, or
+    if they were not recorded in the same way; then there is no `out`.
+    """
+    check_free(out)
+    if not parts:
+        raise TraceError(f"{out}: no parts to merge")
+    traces = sorted((Trace.open(part) for part in parts), key=_first_problem)
+    metadata = _merged_metadata(traces, about or {})
+    for before, after in pairwise(traces):
+        last = before.problems.column("problem_id")[-1].as_py()
+        if last >= _first_problem(after):
+            raise TraceError(f"{before.path} and {after.path} overlap: {before.path.name} has problem {last}")
+    building = out.with_name(out.name + ".part")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    for folder in (ROUTING_FOLDER, LOGITS_FOLDER, HIDDEN_FOLDER):
+        files = [path for trace in traces for path in sorted((trace.path / folder).glob("part-*.parquet"))]
+        for number, path in enumerate(files):
+            (building / folder).mkdir(exist_ok=True)
+            _link(path, building / folder / f"part-{number:05d}.parquet")
+    _link_gates(traces, building)
+    for name in (PROBLEMS_FILE, TOKENS_FILE):
+        _append_tables(traces, name, building / name, on_progress)
+    write_metadata(building, metadata)
+    write_manifest(building)
+    if out.is_dir():
+        out.rmdir()
+    building.rename(out)
+    return Trace.open(out)
+
+
+def _first_problem(trace: Trace) -> int:
+    return int(trace.problems.column("problem_id")[0].as_py())
+
+
+def _merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
+    """What the parts say alike, with their counts added up. Raises `TraceError`, naming the first difference."""
+    first = traces[0]
+    counts: dict[str, Any] = {}
+    datasets: dict[str, DatasetMetadata] = {}
+    gaps: dict[str, None] = {}
+    for trace in traces:
+        for name, expected, found in _compared(first.metadata, trace.metadata):
+            if found != expected:
+                raise TraceError(
+                    f"{trace.path} was recorded with {name} {found!r}, {first.path} with {expected!r}: "
+                    "they are no parts of one trace"
+                )
+        for name, value in trace.metadata.capture.items():
+            if name in COUNTED:
+                counts[name] = counts.get(name, 0) + value
+        for dataset in trace.metadata.datasets:
+            before = datasets.get(dataset.name)
+            if before is not None and before.model_copy(update={"problems": dataset.problems}) != dataset:
+                raise TraceError(f"{trace.path}: dataset {dataset.name} is another one than in {first.path}")
+            total = dataset.problems + (before.problems if before else 0)
+            datasets[dataset.name] = dataset.model_copy(update={"problems": total})
+        gaps |= dict.fromkeys(trace.metadata.gaps)
+    return first.metadata.model_copy(
+        update={
+            "datasets": list(datasets.values()),
+            "gaps": list(gaps),
+            "capture": first.metadata.capture | counts | {"parts": len(traces)} | about,
+            "created": min(trace.metadata.created for trace in traces),
+            "command": public_command(),
+        }
+    )
+
+
+def _compared(first: Metadata, other: Metadata) -> list[tuple[str, Any, Any]]:
+    """Name and both values of everything that parts must have in common."""
+    ours, theirs = (metadata.model_dump(mode="json", exclude=OWN) for metadata in (first, other))
+    names = sorted((first.capture.keys() | other.capture.keys()) - COUNTED)
+    captured = [(f"capture.{name}", first.capture.get(name), other.capture.get(name)) for name in names]
+    return [(name, ours[name], theirs[name]) for name in ours] + captured
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system cannot do that."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _link_gates(traces: list[Trace], building: Path) -> None:
+    paths = [trace.path / GATES_FILE for trace in traces if (trace.path / GATES_FILE).is_file()]
+    if len({sha256_of(path) for path in paths}) > 1:
+        raise TraceError(f"{building}: the parts have different {GATES_FILE}: their models differ")
+    if paths:
+        _link(paths[0], building / GATES_FILE)
+
+
+def _append_tables(traces: list[Trace], name: str, target: Path, on_progress: Callable[[int, int], None]) -> None:
+    temporary = target.with_suffix(".tmp")
+    writer: pq.ParquetWriter | None = None
+    try:
+        for done, trace in enumerate(traces):
+            on_progress(done, len(traces))
+            # A fresh handle: tables are kept by the trace that read them.
+            opened = Trace.open(trace.path)
+            table = opened.problems if name == PROBLEMS_FILE else opened.tokens
+            if writer is None:
+                writer = pq.ParquetWriter(temporary, table.schema, compression="zstd", write_page_checksum=True)
+            if table.schema != writer.schema:
+                raise TraceError(f"{trace.path / name}: other columns than in {traces[0].path / name}")
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
+    temporary.rename(target)
