@@ -164,7 +164,7 @@ def orchestrate(run_id: str, gpu: str | None, containers: int, secret: str | Non
     # Modal turns the class into one of its own, which type checkers do not see.
     where = cast("modal.Cls", Collector).with_options(max_containers=containers, gpu=gpu)
     collector = where(run_id=run_id, gpu=gpu or DEFAULT_GPU)
-    outcomes = collector.collect.map(todo, order_outputs=False, return_exceptions=True, wrap_returned_exceptions=False)
+    outcomes = collector.collect.map(todo, order_outputs=False, return_exceptions=True)
     return list(_watch(outcomes, todo, job))
 
 

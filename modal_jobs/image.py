@@ -17,17 +17,10 @@ PYTHON = "3.12"
 CACHE, TRACES = "/cache", "/traces"
 CACHE_VOLUME, TRACE_VOLUME = "specmoe-cache", "specmoe-traces"
 HF_SECRET = "huggingface-secret"
-PROJECT = (
-    "LICENSE",
-    "README.md",
-    "pyproject.toml",
-    "specmoe.py",
-    "analysis",
-    "modal_jobs",
-    "profiler",
-    "speculation",
-    "vllm_patch",
-)
+PROJECT = {
+    *("LICENSE", "README.md", "pyproject.toml", "specmoe.py"),
+    *("analysis", "modal_jobs", "profiler", "speculation", "vllm_patch"),
+}
 SOURCE = "/opt/speculative-moe"
 
 ENVIRONMENT = {

@@ -27,7 +27,7 @@ from profiler.reader import Trace
 from profiler.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE
 from profiler.usage import Usage
 
-COMMIT_SECONDS = 20.0
+COMMIT_SECONDS = 10.0
 REPORT_SECONDS = 10.0
 
 
@@ -81,7 +81,7 @@ def collect_shard(
 ) -> ShardReport:
     """Leave a complete trace of the shard in the folder `run` (which has the job's files), unless there is one.
 
-    commit: makes what was written visible to others; called every 20 s, so that little is lost with this machine. say: told how
+    commit: makes what was written visible to others; called every 10 s, so that little is lost with this machine. say: told how
     it goes. spent: dollars of this machine so far. Raises `SpecmoeError` if it cannot be collected.
     """
     folder = shard_folder(run, shard)

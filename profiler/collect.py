@@ -72,10 +72,11 @@ def collect(
         problems = select(options.selection, collector.model.location, collector.model.metadata.revision)
         if options.target_tokens is None and len(problems) < options.num_problems:
             on_stage(f"taking all {len(problems)} problems that there are, of {options.num_problems} asked for")
+        capture = options.engine_options.capture
         return collector.collect(
             Collection(
                 out=options.out,
-                hidden_tokens=options.engine_options.capture.hidden_tokens,
+                hidden_tokens=capture.hidden_tokens if capture.hidden_layers else 0,
                 jsonl=options.jsonl,
                 resume=options.resume,
                 **describe(options.selection, problems),

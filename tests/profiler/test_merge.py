@@ -46,7 +46,7 @@ def test_merged_parts_equal_the_whole(parts: Path, tmp_path: Path) -> None:
     assert merged.problems.equals(whole.problems)
     assert merged.metadata.datasets == whole.metadata.datasets
     assert merged.metadata.sampling == whole.metadata.sampling
-    assert merged.metadata.capture == whole.metadata.capture | {"parts": 3, "runs": 3, "made": "here", "hidden_tokens": 0}
+    assert merged.metadata.capture == whole.metadata.capture | {"parts": 3, "runs": 3, "made": "here"}
     assert [len(chunk) for chunk in merged.chunks()]
     assert Trace.open(parts / "a").faults(verify=True) == []
 

@@ -1,0 +1,96 @@
+"""`modal run modal_jobs/collect.py` with vLLM in its containers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from offline_modal import OfflineModal, needs_modal
+
+from profiler.collect import CollectOptions, collect
+from profiler.engines import EngineOptions, Sampling
+from profiler.engines.vllm import is_installed
+from profiler.reader import Trace
+
+pytestmark = [pytest.mark.slow, needs_modal, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
+
+PROBLEMS, NEW_TOKENS = 60, 96
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Problems in the form of GSM8K's, of different lengths."""
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    names = ("Ann", "Bo", "Cy", "Dee", "Eve")
+    lines = [
+        {"question": f"{names[n % 5]} has {n} apples and buys {n * 7 % 31} more. " * (1 + n % 4) + "How many are there?"}
+        for n in range(PROBLEMS)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def local(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """The same problems, collected in one go on this machine."""
+    out = tmp_path_factory.mktemp("local") / "trace"
+    collect(
+        CollectOptions(
+            model="demo",
+            datasets=("gsm8k",),
+            out=out,
+            num_problems=PROBLEMS,
+            data_files=questions,
+            sampling=Sampling(max_new_tokens=NEW_TOKENS),
+            engine_options=EngineOptions(dtype="float32"),
+        )
+    )
+    return Trace.open(out)
+
+
+def arguments(questions: Path, out: Path) -> list[str]:
+    # float32: what a token is computed beside must not decide its experts.
+    return [
+        *("run", "modal_jobs/collect.py", "--dataset", "gsm8k", "--data-files", str(questions), "--model", "demo"),
+        *("--num-problems", str(PROBLEMS), "--max-new-tokens", str(NEW_TOKENS), "--dtype", "float32"),
+        *("--containers", "3", "--out", str(out)),
+    ]
+
+
+def equal(trace: Trace, other: Trace) -> bool:
+    return (
+        trace.to_arrow().equals(other.to_arrow())
+        and trace.tokens.equals(other.tokens)
+        and trace.problems.equals(other.problems)
+        and trace.metadata.sampling == other.metadata.sampling
+        and trace.metadata.datasets == other.metadata.datasets
+        and trace.metadata.versions == other.metadata.versions
+    )
+
+
+def test_three_containers_make_the_trace_of_one_machine(questions: Path, local: Trace, tmp_path: Path) -> None:
+    account = OfflineModal(tmp_path / "account")
+    done = account.run(*arguments(questions, tmp_path / "trace"))
+    assert done.returncode == 0, done.stderr
+    trace = Trace.open(tmp_path / "trace")
+    assert trace.faults(verify=True) == []
+    assert equal(trace, local)
+    assert len([event for event in account.events("container_start") if event[2] == "Collector.*"]) == 3
+    assert trace.metadata.capture["devices"] == {"CPU": 3}
+    for shard in (1, 2, 3):
+        assert f"shard {shard} of 3: 20 of 20 problems" in done.stdout
+    assert "0 shards to go" in done.stdout
+    assert "60 problems" in done.stdout
+    assert "complete" in done.stdout
+    assert not (tmp_path / "trace.shards").exists()
+
+
+def test_preempted_shards_are_collected_elsewhere(questions: Path, local: Trace, tmp_path: Path) -> None:
+    account = OfflineModal(tmp_path / "account")
+    done = account.run(*arguments(questions, tmp_path / "trace"), FAKEMODAL_PREEMPT="1,2", FAKEMODAL_PREEMPT_AFTER="1")
+    assert done.returncode == 0, done.stderr
+    assert {event[2] for event in account.events("preempt")} == {1, 2}
+    trace = Trace.open(tmp_path / "trace")
+    assert trace.faults(verify=True) == []
+    assert equal(trace, local)
