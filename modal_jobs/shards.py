@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from profiler.capture import CaptureOptions
 from profiler.collector import Collection, CollectSummary, Progress, TraceCollector, summarize
-from profiler.devices import GPUS, Gpu
+from profiler.devices import Gpu, named_gpu
 from profiler.engines import EngineOptions, Sampling
 from profiler.errors import TraceError
 from profiler.estimate import HOST_DOLLARS
@@ -146,10 +146,9 @@ def device_name() -> str:
 
 def dollars_per_hour(device: str, asked: Gpu) -> float:
     """What the machine costs: of the GPU that it has, if it can be told from its name, else of the one asked for."""
-    found = next((gpu for gpu in GPUS.values() if gpu.dollars_per_hour and gpu.name.split("-")[0] in device), asked)
-    if found.name.split("-")[0] == asked.name.split("-")[0]:
-        found = asked
-    return (found.dollars_per_hour or 0.0) + HOST_DOLLARS
+    found = named_gpu(device)
+    price = asked.dollars_per_hour if found is None or found.dollars_per_hour is None else found.dollars_per_hour
+    return (price or 0.0) + HOST_DOLLARS
 
 
 def _continue_from(folder: Path, attempt: Path) -> bool:

@@ -148,10 +148,13 @@ class TraceCollector:
     ) -> None:
         options = engine_options or EngineOptions()
         entry, gpu = MODELS.get(model), local_gpu()
-        if engine == "vllm" and entry is not None and gpu is not None:
-            chosen = preset(entry, gpu, precision)
-            precision = chosen.precision
-            options = replace(options, batch=options.batch or chosen.batch)
+        if entry is not None and gpu is not None:
+            if engine == "vllm":
+                chosen = preset(entry, gpu, precision)
+                precision = chosen.precision
+                options = replace(options, batch=options.batch or chosen.batch)
+            elif gpu.name in entry.small_gpus:
+                options = replace(options, batch=options.batch or entry.small_gpus[gpu.name][1])
         self.model = resolve_model(model, dtype=options.dtype, revision=revision, precision=precision)
         self.engine_name = engine
         self.options = options

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from profiler.errors import ModelError
 
@@ -49,11 +50,20 @@ def find_gpu(name: str, *, rented: bool = False) -> Gpu:
     return known[name]
 
 
+def named_gpu(cuda_name: str) -> Gpu | None:
+    """The GPU that CUDA calls so ("NVIDIA A100-SXM4-80GB"); None if it is none of ours."""
+    for gpu in GPUS.values():
+        if all(re.search(rf"\b{part}\b", cuda_name) for part in re.split("[ -]", gpu.name)):
+            return gpu
+    return None
+
+
 def local_gpu() -> Gpu | None:
-    """This machine's first GPU as CUDA describes it, with the memory that it really has; None without one."""
+    """This machine's first GPU, with the memory that it really has; None without one."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    return Gpu(name=properties.name, memory=round(properties.total_memory / 1e9), bandwidth=0, tflops=0)
+    known = named_gpu(properties.name) or Gpu(name=properties.name, memory=0, bandwidth=0, tflops=0)
+    return replace(known, memory=round(properties.total_memory / 1e9))

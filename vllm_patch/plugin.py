@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from profiler.capture import OWNER_VARIABLE, CaptureOptions, keep_compiled_code_apart
+from profiler.deepseek_v1 import register_config
 from profiler.models import resolve_model
 from profiler.schema import GATES_FILE, Metadata
 from vllm_patch.recorder import Recorder
@@ -43,6 +44,7 @@ def register() -> None:
     if options is None:
         return
     keep_compiled_code_apart()
+    register_config()
     if os.environ.get(OWNER_VARIABLE, str(os.getpid())) != str(os.getpid()):
         _end_with_parent()
     if options.out:

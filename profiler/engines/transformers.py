@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from profiler.capture import REQUESTS_FILE, CapturedRequest
 from profiler.capture_stream import RoutingWriter
+from profiler.deepseek_v1 import local_rewriting
 from profiler.engines import Completion, EngineOptions, Prompt, Sampling
+from profiler.engines.low_memory import place, quantize_experts
 from profiler.errors import EngineError, ModelError
 from profiler.models import ResolvedModel
 
@@ -32,21 +34,33 @@ class TransformersEngine:
     def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
         if options.capture.logits or options.capture.hidden_layers:
             raise EngineError("--capture-logits and --capture-hidden need --engine vllm")
-        local = Path(model.location).is_dir()
-        revision = None if local else model.metadata.revision
+        location = model.location
+        if model.metadata.architecture == "DeepseekForCausalLM":
+            name = re.sub(r"[^\w.-]+", "--", model.metadata.id)
+            location = str(local_rewriting(location, model.metadata.revision, name, say=lambda text: None))
+        revision = None if Path(location).is_dir() else model.metadata.revision
         self.versions = {name: version(name) for name in ("transformers", "torch")}
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model.location, revision=revision)
+            self._tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
             self._model = AutoModelForCausalLM.from_pretrained(
-                model.location, revision=revision, dtype="auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+                location, revision=revision, dtype="auto" if options.dtype == "auto" else getattr(torch, options.dtype)
             ).eval()
         except (OSError, ValueError) as error:
             raise ModelError(f"transformers cannot load {model.location}: {str(error).splitlines()[0]}") from error
+        self.notes: list[str] = []
+        if options.load_in is not None:
+            layers = quantize_experts(self._model, options.load_in)
+            self.notes.append(
+                f"the experts of {layers} layers are in {options.load_in.removesuffix('bit')} bits; nothing else is"
+            )
         if torch.cuda.is_available():
-            self._model = self._model.cuda()
+            staying = place(self._model, torch.device("cuda"), offload=options.offload)
+            if staying:
+                self.notes.append(f"{staying} layers stay in the host's memory and are computed there")
+        elif options.offload:
+            self.notes.append("no GPU: everything is in the host's memory anyway")
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.compiled = False
-        self.notes: list[str] = []
         self._batch = options.batch or BATCH
         self.max_length = options.max_length or model.max_length
         self.moe_layers = [layer for layer, _ in find_routers(self._model)]
@@ -170,9 +184,10 @@ def route(model: Any, token_ids: list[int]) -> tuple[npt.NDArray[np.integer[Any]
         for hook in hooks:
             hook.remove()
     pairs = [_ids_and_weights(output) for output in outputs]
-    ids_TLK = torch.stack([ids for ids, _ in pairs], dim=1)
-    weights_TLK = torch.stack([weights for _, weights in pairs], dim=1)
-    return ids_TLK.cpu().numpy(), weights_TLK.float().cpu().numpy()
+    # Layers may be on different devices.
+    ids_TLK = torch.stack([ids.cpu() for ids, _ in pairs], dim=1)
+    weights_TLK = torch.stack([weights.float().cpu() for _, weights in pairs], dim=1)
+    return ids_TLK.numpy(), weights_TLK.numpy()
 
 
 def _ids_and_weights(output: Any) -> tuple[torch.Tensor, torch.Tensor]:

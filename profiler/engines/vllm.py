@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from profiler.capture import OWNER_VARIABLE, CaptureOptions, read_requests
+from profiler.deepseek_v1 import register_config
 from profiler.engines import Completion, EngineOptions, Prompt, Sampling
 from profiler.errors import EngineError, ModelError
 from profiler.models import ResolvedModel
@@ -51,6 +52,7 @@ class VllmEngine:
         except Exception as error:  # a broken installation fails in whatever way it is broken
             raise EngineError(f"the installed vLLM does not import: {_first_line(error)}") from error
 
+        register_config()
         on_gpu = torch.cuda.is_available()
         compiled = on_gpu if options.compiled is None else options.compiled
         self.versions = {"vllm": _vllm_version(), "torch": str(torch.__version__), "transformers": version("transformers")}

@@ -48,7 +48,7 @@ def families(out: Path, models: list[str]) -> None:
 
     for model in models:
         enable(CaptureOptions(logits=True, hidden_layers=(2,), hidden_tokens=300))
-        llm = start(model, trust_remote_code=True)
+        llm = start(model)
         with Recording(llm, out / Path(model).name) as recording:
             recording.add(llm.generate(random_prompts(12, 1, 90), greedy(24), use_tqdm=False))
         llm.llm_engine.engine_core.shutdown()
