@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo test fast lint clean
+.PHONY: help install install-quantize demo test fast lint clean
 
 help:
 	@echo "make demo   install into $(VENV), then collect, train, evaluate and analyse on the embedded model"
@@ -17,7 +17,11 @@ demo: install
 	@rm -rf specmoe-demo
 	@$(VENV)/bin/specmoe demo --out specmoe-demo
 
-test: install lint
+# llmcompressor cannot share an environment with vLLM.
+install-quantize:
+	@$(PYTHON) install.py $(VENV)-quantize --quantize
+
+test: install install-quantize lint
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadscope
 
 fast: install lint
@@ -29,4 +33,4 @@ lint:
 	@$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) specmoe-demo
+	rm -rf $(VENV) $(VENV)-quantize specmoe-demo

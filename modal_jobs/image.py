@@ -52,6 +52,11 @@ def gpu_image() -> modal.Image:
     return with_project(base.uv_pip_install(VLLM))
 
 
+def quantize_image() -> modal.Image:
+    """llmcompressor, which needs other versions than vLLM."""
+    return with_project(modal.Image.debian_slim(python_version=PYTHON), "[quantize]")
+
+
 def cpu_image() -> modal.Image:
     """Without vLLM: what downloads, watches and merges."""
     return with_project(modal.Image.debian_slim(python_version=PYTHON).uv_pip_install("torch", index_url=TORCH_CPU))

@@ -19,7 +19,7 @@ def fetch_checkpoint(checkpoint: str, revision: str | None, *, say: Callable[[st
     """
     if Path(checkpoint).is_absolute():
         if not (Path(checkpoint) / "config.json").is_file():
-            name = Path(checkpoint).name.rpartition("-")[0]
+            name = Path(checkpoint).name.rpartition("-")[0].replace("--", "/")
             raise ModelError(
                 f"no checkpoint {checkpoint} on the cache Volume: make it first with "
                 f"modal run modal_jobs/quantize.py --model {name}"

@@ -24,13 +24,13 @@ INDEX_FILE = "model.safetensors.index.json"
 
 def register_config() -> None:
     """Let `AutoConfig` read the configuration as plain data. Idempotent."""
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if MODEL_TYPE in CONFIG_MAPPING:
-        return
-    config = type("DeepseekConfig", (PretrainedConfig,), {"model_type": MODEL_TYPE})
-    AutoConfig.register(MODEL_TYPE, config)
+    from profiler.deepseek_config import DeepseekConfig
+
+    if MODEL_TYPE not in CONFIG_MAPPING:
+        AutoConfig.register(MODEL_TYPE, DeepseekConfig)
 
 
 def local_rewriting(location: str, revision: str | None, name: str, *, say: Callable[[str], None]) -> Path:

@@ -21,6 +21,8 @@ WORKSPACE = 2.0
 # Tokens of a sequence that the batch is planned for, and the batches that are worth planning.
 PLANNED_LENGTH = 1024
 MAX_BATCH = 256
+# What `modal_jobs/quantize.py` makes.
+MADE = "awq"
 CHECKPOINTS_VARIABLE = "SPECMOE_CHECKPOINTS"
 
 
@@ -264,7 +266,12 @@ def preset(entry: ModelEntry, gpu: Gpu, precision: str = "auto") -> Preset:
 
 def checkpoint(entry: ModelEntry, precision: str) -> str:
     """Hub id of a checkpoint; of one that is not public, the folder in which `modal_jobs/quantize.py` leaves it."""
-    return entry.checkpoints.get(precision) or str(checkpoints_folder() / f"{entry.name}-{precision}")
+    return entry.checkpoints.get(precision) or str(made_checkpoint(entry.name, precision))
+
+
+def made_checkpoint(name: str, precision: str) -> Path:
+    """The folder of a checkpoint that was made here, of a name of the registry or a hub id."""
+    return checkpoints_folder() / f"{name.replace('/', '--')}-{precision}"
 
 
 def checkpoints_folder() -> Path:

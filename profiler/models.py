@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from profiler.errors import ModelError
-from profiler.model_registry import MODELS, ModelEntry, checkpoint
+from profiler.model_registry import MADE, MODELS, ModelEntry, checkpoint, made_checkpoint
 from profiler.schema import ModelMetadata
 
 DEMO_MODEL = "demo"
@@ -45,19 +45,21 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
     Raises `ModelError` if it is unknown, its config cannot be read, has no routed experts, or contradicts the registry.
     """
     entry = MODELS.get(name)
-    location = str(demo_model_folder()) if name == DEMO_MODEL else name
+    location, is_made = str(demo_model_folder()) if name == DEMO_MODEL else name, False
     if entry is not None:
         if precision != "auto" and precision not in entry.precisions:
             raise ModelError(f"{name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")
         precision = entry.precisions[0] if precision == "auto" else precision
-        location = checkpoint(entry, precision)
-        if precision not in entry.checkpoints and not Path(location).is_dir():
-            raise ModelError(
-                f"no {precision} checkpoint of {name} is public, and {location} does not exist: make one with "
-                f"modal run modal_jobs/quantize.py --model {name}"
-            )
+        location, is_made = checkpoint(entry, precision), precision not in entry.checkpoints
+    elif precision == MADE and "/" in name and not Path(name).is_dir():
+        location, is_made = str(made_checkpoint(name, precision)), True
     elif precision != "auto":
         raise ModelError(f"--precision chooses among the checkpoints of a short name; {name!r} is none (see 'specmoe models')")
+    if is_made and not Path(location).is_dir():
+        raise ModelError(
+            f"no {precision} checkpoint of {name} is public, and {location} does not exist: make one with "
+            f"modal run modal_jobs/quantize.py --model {name}"
+        )
     is_folder = Path(location).is_dir()
     if not is_folder and "/" not in location:
         known = ", ".join([DEMO_MODEL, *MODELS])
@@ -68,9 +70,9 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
     facts = moe_facts(config)
     try:
         model = _resolved(name, location, config, facts, dtype, revision)
-        if entry is not None and precision not in entry.checkpoints:
+        if is_made:
             # Not the folder: it means nothing to others.
-            named = model.metadata.model_copy(update={"id": f"{entry.name}-{precision}"})
+            named = model.metadata.model_copy(update={"id": f"{name}-{precision}"})
             model = replace(model, metadata=named)
     except (ValidationError, TypeError, ValueError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error

@@ -20,7 +20,7 @@ from profiler.devices import Gpu, find_gpu
 from profiler.engines import ENGINES, Sampling
 from profiler.errors import DatasetError, EngineError, ModelError, TraceError
 from profiler.estimate import Estimate, estimate
-from profiler.model_registry import MODELS, ModelEntry, checkpoint, preset
+from profiler.model_registry import MADE, MODELS, ModelEntry, checkpoint, made_checkpoint, preset
 from profiler.models import DEMO_MODEL, demo_model_folder, resolve_model
 from profiler.problems import Problem
 from profiler.sampling import Selection, describe, select
@@ -79,9 +79,11 @@ class CollectJob(BaseModel):
     @property
     def checkpoint(self) -> str | None:
         """What must be there before an engine starts: a hub id or a folder; None for what is in this package."""
-        if self.entry is None:
-            return None if self.model == DEMO_MODEL else self.model
-        return checkpoint(self.entry, self.precision)
+        if self.entry is not None:
+            return checkpoint(self.entry, self.precision)
+        if self.precision == MADE:
+            return str(made_checkpoint(self.model, MADE))
+        return None if self.model == DEMO_MODEL else self.model
 
     @property
     def is_gated(self) -> bool:
@@ -105,10 +107,12 @@ class Plan:
         datasets = ", ".join(f"{dataset.problems} of {dataset.name}" for dataset in job.datasets)
         where = f"{self.gpu.name}{f' (else {FALLBACK_GPU})' if self.fallback else ''}, {self.gpu.dollars_per_hour:.2f} $/h"
         place = job.checkpoint or "embedded"
+        if Path(place).is_absolute():
+            place = "made by modal_jobs/quantize.py"
         lines = [
             f"run {job.run_id}",
             f"  problems    {len(self.problems):,} ({datasets}) in {job.num_shards} shards",
-            f"  model       {job.model}{f', {job.precision}' if job.entry else ''}: {place}",
+            f"  model       {job.model}{f', {job.precision}' if job.precision != 'auto' else ''}: {place}",
             f"  where       Modal, up to {self.containers} x {where}; {job.image}",
         ]
         found = self.estimate
@@ -169,6 +173,8 @@ def make_plan(
     if entry is not None:
         precision = preset(entry, rented, precision).precision
         location = entry.checkpoints.get(precision) or next(iter(entry.checkpoints.values()))
+    elif precision == MADE and "/" in model:
+        location = model
     elif precision != "auto":
         raise ModelError(f"--precision chooses among the checkpoints of a short name; {model!r} is none (see 'specmoe models')")
     elif model == DEMO_MODEL:
@@ -265,7 +271,7 @@ def _run_id(job: CollectJob, problems: list[Problem]) -> str:
     for line in _problem_lines(problems):
         digest.update(line.encode())
     names = "+".join(dataset.name for dataset in job.datasets)
-    precision = f"-{job.precision}" if job.entry is not None else ""
+    precision = f"-{job.precision}" if job.precision != "auto" else ""
     name = re.sub(r"[^A-Za-z0-9._+-]+", "-", f"{job.model}{precision}-{names}-{len(problems)}").lstrip("._+-")
     return f"{name[:120]}-{digest.hexdigest()[:10]}"
 

@@ -1,0 +1,90 @@
+"""Make an AWQ checkpoint on a rented GPU, onto the cache Volume, where `modal_jobs/collect.py --precision awq` finds it.
+
+    modal run modal_jobs/quantize.py --model qwen1.5-moe
+
+The work is in `modal_jobs.awq`.
+"""
+
+# No `from __future__ import annotations` here, as in collect.py.
+
+import os
+from pathlib import Path
+
+import modal
+
+from modal_jobs.awq import calibration_texts, describe_report, quantize
+from modal_jobs.image import CACHE, cache_volume, cpu_image, quantize_image
+from modal_jobs.running import one_line_errors, say
+from modal_jobs.weights import fetch_checkpoint
+from profiler.devices import find_gpu
+from profiler.errors import ModelError, SpecmoeError, first_line
+from profiler.model_registry import MADE, MODELS, made_checkpoint
+
+app = modal.App("specmoe-quantize")
+
+
+@app.function(image=cpu_image(), volumes={CACHE: cache_volume}, timeout=4 * 60 * 60, retries=2)
+def fetch(model: str, revision: str | None) -> str:
+    """Put the published weights into the cache. Returns an error's line, empty if there is none."""
+    try:
+        fetch_checkpoint(model, revision, say=say)
+    except SpecmoeError as error:
+        return first_line(error)
+    cache_volume.commit()
+    return ""
+
+
+@app.function(image=quantize_image(), gpu="A100-80GB", volumes={CACHE: cache_volume}, timeout=8 * 60 * 60, memory=128 * 1024)
+def make(model: str, revision: str | None, name: str, texts: list[str], group_size: int) -> tuple[str, str]:
+    """Quantise; returns a line that says what was made, and an error's line, one of them empty."""
+    from huggingface_hub import snapshot_download
+
+    from profiler.deepseek_v1 import local_rewriting
+    from profiler.models import resolve_model
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    target = made_checkpoint(name, MADE)
+    try:
+        if target.is_dir():
+            return f"{target} is there already", ""
+        if resolve_model(model, revision=revision).metadata.architecture == "DeepseekForCausalLM":
+            source = local_rewriting(model, revision, model.replace("/", "--"), say=say)
+        else:
+            source = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        report = quantize(source, target, texts, group_size=group_size, say=say)
+    except SpecmoeError as error:
+        return "", first_line(error)
+    cache_volume.commit()
+    return describe_report(target, report), ""
+
+
+@app.local_entrypoint()
+def main(
+    model: str,
+    dataset: str = "wikitext-2,gsm8k,humaneval",
+    data_files: str | None = None,
+    num_texts: int = 256,
+    group_size: int = 128,
+    revision: str | None = None,
+    gpu: str = "A100-80GB",
+) -> None:
+    """Quantise a model of the registry, or any hub id of the form of Qwen2-MoE, OLMoE or DeepSeek-MoE v1."""
+    with one_line_errors("quantize"):
+        find_gpu(gpu, rented=True)
+        entry = MODELS.get(model)
+        if entry is not None and MADE not in entry.quantizable:
+            raise ModelError(f"{model} has {', '.join(entry.precisions)}: nothing is to be made")
+        if entry is None and "/" not in model:
+            raise ModelError(f"unknown model {model!r}: expected one of {', '.join(MODELS)}, or a hub id like org/name")
+        repository = next(iter(entry.checkpoints.values())) if entry else model
+        texts = calibration_texts(dataset, num_texts, Path(data_files) if data_files else None, Path(repository))
+        print(f"{repository} to 4 bits with {len(texts)} texts of {dataset}, on {gpu}", flush=True)
+        refusal = fetch.remote(repository, revision)
+        made = ""
+        if not refusal:
+            made, refusal = make.with_options(gpu=gpu).remote(repository, revision, model, texts, group_size)
+        if refusal:
+            raise ModelError(refusal)
+        print(made)
+        print(f"collect with it: modal run modal_jobs/collect.py --model {model} --precision {MADE} --dataset ...")
