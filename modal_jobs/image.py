@@ -57,6 +57,11 @@ def quantize_image() -> modal.Image:
     return with_project(modal.Image.debian_slim(python_version=PYTHON), "[quantize]")
 
 
+def train_image() -> modal.Image:
+    """PyTorch for GPUs, as it comes from the package index."""
+    return with_project(modal.Image.debian_slim(python_version=PYTHON))
+
+
 def cpu_image() -> modal.Image:
     """Without vLLM: what downloads, watches and merges."""
     return with_project(modal.Image.debian_slim(python_version=PYTHON).uv_pip_install("torch", index_url=TORCH_CPU))

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class CollectJob(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    run_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")
+    run_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")
     model: str
     precision: str = "auto"
     revision: str | None = None
@@ -208,7 +209,7 @@ def make_plan(
     job = job.model_copy(update={"run_id": _run_id(job, problems)})
     takes = None
     if entry is not None:
-        largest = max(end - start for start, end in zip(job.shards, job.shards[1:], strict=False))
+        largest = max(end - start for start, end in pairwise(job.shards))
         takes = estimate(entry, rented, preset(entry, rented, precision), problems, largest, containers)
     return Plan(job, problems, rented, gpu is None, containers, takes)
 
@@ -270,9 +271,9 @@ def _run_id(job: CollectJob, problems: list[Problem]) -> str:
     digest = hashlib.sha256(json.dumps(job.model_dump(mode="json", exclude={"run_id", "shards"}), sort_keys=True).encode())
     for line in _problem_lines(problems):
         digest.update(line.encode())
-    names = "+".join(dataset.name for dataset in job.datasets)
+    names = "-".join(dataset.name for dataset in job.datasets)
     precision = f"-{job.precision}" if job.precision != "auto" else ""
-    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", f"{job.model}{precision}-{names}-{len(problems)}").lstrip("._+-")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{job.model}{precision}-{names}-{len(problems)}").lstrip("._-")
     return f"{name[:120]}-{digest.hexdigest()[:10]}"
 
 

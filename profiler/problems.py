@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def take_problems(sources: dict[str, Iterator[Problem]], num_problems: int) -> l
     taken = []
     for position, (name, problems) in enumerate(sources.items()):
         count = share + (position < rest)
-        found = [problem for problem, _ in zip(problems, range(count), strict=False)]
+        found = list(islice(problems, count))
         if count and not found:
             raise DatasetError(f"{name} holds no problems")
         taken += found

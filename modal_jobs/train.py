@@ -1,0 +1,111 @@
+"""Train expert predictors on a rented GPU, on what was collected there or on a trace from here.
+
+    modal run modal_jobs/train.py --run-id RUN --predictor mlp --out runs/mine
+    modal run modal_jobs/train.py --trace traces/math --predictor mlp --out runs/math
+
+The work is in `modal_jobs.training`.
+"""
+
+# No `from __future__ import annotations` here, as in collect.py.
+
+import json
+from pathlib import Path
+
+import modal
+
+from modal_jobs.download import fetch_trace
+from modal_jobs.image import CACHE, TRACE_VOLUME, TRACES, cache_volume, trace_volume, train_image
+from modal_jobs.running import one_line_errors, say
+from modal_jobs.training import EVALUATION_FILE, TrainJob, train_on_volume, upload_name
+from profiler.devices import find_gpu
+from profiler.errors import SpecmoeError, TraceError, first_line
+from profiler.reader import Trace
+from profiler.schema import MANIFEST_FILE
+from speculation.predictors import TrainingOptions, find_predictor
+
+DEFAULT_GPU = "A10"
+
+app = modal.App("specmoe-train")
+
+
+@app.function(
+    image=train_image(),
+    gpu=DEFAULT_GPU,
+    volumes={CACHE: cache_volume, TRACES: trace_volume},
+    timeout=24 * 60 * 60,
+    retries=modal.Retries(max_retries=2, initial_delay=1.0),
+)
+def train(job: TrainJob) -> str:
+    """Train on the mounted Volume. Returns an error's line, empty if there is none."""
+    try:
+        train_on_volume(Path(TRACES), job, Path("/tmp/specmoe"), say=say)
+    except SpecmoeError as error:
+        return first_line(error)
+    trace_volume.commit()
+    return ""
+
+
+@app.local_entrypoint()
+def main(
+    run_id: str | None = None,
+    trace: str | None = None,
+    predictor: str = "mlp",
+    out: str | None = None,
+    horizon: int = 1,
+    epochs: int = 30,
+    batch_tokens: int = 256,
+    learning_rate: float = 2e-3,
+    patience: int = 5,
+    seed: int = 0,
+    gpu: str = DEFAULT_GPU,
+    volume: str = TRACE_VOLUME,
+) -> None:
+    """Train a predictor on a run or a local trace, and bring it here."""
+    with one_line_errors("train"):
+        find_gpu(gpu, rented=True)
+        find_predictor(predictor)
+        if (run_id is None) == (trace is None):
+            raise SpecmoeError("expected one of --run-id, of a collected run, and --trace, of a folder here")
+        target = Path(out or f"runs/{predictor}")
+        if target.exists():
+            raise SpecmoeError(f"{target} exists: choose another --out")
+        store = trace_volume if volume == TRACE_VOLUME else modal.Volume.from_name(volume).hydrate()
+        source = run_id if run_id is not None else _upload(store, Trace.open(str(trace)))
+        options = TrainingOptions(
+            seed=seed, epochs=epochs, batch_tokens=batch_tokens, learning_rate=learning_rate, patience=patience
+        )
+        job = TrainJob(source=str(source), predictor=predictor, horizon=horizon, options=options)
+        remote = train.with_options(gpu=gpu, volumes={CACHE: cache_volume, TRACES: store})
+        refusal = remote.remote(job)
+        if refusal:
+            raise SpecmoeError(refusal)
+        building = target.with_name(target.name + ".part")
+        fetched = fetch_trace(store, job.name, building)
+        (building / MANIFEST_FILE).unlink()
+        building.rename(target)
+        print(f"{target}: {fetched / 1e6:.1f} MB downloaded and verified")
+        _print_evaluation(target)
+
+
+def _upload(store: modal.Volume, trace: Trace) -> str:
+    """Put a trace onto the Volume, its manifest last; returns its folder there."""
+    faults = trace.faults(verify=True)
+    if faults or trace.manifest is None:
+        raise TraceError(f"{trace.path}: {faults[0]}")
+    name = upload_name(trace)
+    is_there = any(entry.path.strip("/") == name for entry in store.listdir("/"))
+    if is_there and f"{name}/{MANIFEST_FILE}" in {entry.path.lstrip("/") for entry in store.listdir(name)}:
+        return name
+    print(f"uploading {trace.path}", flush=True)
+    for names in (list(trace.manifest.files), [MANIFEST_FILE]):
+        with store.batch_upload(force=True) as batch:
+            for file in names:
+                batch.put_file(trace.path / file, f"/{name}/{file}")
+    return name
+
+
+def _print_evaluation(run: Path) -> None:
+    from speculation.cli import print_evaluation
+
+    if (run / EVALUATION_FILE).is_file():
+        print_evaluation(json.loads((run / EVALUATION_FILE).read_text(encoding="utf-8")))

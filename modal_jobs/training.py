@@ -1,0 +1,99 @@
+"""Train a predictor where the trace is: on a Volume that holds a collected run's shards, or a trace that was uploaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from modal_jobs.shards import finished_attempt
+from profiler.errors import SpecmoeError, TraceError
+from profiler.merge import merge_traces
+from profiler.plan import JOB_FILE, read_job
+from profiler.reader import Trace
+from profiler.schema import MANIFEST_FILE, Manifest, ManifestEntry
+from profiler.writer import sha256_of, write_text
+from speculation.evaluate import evaluate
+from speculation.predictors import TrainingOptions
+from speculation.train import train
+
+EVALUATION_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What to train on what. source: folder on the Volume, of a run (with its shards) or of a trace."""
+
+    source: str
+    predictor: str
+    horizon: int
+    options: TrainingOptions
+
+    @property
+    def name(self) -> str:
+        """Of the result on the Volume: the same job has the same, and is not trained twice."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.source}/trained/{self.predictor}-{digest[:10]}"
+
+
+def upload_name(trace: Trace) -> str:
+    """The folder on the Volume for a trace from here: the same content has the same."""
+    return f"trace-{sha256_of(trace.path / MANIFEST_FILE)[:16]}"
+
+
+def open_source(volume: Path, source: str, work: Path) -> Trace:
+    """The trace in the folder `source` of a mounted Volume; the shards of a run are merged into `work`.
+
+    Raises `TraceError` if there is none, or if shards are missing.
+    """
+    folder = volume / source
+    if (folder / MANIFEST_FILE).is_file():
+        return Trace.open(folder)
+    if not (folder / JOB_FILE).is_file():
+        raise TraceError(f"no run or trace {source} on the Volume; 'modal volume ls NAME' lists what there is")
+    job = read_job((folder / JOB_FILE).read_bytes(), f"{source}/{JOB_FILE}")
+    parts = [finished_attempt(folder, shard) for shard in range(job.num_shards)]
+    found = [part for part in parts if part is not None]
+    if len(found) < job.num_shards:
+        raise TraceError(f"{len(found)} of {job.num_shards} shards of {source} are finished: collect the others first")
+    merged = work / source
+    if not merged.exists():
+        merge_traces(found, merged, about={"run_id": job.run_id})
+    return Trace.open(merged)
+
+
+def train_on_volume(volume: Path, job: TrainJob, work: Path, *, say: Callable[[str], None]) -> Path:
+    """Train and judge a predictor; returns the folder on the Volume, a run directory with its evaluation and a manifest.
+
+    A job that was done is not done again. Raises `SpecmoeError`.
+    """
+    done = volume / job.name
+    if (done / MANIFEST_FILE).is_file():
+        say(f"{job.name} was trained before")
+        return done
+    trace = open_source(volume, job.source, work)
+    say(f"{job.source}: {trace.problems.num_rows:,} problems, {trace.num_rows:,} routing rows")
+    result = work / job.name
+    shutil.rmtree(result, ignore_errors=True)
+
+    def progress(epoch: int, epochs: int, entry: dict[str, float]) -> None:
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in entry.items() if name.endswith("loss"))
+        say(f"epoch {epoch} of {epochs}: {losses}")
+
+    run = train(trace, job.predictor, result, horizon=job.horizon, options=job.options, on_progress=progress)
+    try:
+        document = evaluate(run, trace)
+    except SpecmoeError as error:
+        # Too few problems for a test part: the run is of use on another trace.
+        say(f"not judged: {error}")
+    else:
+        write_text(result / EVALUATION_FILE, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    files = {
+        path.name: ManifestEntry(rows=0, bytes=path.stat().st_size, sha256=sha256_of(path)) for path in sorted(result.iterdir())
+    }
+    shutil.copytree(result, done, dirs_exist_ok=True)
+    write_text(done / MANIFEST_FILE, Manifest(files=files).model_dump_json(indent=1) + "\n")
+    return done

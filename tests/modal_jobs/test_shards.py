@@ -1,0 +1,206 @@
+"""Shards on a Volume: finished, begun and resumed, spoiled. Real collections with the transformers engine, no Modal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from modal_jobs import shards
+from modal_jobs.download import download_run
+from modal_jobs.shards import collect_shard, dollars_per_hour, finished_attempt, shard_folder
+from profiler.collector import Progress, TraceCollector
+from profiler.devices import find_gpu
+from profiler.engines import EngineOptions, Sampling
+from profiler.errors import DatasetError, TraceError
+from profiler.estimate import HOST_DOLLARS
+from profiler.plan import CollectJob, make_plan, write_job
+from profiler.reader import Trace
+from profiler.sampling import Selection
+from profiler.schema import MANIFEST_FILE
+
+
+class LocalVolume:
+    """A folder with what is used of a Volume."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def listdir(self, path: str, *, recursive: bool = False) -> list[Path]:
+        folder = self.root / path.lstrip("/")
+        return [Entry(str(found.relative_to(self.root))) for found in (folder.rglob("*") if recursive else folder.iterdir())]
+
+    def read_file(self, path: str) -> Iterator[bytes]:
+        content = (self.root / path).read_bytes()
+        yield from (content[start : start + 1000] for start in range(0, len(content), 1000))
+
+
+class Entry:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[TraceCollector]:
+    with TraceCollector("demo", engine="transformers", engine_options=EngineOptions(dtype="float32")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[CollectJob, Path]:
+    """Ten problems in two shards, as they are uploaded."""
+    selection = Selection(datasets=("demo-math", "demo-code"), num_problems=10, sampling=Sampling(max_new_tokens=4))
+    plan = make_plan(model="demo", selection=selection, engine="transformers", dtype="float32", shard_size=5)
+    folder = tmp_path_factory.mktemp("volume") / plan.job.run_id
+    write_job(folder, plan.job, plan.problems)
+    return plan.job, folder
+
+
+@pytest.fixture
+def run(job: tuple[CollectJob, Path], tmp_path: Path) -> Path:
+    folder = tmp_path / job[0].run_id
+    shutil.copytree(job[1], folder)
+    return folder
+
+
+def collect(run: Path, job: CollectJob, shard: int, collector: TraceCollector, said: list[str]) -> shards.ShardReport:
+    return collect_shard(run, job, shard, collector, device="CPU", commit=lambda: None, say=said.append, spent=lambda: 0.5)
+
+
+def test_a_finished_shard_is_not_collected_again(
+    run: Path, job: tuple[CollectJob, Path], collector: TraceCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    first = collect(run, job[0], 0, collector, said)
+    assert (first.problems, first.cached, first.error) == (5, False, None)
+    assert any(line.startswith("shard 1 of 2: 5 of 5 problems") and line.endswith("$0.50 on this machine") for line in said)
+    monkeypatch.setattr(collector, "collect", None)
+    again = collect(run, job[0], 0, collector, said)
+    assert (again.cached, again.attempt, again.tokens, again.rows) == (True, first.attempt, first.tokens, first.rows)
+
+
+def test_an_interrupted_attempt_is_gone_on_with_elsewhere(
+    run: Path, job: tuple[CollectJob, Path], collector: TraceCollector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This machine is taken away after two problems; what it had committed by then stays.
+    committed = tmp_path / "committed"
+
+    def commit() -> None:
+        if not committed.exists():
+            shutil.copytree(run, committed)
+
+    monkeypatch.setattr(shards, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(collector.start(), "_batch", 1)
+
+    def say(line: str) -> None:
+        if "2 of 5 problems" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_shard(run, job[0], 1, collector, device="CPU", commit=commit, say=say)
+    assert finished_attempt(committed, 1) is None
+    left = list(shard_folder(committed, 1).iterdir())
+    assert len(left) == 1
+
+    said: list[str] = []
+    report = collect(committed, job[0], 1, collector, said)
+    assert "shard 2 of 2: resuming: 2 of 5 problems are finished" in said
+    assert report.problems == 5
+    # The earlier attempt is gone, the new one has a folder of its own.
+    assert [path.name for path in shard_folder(committed, 1).iterdir()] == [report.attempt]
+    assert left[0].name != report.attempt
+
+    untouched = tmp_path / "untouched"
+    shutil.copytree(job[1], untouched)
+    collect(untouched, job[0], 1, collector, said)
+    resumed, whole = (Trace.open(finished_attempt(folder, 1) or folder) for folder in (committed, untouched))
+    assert resumed.to_arrow().equals(whole.to_arrow())
+
+
+def test_an_attempt_that_cannot_be_resumed_is_thrown_away(
+    run: Path, job: tuple[CollectJob, Path], collector: TraceCollector
+) -> None:
+    said: list[str] = []
+    report = collect(run, job[0], 0, collector, said)
+    complete = shard_folder(run, 0) / str(report.attempt)
+    (complete / MANIFEST_FILE).unlink()
+    (complete / "capture").mkdir()
+    (complete / "metadata.json").write_text("{}")
+    again = collect(run, job[0], 0, collector, said)
+    assert again.problems == 5
+    assert any("begins anew, since its earlier attempt cannot be resumed" in line for line in said)
+    assert finished_attempt(run, 0) == shard_folder(run, 0) / str(again.attempt)
+
+
+def test_a_complete_attempt_with_a_fault_is_collected_again(
+    run: Path, job: tuple[CollectJob, Path], collector: TraceCollector
+) -> None:
+    said: list[str] = []
+    report = collect(run, job[0], 0, collector, said)
+    next((shard_folder(run, 0) / str(report.attempt) / "routing").iterdir()).unlink()
+    assert finished_attempt(run, 0) is None
+    assert collect(run, job[0], 0, collector, said).attempt != report.attempt
+    assert finished_attempt(run, 0) is not None
+
+
+def test_a_job_without_its_problems_is_refused(run: Path, job: tuple[CollectJob, Path], collector: TraceCollector) -> None:
+    lines = (run / "problems.jsonl").read_text().splitlines(keepends=True)
+    (run / "problems.jsonl").write_text("".join(lines[:7]))
+    with pytest.raises(DatasetError, match=r"problems\.jsonl ends before problem 10"):
+        collect(run, job[0], 1, collector, [])
+    (run / "problems.jsonl").write_text("".join([*lines[:6], "{}\n", *lines[7:]]))
+    with pytest.raises(DatasetError, match=r"problems\.jsonl, line 7 is no problem"):
+        collect(run, job[0], 1, collector, [])
+
+
+def test_both_shards_make_one_verified_trace(
+    run: Path, job: tuple[CollectJob, Path], collector: TraceCollector, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    collect(run, job[0], 0, collector, said)
+    volume = LocalVolume(run.parent)
+    with pytest.raises(TraceError, match=f"1 of 2 shards of {job[0].run_id} are finished: run the same collection again"):
+        download_run(volume, job[0].run_id, tmp_path / "trace", say=said.append)
+    collect(run, job[0], 1, collector, said)
+    trace = download_run(volume, job[0].run_id, tmp_path / "trace", about={"devices": {"CPU": 2}}, say=said.append)
+    assert trace.faults(verify=True) == []
+    assert trace.problems.num_rows == 10
+    assert trace.metadata.capture["parts"] == 2
+    assert trace.metadata.capture["devices"] == {"CPU": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [job[0].run_id, "trace"]
+
+
+def test_a_manifest_that_leaves_its_folder_is_refused(
+    run: Path, job: tuple[CollectJob, Path], collector: TraceCollector, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    for shard in (0, 1):
+        collect(run, job[0], shard, collector, said)
+    manifest = next(shard_folder(run, 1).iterdir()) / MANIFEST_FILE
+    manifest.write_text(manifest.read_text().replace('"tokens.parquet"', '"../../../../tokens.parquet"'))
+    with pytest.raises(TraceError, match=r"manifest.json on the Volume is no manifest: .* leaves the trace directory"):
+        download_run(LocalVolume(run.parent), job[0].run_id, tmp_path / "trace", say=said.append)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_what_a_machine_costs_follows_the_gpu_that_it_has() -> None:
+    asked = find_gpu("A100-80GB")
+    assert dollars_per_hour("NVIDIA A100-SXM4-80GB", asked) == pytest.approx(2.50 + HOST_DOLLARS)
+    assert dollars_per_hour("NVIDIA H100 80GB HBM3", asked) == pytest.approx(3.95 + HOST_DOLLARS)
+    assert dollars_per_hour("CPU", asked) == pytest.approx(2.50 + HOST_DOLLARS)
+
+
+def test_progress_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, collector: TraceCollector) -> None:
+    from profiler.usage import Usage
+
+    said: list[str] = []
+    with shards._reporting(collector, "shard 1 of 1", said.append, lambda: 1.25):
+        for second in range(60):
+            now = Progress(
+                problems=second, total=60, tokens=100 * second, seconds=float(second), usage=Usage(host_bytes=2 * 10**9)
+            )
+            collector.on_progress(now)
+    assert len(said) == 6
+    assert said[1] == "shard 1 of 1: 10 of 60 problems, 100 tokens/s, peak memory 2.0 GB, about $1.25 on this machine"
