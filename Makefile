@@ -21,8 +21,11 @@ demo: install
 install-quantize:
 	@$(PYTHON) install.py $(VENV)-quantize --quantize
 
-test: install install-quantize lint
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadscope
+# Two installations at a time: one waits for the network while the other unpacks.
+test:
+	@$(MAKE) --no-print-directory -j 2 install install-quantize
+	@$(MAKE) --no-print-directory lint
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 fast: install lint
 	@$(VENV)/bin/python -m pytest -m "not slow"

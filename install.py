@@ -36,7 +36,10 @@ def main() -> None:
     print(f"installing into {venv} (a few minutes, once)", flush=True)
     python = make_environment(venv)
     install_torch(python)
-    install_project(python, quantize="--quantize" in sys.argv)
+    if "--quantize" in sys.argv:
+        install_dependencies(python, ["quantize", "modal"])
+    else:
+        install_project(python)
     remove_broken_companions(python)
     stamp.write_text(wanted, encoding="utf-8")
 
@@ -75,19 +78,11 @@ def install_torch(python: Path) -> None:
         fail(f"cannot install torch=={version}: neither pip's configured index nor {TORCH_CPU_INDEX} offers it")
 
 
-def install_project(python: Path, *, quantize: bool) -> None:
-    torch = subprocess.run(
-        [str(python), "-c", "from importlib.metadata import version; print(version('torch'))"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+def install_project(python: Path) -> None:
     constraint = ROOT / "build" / "torch.constraint"
     constraint.parent.mkdir(exist_ok=True)
-    constraint.write_text(f"torch=={torch}\n", encoding="utf-8")
+    constraint.write_text(f"torch=={installed_torch(python)}\n", encoding="utf-8")
     install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraint), "--editable"]
-    if quantize:
-        if run([*install, f"{ROOT}[quantize,modal]"]):
-            fail("cannot install llmcompressor: see pip's message above")
-        return
     reason = why_no_vllm()
     if reason is None:
         if run([*install, f"{ROOT}[cpu,dev]"]) == 0:
@@ -96,6 +91,24 @@ def install_project(python: Path, *, quantize: bool) -> None:
     print(f"without vLLM ({reason}): models run on transformers instead", flush=True)
     if run([*install, f"{ROOT}[dev]"]):
         fail("cannot install the dependencies in pyproject.toml: see pip's message above")
+
+
+def install_dependencies(python: Path, extras: list[str]) -> None:
+    """What the project needs, and its folder on the path: two installations of it at a time would build in the same folder."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["dependencies"] + [name for extra in extras for name in project["optional-dependencies"][extra]]
+    if run([str(python), "-m", "pip", "install", "--quiet", f"torch=={installed_torch(python)}", *wanted]):
+        fail("cannot install the dependencies in pyproject.toml: see pip's message above")
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    folder = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    (Path(folder) / "speculative-moe.pth").write_text(f"{ROOT}\n", encoding="utf-8")
+
+
+def installed_torch(python: Path) -> str:
+    code = "from importlib.metadata import version; print(version('torch'))"
+    return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def why_no_vllm() -> str | None:

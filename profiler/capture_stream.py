@@ -209,7 +209,7 @@ def read_index(path: Path) -> CaptureIndex | None:
     """
     if not path.is_file() or path.stat().st_size == 0:
         return None
-    with pa.memory_map(str(path)) as file:
+    with _mapped(path) as file:
         try:
             schema = ipc.read_schema(file)
         except UNREADABLE:
@@ -251,7 +251,7 @@ def _read_keys(
 
     The file is mapped anew every `MAPPED_BYTES`: pages that were looked at count as this process's memory until then.
     """
-    with pa.memory_map(str(path)) as file:
+    with _mapped(path) as file:
         file.seek(start)
         while (offset := file.tell()) < start + MAPPED_BYTES:
             batch = _read_block(file, schema)
@@ -277,7 +277,7 @@ def gather(
     block_T, row_T = index.block_N[tokens], index.row_N[tokens]
     order_T = np.argsort(block_T, kind="stable")
     starts = np.flatnonzero(np.diff(block_T[order_T], prepend=-1))
-    with pa.memory_map(str(index.path)) as file:
+    with _mapped(index.path) as file:
         schema = ipc.read_schema(file)
         for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order_T)], strict=True):
             here = order_T[start:end]
@@ -291,7 +291,15 @@ def gather(
                 values.reshape(len(values), -1).view(raw.dtype)[at[here], 0] = raw[row_T[here]]
 
 
-def _read_block(file: pa.MemoryMappedFile, schema: pa.Schema) -> pa.RecordBatch | None:
+def _mapped(path: Path) -> pa.NativeFile:
+    """The file as memory; as a plain file on file systems that cannot map (some networks')."""
+    try:
+        return pa.memory_map(str(path))
+    except OSError:
+        return pa.OSFile(str(path), "rb")
+
+
+def _read_block(file: pa.NativeFile, schema: pa.Schema) -> pa.RecordBatch | None:
     """The next block, None at the end or where the rest is torn."""
     try:
         message = ipc.read_message(file)

@@ -172,6 +172,7 @@ def collect(
             logits=capture_logits,
             hidden_layers=parse_layers(capture_hidden),
             hidden_tokens=hidden_tokens,
+            may_guess=True,
         )
         if as_json:
             console.print_json(json.dumps(planned.document()))

@@ -16,6 +16,8 @@ class Dataset:
     new_tokens: how many tokens a model generates for a problem, at most, unless told otherwise: what an answer takes.
     key: column that identifies a row in its source, or None to use the row's number.
     rows: of the split, as its card says; 0 if the problems are embedded.
+    prompt_characters: mean length of a prompt, for estimates where the dataset is out of reach. Measured for humaneval, gsm8k,
+    imdb, ag_news, squad and wikitext-2, after published statistics for the others.
     sorted_by_class: the file has one class after the other, so that its head is no sample: rows are taken in shuffled order.
     min_characters: shorter rows (headings, blank lines) are passed over.
     embedded: the problems ship with this package (`profiler/demo/prompts/`), so no hub is involved.
@@ -30,6 +32,7 @@ class Dataset:
     config: str | None = None
     split: str | None = None
     rows: int = 0
+    prompt_characters: int = 0
     sorted_by_class: bool = False
     min_characters: int = 0
     embedded: bool = False
@@ -53,6 +56,7 @@ DATASETS: dict[str, Dataset] = {
             hub_id="openai/openai_humaneval",
             split="test",
             rows=164,
+            prompt_characters=451,
         ),
         Dataset(
             name="gsm8k",
@@ -63,6 +67,7 @@ DATASETS: dict[str, Dataset] = {
             config="main",
             split="test",
             rows=1319,
+            prompt_characters=258,
         ),
         Dataset(
             name="imdb",
@@ -72,6 +77,7 @@ DATASETS: dict[str, Dataset] = {
             hub_id="stanfordnlp/imdb",
             split="test",
             rows=25_000,
+            prompt_characters=1323,
             sorted_by_class=True,
         ),
         Dataset(
@@ -82,6 +88,7 @@ DATASETS: dict[str, Dataset] = {
             hub_id="Yelp/yelp_review_full",
             split="test",
             rows=50_000,
+            prompt_characters=750,
         ),
         Dataset(
             name="ag_news",
@@ -91,6 +98,7 @@ DATASETS: dict[str, Dataset] = {
             hub_id="fancyzhx/ag_news",
             split="test",
             rows=7600,
+            prompt_characters=254,
         ),
         Dataset(
             name="squad",
@@ -101,6 +109,7 @@ DATASETS: dict[str, Dataset] = {
             hub_id="rajpurkar/squad",
             split="validation",
             rows=10_570,
+            prompt_characters=874,
         ),
         Dataset(
             name="amazon",
@@ -110,6 +119,7 @@ DATASETS: dict[str, Dataset] = {
             hub_id="fancyzhx/amazon_polarity",
             split="test",
             rows=400_000,
+            prompt_characters=450,
         ),
         Dataset(
             name="dbpedia",
@@ -119,6 +129,7 @@ DATASETS: dict[str, Dataset] = {
             hub_id="fancyzhx/dbpedia_14",
             split="test",
             rows=70_000,
+            prompt_characters=320,
             sorted_by_class=True,
         ),
         Dataset(
@@ -130,6 +141,7 @@ DATASETS: dict[str, Dataset] = {
             config="wikitext-2-raw-v1",
             split="test",
             rows=4358,
+            prompt_characters=699,
             min_characters=200,
         ),
         Dataset(
@@ -141,6 +153,7 @@ DATASETS: dict[str, Dataset] = {
             config="3.0.0",
             split="test",
             rows=11_490,
+            prompt_characters=4000,
         ),
         Dataset(
             name="xsum",
@@ -151,6 +164,7 @@ DATASETS: dict[str, Dataset] = {
             hub_id="EdinburghNLP/xsum",
             split="test",
             rows=11_334,
+            prompt_characters=2300,
         ),
         Dataset(
             name="multi_news",
@@ -160,6 +174,7 @@ DATASETS: dict[str, Dataset] = {
             hub_id="alexfabbri/multi_news",
             split="test",
             rows=5622,
+            prompt_characters=12000,
         ),
         Dataset(
             name="demo-math",

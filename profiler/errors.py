@@ -34,6 +34,10 @@ class DatasetError(SpecmoeError):
     """A dataset is unknown, cannot be read, or lacks a column."""
 
 
+class UnreachableError(DatasetError):
+    """The hub that has a dataset cannot be reached, or does not give it."""
+
+
 class EngineError(SpecmoeError):
     """An inference engine is not installed, or the capture inside it failed."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from profiler.devices import Gpu
 from profiler.model_registry import ModelEntry, Preset
 from profiler.problems import Problem
+from profiler.sampling import CHARACTERS_PER_TOKEN
 
 # Of bandwidth: Qwen1.5-MoE's own 2.01 requests/s of 1000 + 1000 tokens on an A100-80GB are met to 15 %.
 BANDWIDTH_SHARE = 0.4
@@ -21,7 +22,6 @@ START_SECONDS, LOADING = 150.0, 0.5
 # What a container asks for besides its GPU, per hour: 4 cores at 0.0472 $ and 32 GiB at 0.008 $.
 CORES, MEMORY_GIB = 4, 32
 HOST_DOLLARS = CORES * 0.0472 + MEMORY_GIB * 0.008
-CHARACTERS_PER_TOKEN = 4.0
 # Measured (docs/traces.md): 4.25 bytes per row with K = 2, 7.09 with K = 4; one more for each expert where there are over 256.
 ROW_BYTES, PAIR_BYTES = 1.4, 1.42
 

@@ -19,12 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from profiler.collector import check_sampling
 from profiler.devices import Gpu, find_gpu
 from profiler.engines import ENGINES, Sampling
-from profiler.errors import DatasetError, EngineError, ModelError, TraceError
+from profiler.errors import DatasetError, EngineError, ModelError, TraceError, UnreachableError
 from profiler.estimate import Estimate, estimate
 from profiler.model_registry import MADE, MODELS, ModelEntry, checkpoint, made_checkpoint, preset
 from profiler.models import DEMO_MODEL, demo_model_folder, resolve_model
 from profiler.problems import Problem
-from profiler.sampling import Selection, describe, select
+from profiler.sampling import Selection, describe, guess, select
 from profiler.schema import DatasetMetadata
 from profiler.writer import write_text
 
@@ -93,7 +93,10 @@ class CollectJob(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """A job, its problems, where it runs, and what it may take (None for models of unknown size)."""
+    """A job, its problems, where it runs, and what it may take (None for models of unknown size).
+
+    guessed: why the problems are none of the dataset's but only of typical length; empty if they are its own.
+    """
 
     job: CollectJob
     problems: list[Problem]
@@ -101,6 +104,7 @@ class Plan:
     fallback: bool
     containers: int
     estimate: Estimate | None
+    guessed: str = ""
 
     def lines(self) -> list[str]:
         """The plan for people."""
@@ -111,7 +115,7 @@ class Plan:
         if Path(place).is_absolute():
             place = "made by modal_jobs/quantize.py"
         lines = [
-            f"run {job.run_id}",
+            f"run {job.run_id}" if not self.guessed else f"prompts of typical length, since {self.guessed}",
             f"  problems    {len(self.problems):,} ({datasets}) in {job.num_shards} shards",
             f"  model       {job.model}{f', {job.precision}' if job.precision != 'auto' else ''}: {place}",
             f"  where       Modal, up to {self.containers} x {where}; {job.image}",
@@ -132,6 +136,7 @@ class Plan:
         """The plan for programs."""
         return {
             **self.job.model_dump(mode="json"),
+            **({"run_id": None, "guessed": self.guessed} if self.guessed else {}),
             "checkpoint": self.job.checkpoint,
             "problems": len(self.problems),
             "gpu": self.gpu.name,
@@ -155,9 +160,11 @@ def make_plan(
     logits: bool = False,
     hidden_layers: tuple[int, ...] = (),
     hidden_tokens: int = 0,
+    may_guess: bool = False,
 ) -> Plan:
     """Choose problems, checkpoint and shards. Needs no account, and the hub only for the dataset (and token counts).
 
+    may_guess: plan with prompts of typical length if the dataset cannot be reached; such a plan is not to be run.
     Raises `SpecmoeError` if anything that was asked for does not exist or does not fit.
     """
     rented = find_gpu(gpu or DEFAULT_GPU, rented=True)
@@ -184,7 +191,13 @@ def make_plan(
         if Path(model).is_dir():
             raise ModelError(f"{model} is a folder of this machine: rented ones take short names and hub ids")
         location = resolve_model(model, revision=revision).location
-    problems = select(selection, location, revision)
+    guessed = ""
+    try:
+        problems = select(selection, location, revision)
+    except UnreachableError as error:
+        if not may_guess:
+            raise
+        problems, guessed = guess(selection), str(error)
     about = describe(selection, problems)
     sampling: Sampling = about["sampling"]
     job = CollectJob(
@@ -211,7 +224,7 @@ def make_plan(
     if entry is not None:
         largest = max(end - start for start, end in pairwise(job.shards))
         takes = estimate(entry, rented, preset(entry, rented, precision), problems, largest, containers)
-    return Plan(job, problems, rented, gpu is None, containers, takes)
+    return Plan(job, problems, rented, gpu is None, containers, takes, guessed)
 
 
 def cut_into_shards(problems: int, containers: int, shard_size: int | None = None) -> list[int]:

@@ -6,6 +6,7 @@ Rows are read a few at a time and not held: memory is that of the problems taken
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from profiler.datasets import Dataset
-from profiler.errors import DatasetError
+from profiler.errors import DatasetError, UnreachableError
 
 MAX_JSONL_LINE = 16 << 20
 # Of the permutation of datasets that are sorted by class. Fixed, so that a dataset's first problems are the same for everybody.
@@ -68,6 +69,17 @@ def read_problems(dataset: Dataset, *, data_files: Path | None = None, max_new_t
                 prompt=prompt,
                 max_new_tokens=max_new_tokens or dataset.new_tokens,
             )
+
+
+def typical_problems(dataset: Dataset, max_new_tokens: int | None = None) -> Iterator[Problem]:
+    """As many problems as the dataset has, of its mean length, without its text: for estimates."""
+    for row in range(dataset.rows):
+        yield Problem(
+            dataset=dataset.name,
+            source_key=str(row),
+            prompt=" " * dataset.prompt_characters,
+            max_new_tokens=max_new_tokens or dataset.new_tokens,
+        )
 
 
 def take_problems(sources: dict[str, Iterator[Problem]], num_problems: int) -> list[Problem]:
@@ -219,6 +231,8 @@ def _read_hub(dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
     # Imported late: it takes a second, and only hub datasets need it.
     import datasets as hub
 
+    # Its retries are no news to a user who is told in the end.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         try:
             rows = hub.load_dataset(dataset.hub_id, dataset.config, split=dataset.split)
@@ -229,7 +243,7 @@ def _read_hub(dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
             rows = hub.load_dataset(dataset.hub_id, dataset.config, split=dataset.split, revision=CONVERTED)
     except Exception as error:  # its failures share no base class: connection, missing repository, bad file
         reason = str(error).splitlines()[0]
-        raise DatasetError(
+        raise UnreachableError(
             f"cannot load {dataset.hub_id} from the Hugging Face hub ({reason}); without a network use --data-files FILE"
         ) from error
     _check_columns(list(rows.column_names), dataset, Path(str(dataset.hub_id)))

@@ -11,8 +11,10 @@ from typing import Any
 from profiler.datasets import find_dataset
 from profiler.engines import Sampling
 from profiler.errors import DatasetError, ModelError, first_line
-from profiler.problems import SHUFFLE_SEED, Problem, read_problems, take_problems, take_tokens, within
+from profiler.problems import SHUFFLE_SEED, Problem, read_problems, take_problems, take_tokens, typical_problems, within
 from profiler.schema import DatasetMetadata
+
+CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,17 @@ def select(selection: Selection, location: str, revision: str | None = None) -> 
         problems = take_problems(sources, selection.num_problems)
         return [within(problem, selection.max_tokens_per_problem, count_tokens)[0] for problem in problems]
     return take_tokens(sources, selection.target_tokens, selection.max_tokens_per_problem, count_tokens)
+
+
+def guess(selection: Selection) -> list[Problem]:
+    """As `select` without the datasets: problems of typical length, four characters to a token."""
+    datasets = [find_dataset(name) for name in selection.datasets]
+    sources = {dataset.name: typical_problems(dataset, selection.sampling.max_new_tokens) for dataset in datasets}
+    if selection.target_tokens is None:
+        return take_problems(sources, selection.num_problems)
+    return take_tokens(
+        sources, selection.target_tokens, selection.max_tokens_per_problem, lambda text: len(text) // CHARACTERS_PER_TOKEN + 1
+    )
 
 
 def describe(selection: Selection, problems: list[Problem]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Every file appears under its name only when it is whole.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -142,6 +143,7 @@ class BlockWriter:
 def exclusive(directory: Path) -> Iterator[None]:
     """Hold the directory against other collectors of this machine; a killed process holds nothing.
 
+    On file systems without locks (some networks') it is not held.
     Raises `TraceError` if another process (or another part of this one) holds it.
     """
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -152,6 +154,9 @@ def exclusive(directory: Path) -> Iterator[None]:
             raise TraceError(
                 f"{directory}: another process is collecting into it; wait for it, or choose another --out"
             ) from error
+        except OSError as error:
+            if error.errno not in {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}:
+                raise
         yield
     finally:
         os.close(handle)

@@ -84,13 +84,3 @@ def test_three_containers_make_the_trace_of_one_machine(questions: Path, local: 
     assert "60 problems" in done.stdout
     assert "complete" in done.stdout
     assert not (tmp_path / "trace.shards").exists()
-
-
-def test_preempted_shards_are_collected_elsewhere(questions: Path, local: Trace, tmp_path: Path) -> None:
-    account = OfflineModal(tmp_path / "account")
-    done = account.run(*arguments(questions, tmp_path / "trace"), FAKEMODAL_PREEMPT="1,2", FAKEMODAL_PREEMPT_AFTER="1")
-    assert done.returncode == 0, done.stderr
-    assert {event[2] for event in account.events("preempt")} == {1, 2}
-    trace = Trace.open(tmp_path / "trace")
-    assert trace.faults(verify=True) == []
-    assert equal(trace, local)

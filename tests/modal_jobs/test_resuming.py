@@ -91,6 +91,19 @@ def test_a_corrupted_block_is_caught(finished: tuple[OfflineModal, Path, str], t
     assert not (tmp_path / "trace").exists()
 
 
+def test_preempted_shards_are_collected_elsewhere(finished: tuple[OfflineModal, Path, str], tmp_path: Path) -> None:
+    account = OfflineModal(tmp_path / "account")
+    job = [*JOB, "--containers", "3", "--out", str(tmp_path / "trace")]
+    done = account.run(*job, FAKEMODAL_PREEMPT="1,2", FAKEMODAL_PREEMPT_AFTER="0.1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {event[2] for event in account.events("preempt")} == {1, 2}
+    trace, other = Trace.open(tmp_path / "trace"), Trace.open(finished[1])
+    assert trace.faults(verify=True) == []
+    assert trace.to_arrow().equals(other.to_arrow())
+    assert trace.tokens.equals(other.tokens)
+    assert trace.problems.equals(other.problems)
+
+
 def test_a_detached_run_outlives_its_client(tmp_path: Path) -> None:
     account = OfflineModal(tmp_path / "account")
     plan = account.command("specmoe", "collect", "--plan", "--json", *JOB[2:])

@@ -135,3 +135,30 @@ def test_empty_slots_and_missing_weights_have_streams_of_their_own_form(tmp_path
     index = read_index(tmp_path / ROUTING_STREAM)
     assert index is not None
     assert list(index.form.types) == ["expert_ids"]
+
+
+def test_file_systems_without_maps_and_locks_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import fcntl
+
+    from profiler.sealing import run_folder, seal
+    from profiler.writer import exclusive
+
+    def seal_copy(name: str) -> bytes:
+        directory = tmp_path / name
+        write(run_folder(directory, 0), blocks=4)
+        seal(directory, MODEL, dict.fromkeys(range(4), 4))
+        return (directory / "routing" / "part-00000.parquet").read_bytes()
+
+    def no_map(path: str) -> None:
+        raise OSError(errno.ENODEV, "no such device")
+
+    def no_lock(handle: int, flags: int) -> None:
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    mapped = seal_copy("mapped")
+    monkeypatch.setattr("profiler.capture_stream.pa.memory_map", no_map)
+    assert seal_copy("plain") == mapped
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    with exclusive(tmp_path):
+        pass

@@ -179,3 +179,18 @@ def test_the_command_line_says_what_would_run(tmp_path: Path) -> None:
     assert document["estimate"]["dollars"] > 0
     wrong = runner.invoke(app, ["collect", "--dataset", "demo-math", "--model", "demo", "--out", "x", "--gpu", "H100"])
     assert wrong.exit_code == 2
+
+
+def test_a_dataset_out_of_reach_is_planned_with_typical_prompts() -> None:
+    selection = Selection(datasets=("gsm8k", "squad"), num_problems=2000, sampling=Sampling())
+    with pytest.raises(DatasetError, match="cannot load openai/gsm8k"):
+        plan(model="mixtral-8x7b", selection=selection)
+    guessed = plan(model="mixtral-8x7b", selection=selection, may_guess=True)
+    assert guessed.lines()[0].startswith("prompts of typical length, since cannot load openai/gsm8k from the Hugging Face hub")
+    # 258 and 874 characters.
+    assert guessed.estimate is not None
+    assert guessed.estimate.prompt_tokens == pytest.approx(1000 * 258 / 4 + 1000 * 874 / 4, rel=0.02)
+    assert guessed.document()["run_id"] is None
+    by_tokens = replace(selection, target_tokens=20_000, max_tokens_per_problem=150)
+    with pytest.raises(DatasetError, match="leaves no room for a prompt of gsm8k"):
+        plan(model="mixtral-8x7b", selection=by_tokens, may_guess=True)
