@@ -194,7 +194,8 @@ def make_plan(
     guessed = ""
     try:
         problems = select(selection, location, revision)
-    except UnreachableError as error:
+    except (UnreachableError, ModelError) as error:
+        # The dataset, or the tokenizer that tokens are counted with.
         if not may_guess:
             raise
         problems, guessed = guess(selection), str(error)
