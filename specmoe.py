@@ -11,6 +11,8 @@ import typer
 
 import analysis.cli
 import profiler.cli
+import profiler.registry_cli
+import profiler.tables
 import speculation.cli
 
 app = typer.Typer(
@@ -20,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(profiler.cli.app)
+app.add_typer(profiler.registry_cli.app)
 app.add_typer(analysis.cli.app)
 app.add_typer(speculation.cli.app)
 
@@ -56,7 +59,7 @@ def demo(
     from speculation.predictors import TrainingOptions
 
     began = time.monotonic()
-    console = profiler.cli.console
+    console = profiler.tables.console
     check_free(out)
     if engine is None and not is_installed():
         typer.echo("vLLM is not installed: the demo runs on transformers instead: same model, same record")

@@ -17,7 +17,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from profiler.capture import CaptureOptions
-from profiler.collector import Collection, CollectSummary, Progress, TraceCollector, summarize
+from profiler.collection import Collection, CollectSummary, Progress, summarize
+from profiler.collector import TraceCollector
 from profiler.devices import Gpu, named_gpu
 from profiler.engines import EngineOptions, Sampling
 from profiler.errors import TraceError

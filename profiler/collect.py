@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from profiler.collector import Collection, CollectSummary, Progress, TraceCollector, check_sampling
+from profiler.collection import Collection, CollectSummary, Progress, check_sampling
+from profiler.collector import TraceCollector
 from profiler.engines import EngineOptions, Sampling
 from profiler.resume import check_free
 from profiler.sampling import Selection, describe, select

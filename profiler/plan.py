@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from profiler.collector import check_sampling
+from profiler.collection import check_sampling
 from profiler.devices import Gpu, find_gpu
 from profiler.engines import ENGINES, Sampling
 from profiler.errors import DatasetError, EngineError, ModelError, TraceError, UnreachableError

@@ -11,7 +11,8 @@ import pytest
 from modal_jobs import shards
 from modal_jobs.download import download_run
 from modal_jobs.shards import collect_shard, dollars_per_hour, finished_attempt, shard_folder
-from profiler.collector import Progress, TraceCollector
+from profiler.collection import Progress
+from profiler.collector import TraceCollector
 from profiler.devices import find_gpu
 from profiler.engines import EngineOptions, Sampling
 from profiler.errors import DatasetError, TraceError

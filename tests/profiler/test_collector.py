@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from profiler import TraceCollector
-from profiler.collector import Progress
+from profiler.collection import Progress
 from profiler.engines import EngineOptions, Sampling
 from profiler.errors import ModelError, TraceError
 from profiler.reader import Trace

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from profiler.collector import Collection, TraceCollector
+from profiler.collection import Collection
+from profiler.collector import TraceCollector
 from profiler.engines import EngineOptions, Sampling
 from profiler.errors import TraceError
 from profiler.merge import merge_traces

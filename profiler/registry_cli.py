@@ -1,0 +1,106 @@
+"""Commands over the registries: models, datasets."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from profiler.errors import ModelError
+from profiler.tables import console, print_rows
+
+app = typer.Typer()
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="One model: its checkpoints, and what fits on which GPU.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """List models by short name, or say how one of them runs. Any other hub id or model folder works as well.
+
+    Example: specmoe models mixtral-8x7b
+    """
+    from profiler.devices import GPUS
+    from profiler.model_registry import MODELS, checkpoint, fits
+    from profiler.models import DEMO_MODEL, resolve_model
+
+    if name is None:
+        facts = resolve_model(DEMO_MODEL).metadata
+        own = {"name": DEMO_MODEL, "MoE layers": str(len(facts.moe_layers)), "experts": str(facts.num_experts)}
+        rows = [own | {"top-k": str(facts.top_k), "shared": "0", "precisions": facts.dtype or "", "location": "embedded"}]
+        rows += [
+            {
+                "name": entry.name,
+                "MoE layers": str(len(entry.moe_layers)),
+                "experts": str(entry.experts),
+                "top-k": str(entry.top_k),
+                "shared": str(entry.shared),
+                "precisions": ", ".join(entry.precisions),
+                "location": entry.checkpoints[entry.precisions[0]],
+            }
+            for entry in MODELS.values()
+        ]
+        print_rows(rows, as_json)
+        return
+    if name not in MODELS:
+        raise ModelError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
+    entry = MODELS[name]
+    presets = {gpu.name: [fits(entry, gpu, precision) for precision in entry.precisions] for gpu in GPUS.values()}
+    if as_json:
+        found = {gpu: [vars(preset) for preset in row if preset] for gpu, row in presets.items()}
+        places = {precision: entry.checkpoints.get(precision) for precision in entry.precisions}
+        facts_of = {key: value for key, value in vars(entry).items() if key not in {"checkpoints", "quantizable"}}
+        console.print_json(json.dumps(facts_of | {"checkpoints": places, "presets": found}))
+        return
+    typer.echo(
+        f"{name}: {entry.parameters} billion parameters, {entry.active} for a token; {entry.layers} layers, "
+        f"{len(entry.moe_layers)} with {entry.experts} experts, top-{entry.top_k}, and {entry.shared} shared"
+    )
+    for precision in entry.precisions:
+        made = "" if precision in entry.checkpoints else "  (not public: modal run modal_jobs/quantize.py makes it)"
+        gated = "  (accept its terms on the hub, and give a token)" if precision in entry.gated else ""
+        place = entry.checkpoints.get(precision) or checkpoint(entry, precision)
+        typer.echo(f"  {precision}: {place}, {entry.weights_gb(precision):.0f} GB in memory{made}{gated}")
+    rows = []
+    for gpu in GPUS.values():
+        cells = {
+            precision: f"batch {preset.batch}" if preset else "-"
+            for precision, preset in zip(entry.precisions, presets[gpu.name], strict=True)
+        }
+        small = entry.small_gpus.get(gpu.name)
+        rows.append(
+            {
+                "GPU": gpu.name,
+                "GB": str(gpu.memory),
+                **cells,
+                "--engine transformers": f"{small[0]}, batch {small[1]}" if small else "",
+            }
+        )
+    print_rows(rows, as_json)
+
+
+@app.command()
+def datasets(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """List datasets by name, with the columns that a local file must have.
+
+    Example: specmoe datasets
+    """
+    from profiler.datasets import DATASETS
+
+    rows = [
+        {
+            "name": dataset.name,
+            "source": " ".join(filter(None, (dataset.hub_id or "embedded", dataset.config, dataset.split))),
+            "rows": str(dataset.rows or 40),
+            "columns": ", ".join(dataset.columns),
+            "new tokens": str(dataset.new_tokens),
+            "description": dataset.description,
+        }
+        for dataset in DATASETS.values()
+    ]
+    if as_json:
+        templates = {dataset.name: dataset.template for dataset in DATASETS.values()}
+        rows = [row | {"template": templates[row["name"]]} for row in rows]
+    print_rows(rows, as_json)
