@@ -45,7 +45,7 @@ from modal_jobs.weights import fetch_checkpoint
 from profiler.capture import parse_layers
 from profiler.devices import find_gpu
 from profiler.engines import Sampling
-from profiler.errors import SpecmoeError, first_line
+from profiler.errors import EngineError, SpecmoeError, first_line
 from profiler.estimate import CORES, MEMORY_GIB
 from profiler.plan import (
     DEFAULT_GPU,
@@ -116,6 +116,10 @@ class Collector:
                 say=say,
                 spent=lambda: rate * (time.monotonic() - self._began) / 3600,
             )
+        except EngineError as error:
+            # It may have died: the next shard of this machine must not meet the same one.
+            self._collector.close()
+            raise RuntimeError(f"shard {shard}: {first_line(error)}") from error
         except SpecmoeError as error:
             return ShardReport(shard=shard, error=first_line(error))
         except Exception as error:
@@ -146,9 +150,12 @@ def fetch_weights(checkpoint: str, revision: str | None) -> str:
     return ""
 
 
-@app.function(image=cpu_image(), volumes={TRACES: trace_volume}, timeout=DAY, nonpreemptible=True)
+@app.function(image=cpu_image(), volumes={TRACES: trace_volume}, timeout=DAY, retries=6, nonpreemptible=True)
 def orchestrate(run_id: str, gpu: str | None, containers: int, secret: str | None) -> list[ShardReport]:
-    """Fetch the weights, then collect all shards that are not finished; goes on when the client is gone."""
+    """Fetch the weights, then collect all shards that are not finished; goes on when the client is gone.
+
+    After a day, the longest time that Modal gives, it is started anew and finds what is finished.
+    """
     run = Path(TRACES) / run_id
     job = read_job(run.joinpath(JOB_FILE).read_bytes(), JOB_FILE)
     todo = [shard for shard in range(job.num_shards) if finished_attempt(run, shard) is None]

@@ -17,6 +17,8 @@ def one_line_errors(name: str) -> Iterator[None]:
         yield
     except modal.exception.NotFoundError as error:
         raise SystemExit(f"{name}: {first_line(error)}") from None
+    except modal.exception.Error as error:
+        raise SystemExit(f"{name}: {type(error).__name__}: {first_line(error)}; run again to resume") from None
     except (SpecmoeError, OSError) as error:
         raise SystemExit(f"{name}: {' '.join(str(error).split())}") from None
 

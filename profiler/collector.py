@@ -87,14 +87,15 @@ class TraceCollector:
     ) -> None:
         options = engine_options or EngineOptions()
         entry, gpu = MODELS.get(model), local_gpu()
-        if entry is not None and gpu is not None:
-            if engine == "vllm":
-                chosen = preset(entry, gpu, precision)
-                precision = chosen.precision
-                options = replace(options, batch=options.batch or chosen.batch)
-            elif gpu.name in entry.small_gpus:
-                options = replace(options, batch=options.batch or entry.small_gpus[gpu.name][1])
+        chosen = preset(entry, gpu, precision) if engine == "vllm" and entry is not None and gpu is not None else None
+        precision = chosen.precision if chosen is not None else precision
         self.model = resolve_model(model, dtype=options.dtype, revision=revision, precision=precision)
+        if chosen is not None:
+            # vLLM refuses a context that its keys and values have no room for.
+            longest = min(self.model.max_length, chosen.kv_tokens)
+            options = replace(options, batch=options.batch or chosen.batch, max_length=options.max_length or longest)
+        elif entry is not None and gpu is not None and gpu.name in entry.small_gpus:
+            options = replace(options, batch=options.batch or entry.small_gpus[gpu.name][1])
         self.engine_name = engine
         self.options = options
         self.on_stage, self.on_progress = on_stage, on_progress

@@ -72,11 +72,15 @@ class ModelEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """How a model runs on a GPU. batch: sequences at a time, of `PLANNED_LENGTH` tokens. weights_gb: memory of the weights."""
+    """How a model runs on a GPU. batch: sequences at a time, of `PLANNED_LENGTH` tokens. weights_gb: memory of the weights.
+
+    kv_tokens: tokens whose keys and values have room, and so the longest sequence.
+    """
 
     precision: str
     weights_gb: float
     batch: int
+    kv_tokens: int
 
 
 _MIXTRAL = ModelEntry(
@@ -232,8 +236,9 @@ def fits(entry: ModelEntry, gpu: Gpu, precision: str) -> Preset | None:
     """How the model runs on one such GPU through vLLM in this precision; None if it does not fit."""
     weights = entry.weights_gb(precision)
     room = USED_SHARE * gpu.memory - weights - WORKSPACE
-    batch = int(room * 1e9 / (entry.kv_bytes * PLANNED_LENGTH))
-    return Preset(precision=precision, weights_gb=weights, batch=min(batch, MAX_BATCH)) if batch >= 1 else None
+    tokens = int(room * 1e9 / entry.kv_bytes)
+    batch = min(tokens // PLANNED_LENGTH, MAX_BATCH)
+    return Preset(precision=precision, weights_gb=weights, batch=batch, kv_tokens=tokens) if batch >= 1 else None
 
 
 def preset(entry: ModelEntry, gpu: Gpu, precision: str = "auto") -> Preset:

@@ -22,6 +22,7 @@ from profiler.capture import OWNER_VARIABLE, CaptureOptions, read_requests
 from profiler.deepseek_v1 import register_config
 from profiler.engines import Completion, EngineOptions, Prompt, Sampling
 from profiler.errors import EngineError, ModelError
+from profiler.model_registry import USED_SHARE
 from profiler.models import ResolvedModel
 
 LOOK_EVERY_SECONDS = 5.0
@@ -68,6 +69,7 @@ class VllmEngine:
                 seed=options.seed,
                 disable_log_stats=True,
                 **({} if options.batch is None else {"max_num_seqs": options.batch}),
+                **({"gpu_memory_utilization": USED_SHARE} if on_gpu else {}),
             )
         except Exception as error:  # vLLM raises whatever its loader met
             reason = _root_cause(self._log) or _first_line(error)

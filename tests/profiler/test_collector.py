@@ -60,3 +60,24 @@ def test_unknown_models_are_refused_before_anything_starts() -> None:
         TraceCollector("mixtrall")
     with pytest.raises(ModelError, match=r"modal run modal_jobs/quantize.py --model qwen1\.5-moe"):
         TraceCollector("qwen1.5-moe", precision="awq")
+
+
+def test_on_a_gpu_the_preset_decides_checkpoint_batch_and_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A GPU that is not there, and a config as if Mixtral's AWQ files were.
+    from profiler import models
+    from profiler.devices import GPUS
+
+    config = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096}
+    config |= {"num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768}
+    monkeypatch.setattr(models, "_read_config", lambda location, revision: config)
+    found = {}
+    for name in ("A100-40GB", "A100-80GB", "H200"):
+        monkeypatch.setattr("profiler.collector.local_gpu", lambda name=name: GPUS[name])
+        made = TraceCollector("mixtral-8x7b")
+        found[name] = (made.model.location, made.options.batch, made.options.max_length)
+    assert found["A100-80GB"] == ("TheBloke/Mixtral-8x7B-v0.1-AWQ", 256, 32768)
+    assert found["H200"] == ("mistralai/Mixtral-8x7B-v0.1", 234, 32768)
+    # (0.9 x 40 - 24.75 - 2) GB of 131,072 bytes: 70,000 tokens.
+    assert found["A100-40GB"] == ("TheBloke/Mixtral-8x7B-v0.1-AWQ", 68, 32768)
+    given = TraceCollector("mixtral-8x7b", engine_options=EngineOptions(batch=7, max_length=512))
+    assert (given.options.batch, given.options.max_length) == (7, 512)

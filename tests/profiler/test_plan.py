@@ -126,7 +126,7 @@ def test_the_estimate_is_near_what_qwen_published() -> None:
 
 def test_estimates_grow_with_tokens_and_shrink_with_containers() -> None:
     entry, gpu = MODELS["mixtral-8x7b"], find_gpu("A100-80GB")
-    chosen = Preset(precision="awq", weights_gb=24.7, batch=256)
+    chosen = Preset(precision="awq", weights_gb=24.7, batch=256, kv_tokens=300_000)
 
     def takes(tokens: int, containers: int = 1) -> Any:
         return estimate_tokens(
