@@ -50,12 +50,13 @@ def merge_traces(
     check_free(out)
     if not parts:
         raise TraceError(f"{out}: no parts to merge")
-    traces = sorted((Trace.open(part) for part in parts), key=_first_problem)
+    ranges = {part: _problem_range(part) for part in parts}
+    traces = [Trace.open(part) for part in sorted(parts, key=lambda part: ranges[part])]
     metadata = _merged_metadata(traces, about or {})
-    for before, after in pairwise(traces):
-        last = before.problems.column("problem_id")[-1].as_py()
-        if last >= _first_problem(after):
-            raise TraceError(f"{before.path} and {after.path} overlap: {before.path.name} has problem {last}")
+    for before, after in pairwise(trace.path for trace in traces):
+        last = ranges[before][1]
+        if last >= ranges[after][0]:
+            raise TraceError(f"{before} and {after} overlap: {before.name} has problem {last}")
     building = out.with_name(out.name + ".part")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -75,8 +76,10 @@ def merge_traces(
     return Trace.open(out)
 
 
-def _first_problem(trace: Trace) -> int:
-    return int(trace.problems.column("problem_id")[0].as_py())
+def _problem_range(part: Path) -> tuple[int, int]:
+    """First and last problem. The table, which a trace keeps, goes with the trace."""
+    ids = Trace.open(part).problems.column("problem_id")
+    return int(ids[0].as_py()), int(ids[-1].as_py())
 
 
 def _merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
