@@ -14,12 +14,12 @@ import os
 import re
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
 import modal
+import modal.experimental
 
 from modal_jobs.download import download_run, finished_shards, stored_job
 from modal_jobs.image import (
@@ -36,16 +36,15 @@ from modal_jobs.running import one_line_errors, say
 from modal_jobs.shards import (
     ShardReport,
     collect_shard,
-    device_name,
     dollars_per_hour,
     finished_attempt,
     start_collector,
 )
 from modal_jobs.weights import fetch_checkpoint
 from profiler.capture import parse_layers
-from profiler.devices import find_gpu
+from profiler.devices import device_name, find_gpu
 from profiler.engines import Sampling
-from profiler.errors import EngineError, SpecmoeError, first_line
+from profiler.errors import EngineStoppedError, SpecmoeError, first_line
 from profiler.estimate import CORES, MEMORY_GIB
 from profiler.plan import (
     DEFAULT_GPU,
@@ -59,8 +58,10 @@ from profiler.plan import (
     write_job,
 )
 from profiler.sampling import Selection
+from profiler.writer import write_text
 
 DAY = 24 * 60 * 60
+COMMIT_FILE = "commit.txt"
 
 app = modal.App("specmoe-collect")
 
@@ -91,8 +92,7 @@ class Collector:
         self._refusal: str | None = None
         try:
             self._job = read_job(self._folder.joinpath(JOB_FILE).read_bytes(), JOB_FILE)
-            self._collector = start_collector(self._job, say=say)
-            self._device = device_name()
+            self._collector = start_collector(self._job, _pinned(self._folder) or self._job.revision, say=say)
         except SpecmoeError as error:
             self._refusal = first_line(error)
         # Compiled code and the like, for the next container.
@@ -103,22 +103,21 @@ class Collector:
         """Collect a shard, or find that it is finished."""
         if self._refusal is not None:
             return ShardReport(shard=shard, error=self._refusal)
-        trace_volume.reload()
-        rate = dollars_per_hour(self._device, find_gpu(self.gpu))
+        rate = dollars_per_hour(device_name(), find_gpu(self.gpu))
         try:
+            trace_volume.reload()
             report = collect_shard(
                 self._folder,
                 self._job,
                 shard,
                 self._collector,
-                device=self._device,
                 commit=trace_volume.commit,
                 say=say,
                 spent=lambda: rate * (time.monotonic() - self._began) / 3600,
             )
-        except EngineError as error:
-            # It may have died: the next shard of this machine must not meet the same one.
-            self._collector.close()
+        except EngineStoppedError as error:
+            # Another container may do better; this one must not take, and fail, all other shards.
+            modal.experimental.stop_fetching_inputs()
             raise RuntimeError(f"shard {shard}: {first_line(error)}") from error
         except SpecmoeError as error:
             return ShardReport(shard=shard, error=first_line(error))
@@ -140,14 +139,14 @@ class Collector:
 
 
 @app.function(image=cpu_image(), volumes={CACHE: cache_volume}, timeout=4 * 60 * 60, retries=2)
-def fetch_weights(checkpoint: str, revision: str | None) -> str:
-    """Put the model's files into the cache, on a machine without a GPU. Returns an error's line, empty if there is none."""
+def fetch_weights(checkpoint: str, revision: str | None) -> tuple[str | None, str]:
+    """Put the model's files into the cache, on a machine without a GPU. Returns their commit, and an error's line or ""."""
     try:
-        fetch_checkpoint(checkpoint, revision, say=say)
+        commit = fetch_checkpoint(checkpoint, revision, say=say)
     except SpecmoeError as error:
-        return first_line(error)
+        return None, first_line(error)
     cache_volume.commit()
-    return ""
+    return commit, ""
 
 
 @app.function(image=cpu_image(), volumes={TRACES: trace_volume}, timeout=DAY, retries=6, nonpreemptible=True)
@@ -158,16 +157,20 @@ def orchestrate(run_id: str, gpu: str | None, containers: int, secret: str | Non
     """
     run = Path(TRACES) / run_id
     job = read_job(run.joinpath(JOB_FILE).read_bytes(), JOB_FILE)
-    todo = [shard for shard in range(job.num_shards) if finished_attempt(run, shard) is None]
+    todo = [shard for shard in range(job.num_shards) if finished_attempt(run, job, shard) is None]
     if len(todo) < job.num_shards:
         say(f"{job.num_shards - len(todo)} of {job.num_shards} shards were finished before")
     if not todo:
         return []
     if job.checkpoint is not None:
         fetch = fetch_weights if secret is None else fetch_weights.with_options(secrets=[modal.Secret.from_name(secret)])
-        refusal = fetch.remote(job.checkpoint, job.revision)
+        commit, refusal = fetch.remote(job.checkpoint, _pinned(run) or job.revision)
         if refusal:
             return [ShardReport(shard=shard, error=refusal) for shard in todo]
+        if commit is not None and _pinned(run) is None:
+            # All shards are of the same weights, also those that are collected after the repository has changed.
+            write_text(run / COMMIT_FILE, commit)
+            trace_volume.commit()
     # Modal turns the class into one of its own, which type checkers do not see.
     where = cast("modal.Cls", Collector).with_options(max_containers=containers, gpu=gpu)
     collector = where(run_id=run_id, gpu=gpu or DEFAULT_GPU)
@@ -175,13 +178,22 @@ def orchestrate(run_id: str, gpu: str | None, containers: int, secret: str | Non
     return list(_watch(outcomes, todo, job))
 
 
-def _watch(outcomes: Iterable[ShardReport | Exception], todo: list[int], job: CollectJob) -> Iterator[ShardReport]:
-    """Reports as they come, saying what all have cost so far."""
+def _pinned(run: Path) -> str | None:
+    """The commit of the weights that the run was begun with."""
+    path = run / COMMIT_FILE
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _watch(outcomes: Iterable[ShardReport | BaseException], todo: list[int], job: CollectJob) -> Iterator[ShardReport]:
+    """Reports as they come, saying what all have cost so far; those of containers that died without a word at the end."""
     dollars = hours = 0.0
     tokens = 0
-    left = list(todo)
+    left, nameless = list(todo), []
     for outcome in outcomes:
-        report = _failed(outcome, left) if isinstance(outcome, BaseException) else outcome
+        report = _failed(outcome) if isinstance(outcome, BaseException) else outcome
+        if report is None or report.shard not in left:
+            nameless.append(f"{type(outcome).__name__}: {first_line(outcome)}" if isinstance(outcome, BaseException) else "")
+            continue
         left.remove(report.shard)
         tokens, hours, dollars = tokens + report.tokens, hours + report.seconds / 3600, dollars + report.dollars
         result = f"failed: {report.error}" if report.error else f"finished, {report.tokens:,} tokens"
@@ -190,15 +202,14 @@ def _watch(outcomes: Iterable[ShardReport | Exception], todo: list[int], job: Co
             f"about ${dollars:.2f}, {len(left)} shards to go"
         )
         yield report
+    for shard in left:
+        yield ShardReport(shard=shard, error=nameless.pop(0) if nameless else "its container ended without a report")
 
 
-def _failed(error: BaseException, left: list[int]) -> ShardReport:
-    """The report of a shard whose container raised; of any that is left, if the container died without a word."""
-    text = first_line(error)
-    named = re.match(r"shard (\d+): (.*)", text)
-    if named and int(named.group(1)) in left:
-        return ShardReport(shard=int(named.group(1)), error=named.group(2))
-    return ShardReport(shard=left[0], error=f"{type(error).__name__}: {text}")
+def _failed(error: BaseException) -> ShardReport | None:
+    """The report of a shard whose method raised; None if the container died before it could say which."""
+    named = re.match(r"shard (\d+): (.*)", first_line(error))
+    return None if named is None else ShardReport(shard=int(named.group(1)), error=named.group(2))
 
 
 @app.local_entrypoint()
@@ -266,14 +277,14 @@ def main(
             print(f"shard {report.shard + 1} of {job.num_shards} failed: {report.error}")
         if failed:
             raise SpecmoeError(f"{len(failed)} of {job.num_shards} shards failed: run again to resume; finished ones are kept")
-        _bring(trace_volume, job.run_id, target, reports)
+        _bring(trace_volume, job.run_id, target)
         _print_end(reports, time.monotonic() - began)
 
 
 def fetch_run(run_id: str, out: str | None = None, volume: str = TRACE_VOLUME) -> None:
     """Fetch a finished run from the Volume, verify it and merge it into one trace."""
     with one_line_errors("collect"):
-        _bring(modal.Volume.from_name(volume), run_id, Path(out or f"traces/{run_id}"), [])
+        _bring(modal.Volume.from_name(volume), run_id, Path(out or f"traces/{run_id}"))
 
 
 # An app of its own, which needs no image; and not bound to a name, so that `modal run modal_jobs/collect.py` means `main`.
@@ -288,12 +299,24 @@ def _upload(plan: Plan) -> CollectJob:
         finished = len(finished_shards(trace_volume, stored))
         print(f"{stored.run_id} was begun before: {finished} of {stored.num_shards} shards are finished", flush=True)
         return stored
-    with tempfile.TemporaryDirectory() as folder, trace_volume.batch_upload(force=True) as batch:
+    with tempfile.TemporaryDirectory() as folder:
         write_job(Path(folder), plan.job, plan.problems)
-        # The job's own file last: with it, a run exists.
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == JOB_FILE):
-            batch.put_file(path, f"/{plan.job.run_id}/{path.name}")
+        try:
+            _put(Path(folder), plan.job.run_id, force=False)
+        except FileExistsError:
+            # Somebody else began the same run a moment ago; or an upload was cut off before the job's own file.
+            stored = stored_job(trace_volume, plan.job.run_id)
+            if stored is not None:
+                return stored
+            _put(Path(folder), plan.job.run_id, force=True)
     return plan.job
+
+
+def _put(folder: Path, run_id: str, *, force: bool) -> None:
+    with trace_volume.batch_upload(force=force) as batch:
+        # The job's own file last: with it, a run exists.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == JOB_FILE):
+            batch.put_file(path, f"/{run_id}/{path.name}")
 
 
 def _secret(job: CollectJob, name: str | None) -> str | None:
@@ -311,9 +334,8 @@ def _secret(job: CollectJob, name: str | None) -> str | None:
     return name
 
 
-def _bring(volume: modal.Volume, run_id: str, target: Path, reports: list[ShardReport]) -> None:
-    devices = dict(Counter(report.device for report in reports if report.device))
-    trace = download_run(volume, run_id, target, about={"devices": devices} if devices else {}, say=say)
+def _bring(volume: modal.Volume, run_id: str, target: Path) -> None:
+    trace = download_run(volume, run_id, target, say=say)
     size = sum(entry.bytes for entry in trace.manifest.files.values()) if trace.manifest else 0
     print(f"{target}: {trace.problems.num_rows} problems, {trace.num_rows:,} routing rows, {size / 1e6:.1f} MB, complete")
 
@@ -327,5 +349,5 @@ def _print_end(reports: list[ShardReport], seconds: float) -> None:
             print(f"  shard {report.shard + 1}: {report.tokens:,} tokens, {speed}{report.device}, {report.usage}")
     print(
         f"{tokens:,} tokens in {seconds:.0f} s, {hours:.2f} GPU hours, about ${dollars:.2f} "
-        "(without the minute that machines idle before they stop)"
+        "(without attempts that were lost, and the minute that machines idle before they stop)"
     )

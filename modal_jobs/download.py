@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from modal_jobs.shards import holds_shard
 from profiler.errors import TraceError
 from profiler.merge import merge_traces
 from profiler.plan import JOB_FILE, CollectJob, read_job
@@ -48,15 +50,22 @@ def stored_job(volume: Volume, run_id: str) -> CollectJob | None:
     return job
 
 
-def finished_shards(volume: Volume, job: CollectJob) -> dict[int, str]:
-    """Folder on the Volume of each shard that is finished."""
-    shards: dict[int, str] = {}
-    for path in sorted(entry.path.lstrip("/") for entry in volume.listdir(job.run_id, recursive=True)):
-        parts = PurePosixPath(path).parts
-        if len(parts) == 4 and parts[3] == MANIFEST_FILE and parts[1].startswith("shard-"):
-            shard = int(parts[1].removeprefix("shard-"))
-            if shard < job.num_shards:
-                shards.setdefault(shard, str(PurePosixPath(path).parent))
+def finished_shards(volume: Volume, job: CollectJob) -> dict[int, list[str]]:
+    """Folders on the Volume of the attempts at each shard that seem complete: their manifest lists files that are there."""
+    names = {entry.path.lstrip("/") for entry in volume.listdir(job.run_id, recursive=True)}
+    shards: dict[int, list[str]] = {}
+    for path in sorted(names):
+        found = re.fullmatch(rf"{re.escape(job.run_id)}/shard-(\d{{5}})/[^/]+/{re.escape(MANIFEST_FILE)}", path)
+        if found is None or int(found.group(1)) >= job.num_shards:
+            continue
+        folder = path.removesuffix(f"/{MANIFEST_FILE}")
+        try:
+            manifest = _read_manifest(volume, folder)[0]
+        except TraceError:
+            # Cut off while it was written.
+            continue
+        if all(f"{folder}/{name}" in names for name in manifest.files):
+            shards.setdefault(int(found.group(1)), []).append(folder)
     return shards
 
 
@@ -79,26 +88,42 @@ def download_run(
         )
     folder = out.with_name(out.name + ".shards")
     parts = []
-    for shard in sorted(shards):
+    for shard in range(job.num_shards):
         parts.append(folder / f"shard-{shard:05d}")
-        fetched = fetch_trace(volume, shards[shard], parts[-1])
+        fetched = _fetch_shard(volume, job, shard, shards[shard], parts[-1])
         say(f"shard {shard + 1} of {job.num_shards}: {fetched / 1e6:.1f} MB downloaded and verified")
     trace = merge_traces(parts, out, about={"run_id": run_id, **(about or {})})
     shutil.rmtree(folder)
     return trace
 
 
+def _fetch_shard(volume: Volume, job: CollectJob, shard: int, attempts: list[str], target: Path) -> int:
+    """Download the first of the attempts that is whole and of this shard; returns bytes downloaded."""
+    last: TraceError | None = None
+    for path in attempts:
+        try:
+            fetched = fetch_trace(volume, path, target)
+        except TraceError as error:
+            last = error
+            continue
+        if holds_shard(target, job, shard):
+            return fetched
+        last = TraceError(f"{path} does not hold the problems of shard {shard + 1}: 'modal volume rm -r' it and run again")
+    assert last is not None
+    raise last
+
+
 def fetch_trace(volume: Volume, path: str, target: Path) -> int:
     """Download the trace folder `path` and compare every file with its manifest; returns bytes downloaded.
 
-    A file has its name only when it is whole, the manifest comes last. Raises `TraceError` naming the file.
+    A file has its name only when it is whole, the manifest comes last. What else is in `target`, of an earlier download, is
+    removed. Raises `TraceError` naming the file.
     """
-    text = _read_document(volume, f"{path}/{MANIFEST_FILE}")
-    try:
-        # Paths that leave the folder are refused here.
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        raise TraceError(f"{path}/{MANIFEST_FILE} on the Volume is no manifest: {error.errors()[0]['msg']}") from error
+    manifest, text = _read_manifest(volume, path)
+    (target / MANIFEST_FILE).unlink(missing_ok=True)
+    for other in [found for found in target.rglob("*") if not found.is_dir() or found.is_symlink()]:
+        if str(other.relative_to(target)) not in manifest.files or other.is_symlink():
+            other.unlink()
     fetched = 0
     for name, entry in manifest.files.items():
         local = target / name
@@ -122,6 +147,15 @@ def fetch_trace(volume: Volume, path: str, target: Path) -> int:
         fetched += entry.bytes
     (target / MANIFEST_FILE).write_bytes(text)
     return fetched
+
+
+def _read_manifest(volume: Volume, path: str) -> tuple[Manifest, bytes]:
+    text = _read_document(volume, f"{path}/{MANIFEST_FILE}")
+    try:
+        # Paths that leave the folder are refused here.
+        return Manifest.model_validate_json(text), text
+    except ValidationError as error:
+        raise TraceError(f"{path}/{MANIFEST_FILE} on the Volume is no manifest: {error.errors()[0]['msg']}") from error
 
 
 def _fetch_file(volume: Volume, path: str, local: Path, entry: ManifestEntry) -> str | None:

@@ -7,7 +7,6 @@ The work is in `modal_jobs.awq`.
 
 # No `from __future__ import annotations` here, as in collect.py.
 
-import os
 from pathlib import Path
 
 import modal
@@ -42,15 +41,13 @@ def make(model: str, revision: str | None, name: str, texts: list[str], group_si
     from profiler.deepseek_v1 import local_rewriting
     from profiler.models import resolve_model
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
     target = made_checkpoint(name, MADE)
     try:
         if target.is_dir():
             return f"{target} is there already", ""
-        if resolve_model(model, revision=revision).metadata.architecture == "DeepseekForCausalLM":
-            source = local_rewriting(model, revision, model.replace("/", "--"), say=say)
-        else:
-            source = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        source = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        if resolve_model(str(source)).metadata.architecture == "DeepseekForCausalLM":
+            source = local_rewriting(str(source), None, model.replace("/", "--"), say=say)
         target.parent.mkdir(parents=True, exist_ok=True)
         report = quantize(source, target, texts, group_size=group_size, say=say)
     except SpecmoeError as error:

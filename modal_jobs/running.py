@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import modal
 
-from profiler.errors import SpecmoeError, first_line
+from profiler.errors import SpecmoeError, first_line, printable
 
 
 @contextmanager
@@ -15,14 +15,15 @@ def one_line_errors(name: str) -> Iterator[None]:
     """Errors that a user can meet as one line and exit code 1."""
     try:
         yield
-    except modal.exception.NotFoundError as error:
-        raise SystemExit(f"{name}: {first_line(error)}") from None
+    except (modal.exception.NotFoundError, modal.exception.InvalidError) as error:
+        raise SystemExit(f"{name}: {printable(first_line(error))}") from None
     except modal.exception.Error as error:
-        raise SystemExit(f"{name}: {type(error).__name__}: {first_line(error)}; run again to resume") from None
+        # A lost connection, or a limit of time.
+        raise SystemExit(f"{name}: {type(error).__name__}: {printable(first_line(error))}; run again to resume") from None
     except (SpecmoeError, OSError) as error:
-        raise SystemExit(f"{name}: {' '.join(str(error).split())}") from None
+        raise SystemExit(f"{name}: {printable(' '.join(str(error).split()))}") from None
 
 
 def say(text: str) -> None:
     """Print a line at once: Modal shows what its machines print."""
-    print(text, flush=True)
+    print(printable(text), flush=True)

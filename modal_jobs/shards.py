@@ -21,7 +21,7 @@ from profiler.collection import Collection, CollectSummary, Progress, summarize
 from profiler.collector import TraceCollector
 from profiler.devices import Gpu, named_gpu
 from profiler.engines import EngineOptions, Sampling
-from profiler.errors import TraceError
+from profiler.errors import TraceError, first_line
 from profiler.estimate import HOST_DOLLARS
 from profiler.plan import CollectJob, read_shard, shard_datasets
 from profiler.reader import Trace
@@ -63,10 +63,21 @@ def shard_folder(run: Path, shard: int) -> Path:
     return run / f"shard-{shard:05d}"
 
 
-def finished_attempt(run: Path, shard: int) -> Path | None:
-    """The first attempt that is a complete trace."""
-    manifests = sorted(shard_folder(run, shard).glob(f"*/{MANIFEST_FILE}"))
-    return next((path.parent for path in manifests if not Trace.open(path.parent, allow_incomplete=True).faults()), None)
+def finished_attempt(run: Path, job: CollectJob, shard: int) -> Path | None:
+    """The first attempt that is a complete trace of the shard's problems. What is left of others is passed over."""
+    for manifest in sorted(shard_folder(run, shard).glob(f"*/{MANIFEST_FILE}")):
+        if holds_shard(manifest.parent, job, shard):
+            return manifest.parent
+    return None
+
+
+def holds_shard(folder: Path, job: CollectJob, shard: int) -> bool:
+    """Whether a folder is a complete trace of exactly the problems of a shard."""
+    try:
+        ids = Trace.open(folder).problems.column("problem_id").to_pylist()
+    except TraceError:
+        return False
+    return bool(ids == list(range(job.shards[shard], job.shards[shard + 1])))
 
 
 def collect_shard(
@@ -75,7 +86,6 @@ def collect_shard(
     shard: int,
     collector: TraceCollector,
     *,
-    device: str,
     commit: Callable[[], None],
     say: Callable[[str], None],
     spent: Callable[[], float] = lambda: 0.0,
@@ -86,9 +96,9 @@ def collect_shard(
     it goes. spent: dollars of this machine so far. Raises `SpecmoeError` if it cannot be collected.
     """
     folder = shard_folder(run, shard)
-    done = finished_attempt(run, shard)
+    done = finished_attempt(run, job, shard)
     if done is not None:
-        return _report(summarize(Trace.open(done), resumed=0, usage=Usage()), shard, job, device, cached=True)
+        return _report(summarize(Trace.open(done), resumed=0, usage=Usage()), shard, job, cached=True)
     problems = read_shard(run, job, shard)
     attempt = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:8]}"
     resumed = _continue_from(folder, attempt)
@@ -102,7 +112,7 @@ def collect_shard(
         out=attempt,
         resume=True,
     )
-    with _committing(commit), _reporting(collector, f"shard {shard + 1} of {job.num_shards}", say, spent):
+    with _committing(commit, say), _reporting(collector, f"shard {shard + 1} of {job.num_shards}", say, spent):
         try:
             summary = collector.collect(collection)
         except TraceError as error:
@@ -112,20 +122,17 @@ def collect_shard(
             say(f"shard {shard + 1}: begins anew, since its earlier attempt cannot be resumed ({error})")
             shutil.rmtree(attempt)
             summary = collector.collect(replace(collection, out=attempt))
-    for other in folder.iterdir():
-        if other != attempt:
-            shutil.rmtree(other, ignore_errors=True)
     commit()
-    return _report(summary, shard, job, device)
+    return _report(summary, shard, job)
 
 
-def start_collector(job: CollectJob, *, say: Callable[[str], None]) -> TraceCollector:
-    """A collector for the job, whose engine has started. Raises `SpecmoeError`."""
+def start_collector(job: CollectJob, revision: str | None, *, say: Callable[[str], None]) -> TraceCollector:
+    """A collector for the job, whose engine has started. revision: commit of the weights. Raises `SpecmoeError`."""
     collector = TraceCollector(
         job.model,
         engine=job.engine,
         precision=job.precision,
-        revision=job.revision,
+        revision=revision,
         engine_options=EngineOptions(
             dtype=job.dtype,
             max_length=job.max_length,
@@ -138,13 +145,6 @@ def start_collector(job: CollectJob, *, say: Callable[[str], None]) -> TraceColl
     return collector
 
 
-def device_name() -> str:
-    """This machine's first GPU as CUDA names it, or `CPU`."""
-    import torch
-
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-
-
 def dollars_per_hour(device: str, asked: Gpu) -> float:
     """What the machine costs: of the GPU that it has, if it can be told from its name, else of the one asked for."""
     found = named_gpu(device)
@@ -153,12 +153,11 @@ def dollars_per_hour(device: str, asked: Gpu) -> float:
 
 
 def _continue_from(folder: Path, attempt: Path) -> bool:
-    """Copy what the attempt that came furthest has; returns whether there is one. Complete ones with faults are removed."""
-    others = [path for path in folder.glob("*/") if (path / METADATA_FILE).is_file()]
-    for path in others:
-        if (path / MANIFEST_FILE).exists():
-            shutil.rmtree(path)
-    begun = [path for path in others if (path / CAPTURE_FOLDER).is_dir()]
+    """Copy what the attempt that came furthest has; returns whether there is one.
+
+    Nothing is removed: another machine may still be at work there.
+    """
+    begun = [path for path in folder.glob("*/") if (path / METADATA_FILE).is_file() and (path / CAPTURE_FOLDER).is_dir()]
     if not begun:
         return False
     furthest = max(begun, key=lambda path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
@@ -169,13 +168,16 @@ def _continue_from(folder: Path, attempt: Path) -> bool:
 
 
 @contextmanager
-def _committing(commit: Callable[[], None]) -> Iterator[None]:
+def _committing(commit: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
     """Commit every `COMMIT_SECONDS`, and once more when the block is left, however it is left."""
     done = threading.Event()
 
     def work() -> None:
         while not done.wait(COMMIT_SECONDS):
-            commit()
+            try:
+                commit()
+            except Exception as error:  # whatever the Volume's client raises: the next one may go well
+                say(f"what was recorded could not be committed: {first_line(error)}")
 
     thread = threading.Thread(target=work, name="specmoe-commit", daemon=True)
     thread.start()
@@ -209,7 +211,7 @@ def _reporting(collector: TraceCollector, name: str, say: Callable[[str], None],
         collector.on_progress, collector.on_stage = before
 
 
-def _report(summary: CollectSummary, shard: int, job: CollectJob, device: str, *, cached: bool = False) -> ShardReport:
+def _report(summary: CollectSummary, shard: int, job: CollectJob, *, cached: bool = False) -> ShardReport:
     return ShardReport(
         shard=shard,
         cached=cached,
@@ -219,6 +221,6 @@ def _report(summary: CollectSummary, shard: int, job: CollectJob, device: str, *
         rows=summary.rows,
         bytes=summary.bytes,
         tokens_per_second=None if cached else summary.tokens_per_second,
-        device=device,
+        device=Trace.open(summary.trace).metadata.capture.get("device", "unknown"),
         usage=None if cached else summary.usage,
     )

@@ -35,13 +35,13 @@ app = modal.App("specmoe-train")
     timeout=24 * 60 * 60,
     retries=modal.Retries(max_retries=2, initial_delay=1.0),
 )
-def train(job: TrainJob) -> str:
-    """Train on the mounted Volume. Returns an error's line, empty if there is none."""
+def train(job: TrainJob, volume: str) -> str:
+    """Train on the mounted Volume of this name. Returns an error's line, empty if there is none."""
     try:
         train_on_volume(Path(TRACES), job, Path("/tmp/specmoe"), say=say)
     except SpecmoeError as error:
         return first_line(error)
-    trace_volume.commit()
+    modal.Volume.from_name(volume).commit()
     return ""
 
 
@@ -76,9 +76,10 @@ def main(
         )
         job = TrainJob(source=str(source), predictor=predictor, horizon=horizon, options=options)
         remote = train.with_options(gpu=gpu, volumes={CACHE: cache_volume, TRACES: store})
-        refusal = remote.remote(job)
+        refusal = remote.remote(job, volume)
         if refusal:
             raise SpecmoeError(refusal)
+        # What an earlier download left there may be of another job: `fetch_trace` removes it.
         building = target.with_name(target.name + ".part")
         fetched = fetch_trace(store, job.name, building)
         (building / MANIFEST_FILE).unlink()

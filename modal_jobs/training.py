@@ -55,7 +55,7 @@ def open_source(volume: Path, source: str, work: Path) -> Trace:
     if not (folder / JOB_FILE).is_file():
         raise TraceError(f"no run or trace {source} on the Volume; 'modal volume ls NAME' lists what there is")
     job = read_job((folder / JOB_FILE).read_bytes(), f"{source}/{JOB_FILE}")
-    parts = [finished_attempt(folder, shard) for shard in range(job.num_shards)]
+    parts = [finished_attempt(folder, job, shard) for shard in range(job.num_shards)]
     found = [part for part in parts if part is not None]
     if len(found) < job.num_shards:
         raise TraceError(f"{len(found)} of {job.num_shards} shards of {source} are finished: collect the others first")

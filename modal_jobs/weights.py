@@ -12,8 +12,8 @@ PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer
 IGNORED = ["original/*", "metal/*", "*/*"]
 
 
-def fetch_checkpoint(checkpoint: str, revision: str | None, *, say: Callable[[str], None]) -> None:
-    """Download a hub repository into $HF_HOME, or see that a folder is there.
+def fetch_checkpoint(checkpoint: str, revision: str | None, *, say: Callable[[str], None]) -> str | None:
+    """Download a hub repository into $HF_HOME and return its commit; of a folder, see that it is there and return None.
 
     Raises `ModelError` if the folder or repository does not exist, or if the repository wants a token.
     """
@@ -24,7 +24,7 @@ def fetch_checkpoint(checkpoint: str, revision: str | None, *, say: Callable[[st
                 f"no checkpoint {checkpoint} on the cache Volume: make it first with "
                 f"modal run modal_jobs/quantize.py --model {name}"
             )
-        return
+        return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -42,3 +42,4 @@ def fetch_checkpoint(checkpoint: str, revision: str | None, *, say: Callable[[st
         raise ModelError(f"cannot fetch {checkpoint}: {first_line(error)}") from error
     size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     say(f"{checkpoint}: {size / 1e9:.1f} GB in the cache")
+    return Path(folder).name

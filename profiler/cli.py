@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from profiler.errors import SpecmoeError, TraceError
+from profiler.errors import SpecmoeError, TraceError, printable
 from profiler.reader import Trace
 from profiler.schema import MAX_EXPERTS
 from profiler.tables import console, print_rows
@@ -52,11 +52,6 @@ def run_app(app: typer.Typer, name: str) -> None:
 def _fail(name: str, text: str, code: int) -> None:
     print(f"{name}: {printable(' '.join(text.split()))}", file=sys.stderr)
     sys.exit(code)
-
-
-def printable(text: str) -> str:
-    """Text without control characters: names in a stranger's file must not steer the terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class EngineName(StrEnum):
@@ -130,6 +125,7 @@ def collect(
     gpu: Annotated[str | None, typer.Option(help="--plan: the GPU to rent.", show_default="A100-80GB")] = None,
     containers: Annotated[int, typer.Option(min=1, help="--plan: machines at a time.")] = 1,
     shard_size: Annotated[int | None, typer.Option(min=1, help="--plan: problems in a shard.")] = None,
+    hf_secret: Annotated[str | None, typer.Option(help="--plan: as for the job; not looked up.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's own log.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -148,6 +144,19 @@ def collect(
     names = tuple(name.strip() for name in dataset.split(","))
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if plan:
+        local_only = {
+            "--batch": batch is not None,
+            "--load-in-8bit or --load-in-4bit": load_in_8bit or load_in_4bit,
+            "--offload": offload,
+            "--compiled or --eager": compiled is not None,
+            "--prefix-caching": prefix_caching,
+            "--jsonl": jsonl,
+            "--resume": resume,
+            "--verbose": verbose,
+        }
+        for name, given in local_only.items():
+            if given:
+                raise typer.BadParameter("is for collecting here; the jobs on rented GPUs do not have it", param_hint=name)
         planned = make_plan(
             model=model or DEFAULT_MODEL,
             selection=Selection(
@@ -180,6 +189,7 @@ def collect(
         "--gpu": gpu,
         "--shard-size": shard_size,
         "--containers": None if containers == 1 else containers,
+        "--hf-secret": hf_secret,
     }.items():
         if value is not None:
             raise typer.BadParameter("goes with --plan; rented GPUs: modal run modal_jobs/collect.py", param_hint=name)

@@ -27,8 +27,8 @@ from profiler.capture import (
     read_completed,
 )
 from profiler.capture_stream import ROUTING_STREAM
-from profiler.collection import Collection, CollectSummary, Progress, summarize
-from profiler.devices import local_gpu
+from profiler.collection import Collection, CollectSummary, Progress, check_sampling, summarize
+from profiler.devices import device_name, local_gpu
 from profiler.engines import Completion, Engine, EngineOptions, Prompt, Sampling, start_engine
 from profiler.errors import EngineError, TraceError
 from profiler.model_registry import MODELS, preset
@@ -125,10 +125,15 @@ class TraceCollector:
             data_files=data_files,
             sampling=sampling or Sampling(),
         )
+        check_sampling(selection.sampling)
         problems = select(selection, self.model.location, self.model.metadata.revision)
+        capture = self.options.capture
+        hidden_tokens = capture.hidden_tokens if capture.hidden_layers else 0
         folder = Path(tempfile.mkdtemp(prefix="specmoe-"))
         try:
-            summary = self.collect(Collection(out=folder / "trace", **describe(selection, problems)))
+            summary = self.collect(
+                Collection(out=folder / "trace", hidden_tokens=hidden_tokens, **describe(selection, problems))
+            )
         except BaseException:
             if not (folder / "trace").exists():
                 folder.rmdir()
@@ -154,7 +159,7 @@ class TraceCollector:
                 if not begun and _discard_if_empty(out, created):
                     raise
                 if isinstance(error, EngineError):
-                    raise EngineError(f"{error}; what was recorded before stays: --resume goes on from there") from error
+                    raise type(error)(f"{error}; what was recorded before stays: --resume goes on from there") from error
                 raise
 
     def close(self) -> None:
@@ -230,7 +235,8 @@ class TraceCollector:
         self.on_stage("sealing the trace")
         runs = len(runs_of(out))
         cut = sum(sequence.truncated_tokens > 0 for sequence in sequences.values())
-        metadata = metadata.model_copy(update={"capture": metadata.capture | {"truncated_problems": cut, "runs": runs}})
+        counts = {"truncated_problems": cut, "runs": runs, "device": device_name()}
+        metadata = metadata.model_copy(update={"capture": metadata.capture | counts})
         trace = finish_trace(out, metadata, list(sequences.values()), jsonl=collection.jsonl, others_abandoned=runs > 1)
         return summarize(
             trace,

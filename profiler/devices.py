@@ -67,3 +67,10 @@ def local_gpu() -> Gpu | None:
     properties = torch.cuda.get_device_properties(0)
     known = named_gpu(properties.name) or Gpu(name=properties.name, memory=0, bandwidth=0, tflops=0)
     return replace(known, memory=round(properties.total_memory / 1e9))
+
+
+def device_name() -> str:
+    """This machine's first GPU as CUDA names it, or `CPU`."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"

@@ -42,7 +42,16 @@ class EngineError(SpecmoeError):
     """An inference engine is not installed, or the capture inside it failed."""
 
 
+class EngineStoppedError(EngineError):
+    """An engine ended while it ran: for want of memory, say. Another one may do better."""
+
+
 def first_line(error: BaseException) -> str:
     """An exception as one line."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text without control characters: names in a stranger's file must not steer the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

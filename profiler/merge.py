@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +33,8 @@ from profiler.writer import public_command, sha256_of, write_manifest, write_met
 
 # Of the metadata's `capture`: what is added up. Everything else must be the same in all parts.
 COUNTED = {"truncated_problems", "runs", "hidden_tokens", "writer_waits", "writer_wait_seconds"}
-OWN = {"created", "command", "gaps", "datasets", "capture"}
+# On what and with what, which may differ between parts that were recorded in the same way.
+OWN = {"created", "command", "gaps", "datasets", "capture", "versions"}
 
 
 def merge_traces(
@@ -61,7 +63,8 @@ def merge_traces(
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     for folder in (ROUTING_FOLDER, LOGITS_FOLDER, HIDDEN_FOLDER):
-        files = [path for trace in traces for path in sorted((trace.path / folder).glob("part-*.parquet"))]
+        # Only what the manifest lists: other files are none of the trace's.
+        files = [trace.path / name for trace in traces for name in _listed(trace) if name.startswith(f"{folder}/")]
         for number, path in enumerate(files):
             (building / folder).mkdir(exist_ok=True)
             _link(path, building / folder / f"part-{number:05d}.parquet")
@@ -76,6 +79,10 @@ def merge_traces(
     return Trace.open(out)
 
 
+def _listed(trace: Trace) -> list[str]:
+    return sorted(trace.manifest.files) if trace.manifest is not None else []
+
+
 def _problem_range(part: Path) -> tuple[int, int]:
     """First and last problem. The table, which a trace keeps, goes with the trace."""
     ids = Trace.open(part).problems.column("problem_id")
@@ -88,7 +95,11 @@ def _merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
     counts: dict[str, Any] = {}
     datasets: dict[str, DatasetMetadata] = {}
     gaps: dict[str, None] = {}
+    versions: dict[str, list[str]] = {}
+    devices = Counter(trace.metadata.capture.get("device", "unknown") for trace in traces)
     for trace in traces:
+        for name, found in trace.metadata.versions.items():
+            versions[name] = sorted({*versions.get(name, []), found})
         for name, expected, found in _compared(first.metadata, trace.metadata):
             if found != expected:
                 raise TraceError(
@@ -109,7 +120,11 @@ def _merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
         update={
             "datasets": list(datasets.values()),
             "gaps": list(gaps),
-            "capture": first.metadata.capture | counts | {"parts": len(traces)} | about,
+            "versions": {name: ", ".join(found) for name, found in versions.items()},
+            "capture": {name: value for name, value in first.metadata.capture.items() if name != "device"}
+            | counts
+            | {"parts": len(traces), "devices": dict(devices)}
+            | about,
             "created": min(trace.metadata.created for trace in traces),
             "command": public_command(),
         }
@@ -119,7 +134,7 @@ def _merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
 def _compared(first: Metadata, other: Metadata) -> list[tuple[str, Any, Any]]:
     """Name and both values of everything that parts must have in common."""
     ours, theirs = (metadata.model_dump(mode="json", exclude=OWN) for metadata in (first, other))
-    names = sorted((first.capture.keys() | other.capture.keys()) - COUNTED)
+    names = sorted((first.capture.keys() | other.capture.keys()) - COUNTED - {"device"})
     captured = [(f"capture.{name}", first.capture.get(name), other.capture.get(name)) for name in names]
     return [(name, ours[name], theirs[name]) for name in ours] + captured
 
@@ -133,7 +148,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _link_gates(traces: list[Trace], building: Path) -> None:
-    paths = [trace.path / GATES_FILE for trace in traces if (trace.path / GATES_FILE).is_file()]
+    paths = [trace.path / GATES_FILE for trace in traces if GATES_FILE in _listed(trace)]
     if len({sha256_of(path) for path in paths}) > 1:
         raise TraceError(f"{building}: the parts have different {GATES_FILE}: their models differ")
     if paths:

@@ -31,7 +31,8 @@ class ModelEntry:
     """One entry of the registry.
 
     checkpoints: precision -> hub id, the one as published first. quantizable: precisions that `modal_jobs/quantize.py` makes.
-    parameters, active: billions, in all and for one token. hidden: D. kv_bytes: keys and values of one token, 16 bits.
+    parameters, active: billions, in all and for one token. context: tokens of a sequence. hidden: D.
+    kv_bytes: keys and values of one token, 16 bits.
     shared: experts that every token uses; they are not routed. renormalized: None where the config does not say.
     gated: precisions whose repository wants an account that accepted the model's terms (Mixtral's did in 2024).
     remote_code: its config is Python code of the repository.
@@ -46,6 +47,7 @@ class ModelEntry:
     top_k: int
     shared: int = 0
     renormalized: bool | None
+    context: int
     hidden: int
     parameters: float
     active: float
@@ -90,6 +92,7 @@ _MIXTRAL = ModelEntry(
     experts=8,
     top_k=2,
     renormalized=True,
+    context=32768,
     hidden=4096,
     parameters=46.7,
     active=12.9,
@@ -105,6 +108,7 @@ _QWEN = ModelEntry(
     top_k=4,
     shared=1,
     renormalized=False,
+    context=8192,
     hidden=2048,
     parameters=14.3,
     active=2.7,
@@ -144,6 +148,7 @@ MODELS: dict[str, ModelEntry] = {
             top_k=6,
             shared=2,
             renormalized=False,
+            context=4096,
             hidden=2048,
             parameters=16.4,
             active=2.8,
@@ -166,6 +171,7 @@ MODELS: dict[str, ModelEntry] = {
             top_k=6,
             shared=2,
             renormalized=False,
+            context=32768,
             hidden=2048,
             parameters=15.7,
             active=2.4,
@@ -180,6 +186,7 @@ MODELS: dict[str, ModelEntry] = {
             experts=64,
             top_k=8,
             renormalized=False,
+            context=4096,
             hidden=2048,
             parameters=6.9,
             active=1.3,
@@ -196,6 +203,7 @@ MODELS: dict[str, ModelEntry] = {
             experts=128,
             top_k=8,
             renormalized=True,
+            context=40960,
             hidden=2048,
             parameters=30.5,
             active=3.3,
@@ -211,6 +219,7 @@ MODELS: dict[str, ModelEntry] = {
             experts=16,
             top_k=2,
             renormalized=None,
+            context=131072,
             hidden=4096,
             parameters=41.9,
             active=6.6,
@@ -223,6 +232,7 @@ MODELS: dict[str, ModelEntry] = {
             experts=32,
             top_k=4,
             renormalized=True,
+            context=131072,
             hidden=2880,
             parameters=20.9,
             active=3.6,

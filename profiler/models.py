@@ -67,6 +67,8 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
     if is_folder and not (Path(location) / "config.json").is_file():
         raise ModelError(f"{location} is not a model folder: it has no config.json")
     config = _read_config(location, revision)
+    if not is_folder:
+        revision = _commit(location, revision) or revision
     facts = moe_facts(config)
     try:
         model = _resolved(name, location, config, facts, dtype, revision)
@@ -105,7 +107,7 @@ def _resolved(
 ) -> ResolvedModel:
     metadata = ModelMetadata(
         id=name if name == DEMO_MODEL else location,
-        revision=revision or config.get("_commit_hash"),
+        revision=revision,
         architecture=(config.get("architectures") or [None])[0],
         dtype=config.get("dtype") or config.get("torch_dtype") if dtype == "auto" else dtype,
         quantization=(config.get("quantization_config") or {}).get("quant_method"),
@@ -180,3 +182,11 @@ def _read_config(location: str, revision: str | None) -> dict[str, Any]:
     if not config:
         raise ModelError(f"model {location!r} has no config.json: expected a local folder or an existing hub id")
     return dict(config)
+
+
+def _commit(hub_id: str, revision: str | None) -> str | None:
+    """The commit that the config of a hub model was read from: the name of its folder in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ JOB_FILE, JOB_PROBLEMS_FILE = "job.json", "problems.jsonl"
 SHARDS_PER_CONTAINER = 4
 SMALL_SHARD, LARGE_SHARD = 512, 8192
 MAX_CONTAINERS = 100
+# Their numbers have five digits.
+MAX_SHARDS = 99_999
+# Tokens of a sequence unless told otherwise: the same on every GPU, so that a run may go on with another.
+PLANNED_CONTEXT = 8192
 
 
 class CollectJob(BaseModel):
@@ -177,8 +182,15 @@ def make_plan(
         raise EngineError(f"unknown --dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if shard_size is not None and shard_size < 1:
         raise EngineError(f"--shard-size {shard_size}: expected 1 or more")
+    if hidden_layers and hidden_tokens < 1:
+        raise EngineError(f"--hidden-tokens {hidden_tokens}: expected 1 or more")
+    if engine == "transformers" and (logits or hidden_layers):
+        raise EngineError("--capture-logits and --capture-hidden need --engine vllm")
     entry = MODELS.get(model)
+    moe_layers: list[int] | None = None
+    context: int | None = None
     if entry is not None:
+        moe_layers, context = entry.moe_layers, entry.context
         precision = preset(entry, rented, precision).precision
         location = entry.checkpoints.get(precision) or next(iter(entry.checkpoints.values()))
     elif precision == MADE and "/" in model:
@@ -187,10 +199,17 @@ def make_plan(
         raise ModelError(f"--precision chooses among the checkpoints of a short name; {model!r} is none (see 'specmoe models')")
     elif model == DEMO_MODEL:
         location = str(demo_model_folder())
+        facts = resolve_model(DEMO_MODEL)
+        moe_layers, context = facts.metadata.moe_layers, facts.max_length
     else:
         if Path(model).is_dir():
             raise ModelError(f"{model} is a folder of this machine: rented ones take short names and hub ids")
-        location = resolve_model(model, revision=revision).location
+        facts = resolve_model(model, revision=revision)
+        location, moe_layers, context = facts.location, facts.metadata.moe_layers, facts.max_length
+    _check_lengths(model, max_length, context, selection)
+    absent = sorted(set(hidden_layers) - set(moe_layers)) if moe_layers is not None else []
+    if absent and moe_layers:
+        raise EngineError(f"--capture-hidden {absent[0]}: not an MoE layer of {model} ({moe_layers[0]}..{moe_layers[-1]})")
     guessed = ""
     try:
         problems = select(selection, location, revision)
@@ -208,7 +227,7 @@ def make_plan(
         revision=revision,
         engine=engine,
         dtype=dtype,
-        max_length=max_length,
+        max_length=max_length or (min(context, PLANNED_CONTEXT) if context is not None else None),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sampling.seed,
@@ -220,6 +239,7 @@ def make_plan(
         image=VLLM,
         shards=cut_into_shards(len(problems), containers, shard_size),
     )
+    containers = min(containers, job.num_shards)
     job = job.model_copy(update={"run_id": _run_id(job, problems)})
     takes = None
     if entry is not None:
@@ -234,6 +254,10 @@ def cut_into_shards(problems: int, containers: int, shard_size: int | None = Non
         share = -(-problems // containers)
         shard_size = min(share, max(SMALL_SHARD, -(-share // SHARDS_PER_CONTAINER)), LARGE_SHARD)
     count = -(-problems // shard_size)
+    if count > MAX_SHARDS:
+        raise EngineError(
+            f"--shard-size {shard_size} makes {count:,} shards, expected at most {MAX_SHARDS:,}: choose a larger one"
+        )
     return [problems * shard // count for shard in range(count + 1)]
 
 
@@ -281,8 +305,19 @@ def shard_datasets(job: CollectJob, problems: dict[int, Problem]) -> list[Datase
     ]
 
 
+def _check_lengths(model: str, max_length: int | None, context: int | None, selection: Selection) -> None:
+    """Raise `EngineError` on lengths that an engine would refuse, after it was paid for."""
+    if max_length is not None and (max_length < 2 or (context is not None and max_length > context)):
+        raise EngineError(f"--max-length {max_length}: expected 2 to {context or 'the length'} of {model}")
+    longest = max_length or (min(context, PLANNED_CONTEXT) if context is not None else None)
+    new_tokens = selection.sampling.max_new_tokens
+    if longest is not None and new_tokens is not None and new_tokens >= longest:
+        raise EngineError(f"--max-new-tokens {new_tokens} leaves no room for a prompt in {longest} tokens")
+
+
 def _run_id(job: CollectJob, problems: list[Problem]) -> str:
-    digest = hashlib.sha256(json.dumps(job.model_dump(mode="json", exclude={"run_id", "shards"}), sort_keys=True).encode())
+    settings = job.model_dump(mode="json", exclude={"run_id", "shards"}) | {"version": version("speculative-moe")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for line in _problem_lines(problems):
         digest.update(line.encode())
     names = "-".join(dataset.name for dataset in job.datasets)

@@ -1,6 +1,7 @@
 """Problems: rows of a dataset as prompts, and which of them to take.
 
-Rows are read a few at a time and not held: memory is that of the problems taken, and of row numbers where they are shuffled.
+Rows are read a few at a time and not held: memory is that of the problems taken. Where rows are shuffled it is also that of
+their numbers, and of the columns of a local Parquet file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from profiler.datasets import Dataset
-from profiler.errors import DatasetError, UnreachableError
+from profiler.errors import DatasetError, UnreachableError, first_line
 
 MAX_JSONL_LINE = 16 << 20
 # Of the permutation of datasets that are sorted by class. Fixed, so that a dataset's first problems are the same for everybody.
@@ -113,10 +114,11 @@ def take_tokens(
     taken: dict[str, list[Problem]] = {name: [] for name in sources}
     open_sources, left = dict(sources), target_tokens
     while left > 0 and open_sources:
+        # All of a round get the same, also where early ones gave a little more.
         share = -(-left // len(open_sources))
         for name, problems in list(open_sources.items()):
             given = 0
-            while given < min(share, left):
+            while given < share:
                 problem = next(problems, None)
                 if problem is None:
                     if not taken[name]:
@@ -233,23 +235,33 @@ def _read_hub(dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
 
     # Its retries are no news to a user who is told in the end.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # Only what must be shuffled is downloaded whole; it is then a file of Arrow data that stays on disk.
+    streaming = not dataset.sorted_by_class
     try:
         try:
-            rows = hub.load_dataset(dataset.hub_id, dataset.config, split=dataset.split)
+            rows = hub.load_dataset(dataset.hub_id, dataset.config, split=dataset.split, streaming=streaming)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
             # The hub's own conversion of what would otherwise be code.
-            rows = hub.load_dataset(dataset.hub_id, dataset.config, split=dataset.split, revision=CONVERTED)
+            rows = hub.load_dataset(
+                dataset.hub_id, dataset.config, split=dataset.split, revision=CONVERTED, streaming=streaming
+            )
     except Exception as error:  # its failures share no base class: connection, missing repository, bad file
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UnreachableError(
             f"cannot load {dataset.hub_id} from the Hugging Face hub ({reason}); without a network use --data-files FILE"
         ) from error
-    _check_columns(list(rows.column_names), dataset, Path(str(dataset.hub_id)))
-    # A file of Arrow data that stays on disk.
-    rows = rows.select_columns(list(dict.fromkeys(dataset.columns)))
+    if rows.column_names is not None:
+        _check_columns(list(rows.column_names), dataset, Path(str(dataset.hub_id)))
+    columns = list(dict.fromkeys(dataset.columns))
+    if streaming:
+        try:
+            yield from enumerate({name: row.get(name) for name in columns} for row in rows)
+        except Exception as error:  # as above, in the middle of a download
+            raise UnreachableError(f"{dataset.hub_id}: the hub stopped giving rows ({first_line(error)})") from error
+        return
     for numbers in _order(dataset, len(rows)):
-        columns = rows[numbers]
+        some = rows[numbers]
         for at, number in enumerate(numbers):
-            yield number, {name: values[at] for name, values in columns.items()}
+            yield number, {name: some[name][at] for name in columns}

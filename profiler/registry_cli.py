@@ -44,8 +44,15 @@ def models(
         ]
         print_rows(rows, as_json)
         return
+    if name == DEMO_MODEL:
+        facts = resolve_model(DEMO_MODEL).metadata
+        typer.echo(
+            f"{name}: embedded, {facts.architecture}, {facts.dtype}; {facts.num_layers} layers, {len(facts.moe_layers)} with "
+            f"{facts.num_experts} experts, top-{facts.top_k}; runs on a CPU"
+        )
+        return
     if name not in MODELS:
-        raise ModelError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
+        raise ModelError(f"unknown model {name!r}: expected one of {', '.join([DEMO_MODEL, *MODELS])}")
     entry = MODELS[name]
     presets = {gpu.name: [fits(entry, gpu, precision) for precision in entry.precisions] for gpu in GPUS.values()}
     if as_json:

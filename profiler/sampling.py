@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from profiler.datasets import find_dataset
+from profiler.datasets import Dataset, find_dataset
 from profiler.engines import Sampling
 from profiler.errors import DatasetError, ModelError, first_line
 from profiler.problems import SHUFFLE_SEED, Problem, read_problems, take_problems, take_tokens, typical_problems, within
@@ -58,24 +58,33 @@ def select(selection: Selection, location: str, revision: str | None = None) -> 
         dataset.name: read_problems(dataset, data_files=selection.data_files, max_new_tokens=selection.sampling.max_new_tokens)
         for dataset in datasets
     }
+    return _take(selection, sources, lambda: token_counter(location, revision))
+
+
+def guess(selection: Selection) -> list[Problem]:
+    """As `select` without hub and tokenizer: the hub's problems have typical lengths, at four characters a token."""
+
+    def source(dataset: Dataset) -> Iterator[Problem]:
+        if dataset.embedded or selection.data_files is not None:
+            return read_problems(dataset, data_files=selection.data_files, max_new_tokens=selection.sampling.max_new_tokens)
+        return typical_problems(dataset, selection.sampling.max_new_tokens)
+
+    def count_tokens(text: str) -> int:
+        return len(text) // CHARACTERS_PER_TOKEN + 1
+
+    return _take(selection, {name: source(find_dataset(name)) for name in selection.datasets}, lambda: count_tokens)
+
+
+def _take(
+    selection: Selection, sources: dict[str, Iterator[Problem]], counter: Callable[[], Callable[[str], int]]
+) -> list[Problem]:
     if selection.target_tokens is None and selection.max_tokens_per_problem is None:
         return take_problems(sources, selection.num_problems)
-    count_tokens = token_counter(location, revision)
+    count_tokens = counter()
     if selection.target_tokens is None:
         problems = take_problems(sources, selection.num_problems)
         return [within(problem, selection.max_tokens_per_problem, count_tokens)[0] for problem in problems]
     return take_tokens(sources, selection.target_tokens, selection.max_tokens_per_problem, count_tokens)
-
-
-def guess(selection: Selection) -> list[Problem]:
-    """As `select` without the datasets: problems of typical length, four characters to a token."""
-    datasets = [find_dataset(name) for name in selection.datasets]
-    sources = {dataset.name: typical_problems(dataset, selection.sampling.max_new_tokens) for dataset in datasets}
-    if selection.target_tokens is None:
-        return take_problems(sources, selection.num_problems)
-    return take_tokens(
-        sources, selection.target_tokens, selection.max_tokens_per_problem, lambda text: len(text) // CHARACTERS_PER_TOKEN + 1
-    )
 
 
 def describe(selection: Selection, problems: list[Problem]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass
 from types import TracebackType
@@ -70,11 +71,15 @@ class UsageMonitor:
 
     def _sample(self, devices: list[Any]) -> None:
         self._host = max(self._host, _resident_bytes())
-        if devices:
-            import pynvml
+        if not devices:
+            return
+        import pynvml
 
+        # Parts of GPUs (MIG) and some virtual ones answer one of the two only.
+        with contextlib.suppress(pynvml.NVMLError):
             used = sum(int(pynvml.nvmlDeviceGetMemoryInfo(device).used) for device in devices)
             self._device = max(self._device or 0, used)
+        with contextlib.suppress(pynvml.NVMLError):
             self._busy.append(sum(pynvml.nvmlDeviceGetUtilizationRates(device).gpu for device in devices) / len(devices))
 
 

@@ -21,7 +21,7 @@ from typing import Any, Self
 from profiler.capture import OWNER_VARIABLE, CaptureOptions, read_requests
 from profiler.deepseek_v1 import register_config
 from profiler.engines import Completion, EngineOptions, Prompt, Sampling
-from profiler.errors import EngineError, ModelError
+from profiler.errors import EngineError, EngineStoppedError, ModelError
 from profiler.model_registry import USED_SHARE
 from profiler.models import ResolvedModel
 
@@ -110,7 +110,7 @@ class VllmEngine:
                 self._run(requests, on_finished)
                 answer = self._call("specmoe_stop")
         except _EngineDiedError as error:
-            raise EngineError(f"vLLM stopped while it ran: {error}{self._keep_log()}") from error
+            raise EngineStoppedError(f"vLLM stopped while it ran: {error}{self._keep_log()}") from error
         labels = {request.label for request in read_requests(run)}
         if answer["unlabelled"] or len(labels) < len(prompts):
             raise EngineError(f"{len(prompts) - len(labels)} requests reached the worker without a problem id of their own")
@@ -148,7 +148,7 @@ class VllmEngine:
             except Exception as error:
                 # What the engine printed tells more than its client's error.
                 reason = _root_cause(self._log) or _first_line(error)
-                raise EngineError(f"vLLM stopped while it ran: {reason}{self._keep_log()}") from error
+                raise EngineStoppedError(f"vLLM stopped while it ran: {reason}{self._keep_log()}") from error
             if time.monotonic() > next_look:
                 # A writer that failed (a full disk) must not be found out at the end of a long run.
                 self._call("specmoe_status")

@@ -1,5 +1,5 @@
 """Run `modal` commands against an offline stand-in for Modal's servers: the real command line, the real container code, and
-functions in processes of their own that see only what was uploaded. Without that stand-in these tests are skipped.
+functions in processes of their own, with this environment's packages. Without that stand-in these tests are skipped.
 """
 
 from __future__ import annotations

@@ -69,14 +69,22 @@ def equal(trace: Trace, other: Trace) -> bool:
     )
 
 
-def test_three_containers_make_the_trace_of_one_machine(questions: Path, local: Trace, tmp_path: Path) -> None:
-    account = OfflineModal(tmp_path / "account")
-    done = account.run(*arguments(questions, tmp_path / "trace"))
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def account(tmp_path_factory: pytest.TempPathFactory) -> OfflineModal:
+    return OfflineModal(tmp_path_factory.mktemp("modal") / "account")
+
+
+def test_three_containers_of_which_two_are_preempted_make_the_trace_of_one_machine(
+    questions: Path, local: Trace, account: OfflineModal, tmp_path: Path
+) -> None:
+    # Without preemption it is the same with less: tests/modal_jobs/test_resuming.py has that.
+    done = account.run(*arguments(questions, tmp_path / "trace"), FAKEMODAL_PREEMPT="1,2", FAKEMODAL_PREEMPT_AFTER="1")
+    assert done.returncode == 0, done.stdout + done.stderr
     trace = Trace.open(tmp_path / "trace")
     assert trace.faults(verify=True) == []
     assert equal(trace, local)
-    assert len([event for event in account.events("container_start") if event[2] == "Collector.*"]) == 3
+    assert len([event for event in account.events("container_start") if event[2] == "Collector.*"]) >= 3
+    assert {event[2] for event in account.events("preempt")} == {1, 2}
     assert trace.metadata.capture["devices"] == {"CPU": 3}
     for shard in (1, 2, 3):
         assert f"shard {shard} of 3: 20 of 20 problems" in done.stdout
@@ -84,3 +92,17 @@ def test_three_containers_make_the_trace_of_one_machine(questions: Path, local: 
     assert "60 problems" in done.stdout
     assert "complete" in done.stdout
     assert not (tmp_path / "trace.shards").exists()
+
+
+def test_a_shard_that_is_missing_is_the_only_one_computed_again(
+    questions: Path, local: Trace, account: OfflineModal, tmp_path: Path
+) -> None:
+    run = next(path for path in account.volume("specmoe-traces").iterdir() if path.name.startswith("demo-"))
+    for manifest in (run / "shard-00001").glob("*/manifest.json"):
+        manifest.unlink()
+    done = account.run(*arguments(questions, tmp_path / "trace"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 3 shards are finished" in done.stdout
+    written = [str(name) for event in account.events("volume_commit") for name in event[3]]
+    assert {name.split("/")[1] for name in written if name.startswith("demo-")} == {"shard-00001"}
+    assert equal(Trace.open(tmp_path / "trace"), local)

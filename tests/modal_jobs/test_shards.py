@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from modal_jobs import shards
-from modal_jobs.download import download_run
+from modal_jobs.download import download_run, fetch_trace
 from modal_jobs.shards import collect_shard, dollars_per_hour, finished_attempt, shard_folder
 from profiler.collection import Progress
 from profiler.collector import TraceCollector
@@ -67,7 +67,7 @@ def run(job: tuple[CollectJob, Path], tmp_path: Path) -> Path:
 
 
 def collect(run: Path, job: CollectJob, shard: int, collector: TraceCollector, said: list[str]) -> shards.ShardReport:
-    return collect_shard(run, job, shard, collector, device="CPU", commit=lambda: None, say=said.append, spent=lambda: 0.5)
+    return collect_shard(run, job, shard, collector, commit=lambda: None, say=said.append, spent=lambda: 0.5)
 
 
 def test_a_finished_shard_is_not_collected_again(
@@ -100,8 +100,8 @@ def test_an_interrupted_attempt_is_gone_on_with_elsewhere(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect_shard(run, job[0], 1, collector, device="CPU", commit=commit, say=say)
-    assert finished_attempt(committed, 1) is None
+        collect_shard(run, job[0], 1, collector, commit=commit, say=say)
+    assert finished_attempt(committed, job[0], 1) is None
     left = list(shard_folder(committed, 1).iterdir())
     assert len(left) == 1
 
@@ -109,14 +109,13 @@ def test_an_interrupted_attempt_is_gone_on_with_elsewhere(
     report = collect(committed, job[0], 1, collector, said)
     assert "shard 2 of 2: resuming: 2 of 5 problems are finished" in said
     assert report.problems == 5
-    # The earlier attempt is gone, the new one has a folder of its own.
-    assert [path.name for path in shard_folder(committed, 1).iterdir()] == [report.attempt]
-    assert left[0].name != report.attempt
+    # Each has a folder of its own: the other machine may still write.
+    assert {path.name for path in shard_folder(committed, 1).iterdir()} == {left[0].name, report.attempt}
 
     untouched = tmp_path / "untouched"
     shutil.copytree(job[1], untouched)
     collect(untouched, job[0], 1, collector, said)
-    resumed, whole = (Trace.open(finished_attempt(folder, 1) or folder) for folder in (committed, untouched))
+    resumed, whole = (Trace.open(finished_attempt(folder, job[0], 1) or folder) for folder in (committed, untouched))
     assert resumed.to_arrow().equals(whole.to_arrow())
 
 
@@ -132,7 +131,7 @@ def test_an_attempt_that_cannot_be_resumed_is_thrown_away(
     again = collect(run, job[0], 0, collector, said)
     assert again.problems == 5
     assert any("begins anew, since its earlier attempt cannot be resumed" in line for line in said)
-    assert finished_attempt(run, 0) == shard_folder(run, 0) / str(again.attempt)
+    assert finished_attempt(run, job[0], 0) == shard_folder(run, 0) / str(again.attempt)
 
 
 def test_a_complete_attempt_with_a_fault_is_collected_again(
@@ -141,9 +140,9 @@ def test_a_complete_attempt_with_a_fault_is_collected_again(
     said: list[str] = []
     report = collect(run, job[0], 0, collector, said)
     next((shard_folder(run, 0) / str(report.attempt) / "routing").iterdir()).unlink()
-    assert finished_attempt(run, 0) is None
+    assert finished_attempt(run, job[0], 0) is None
     assert collect(run, job[0], 0, collector, said).attempt != report.attempt
-    assert finished_attempt(run, 0) is not None
+    assert finished_attempt(run, job[0], 0) is not None
 
 
 def test_a_job_without_its_problems_is_refused(run: Path, job: tuple[CollectJob, Path], collector: TraceCollector) -> None:
@@ -165,7 +164,7 @@ def test_both_shards_make_one_verified_trace(
     with pytest.raises(TraceError, match=f"1 of 2 shards of {job[0].run_id} are finished: run the same collection again"):
         download_run(volume, job[0].run_id, tmp_path / "trace", say=said.append)
     collect(run, job[0], 1, collector, said)
-    trace = download_run(volume, job[0].run_id, tmp_path / "trace", about={"devices": {"CPU": 2}}, say=said.append)
+    trace = download_run(volume, job[0].run_id, tmp_path / "trace", say=said.append)
     assert trace.faults(verify=True) == []
     assert trace.problems.num_rows == 10
     assert trace.metadata.capture["parts"] == 2
@@ -179,11 +178,59 @@ def test_a_manifest_that_leaves_its_folder_is_refused(
     said: list[str] = []
     for shard in (0, 1):
         collect(run, job[0], shard, collector, said)
-    manifest = next(shard_folder(run, 1).iterdir()) / MANIFEST_FILE
+    attempt = next(shard_folder(run, 1).iterdir())
+    manifest = attempt / MANIFEST_FILE
     manifest.write_text(manifest.read_text().replace('"tokens.parquet"', '"../../../../tokens.parquet"'))
+    volume = LocalVolume(run.parent)
     with pytest.raises(TraceError, match=r"manifest.json on the Volume is no manifest: .* leaves the trace directory"):
-        download_run(LocalVolume(run.parent), job[0].run_id, tmp_path / "trace", say=said.append)
-    assert not (tmp_path / "trace").exists()
+        fetch_trace(volume, str(attempt.relative_to(run.parent)), tmp_path / "fetched")
+    # Such a shard is none that is finished.
+    with pytest.raises(TraceError, match=r"1 of 2 shards of .* are finished"):
+        download_run(volume, job[0].run_id, tmp_path / "trace", say=said.append)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [job[0].run_id]
+
+
+def test_leftovers_of_other_attempts_are_passed_over(
+    run: Path, job: tuple[CollectJob, Path], collector: TraceCollector, tmp_path: Path
+) -> None:
+    # A manifest whose files another machine removed, one that was cut off, and a complete trace of other problems.
+    said: list[str] = []
+    for shard in (0, 1):
+        collect(run, job[0], shard, collector, said)
+    complete = next(shard_folder(run, 1).iterdir())
+    for name in ("00000000T000000-a", "00000000T000000-b"):
+        (shard_folder(run, 1) / name).mkdir()
+        text = (complete / MANIFEST_FILE).read_text()
+        (shard_folder(run, 1) / name / MANIFEST_FILE).write_text(text if name.endswith("a") else text[:50])
+    shutil.copytree(next(shard_folder(run, 0).iterdir()), shard_folder(run, 1) / "00000000T000000-c")
+    for name in ("shard--1", "shard-old", "shard-00007"):
+        shutil.copytree(complete, run / name / "x")
+    assert finished_attempt(run, job[0], 1) == complete
+    # And what an earlier download left where this one goes.
+    stale = tmp_path / "trace.shards" / "shard-00000" / "routing" / "part-00001.parquet"
+    stale.parent.mkdir(parents=True)
+    shutil.copyfile(complete / "routing" / "part-00000.parquet", stale)
+    trace = download_run(LocalVolume(run.parent), job[0].run_id, tmp_path / "trace", say=said.append)
+    assert trace.faults(verify=True) == []
+    assert trace.problems.column("problem_id").to_pylist() == list(range(10))
+    assert sum(len(chunk) for chunk in trace.chunks()) * len(trace.metadata.model.moe_layers) == trace.num_rows
+
+
+def test_a_commit_that_fails_is_tried_again(
+    run: Path, job: tuple[CollectJob, Path], collector: TraceCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "COMMIT_SECONDS", 0.05)
+    commits = []
+
+    def commit() -> None:
+        commits.append(len(commits))
+        if len(commits) == 1:
+            raise RuntimeError("the server is busy")
+
+    said: list[str] = []
+    collect_shard(run, job[0], 0, collector, commit=commit, say=said.append)
+    assert "what was recorded could not be committed: the server is busy" in said
+    assert len(commits) > 2
 
 
 def test_what_a_machine_costs_follows_the_gpu_that_it_has() -> None:

@@ -71,6 +71,16 @@ def test_a_trace_from_here_is_trained_on_there(trace: Trace, account: OfflineMod
     assert again.returncode == 0, again.stderr
     assert "was trained before" in again.stdout
     assert "uploading" not in again.stdout
+    # On a Volume of another name.
+    assert account.run("volume", "create", "elsewhere").returncode == 0
+    other = [*TRAIN, "--trace", str(trace.path), "--volume", "elsewhere", "--out", str(tmp_path / "other")]
+    # What an earlier download of another job left.
+    (tmp_path / "other.part").mkdir()
+    (tmp_path / "other.part" / "left.json").write_text("{}")
+    done = account.run(*other)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {path.name for path in (tmp_path / "run").iterdir()}
+    assert next(account.volume("elsewhere").glob("trace-*/trained/*/manifest.json")).is_file()
     taken = account.run(*TRAIN, "--trace", str(trace.path), "--out", str(tmp_path / "again"))
     assert last_line(taken).endswith("again exists: choose another --out")
 

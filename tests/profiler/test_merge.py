@@ -47,7 +47,9 @@ def test_merged_parts_equal_the_whole(parts: Path, tmp_path: Path) -> None:
     assert merged.problems.equals(whole.problems)
     assert merged.metadata.datasets == whole.metadata.datasets
     assert merged.metadata.sampling == whole.metadata.sampling
-    assert merged.metadata.capture == whole.metadata.capture | {"parts": 3, "runs": 3, "made": "here"}
+    expected = {**whole.metadata.capture, "parts": 3, "runs": 3, "made": "here", "devices": {"CPU": 3}}
+    assert merged.metadata.capture == {name: value for name, value in expected.items() if name != "device"}
+    assert merged.metadata.versions == whole.metadata.versions
     assert [len(chunk) for chunk in merged.chunks()]
     assert Trace.open(parts / "a").faults(verify=True) == []
 
@@ -67,3 +69,18 @@ def test_what_is_no_part_is_refused_and_leaves_nothing(parts: Path, tmp_path: Pa
     with pytest.raises(TraceError, match="already holds a trace"):
         merge_traces([parts / "a"], parts / "whole")
     assert not (tmp_path / "out").exists()
+
+
+def test_other_versions_and_devices_are_listed(parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "b", tmp_path / "b")
+    metadata = Trace.open(parts / "b").metadata
+    changed = {"versions": metadata.versions | {"torch": "9.9"}, "capture": metadata.capture | {"device": "NVIDIA H100"}}
+    write_metadata(tmp_path / "b", metadata.model_copy(update=changed))
+    (tmp_path / "b" / "manifest.json").unlink()
+    write_manifest(tmp_path / "b")
+    # A file that its manifest does not list is none of the trace's.
+    shutil.copyfile(parts / "a" / "routing" / "part-00000.parquet", tmp_path / "b" / "routing" / "part-00001.parquet")
+    merged = merge_traces([parts / "a", tmp_path / "b", parts / "c"], tmp_path / "merged")
+    assert merged.metadata.versions["torch"] == f"{metadata.versions['torch']}, 9.9"
+    assert merged.metadata.capture["devices"] == {"CPU": 2, "NVIDIA H100": 1}
+    assert merged.to_arrow().equals(Trace.open(parts / "whole").to_arrow())

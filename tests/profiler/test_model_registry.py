@@ -64,6 +64,7 @@ def test_a_config_that_agrees_is_taken(tmp_path: Path, monkeypatch: pytest.Monke
     in_hub_cache(tmp_path, qwen(), monkeypatch)
     model = resolve_model("qwen1.5-moe")
     assert (model.metadata.id, model.metadata.num_experts) == ("Qwen/Qwen1.5-MoE-A2.7B", 60)
+    assert model.metadata.revision == "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize(

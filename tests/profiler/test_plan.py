@@ -66,6 +66,13 @@ def test_shards_cover_the_problems_evenly(problems: int, containers: int, size: 
     assert max(sizes) <= (size or 8192)
 
 
+def test_more_containers_than_shards_are_not_planned() -> None:
+    alone = plan(model="qwen1.5-moe", selection=replace(SELECTION, num_problems=2), containers=50)
+    assert alone.containers == 2
+    with pytest.raises(EngineError, match="makes 100,000 shards, expected at most 99,999"):
+        cut_into_shards(100_000, 1, 1)
+
+
 def test_every_container_has_a_shard_and_a_few_more_if_they_are_many() -> None:
     assert cut_into_shards(60, 3) == [0, 20, 40, 60]
     assert len(cut_into_shards(100_000, 4)) - 1 == 16
@@ -98,6 +105,12 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"dtype": "int3"}, EngineError, "unknown --dtype 'int3'"),
         ({"containers": 0}, EngineError, "--containers 0: expected 1 to 100"),
         ({"shard_size": 0}, EngineError, "--shard-size 0: expected 1 or more"),
+        ({"max_length": 4096}, EngineError, "--max-length 4096: expected 2 to 1024 of demo"),
+        ({"max_length": 4}, EngineError, "--max-new-tokens 4 leaves no room for a prompt in 4 tokens"),
+        ({"hidden_layers": (9,), "hidden_tokens": 5}, EngineError, r"--capture-hidden 9: not an MoE layer of demo \(0..7\)"),
+        ({"hidden_layers": (1,), "hidden_tokens": 0}, EngineError, "--hidden-tokens 0: expected 1 or more"),
+        ({"engine": "transformers", "logits": True}, EngineError, "need --engine vllm"),
+        ({"model": "deepseek-moe-16b", "hidden_layers": (0,), "hidden_tokens": 5}, EngineError, "not an MoE layer of deepseek"),
         ({"selection": replace(SELECTION, datasets=("x",))}, DatasetError, "unknown dataset 'x'"),
     ],
 )
@@ -191,6 +204,10 @@ def test_a_dataset_out_of_reach_is_planned_with_typical_prompts() -> None:
     assert guessed.estimate is not None
     assert guessed.estimate.prompt_tokens == pytest.approx(1000 * 258 / 4 + 1000 * 874 / 4, rel=0.02)
     assert guessed.document()["run_id"] is None
+    with_embedded = replace(selection, datasets=("gsm8k", "demo-math"), num_problems=20)
+    assert len(plan(model="mixtral-8x7b", selection=with_embedded, may_guess=True).problems) == 20
+    short = replace(selection, max_tokens_per_problem=300)
+    assert all(problem.max_prompt_tokens for problem in plan(model="mixtral-8x7b", selection=short, may_guess=True).problems)
     by_tokens = replace(selection, target_tokens=20_000, max_tokens_per_problem=150)
     with pytest.raises(DatasetError, match="leaves no room for a prompt of gsm8k"):
         plan(model="mixtral-8x7b", selection=by_tokens, may_guess=True)

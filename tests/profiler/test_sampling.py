@@ -40,7 +40,12 @@ def test_a_budget_is_spread_evenly() -> None:
 def test_what_a_dataset_lacks_comes_from_the_others() -> None:
     sources = {"a": source("a", [8] * 3), "b": source("b", [8] * 100), "c": source("c", [8] * 100)}
     problems = take_tokens(sources, 300, None, len)
-    assert [given_tokens(problems, name) for name in "abc"] == [30, 140, 130]
+    assert [given_tokens(problems, name) for name in "abc"] == [30, 140, 140]
+
+
+def test_small_budgets_leave_no_dataset_out() -> None:
+    sources = {name: source(name, [90] * 9) for name in "abc"}
+    assert [problem.dataset for problem in take_tokens(sources, 100, None, len)] == ["a", "b", "c"]
 
 
 def test_prompts_lose_their_tail_to_stay_within_the_limit() -> None:

@@ -52,5 +52,23 @@ def test_gpus_are_asked_where_nvml_answers(monkeypatch: pytest.MonkeyPatch) -> N
     assert "35.0 GB on the GPU" in str(monitor.usage)
 
 
+def test_a_gpu_that_does_not_tell_how_busy_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As parts of GPUs (MIG) do.
+    import pynvml
+
+    def refuse(device: int) -> None:
+        raise pynvml.NVMLError_NotSupported
+
+    monkeypatch.setattr("profiler.usage.EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 1)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda device: SimpleNamespace(used=5 * 10**9))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", refuse)
+    with UsageMonitor() as monitor:
+        time.sleep(0.1)
+    assert (monitor.usage.device_bytes, monitor.usage.gpu_utilization) == (5 * 10**9, None)
+
+
 def test_without_a_gpu_nothing_is_said_of_one() -> None:
     assert str(Usage(host_bytes=3_200_000_000)) == "peak memory 3.2 GB"
