@@ -287,6 +287,9 @@ def print_summary(summary: Any) -> None:
     if len(summary.by_dataset) > 1:
         gave = (f"{name} {problems} problems, {tokens:,} tokens" for name, (problems, tokens) in summary.by_dataset.items())
         typer.echo("; ".join(gave))
+    tokens = summary.prompt_tokens + summary.output_tokens
+    if summary.target_tokens is not None and tokens < summary.target_tokens:
+        typer.echo(f"{tokens:,} of {summary.target_tokens:,} tokens: answers ended early, or the datasets hold no more")
     if summary.truncated_problems:
         typer.echo(f"{summary.truncated_problems} prompts were too long and kept only their head")
 

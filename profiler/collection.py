@@ -51,7 +51,7 @@ class Progress:
 class CollectSummary:
     """What the trace holds. Times in seconds, `bytes` of the whole directory. resumed: problems that were finished before.
 
-    by_dataset: problems and tokens (prompt and output) of each.
+    by_dataset: problems and tokens (prompt and output) of each. target_tokens: asked for, if tokens were.
     """
 
     trace: Path
@@ -62,6 +62,7 @@ class CollectSummary:
     output_tokens: int
     truncated_problems: int
     by_dataset: dict[str, tuple[int, int]]
+    target_tokens: int | None
     rows: int
     bytes: int
     start_seconds: float
@@ -100,6 +101,7 @@ def summarize(
         output_tokens=sum(columns["output_tokens"]),
         truncated_problems=sum(cut > 0 for cut in columns["truncated_tokens"]),
         by_dataset=by_dataset,
+        target_tokens=trace.metadata.sampling.get("target_tokens"),
         rows=trace.num_rows,
         bytes=sum(path.stat().st_size for path in trace.path.rglob("*") if path.is_file()),
         start_seconds=start_seconds,

@@ -72,6 +72,8 @@ class TraceCollector:
 
         collector = TraceCollector("qwen1.5-moe")
         collector.collect_from_datasets(["gsm8k", "imdb"], target_tokens=20000).save("traces/qwen")
+
+    In a script with vLLM, under `if __name__ == "__main__":`, since its processes import the script again.
     """
 
     def __init__(

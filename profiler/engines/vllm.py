@@ -40,6 +40,7 @@ class VllmEngine:
             raise EngineError(
                 "vLLM is not installed: pip install 'speculative-moe[cpu]' (or [gpu]), or use --engine transformers"
             )
+        _refuse_scripts_that_cannot_be_imported()
         self._environment_before = _set_environment(options.capture)
         self._log = None if options.verbose else _new_log()
         self._log_is_wanted = False
@@ -201,6 +202,17 @@ class VllmEngine:
         for name in ("moe_layers", "num_experts", "top_k"):
             if loaded[name] != getattr(self, name):
                 raise EngineError(f"the loaded model has {name} {loaded[name]}, its config.json says {getattr(self, name)}")
+
+
+def _refuse_scripts_that_cannot_be_imported() -> None:
+    """vLLM's processes import the script that starts them: it must be a file, and must not start another engine then."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise EngineError(
+            "vLLM's processes import your script again: put what starts the collection under if __name__ == '__main__':"
+        )
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    if path is not None and not Path(path).exists():
+        raise EngineError(f"vLLM's processes import your script again, and {path} is no file: save it as one")
 
 
 def is_installed() -> bool:

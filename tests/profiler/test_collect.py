@@ -208,3 +208,14 @@ def test_inspect_tells_complete_from_incomplete(collected: Trace, tmp_path: Path
     done = specmoe("inspect", str(tmp_path / "t"), "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["complete"] is False
+
+
+def test_a_budget_that_is_not_reached_is_said(tmp_path: Path) -> None:
+    budget = ["--target-tokens", "100000", "--max-tokens-per-problem", "12", "--max-new-tokens", "2"]
+    common = ["collect", "--model", "demo", "--engine", "transformers", "--out", str(tmp_path / "t")]
+    done = specmoe(*common, "--dataset", "demo-math,demo-reviews", *budget)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "demo-math 40 problems, 480 tokens; demo-reviews 40 problems, 480 tokens" in lines
+    assert "960 of 100,000 tokens: answers ended early, or the datasets hold no more" in lines
+    assert any(line.startswith("peak memory ") for line in lines)

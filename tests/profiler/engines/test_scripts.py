@@ -1,0 +1,27 @@
+"""Users' own scripts, which vLLM's processes import again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from profiler.engines.vllm import is_installed
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
+
+SCRIPT = 'from profiler import TraceCollector\nTraceCollector("demo").start()\n'
+
+
+def test_a_script_from_standard_input_is_told_to_be_a_file() -> None:
+    done = subprocess.run([sys.executable, "-"], input=SCRIPT, capture_output=True, text=True)
+    assert "EngineError: vLLM's processes import your script again, and <stdin> is no file" in done.stderr
+
+
+def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "put what starts the collection under if __name__ == '__main__'" in done.stderr.splitlines()[-1]
