@@ -9,8 +9,10 @@ from pathlib import Path
 from profiler.collection import Collection, CollectSummary, Progress, check_sampling
 from profiler.collector import TraceCollector
 from profiler.engines import EngineOptions, Sampling
+from profiler.errors import EngineError
 from profiler.resume import check_free
 from profiler.sampling import Selection, describe, select
+from profiler.schema import METADATA_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +76,17 @@ def collect(
         if options.target_tokens is None and len(problems) < options.num_problems:
             on_stage(f"taking all {len(problems)} problems that there are, of {options.num_problems} asked for")
         capture = options.engine_options.capture
-        return collector.collect(
-            Collection(
-                out=options.out,
-                hidden_tokens=capture.hidden_tokens if capture.hidden_layers else 0,
-                jsonl=options.jsonl,
-                resume=options.resume,
-                **describe(options.selection, problems),
+        try:
+            return collector.collect(
+                Collection(
+                    out=options.out,
+                    hidden_tokens=capture.hidden_tokens if capture.hidden_layers else 0,
+                    jsonl=options.jsonl,
+                    resume=options.resume,
+                    **describe(options.selection, problems),
+                )
             )
-        )
+        except EngineError as error:
+            if (options.out / METADATA_FILE).exists():
+                raise type(error)(f"{error}; what was recorded before stays: --resume goes on from there") from error
+            raise

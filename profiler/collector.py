@@ -157,11 +157,9 @@ class TraceCollector:
             begun = (out / METADATA_FILE).exists()
             try:
                 return self._collect(collection, monitor)
-            except BaseException as error:
-                if not begun and _discard_if_empty(out, created):
-                    raise
-                if isinstance(error, EngineError):
-                    raise type(error)(f"{error}; what was recorded before stays: --resume goes on from there") from error
+            except BaseException:
+                if not begun:
+                    _discard_if_empty(out, created)
                 raise
 
     def close(self) -> None:
@@ -391,13 +389,12 @@ def _encode(engine: Engine, problems: dict[int, Problem]) -> list[tuple[Prompt, 
     return prompts
 
 
-def _discard_if_empty(out: Path, created: bool) -> bool:
-    """Leave no trace directory behind that holds no rows; returns whether it is gone."""
+def _discard_if_empty(out: Path, created: bool) -> None:
+    """Leave no trace directory behind that holds no rows."""
     if any(captured_positions(run_folder(out, run)).get(ROUTING_STREAM) for run in runs_of(out)):
-        return False
+        return
     shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
     for name in (METADATA_FILE, Path(METADATA_FILE).with_suffix(".tmp").name):
         (out / name).unlink(missing_ok=True)
     if created:
         out.rmdir()
-    return True

@@ -19,6 +19,7 @@ class Dataset:
     prompt_characters: mean length of a prompt, for estimates where the dataset is out of reach. Measured for humaneval, gsm8k,
     imdb, ag_news, squad and wikitext-2, after published statistics for the others.
     sorted_by_class: the file has one class after the other, so that its head is no sample: rows are taken in shuffled order.
+    Seen in IMDB's files; of DBpedia's it is assumed, where shuffling does no harm.
     min_characters: shorter rows (headings, blank lines) are passed over.
     embedded: the problems ship with this package (`profiler/demo/prompts/`), so no hub is involved.
     """

@@ -70,7 +70,7 @@ class CaptureBuffers:
         # -1 is out of range: it marks rows that no hook wrote in this step, and the writer refuses them.
         self.clear()
         # mypy: PyTorch leaves streams and events without annotations.
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call] # as below
 
     @property
     def nbytes(self) -> int:
@@ -131,7 +131,7 @@ class CaptureBuffers:
                 host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 host[name].copy_(tensor, non_blocking=True)
             # mypy: as above.
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call] # PyTorch leaves it without annotations
             copied.record(self._stream)
         return Snapshot(host, copied)
 

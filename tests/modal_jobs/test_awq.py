@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +150,39 @@ def test_the_job_leaves_a_checkpoint_where_collect_finds_it(tmp_path: Path) -> N
     assert found.returncode == 0, found.stdout + found.stderr
     model = Trace.open(tmp_path / "trace").metadata.model
     assert (model.id, model.moe_layers, model.quantization) == ("tiny/moe-awq", [1, 2], "compressed-tensors")
+
+
+@needs_modal
+def test_a_hub_models_commit_is_pinned_for_the_whole_run(tmp_path: Path) -> None:
+    # Two commits of a repository, as a hub's cache holds them; the client has one of its own.
+    first, second = "1" * 40, "2" * 40
+    cache = tmp_path / "hub" / "models--tiny--moe"
+    tiny("qwen2_moe", cache / "snapshots" / first)
+    shutil.copytree(cache / "snapshots" / first, cache / "snapshots" / second)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(first)
+    secret = {"huggingface-secret": {"HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "1"}}
+    settings = {"HF_HUB_CACHE": str(tmp_path / "hub"), "FAKEMODAL_SECRETS": json.dumps(secret)}
+    account = OfflineModal(tmp_path / "account", settings)
+    assert account.run("volume", "create", "specmoe-cache").returncode == 0
+    put = account.run("volume", "put", "specmoe-cache", str(cache), "/huggingface/hub/models--tiny--moe")
+    assert put.returncode == 0, put.stderr
+    collect = ["run", "modal_jobs/collect.py", "--model", "tiny/moe", "--engine", "transformers", "--dataset", "demo-math"]
+    collect += ["--num-problems", "4", "--max-new-tokens", "2", "--shard-size", "2", "--hf-secret", "huggingface-secret"]
+    done = account.run(*collect, "--out", str(tmp_path / "trace"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Trace.open(tmp_path / "trace").metadata.model.revision == first
+
+    # The repository moves on, and a shard must be collected again.
+    (account.volume("specmoe-cache") / "huggingface" / "hub" / "models--tiny--moe" / "refs" / "main").write_text(second)
+    run = next(path for path in account.volume("specmoe-traces").iterdir() if path.name.startswith("tiny"))
+    assert (run / "commit.txt").read_text() == first
+    for manifest in (run / "shard-00001").glob("*/manifest.json"):
+        manifest.unlink()
+    again = account.run(*collect, "--out", str(tmp_path / "again"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    trace = Trace.open(tmp_path / "again")
+    assert (trace.metadata.model.revision, trace.problems.num_rows) == (first, 4)
 
 
 @needs_modal
