@@ -13,7 +13,7 @@ from profiler.model_registry import ModelEntry, Preset
 from profiler.problems import Problem
 from profiler.sampling import CHARACTERS_PER_TOKEN
 
-# Of bandwidth: Qwen1.5-MoE's own 2.01 requests/s of 1000 + 1000 tokens on an A100-80GB are met to 15 %.
+# Of bandwidth: Qwen1.5-MoE's own 2.01 requests/s of 1000 + 1000 tokens on an A100-80GB are met to 15 %; chosen so.
 BANDWIDTH_SHARE = 0.4
 # Of arithmetic: a W4A16 kernel of Mixtral's shape at 79 TFLOP/s where an A100 has 312.
 COMPUTE_SHARE = 0.25

@@ -115,6 +115,23 @@ def test_an_engine_that_fails_before_any_row_leaves_nothing(tmp_path: Path, monk
     assert not (tmp_path / "t").exists()
 
 
+def test_an_engine_that_fails_later_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from profiler.engines import transformers
+
+    route, calls = transformers.route, iter(range(100))
+
+    def fail_later(*arguments: object) -> object:
+        if next(calls) == 2:
+            raise EngineError("the engine failed")
+        return route(*arguments)
+
+    monkeypatch.setattr(transformers, "route", fail_later)
+    monkeypatch.setattr(transformers.TransformersEngine, "__init__", _light_engine)
+    with pytest.raises(EngineError, match="the engine failed; what was recorded before stays: --resume goes on from there"):
+        collect(options(tmp_path / "t"))
+    assert (tmp_path / "t" / "metadata.json").is_file()
+
+
 def _light_engine(self: object, model: object, engine_options: object) -> None:
     """The demo model, without the constructor's own trial run of `route`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
