@@ -47,6 +47,7 @@ def demo(
 
     Example: specmoe demo --out specmoe-demo
     """
+    from analysis.predictions import as_evaluation
     from profiler.collect import CollectOptions
     from profiler.datasets import DEMO_DATASETS
     from profiler.engines import EngineOptions, Sampling
@@ -55,7 +56,7 @@ def demo(
     from profiler.reader import Trace
     from profiler.resume import check_free
     from profiler.writer import write_text
-    from speculation.evaluate import evaluate, table
+    from speculation.evaluate import evaluate
     from speculation.predictors import TrainingOptions
 
     began = time.monotonic()
@@ -87,8 +88,9 @@ def demo(
     write_text(out / "evaluation.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
 
     console.rule("4 of 4: analyse", align="left")
-    statistics = analysis.cli.analyze_trace(trace, out / "report", predictions=table(document))
+    statistics, findings = analysis.cli.analyze_trace(trace, out / "report", evaluations=[as_evaluation(document)])
     analysis.cli.print_statistics(statistics)
+    analysis.cli.print_findings(findings)
 
     console.rule("Result", align="left")
     speculation.cli.print_evaluation(document)

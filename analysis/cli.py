@@ -3,87 +3,194 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from profiler.errors import SpecmoeError
+from analysis.predictions import Evaluation, read_evaluation
+from profiler.errors import SpecmoeError, printable
 from profiler.reader import Trace
 from profiler.writer import write_text
 
+if TYPE_CHECKING:
+    from analysis.statistics import Statistics
+
 app = typer.Typer()
 console = Console(highlight=False)
+messages = Console(stderr=True, highlight=False)
 
 
 @app.command()
 def analyze(
-    trace: Annotated[Path, typer.Argument(help="A trace directory.")],
-    out: Annotated[Path, typer.Option(help="Folder for statistics.json, transitions.npz and report.html.")],
-    hops: Annotated[int, typer.Option(min=1, help="Longest distance between layers.")] = 8,
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Trace directories; several are compared.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, statistics.json, transitions.npz and tables/.")],
+    hops: Annotated[
+        int | None, typer.Option(min=1, help="Longest distance between layers. Default: 8, fewer where memory says so.")
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="What 'specmoe evaluate --json' wrote, shown in the report; may be repeated.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id, for the text of tokens. Default: the model's, if it is on this machine."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="For the shuffled controls.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print statistics.json.")] = False,
 ) -> None:
-    """Expert load, cross-layer transitions and domain differences, each beside chance and a shuffled control.
+    """How a model routes: load, layers, tokens, pairs, domains, clusters, weights; each beside chance and a shuffled control.
 
     Example: specmoe analyze traces/math --out reports/math
     """
-    statistics = analyze_trace(Trace.open(trace), out, hops=hops, seed=seed)
+    evaluations = [read_evaluation(path) for path in evaluation or []]
+    opened = [Trace.open(path) for path in traces]
+    if len(opened) > 1:
+        if evaluations or tokenizer:
+            raise SpecmoeError("--evaluation and --tokenizer go with one trace; several are compared with each other")
+        document, findings = compare_traces(opened, out, hops=hops, seed=seed)
+    else:
+        statistics, findings = analyze_trace(opened[0], out, hops=hops, seed=seed, evaluations=evaluations, tokenizer=tokenizer)
+        document = statistics.to_json()
+        if not as_json:
+            print_statistics(statistics)
     if as_json:
-        console.print_json(json.dumps(statistics.to_json()))
+        typer.echo(json.dumps(document, indent=1, allow_nan=False))
         return
-    print_statistics(statistics)
+    print_findings(findings)
     typer.echo(f"report: {out / 'report.html'}")
 
 
-def analyze_trace(
-    trace: Trace, out: Path, *, hops: int = 8, seed: int = 0, predictions: list[dict[str, Any]] | None = None
-) -> Any:
-    """Compute the statistics of `trace` and write `statistics.json`, `transitions.npz` and `report.html` to `out`."""
-    from analysis.report import write_report
-    from analysis.statistics import compute_statistics
+Findings = list[tuple[str, str]]
+"""Title and headline of every section of a report."""
 
-    if len(trace.metadata.model.moe_layers) < 2:
-        raise SpecmoeError(f"{trace.path} has one MoE layer; cross-layer statistics need two")
-    statistics = compute_statistics(trace, hops=hops, seed=seed)
+
+def analyze_trace(
+    trace: Trace,
+    out: Path,
+    *,
+    hops: int | None = None,
+    seed: int = 0,
+    evaluations: Sequence[Evaluation] = (),
+    tokenizer: str | None = None,
+) -> tuple[Statistics, Findings]:
+    """Compute the statistics of `trace` and write everything about it to `out`."""
+    statistics = _compute(trace, hops, seed)
+    return statistics, write_analysis(statistics, out, evaluations=evaluations, tokenizer=tokenizer)
+
+
+def write_analysis(
+    statistics: Statistics, out: Path, *, evaluations: Sequence[Evaluation] = (), tokenizer: str | None = None
+) -> Findings:
+    """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`."""
+    import numpy as np
+
+    from analysis.labels import token_labels
+    from analysis.report import write_report
+    from analysis.tables import write_tables
+
+    labels = token_labels(statistics.axes, statistics.source.metadata.model.id, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "statistics.json", json.dumps(statistics.to_json(), indent=1, allow_nan=False) + "\n")
-    np.savez_compressed(out / "transitions.npz", probabilities=statistics.probabilities.astype(np.float32))
-    write_report(statistics, out / "report.html", predictions)
-    return statistics
+    temporary = out / "transitions.tmp.npz"
+    np.savez_compressed(temporary, probabilities=statistics.probabilities, moe_layers=np.array(statistics.axes.moe_layers))
+    temporary.replace(out / "transitions.npz")
+    write_tables(statistics, labels, out / "tables")
+    return write_report(statistics, out / "report.html", labels, evaluations)
 
 
-def print_statistics(statistics: Any) -> None:
+def compare_traces(
+    traces: list[Trace], out: Path, *, hops: int | None = None, seed: int = 0
+) -> tuple[dict[str, Any], Findings]:
+    """Analyse each trace into a folder of its own in `out`, and write the comparison's `report.html` and `statistics.json`."""
+    from analysis.report import write_comparison
+    from analysis.report.comparison import comparison_table
+    from analysis.statistics import plain
+
+    names = _names(traces)
+    compared = {}
+    for name, trace in zip(names, traces, strict=True):
+        messages.print(f"{printable(name)}: {printable(str(trace.path))}", markup=False)
+        compared[name] = analyze_trace(trace, out / name, hops=hops, seed=seed)[0]
+    document = {
+        "traces": {name: str(trace.path) for name, trace in zip(names, traces, strict=True)},
+        "figures": plain(comparison_table(compared)),
+    }
+    write_text(out / "statistics.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
+    return document, write_comparison(compared, out / "report.html")
+
+
+def _names(traces: list[Trace]) -> list[str]:
+    """The folders' names, numbered where two are the same."""
+    plain_names = [trace.path.resolve().name for trace in traces]
+    return [
+        name if plain_names.count(name) == 1 else f"{name}-{plain_names[: number + 1].count(name)}"
+        for number, name in enumerate(plain_names)
+    ]
+
+
+def _compute(trace: Trace, hops: int | None, seed: int) -> Statistics:
+    """`compute_statistics` with a progress bar, or a line now and then where there is no terminal."""
+    from analysis.statistics import compute_statistics
+
+    total = trace.num_rows // max(1, len(trace.metadata.model.moe_layers))
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
+        task = progress.add_task("counting tokens", total=total)
+
+        def advance(tokens: int) -> None:
+            progress.advance(task, tokens)
+            if progress.finished:
+                progress.update(task, description="computing statistics")
+
+        return compute_statistics(trace, hops=hops, seed=seed, on_progress=advance)
+
+
+def print_statistics(statistics: Statistics) -> None:
     """One line per layer."""
-    from analysis.statistics import plain_zero
+    from analysis.statistics import show
 
-    model = statistics.trace.metadata.model
-    next_layer = statistics.transitions[0]
+    model = statistics.source.metadata.model
     table = Table(
         box=None,
-        title=f"{escape(model.id)}: {statistics.problems} problems, {statistics.tokens:,} tokens",
+        title=f"{escape(printable(model.id))}: {statistics.problems:,} problems, {statistics.tokens:,} tokens",
         title_justify="left",
     )
-    headers = ("layer", "load entropy/max", "busiest/mean", "bits with next layer", "shuffled")
+    headers = (
+        "layer",
+        "load entropy/max",
+        "busiest/mean",
+        "same as token before",
+        "shuffled",
+        "bits with next layer",
+        "shuffled",
+    )
     for header in headers:
         table.add_column(header, justify="right")
-    for position, layer in enumerate(model.moe_layers):
+    repetition = statistics.repetitions[0]
+    for n, layer in enumerate(model.moe_layers):
         shared = ("", "")
-        if position < len(next_layer.information_bits):
-            shared = (
-                plain_zero(next_layer.information_bits[position]),
-                plain_zero(next_layer.information_shuffled_bits[position]),
-            )
+        if statistics.hops and n < len(statistics.hops[0].information_bits):
+            first = statistics.hops[0]
+            shared = show(float(first.information_bits[n])), show(float(first.information_shuffled_bits[n]))
         table.add_row(
             str(layer),
-            f"{statistics.load.entropy_share[position]:.3f}",
-            f"{statistics.load.max_over_mean[position]:.2f}",
+            show(float(statistics.load.entropy_share[n])),
+            show(float(statistics.load.max_over_mean[n]), 2),
+            show(float(repetition.first[0, n])),
+            show(float(repetition.first_shuffled[n])),
             *shared,
         )
     console.print(table)
-    for caveat in statistics.trace.caveats():
-        console.print(f"note: {caveat}")
+    for caveat in statistics.source.caveats:
+        console.print(f"note: {escape(caveat)}")
+
+
+def print_findings(findings: Findings) -> None:
+    """The headlines of a report."""
+    for title, headline in findings:
+        console.print(f"[bold]{escape(printable(title))}[/bold]: {escape(printable(headline))}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Do domains (datasets) use different experts? Distances between their loads, against permuted labels."""
+"""Do domains (datasets) use different experts? Distances between their loads, and experts that one prefers."""
 
 from __future__ import annotations
 
@@ -8,61 +8,136 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from analysis.load import Counts, Floats, count_experts, entropy
-from profiler.schema import RoutingChunk
+from analysis.accumulator import Floats
+from analysis.load import ProblemBlocks, entropy, normalized
 
 PERMUTATIONS = 20
+BOOTSTRAPS = 400
+# Fewer problems than this in a dataset make no interval.
+MIN_PROBLEMS = 5
+# An expert that a dataset uses less than this is not called its own, however much rarer others use it.
+MIN_SHARE = 0.25
 
-
-class ProblemLoad:
-    """Expert selections per problem, `[L, E]` each: what domain comparison and its control are made of."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.counts: dict[int, Counts] = {}
-        self._num_experts = num_experts
-
-    def update(self, chunk: RoutingChunk) -> None:
-        """Count one chunk of whole problems."""
-        starts = np.flatnonzero(np.diff(chunk.problem_ids_T, prepend=chunk.problem_ids_T[0] - 1))
-        for start, end in zip(starts, [*starts[1:], len(chunk)], strict=True):
-            problem_id = int(chunk.problem_ids_T[start])
-            self.counts[problem_id] = count_experts(chunk.expert_ids_TLK[start:end], self._num_experts)
+Blocks = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class DomainDistance:
     """Jensen-Shannon distance per MoE layer `[L]` between two datasets (0 equal, 1 disjoint; square root of bits).
 
-    shuffled: mean over permutations of the datasets' labels over the problems of both; what differing problems alone cause.
+    shuffled `[L]`: mean over permutations of the datasets' labels over the problems of both; what differing problems alone
+    cause. shuffled_high `[L]`: the largest of them.
     """
 
     first: str
     second: str
     distance: Floats
     shuffled: Floats
+    shuffled_high: Floats
 
 
-def domain_distances(load: ProblemLoad, dataset_of: dict[int, str], seed: int = 0) -> list[DomainDistance]:
-    """Distances of every two datasets, in order of their names. `dataset_of`: problem id -> dataset."""
-    problem_ids = sorted(load.counts)
-    counts_PLE = np.stack([load.counts[problem_id] for problem_id in problem_ids])
-    labels_P = np.array([dataset_of[problem_id] for problem_id in problem_ids])
-    random = np.random.default_rng(seed)
+def domain_distances(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int = 0) -> list[DomainDistance]:
+    """Distances of every two datasets that have problems, in order of their names."""
+    by_dataset = _flat_blocks(blocks, datasets)
+    shape = blocks.shape
     distances = []
-    for first, second in combinations(sorted(set(labels_P.tolist())), 2):
-        either_P = (labels_P == first) | (labels_P == second)
-        counts, is_first = counts_PLE[either_P], labels_P[either_P] == first
-        permuted = [_distance(counts, random.permutation(is_first)) for _ in range(PERMUTATIONS)]
-        distances.append(DomainDistance(first, second, _distance(counts, is_first), np.mean(permuted, axis=0)))
+    for first, second in combinations(by_dataset, 2):
+        counts = np.concatenate([by_dataset[first], by_dataset[second]])
+        random = np.random.default_rng((seed, datasets.index(first), datasets.index(second)))
+        is_first = np.arange(len(counts)) < len(by_dataset[first])
+        labels = np.stack([is_first, *(random.permutation(is_first) for _ in range(PERMUTATIONS))]).astype(np.float32)
+        sums = [normalized((each @ counts).reshape(-1, *shape).astype(np.float64)) for each in (labels, 1 - labels)]
+        found = jensen_shannon_distance(*sums)
+        distances.append(DomainDistance(first, second, found[0], found[1:].mean(0), found[1:].max(0)))
     return distances
+
+
+@dataclass(frozen=True)
+class Specialist:
+    """An expert that a dataset prefers. ratio: its share of the dataset's selections at the layer, over that in all others.
+
+    low, high: 95 % interval of the ratio, by bootstrap over problems. share: in the dataset, over even load. layer: place among
+    the MoE layers.
+    """
+
+    dataset: str
+    layer: int
+    expert: int
+    ratio: float
+    low: float
+    high: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """Of one dataset against all others: found, shuffled: experts whose interval is above 1, and above 1 with labels shuffled.
+
+    `specialists`: the found, by the low end of the interval.
+    """
+
+    dataset: str
+    problems: int
+    found: int
+    shuffled: int
+    specialists: list[Specialist]
+
+
+def specialisation(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int = 0) -> list[Specialisation]:
+    """Experts that each dataset prefers; of datasets with at least MIN_PROBLEMS problems, against at least as many others."""
+    by_dataset = _flat_blocks(blocks, datasets)
+    if len(by_dataset) < 2:
+        return []
+    everything = np.concatenate(list(by_dataset.values()))
+    labels = np.concatenate([np.full(len(counts), number) for number, counts in enumerate(by_dataset.values())])
+    random = np.random.default_rng(seed)
+    mixed = random.permutation(labels)
+    result = []
+    for number, dataset in enumerate(by_dataset):
+        inside = labels == number
+        if min(inside.sum(), (~inside).sum()) < MIN_PROBLEMS:
+            continue
+        found = _preferred(blocks, everything[inside], everything[~inside], dataset, random)
+        control = _preferred(blocks, everything[mixed == number], everything[mixed != number], dataset, random)
+        result.append(Specialisation(dataset, int(inside.sum()), len(found), len(control), found))
+    return result
+
+
+def _preferred(
+    blocks: ProblemBlocks, inside: Blocks, outside: Blocks, dataset: str, random: np.random.Generator
+) -> list[Specialist]:
+    shape = blocks.shape
+    ratios = _share_ratio(inside.sum(0).reshape(shape), outside.sum(0).reshape(shape))
+    drawn = [
+        random.multinomial(len(part), np.full(len(part), 1 / len(part)), size=BOOTSTRAPS).astype(np.float32) @ part
+        for part in (inside, outside)
+    ]
+    replicates = _share_ratio(*(each.reshape(-1, *shape) for each in drawn))
+    low, high = np.quantile(replicates, [0.025, 0.975], axis=0)
+    share = normalized(inside.sum(0, dtype=np.float64).reshape(shape)) * shape[1]
+    own = np.argwhere((low > 1) & (share >= MIN_SHARE))
+    specialists = [
+        Specialist(dataset, int(n), int(e), float(ratios[n, e]), float(low[n, e]), float(high[n, e]), float(share[n, e]))
+        for n, e in own
+    ]
+    return sorted(specialists, key=lambda found: -found.low)
+
+
+def _share_ratio(inside: npt.NDArray[np.float32], outside: npt.NDArray[np.float32]) -> Floats:
+    """Ratio of shares along the last axis; half a selection is added to both, so that it is finite."""
+    return np.asarray(normalized(inside.astype(np.float64) + 0.5) / normalized(outside.astype(np.float64) + 0.5))
+
+
+def _flat_blocks(blocks: ProblemBlocks, datasets: tuple[str, ...]) -> dict[str, Blocks]:
+    """Selections of each dataset that has any, `[B, L * E]`."""
+    flat = {
+        name: blocks.of_dataset(number).reshape(-1, np.prod(blocks.shape)).astype(np.float32)
+        for number, name in enumerate(datasets)
+    }
+    return {name: counts for name, counts in flat.items() if len(counts)}
 
 
 def jensen_shannon_distance(p: Floats, q: Floats) -> Floats:
     """Square root of the Jensen-Shannon divergence in bits (Endres and Schindelin, 2003), along the last axis."""
     divergence = entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
     return np.asarray(np.sqrt(np.maximum(divergence, 0)))
-
-
-def _distance(counts_PLE: Counts, is_first_P: npt.NDArray[np.bool_]) -> Floats:
-    first_LE, second_LE = counts_PLE[is_first_P].sum(0), counts_PLE[~is_first_P].sum(0)
-    return jensen_shannon_distance(first_LE / first_LE.sum(1, keepdims=True), second_LE / second_LE.sum(1, keepdims=True))

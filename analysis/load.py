@@ -1,4 +1,4 @@
-"""Expert load: how often each expert of a layer is used, and how evenly."""
+"""Expert load: how often each expert of a layer is used, with which weight, and how evenly."""
 
 from __future__ import annotations
 
@@ -8,44 +8,201 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Counts = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+from analysis.accumulator import Accumulator, Counts, Floats
+from analysis.frames import PHASES, Frame
+from analysis.kernels import HALVES, count_load
+from analysis.survey import Axes
+
+# Bytes of counters for the runs that are counted at a time.
+RUN_BYTES = 32 << 20
+
+
+class LoadCounts(Accumulator):
+    """Per dataset, phase (`PHASES`), layer and expert: selections `[Q, 3, L, E]` and sum of weights `[Q, 3, L, E]`.
+
+    tokens `[Q, 3]`. Sums of float16 weights are exact in
+    float64 up to some 10^8 tokens. The selections of every problem, or block of problems, are kept as well: `ProblemBlocks`.
+    """
+
+    added = ("counts", "mass", "tokens")
+
+    def __init__(self, axes: Axes) -> None:
+        shape = (len(axes.datasets), len(PHASES), axes.layers, axes.num_experts)
+        self.counts: Counts = np.zeros(shape, dtype=np.int64)
+        self.mass: Floats = np.zeros(shape)
+        self.tokens: Counts = np.zeros(shape[:2], dtype=np.int64)
+        self.blocks = ProblemBlocks(axes)
+
+    def update(self, frame: Frame) -> None:
+        """Count a frame, some problems at a time: short ones would need large tables."""
+        _, _, layers, experts = self.counts.shape
+        problem_T = frame.chunk.problem_ids_T
+        run_T = np.cumsum((np.diff(problem_T, prepend=-1) != 0) | (np.diff(frame.phase_T, prepend=-1) != 0)) - 1
+        at_a_time = max(1, RUN_BYTES // (layers * experts * 12))
+        for first in range(0, int(run_T[-1]) + 1, at_a_time):
+            begin, end = np.searchsorted(run_T, [first, first + at_a_time])
+            self._update(frame.take(slice(int(begin), int(end))), run_T[begin:end] - first)
+
+    def _update(self, frame: Frame, run_T: npt.NDArray[np.int64]) -> None:
+        _, _, layers, experts = self.counts.shape
+        runs = int(run_T[-1]) + 1
+        counts_RLE = np.zeros((runs, layers, experts), dtype=np.uint32)
+        mass_RLE = np.zeros((runs, layers, experts))
+        weights = frame.chunk.weights_TLK
+        bits = np.empty((0, 1, 1), dtype=np.uint16) if weights is None else weights.view(np.uint16)
+        count_load(frame.chunk.expert_ids_TLK, bits, HALVES, run_T, counts_RLE, mass_RLE)
+        starts_R = np.searchsorted(run_T, np.arange(runs))
+        dataset_R, phase_R = frame.dataset_T[starts_R], frame.phase_T[starts_R]
+        np.add.at(self.tokens, (frame.dataset_T, frame.phase_T), 1)
+        for dataset, phase in {(int(d), int(p)) for d, p in zip(dataset_R, phase_R, strict=True)}:
+            chosen_R = (dataset_R == dataset) & (phase_R == phase)
+            self.counts[dataset, phase] += counts_RLE[chosen_R].sum(0, dtype=np.int64)
+            self.mass[dataset, phase] += mass_RLE[chosen_R].sum(0)
+        self.blocks.add(frame.chunk.problem_ids_T[starts_R], dataset_R, counts_RLE)
+
+    def merge(self, other: LoadCounts) -> None:
+        """Add the counts of another part."""
+        super().merge(other)
+        self.blocks.merge(other.blocks)
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything as arrays."""
+        return super().state() | self.blocks.state()
+
+    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
+        """Take what another's `state` gave."""
+        super().restore(state)
+        self.blocks.restore(state)
+
+
+class ProblemBlocks:
+    """Selections `[L, E]` per block of problems: what is drawn from when intervals and controls go over problems.
+
+    A block is one problem until there are more than fit into memory; then all problems of a dataset whose ids are equal
+    modulo a power of two are one block, the power halved until they fit. That power depends on the set of problems alone, so
+    it is the same however the trace was cut.
+    """
+
+    MAX_BYTES = 96 << 20
+
+    def __init__(self, axes: Axes) -> None:
+        self.shape = (axes.layers, axes.num_experts)
+        self._most = max(64, self.MAX_BYTES // (4 * axes.layers * axes.num_experts))
+        self.modulus = 1 << 31
+        self.counts: dict[tuple[int, int], npt.NDArray[np.uint32]] = {}
+
+    def add(self, problem_ids_R: npt.NDArray[Any], dataset_R: npt.NDArray[Any], counts_RLE: npt.NDArray[np.uint32]) -> None:
+        """Add the selections of runs of tokens."""
+        for problem_id, dataset, counts_LE in zip(problem_ids_R.tolist(), dataset_R.tolist(), counts_RLE, strict=True):
+            self._add((dataset, problem_id % self.modulus), counts_LE.copy())
+            self._fit()
+
+    def merge(self, other: ProblemBlocks) -> None:
+        """Add the blocks of another part."""
+        self.modulus = min(self.modulus, other.modulus)
+        self._fold()
+        for (dataset, block), counts_LE in other.counts.items():
+            self._add((dataset, block % self.modulus), counts_LE.copy())
+            self._fit()
+
+    def of_dataset(self, dataset: int) -> npt.NDArray[np.uint32]:
+        """The blocks of one dataset `[B, L, E]`, in order of their numbers."""
+        chosen = sorted(key for key in self.counts if key[0] == dataset)
+        return np.stack([self.counts[key] for key in chosen]) if chosen else np.empty((0, *self.shape), dtype=np.uint32)
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything as arrays."""
+        keys = sorted(self.counts)
+        stacked = np.stack([self.counts[key] for key in keys]) if keys else np.empty((0, *self.shape), dtype=np.uint32)
+        return {
+            "block_keys": np.array(keys, dtype=np.int64).reshape(-1, 2),
+            "block_counts": stacked,
+            "block_modulus": np.array(self.modulus),
+        }
+
+    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
+        """Take what another's `state` gave."""
+        self.modulus = int(state["block_modulus"])
+        keys, stacked = state["block_keys"].tolist(), state["block_counts"]
+        self.counts = {(dataset, block): counts_LE for (dataset, block), counts_LE in zip(keys, stacked, strict=True)}
+
+    def _add(self, key: tuple[int, int], counts_LE: npt.NDArray[np.uint32]) -> None:
+        known = self.counts.get(key)
+        if known is None:
+            self.counts[key] = counts_LE
+        else:
+            known += counts_LE
+
+    def _fit(self) -> None:
+        while len(self.counts) > self._most and self.modulus > 1:
+            self.modulus //= 2
+            self._fold()
+
+    def _fold(self) -> None:
+        blocks, self.counts = self.counts, {}
+        for (dataset, block), counts_LE in blocks.items():
+            self._add((dataset, block % self.modulus), counts_LE)
+
+
+def count_experts(expert_ids_TLK: npt.NDArray[Any], num_experts: int) -> Counts:
+    """Selections per layer and expert `[L, E]` of tokens at hand; empty slots (id E) are not counted."""
+    counts_1LE = np.zeros((1, expert_ids_TLK.shape[1], num_experts), dtype=np.int64)
+    no_weights = np.empty((0, 1, 1), dtype=np.uint16)
+    run_T = np.zeros(len(expert_ids_TLK), dtype=np.int64)
+    count_load(expert_ids_TLK, no_weights, HALVES, run_T, counts_1LE, np.zeros((1, 1, 1)))
+    return counts_1LE[0]
 
 
 @dataclass(frozen=True)
 class LoadStatistics:
-    """Per MoE layer; all arrays `[L]` but `share_LE` `[L, E]`, the fraction of selections that went to each expert.
+    """Per MoE layer; all arrays `[L]` but counts, share and mass_share `[L, E]`.
 
-    entropy_bits: entropy of the share; entropy_share: the same over log2(E), 1 for perfectly even load.
-    max_over_mean: load of the busiest expert over the mean load. coverage: fraction of experts used at all.
+    share_LE: fraction of a layer's selections that went to each expert; mass_share_LE: fraction of the sum of routing weights,
+    None without weights. A layer without selections has zeros.
+    entropy_bits: of the share; entropy_share: over log2(E), 1 for even load. coverage: fraction of experts used at all.
+    max_over_mean: load of the busiest expert over the mean. gini: mean absolute difference of two experts' loads over twice the
+    mean, 0 for even load, (E-1)/E if one expert has all. cv: standard deviation over mean.
     """
 
+    tokens: int
+    counts_LE: Counts
     share_LE: Floats
+    mass_share_LE: Floats | None
     entropy_bits: Floats
     entropy_share: Floats
     max_over_mean: Floats
+    gini: Floats
+    cv: Floats
     coverage: Floats
 
 
-def count_experts(expert_ids_TLK: npt.NDArray[Any], num_experts: int) -> Counts:
-    """Selections per layer and expert `[L, E]`; empty slots (id E) are not counted."""
-    layers, ids = expert_ids_TLK.shape[1], num_experts + 1
-    index_TLK = expert_ids_TLK.astype(np.int64) + ids * np.arange(layers)[:, None]
-    return np.bincount(index_TLK.reshape(-1), minlength=layers * ids).reshape(layers, ids)[:, :num_experts]
-
-
-def load_statistics(counts_LE: Counts) -> LoadStatistics:
-    """Evenness of `counts_LE` `[L, E]`; every layer needs at least one selection."""
+def load_statistics(counts_LE: Counts, tokens: int = 0, mass_LE: Floats | None = None) -> LoadStatistics:
+    """Evenness of `counts_LE` `[L, E]`."""
     experts = counts_LE.shape[1]
-    share_LE = counts_LE / counts_LE.sum(1, keepdims=True)
+    share_LE = normalized(counts_LE)
     entropy_bits = entropy(share_LE)
+    ranked_LE = np.sort(share_LE, axis=1)
+    used_L = counts_LE.sum(1) > 0
+    # Sorted ascending, G = sum((2 i - E - 1) x_i) / (E sum(x)), i from 1.
+    gini = (ranked_LE * (2 * np.arange(1, experts + 1) - experts - 1)).sum(1) / experts
     return LoadStatistics(
+        tokens=tokens,
+        counts_LE=counts_LE,
         share_LE=share_LE,
+        mass_share_LE=None if mass_LE is None else normalized(mass_LE),
         entropy_bits=entropy_bits,
         entropy_share=entropy_bits / np.log2(experts) if experts > 1 else np.ones_like(entropy_bits),
         max_over_mean=share_LE.max(1) * experts,
+        gini=gini,
+        cv=np.where(used_L, share_LE.std(1) * experts, 0.0),
         coverage=(counts_LE > 0).mean(1),
     )
+
+
+def normalized(counts: npt.NDArray[Any]) -> Floats:
+    """Counts over their sum along the last axis; zeros where that is zero."""
+    total = counts.sum(-1, keepdims=True)
+    return np.asarray(np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0))
 
 
 def entropy(probabilities: Floats) -> Floats:

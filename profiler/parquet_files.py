@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,39 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         if name in REQUIRED_COLUMNS and table.column(name).null_count:
             raise TraceError(f"{path}: nulls in column {name!r}, expected none")
     return table
+
+
+def stream_table(path: Path, schema: pa.Schema, rows: int, from_problem: int = 0) -> Iterator[pa.Table]:
+    """The columns of `schema` in order, `rows` rows at a time, so that memory does not grow with the table.
+
+    from_problem: row groups that end before this problem are passed over; the column problem_id must be sorted for that.
+    Raises `TraceError` as `read_table` does.
+    """
+    if not path.is_file():
+        raise TraceError(f"{path} is missing")
+    with open_parquet(path) as file:
+        found = file.schema_arrow
+        missing = [name for name in schema.names if name not in found.names]
+        if missing:
+            raise TraceError(f"{path} lacks column {missing[0]!r}; it has {', '.join(found.names)}")
+        if len(set(found.names)) < len(found.names):
+            raise TraceError(f"{path} has a column twice")
+        groups = list(range(file.num_row_groups))
+        if from_problem:
+            groups = [group for group, (_, last) in enumerate(problems_of_groups(file, path)) if last >= from_problem]
+    text = [field.name for field in found if field.name in schema.names and _is_text(field.type)]
+    with open_parquet(path, read_dictionary=text) as file:
+        try:
+            for batch in file.iter_batches(rows, row_groups=groups, columns=schema.names):
+                table = pa.Table.from_batches([batch])
+                table.validate()
+                table = table.select(schema.names).cast(schema)
+                for name in schema.names:
+                    if name in REQUIRED_COLUMNS and table.column(name).null_count:
+                        raise TraceError(f"{path}: nulls in column {name!r}, expected none")
+                yield table
+        except UNREADABLE as error:
+            raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 # Parsed, JSON of nothing but empty objects takes thirty times its length.
 MAX_DOCUMENT_BYTES = 16 << 20
+MAX_PROBLEM_ID = (1 << 31) - 1
 
 _DocumentType = TypeVar("_DocumentType", bound=BaseModel)
 
@@ -147,19 +149,25 @@ class Trace:
         """`tokens.parquet`: every token of every problem, sorted by (problem_id, token_id)."""
         return read_table(self.path / TOKENS_FILE, TOKENS_SCHEMA)
 
-    def chunks(self, *, whole_problems: bool = True) -> Iterator[RoutingChunk]:
+    def chunks(self, *, whole_problems: bool = True, problems: range | None = None) -> Iterator[RoutingChunk]:
         """Routing in order, in chunks of whole problems of about one row group (some MB) or one problem, if that is more.
 
         whole_problems: if false, a chunk is a row group, whatever problems it cuts: memory is bounded even for a giant problem.
-        Raises `TraceError`, naming the file and row, on rows that break the format.
+        problems: only those with ids in this range. Raises `TraceError`, naming the file and row, on rows that break the
+        format.
         """
         pending: list[RoutingChunk] = []
         last_key = -1
-        for path, file, group in self._groups():
+        for path, file, group in self._groups(problems):
             chunk = self._decode(read_row_group(file, group, path), path, group)
             if _key(chunk, 0) <= last_key:
                 raise TraceError(f"{path}, row group {group}: its first row does not come after the row before it")
             last_key = _key(chunk, -1)
+            if problems is not None:
+                first, end = np.searchsorted(chunk.problem_ids_T, [problems.start, problems.stop])
+                if first == end:
+                    continue
+                chunk = chunk.take(slice(int(first), int(end)))
             if not whole_problems:
                 yield chunk
                 continue
@@ -173,6 +181,18 @@ class Trace:
         if pending:
             yield concatenate(pending)
 
+    def spans(self, parts: int) -> list[range]:
+        """At most `parts` ranges of problem ids that together have all problems, of about as many rows each."""
+        ends: list[tuple[int, int]] = []
+        for path, file, group in self._groups():
+            ends.append((self._problems_of(path, file)[group][0], file.metadata.row_group(group).num_rows))
+        if not ends:
+            return []
+        rows = np.cumsum([0, *(rows for _, rows in ends[:-1])])
+        wanted = np.arange(1, parts) * self.num_rows / parts
+        starts = sorted({ends[0][0], *(ends[int(np.abs(rows - at).argmin())][0] for at in wanted)})
+        return [range(start, end) for start, end in pairwise([*starts, MAX_PROBLEM_ID + 1])]
+
     def load(self) -> RoutingChunk:
         """All routing in memory: 3 to 4 bytes per (token, layer, expert)."""
         return concatenate(list(self.chunks(whole_problems=False)))
@@ -183,7 +203,7 @@ class Trace:
         Raises `TraceError` if the trace has none of it.
         """
         pieces = []
-        for path, file, group in self._groups(problem_id):
+        for path, file, group in self._groups(range(problem_id, problem_id + 1)):
             chunk = self._decode(read_row_group(file, group, path), path, group)
             first, end = np.searchsorted(chunk.problem_ids_T, [problem_id, problem_id + 1])
             if first < end:
@@ -268,8 +288,8 @@ class Trace:
             how = "'specmoe collect --resume' goes on, 'specmoe convert' takes what there is"
         return f"; {tokens:,} tokens{outputs} wait in {CAPTURE_FOLDER}/: {how}"
 
-    def _groups(self, problem_id: int | None = None) -> Iterator[tuple[Path, pq.ParquetFile, int]]:
-        """Every row group of the routing, or those that may have a problem, after a look at its file's columns."""
+    def _groups(self, problems: range | None = None) -> Iterator[tuple[Path, pq.ParquetFile, int]]:
+        """Every row group of the routing, or those that may have some of `problems`, after a look at its file's columns."""
         model, record = self.metadata.model, self.metadata.record
         expected = routing_schema(model.num_experts, model.top_k, weights=record.weights)
         for path in self.routing_files:
@@ -280,12 +300,17 @@ class Trace:
                         raise TraceError(f"{path}: columns {names} of other names or types than the metadata says")
                     check_sizes(file, path)
                     self._checked[path] = None
-                if problem_id is not None and self._checked[path] is None:
-                    self._checked[path] = problems_of_groups(file, path)
                 for group in range(file.num_row_groups):
-                    first, last = (self._checked[path] or [])[group] if problem_id is not None else (0, 0)
-                    if problem_id is None or first <= problem_id <= last:
+                    first, last = (0, 0) if problems is None else self._problems_of(path, file)[group]
+                    if problems is None or (first < problems.stop and problems.start <= last):
                         yield path, file, group
+
+    def _problems_of(self, path: Path, file: pq.ParquetFile) -> list[tuple[int, int]]:
+        """First and last problem of each row group of a file that was checked."""
+        found = self._checked[path]
+        if found is None:
+            found = self._checked[path] = problems_of_groups(file, path)
+        return found
 
     @cached_property
     def _checked(self) -> dict[Path, list[tuple[int, int]] | None]:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from analysis.predictions import as_evaluation, table
 from profiler.errors import SpecmoeError
 from profiler.reader import Trace
 from profiler.writer import write_text
@@ -127,11 +128,10 @@ def evaluate(
 
 def print_evaluation(document: dict[str, Any]) -> None:
     """One table per horizon, with what the numbers mean."""
-    from speculation.evaluate import table
-
+    evaluation = as_evaluation(document)
     horizons = len(next(iter(document["results"].values()))["metrics"])
     for horizon in range(1, horizons + 1):
-        rows = table(document, horizon)
+        rows = table(evaluation, horizon)
         ahead = "the next layer" if horizon == 1 else f"{horizon} layers ahead"
         shown = Table(box=None, title=f"Experts of {ahead}, {escape(document['model'])}", title_justify="left")
         for column in rows[0]:

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from profiler.errors import TraceError
 from profiler.reader import Trace
+from profiler.splits import split_key
 from speculation.metrics import DEFINITIONS, ConfidenceCounts, RankCounts, chance, true_ranks
 from speculation.predictors import Predictor, Shape
-from speculation.routes import Routes, load_routes, split_key
+from speculation.routes import Routes, load_routes
 from speculation.runs import Run, count_parameters, manifest_sha256
 
 TOKENS_PER_CHUNK = 2048
@@ -75,21 +76,6 @@ def _check_split(run: Run, trace: Trace) -> None:
         )
     if run.split in {"problem id", "source key"} and manifest_sha256(trace) != run.trace_sha256:
         raise TraceError(f"{trace.path} has no prompts and is not the trace that {run.path} was trained on: expected that one")
-
-
-def table(document: dict[str, Any], horizon: int = 1) -> list[dict[str, str]]:
-    """The evaluation as rows of text, chance first; recall@K with its 95 % interval over problems."""
-    chance_metrics = document["chance"]
-    k_name = next(iter(document["results"].values()))["recall_at_k_name"]
-    columns = (k_name, "top-1", "exact", "any")
-    rows = [{"predictor": "chance"} | {name: f"{chance_metrics[name]:.3f}" for name in columns}]
-    for name, result in document["results"].items():
-        metrics = result["metrics"][f"h={horizon}"]
-        row = {"predictor": name} | {column: f"{metrics[column]:.3f}" for column in columns}
-        low, high = result["interval_over_problems"][f"h={horizon}"]
-        row[k_name] += f" ({low:.3f}-{high:.3f})"
-        rows.append(row)
-    return rows
 
 
 def _judge(name: str, predictor: Predictor, truth: Routes, seen: Routes | None = None) -> Evaluation:

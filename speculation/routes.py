@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,12 @@ import numpy.typing as npt
 from profiler.errors import TraceError
 from profiler.reader import Trace, concatenate
 from profiler.schema import DECODE, RoutingChunk
+from profiler.splits import digest, digest_of_number, problem_digests
 
 PARTS = ("train", "validation", "test")
 # Shares of the hash space in percent. A problem's side depends on its prompt alone, so it never changes when a trace grows.
 _UP_TO = {"train": 70, "validation": 80, "test": 100}
 UNKNOWN_TOKEN = -1
-# Columns in which a converted trace may have a hash of a prompt that it does not have.
-PROMPT_HASHES = ("prompt_sha256", "prompt_md5")
 
 
 class EmptyPartError(TraceError):
@@ -54,22 +52,11 @@ class Routes:
 
 def part_of(prompt: str) -> str:
     """train, validation or test (70 : 10 : 20), from the SHA-256 of the prompt; equal prompts fall on one side."""
-    bucket = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 100
-    return next(part for part, limit in _UP_TO.items() if bucket < limit)
+    return _part_of_digest(digest(prompt))
 
 
-def split_key(trace: Trace) -> str:
-    """What decides a problem's side: its prompt, the source's hash of it, or, failing both, a name that only this trace gives.
-
-    "prompt", "prompt_sha256", "prompt_md5", "source key" or "problem id"; the last two mean nothing in another trace.
-    """
-    if not trace.has_problems:
-        return "problem id"
-    problems = trace.problems
-    if not problems.column("prompt").null_count:
-        return "prompt"
-    known = (name for name in PROMPT_HASHES if name in problems.column_names and not problems.column(name).null_count)
-    return next(known, "source key")
+def _part_of_digest(number: int) -> str:
+    return next(part for part, limit in _UP_TO.items() if number % 100 < limit)
 
 
 def load_routes(trace: Trace, part: str) -> Routes:
@@ -132,14 +119,11 @@ def equal_weights(chunk: RoutingChunk) -> npt.NDArray[np.float16]:
 
 
 def _problems_of_part(trace: Trace, part: str) -> npt.NDArray[np.int32]:
-    by = split_key(trace)
-    if by == "problem id":
-        keys = {int(i): f"problem {i}" for chunk in trace.chunks() for i in np.unique(chunk.problem_ids_T)}
+    if trace.has_problems:
+        digests = problem_digests(trace)
     else:
-        names = ["dataset", "source_key"] if by == "source key" else [by]
-        rows = trace.problems.select(["problem_id", *names]).to_pylist()
-        keys = {row["problem_id"]: "/".join(str(row[name]) for name in names) for row in rows}
-    chosen = [problem_id for problem_id, key in keys.items() if part in {"all", part_of(key)}]
+        digests = {int(i): digest_of_number(int(i)) for chunk in trace.chunks() for i in np.unique(chunk.problem_ids_T)}
+    chosen = [problem_id for problem_id, number in digests.items() if part in {"all", _part_of_digest(number)}]
     return np.array(sorted(chosen), dtype=np.int32)
 
 

@@ -26,9 +26,9 @@ from safetensors.numpy import load_file, save_file
 from profiler.errors import SpecmoeError
 from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
+from profiler.splits import split_key
 from profiler.writer import sha256_of, write_text
 from speculation.predictors import Arrays, Predictor, Shape, TrainingOptions, find_predictor
-from speculation.routes import split_key
 
 NEXT_LAYER = "next-layer"
 BASELINES = ("popularity", "conditional-counts")
@@ -39,7 +39,7 @@ MAX_FILE_BYTES = 4 << 30
 class Run:
     """A loaded run: the predictor, and the baselines by name.
 
-    split: what decided which problems it was trained on (see `routes.split_key`). trace_sha256: of that trace's manifest.
+    split: what decided which problems it was trained on (see `splits.split_key`). trace_sha256: of that trace's manifest.
     """
 
     path: Path

@@ -1,0 +1,284 @@
+"""How well simple contexts tell the experts: rulers for predictors, and the tokens that an expert likes.
+
+A context is something that a predictor of a task knows, coarse enough to be counted: the strongest expert of the layer before,
+the token itself. For each, entropies and hit rates are estimated twice: from the same tokens (plug-in: too good, by the more
+the rarer a context's values are) and with each half of the problems judged by what the other half says (cross-validated: too
+bad). What the context truly tells lies between the two. A predictor that knows more than a context can of course do better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from analysis.accumulator import Accumulator, Counts, Floats
+from analysis.frames import Frame
+from analysis.kernels import count_in_context
+from analysis.load import entropy
+from analysis.survey import Axes
+from analysis.transitions import FOLDS
+
+# Bytes of the tables of one context; those that need more, for pairs of experts, are left out.
+CONTEXT_BYTES = 96 << 20
+# Weight of the layer's own distribution in that of a context, in tokens.
+BACK_OFF = 1.0
+
+NOTHING = "nothing (popularity)"
+PREVIOUS_LAYER = "strongest at the layer before"
+TWO_LAYERS = "strongest at the two layers before"
+SECOND_AT_LAYER = "two strongest at the layer before"
+PREVIOUS_TOKEN = "strongest of the token before, same layer"
+TWO_OF_TOKEN = "two strongest of the token before, same layer"
+LAYER_AND_TOKEN = "strongest at the layer before, and of the token before"
+TOKEN = "the token itself"
+
+TASKS: dict[str, tuple[str, ...]] = {
+    "next-layer": (NOTHING, PREVIOUS_LAYER, TWO_LAYERS, SECOND_AT_LAYER, PREVIOUS_TOKEN, TWO_OF_TOKEN, LAYER_AND_TOKEN, TOKEN),
+    "next-token": (NOTHING, PREVIOUS_TOKEN, TWO_OF_TOKEN),
+    "whole-path": (NOTHING, PREVIOUS_TOKEN, TWO_OF_TOKEN, TOKEN),
+}
+"""What each task (h = 1) knows of these."""
+
+
+class ContextCounts(Accumulator):
+    """For each context: selected, strongest `[F, L, C, E]` uint32, by fold of the problems, layer and the context's value."""
+
+    def __init__(self, axes: Axes) -> None:
+        experts = axes.num_experts
+        sizes = {NOTHING: 1, PREVIOUS_LAYER: experts, PREVIOUS_TOKEN: experts}
+        if axes.vocabulary:
+            sizes[TOKEN] = len(axes.vocabulary) + 1
+        pairs = [TWO_LAYERS, LAYER_AND_TOKEN]
+        if axes.top_k > 1:
+            pairs += [SECOND_AT_LAYER, TWO_OF_TOKEN]
+        if 2 * FOLDS * axes.layers * experts**3 * 4 <= CONTEXT_BYTES // len(pairs):
+            sizes |= dict.fromkeys(pairs, experts**2)
+        self.selected: dict[str, Counts] = {
+            name: np.zeros((FOLDS, axes.layers, size, experts), dtype=np.uint32) for name, size in sizes.items()
+        }
+        self.strongest: dict[str, Counts] = {name: np.zeros_like(counts) for name, counts in self.selected.items()}
+        self._experts, self._top_k = experts, axes.top_k
+        self._before: Frame | None = None
+
+    def update(self, frame: Frame) -> None:
+        """Count a frame."""
+        for name, context_TL in self._contexts(frame).items():
+            if name in self.selected:
+                count_in_context(
+                    frame.chunk.expert_ids_TLK, frame.fold_T, context_TL, self.selected[name], self.strongest[name]
+                )
+        self._before = frame.take(slice(-1, None))
+
+    def merge(self, other: ContextCounts) -> None:
+        """Add the counts of another part."""
+        for name in self.selected:
+            self.selected[name] += other.selected[name]
+            self.strongest[name] += other.strongest[name]
+
+    def state(self) -> dict[str, npt.NDArray[np.uint32]]:
+        """Everything as arrays."""
+        tables = {"selected": self.selected, "strongest": self.strongest}
+        return {f"{kind}: {name}": counts for kind, table in tables.items() for name, counts in table.items()}
+
+    def restore(self, state: dict[str, npt.NDArray[np.uint32]]) -> None:
+        """Take what another's `state` gave."""
+        for name in self.selected:
+            self.selected[name][...] = state[f"selected: {name}"]
+            self.strongest[name][...] = state[f"strongest: {name}"]
+
+    def _contexts(self, frame: Frame) -> dict[str, npt.NDArray[np.int32]]:
+        """Value of each context for each token and layer `[T, L]`; -1 where it is unknown."""
+        chunk, experts = frame.chunk, self._experts
+        strongest_TL = chunk.expert_ids_TLK[:, :, 0].astype(np.int32)
+        strongest_TL[strongest_TL >= experts] = -1
+        above_TL = _shifted(strongest_TL)
+        earlier_TL = self._earlier(frame, strongest_TL, 0)
+        contexts = {
+            NOTHING: np.zeros_like(strongest_TL),
+            PREVIOUS_LAYER: above_TL,
+            TWO_LAYERS: _combined(above_TL, _shifted(above_TL), experts),
+            PREVIOUS_TOKEN: earlier_TL,
+            LAYER_AND_TOKEN: _combined(above_TL, earlier_TL, experts),
+            TOKEN: np.ascontiguousarray(np.broadcast_to(frame.vocab_T[:, None], strongest_TL.shape)),
+        }
+        if self._top_k > 1:
+            second_TL = chunk.expert_ids_TLK[:, :, 1].astype(np.int32)
+            second_TL[second_TL >= experts] = -1
+            contexts[SECOND_AT_LAYER] = _combined(above_TL, _shifted(second_TL), experts)
+            contexts[TWO_OF_TOKEN] = _combined(earlier_TL, self._earlier(frame, second_TL, 1), experts)
+        return contexts
+
+    def _earlier(self, frame: Frame, values_TL: npt.NDArray[np.int32], rank: int) -> npt.NDArray[np.int32]:
+        """`values_TL` of the token before, -1 at the first of a problem and behind a gap."""
+        problem_T, position_T = frame.chunk.problem_ids_T, frame.chunk.token_ids_T
+        follows_T = np.zeros(len(frame), dtype=np.bool_)
+        follows_T[1:] = (np.diff(problem_T) == 0) & (np.diff(position_T) == 1)
+        earlier_TL = np.full_like(values_TL, -1)
+        earlier_TL[1:] = values_TL[:-1]
+        if self._before is not None:
+            before = self._before.chunk
+            if before.problem_ids_T[0] == problem_T[0] and before.token_ids_T[0] + 1 == position_T[0]:
+                follows_T[0] = True
+                values_L = before.expert_ids_TLK[0, :, rank].astype(np.int32)
+                earlier_TL[0] = np.where(values_L < self._experts, values_L, -1)
+        earlier_TL[~follows_T] = -1
+        return earlier_TL
+
+
+def _shifted(values_TL: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """The value of the layer before."""
+    shifted = np.full_like(values_TL, -1)
+    shifted[:, 1:] = values_TL[:, :-1]
+    return shifted
+
+
+def _combined(first: npt.NDArray[np.int32], second: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.int32]:
+    return np.where((first >= 0) & (second >= 0), first * size + second, -1).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """What one context tells of a layer's experts; means over layers, and `[L]` for recall, `nan` where a layer lacks the
+    context.
+
+    Means go over the same layers for all contexts, those that lack none: from the third on, where there are that many.
+
+    set_bits: sum over the experts of the entropy of "is it selected", in bits: an upper bound of the entropy of the set.
+    first_bits: entropy of the strongest expert. top1: the strongest is guessed. recall: fraction of the K experts among K
+    guesses. *_plug_in: judged on the same tokens; *_held_out: on the other half of the problems.
+    """
+
+    context: str
+    tokens: int
+    set_bits_plug_in: float
+    set_bits_held_out: float
+    first_bits_plug_in: float
+    first_bits_held_out: float
+    top1_plug_in: float
+    top1_held_out: float
+    recall_plug_in: float
+    recall_held_out: float
+    recall_plug_in_L: Floats
+    recall_held_out_L: Floats
+
+
+def rulers(counts: ContextCounts, top_k: int) -> list[Ruler]:
+    """All contexts, in the order of TASKS["next-layer"]; those without tokens are left out."""
+    names = [name for name in TASKS["next-layer"] if name in counts.selected and counts.strongest[name].any()]
+    columns = {name: _columns(counts, name, top_k) for name in names}
+    common = np.logical_and.reduce([np.isfinite(columns[name]["recall_held_out"]) for name in names]) if names else np.empty(0)
+    made = []
+    for name in names:
+        chosen = common if common.any() else np.isfinite(columns[name]["recall_plug_in"])
+        means = {key: float(values[chosen].mean()) for key, values in columns[name].items()}
+        made.append(
+            Ruler(
+                context=name,
+                tokens=int(counts.strongest[name].sum((0, 2, 3), dtype=np.int64).max()),
+                recall_plug_in_L=columns[name]["recall_plug_in"],
+                recall_held_out_L=columns[name]["recall_held_out"],
+                **means,
+            )
+        )
+    return made
+
+
+def _columns(counts: ContextCounts, name: str, top_k: int) -> dict[str, Floats]:
+    """Every figure of a context by layer `[L]`, `nan` where it has no tokens, or only one half of the problems has."""
+    layers = counts.selected[name].shape[1]
+    figures = [f"{what}_{how}" for what in ("set_bits", "first_bits", "top1", "recall") for how in ("plug_in", "held_out")]
+    columns = {figure: np.full(layers, np.nan) for figure in figures}
+    for layer in range(layers):
+        selected, strongest = (table[name][:, layer].astype(np.float64) for table in (counts.selected, counts.strongest))
+        tokens_F = strongest.sum((1, 2))
+        if tokens_F.sum() > 0:
+            both = selected.sum(0), strongest.sum(0)
+            for what, value in _judged(both, both, top_k, plug_in=True).items():
+                columns[f"{what}_plug_in"][layer] = value
+        if tokens_F.min() > 0:
+            halves = [(selected[f], strongest[f]) for f in range(FOLDS)]
+            judged = [_judged(halves[f], halves[1 - f], top_k, plug_in=False) for f in range(FOLDS)]
+            for what in judged[0]:
+                columns[f"{what}_held_out"][layer] = sum(judged[f][what] * tokens_F[f] for f in range(FOLDS)) / tokens_F.sum()
+    return columns
+
+
+def _judged(judged: tuple[Floats, Floats], said: tuple[Floats, Floats], top_k: int, *, plug_in: bool) -> dict[str, float]:
+    """Bits and hits of `judged` (selected, strongest `[C, E]`) under the distributions that `said` gives.
+
+    Held out, a context's counts are smoothed with the layer's own; plug-in they are taken as they are, Miller-Madow corrected.
+    """
+    (selected, strongest), (said_selected, said_strongest) = judged, said
+    tokens_C, said_C = strongest.sum(1), said_strongest.sum(1)
+    total = tokens_C.sum()
+    marginal_selected = (said_selected.sum(0) + 0.5) / (said_C.sum() + 1)
+    marginal_strongest = (said_strongest.sum(0) + 0.5) / (said_C.sum() + 0.5 * strongest.shape[1])
+    if plug_in:
+        p_selected = selected / np.maximum(tokens_C, 1)[:, None]
+        p_strongest = strongest / np.maximum(tokens_C, 1)[:, None]
+        # Miller-Madow, for each distribution: (non-empty cells - 1) / (2 N ln 2), weighted by N.
+        first_bits = (entropy(p_strongest) * tokens_C).sum() + ((strongest > 0).sum(1) - 1).clip(0).sum() / (2 * np.log(2))
+        binary = entropy(np.stack([p_selected, 1 - p_selected], -1))
+        uncertain = ((p_selected > 0) & (p_selected < 1)).sum()
+        set_bits = (binary * tokens_C[:, None]).sum() + uncertain / (2 * np.log(2))
+    else:
+        p_selected = (said_selected + BACK_OFF * marginal_selected) / (said_C + BACK_OFF)[:, None]
+        p_strongest = (said_strongest + BACK_OFF * marginal_strongest) / (said_C + BACK_OFF)[:, None]
+        first_bits = -(strongest * np.log2(p_strongest)).sum()
+        # An expert that every token of a context used, there, may still not be used here.
+        p_selected = p_selected.clip(1e-6, 1 - 1e-6)
+        missed = tokens_C[:, None] - selected
+        set_bits = -(selected * np.log2(p_selected) + missed * np.log2(1 - p_selected)).sum()
+    by_count = (said_selected + BACK_OFF * marginal_selected) / (said_C + BACK_OFF)[:, None]
+    guessed = np.argpartition(-by_count, top_k - 1, axis=1)[:, :top_k]
+    by_first = (said_strongest + BACK_OFF * marginal_strongest) / (said_C + BACK_OFF)[:, None]
+    best = by_first.argmax(1)
+    return {
+        "set_bits": float(set_bits / total),
+        "first_bits": float(first_bits / total),
+        "top1": float(strongest[np.arange(len(strongest)), best].sum() / total),
+        "recall": float(np.take_along_axis(selected, guessed, 1).sum() / max(selected.sum(), 1)),
+    }
+
+
+@dataclass(frozen=True)
+class LikedTokens:
+    """The tokens that an expert likes: `[L, E, M]`, best first; -1 where there are fewer.
+
+    place: in `Axes.vocabulary`. lift: how often the expert is selected for the token, over how often for any token. Only tokens
+    that were seen at least MIN_SEEN times count, and they are in order of lift times the square root of uses: common and
+    specific. count: selections.
+    """
+
+    place: Counts
+    lift: Floats
+    count: Counts
+
+
+MIN_SEEN = 10
+
+
+def liked_tokens(counts: ContextCounts, most: int = 12) -> LikedTokens | None:
+    """The most liked tokens of every expert; None if the trace does not say which tokens there are."""
+    if TOKEN not in counts.selected:
+        return None
+    selected = counts.selected[TOKEN].sum(0, dtype=np.int64)[:, :-1]
+    seen_LV = counts.strongest[TOKEN].sum(0, dtype=np.int64).sum(-1)
+    layers, kinds, experts = selected.shape
+    most = min(most, kinds)
+    places = np.full((layers, experts, most), -1)
+    lifts, uses = np.zeros((layers, experts, most)), np.zeros((layers, experts, most), dtype=np.int64)
+    for layer in range(layers):
+        all_E = counts.selected[TOKEN][:, layer].sum((0, 1), dtype=np.int64) / max(seen_LV[layer].sum(), 1)
+        seen_V = seen_LV[layer, :-1]
+        rate_VE = selected[layer] / np.maximum(seen_V, 1)[:, None]
+        lift_VE = np.divide(rate_VE, all_E, out=np.zeros_like(rate_VE), where=all_E > 0)
+        score_VE = np.where((seen_V >= MIN_SEEN)[:, None] & (lift_VE > 1), lift_VE * np.sqrt(selected[layer]), 0)
+        best_ME = np.argsort(-score_VE, axis=0, kind="stable")[:most]
+        good_ME = np.take_along_axis(score_VE, best_ME, 0) > 0
+        places[layer] = np.where(good_ME, best_ME, -1).T
+        lifts[layer] = np.where(good_ME, np.take_along_axis(lift_VE, best_ME, 0), 0).T
+        uses[layer] = np.where(good_ME, np.take_along_axis(selected[layer], best_ME, 0), 0).T
+    return LikedTokens(places, lifts, uses)

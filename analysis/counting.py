@@ -1,0 +1,164 @@
+"""One pass over a trace that counts everything: on the cores of this machine, or a part at a time elsewhere."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from analysis.accumulator import Accumulator
+from analysis.contexts import ContextCounts
+from analysis.frames import EVERY_PROBLEM, read_frames
+from analysis.load import LoadCounts
+from analysis.locality import RepetitionCounts, ReuseCounts
+from analysis.pairs import PairCounts
+from analysis.survey import Axes, Survey, make_axes, survey_trace
+from analysis.transitions import TransitionCounts, transition_bytes
+from analysis.weights import MarginCounts, WeightCounts, add_margins
+from profiler.errors import TraceError
+from profiler.reader import Trace
+
+# All threads' tables together, unless one thread alone needs more.
+TABLE_BYTES = 384 << 20
+# The largest tables that one thread may need.
+MAX_TRANSITION_BYTES = 480 << 20
+DEFAULT_HOPS = 8
+# Stored counts are mostly zeros: bounded here before they are unpacked.
+MAX_STORED_BYTES = 2 << 30
+
+Progress = Callable[[int], None]
+"""Called with the number of tokens that were counted since the last call."""
+
+
+class TraceCounts:
+    """Every accumulator of one analysis."""
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
+        self.load = LoadCounts(axes)
+        self.transitions = TransitionCounts(axes)
+        self.pairs = PairCounts(axes)
+        self.repetition = RepetitionCounts(axes)
+        self.reuse = ReuseCounts(axes)
+        self.contexts = ContextCounts(axes)
+        self.weights = WeightCounts(axes)
+        self.margins = MarginCounts(axes)
+
+    @property
+    def parts(self) -> dict[str, Accumulator]:
+        """All of them by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Accumulator)}
+
+    def count(self, trace: Trace, problems: range = EVERY_PROBLEM, on_progress: Progress = lambda tokens: None) -> None:
+        """Count the problems of `trace` with ids in a range. Raises `TraceError` on rows that break the format."""
+        parts = self.parts.values()
+        has_logits = any(name.startswith("logits/") for name in (trace.manifest.files if trace.manifest else ()))
+        last = -1
+        for frame in read_frames(trace, self.axes, problems):
+            for part in parts:
+                part.update(frame)
+            if has_logits:
+                ids = np.unique(frame.chunk.problem_ids_T)
+                add_margins(trace, self.margins, ids[ids > last].tolist())
+                last = int(ids[-1])
+            on_progress(len(frame))
+        for part in parts:
+            part.close()
+
+    def merge(self, other: TraceCounts) -> None:
+        """Add the counts of other problems."""
+        for name, part in self.parts.items():
+            part.merge(other.parts[name])
+
+    def save(self) -> bytes:
+        """As a compressed NumPy archive, for `restored`."""
+        arrays: dict[str, Any] = {
+            f"{name}/{key}": array for name, part in self.parts.items() for key, array in part.state().items()
+        }
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def restored(cls, axes: Axes, stored: bytes) -> TraceCounts:
+        """What `save` made for the same axes. Raises `TraceError` if it is something else."""
+        counts = cls(axes)
+        try:
+            with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > MAX_STORED_BYTES:
+                    raise TraceError(f"stored counts are larger than {MAX_STORED_BYTES >> 30} GiB")
+            with np.load(io.BytesIO(stored), allow_pickle=False) as archive:
+                arrays: dict[str, npt.NDArray[Any]] = {name: archive[name] for name in archive.files}
+            for name, part in counts.parts.items():
+                part.restore({key.removeprefix(f"{name}/"): arrays[key] for key in arrays if key.startswith(f"{name}/")})
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise TraceError(f"stored counts are not readable: {error}") from error
+        return counts
+
+
+def axes_of(trace: Trace, survey: Survey, hops: int | None = None) -> Axes:
+    """The axes of the tables for `trace`. hops: at most L - 1; None for as many as DEFAULT_HOPS and memory allow.
+
+    Raises `TraceError` if the tables for that many hops would not fit.
+    """
+    model = trace.metadata.model
+    layers, experts = len(model.moe_layers), model.num_experts
+    room = MAX_TRANSITION_BYTES // transition_bytes(layers, experts, 1)
+    if hops is None:
+        hops = min(DEFAULT_HOPS, room)
+    hops = min(hops, layers - 1)
+    if hops > room or (layers > 1 and hops < 1):
+        raise TraceError(
+            f"{trace.path}: {hops} hops over {layers} layers of {experts} experts need more than "
+            f"{MAX_TRANSITION_BYTES >> 20} MiB of counters; choose at most {room} --hops"
+        )
+    return make_axes(survey, model, hops=hops, has_weights=trace.metadata.record.weights)
+
+
+def count_trace(
+    trace: Trace, *, hops: int | None = None, workers: int | None = None, on_progress: Progress = lambda tokens: None
+) -> TraceCounts:
+    """Count a whole trace, its problems spread over threads: the loops and the decoding release the interpreter's lock.
+
+    workers: None for one per core, as far as their tables fit. on_progress is called from one thread at a time.
+    """
+    axes = axes_of(trace, survey_trace(trace), hops)
+    total = TraceCounts(axes)
+    if workers is None:
+        workers = max(1, min(_cores(), TABLE_BYTES // max(1, _bytes(total))))
+    spans = trace.spans(workers) if workers > 1 else [EVERY_PROBLEM]
+    if len(spans) < 2:
+        total.count(trace, on_progress=on_progress)
+        return total
+    lock = threading.Lock()
+
+    def count(span: range) -> None:
+        def progress(tokens: int) -> None:
+            with lock:
+                on_progress(tokens)
+
+        part = TraceCounts(axes)
+        part.count(Trace.open(trace.path, allow_incomplete=True), span, progress)
+        with lock:
+            total.merge(part)
+
+    with ThreadPoolExecutor(len(spans)) as pool:
+        for done in [pool.submit(count, span) for span in spans]:
+            done.result()
+    return total
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _bytes(counts: TraceCounts) -> int:
+    """Of one thread's tables."""
+    return sum(array.nbytes for part in counts.parts.values() for array in part.state().values())

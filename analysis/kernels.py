@@ -1,0 +1,296 @@
+"""The counting loops, compiled by numba: each walks over a chunk once and adds to tables in place.
+
+Ids `[T, L, K]` come sorted by weight; an id of E or more is an empty slot, and only empty slots follow it. No loop checks
+bounds: the reader has checked ids, and the callers make tables of matching shapes. All loops release the GIL.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+# float16 as numbers, by their bits: numba has no float16 on CPUs.
+HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
+
+compiled = numba.njit(nogil=True, cache=True, boundscheck=False)
+
+
+@compiled
+def count_load(ids: Array, weight_bits: Array, halves: Array, run: Array, counts: Array, mass: Array) -> None:
+    """Selections and weight of each expert into counts, mass `[R, L, E]`; run: row of the tables for each token `[T]`.
+
+    weight_bits: float16 weights as uint16 `[T, L, K]`, or of no tokens at all.
+    """
+    tokens, layers, top_k = ids.shape
+    experts = counts.shape[2]
+    weighted = weight_bits.shape[0] > 0
+    for t in range(tokens):
+        r = run[t]
+        for layer in range(layers):
+            for k in range(top_k):
+                expert = ids[t, layer, k]
+                if expert >= experts:
+                    break
+                counts[r, layer, expert] += 1
+                if weighted:
+                    mass[r, layer, expert] += halves[weight_bits[t, layer, k]]
+
+
+@compiled
+def count_transitions(ids: Array, fold: Array, pairs: Array, strongest: Array) -> None:
+    """All K x K pairs, and pairs of strongest experts, of layers n and n+k into `[F, H, L, E, E]`; fold: `[T]`."""
+    tokens, layers, top_k = ids.shape
+    hops, experts = pairs.shape[1], pairs.shape[3]
+    for hop in range(hops):
+        for layer in range(layers - hop - 1):
+            later = layer + hop + 1
+            for t in range(tokens):
+                f = fold[t]
+                first, second = ids[t, layer, 0], ids[t, later, 0]
+                if first < experts and second < experts:
+                    strongest[f, hop, layer, first, second] += 1
+                table = pairs[f, hop, layer]
+                for i in range(top_k):
+                    here = ids[t, layer, i]
+                    if here >= experts:
+                        break
+                    for j in range(top_k):
+                        there = ids[t, later, j]
+                        if there >= experts:
+                            break
+                        table[here, there] += 1
+
+
+@compiled
+def count_pairs(ids: Array, dataset: Array, together: Array, leading: Array) -> None:
+    """Pairs of experts i < j of one token into together `[L, E, E]`, the two strongest into leading `[Q, L, E, E]`."""
+    tokens, layers, top_k = ids.shape
+    experts = together.shape[1]
+    for layer in range(layers):
+        for t in range(tokens):
+            for i in range(top_k):
+                first = ids[t, layer, i]
+                if first >= experts:
+                    break
+                for j in range(i):
+                    second = ids[t, layer, j]
+                    low, high = min(first, second), max(first, second)
+                    together[layer, low, high] += 1
+                    if i == 1:
+                        leading[dataset[t], layer, low, high] += 1
+
+
+@compiled
+def hash_sets(ids: Array, experts: int) -> Array:
+    """A 64-bit hash of each set of experts `[T, L]`, whatever the order of its members."""
+    tokens, layers, top_k = ids.shape
+    hashes = np.empty((tokens, layers), dtype=np.uint64)
+    for t in range(tokens):
+        for layer in range(layers):
+            total = np.uint64(0)
+            for k in range(top_k):
+                if ids[t, layer, k] >= experts:
+                    break
+                total += _mix(np.uint64(ids[t, layer, k]) + np.uint64(1))
+            hashes[t, layer] = _mix(total)
+    return hashes
+
+
+@compiled
+def _mix(value: Any) -> Any:
+    """One step of splitmix64 (Steele, Lea and Flood, 2014)."""
+    value = (value + np.uint64(0x9E3779B97F4A7C15)) & np.uint64(0xFFFFFFFFFFFFFFFF)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+@compiled
+def as_bits(ids: Array, most: int, experts: int) -> Array:
+    """The first `most` experts of each token and layer as bits `[T, L, W]` of uint64 words."""
+    tokens, layers, top_k = ids.shape
+    words = np.zeros((tokens, layers, (experts + 63) // 64), dtype=np.uint64)
+    for t in range(tokens):
+        for layer in range(layers):
+            for k in range(min(most, top_k)):
+                expert = ids[t, layer, k]
+                if expert >= experts:
+                    break
+                words[t, layer, expert >> 6] |= np.uint64(1) << np.uint64(expert & 63)
+    return words
+
+
+@compiled
+def _count_bits(word: Any) -> Any:
+    """Bits that are set in 64 (Hacker's Delight, 5-1)."""
+    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
+
+
+@compiled
+def count_repetition(
+    ids: Array,
+    all_bits: Array,
+    leading_bits: Array,
+    problem: Array,
+    position: Array,
+    dataset: Array,
+    skip: int,
+    distances: Array,
+    experts: int,
+    same: Array,
+    seen: Array,
+) -> None:
+    """Compare each token from `skip` on with the token `distances` earlier in its problem, if that was recorded.
+
+    all_bits, leading_bits: `as_bits` of all experts, and of the first two. same `[Q, N, L, 3]`: equal first choices;
+    first-or-second choices that meet; experts in common. seen `[Q, N, L]`: comparisons.
+    """
+    tokens, layers, _ = ids.shape
+    for n in range(len(distances)):
+        distance = distances[n]
+        for t in range(max(skip, distance), tokens):
+            before = t - distance
+            if problem[before] != problem[t] or position[t] - position[before] != distance:
+                continue
+            q = dataset[t]
+            for layer in range(layers):
+                if ids[t, layer, 0] >= experts or ids[before, layer, 0] >= experts:
+                    continue
+                meets, common = np.uint64(0), np.uint64(0)
+                for word in range(all_bits.shape[2]):
+                    meets |= leading_bits[t, layer, word] & leading_bits[before, layer, word]
+                    common += _count_bits(all_bits[t, layer, word] & all_bits[before, layer, word])
+                seen[q, n, layer] += 1
+                same[q, n, layer, 0] += ids[t, layer, 0] == ids[before, layer, 0]
+                same[q, n, layer, 1] += meets != 0
+                same[q, n, layer, 2] += np.int64(common)
+
+
+@compiled
+def count_reuse(
+    ids: Array,
+    problem: Array,
+    position: Array,
+    state: Array,
+    last: Array,
+    current: Array,
+    previous: Array,
+    gaps: Array,
+    between: Array,
+    cold: Array,
+    lengths: Array,
+    segments: Array,
+) -> None:
+    """Reuse within a problem, over chunks in order; `state`, `last`, `current` and `previous` carry over from chunk to chunk.
+
+    state `[7]`: positions per segment; the problem or -1; its first and last position; the segment's number and tokens; whether
+    `previous` is a whole segment. last `[L, E]`: where each expert was last used, or -1. current, previous `[L, E]`:
+    selections. gaps `[L, 32]`: tokens since the expert was used, by floor(log2). between `[L, E]`: other experts that the
+    tokens in between used. cold `[L]`: uses without an earlier one. lengths `[T]`: of each problem that ends within the
+    chunk, else 0. segments `[L, 4]`: see `end_segment`.
+    """
+    tokens, layers, top_k = ids.shape
+    experts = last.shape[1]
+    for t in range(tokens):
+        if problem[t] != state[1]:
+            if state[1] >= 0:
+                lengths[t] = state[3] - state[2] + 1
+                end_segment(state, current, previous, segments)
+            state[1], state[2], state[4], state[5], state[6] = problem[t], position[t], 0, 0, 0
+            last[:] = -1
+            current[:] = 0
+        number = (position[t] - state[2]) // state[0]
+        if number != state[4]:
+            end_segment(state, current, previous, segments)
+            if number != state[4] + 1:
+                state[6] = 0
+            state[4], state[5] = number, 0
+        state[3] = position[t]
+        state[5] += 1
+        for layer in range(layers):
+            used = last[layer]
+            for k in range(top_k):
+                expert = ids[t, layer, k]
+                if expert >= experts:
+                    break
+                current[layer, expert] += 1
+                since = used[expert]
+                if since < 0:
+                    cold[layer] += 1
+                    continue
+                gap = position[t] - since
+                bucket = 0
+                while gap > 1:
+                    gap >>= 1
+                    bucket += 1
+                gaps[layer, bucket] += 1
+                later = 0
+                for e in range(experts):
+                    later += used[e] > since
+                between[layer, later] += 1
+            for k in range(top_k):
+                expert = ids[t, layer, k]
+                if expert >= experts:
+                    break
+                used[expert] = position[t]
+
+
+@compiled
+def end_segment(state: Array, current: Array, previous: Array, segments: Array) -> None:
+    """Count the segment that `count_reuse` is in, if it is whole, and begin an empty one.
+
+    segments `[L, 4]`: whole segments; their distinct experts; pairs of adjacent whole segments; pairs of selections, one of
+    each of two adjacent segments, that are of the same expert.
+    """
+    whole = state[5] == state[0]
+    for layer in range(current.shape[0]):
+        if whole:
+            segments[layer, 0] += 1
+            segments[layer, 2] += state[6]
+        for e in range(current.shape[1]):
+            if whole:
+                segments[layer, 1] += current[layer, e] > 0
+                segments[layer, 3] += state[6] * current[layer, e] * previous[layer, e]
+            previous[layer, e] = current[layer, e]
+            current[layer, e] = 0
+    state[6] = whole
+
+
+@compiled
+def count_weights(weight_bits: Array, shift: int, histogram: Array) -> None:
+    """Weights into histogram `[L, K, bins]` by the leading bits of their float16; NaN (empty slots) is left out."""
+    tokens, layers, top_k = weight_bits.shape
+    for t in range(tokens):
+        for layer in range(layers):
+            for k in range(top_k):
+                bits = weight_bits[t, layer, k]
+                if bits <= 0x7C00:
+                    histogram[layer, k, bits >> shift] += 1
+
+
+@compiled
+def count_in_context(ids: Array, fold: Array, context: Array, selected: Array, strongest: Array) -> None:
+    """Experts by context: selected, strongest `[F, L, C, E]`; context `[T, L]`, negative where it is unknown."""
+    tokens, layers, top_k = ids.shape
+    experts = selected.shape[3]
+    for layer in range(layers):
+        for t in range(tokens):
+            c = context[t, layer]
+            first = ids[t, layer, 0]
+            if c < 0 or first >= experts:
+                continue
+            f = fold[t]
+            strongest[f, layer, c, first] += 1
+            for k in range(top_k):
+                expert = ids[t, layer, k]
+                if expert >= experts:
+                    break
+                selected[f, layer, c, expert] += 1

@@ -1,0 +1,268 @@
+"""Within a layer, over the tokens of a problem: repetition at a distance, reuse of experts, and consistency of segments."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from math import comb
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from analysis.accumulator import Accumulator, Counts, Floats
+from analysis.frames import Frame
+from analysis.kernels import as_bits, count_repetition, count_reuse, end_segment
+from analysis.load import normalized
+from analysis.survey import Axes
+
+DISTANCES = (1, 2, 3, 4, 8, 16, 32, 64)
+SEGMENT = 32
+GAP_BUCKETS = 32
+# Longer ones are as good as never.
+LONGEST_EXPECTED_GAP = 1 << 20
+
+
+class RepetitionCounts(Accumulator):
+    """Tokens against the token `DISTANCES` earlier in the same problem, by dataset.
+
+    same `[Q, N, L, 3]`: first choice repeated; first or second choice repeated, as Mixtral's Table 5 has it: the two
+    strongest of one token meet the two strongest of the other; number of experts in common. seen `[Q, N, L]`: comparisons.
+    first `[Q, L, E]`: first choices; what random tokens would have in common is computed from these, and from pairs and load.
+    """
+
+    added = ("same", "seen", "first")
+
+    def __init__(self, axes: Axes) -> None:
+        shape = (len(axes.datasets), len(DISTANCES), axes.layers)
+        self.same: Counts = np.zeros((*shape, 3), dtype=np.int64)
+        self.seen: Counts = np.zeros(shape, dtype=np.int64)
+        self.first: Counts = np.zeros((len(axes.datasets), axes.layers, axes.num_experts + 1), dtype=np.int64)
+        # The last tokens of the frame before.
+        self._before: Frame | None = None
+
+    def update(self, frame: Frame) -> None:
+        """Count a frame."""
+        ids_TLK, problem_T, position_T = frame.chunk.expert_ids_TLK, frame.chunk.problem_ids_T, frame.chunk.token_ids_T
+        experts = self.first.shape[2] - 1
+        for dataset in np.unique(frame.dataset_T).tolist():
+            first_TL = ids_TLK[frame.dataset_T == dataset, :, 0]
+            for layer in range(first_TL.shape[1]):
+                self.first[dataset, layer] += np.bincount(first_TL[:, layer], minlength=experts + 1)
+        dataset_T, skip = frame.dataset_T, 0
+        if self._before is not None:
+            tail, skip = self._before, len(self._before)
+            ids_TLK = np.concatenate([tail.chunk.expert_ids_TLK, ids_TLK])
+            problem_T = np.concatenate([tail.chunk.problem_ids_T, problem_T])
+            position_T = np.concatenate([tail.chunk.token_ids_T, position_T])
+            dataset_T = np.concatenate([tail.dataset_T, dataset_T])
+        bits = [as_bits(ids_TLK, most, experts) for most in (ids_TLK.shape[2], 2)]
+        count_repetition(
+            ids_TLK, *bits, problem_T, position_T, dataset_T, skip, np.array(DISTANCES), experts, self.same, self.seen
+        )
+        self._before = frame.take(slice(-max(DISTANCES), None))
+
+
+class ReuseCounts(Accumulator):
+    """Uses of experts after an earlier use in the same problem and layer. Shapes as in `kernels.count_reuse`.
+
+    gaps `[L, 32]`, between `[L, E]`, cold `[L]`, segments `[L, 4]`. lengths: problems by recorded positions.
+    """
+
+    added = ("gaps", "between", "cold", "segments")
+
+    def __init__(self, axes: Axes) -> None:
+        shape = (axes.layers, axes.num_experts)
+        self.gaps: Counts = np.zeros((axes.layers, GAP_BUCKETS), dtype=np.int64)
+        self.between: Counts = np.zeros(shape, dtype=np.int64)
+        self.cold: Counts = np.zeros(axes.layers, dtype=np.int64)
+        self.segments: Counts = np.zeros((axes.layers, 4), dtype=np.int64)
+        self.lengths: Counter[int] = Counter()
+        self._state = np.array([SEGMENT, -1, 0, 0, 0, 0, 0], dtype=np.int64)
+        self._last = np.full(shape, -1, dtype=np.int64)
+        self._current, self._previous = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+
+    def update(self, frame: Frame) -> None:
+        """Count a frame."""
+        chunk = frame.chunk
+        lengths_T = np.zeros(len(chunk), dtype=np.int64)
+        count_reuse(
+            chunk.expert_ids_TLK,
+            chunk.problem_ids_T,
+            chunk.token_ids_T,
+            self._state,
+            self._last,
+            self._current,
+            self._previous,
+            self.gaps,
+            self.between,
+            self.cold,
+            lengths_T,
+            self.segments,
+        )
+        self.lengths.update(lengths_T[lengths_T > 0].tolist())
+
+    def close(self) -> None:
+        """The last problem ends."""
+        if self._state[1] >= 0:
+            self.lengths[int(self._state[3] - self._state[2] + 1)] += 1
+            end_segment(self._state, self._current, self._previous, self.segments)
+        self._state[1] = -1
+
+    def merge(self, other: ReuseCounts) -> None:
+        """Add the counts of another part."""
+        super().merge(other)
+        self.lengths.update(other.lengths)
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything as arrays."""
+        return super().state() | {"lengths": np.array(sorted(self.lengths.items()), dtype=np.int64).reshape(-1, 2)}
+
+    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
+        """Take what another's `state` gave."""
+        super().restore(state)
+        self.lengths = Counter(dict(state["lengths"].tolist()))
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Of one dataset (or all): shares per distance and layer `[N, L]`, `nan` where nothing could be compared.
+
+    first: the first choice is that of the earlier token. first_or_second: one of the two strongest is one of its two strongest.
+    shared: experts in common, of K. *_shuffled `[L]`: the same for two tokens drawn from all of this dataset; it follows from
+    the counts, so there is no noise in it. Chance: 1/E; 1 - C(E-2, 2)/C(E, 2); K/E.
+    """
+
+    dataset: str
+    compared: int
+    first: Floats
+    first_or_second: Floats
+    shared: Floats
+    first_shuffled: Floats
+    first_or_second_shuffled: Floats
+    shared_shuffled: Floats
+
+
+def repetition(
+    same_NL3: Counts, seen_NL: Counts, first_LE: Counts, load_LE: Counts, leading_LEE: Counts, top_k: int, dataset: str
+) -> Repetition:
+    """Shares from the counts of one dataset, or of several added up. leading: pairs i < j of the two strongest `[L, E, E]`."""
+    with np.errstate(invalid="ignore"):
+        shares = same_NL3 / np.where(seen_NL > 0, seen_NL, np.nan)[..., None]
+    first = normalized(first_LE)
+    first_shuffled = (first**2).sum(1)
+    if top_k == 1:
+        either_shuffled = first_shuffled
+    else:
+        pairs_LEE = leading_LEE + leading_LEE.transpose(0, 2, 1)
+        tokens_L = np.maximum(leading_LEE.sum((1, 2)), 1)
+        inclusion_LE = pairs_LEE.sum(2) / tokens_L[:, None]
+        # Sets of two meet in one or two experts: P(meet) = E(number in common) - P(both the same).
+        both = ((leading_LEE / tokens_L[:, None, None]) ** 2).sum((1, 2))
+        either_shuffled = (inclusion_LE**2).sum(1) - both
+    return Repetition(
+        dataset=dataset,
+        compared=int(seen_NL[0].max(initial=0)),
+        first=shares[..., 0],
+        first_or_second=shares[..., 1],
+        shared=shares[..., 2] / top_k,
+        first_shuffled=first_shuffled,
+        first_or_second_shuffled=np.asarray(either_shuffled),
+        shared_shuffled=(normalized(load_LE) ** 2).sum(1) * top_k,
+    )
+
+
+def repetition_chance(experts: int, top_k: int) -> tuple[float, float, float]:
+    """Chance of `Repetition.first`, `.first_or_second` and `.shared` under uniform independent routing."""
+    leading = min(2, top_k)
+    meet = 1 - comb(experts - leading, leading) / comb(experts, leading)
+    return 1 / experts, meet, top_k / experts
+
+
+@dataclass(frozen=True)
+class ReuseStatistics:
+    """Per layer. Reuse is within a problem; a use without an earlier one is cold.
+
+    gap_edges `[B+1]`: tokens since the last use fall into [edge, next edge). gap_share `[L, B]`: of the uses that are not cold;
+    gap_shuffled `[L, B]`: if every token of a problem drew its experts from the layer's load. median_gap `[L]`, by linear
+    interpolation within its range. cold_share `[L]`: of all uses; cold_shuffled likewise.
+    between_share `[L, E]`: other experts (0, 1, ...) that the tokens in between used: the LRU stack distance, with all
+    experts of a token as one access. working_set `[L]`: distinct experts in a segment of SEGMENT tokens, over E;
+    working_set_shuffled: for tokens drawn from the layer's load. adjacent `[L]`: a selection of one segment and one of the
+    next are of the same expert; adjacent_shuffled: two selections of the whole trace are.
+    """
+
+    gap_edges: Counts
+    gap_share: Floats
+    gap_shuffled: Floats
+    median_gap: Floats
+    cold_share: Floats
+    cold_shuffled: Floats
+    between_share: Floats
+    segments: int
+    working_set: Floats
+    working_set_shuffled: Floats
+    adjacent: Floats
+    adjacent_shuffled: Floats
+
+
+def reuse_statistics(counts: ReuseCounts, load_LE: Counts, tokens: int, top_k: int) -> ReuseStatistics:
+    """Statistics of reuse. load_LE: selections; tokens: of the trace."""
+    buckets = max(1, int(np.flatnonzero(counts.gaps.any(0)).max(initial=0)) + 1)
+    edges = 1 << np.arange(buckets + 1)
+    reused_L, cold_L = counts.gaps.sum(1), counts.cold
+    used_LE = load_LE / max(tokens, 1)
+    expected, expected_cold = _expected_reuse(counts.lengths, used_LE, edges)
+    whole_L, adjacent_L = counts.segments[:, 0], counts.segments[:, 2]
+    experts = load_LE.shape[1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ReuseStatistics(
+            gap_edges=edges,
+            gap_share=normalized(counts.gaps[:, :buckets]),
+            gap_shuffled=normalized(expected),
+            median_gap=np.array([_median(gaps, edges) for gaps in counts.gaps[:, :buckets]]),
+            cold_share=cold_L / (reused_L + cold_L),
+            cold_shuffled=expected_cold / (expected.sum(1) + expected_cold),
+            between_share=normalized(counts.between),
+            segments=int(whole_L.max(initial=0)),
+            working_set=counts.segments[:, 1] / whole_L / experts,
+            working_set_shuffled=(1 - (1 - used_LE) ** SEGMENT).mean(1),
+            adjacent=counts.segments[:, 3] / adjacent_L / (SEGMENT * top_k) ** 2,
+            adjacent_shuffled=(normalized(load_LE) ** 2).sum(1),
+        )
+
+
+def _expected_reuse(lengths: Counter[int], used_LE: Floats, edges: Counts) -> tuple[Floats, Floats]:
+    """Expected numbers of gaps `[L, B]` and cold uses `[L]`, if each token used expert e with probability used_LE,
+    independently.
+
+    A gap of g is used - not used (g - 1 times) - used: used^2 (1 - used)^(g-1) at each of length - g positions of a problem.
+    """
+    longest = min(max(lengths, default=1), int(edges[-1]) - 1, LONGEST_EXPECTED_GAP)
+    sizes = np.array(sorted(lengths), dtype=np.int64)
+    problems = np.array([lengths[size] for size in sizes.tolist()], dtype=np.int64)
+    # Positions at which a gap of g = 1..longest can end, over all problems: the sum of max(length - g, 0).
+    gaps_G = np.arange(1, longest + 1)
+    longer_G = np.searchsorted(sizes, gaps_G, side="right")
+    of_longer, number_longer = (np.append(each[::-1].cumsum()[::-1], 0) for each in (sizes * problems, problems))
+    positions_G = of_longer[longer_G] - gaps_G * number_longer[longer_G]
+    expected = np.zeros((len(used_LE), len(edges) - 1))
+    for layer, used_E in enumerate(used_LE):
+        for bucket, (begin, end) in enumerate(pairwise(np.minimum(edges, longest + 1).tolist())):
+            for first in range(begin, end, 4096):
+                gap_g = np.arange(first, min(first + 4096, end))
+                ends_E = positions_G[gap_g - 1] @ (1 - used_E) ** (gap_g - 1)[:, None]
+                expected[layer, bucket] += (ends_E * used_E**2).sum()
+    cold = [(problems @ (1 - (1 - used_E) ** sizes[:, None])).sum() for used_E in used_LE]
+    return expected, np.array(cold)
+
+
+def _median(counts_B: Counts, edges: Counts) -> float:
+    if not counts_B.any():
+        return float("nan")
+    cumulative = counts_B.cumsum()
+    half = cumulative[-1] / 2
+    bucket = int(np.searchsorted(cumulative, half))
+    into = (half - (cumulative[bucket] - counts_B[bucket])) / counts_B[bucket]
+    return float(edges[bucket] + into * (edges[bucket + 1] - 1 - edges[bucket]))

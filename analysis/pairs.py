@@ -1,0 +1,145 @@
+"""Experts that one token uses together, within a layer: pairs against independence, and how many different sets there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from analysis.accumulator import Accumulator, Counts, Floats
+from analysis.frames import Frame
+from analysis.kernels import count_pairs, hash_sets
+from analysis.survey import Axes
+
+# Hashes kept per layer: exact up to so many sets, 1/sqrt(16382) = 0.8 % standard error beyond.
+SKETCH = 1 << 14
+
+
+class PairCounts(Accumulator):
+    """together `[L, E, E]`: tokens that use experts i < j, all pairs. leading `[Q, L, E, E]`: those of the two strongest, by
+    dataset.
+
+    Sets are counted by a k-minimum-values sketch of their hashes (Bar-Yossef et al., 2002), which is the same in whatever order
+    and in however many parts they come.
+    """
+
+    added = ("together", "leading", "tokens")
+
+    def __init__(self, axes: Axes) -> None:
+        shape = (axes.layers, axes.num_experts, axes.num_experts)
+        self.together: Counts = np.zeros(shape, dtype=np.int64)
+        self.leading: Counts = np.zeros((len(axes.datasets), *shape), dtype=np.uint32)
+        self.tokens: Counts = np.zeros(1, dtype=np.int64)
+        self.sketches: list[npt.NDArray[np.uint64]] = [np.empty(0, dtype=np.uint64) for _ in range(axes.layers)]
+        self._experts = axes.num_experts
+
+    def update(self, frame: Frame) -> None:
+        """Count a frame."""
+        ids_TLK = frame.chunk.expert_ids_TLK
+        count_pairs(ids_TLK, frame.dataset_T, self.together, self.leading)
+        self.tokens += len(frame)
+        hashes_TL = hash_sets(ids_TLK, self._experts)
+        for layer, sketch in enumerate(self.sketches):
+            hashes_T = hashes_TL[:, layer]
+            if len(sketch) == SKETCH:
+                hashes_T = hashes_T[hashes_T < sketch[-1]]
+            self.sketches[layer] = _smallest(sketch, hashes_T)
+
+    def merge(self, other: PairCounts) -> None:
+        """Add the counts of another part."""
+        super().merge(other)
+        self.sketches = [_smallest(a, b) for a, b in zip(self.sketches, other.sketches, strict=True)]
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything as arrays."""
+        lengths = np.array([len(sketch) for sketch in self.sketches])
+        return super().state() | {"sketch_lengths": lengths, "sketches": np.concatenate(self.sketches)}
+
+    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
+        """Take what another's `state` gave."""
+        super().restore(state)
+        self.sketches = np.split(state["sketches"], np.cumsum(state["sketch_lengths"])[:-1])
+
+
+@dataclass(frozen=True)
+class PairStatistics:
+    """Per layer `[L]`, and pairs `[L, E, E]`, symmetric with a zero diagonal.
+
+    lift_LEE: pairs counted over pairs expected if no expert preferred another (`expected_pairs`).
+    unique_sets `[L]`: different sets; an estimate, with 0.8 % standard error, where there are more than 16,384. possible_sets:
+    E choose K. even_sets: how many of them as many tokens would find if every set were equally likely.
+    top_pair `[L, 2]`, top_lift `[L]`: the most frequent of the pairs whose expected number is at least 25, by lift.
+    """
+
+    counts_LEE: Counts
+    lift_LEE: Floats
+    unique_sets: Floats
+    possible_sets: int
+    even_sets: float
+    top_pair: Counts
+    top_lift: Floats
+
+
+# Below this a lift is noise: its relative standard error is a fifth.
+MIN_EXPECTED = 25
+ITERATIONS = 200
+
+
+def pair_statistics(counts: PairCounts, top_k: int) -> PairStatistics | None:
+    """Statistics of the pairs; None for K = 1, where there are none."""
+    if top_k < 2:
+        return None
+    together = counts.together + counts.together.transpose(0, 2, 1)
+    experts = together.shape[1]
+    expected = expected_pairs(together.sum(2))
+    lift = np.divide(together, expected, out=np.zeros_like(expected), where=expected > 0)
+    enough = np.where(expected >= MIN_EXPECTED, lift, 0).reshape(len(lift), -1)
+    best = enough.argmax(1)
+    possible, tokens = comb(experts, top_k), int(counts.tokens[0])
+    return PairStatistics(
+        counts_LEE=together,
+        lift_LEE=lift,
+        unique_sets=np.array([estimate_distinct(sketch) for sketch in counts.sketches]),
+        possible_sets=possible,
+        # possible * (1 - (1 - 1/possible)^tokens), without cancellation.
+        even_sets=float(-possible * np.expm1(tokens * np.log1p(-1 / possible))) if possible > 1 else 1.0,
+        top_pair=np.stack(np.unravel_index(best, (experts, experts)), axis=1),
+        top_lift=np.take_along_axis(enough, best[:, None], 1)[:, 0],
+    )
+
+
+def expected_pairs(in_pairs_LE: Counts) -> Floats:
+    """Pairs of experts i and j `[..., E, E]` if none preferred another, for the pairs that each is in `[..., E]`; symmetric.
+
+    In proportion to a_i a_j, with nothing on the diagonal and the given sums: quasi-independence (Goodman, 1968). The a are
+    found by iteration; with even load all pairs are equally likely. Where one expert is in more than half of the pairs, sums
+    are only approached.
+    """
+    sums = in_pairs_LE.astype(np.float64)
+    a = np.sqrt(sums)
+    for _ in range(ITERATIONS):
+        others = a.sum(-1, keepdims=True) - a
+        # The square root damps an oscillation between two solutions.
+        a = np.sqrt(a * np.divide(sums, others, out=np.zeros_like(sums), where=others > 0))
+    expected = a[..., :, None] * a[..., None, :]
+    diagonal = np.arange(a.shape[-1])
+    expected[..., diagonal, diagonal] = 0
+    return np.asarray(expected)
+
+
+def estimate_distinct(sketch: npt.NDArray[np.uint64]) -> float:
+    """Different values that were seen: exact while all hashes are kept, else (k - 1) over the k-th smallest hash in [0, 1)."""
+    if len(sketch) < SKETCH:
+        return float(len(sketch))
+    return (len(sketch) - 1) / (float(sketch[-1]) / 2.0**64)
+
+
+def _smallest(first: npt.NDArray[np.uint64], second: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The SKETCH smallest different values, ascending."""
+    values = np.sort(np.concatenate([first, second]))
+    is_new = np.ones(len(values), dtype=np.bool_)
+    is_new[1:] = values[1:] != values[:-1]
+    return np.asarray(values[is_new][:SKETCH])

@@ -1,0 +1,68 @@
+"""What `specmoe evaluate --json` wrote, read for tables and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from profiler.errors import TraceError, first_line
+
+MAX_BYTES = 64 << 20
+
+
+class Result(BaseModel):
+    """One predictor: metrics by horizon (`h=1`, ...), intervals of recall@K over problems, metrics by layer `[L]` or null."""
+
+    metrics: dict[str, dict[str, float]]
+    recall_at_k_name: str
+    interval_over_problems: dict[str, tuple[float, float]]
+    by_target_layer: dict[str, list[dict[str, float] | None]] = {}
+
+
+class Evaluation(BaseModel):
+    """An evaluation: its data, chance, and the results of predictors by name."""
+
+    run: str
+    task: str
+    trace: str
+    split: str
+    part: str
+    problems: int
+    tokens: int
+    chance: dict[str, float]
+    results: dict[str, Result]
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """An evaluation's file. Raises `TraceError` if it is none."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise TraceError(f"{path} is larger than {MAX_BYTES >> 20} MiB: no evaluation")
+        return as_evaluation(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise TraceError(
+            f"{path}: expected what 'specmoe evaluate RUN --trace T --json FILE' writes: {first_line(error)}"
+        ) from error
+
+
+def as_evaluation(document: bytes | dict[str, Any]) -> Evaluation:
+    """An evaluation from its JSON text, or from the document itself. Raises pydantic's `ValidationError`."""
+    if isinstance(document, bytes):
+        return Evaluation.model_validate_json(document)
+    return Evaluation.model_validate(document)
+
+
+def table(evaluation: Evaluation, horizon: int = 1) -> list[dict[str, str]]:
+    """The evaluation as rows of text, chance first; recall@K with its 95 % interval over problems."""
+    k_name = next(iter(evaluation.results.values())).recall_at_k_name
+    columns = (k_name, "top-1", "exact", "any")
+    rows = [{"predictor": "chance"} | {name: f"{evaluation.chance[name]:.3f}" for name in columns}]
+    for name, result in evaluation.results.items():
+        metrics = result.metrics[f"h={horizon}"]
+        row = {"predictor": name} | {column: f"{metrics[column]:.3f}" for column in columns}
+        low, high = result.interval_over_problems[f"h={horizon}"]
+        row[k_name] += f" ({low:.3f}-{high:.3f})"
+        rows.append(row)
+    return rows

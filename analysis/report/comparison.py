@@ -1,0 +1,195 @@
+"""The sections of a page that shows several traces side by side: models, precisions, or datasets."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+
+from analysis.accumulator import Floats
+from analysis.domains import jensen_shannon_distance
+from analysis.load import normalized
+from analysis.locality import DISTANCES, repetition_chance
+from analysis.report.figures import CHANCE, CONTROL, Line, Section, heat_map, html, lines
+from analysis.statistics import Statistics, mean, show
+
+
+def compared_facts(compared: dict[str, Statistics]) -> list[tuple[str, str]]:
+    """A line for each trace, and its caveats."""
+    facts = []
+    for name, s in compared.items():
+        model = s.source.metadata.model
+        quantization = f", {model.quantization}" if model.quantization else ""
+        facts.append(
+            (
+                name,
+                f"{model.id}{quantization}: {s.axes.layers} MoE layers, {s.axes.num_experts} experts, top-{s.axes.top_k}; "
+                f"{s.problems:,} problems, {s.tokens:,} tokens of {', '.join(s.datasets)}",
+            )
+        )
+        facts += [(f"{name}, note", caveat) for caveat in s.source.caveats]
+    return facts
+
+
+def comparison_table(compared: dict[str, Statistics]) -> list[dict[str, str | float]]:
+    """One row per figure with a value for each trace, means over layers: what `statistics.json` and the page show."""
+    rows: list[dict[str, str | float]] = []
+
+    def add(figure: str, values: dict[str, float]) -> None:
+        rows.append({"figure": figure} | values)
+
+    add("chance of an expert (K/E)", {name: s.axes.top_k / s.axes.num_experts for name, s in compared.items()})
+    add("load entropy / maximum", {name: mean(s.load.entropy_share) for name, s in compared.items()})
+    add("busiest / mean load", {name: mean(s.load.max_over_mean) for name, s in compared.items()})
+    for figure, attribute in (
+        ("bits shared with the next layer", "information_bits"),
+        ("  shuffled", "information_shuffled_bits"),
+        ("strongest expert guessed from the layer before, held out", "held_out_top1"),
+        ("  popularity", "marginal_top1"),
+        ("recall@K from one expert of the layer before, held out", "held_out_topk"),
+        ("  popularity", "marginal_topk"),
+    ):
+        add(figure, {name: mean(getattr(s.hops[0], attribute)) if s.hops else float("nan") for name, s in compared.items()})
+    add("same first choice as the token before", {name: mean(s.repetitions[0].first[0]) for name, s in compared.items()})
+    add("  shuffled", {name: mean(s.repetitions[0].first_shuffled) for name, s in compared.items()})
+    add("experts shared with the token before", {name: mean(s.repetitions[0].shared[0]) for name, s in compared.items()})
+    add("  shuffled", {name: mean(s.repetitions[0].shared_shuffled) for name, s in compared.items()})
+    add("median tokens since last use", {name: mean(s.reuse.median_gap) for name, s in compared.items()})
+    add("experts used by 32 tokens, of all", {name: mean(s.reuse.working_set) for name, s in compared.items()})
+    for context in dict.fromkeys(each.context for s in compared.values() for each in s.rulers):
+        found = {name: next((r for r in s.rulers if r.context == context), None) for name, s in compared.items()}
+        values = {name: float("nan") if ruler is None else ruler.recall_held_out for name, ruler in found.items()}
+        add(f"recall@K given: {context}, held out", values)
+    return rows
+
+
+def load_distances(compared: dict[str, Statistics]) -> list[tuple[str, str, Floats, Floats]]:
+    """Jensen-Shannon distance of the loads of every two traces of one shape `[L]`, and what chance alone would cause `[L]`.
+
+    Chance: each trace's selections drawn anew from the loads of both together. Tokens of a problem go together, so that is a
+    lower bound: two halves of one trace differ by more.
+    """
+    found = []
+    for (first, a), (second, b) in combinations(compared.items(), 2):
+        if a.load.share_LE.shape != b.load.share_LE.shape:
+            continue
+        random = np.random.default_rng(0)
+        both = normalized(a.load.counts_LE + b.load.counts_LE)
+        drawn = [
+            np.stack([random.multinomial(int(n), p) for n, p in zip(s.load.counts_LE.sum(1), both, strict=True)])
+            for s in (a, b)
+        ]
+        control = jensen_shannon_distance(normalized(drawn[0]), normalized(drawn[1]))
+        found.append((first, second, jensen_shannon_distance(a.load.share_LE, b.load.share_LE), control))
+    return found
+
+
+def comparison_sections(compared: dict[str, Statistics]) -> list[Section]:
+    """What can be compared; traces of other shapes are shown over relative depth."""
+    sections = [_figures(compared), _load(compared)]
+    if all(s.hops for s in compared.values()):
+        sections.append(_hops(compared))
+    return [*sections, _repetition(compared)]
+
+
+def _figures(compared: dict[str, Statistics]) -> Section:
+    rows = comparison_table(compared)
+    names = list(compared)
+    cells = [("mean over layers", *names)]
+    cells += [(str(row["figure"]), *(show(float(row[name])) for name in names)) for row in rows]
+    # What a trace gains over its own popularity can be compared between shapes; plain shares cannot.
+    gains = {name: mean(s.hops[0].held_out_topk) - mean(s.hops[0].marginal_topk) for name, s in compared.items() if s.hops}
+    known = {name: gain for name, gain in gains.items() if np.isfinite(gain)}
+    if known:
+        best = max(known, key=lambda name: known[name])
+        others = ", ".join(f"{name} {gain:+.3f}" for name, gain in known.items() if name != best)
+        headline = f"Layers tell most about the next in {best}: recall@K {known[best]:+.3f} over popularity; {others}."
+    else:
+        headline = "There are too few problems to judge one half by the other."
+    explanation = (
+        "'Held out': each half of the problems is judged by what the other half says. Where the number of experts or "
+        "K differs, "
+        "compare with the chance and popularity of the same column, not across."
+    )
+    return Section("Side by side", headline, explanation, tables=(tuple(cells),))
+
+
+def _load(compared: dict[str, Statistics]) -> Section:
+    figures = []
+    names = list(compared)
+    depth = {name: np.linspace(0, 1, s.axes.layers) if s.axes.layers > 1 else np.zeros(1) for name, s in compared.items()}
+    grid = np.linspace(0, 1, max(s.axes.layers for s in compared.values()))
+    chosen = [Line(name, np.interp(grid, depth[name], s.load.entropy_share)) for name, s in compared.items()]
+    chosen.append(Line("even load", np.ones(len(grid)), CHANCE))
+    drawn = lines(chosen, [round(float(x), 3) for x in grid], "depth (0 first, 1 last MoE layer)", "load entropy / maximum")
+    figures.append(html(drawn, "compared-load", "Load entropy over depth."))
+    distances = load_distances(compared)
+    evenest = max(names, key=lambda name: mean(compared[name].load.entropy_share))
+    headline = (
+        f"{evenest} spreads its load most evenly ({mean(compared[evenest].load.entropy_share):.1%} of the maximum entropy)."
+    )
+    explanation = "Share of each expert over an even share, one figure per trace with the same colours."
+    if distances:
+        lines_ = []
+        for first, second, distance, control in distances:
+            lines_.append(Line(f"{first} / {second}", distance))
+            lines_.append(Line(f"{first} / {second}, drawing alone", control, CONTROL))
+        layers = list(compared[distances[0][0]].axes.moe_layers)
+        drawn = lines(
+            lines_, layers if len({len(d) for _, _, d, _ in distances}) == 1 else range(len(layers)), "layer", "JS distance"
+        )
+        figures.append(html(drawn, "compared-distance", "Distance of the loads by layer."))
+        far = max(distances, key=lambda each: mean(each[2]))
+        headline += f" {far[0]} and {far[1]} differ most: Jensen-Shannon distance {mean(far[2]):.3f} on average."
+        explanation += " Distances: 0 equal, 1 disjoint; dotted, what drawing as many selections from one load would cause."
+    highest = max(float((s.load.share_LE * s.axes.num_experts).max()) for s in compared.values())
+    for number, (name, s) in enumerate(compared.items()):
+        relative_LE = s.load.share_LE * s.axes.num_experts
+        figure = heat_map(
+            relative_LE,
+            range(s.axes.num_experts),
+            s.axes.moe_layers,
+            f"expert ({name})",
+            "layer",
+            "of even",
+            "layer %{y}, expert %{x}: %{z:.2f} of an even share",
+        )
+        figure.update_traces(zmax=highest)
+        figure.update_layout(height=max(300, min(560, 120 + 14 * s.axes.layers)))
+        figures.append(html(figure, f"compared-map-{number}", f"Expert load of {name}."))
+    return Section("Expert load", headline, explanation, tuple(figures))
+
+
+def _hops(compared: dict[str, Statistics]) -> Section:
+    most = max(len(s.hops) for s in compared.values())
+    chosen, above = [], {}
+    for name, s in compared.items():
+        curve = [mean(hop.held_out_topk) for hop in s.hops]
+        if not np.isfinite(curve[0]):
+            curve = [mean(hop.conditional_topk) for hop in s.hops]
+        popular = [mean(hop.marginal_topk) for hop in s.hops]
+        above[name] = curve[0] - popular[0]
+        missing = [float("nan")] * (most - len(curve))
+        chosen += [Line(name, [*curve, *missing]), Line(f"{name}, popularity", [*popular, *missing], CONTROL)]
+    figure = lines(chosen, list(range(1, most + 1)), "hop (layers ahead)", "recall@K from one expert")
+    figure.update_xaxes(dtick=1)
+    headline = "One hop ahead, above popularity: " + ", ".join(f"{name} {value:+.3f}" for name, value in above.items()) + "."
+    explanation = "How many of the K experts are among K guesses, given one expert of the earlier layer; mean over layers."
+    return Section("How far ahead a layer tells", headline, explanation, (html(figure, "compared-hops", headline),))
+
+
+def _repetition(compared: dict[str, Statistics]) -> Section:
+    chosen = []
+    for name, s in compared.items():
+        whole = s.repetitions[0]
+        chosen.append(Line(name, [mean(row) for row in whole.shared]))
+        chosen.append(Line(f"{name}, shuffled", [mean(whole.shared_shuffled)] * len(DISTANCES), CONTROL))
+        chance = repetition_chance(s.axes.num_experts, s.axes.top_k)[2]
+        chosen.append(Line(f"{name}, chance", [chance] * len(DISTANCES), CHANCE))
+    figure = lines(chosen, DISTANCES, "distance (tokens)", "share of K in common", log_x=True)
+    headline = "Experts that consecutive tokens share, over two tokens at random: " + ", ".join(
+        f"{name} {mean(s.repetitions[0].shared[0]):.1%} against {mean(s.repetitions[0].shared_shuffled):.1%}"
+        for name, s in compared.items()
+    )
+    explanation = "Tokens of one problem, in one layer, mean over layers."
+    return Section("Repetition over tokens", headline + ".", explanation, (html(figure, "compared-repetition", headline),))

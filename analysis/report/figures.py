@@ -1,0 +1,107 @@
+"""What the figures of a page share: colours that differ for every kind of colour vision, lines, heat maps, embedded data."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import plotly.graph_objects as go
+
+# Okabe and Ito's palette, distinguishable with every common colour blindness; and Cividis, made for the same.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+SCALE = "Cividis"
+# Lines differ by dash as well: a page may be printed in grey.
+DASHES = ("solid", "dash", "dashdot", "longdash")
+CONTROL = {"color": "#555555", "dash": "dot"}
+CHANCE = {"color": "#999999", "dash": "dot", "width": 1}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a page: a headline computed from the data, how to read it, figures and tables.
+
+    figures: HTML. kind: names the script that makes it move, if any; data: JSON values for that.
+    """
+
+    title: str
+    headline: str
+    explanation: str
+    figures: tuple[str, ...] = ()
+    tables: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    kind: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a figure. style: of `CONTROL`, `CHANCE`, or empty for the next colour."""
+
+    name: str
+    y: Sequence[float] | npt.NDArray[Any]
+    style: dict[str, Any] | None = None
+
+
+def lines(
+    chosen: Sequence[Line], x: Sequence[Any], x_title: str, y_title: str, *, log_x: bool = False, as_category: bool = False
+) -> go.Figure:
+    """Lines over common x values."""
+    figure = go.Figure()
+    number = 0
+    for line in chosen:
+        style = dict(line.style) if line.style else {}
+        if not style:
+            style = {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number % len(DASHES)]}
+            number += 1
+        y = [None if not np.isfinite(value) else round(float(value), 5) for value in line.y]
+        figure.add_scatter(
+            x=list(x), y=y, name=line.name, mode="lines" if line.style else "lines+markers", line=style, marker={"size": 5}
+        )
+    figure.update_xaxes(title=x_title)
+    if log_x:
+        figure.update_xaxes(type="log", tickvals=list(x), ticktext=[str(value) for value in x])
+    elif as_category:
+        figure.update_xaxes(type="category")
+    figure.update_yaxes(title=y_title, rangemode="tozero")
+    figure.update_layout(legend={"orientation": "h", "y": -0.22, "yanchor": "top"}, height=400 + 16 * len(chosen))
+    return figure
+
+
+def heat_map(
+    values: npt.NDArray[Any], x: Sequence[Any], y: Sequence[Any], x_title: str, y_title: str, unit: str, hover: str
+) -> go.Figure:
+    """A heat map, first row on top. hover: a Plotly template."""
+    figure = go.Figure(
+        go.Heatmap(
+            z=np.round(values, 4).astype(np.float32),
+            x=[str(value) for value in x],
+            y=[str(value) for value in y],
+            colorscale=SCALE,
+            zmin=0,
+            colorbar={"title": unit, "thickness": 14},
+            hovertemplate=hover + "<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title=x_title, type="category", nticks=18, tickangle=0)
+    figure.update_yaxes(title=y_title, type="category", autorange="reversed", nticks=26)
+    return figure
+
+
+def html(figure: go.Figure, name: str, description: str) -> str:
+    """The figure as a part of a page; name: id of its element. description: for readers who do not see it."""
+    figure.update_layout(
+        template="plotly_white", margin={"l": 60, "r": 16, "t": 16, "b": 60, "autoexpand": True}, font={"size": 14}
+    )
+    config = {"responsive": True, "displayModeBar": False}
+    body = figure.to_html(full_html=False, include_plotlyjs=False, config=config, div_id=name)
+    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return f'<div class="figure" role="img" aria-label="{label}">{body}</div>'
+
+
+def packed(values: npt.NDArray[np.uint8]) -> str:
+    """Bytes for a page's script: gzip, as text."""
+    return base64.b64encode(gzip.compress(values.tobytes(), 9, mtime=0)).decode()

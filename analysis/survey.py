@@ -1,0 +1,148 @@
+"""A first look at a trace's tables, which settles what the counting needs to know: datasets, and the commonest tokens."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from profiler.errors import TraceError
+from profiler.parquet_files import open_parquet, stream_table
+from profiler.reader import Trace
+from profiler.schema import PROBLEMS_FILE, TOKENS_FILE, ModelMetadata
+
+ALL_PROBLEMS = "all problems"
+OTHER_DATASETS = "other datasets"
+MAX_DATASETS = 16
+ROWS_AT_A_TIME = 1 << 16
+# No vocabulary in use is larger; what a stranger's table has beyond that is dropped.
+MAX_KINDS = 1 << 20
+# Tables by token take two counters for each layer, expert, fold and token.
+VOCABULARY_BYTES = 64 << 20
+MAX_VOCABULARY = 8192
+
+TokenKey = int | str
+"""A vocabulary id, or a token's text where a trace has nothing else."""
+
+
+@dataclass
+class Survey:
+    """Problems by dataset, and tokens by what they are. Surveys of parts of a trace add up."""
+
+    problems: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[TokenKey] = field(default_factory=Counter)
+
+    def merge(self, other: Self) -> None:
+        """Add the survey of another part."""
+        self.problems.update(other.problems)
+        self.tokens.update(other.tokens)
+
+    def to_json(self) -> str:
+        """For `from_json`."""
+        return json.dumps({"problems": self.problems, "tokens": list(self.tokens.items())})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` made."""
+        document = json.loads(text)
+        return cls(Counter(document["problems"]), Counter(dict(document["tokens"])))
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the rows and columns of the count tables stand for.
+
+    datasets: names; of more than MAX_DATASETS the smallest are one. vocabulary: the commonest tokens, which tables by token
+    have; every other token is one row more. hops: longest distance between layers.
+    """
+
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hops: int
+    has_weights: bool
+    datasets: tuple[str, ...]
+    vocabulary: tuple[TokenKey, ...]
+
+    @property
+    def layers(self) -> int:
+        """Number of MoE layers."""
+        return len(self.moe_layers)
+
+
+def survey_trace(trace: Trace) -> Survey:
+    """Read the tables, in bounded memory. Raises `TraceError` on broken ones."""
+    survey = Survey()
+    if trace.has_problems:
+        schema = pa.schema([("dataset", pa.string())])
+        for table in stream_table(trace.path / PROBLEMS_FILE, schema, ROWS_AT_A_TIME):
+            survey.problems.update(table.column(0).to_pylist())
+    else:
+        survey.problems[ALL_PROBLEMS] = 1
+    if trace.has_tokens:
+        identity = token_identity(trace)
+        if identity is not None:
+            for table in stream_table(trace.path / TOKENS_FILE, pa.schema([identity]), ROWS_AT_A_TIME):
+                for entry in pc.value_counts(table.column(0).combine_chunks()).to_pylist():
+                    if entry["values"] is not None:
+                        survey.tokens[entry["values"]] += entry["counts"]
+                if len(survey.tokens) > MAX_KINDS:
+                    survey.tokens = Counter(dict(survey.tokens.most_common(MAX_KINDS // 2)))
+    return survey
+
+
+def make_axes(survey: Survey, model: ModelMetadata, *, hops: int, has_weights: bool) -> Axes:
+    """The axes of the tables for a model and what was found in its trace."""
+    names = [name for name, _ in sorted(survey.problems.items(), key=lambda item: (-item[1], item[0]))]
+    datasets = (*sorted(names[: MAX_DATASETS - 1]), OTHER_DATASETS) if len(names) > MAX_DATASETS else tuple(sorted(names))
+    room = VOCABULARY_BYTES // (2 * 2 * 4 * len(model.moe_layers) * model.num_experts)
+    # By number of uses, then by the token itself, so that no order of reading matters.
+    commonest = sorted(survey.tokens.items(), key=lambda item: (-item[1], str(item[0])))[: min(room, MAX_VOCABULARY)]
+    return Axes(
+        moe_layers=tuple(model.moe_layers),
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        hops=hops,
+        has_weights=has_weights,
+        datasets=datasets,
+        vocabulary=tuple(key for key, _ in commonest),
+    )
+
+
+def token_identity(trace: Trace) -> pa.Field | None:
+    """The column of `tokens.parquet` that says which token it is: `vocab_id`, else `text`; None if neither has anything."""
+    path = trace.path / TOKENS_FILE
+    with open_parquet(path) as file:
+        names = file.schema_arrow.names
+    for candidate in (pa.field("vocab_id", pa.int32()), pa.field("text", pa.string())):
+        if candidate.name in names and _has_values(trace, candidate):
+            return candidate
+    return None
+
+
+def _has_values(trace: Trace, column: pa.Field) -> bool:
+    tables: Iterator[Any] = stream_table(trace.path / TOKENS_FILE, pa.schema([column]), ROWS_AT_A_TIME)
+    return any(table.column(0).null_count < table.num_rows for table in tables)
+
+
+def dataset_indices(trace: Trace, axes: Axes) -> tuple[Any, Any]:
+    """Problem ids, ascending, and the place of each one's dataset in `axes.datasets`; both `[P]`, empty without a table."""
+    if not trace.has_problems:
+        return np.empty(0, np.int64), np.empty(0, np.int32)
+    place = {name: index for index, name in enumerate(axes.datasets)}
+    ids, indices = [], []
+    schema = pa.schema([("problem_id", pa.int32()), ("dataset", pa.string())])
+    for table in stream_table(trace.path / PROBLEMS_FILE, schema, ROWS_AT_A_TIME):
+        ids.append(table.column(0).to_numpy().astype(np.int64))
+        names = table.column(1).to_pylist()
+        indices.append(np.array([place.get(name, len(axes.datasets) - 1) for name in names], dtype=np.int32))
+    all_ids = np.concatenate([np.empty(0, np.int64), *ids])
+    if (np.diff(all_ids) <= 0).any():
+        raise TraceError(f"{trace.path / PROBLEMS_FILE} is not sorted by problem_id")
+    return all_ids, np.concatenate([np.empty(0, np.int32), *indices])
