@@ -43,7 +43,10 @@ TASKS: dict[str, tuple[str, ...]] = {
 
 
 class ContextCounts(Accumulator):
-    """For each context: selected, strongest `[F, L, C, E]` uint32, by fold of the problems, layer and the context's value."""
+    """For each context: selected, strongest `[F, L, C, E + 1]` uint32, by fold of the problems, layer and the context's value.
+
+    The last column is of empty slots.
+    """
 
     def __init__(self, axes: Axes) -> None:
         experts = axes.num_experts
@@ -56,7 +59,7 @@ class ContextCounts(Accumulator):
         if 2 * FOLDS * axes.layers * experts**3 * 4 <= CONTEXT_BYTES // len(pairs):
             sizes |= dict.fromkeys(pairs, experts**2)
         self.selected: dict[str, Counts] = {
-            name: np.zeros((FOLDS, axes.layers, size, experts), dtype=np.uint32) for name, size in sizes.items()
+            name: np.zeros((FOLDS, axes.layers, size, experts + 1), dtype=np.uint32) for name, size in sizes.items()
         }
         self.strongest: dict[str, Counts] = {name: np.zeros_like(counts) for name, counts in self.selected.items()}
         self._experts, self._top_k = experts, axes.top_k
@@ -191,7 +194,9 @@ def _columns(counts: ContextCounts, name: str, top_k: int) -> dict[str, Floats]:
     figures = [f"{what}_{how}" for what in ("set_bits", "first_bits", "top1", "recall") for how in ("plug_in", "held_out")]
     columns = {figure: np.full(layers, np.nan) for figure in figures}
     for layer in range(layers):
-        selected, strongest = (table[name][:, layer].astype(np.float64) for table in (counts.selected, counts.strongest))
+        selected, strongest = (
+            table[name][:, layer, :, :-1].astype(np.float64) for table in (counts.selected, counts.strongest)
+        )
         tokens_F = strongest.sum((1, 2))
         if tokens_F.sum() > 0:
             both = selected.sum(0), strongest.sum(0)
@@ -264,14 +269,14 @@ def liked_tokens(counts: ContextCounts, most: int = 12) -> LikedTokens | None:
     """The most liked tokens of every expert; None if the trace does not say which tokens there are."""
     if TOKEN not in counts.selected:
         return None
-    selected = counts.selected[TOKEN].sum(0, dtype=np.int64)[:, :-1]
+    selected = counts.selected[TOKEN].sum(0, dtype=np.int64)[:, :-1, :-1]
     seen_LV = counts.strongest[TOKEN].sum(0, dtype=np.int64).sum(-1)
     layers, kinds, experts = selected.shape
     most = min(most, kinds)
     places = np.full((layers, experts, most), -1)
     lifts, uses = np.zeros((layers, experts, most)), np.zeros((layers, experts, most), dtype=np.int64)
     for layer in range(layers):
-        all_E = counts.selected[TOKEN][:, layer].sum((0, 1), dtype=np.int64) / max(seen_LV[layer].sum(), 1)
+        all_E = counts.selected[TOKEN][:, layer, :, :-1].sum((0, 1), dtype=np.int64) / max(seen_LV[layer].sum(), 1)
         seen_V = seen_LV[layer, :-1]
         rate_VE = selected[layer] / np.maximum(seen_V, 1)[:, None]
         lift_VE = np.divide(rate_VE, all_E, out=np.zeros_like(rate_VE), where=all_E > 0)

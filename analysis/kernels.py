@@ -1,6 +1,6 @@
 """The counting loops, compiled by numba: each walks over a chunk once and adds to tables in place.
 
-Ids `[T, L, K]` come sorted by weight; an id of E or more is an empty slot, and only empty slots follow it. No loop checks
+Ids `[T, L, K]` come sorted by weight; the id E is an empty slot, and only empty slots follow it. No loop checks
 bounds: the reader has checked ids, and the callers make tables of matching shapes. All loops release the GIL.
 """
 
@@ -43,46 +43,69 @@ def count_load(ids: Array, weight_bits: Array, halves: Array, run: Array, counts
 
 @compiled
 def count_transitions(ids: Array, fold: Array, pairs: Array, strongest: Array) -> None:
-    """All K x K pairs, and pairs of strongest experts, of layers n and n+k into `[F, H, L, E, E]`; fold: `[T]`."""
-    tokens, layers, top_k = ids.shape
-    hops, experts = pairs.shape[1], pairs.shape[3]
-    for hop in range(hops):
+    """All K x K pairs, and pairs of strongest experts, of layers n and n+k into `[F, H, L, E + 1, E + 1]`; fold: `[T]`.
+
+    The last row and column take the empty slots: looking for those would take several times as long as counting.
+    """
+    layers, top_k = ids.shape[1:]
+    ends = run_ends(fold)
+    for hop in range(pairs.shape[1]):
         for layer in range(layers - hop - 1):
             later = layer + hop + 1
-            for t in range(tokens):
-                f = fold[t]
-                first, second = ids[t, layer, 0], ids[t, later, 0]
-                if first < experts and second < experts:
-                    strongest[f, hop, layer, first, second] += 1
-                table = pairs[f, hop, layer]
-                for i in range(top_k):
-                    here = ids[t, layer, i]
-                    if here >= experts:
-                        break
-                    for j in range(top_k):
-                        there = ids[t, later, j]
-                        if there >= experts:
-                            break
-                        table[here, there] += 1
+            begin = 0
+            for end in ends:
+                table, first = pairs[fold[begin], hop, layer], strongest[fold[begin], hop, layer]
+                if top_k == 2:
+                    for t in range(begin, end):
+                        a, b, c, d = ids[t, layer, 0], ids[t, layer, 1], ids[t, later, 0], ids[t, later, 1]
+                        first[a, c] += 1
+                        table[a, c] += 1
+                        table[a, d] += 1
+                        table[b, c] += 1
+                        table[b, d] += 1
+                else:
+                    for t in range(begin, end):
+                        first[ids[t, layer, 0], ids[t, later, 0]] += 1
+                        for i in range(top_k):
+                            for j in range(top_k):
+                                table[ids[t, layer, i], ids[t, later, j]] += 1
+                begin = end
+
+
+@compiled
+def run_ends(values: Array) -> Array:
+    """Ends of the stretches of equal values, `[T]`."""
+    count = 1
+    for t in range(1, len(values)):
+        count += values[t] != values[t - 1]
+    ends = np.full(count, len(values))
+    count = 0
+    for t in range(1, len(values)):
+        if values[t] != values[t - 1]:
+            ends[count] = t
+            count += 1
+    return ends
 
 
 @compiled
 def count_pairs(ids: Array, dataset: Array, together: Array, leading: Array) -> None:
-    """Pairs of experts i < j of one token into together `[L, E, E]`, the two strongest into leading `[Q, L, E, E]`."""
-    tokens, layers, top_k = ids.shape
-    experts = together.shape[1]
+    """Pairs of experts of one token into together `[L, E + 1, E + 1]`, the two strongest into leading `[Q, L, E + 1, E + 1]`.
+
+    Each pair once, in whichever order; the last row and column take the empty slots.
+    """
+    layers, top_k = ids.shape[1:]
+    ends = run_ends(dataset)
     for layer in range(layers):
-        for t in range(tokens):
-            for i in range(top_k):
-                first = ids[t, layer, i]
-                if first >= experts:
-                    break
-                for j in range(i):
-                    second = ids[t, layer, j]
-                    low, high = min(first, second), max(first, second)
-                    together[layer, low, high] += 1
-                    if i == 1:
-                        leading[dataset[t], layer, low, high] += 1
+        table = together[layer]
+        begin = 0
+        for end in ends:
+            first_two = leading[dataset[begin], layer]
+            for t in range(begin, end):
+                first_two[ids[t, layer, 0], ids[t, layer, 1]] += 1
+                for i in range(1, top_k):
+                    for j in range(i):
+                        table[ids[t, layer, j], ids[t, layer, i]] += 1
+            begin = end
 
 
 @compiled
@@ -278,19 +301,20 @@ def count_weights(weight_bits: Array, shift: int, histogram: Array) -> None:
 
 @compiled
 def count_in_context(ids: Array, fold: Array, context: Array, selected: Array, strongest: Array) -> None:
-    """Experts by context: selected, strongest `[F, L, C, E]`; context `[T, L]`, negative where it is unknown."""
-    tokens, layers, top_k = ids.shape
-    experts = selected.shape[3]
+    """Experts by context: selected, strongest `[F, L, C, E + 1]`; context `[T, L]`, negative where it is unknown.
+
+    The last column takes the empty slots.
+    """
+    layers, top_k = ids.shape[1:]
+    ends = run_ends(fold)
     for layer in range(layers):
-        for t in range(tokens):
-            c = context[t, layer]
-            first = ids[t, layer, 0]
-            if c < 0 or first >= experts:
-                continue
-            f = fold[t]
-            strongest[f, layer, c, first] += 1
-            for k in range(top_k):
-                expert = ids[t, layer, k]
-                if expert >= experts:
-                    break
-                selected[f, layer, c, expert] += 1
+        begin = 0
+        for end in ends:
+            table, first = selected[fold[begin], layer], strongest[fold[begin], layer]
+            for t in range(begin, end):
+                c = context[t, layer]
+                if c >= 0:
+                    first[c, ids[t, layer, 0]] += 1
+                    for k in range(top_k):
+                        table[c, ids[t, layer, k]] += 1
+            begin = end

@@ -146,11 +146,11 @@ class ProblemBlocks:
 
 def count_experts(expert_ids_TLK: npt.NDArray[Any], num_experts: int) -> Counts:
     """Selections per layer and expert `[L, E]` of tokens at hand; empty slots (id E) are not counted."""
-    counts_1LE = np.zeros((1, expert_ids_TLK.shape[1], num_experts), dtype=np.int64)
+    counts_1LE: Counts = np.zeros((1, expert_ids_TLK.shape[1], num_experts), dtype=np.int64)
     no_weights = np.empty((0, 1, 1), dtype=np.uint16)
     run_T = np.zeros(len(expert_ids_TLK), dtype=np.int64)
     count_load(expert_ids_TLK, no_weights, HALVES, run_T, counts_1LE, np.zeros((1, 1, 1)))
-    return counts_1LE[0]
+    return np.asarray(counts_1LE[0])
 
 
 @dataclass(frozen=True)

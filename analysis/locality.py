@@ -147,7 +147,7 @@ class Repetition:
 def repetition(
     same_NL3: Counts, seen_NL: Counts, first_LE: Counts, load_LE: Counts, leading_LEE: Counts, top_k: int, dataset: str
 ) -> Repetition:
-    """Shares from the counts of one dataset, or of several added up. leading: pairs i < j of the two strongest `[L, E, E]`."""
+    """Shares from the counts of one dataset, or of several added up. leading: pairs of the two strongest, both ways `[L, E, E]`."""
     with np.errstate(invalid="ignore"):
         shares = same_NL3 / np.where(seen_NL > 0, seen_NL, np.nan)[..., None]
     first = normalized(first_LE)
@@ -155,11 +155,10 @@ def repetition(
     if top_k == 1:
         either_shuffled = first_shuffled
     else:
-        pairs_LEE = leading_LEE + leading_LEE.transpose(0, 2, 1)
-        tokens_L = np.maximum(leading_LEE.sum((1, 2)), 1)
-        inclusion_LE = pairs_LEE.sum(2) / tokens_L[:, None]
+        tokens_L = np.maximum(leading_LEE.sum((1, 2)) / 2, 1)
+        inclusion_LE = leading_LEE.sum(2) / tokens_L[:, None]
         # Sets of two meet in one or two experts: P(meet) = E(number in common) - P(both the same).
-        both = ((leading_LEE / tokens_L[:, None, None]) ** 2).sum((1, 2))
+        both = ((leading_LEE / tokens_L[:, None, None]) ** 2).sum((1, 2)) / 2
         either_shuffled = (inclusion_LE**2).sum(1) - both
     return Repetition(
         dataset=dataset,

@@ -19,27 +19,38 @@ SKETCH = 1 << 14
 
 
 class PairCounts(Accumulator):
-    """together `[L, E, E]`: tokens that use experts i < j, all pairs. leading `[Q, L, E, E]`: those of the two strongest, by
-    dataset.
+    """together `[L, E, E]`: tokens that use both experts, in all pairs; leading `[Q, L, E, E]`: as the two strongest, by dataset.
 
-    Sets are counted by a k-minimum-values sketch of their hashes (Bar-Yossef et al., 2002), which is the same in whatever order
-    and in however many parts they come.
+    Both are symmetric, with zeros on the diagonal. Sets are counted by a k-minimum-values sketch of their hashes (Bar-Yossef et
+    al., 2002), which is the same in whatever order and in however many parts they come.
     """
 
-    added = ("together", "leading", "tokens")
+    added = ("one_way", "leading_one_way", "tokens")
 
     def __init__(self, axes: Axes) -> None:
-        shape = (axes.layers, axes.num_experts, axes.num_experts)
-        self.together: Counts = np.zeros(shape, dtype=np.int64)
-        self.leading: Counts = np.zeros((len(axes.datasets), *shape), dtype=np.uint32)
+        shape = (axes.layers, axes.num_experts + 1, axes.num_experts + 1)
+        # Each pair once, in the order of weight, with a row and a column for empty slots.
+        self.one_way: Counts = np.zeros(shape, dtype=np.int64)
+        self.leading_one_way: Counts = np.zeros((len(axes.datasets), *shape), dtype=np.uint32)
         self.tokens: Counts = np.zeros(1, dtype=np.int64)
         self.sketches: list[npt.NDArray[np.uint64]] = [np.empty(0, dtype=np.uint64) for _ in range(axes.layers)]
-        self._experts = axes.num_experts
+        self._experts, self._top_k = axes.num_experts, axes.top_k
+
+    @property
+    def together(self) -> Counts:
+        """All pairs, both ways."""
+        return (self.one_way + self.one_way.transpose(0, 2, 1))[:, :-1, :-1]
+
+    def leading(self, datasets: list[int]) -> Counts:
+        """Pairs of the two strongest of some datasets, both ways `[L, E, E]`."""
+        one_way = self.leading_one_way[datasets].sum(0, dtype=np.int64)
+        return np.asarray((one_way + one_way.transpose(0, 2, 1))[:, :-1, :-1])
 
     def update(self, frame: Frame) -> None:
         """Count a frame."""
         ids_TLK = frame.chunk.expert_ids_TLK
-        count_pairs(ids_TLK, frame.dataset_T, self.together, self.leading)
+        if self._top_k > 1:
+            count_pairs(ids_TLK, frame.dataset_T, self.one_way, self.leading_one_way)
         self.tokens += len(frame)
         hashes_TL = hash_sets(ids_TLK, self._experts)
         for layer, sketch in enumerate(self.sketches):
@@ -92,7 +103,7 @@ def pair_statistics(counts: PairCounts, top_k: int) -> PairStatistics | None:
     """Statistics of the pairs; None for K = 1, where there are none."""
     if top_k < 2:
         return None
-    together = counts.together + counts.together.transpose(0, 2, 1)
+    together = counts.together
     experts = together.shape[1]
     expected = expected_pairs(together.sum(2))
     lift = np.divide(together, expected, out=np.zeros_like(expected), where=expected > 0)

@@ -181,7 +181,6 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
         raise TraceError(f"{source.name} has no routing rows")
     repetitions = _repetitions(counts)
     pairs_NEE = counts.transitions.pairs[:, 0, : axes.layers - 1].sum(0, dtype=np.int64) if axes.hops else None
-    together = counts.pairs.together
     return Statistics(
         source=source,
         axes=axes,
@@ -197,9 +196,7 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
         domains=domain_distances(load.blocks, axes.datasets, seed),
         specialisations=specialisation(load.blocks, axes.datasets, seed),
         liked=liked_tokens(counts.contexts),
-        clusters=cluster_experts(
-            together + together.transpose(0, 2, 1) if axes.top_k > 1 else None, pairs_NEE, axes.layers, seed
-        ),
+        clusters=cluster_experts(counts.pairs.together if axes.top_k > 1 else None, pairs_NEE, axes.layers, seed),
         weights=weight_statistics(counts.weights),
         margins=margin_statistics(counts.margins),
         rulers=rulers(counts.contexts, axes.top_k),
@@ -224,7 +221,7 @@ def _loads(counts: TraceCounts) -> dict[tuple[str, str], LoadStatistics]:
 
 def _repetitions(counts: TraceCounts) -> list[Repetition]:
     axes, found = counts.axes, counts.repetition
-    load, leading, first = counts.load.counts.sum(1), counts.pairs.leading, found.first[:, :, : axes.num_experts]
+    load, first = counts.load.counts.sum(1), found.first[:, :, : axes.num_experts]
     whole = [(ALL, list(range(len(axes.datasets))))]
     if np.count_nonzero(counts.load.tokens.sum(1)) > 1:
         whole += [(name, [number]) for number, name in enumerate(axes.datasets) if counts.load.tokens[number].any()]
@@ -234,7 +231,7 @@ def _repetitions(counts: TraceCounts) -> list[Repetition]:
             found.seen[rows].sum(0),
             first[rows].sum(0),
             load[rows].sum(0),
-            leading[rows].sum(0, dtype=np.int64),
+            counts.pairs.leading(rows),
             axes.top_k,
             name,
         )

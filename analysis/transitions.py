@@ -27,21 +27,32 @@ class TransitionCounts(Accumulator):
     problems. uint32 holds 4 x 10^9 tokens, and halves the memory.
     """
 
-    added = ("pairs", "strongest")
+    added = ("all_pairs", "all_strongest")
 
     def __init__(self, axes: Axes) -> None:
-        shape = (FOLDS, axes.hops, axes.layers, axes.num_experts, axes.num_experts)
-        self.pairs: Counts = np.zeros(shape, dtype=np.uint32)
-        self.strongest: Counts = np.zeros(shape, dtype=np.uint32)
+        shape = (FOLDS, axes.hops, axes.layers, axes.num_experts + 1, axes.num_experts + 1)
+        # With a row and a column for empty slots.
+        self.all_pairs: Counts = np.zeros(shape, dtype=np.uint32)
+        self.all_strongest: Counts = np.zeros(shape, dtype=np.uint32)
+
+    @property
+    def pairs(self) -> Counts:
+        """Without empty slots."""
+        return self.all_pairs[..., :-1, :-1]
+
+    @property
+    def strongest(self) -> Counts:
+        """Without empty slots."""
+        return self.all_strongest[..., :-1, :-1]
 
     def update(self, frame: Frame) -> None:
         """Count a frame."""
-        count_transitions(frame.chunk.expert_ids_TLK, frame.fold_T, self.pairs, self.strongest)
+        count_transitions(frame.chunk.expert_ids_TLK, frame.fold_T, self.all_pairs, self.all_strongest)
 
 
 def transition_bytes(layers: int, experts: int, hops: int) -> int:
     """Size of the tables of `TransitionCounts`."""
-    return 2 * FOLDS * hops * layers * experts**2 * 4
+    return 2 * FOLDS * hops * layers * (experts + 1) ** 2 * 4
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Routing weights: their distribution by rank, and by how much the router preferred the last expert it chose to the "
-"next one."""
+"""Routing weights: their distribution by rank, and how much the router preferred the last expert it chose to the next."""
 
 from __future__ import annotations
 

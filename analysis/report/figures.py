@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 SCALE = "Cividis"
 # Lines differ by dash as well: a page may be printed in grey.
 DASHES = ("solid", "dash", "dashdot", "longdash")
-CONTROL = {"color": "#555555", "dash": "dot"}
+CONTROL = {"dash": "dot"}
 CHANCE = {"color": "#999999", "dash": "dot", "width": 1}
 
 
@@ -39,7 +40,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a figure. style: of `CONTROL`, `CHANCE`, or empty for the next colour."""
+    """A line of a figure. style: `CONTROL`, dotted in the colour of the line before; `CHANCE`; or None for the next colour."""
 
     name: str
     y: Sequence[float] | npt.NDArray[Any]
@@ -53,10 +54,11 @@ def lines(
     figure = go.Figure()
     number = 0
     for line in chosen:
-        style = dict(line.style) if line.style else {}
-        if not style:
+        if line.style is None:
             style = {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number % len(DASHES)]}
             number += 1
+        else:
+            style = {"color": COLOURS[(number - 1) % len(COLOURS)]} | line.style
         y = [None if not np.isfinite(value) else round(float(value), 5) for value in line.y]
         figure.add_scatter(
             x=list(x), y=y, name=line.name, mode="lines" if line.style else "lines+markers", line=style, marker={"size": 5}
@@ -82,6 +84,7 @@ def heat_map(
             y=[str(value) for value in y],
             colorscale=SCALE,
             zmin=0,
+            zmax=float(np.nanmax(values)) or 1.0,
             colorbar={"title": unit, "thickness": 14},
             hovertemplate=hover + "<extra></extra>",
         )
@@ -89,6 +92,14 @@ def heat_map(
     figure.update_xaxes(title=x_title, type="category", nticks=18, tickangle=0)
     figure.update_yaxes(title=y_title, type="category", autorange="reversed", nticks=26)
     return figure
+
+
+TOP_LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+
+
+def wrapped(label: str) -> str:
+    """A long label on several lines, so that it leaves room for its figure on a phone."""
+    return "<br>".join(textwrap.wrap(label, 22)).replace("&", "&amp;")
 
 
 def html(figure: go.Figure, name: str, description: str) -> str:

@@ -86,7 +86,9 @@ window.addEventListener("load", () => {
   showTokens();
   showTransitions();
 });
-// Paper is narrower than the window was.
-window.addEventListener("beforeprint", () => {
-  document.querySelectorAll(".js-plotly-plot").forEach((figure) => Plotly.Plots.resize(figure));
-});
+// Paper is narrower than a window, and figures do not follow by themselves: 680 pixels fit on A4 and Letter.
+function resizeFigures(size) {
+  document.querySelectorAll(".js-plotly-plot").forEach((figure) => Plotly.relayout(figure, size));
+}
+window.addEventListener("beforeprint", () => resizeFigures({ width: 680 }));
+window.addEventListener("afterprint", () => resizeFigures({ width: null, autosize: true }));

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from analysis.contexts import TASKS
 from analysis.locality import DISTANCES, SEGMENT, repetition_chance
 from analysis.predictions import Evaluation, table
-from analysis.report.figures import CHANCE, COLOURS, CONTROL, Line, Section, heat_map, html, lines, packed
+from analysis.report.figures import CHANCE, COLOURS, CONTROL, TOP_LEGEND, Line, Section, heat_map, html, lines, packed, wrapped
 from analysis.statistics import ALL, Statistics, mean, show
 from analysis.weights import QUANTILES
 
@@ -184,10 +184,10 @@ def _hops(s: Statistics) -> Section:
         chosen = [
             Line("given an expert, judged on other problems", curve(f"held_out_{kind}")),
             Line("given an expert, judged on the same tokens", curve(f"conditional_{kind}")),
+            Line("the same, layers shuffled", curve(f"shuffled_{kind}"), CONTROL),
             Line("popularity (the layer's most used)", curve(f"marginal_{kind}")),
             Line("same expert index", curve(same)),
-            Line("same expert index, layers independent", curve(independent), CONTROL),
-            Line("shuffled control", curve(f"shuffled_{kind}"), CONTROL),
+            Line("the same, layers independent", curve(independent), CONTROL),
             Line("chance", [chance] * len(hops), CHANCE),
         ]
         drawn = lines(chosen, numbers, "hop (layers ahead)", y_title)
@@ -299,12 +299,12 @@ def _reuse(s: Statistics) -> Section:
         gaps.add_bar(x=names, y=known, name=name, marker={"color": colour, "pattern": {"shape": pattern}})
     gaps.update_xaxes(title="tokens since the expert was last used", type="category")
     gaps.update_yaxes(title="share of reuses")
-    gaps.update_layout(legend={"orientation": "h", "y": -0.25}, height=380, barmode="group")
+    gaps.update_layout(legend=TOP_LEGEND, height=380, barmode="group")
     between = np.concatenate([[0.0], reuse.between_share.mean(0).cumsum()[:-1]])
     stack = lines(
         [
             Line("reuses with fewer other experts in between", between),
-            Line("chance (even use): as many as experts", np.arange(experts) / experts, CHANCE),
+            Line("chance: one expert per token, all equally likely", np.arange(experts) / experts, CHANCE),
         ],
         list(range(experts)),
         "other experts used since",
@@ -385,14 +385,16 @@ def _domains(s: Statistics) -> Section:
     )
     figures = []
     if len(names) > 2:
+        numbers = list(range(1, len(names) + 1))
+        numbered = [wrapped(f"{number} {name}") for number, name in zip(numbers, names, strict=True)]
         above = np.full((len(names), len(names)), np.nan)
         for pair in s.domains:
             a, b = names.index(pair.first), names.index(pair.second)
             above[a, b] = above[b, a] = mean(pair.distance) - mean(pair.shuffled)
-        square = heat_map(above, names, names, "", "", "above control", "%{y} and %{x}: %{z:.3f} above the control")
-        square.update_xaxes(tickangle=40, nticks=len(names))
+        square = heat_map(above, numbers, numbered, "", "", "JSD", "%{y} and %{x}: %{z:.3f} above the control")
+        square.update_xaxes(nticks=len(names))
         square.update_yaxes(nticks=len(names))
-        square.update_layout(height=200 + 36 * len(names))
+        square.update_layout(height=120 + 40 * len(names))
         figures.append(html(square, "domain-map", "Distance of every two datasets above the shuffled control."))
     chosen = []
     for pair in ranked[:MAX_PAIR_LINES]:
@@ -429,7 +431,7 @@ def _specialists(s: Statistics) -> go.Figure:
             continue
         figure.add_scatter(
             x=[one.ratio for one in chosen],
-            y=[f"{each.dataset}: layer {s.axes.moe_layers[one.layer]}, expert {one.expert}" for one in chosen],
+            y=[wrapped(f"{each.dataset}: layer {s.axes.moe_layers[one.layer]}, expert {one.expert}") for one in chosen],
             error_x={
                 "type": "data",
                 "symmetric": False,
@@ -444,7 +446,7 @@ def _specialists(s: Statistics) -> go.Figure:
     figure.add_vline(x=1, line=CHANCE)
     figure.update_xaxes(title="share in the dataset over share in all others", type="log", dtick="D2")
     figure.update_yaxes(automargin=True, autorange="reversed")
-    figure.update_layout(height=160 + 26 * per_dataset * len(s.specialisations))
+    figure.update_layout(height=160 + 40 * per_dataset * len(s.specialisations))
     return figure
 
 
@@ -530,7 +532,7 @@ def _predictability(s: Statistics) -> Section:
     ):
         figure.add_scatter(
             x=[round(value, 4) if np.isfinite(value) else None for value in values],
-            y=names,
+            y=[wrapped(name) for name in names],
             name=name,
             mode="markers",
             marker={"symbol": symbol, "size": 13, "color": colour, "line": {"width": 3, "color": colour}},
@@ -538,7 +540,7 @@ def _predictability(s: Statistics) -> Section:
     figure.add_vline(x=top_k / s.axes.num_experts, line=CHANCE)
     figure.update_xaxes(title=f"recall@{top_k}", rangemode="tozero")
     figure.update_yaxes(automargin=True, autorange="reversed")
-    figure.update_layout(legend={"orientation": "h", "y": -0.25}, height=200 + 34 * len(names))
+    figure.update_layout(legend=TOP_LEGEND, height=220 + 44 * len(names))
     rows = [("known", f"recall@{top_k}", "strongest", "bits of the strongest", "bits of the set, at most", "tasks")]
     rows += [
         (
