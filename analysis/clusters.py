@@ -82,9 +82,7 @@ def cluster_experts(
             before = transitions_NEE[layer - 1] if layer > 0 else None
             after = transitions_NEE[layer] if layer < layers - 1 else None
             controls = [
-                transition_profile(
-                    *(None if side is None else shuffled_table(side[None], random)[0] for side in (before, after))
-                )
+                transition_profile(*(None if side is None else shuffled_table(side, random) for side in (before, after)))
                 for _ in range(CONTROLS)
             ]
             found += _cluster(TRANSITIONS, layer, transition_profile(before, after), controls, seed)

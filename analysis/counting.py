@@ -26,9 +26,9 @@ from profiler.errors import TraceError
 from profiler.reader import Trace
 
 # All threads' tables together, unless one thread alone needs more.
-TABLE_BYTES = 384 << 20
+TABLE_BYTES = 320 << 20
 # The largest tables that one thread may need.
-MAX_TRANSITION_BYTES = 480 << 20
+MAX_TRANSITION_BYTES = 256 << 20
 DEFAULT_HOPS = 8
 # Stored counts are mostly zeros: bounded here before they are unpacked.
 MAX_STORED_BYTES = 2 << 30

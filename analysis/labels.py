@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from tokenizers import Tokenizer
+
 from analysis.survey import Axes
 from profiler.errors import SpecmoeError, first_line
 from profiler.models import DEMO_MODEL, demo_model_folder
 
 # Characters that a label has at most: a token of a stranger's trace may be a book.
 LONGEST = 24
+TOKENIZER_FILE = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 256 << 20
 VISIBLE = {" ": "␣", "\n": "⏎", "\r": "⏎", "\t": "⇥"}
 
 
@@ -25,25 +31,39 @@ def token_labels(axes: Axes, model: str, tokenizer: str | None = None) -> list[s
 
 
 def _texts(numbers: list[int], model: str, tokenizer: str | None) -> dict[int, str]:
-    # Imported here: it takes seconds, and most traces are analysed where no tokenizer is.
-    from transformers import AutoTokenizer
-
-    if tokenizer is not None:
-        name, only_here = tokenizer, False
-    elif model == DEMO_MODEL:
-        name, only_here = str(demo_model_folder()), True
-    elif Path(model).exists():
-        # What a trace calls its model must not choose a folder of this machine.
+    file = _tokenizer_file(model, tokenizer)
+    if file is None:
         return {}
-    else:
-        name, only_here = model, True
     try:
-        loaded = AutoTokenizer.from_pretrained(name, local_files_only=only_here, trust_remote_code=False)
-        return {number: loaded.decode([number]) for number in numbers if 0 <= number < len(loaded)}
+        if file.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise SpecmoeError(f"{file} is larger than {MAX_TOKENIZER_BYTES >> 20} MiB: no tokenizer")
+        loaded = Tokenizer.from_file(str(file))
+    # The library raises plain `Exception`.
     except Exception as error:
         if tokenizer is None:
             return {}
         raise SpecmoeError(f"--tokenizer {tokenizer}: no tokenizer could be loaded: {first_line(error)}") from error
+    size = loaded.get_vocab_size()
+    return {number: loaded.decode([number], skip_special_tokens=False) for number in numbers if 0 <= number < size}
+
+
+def _tokenizer_file(model: str, tokenizer: str | None) -> Path | None:
+    """The model's `tokenizer.json` if it is on this machine; that of `tokenizer` in any case."""
+    if tokenizer is not None:
+        if Path(tokenizer).is_dir():
+            return Path(tokenizer) / TOKENIZER_FILE
+        try:
+            return Path(hf_hub_download(tokenizer, TOKENIZER_FILE))
+        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+            raise SpecmoeError(f"--tokenizer {tokenizer}: no folder, and not on the hub: {first_line(error)}") from error
+    if model == DEMO_MODEL:
+        return demo_model_folder() / TOKENIZER_FILE
+    try:
+        # A name that is none of the hub's, such as a folder, is refused: what a trace says must not choose a file here.
+        found = try_to_load_from_cache(model, TOKENIZER_FILE)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _visible(text: str) -> str:

@@ -53,7 +53,8 @@ class LoadCounts(Accumulator):
         count_load(frame.chunk.expert_ids_TLK, bits, HALVES, run_T, counts_RLE, mass_RLE)
         starts_R = np.searchsorted(run_T, np.arange(runs))
         dataset_R, phase_R = frame.dataset_T[starts_R], frame.phase_T[starts_R]
-        np.add.at(self.tokens, (frame.dataset_T, frame.phase_T), 1)
+        kind_T = frame.dataset_T * len(PHASES) + frame.phase_T
+        self.tokens += np.bincount(kind_T, minlength=self.tokens.size).reshape(self.tokens.shape)
         for dataset, phase in {(int(d), int(p)) for d, p in zip(dataset_R, phase_R, strict=True)}:
             chosen_R = (dataset_R == dataset) & (phase_R == phase)
             self.counts[dataset, phase] += counts_RLE[chosen_R].sum(0, dtype=np.int64)

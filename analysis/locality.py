@@ -145,15 +145,20 @@ class Repetition:
 
 
 def repetition(
-    same_NL3: Counts, seen_NL: Counts, first_LE: Counts, load_LE: Counts, leading_LEE: Counts, top_k: int, dataset: str
+    same_NL3: Counts, seen_NL: Counts, first_LE: Counts, load_LE: Counts, leading_LEE: Counts | None, top_k: int, dataset: str
 ) -> Repetition:
-    """Shares from the counts of one dataset, or of several added up. leading: pairs of the two strongest, both ways `[L, E, E]`."""
+    """Shares from the counts of one dataset, or of several.
+
+    leading_LEE: pairs of the two strongest, both ways; without it first_or_second_shuffled is `nan`.
+    """
     with np.errstate(invalid="ignore"):
         shares = same_NL3 / np.where(seen_NL > 0, seen_NL, np.nan)[..., None]
     first = normalized(first_LE)
     first_shuffled = (first**2).sum(1)
     if top_k == 1:
         either_shuffled = first_shuffled
+    elif leading_LEE is None:
+        either_shuffled = np.full_like(first_shuffled, np.nan)
     else:
         tokens_L = np.maximum(leading_LEE.sum((1, 2)) / 2, 1)
         inclusion_LE = leading_LEE.sum(2) / tokens_L[:, None]

@@ -16,10 +16,11 @@ from analysis.survey import Axes
 
 # Hashes kept per layer: exact up to so many sets, 1/sqrt(16382) = 0.8 % standard error beyond.
 SKETCH = 1 << 14
+LEADING_BYTES = 64 << 20
 
 
 class PairCounts(Accumulator):
-    """together `[L, E, E]`: tokens that use both experts, in all pairs; leading `[Q, L, E, E]`: as the two strongest, by dataset.
+    """together `[L, E, E]`: tokens that use both experts; leading: those that have them as their two strongest, by dataset.
 
     Both are symmetric, with zeros on the diagonal. Sets are counted by a k-minimum-values sketch of their hashes (Bar-Yossef et
     al., 2002), which is the same in whatever order and in however many parts they come.
@@ -31,18 +32,24 @@ class PairCounts(Accumulator):
         shape = (axes.layers, axes.num_experts + 1, axes.num_experts + 1)
         # Each pair once, in the order of weight, with a row and a column for empty slots.
         self.one_way: Counts = np.zeros(shape, dtype=np.int64)
-        self.leading_one_way: Counts = np.zeros((len(axes.datasets), *shape), dtype=np.uint32)
+        # Where they would be large, those of all datasets are counted as of one.
+        self.by_dataset = len(axes.datasets) * shape[0] * shape[1] ** 2 * 4 <= LEADING_BYTES
+        self.leading_one_way: Counts = np.zeros((len(axes.datasets) if self.by_dataset else 1, *shape), dtype=np.uint32)
         self.tokens: Counts = np.zeros(1, dtype=np.int64)
         self.sketches: list[npt.NDArray[np.uint64]] = [np.empty(0, dtype=np.uint64) for _ in range(axes.layers)]
-        self._experts, self._top_k = axes.num_experts, axes.top_k
+        self._experts, self._top_k, self._datasets = axes.num_experts, axes.top_k, len(axes.datasets)
 
     @property
     def together(self) -> Counts:
         """All pairs, both ways."""
         return (self.one_way + self.one_way.transpose(0, 2, 1))[:, :-1, :-1]
 
-    def leading(self, datasets: list[int]) -> Counts:
-        """Pairs of the two strongest of some datasets, both ways `[L, E, E]`."""
+    def leading(self, datasets: list[int]) -> Counts | None:
+        """Pairs of the two strongest of some datasets, both ways `[L, E, E]`; None if only those of all were counted."""
+        if not self.by_dataset:
+            if len(datasets) < self._datasets:
+                return None
+            datasets = [0]
         one_way = self.leading_one_way[datasets].sum(0, dtype=np.int64)
         return np.asarray((one_way + one_way.transpose(0, 2, 1))[:, :-1, :-1])
 
@@ -50,7 +57,8 @@ class PairCounts(Accumulator):
         """Count a frame."""
         ids_TLK = frame.chunk.expert_ids_TLK
         if self._top_k > 1:
-            count_pairs(ids_TLK, frame.dataset_T, self.one_way, self.leading_one_way)
+            dataset_T = frame.dataset_T if self.by_dataset else np.zeros_like(frame.dataset_T)
+            count_pairs(ids_TLK, dataset_T, self.one_way, self.leading_one_way)
         self.tokens += len(frame)
         hashes_TL = hash_sets(ids_TLK, self._experts)
         for layer, sketch in enumerate(self.sketches):
@@ -113,7 +121,7 @@ def pair_statistics(counts: PairCounts, top_k: int) -> PairStatistics | None:
     return PairStatistics(
         counts_LEE=together,
         lift_LEE=lift,
-        unique_sets=np.array([estimate_distinct(sketch) for sketch in counts.sketches]),
+        unique_sets=np.array([min(estimate_distinct(sketch), tokens, possible) for sketch in counts.sketches]),
         possible_sets=possible,
         # possible * (1 - (1 - 1/possible)^tokens), without cancellation.
         even_sets=float(-possible * np.expm1(tokens * np.log1p(-1 / possible))) if possible > 1 else 1.0,

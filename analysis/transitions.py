@@ -89,64 +89,65 @@ class HopStatistics:
 
 def hop_statistics(counts: TransitionCounts, hop: int, top_k: int, seed: int = 0) -> HopStatistics:
     """Statistics of hop `hop` (1..H). seed: for the shuffled control."""
-    layers = counts.strongest.shape[2] - hop
-    strongest_FNEE = counts.strongest[:, hop - 1, :layers].astype(np.int64)
-    pairs_FNEE = counts.pairs[:, hop - 1, :layers].astype(np.int64)
-    strongest_NEE, pairs_NEE = strongest_FNEE.sum(0), pairs_FNEE.sum(0)
     random = np.random.default_rng((seed, hop))
-    shuffled_NEE = shuffled_table(strongest_NEE, random)
-    shuffled_pairs_NEE = shuffled_table(pairs_NEE, random)
-    return HopStatistics(
-        hop=hop,
-        information_bits=mutual_information(strongest_NEE),
-        information_shuffled_bits=mutual_information(shuffled_NEE),
-        conditional_top1=hits(strongest_NEE, strongest_NEE, 1),
-        held_out_top1=held_out_hits(strongest_FNEE, 1),
-        shuffled_top1=hits(shuffled_NEE, shuffled_NEE, 1),
-        marginal_top1=_marginal_hits(strongest_NEE, 1),
-        conditional_topk=hits(pairs_NEE, pairs_NEE, top_k),
-        held_out_topk=held_out_hits(pairs_FNEE, top_k),
-        shuffled_topk=hits(shuffled_pairs_NEE, shuffled_pairs_NEE, top_k),
-        marginal_topk=_marginal_hits(pairs_NEE, top_k),
-        same_strongest=_diagonal(strongest_NEE),
-        independent_strongest=_independent_diagonal(strongest_NEE),
-        same_selected=_diagonal(pairs_NEE) * top_k,
-        independent_selected=_independent_diagonal(pairs_NEE) * top_k,
-    )
+    # A layer at a time: in int64, the tables of all of them would take twice the memory of the counts.
+    rows = []
+    for layer in range(counts.strongest.shape[2] - hop):
+        strongest_FEE, pairs_FEE = (table[:, hop - 1, layer].astype(np.int64) for table in (counts.strongest, counts.pairs))
+        rows.append(_statistics_of(strongest_FEE, pairs_FEE, top_k, random))
+    return HopStatistics(hop=hop, **{name: np.array([row[name] for row in rows]) for name in rows[0]})
 
 
-def hits(judged_NEE: Counts, said_NEE: Counts, guesses: int) -> Floats:
-    """Share of the pairs in `judged` whose later expert is among the `guesses` most frequent ones of its row in `said`, `[N]`.
+def _statistics_of(strongest_FEE: Counts, pairs_FEE: Counts, top_k: int, random: np.random.Generator) -> dict[str, float]:
+    """The fields of `HopStatistics` for one pair of layers."""
+    strongest_EE, pairs_EE = strongest_FEE.sum(0), pairs_FEE.sum(0)
+    shuffled_EE, shuffled_pairs_EE = shuffled_table(strongest_EE, random), shuffled_table(pairs_EE, random)
+    return {
+        "information_bits": float(mutual_information(strongest_EE)),
+        "information_shuffled_bits": float(mutual_information(shuffled_EE)),
+        "conditional_top1": hits(strongest_EE, strongest_EE, 1),
+        "held_out_top1": held_out_hits(strongest_FEE, 1),
+        "shuffled_top1": hits(shuffled_EE, shuffled_EE, 1),
+        "marginal_top1": _marginal_hits(strongest_EE, 1),
+        "conditional_topk": hits(pairs_EE, pairs_EE, top_k),
+        "held_out_topk": held_out_hits(pairs_FEE, top_k),
+        "shuffled_topk": hits(shuffled_pairs_EE, shuffled_pairs_EE, top_k),
+        "marginal_topk": _marginal_hits(pairs_EE, top_k),
+        "same_strongest": _diagonal(strongest_EE),
+        "independent_strongest": _independent_diagonal(strongest_EE),
+        "same_selected": _diagonal(pairs_EE) * top_k,
+        "independent_selected": _independent_diagonal(pairs_EE) * top_k,
+    }
+
+
+def hits(judged_EE: Counts, said_EE: Counts, guesses: int) -> float:
+    """Share of the pairs in `judged` whose later expert is among the `guesses` most frequent ones of its row in `said`.
 
     Equal counts, and rows that `said` knows nothing of, go by the layer's totals.
     """
-    marginal_N1E = normalized(said_NEE.sum(-2))[:, None]
     # A share is at most 1, so halved it decides between equal counts only.
-    guessed = np.argpartition(-(said_NEE + marginal_N1E / 2), guesses - 1, axis=-1)[..., :guesses]
-    right_N = np.take_along_axis(judged_NEE, guessed, -1).sum((-2, -1))
-    return np.asarray(right_N / np.maximum(judged_NEE.sum((-2, -1)), 1), dtype=np.float64)
+    guessed = np.argpartition(-(said_EE + normalized(said_EE.sum(0)) / 2), guesses - 1, axis=1)[:, :guesses]
+    return float(np.take_along_axis(judged_EE, guessed, 1).sum() / max(judged_EE.sum(), 1))
 
 
-def held_out_hits(counts_FNEE: Counts, guesses: int) -> Floats:
-    """`hits` where each of the two folds is judged by what the other says; `nan` where a fold has nothing."""
-    totals_FN = counts_FNEE.sum((-2, -1))
-    right_N = sum(hits(counts_FNEE[f], counts_FNEE[1 - f], guesses) * totals_FN[f] for f in range(FOLDS))
-    return np.asarray(np.where(totals_FN.min(0) > 0, right_N / np.maximum(totals_FN.sum(0), 1), np.nan))
+def held_out_hits(counts_FEE: Counts, guesses: int) -> float:
+    """`hits` where each of the two folds is judged by what the other says; `nan` if a fold has nothing."""
+    totals_F = counts_FEE.sum((1, 2))
+    if totals_F.min() == 0:
+        return float("nan")
+    right = sum(hits(counts_FEE[f], counts_FEE[1 - f], guesses) * totals_F[f] for f in range(FOLDS))
+    return float(right / totals_F.sum())
 
 
-def shuffled_table(counts_NEE: Counts, random: np.random.Generator) -> Counts:
-    """Tables of the same margins, drawn as if the later experts were permuted over all pairs (Patefield, 1981).
+def shuffled_table(counts_EE: Counts, random: np.random.Generator) -> Counts:
+    """A table of the same margins, drawn as if the later experts were permuted over all pairs (Patefield, 1981).
 
     It keeps the loads of both layers and destroys the link, without the tokens themselves.
     """
-    return np.stack(
-        [
-            random_table(table.sum(1), table.sum(0)).rvs(1, method="patefield", random_state=random)[0]
-            if table.any()
-            else table
-            for table in counts_NEE
-        ]
-    )
+    if not counts_EE.any():
+        return counts_EE
+    drawn = random_table(counts_EE.sum(1), counts_EE.sum(0)).rvs(1, method="patefield", random_state=random)[0]
+    return np.asarray(drawn, dtype=np.int64)
 
 
 def transition_probabilities(pair_counts: Counts) -> Floats:
@@ -171,14 +172,13 @@ def mutual_information(joint_counts: Counts) -> Floats:
     return np.asarray(plug_in - bias, dtype=np.float64)
 
 
-def _marginal_hits(counts_NEE: Counts, guesses: int) -> Floats:
-    shares_NE = normalized(counts_NEE.sum(-2))
-    return np.asarray(np.sort(shares_NE, axis=-1)[:, -guesses:].sum(-1))
+def _marginal_hits(counts_EE: Counts, guesses: int) -> float:
+    return float(np.sort(normalized(counts_EE.sum(0)))[-guesses:].sum())
 
 
-def _diagonal(counts_NEE: Counts) -> Floats:
-    return np.asarray(np.trace(counts_NEE, axis1=-2, axis2=-1) / np.maximum(counts_NEE.sum((-2, -1)), 1))
+def _diagonal(counts_EE: Counts) -> float:
+    return float(np.trace(counts_EE) / max(counts_EE.sum(), 1))
 
 
-def _independent_diagonal(counts_NEE: Counts) -> Floats:
-    return np.asarray((normalized(counts_NEE.sum(-1)) * normalized(counts_NEE.sum(-2))).sum(-1))
+def _independent_diagonal(counts_EE: Counts) -> float:
+    return float((normalized(counts_EE.sum(1)) * normalized(counts_EE.sum(0))).sum())

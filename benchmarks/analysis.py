@@ -2,9 +2,9 @@
 
     python benchmarks/analysis.py [--trace DIR ...] [--rows 100000000]
 
-First, one core, data in memory for all three: expert load and all K x K pairs of adjacent layers. The results are compared. Then
-the one pass of `specmoe analyze` over files with every statistic, in a process of its own, on made traces of 1/100, 1/10 and all
-of --rows (Mixtral-shaped, a Markov chain over layers; 100 million rows take 1 GB of disk), on one core and on all.
+First, one core, data in memory for all three: expert load and all K x K pairs of adjacent layers. The results are compared.
+Then the one pass of `specmoe analyze` over files with every statistic, in a process of its own, on made traces of 1/100, 1/10
+and all of --rows (Mixtral-shaped, a Markov chain over layers; 100 million rows take 1 GB of disk), on one core and on all.
 """
 
 from __future__ import annotations
@@ -213,9 +213,8 @@ def measure(path: Path) -> None:
             [sys.executable, __file__, "--child", str(path), str(workers)], check=True, capture_output=True, text=True
         )
         found = json.loads(done.stdout.splitlines()[-1])
-        shown.append(
-            f"{workers} threads: {rows / found['count'] / 1e6:5.2f} M rows/s ({found['count']:.1f} s), peak {found['peak']:.0f} MiB"
-        )
+        speed = f"{rows / found['count'] / 1e6:5.2f} M rows/s ({found['count']:.1f} s)"
+        shown.append(f"{workers} threads: {speed}, peak {found['peak']:.0f} MiB")
         rest = found["rest"]
     print(f"{path.name}: {rows:,} rows, every statistic. {'; '.join(shown)}; then {rest:.1f} s whatever the rows")
 
