@@ -39,29 +39,28 @@ class RepetitionCounts(Accumulator):
         self.same: Counts = np.zeros((*shape, 3), dtype=np.int64)
         self.seen: Counts = np.zeros(shape, dtype=np.int64)
         self.first: Counts = np.zeros((len(axes.datasets), axes.layers, axes.num_experts + 1), dtype=np.int64)
-        # The last tokens of the frame before.
-        self._before: Frame | None = None
+        # The last tokens of the frames before: ids, problem, position and dataset.
+        self._before: list[npt.NDArray[Any]] = []
 
     def update(self, frame: Frame) -> None:
         """Count a frame."""
-        ids_TLK, problem_T, position_T = frame.chunk.expert_ids_TLK, frame.chunk.problem_ids_T, frame.chunk.token_ids_T
+        ids_TLK = frame.chunk.expert_ids_TLK
         experts = self.first.shape[2] - 1
         for dataset in np.unique(frame.dataset_T).tolist():
             first_TL = ids_TLK[frame.dataset_T == dataset, :, 0]
             for layer in range(first_TL.shape[1]):
                 self.first[dataset, layer] += np.bincount(first_TL[:, layer], minlength=experts + 1)
-        dataset_T, skip = frame.dataset_T, 0
-        if self._before is not None:
-            tail, skip = self._before, len(self._before)
-            ids_TLK = np.concatenate([tail.chunk.expert_ids_TLK, ids_TLK])
-            problem_T = np.concatenate([tail.chunk.problem_ids_T, problem_T])
-            position_T = np.concatenate([tail.chunk.token_ids_T, position_T])
-            dataset_T = np.concatenate([tail.dataset_T, dataset_T])
+        columns: list[npt.NDArray[Any]] = [ids_TLK, frame.chunk.problem_ids_T, frame.chunk.token_ids_T, frame.dataset_T]
+        skip = 0
+        if self._before:
+            skip = len(self._before[0])
+            columns = [np.concatenate(both) for both in zip(self._before, columns, strict=True)]
+        ids_TLK, problem_T, position_T, dataset_T = columns
         bits = [as_bits(ids_TLK, most, experts) for most in (ids_TLK.shape[2], 2)]
         count_repetition(
             ids_TLK, *bits, problem_T, position_T, dataset_T, skip, np.array(DISTANCES), experts, self.same, self.seen
         )
-        self._before = frame.take(slice(-max(DISTANCES), None))
+        self._before = [column[-max(DISTANCES) :].copy() for column in columns]
 
 
 class ReuseCounts(Accumulator):

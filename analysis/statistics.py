@@ -265,6 +265,8 @@ def plain(value: Any, skip: tuple[str, ...] = ()) -> Any:
         return {field.name: plain(getattr(value, field.name)) for field in fields(value) if field.name not in skip}
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     if isinstance(value, float):
