@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from analysis.predictions import as_evaluation, table
 from profiler.errors import SpecmoeError, TraceError
 from profiler.reader import Trace
-from speculation.evaluate import evaluate, table
+from speculation.evaluate import evaluate
 from speculation.predictors import Shape, TrainingOptions, predictor_classes
 from speculation.predictors.conditional_counts import ConditionalCounts
 from speculation.predictors.popularity import Popularity
@@ -159,7 +160,7 @@ def test_learning_the_known_rule_and_the_shuffled_control(markov_trace: Trace, t
     assert recall["mlp"] == pytest.approx(best, abs=0.06)
     assert recall["popularity"] < 0.45
     assert recall["mlp, shuffled control"] < 0.4
-    rows = table(document)
+    rows = table(as_evaluation(document))
     assert [row["predictor"] for row in rows] == ["chance", "popularity", "conditional-counts", "mlp", "mlp, shuffled control"]
     assert rows[0]["recall@2"] == "0.250"
 
