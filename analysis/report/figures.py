@@ -102,11 +102,19 @@ def wrapped(label: str) -> str:
     return "<br>".join(textwrap.wrap(label, 22)).replace("&", "&amp;")
 
 
-def html(figure: go.Figure, name: str, description: str) -> str:
-    """The figure as a part of a page; name: id of its element. description: for readers who do not see it."""
+# Room for labels as `wrapped` makes them, in pixels.
+LABELS = 175
+
+
+def html(figure: go.Figure, name: str, description: str, left: int = 60) -> str:
+    """The figure as a part of a page; name: id of its element. description: for readers who do not see it.
+
+    left: pixels for the labels of the y axis. Plotly's own search for that room can end in a warning on narrow pages.
+    """
     figure.update_layout(
-        template="plotly_white", margin={"l": 60, "r": 16, "t": 16, "b": 60, "autoexpand": True}, font={"size": 14}
+        template="plotly_white", margin={"l": left, "r": 16, "t": 16, "b": 60, "autoexpand": True}, font={"size": 14}
     )
+    figure.update_yaxes(automargin=False)
     config = {"responsive": True, "displayModeBar": False}
     body = figure.to_html(full_html=False, include_plotlyjs=False, config=config, div_id=name)
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -395,7 +395,7 @@ def _domains(s: Statistics) -> Section:
         square.update_xaxes(nticks=len(names))
         square.update_yaxes(nticks=len(names))
         square.update_layout(height=120 + 40 * len(names))
-        figures.append(html(square, "domain-map", "Distance of every two datasets above the shuffled control."))
+        figures.append(html(square, "domain-map", "Distance of every two datasets above the shuffled control.", LABELS))
     chosen = []
     for pair in ranked[:MAX_PAIR_LINES]:
         chosen.append(Line(f"{pair.first} / {pair.second}", pair.distance))
@@ -414,7 +414,7 @@ def _domains(s: Statistics) -> Section:
             f"{best.dataset} has most: {best.found} of {len(layers) * s.axes.num_experts} with an interval above 1, "
             f"{best.shuffled} with datasets shuffled (2.5 % would be {len(layers) * s.axes.num_experts / 40:.0f})."
         )
-        figures.append(html(_specialists(s), "specialists", "Most specialised experts with intervals."))
+        figures.append(html(_specialists(s), "specialists", "Most specialised experts with intervals.", LABELS))
         counts = [("dataset", "problems", "specialised experts", "shuffled control")]
         counts += [(each.dataset, f"{each.problems:,}", str(each.found), str(each.shuffled)) for each in s.specialisations]
         tables.append(tuple(counts))
@@ -444,8 +444,8 @@ def _specialists(s: Statistics) -> go.Figure:
             hovertemplate="%{y}: %{x:.2f}<extra></extra>",
         )
     figure.add_vline(x=1, line=CHANCE)
-    figure.update_xaxes(title="share in the dataset over share in all others", type="log", dtick="D2")
-    figure.update_yaxes(automargin=True, autorange="reversed")
+    figure.update_xaxes(title="share here over share elsewhere", type="log", dtick="D2")
+    figure.update_yaxes(autorange="reversed")
     figure.update_layout(height=160 + 40 * per_dataset * len(s.specialisations))
     return figure
 
@@ -539,7 +539,7 @@ def _predictability(s: Statistics) -> Section:
         )
     figure.add_vline(x=top_k / s.axes.num_experts, line=CHANCE)
     figure.update_xaxes(title=f"recall@{top_k}", rangemode="tozero")
-    figure.update_yaxes(automargin=True, autorange="reversed")
+    figure.update_yaxes(autorange="reversed")
     figure.update_layout(legend=TOP_LEGEND, height=220 + 44 * len(names))
     rows = [("known", f"recall@{top_k}", "strongest", "bits of the strongest", "bits of the set, at most", "tasks")]
     rows += [
@@ -572,7 +572,7 @@ def _predictability(s: Statistics) -> Section:
         "parameters. Bits: "
         "entropy given the context. Means over the layers that have every context."
     )
-    return Section("Predictability", headline, explanation, (html(figure, "predictability", headline),), (tuple(rows),))
+    return Section("Predictability", headline, explanation, (html(figure, "predictability", headline, LABELS),), (tuple(rows),))
 
 
 def _between(low: float, high: float, digits: int = 3) -> str:

@@ -1,0 +1,217 @@
+"""The report in a real browser: from disk, offline, without a word on the console, and what moves does move."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from analysis.cli import analyze_trace, compare_traces
+from profiler.reader import Trace
+
+Make = Callable[..., Trace]
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+# As root, and without a network that its own services could look for.
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+EVIL = "<img src=x onerror='window.hacked=1'></script><script>window.hacked=1</script>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if program is None:
+        if "SPECMOE_NEED_BROWSER" in os.environ:
+            pytest.fail("no Chromium, and SPECMOE_NEED_BROWSER is set")
+        pytest.skip("no Chromium on this machine")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield started
+        started.close()
+
+
+class Opened:
+    """A page that was opened from disk, with everything that it said or asked for."""
+
+    def __init__(self, browser: Browser, path: Path, width: int = 1100) -> None:
+        self.complaints: list[str] = []
+        self.page: Page = browser.new_page(viewport={"width": width, "height": 800})
+        self.page.context.set_offline(True)
+        self.page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
+        self.page.on("request", self._requested)
+        self.page.goto(path.as_uri())
+        self.page.wait_for_function("document.querySelectorAll('.main-svg').length > 0")
+
+    def _requested(self, request: Any) -> None:
+        if not request.url.startswith(("file:", "data:", "blob:")):
+            self.complaints.append(f"request: {request.url}")
+
+    def matrix(self) -> np.ndarray:
+        return np.array(self.page.evaluate("document.getElementById('transition-matrix').data[0].z"), dtype=float)
+
+    def picture(self, name: str) -> bytes:
+        return self.page.locator(f"#{name}").screenshot()
+
+    def move(self, slider: str, to: int) -> str:
+        """Move a slider; returns what the page then says it shows."""
+        self.page.locator(f"#{slider}").fill(str(to))
+        return self.page.locator("#transition-label").inner_text()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Routing with a link between layers, and a token that one expert likes."""
+    folder = tmp_path_factory.mktemp("report")
+    random = np.random.default_rng(0)
+    problems, vocab = [], []
+    for _ in range(10):
+        ids = random.random((60, 5, 8)).argsort(-1)[:, :, :2]
+        for layer in range(1, 5):
+            follows = random.random(60) < 0.6
+            ids[follows, layer] = (ids[follows, layer - 1] + layer) % 8
+        tokens = random.integers(0, 6, 61)
+        ids[tokens[:60] == 4, 2] = [7, 1]
+        problems.append((ids, np.tile([0.75, 0.25], (60, 5, 1))))
+        vocab.append(tokens)
+    trace = write_trace(folder / "trace", problems, vocab)
+    analyze_trace(trace, folder / "out", hops=3)
+    return folder / "out"
+
+
+def write_trace(path: Path, problems: list[tuple[np.ndarray, np.ndarray]], vocab: list[np.ndarray]) -> Trace:
+    """A complete trace, for a fixture of a whole module."""
+    import pyarrow as pa
+
+    from profiler.capture_stream import RoutingWriter
+    from profiler.schema import (
+        PROBLEMS_FILE,
+        PROBLEMS_SCHEMA,
+        TOKENS_FILE,
+        TOKENS_SCHEMA,
+        Metadata,
+        ModelMetadata,
+    )
+    from profiler.sealing import run_folder, seal
+    from profiler.writer import write_manifest, write_metadata, write_table
+
+    path.mkdir()
+    layers, top_k = problems[0][0].shape[1:]
+    # The first MoE layer is the second of the decoder.
+    model = ModelMetadata(id=EVIL, moe_layers=list(range(1, layers + 1)), num_experts=8, top_k=top_k)
+    write_metadata(path, Metadata(model=model, engine="none", hook="none"))
+    lengths = {number: len(ids) + 1 for number, (ids, _) in enumerate(problems)}
+    with RoutingWriter(run_folder(path, 0), model) as writer:
+        for number, (ids, weights) in enumerate(problems):
+            writer.add(number, np.arange(len(ids)), ids, weights)
+    seal(path, model, lengths)
+    names = [EVIL, "math", "code"]
+    rows = [
+        dict.fromkeys(PROBLEMS_SCHEMA.names)
+        | {"problem_id": n, "dataset": names[n % 3], "source_key": str(n), "prompt": f"prompt {n}"}
+        for n in lengths
+    ]
+    write_table(path / PROBLEMS_FILE, pa.Table.from_pylist(rows, schema=PROBLEMS_SCHEMA))
+    tokens = {
+        "problem_id": np.repeat(list(lengths), list(lengths.values())),
+        "token_id": np.concatenate([np.arange(length) for length in lengths.values()]),
+        "vocab_id": np.concatenate(vocab),
+        "phase": ["decode"] * sum(lengths.values()),
+    }
+    write_table(path / TOKENS_FILE, pa.table(tokens).cast(TOKENS_SCHEMA))
+    write_manifest(path)
+    return Trace.open(path)
+
+
+def test_opens_offline_in_silence_and_runs_nothing_of_a_stranger(browser: Browser, report: Path) -> None:
+    opened = Opened(browser, report / "report.html")
+    opened.page.wait_for_timeout(500)
+    assert opened.complaints == []
+    assert opened.page.evaluate("window.hacked") is None
+    sections = opened.page.locator("section")
+    assert sections.count() == 10
+    for number in range(sections.count()):
+        assert len(sections.nth(number).locator(".headline").inner_text()) > 20
+    # Every figure has drawn something, and has words for those who do not see it.
+    drawn = opened.page.evaluate(
+        "[...document.querySelectorAll('.figure')].map((f) => [f.querySelectorAll('.trace, .hm').length, f.ariaLabel.length])"
+    )
+    assert len(drawn) >= 14
+    assert all(traces > 0 and words > 10 for traces, words in drawn)
+    opened.page.close()
+
+
+def test_sliders_show_every_layer_and_hop(browser: Browser, report: Path) -> None:
+    with np.load(report / "transitions.npz", allow_pickle=False) as stored:
+        probabilities = stored["probabilities"]
+    opened = Opened(browser, report / "report.html")
+    opened.page.wait_for_function("document.getElementById('hop').max === '3'")
+    before = opened.picture("transition-matrix")
+    # Decoder layers 1 to 5; 255 steps of the square root are at most 1/255 apart near 1.
+    assert opened.matrix() == pytest.approx(probabilities[0, 0], abs=0.005)
+    assert opened.move("layer", 2) == "layer 3 → layer 4 (hop 1)"
+    assert opened.matrix() == pytest.approx(probabilities[0, 2], abs=0.005)
+    after = opened.picture("transition-matrix")
+    assert after != before
+    assert opened.move("hop", 2) == "layer 3 → layer 5 (hop 2)"
+    assert opened.matrix() == pytest.approx(probabilities[1, 2], abs=0.005)
+    assert opened.picture("transition-matrix") != after
+    # Three hops ahead there are two starting layers: the slider stays within them.
+    assert opened.move("hop", 3) == "layer 2 → layer 5 (hop 3)"
+    assert opened.matrix() == pytest.approx(probabilities[2, 1], abs=0.005)
+    # With the keyboard alone.
+    opened.page.locator("#hop").press("ArrowLeft")
+    assert opened.page.locator("#transition-label").inner_text().endswith("(hop 2)")
+    assert opened.complaints == []
+    opened.page.close()
+
+
+def test_the_expert_under_the_pointer_shows_its_tokens(browser: Browser, report: Path) -> None:
+    opened = Opened(browser, report / "report.html")
+    first = opened.page.locator("#cloud").inner_text()
+    assert first.startswith("Layer ")
+    box = opened.page.locator("#load-map .nsewdrag").first.bounding_box()
+    assert box is not None
+    # Expert 7 of decoder layer 3, third of five.
+    opened.page.mouse.move(box["x"] + box["width"] * 7.5 / 8, box["y"] + box["height"] * 2.5 / 5)
+    opened.page.wait_for_function("document.getElementById('cloud').innerText.startsWith('Layer 3, expert 7 ')")
+    assert "#4" in opened.page.locator("#cloud").inner_text()
+    assert opened.complaints == []
+    opened.page.close()
+
+
+@pytest.mark.parametrize("page", ["report.html", "comparison"])
+def test_fits_on_a_phone_and_on_paper(browser: Browser, report: Path, page: str, tmp_path: Path) -> None:
+    path = report / "report.html"
+    if page == "comparison":
+        trace = Trace.open(report.parent / "trace")
+        compare_traces([trace, trace], tmp_path / "compared", hops=2)
+        path = tmp_path / "compared" / "report.html"
+    opened = Opened(browser, path, width=390)
+    opened.page.wait_for_timeout(300)
+    width = "[...document.querySelectorAll('.main-svg')].map((svg) => svg.getBoundingClientRect().right)"
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert max(opened.page.evaluate(width)) <= 390
+    opened.page.set_viewport_size({"width": 1300, "height": 800})
+    opened.page.wait_for_function("document.querySelector('.main-svg').getBoundingClientRect().width > 800")
+    opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert {round(number) for number in opened.page.evaluate(width.replace("right", "width"))} == {680}
+    opened.page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    opened.page.wait_for_function("document.querySelector('.main-svg').getBoundingClientRect().width > 800")
+    assert opened.page.pdf(format="A4").startswith(b"%PDF")
+    assert opened.complaints == []
+    opened.page.close()
