@@ -123,19 +123,28 @@ def axes_of(trace: Trace, survey: Survey, hops: int | None = None) -> Axes:
 
 
 def count_trace(
-    trace: Trace, *, hops: int | None = None, workers: int | None = None, on_progress: Progress = lambda tokens: None
+    trace: Trace,
+    *,
+    hops: int | None = None,
+    axes: Axes | None = None,
+    problems: range = EVERY_PROBLEM,
+    workers: int | None = None,
+    on_progress: Progress = lambda tokens: None,
 ) -> TraceCounts:
-    """Count a whole trace, its problems spread over threads: the loops and the decoding release the interpreter's lock.
+    """Count a trace, its problems spread over threads: the loops and the decoding release the interpreter's lock.
 
-    workers: None for one per core, as far as their tables fit. on_progress is called from one thread at a time.
+    axes: of the tables, instead of `axes_of` with these hops; problems: only those with ids in this range. workers: None for
+    one per core, as far as their tables fit. on_progress is called from one thread at a time.
     """
-    axes = axes_of(trace, survey_trace(trace), hops)
+    axes = axes or axes_of(trace, survey_trace(trace), hops)
     total = TraceCounts(axes)
     if workers is None:
         workers = max(1, min(_cores(), TABLE_BYTES // max(1, _bytes(total))))
     spans = trace.spans(workers) if workers > 1 else [EVERY_PROBLEM]
-    if len(spans) < 2:
-        total.count(trace, on_progress=on_progress)
+    chosen = [range(max(span.start, problems.start), min(span.stop, problems.stop)) for span in spans]
+    chosen = [span for span in chosen if span]
+    if len(chosen) < 2:
+        total.count(trace, problems, on_progress)
         return total
     lock = threading.Lock()
 
@@ -149,8 +158,8 @@ def count_trace(
         with lock:
             total.merge(part)
 
-    with ThreadPoolExecutor(len(spans)) as pool:
-        for done in [pool.submit(count, span) for span in spans]:
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        for done in [pool.submit(count, span) for span in chosen]:
             done.result()
     return total
 

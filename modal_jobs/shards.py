@@ -23,7 +23,7 @@ from profiler.devices import Gpu, named_gpu
 from profiler.engines import EngineOptions, Sampling
 from profiler.errors import TraceError, first_line
 from profiler.estimate import HOST_DOLLARS
-from profiler.plan import CollectJob, read_shard, shard_datasets
+from profiler.plan import JOB_FILE, CollectJob, read_job, read_shard, shard_datasets
 from profiler.reader import Trace
 from profiler.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE
 from profiler.usage import Usage
@@ -69,6 +69,22 @@ def finished_attempt(run: Path, job: CollectJob, shard: int) -> Path | None:
         if holds_shard(manifest.parent, job, shard):
             return manifest.parent
     return None
+
+
+def finished_parts(volume: Path, source: str) -> tuple[CollectJob, list[Path]]:
+    """The job of the run in the folder `source` of a mounted Volume, and its shards in order.
+
+    Raises `TraceError`, also if one is missing.
+    """
+    folder = volume / source
+    if not (folder / JOB_FILE).is_file():
+        raise TraceError(f"no run or trace {source} on the Volume; 'modal volume ls NAME' lists what there is")
+    job = read_job((folder / JOB_FILE).read_bytes(), f"{source}/{JOB_FILE}")
+    parts = [finished_attempt(folder, job, shard) for shard in range(job.num_shards)]
+    found = [part for part in parts if part is not None]
+    if len(found) < job.num_shards:
+        raise TraceError(f"{len(found)} of {job.num_shards} shards of {source} are finished: collect the others first")
+    return job, found
 
 
 def holds_shard(folder: Path, job: CollectJob, shard: int) -> bool:

@@ -16,9 +16,10 @@ import modal
 from modal_jobs.download import fetch_trace
 from modal_jobs.image import CACHE, TRACE_VOLUME, TRACES, cache_volume, trace_volume, train_image
 from modal_jobs.running import one_line_errors, say
-from modal_jobs.training import EVALUATION_FILE, TrainJob, train_on_volume, upload_name
+from modal_jobs.training import EVALUATION_FILE, TrainJob, train_on_volume
+from modal_jobs.uploading import upload_trace
 from profiler.devices import find_gpu
-from profiler.errors import SpecmoeError, TraceError, first_line
+from profiler.errors import SpecmoeError, first_line
 from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
 from speculation.predictors import TrainingOptions, find_predictor
@@ -70,7 +71,7 @@ def main(
         if target.exists():
             raise SpecmoeError(f"{target} exists: choose another --out")
         store = trace_volume if volume == TRACE_VOLUME else modal.Volume.from_name(volume).hydrate()
-        source = run_id if run_id is not None else _upload(store, Trace.open(str(trace)))
+        source = run_id if run_id is not None else upload_trace(store, Trace.open(str(trace)))
         options = TrainingOptions(
             seed=seed, epochs=epochs, batch_tokens=batch_tokens, learning_rate=learning_rate, patience=patience
         )
@@ -86,23 +87,6 @@ def main(
         building.rename(target)
         print(f"{target}: {fetched / 1e6:.1f} MB downloaded and verified")
         _print_evaluation(target)
-
-
-def _upload(store: modal.Volume, trace: Trace) -> str:
-    """Put a trace onto the Volume, its manifest last; returns its folder there."""
-    faults = trace.faults(verify=True)
-    if faults or trace.manifest is None:
-        raise TraceError(f"{trace.path}: {faults[0]}")
-    name = upload_name(trace)
-    is_there = any(entry.path.strip("/") == name for entry in store.listdir("/"))
-    if is_there and f"{name}/{MANIFEST_FILE}" in {entry.path.lstrip("/") for entry in store.listdir(name)}:
-        return name
-    print(f"uploading {trace.path}", flush=True)
-    for names in (list(trace.manifest.files), [MANIFEST_FILE]):
-        with store.batch_upload(force=True) as batch:
-            for file in names:
-                batch.put_file(trace.path / file, f"/{name}/{file}")
-    return name
 
 
 def _print_evaluation(run: Path) -> None:

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from modal_jobs.shards import finished_attempt
-from profiler.errors import SpecmoeError, TraceError
+from modal_jobs.shards import finished_parts
+from profiler.errors import SpecmoeError
 from profiler.merge import merge_traces
-from profiler.plan import JOB_FILE, read_job
 from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE, Manifest, ManifestEntry
 from profiler.writer import sha256_of, write_text
@@ -39,11 +38,6 @@ class TrainJob:
         return f"{self.source}/trained/{self.predictor}-{digest[:10]}"
 
 
-def upload_name(trace: Trace) -> str:
-    """The folder on the Volume for a trace from here: the same content has the same."""
-    return f"trace-{sha256_of(trace.path / MANIFEST_FILE)[:16]}"
-
-
 def open_source(volume: Path, source: str, work: Path) -> Trace:
     """The trace in the folder `source` of a mounted Volume; the shards of a run are merged into `work`.
 
@@ -52,16 +46,10 @@ def open_source(volume: Path, source: str, work: Path) -> Trace:
     folder = volume / source
     if (folder / MANIFEST_FILE).is_file():
         return Trace.open(folder)
-    if not (folder / JOB_FILE).is_file():
-        raise TraceError(f"no run or trace {source} on the Volume; 'modal volume ls NAME' lists what there is")
-    job = read_job((folder / JOB_FILE).read_bytes(), f"{source}/{JOB_FILE}")
-    parts = [finished_attempt(folder, job, shard) for shard in range(job.num_shards)]
-    found = [part for part in parts if part is not None]
-    if len(found) < job.num_shards:
-        raise TraceError(f"{len(found)} of {job.num_shards} shards of {source} are finished: collect the others first")
+    job, parts = finished_parts(volume, source)
     merged = work / source
     if not merged.exists():
-        merge_traces(found, merged, about={"run_id": job.run_id})
+        merge_traces(parts, merged, about={"run_id": job.run_id})
     return Trace.open(merged)
 
 

@@ -54,7 +54,7 @@ def merge_traces(
         raise TraceError(f"{out}: no parts to merge")
     ranges = {part: _problem_range(part) for part in parts}
     traces = [Trace.open(part) for part in sorted(parts, key=lambda part: ranges[part])]
-    metadata = _merged_metadata(traces, about or {})
+    metadata = merged_metadata(traces, about or {})
     for before, after in pairwise(trace.path for trace in traces):
         last = ranges[before][1]
         if last >= ranges[after][0]:
@@ -89,7 +89,7 @@ def _problem_range(part: Path) -> tuple[int, int]:
     return int(ids[0].as_py()), int(ids[-1].as_py())
 
 
-def _merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
+def merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
     """What the parts say alike, with their counts added up. Raises `TraceError`, naming the first difference."""
     first = traces[0]
     counts: dict[str, Any] = {}

@@ -12,7 +12,20 @@ import plotly.graph_objects as go
 from analysis.contexts import TASKS
 from analysis.locality import DISTANCES, SEGMENT, repetition_chance
 from analysis.predictions import Evaluation, table
-from analysis.report.figures import CHANCE, COLOURS, CONTROL, TOP_LEGEND, Line, Section, heat_map, html, lines, packed, wrapped
+from analysis.report.figures import (
+    CHANCE,
+    COLOURS,
+    CONTROL,
+    LABELS,
+    TOP_LEGEND,
+    Line,
+    Section,
+    heat_map,
+    html,
+    lines,
+    packed,
+    wrapped,
+)
 from analysis.statistics import ALL, Statistics, mean, show
 from analysis.weights import QUANTILES
 

@@ -63,5 +63,7 @@ class OfflineModal:
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
     """What a user sees last of a command that failed."""
-    lines = [line for line in done.stderr.splitlines() if line.startswith(("collect:", "train:", "quantize:", "Error:"))]
+    lines = [
+        line for line in done.stderr.splitlines() if line.startswith(("analyze:", "collect:", "train:", "quantize:", "Error:"))
+    ]
     return lines[-1] if lines else done.stderr

@@ -1,0 +1,122 @@
+"""Analyse a trace where it is: its parts are counted each by itself, and the counts added up.
+
+On the Volume, `SOURCE/analysis-HASH/` has what was counted, a file per part, so that no part is counted twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from analysis.counting import TraceCounts, axes_of, count_trace
+from analysis.frames import EVERY_PROBLEM
+from analysis.statistics import Source
+from analysis.survey import Axes, Survey, survey_trace
+from modal_jobs.shards import finished_parts
+from profiler.errors import TraceError
+from profiler.merge import merged_metadata
+from profiler.reader import Trace
+from profiler.schema import MANIFEST_FILE, Metadata
+from profiler.writer import sha256_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """Problems `first` up to, without, `end` of the trace in a folder of the Volume."""
+
+    folder: str
+    first: int
+    end: int
+
+    @property
+    def problems(self) -> range:
+        """The ids of its problems."""
+        return range(self.first, self.end)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisJob:
+    """What to count where. key: of the content of all parts and of how they are counted. metadata: of the whole trace, JSON."""
+
+    source: str
+    key: str
+    parts: tuple[Part, ...]
+    axes: Axes
+    metadata: str
+    caveats: tuple[str, ...]
+
+    def stored(self, number: int) -> str:
+        """Path on the Volume of the counts of a part."""
+        return f"{self.source}/analysis-{self.key}/part-{number:05d}.npz"
+
+    def described(self) -> Source:
+        """What was analysed, for the statistics."""
+        return Source(self.source, Metadata.model_validate_json(self.metadata), self.caveats)
+
+
+def plan_analysis(volume: Path, source: str, *, pieces: int, hops: int | None) -> AnalysisJob:
+    """Look at the tables of a run or trace in the folder `source` of a mounted Volume, and settle what is to be counted.
+
+    pieces: how many parts a trace is cut into; a run has its shards. Raises `TraceError`, also if shards are missing.
+    """
+    folder = volume / source
+    if (folder / MANIFEST_FILE).is_file():
+        traces = [Trace.open(folder)]
+        metadata = traces[0].metadata
+        parts = [Part(source, span.start, span.stop) for span in traces[0].spans(pieces)]
+    else:
+        job, folders = finished_parts(volume, source)
+        traces = [Trace.open(path) for path in folders]
+        metadata = merged_metadata(traces, {"run_id": job.run_id})
+        parts = [Part(str(path.relative_to(volume)), EVERY_PROBLEM.start, EVERY_PROBLEM.stop) for path in folders]
+    survey = Survey()
+    for trace in traces:
+        survey.merge(survey_trace(trace))
+    axes = axes_of(traces[0], survey, hops)
+    hashes = [sha256_of(trace.path / MANIFEST_FILE) for trace in traces]
+    settled = json.dumps([hashes, [asdict(part) for part in parts], asdict(axes)], sort_keys=True)
+    return AnalysisJob(
+        source=source,
+        key=hashlib.sha256(settled.encode()).hexdigest()[:12],
+        parts=tuple(parts),
+        axes=axes,
+        metadata=metadata.model_dump_json(),
+        caveats=tuple(dict.fromkeys(caveat for trace in traces for caveat in trace.caveats())),
+    )
+
+
+def count_part(volume: Path, job: AnalysisJob, number: int) -> bool:
+    """Count a part and store the counts on the mounted Volume; returns whether that had been done before."""
+    path = volume / job.stored(number)
+    if path.is_file():
+        return True
+    part = job.parts[number]
+    trace = Trace.open(volume / part.folder)
+    counts = count_trace(trace, axes=job.axes, problems=part.problems)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A container that was preempted may still be writing.
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}")
+    temporary.write_bytes(counts.save())
+    temporary.rename(path)
+    return False
+
+
+def add_up(job: AnalysisJob, stored: Iterable[bytes]) -> TraceCounts:
+    """The counts of all parts together, one at a time in memory. Raises `TraceError` if a part's are of something else."""
+    total: TraceCounts | None = None
+    for number, content in enumerate(stored):
+        try:
+            counts = TraceCounts.restored(job.axes, content)
+        except TraceError as error:
+            raise TraceError(f"{job.stored(number)}: {error}; 'modal volume rm' it and run again") from error
+        if total is None:
+            total = counts
+        else:
+            total.merge(counts)
+    if total is None:
+        raise TraceError(f"{job.source} has no parts")
+    return total

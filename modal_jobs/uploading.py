@@ -1,0 +1,27 @@
+"""Put a trace from here onto a Volume, once."""
+
+from __future__ import annotations
+
+import modal
+
+from profiler.errors import TraceError
+from profiler.reader import Trace
+from profiler.schema import MANIFEST_FILE
+from profiler.writer import sha256_of
+
+
+def upload_trace(store: modal.Volume, trace: Trace) -> str:
+    """Upload a trace, its manifest last; returns its folder there. The same content has the same, and is uploaded once."""
+    faults = trace.faults(verify=True)
+    if faults or trace.manifest is None:
+        raise TraceError(f"{trace.path}: {faults[0]}")
+    name = f"trace-{sha256_of(trace.path / MANIFEST_FILE)[:16]}"
+    is_there = any(entry.path.strip("/") == name for entry in store.listdir("/"))
+    if is_there and f"{name}/{MANIFEST_FILE}" in {entry.path.lstrip("/") for entry in store.listdir(name)}:
+        return name
+    print(f"uploading {trace.path}", flush=True)
+    for names in (list(trace.manifest.files), [MANIFEST_FILE]):
+        with store.batch_upload(force=True) as batch:
+            for file in names:
+                batch.put_file(trace.path / file, f"/{name}/{file}")
+    return name
