@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from analysis.predictions import Evaluation, read_evaluation
+from analysis.survey import EVERYTHING, Choice
 from profiler.errors import SpecmoeError, printable
 from profiler.reader import Trace
 from profiler.writer import write_text
@@ -40,6 +41,10 @@ def analyze(
         str | None,
         typer.Option(help="Folder or hub id, for the text of tokens. Default: the model's, if it is on this machine."),
     ] = None,
+    by: Annotated[str, typer.Option(help="Column of problems.parquet whose values are the domains.")] = "dataset",
+    without: Annotated[
+        str | None, typer.Option(help="Column of problems.parquet: problems where it is true are left out.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="For the shuffled controls.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print statistics.json.")] = False,
 ) -> None:
@@ -49,12 +54,15 @@ def analyze(
     """
     evaluations = [read_evaluation(path) for path in evaluation or []]
     opened = [Trace.open(path) for path in traces]
+    choice = Choice(by, without)
     if len(opened) > 1:
         if evaluations or tokenizer:
             raise SpecmoeError("--evaluation and --tokenizer go with one trace; several are compared with each other")
-        document, findings = compare_traces(opened, out, hops=hops, seed=seed)
+        document, findings = compare_traces(opened, out, hops=hops, choice=choice, seed=seed)
     else:
-        statistics, findings = analyze_trace(opened[0], out, hops=hops, seed=seed, evaluations=evaluations, tokenizer=tokenizer)
+        statistics, findings = analyze_trace(
+            opened[0], out, hops=hops, choice=choice, seed=seed, evaluations=evaluations, tokenizer=tokenizer
+        )
         document = statistics.to_json()
         if not as_json:
             print_statistics(statistics)
@@ -74,12 +82,13 @@ def analyze_trace(
     out: Path,
     *,
     hops: int | None = None,
+    choice: Choice = EVERYTHING,
     seed: int = 0,
     evaluations: Sequence[Evaluation] = (),
     tokenizer: str | None = None,
 ) -> tuple[Statistics, Findings]:
     """Compute the statistics of `trace` and write everything about it to `out`."""
-    statistics = _compute(trace, hops, seed)
+    statistics = _compute(trace, hops, choice, seed)
     return statistics, write_analysis(statistics, out, evaluations=evaluations, tokenizer=tokenizer)
 
 
@@ -104,7 +113,7 @@ def write_analysis(
 
 
 def compare_traces(
-    traces: list[Trace], out: Path, *, hops: int | None = None, seed: int = 0
+    traces: list[Trace], out: Path, *, hops: int | None = None, choice: Choice = EVERYTHING, seed: int = 0
 ) -> tuple[dict[str, Any], Findings]:
     """Analyse each trace into a folder of its own in `out`, and write the comparison's `report.html` and `statistics.json`."""
     from analysis.report import write_comparison
@@ -115,7 +124,7 @@ def compare_traces(
     compared = {}
     for name, trace in zip(names, traces, strict=True):
         messages.print(f"{printable(name)}: {printable(str(trace.path))}", markup=False)
-        compared[name] = analyze_trace(trace, out / name, hops=hops, seed=seed)[0]
+        compared[name] = analyze_trace(trace, out / name, hops=hops, choice=choice, seed=seed)[0]
     document = {
         "traces": {name: str(trace.path) for name, trace in zip(names, traces, strict=True)},
         "figures": plain(comparison_table(compared)),
@@ -133,7 +142,7 @@ def _names(traces: list[Trace]) -> list[str]:
     ]
 
 
-def _compute(trace: Trace, hops: int | None, seed: int) -> Statistics:
+def _compute(trace: Trace, hops: int | None, choice: Choice, seed: int) -> Statistics:
     """`compute_statistics` with a progress bar, or a line now and then where there is no terminal."""
     from analysis.statistics import compute_statistics
 
@@ -147,7 +156,7 @@ def _compute(trace: Trace, hops: int | None, seed: int) -> Statistics:
             if progress.finished:
                 progress.update(task, description="computing statistics")
 
-        return compute_statistics(trace, hops=hops, seed=seed, on_progress=advance)
+        return compute_statistics(trace, hops=hops, choice=choice, seed=seed, on_progress=advance)
 
 
 def print_statistics(statistics: Statistics) -> None:

@@ -19,7 +19,7 @@ from analysis.frames import EVERY_PROBLEM, read_frames
 from analysis.load import LoadCounts
 from analysis.locality import RepetitionCounts, ReuseCounts
 from analysis.pairs import PairCounts
-from analysis.survey import Axes, Survey, make_axes, survey_trace
+from analysis.survey import EVERYTHING, Axes, Choice, Survey, make_axes, survey_trace
 from analysis.transitions import TransitionCounts, transition_bytes
 from analysis.weights import MarginCounts, WeightCounts, add_margins
 from profiler.errors import TraceError
@@ -103,7 +103,7 @@ class TraceCounts:
         return counts
 
 
-def axes_of(trace: Trace, survey: Survey, hops: int | None = None) -> Axes:
+def axes_of(trace: Trace, survey: Survey, hops: int | None = None, choice: Choice = EVERYTHING) -> Axes:
     """The axes of the tables for `trace`. hops: at most L - 1; None for as many as DEFAULT_HOPS and memory allow.
 
     Raises `TraceError` if the tables for that many hops would not fit.
@@ -119,13 +119,14 @@ def axes_of(trace: Trace, survey: Survey, hops: int | None = None) -> Axes:
             f"{trace.path}: {hops} hops over {layers} layers of {experts} experts need more than "
             f"{MAX_TRANSITION_BYTES >> 20} MiB of counters; choose at most {room} --hops"
         )
-    return make_axes(survey, model, hops=hops, has_weights=trace.metadata.record.weights)
+    return make_axes(survey, model, hops=hops, has_weights=trace.metadata.record.weights, choice=choice)
 
 
 def count_trace(
     trace: Trace,
     *,
     hops: int | None = None,
+    choice: Choice = EVERYTHING,
     axes: Axes | None = None,
     problems: range = EVERY_PROBLEM,
     workers: int | None = None,
@@ -133,10 +134,10 @@ def count_trace(
 ) -> TraceCounts:
     """Count a trace, its problems spread over threads: the loops and the decoding release the interpreter's lock.
 
-    axes: of the tables, instead of `axes_of` with these hops; problems: only those with ids in this range. workers: None for
-    one per core, as far as their tables fit. on_progress is called from one thread at a time.
+    axes: of the tables, instead of `axes_of` with these hops and this choice; problems: only those with ids in this range.
+    workers: None for one per core, as far as their tables fit. on_progress is called from one thread at a time.
     """
-    axes = axes or axes_of(trace, survey_trace(trace), hops)
+    axes = axes or axes_of(trace, survey_trace(trace, choice), hops, choice)
     total = TraceCounts(axes)
     if workers is None:
         workers = max(1, min(_cores(), TABLE_BYTES // max(1, _bytes(total))))

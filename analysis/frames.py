@@ -61,6 +61,12 @@ def read_frames(trace: Trace, axes: Axes, problems: range = EVERY_PROBLEM) -> It
             if len(unlisted):
                 raise TraceError(f"{trace.path}: routing rows of problem {unlisted[0]}, which problems.parquet does not list")
             dataset_T = dataset_P[np.searchsorted(known_P, ids_P)][of_T]
+            if (dataset_T < 0).any():
+                kept = dataset_T >= 0
+                chunk, dataset_T = chunk.take(kept), dataset_T[kept]
+                if not len(chunk):
+                    continue
+                ids_P, of_T = np.unique(chunk.problem_ids_T, return_inverse=True)
             fold_P = [digests[int(problem_id)] // 100 & 1 for problem_id in ids_P]
         else:
             dataset_T = np.zeros(len(chunk), dtype=np.int32)

@@ -26,7 +26,7 @@ from analysis.locality import (
 )
 from analysis.mixtral import Comparison, compare_with_table_5
 from analysis.pairs import PairStatistics, pair_statistics
-from analysis.survey import Axes
+from analysis.survey import EVERYTHING, Axes, Choice
 from analysis.transitions import HopStatistics, hop_statistics, transition_probabilities
 from analysis.weights import QUANTILES, MarginStatistics, WeightStatistics, margin_statistics, weight_statistics
 from profiler.errors import TraceError
@@ -83,9 +83,10 @@ class Source:
     caveats: tuple[str, ...]
 
     @classmethod
-    def of(cls, trace: Trace) -> Source:
-        """The trace's own name, metadata and caveats."""
-        return cls(str(trace.path), trace.metadata, tuple(trace.caveats()))
+    def of(cls, trace: Trace, choice: Choice = EVERYTHING) -> Source:
+        """The trace's own name, metadata and caveats, and what was left out of it."""
+        left_out = [] if choice.without is None else [f"problems with {choice.without!r} are left out"]
+        return cls(str(trace.path), trace.metadata, (*trace.caveats(), *left_out))
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,12 @@ class Statistics:
 
 
 def compute_statistics(
-    trace: Trace, *, hops: int | None = None, seed: int = 0, on_progress: Callable[[int], None] = lambda tokens: None
+    trace: Trace,
+    *,
+    hops: int | None = None,
+    choice: Choice = EVERYTHING,
+    seed: int = 0,
+    on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Statistics:
     """Read the trace once, on all cores, and compute everything.
 
@@ -169,8 +175,8 @@ def compute_statistics(
     tables (some hundred MB for the largest models), whatever the length of the trace. Raises `TraceError` on an empty trace,
     and if the tables would not fit.
     """
-    counts = count_trace(trace, hops=hops, on_progress=on_progress)
-    return make_statistics(counts, Source.of(trace), seed=seed)
+    counts = count_trace(trace, hops=hops, choice=choice, on_progress=on_progress)
+    return make_statistics(counts, Source.of(trace, choice), seed=seed)
 
 
 def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> Statistics:

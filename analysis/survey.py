@@ -55,11 +55,26 @@ class Survey:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which problems are analysed, and as what. Both are columns of `problems.parquet`.
+
+    by: text whose values are the domains. without: truth; problems that have it are left out.
+    """
+
+    by: str = "dataset"
+    without: str | None = None
+
+
+EVERYTHING = Choice()
+
+
+@dataclass(frozen=True)
 class Axes:
     """What the rows and columns of the count tables stand for.
 
-    datasets: names; of more than MAX_DATASETS the smallest are one. vocabulary: the commonest tokens, which tables by token
-    have; every other token is one row more. hops: longest distance between layers.
+    datasets: names, or values of another column of `problems.parquet` (`Choice.by`); of more than MAX_DATASETS the smallest
+    are one. vocabulary: the commonest tokens, which tables by token have; every other token is one row more. hops: longest
+    distance between layers.
     """
 
     moe_layers: tuple[int, ...]
@@ -69,6 +84,7 @@ class Axes:
     has_weights: bool
     datasets: tuple[str, ...]
     vocabulary: tuple[TokenKey, ...]
+    choice: Choice = EVERYTHING
 
     @property
     def layers(self) -> int:
@@ -76,13 +92,14 @@ class Axes:
         return len(self.moe_layers)
 
 
-def survey_trace(trace: Trace) -> Survey:
-    """Read the tables, in bounded memory. Raises `TraceError` on broken ones."""
+def survey_trace(trace: Trace, choice: Choice = EVERYTHING) -> Survey:
+    """Read the tables, in bounded memory. Raises `TraceError` on broken ones, and if they lack a column of `choice`."""
     survey = Survey()
     if trace.has_problems:
-        schema = pa.schema([("dataset", pa.string())])
-        for table in stream_table(trace.path / PROBLEMS_FILE, schema, ROWS_AT_A_TIME):
-            survey.problems.update(table.column(0).to_pylist())
+        for _, names in _chosen_problems(trace, choice):
+            survey.problems.update(name for name in names if name is not None)
+    elif choice != EVERYTHING:
+        raise TraceError(f"{trace.path} has no problems.parquet to choose problems by")
     else:
         survey.problems[ALL_PROBLEMS] = 1
     if trace.has_tokens:
@@ -97,7 +114,7 @@ def survey_trace(trace: Trace) -> Survey:
     return survey
 
 
-def make_axes(survey: Survey, model: ModelMetadata, *, hops: int, has_weights: bool) -> Axes:
+def make_axes(survey: Survey, model: ModelMetadata, *, hops: int, has_weights: bool, choice: Choice = EVERYTHING) -> Axes:
     """The axes of the tables for a model and what was found in its trace."""
     names = [name for name, _ in sorted(survey.problems.items(), key=lambda item: (-item[1], item[0]))]
     datasets = (*sorted(names[: MAX_DATASETS - 1]), OTHER_DATASETS) if len(names) > MAX_DATASETS else tuple(sorted(names))
@@ -112,6 +129,7 @@ def make_axes(survey: Survey, model: ModelMetadata, *, hops: int, has_weights: b
         has_weights=has_weights,
         datasets=datasets,
         vocabulary=tuple(key for key, _ in commonest),
+        choice=choice,
     )
 
 
@@ -132,17 +150,31 @@ def _has_values(trace: Trace, column: pa.Field) -> bool:
 
 
 def dataset_indices(trace: Trace, axes: Axes) -> tuple[Any, Any]:
-    """Problem ids, ascending, and the place of each one's dataset in `axes.datasets`; both `[P]`, empty without a table."""
-    if not trace.has_problems:
-        return np.empty(0, np.int64), np.empty(0, np.int32)
+    """Problem ids, ascending, and the place of each one's domain in `axes.datasets`, -1 if it is left out; both `[P]`.
+
+    Empty for a trace without `problems.parquet`.
+    """
     place = {name: index for index, name in enumerate(axes.datasets)}
-    ids, indices = [], []
-    schema = pa.schema([("problem_id", pa.int32()), ("dataset", pa.string())])
-    for table in stream_table(trace.path / PROBLEMS_FILE, schema, ROWS_AT_A_TIME):
-        ids.append(table.column(0).to_numpy().astype(np.int64))
-        names = table.column(1).to_pylist()
-        indices.append(np.array([place.get(name, len(axes.datasets) - 1) for name in names], dtype=np.int32))
-    all_ids = np.concatenate([np.empty(0, np.int64), *ids])
+    ids, indices = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+    if trace.has_problems:
+        for problem_ids, names in _chosen_problems(trace, axes.choice):
+            ids.append(problem_ids)
+            places = [-1 if name is None else place.get(name, len(axes.datasets) - 1) for name in names]
+            indices.append(np.array(places, dtype=np.int32))
+    all_ids = np.concatenate(ids)
     if (np.diff(all_ids) <= 0).any():
         raise TraceError(f"{trace.path / PROBLEMS_FILE} is not sorted by problem_id")
-    return all_ids, np.concatenate([np.empty(0, np.int32), *indices])
+    return all_ids, np.concatenate(indices)
+
+
+def _chosen_problems(trace: Trace, choice: Choice) -> Iterator[tuple[Any, list[str | None]]]:
+    """Problem ids `[P]` and their domains, None for problems that are left out, some at a time."""
+    fields = [("problem_id", pa.int32()), (choice.by, pa.string())]
+    if choice.without is not None:
+        fields.append((choice.without, pa.bool_()))
+    for table in stream_table(trace.path / PROBLEMS_FILE, pa.schema(fields), ROWS_AT_A_TIME):
+        names = ["unknown" if name is None else name for name in table.column(1).to_pylist()]
+        if choice.without is not None:
+            left_out = table.column(2).to_pylist()
+            names = [None if out else name for name, out in zip(names, left_out, strict=True)]
+        yield table.column(0).to_numpy().astype(np.int64), names

@@ -16,7 +16,8 @@ from made_frames import counted, make_axes, make_frame, uniform
 from analysis.accumulator import Accumulator
 from analysis.counting import TraceCounts, axes_of, count_trace
 from analysis.frames import Frame, read_frames
-from analysis.survey import ALL_PROBLEMS, OTHER_DATASETS, Survey, survey_trace
+from analysis.statistics import Source
+from analysis.survey import ALL_PROBLEMS, OTHER_DATASETS, Choice, Survey, survey_trace
 from analysis.survey import make_axes as axes_from
 from profiler.errors import TraceError
 from profiler.reader import Trace
@@ -219,3 +220,23 @@ def test_logits_are_counted_once_per_problem(make_trace: Make, random_problems: 
     assert counts.margins.histogram.sum(1).tolist() == [12, 12]
     # The second largest minus the third.
     assert counts.margins.histogram.argmax(1).tolist() == [128, 128]
+
+
+def test_problems_can_be_left_out_and_grouped_by_another_column(trace: Trace) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = trace.path / "problems.parquet"
+    table = pq.read_table(path)
+    table = table.append_column("looping", pa.array([number % 4 == 0 for number in range(12)]))
+    table = table.append_column("category", pa.array(["x", "y", None] * 4))
+    pq.write_table(table, path)
+    choice = Choice(by="category", without="looping")
+    counts = count_trace(trace, choice=choice)
+    # Problems 0, 4 and 8 are left out: x, y and unknown.
+    assert counts.axes.datasets == ("unknown", "x", "y")
+    assert counts.load.tokens.sum(1).tolist() == [180, 180, 180]
+    assert sum(counts.reuse.lengths.values()) == 9
+    assert Source.of(trace, choice).caveats == ("problems with 'looping' are left out",)
+    with pytest.raises(TraceError, match="lacks column 'author'"):
+        count_trace(trace, choice=Choice(by="author"))
