@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,6 +117,7 @@ def compare_traces(
     traces: list[Trace], out: Path, *, hops: int | None = None, choice: Choice = EVERYTHING, seed: int = 0
 ) -> tuple[dict[str, Any], Findings]:
     """Analyse each trace into a folder of its own in `out`, and write the comparison's `report.html` and `statistics.json`."""
+    from analysis.agreement import prompt_agreement
     from analysis.report import write_comparison
     from analysis.report.comparison import comparison_table
     from analysis.statistics import plain
@@ -125,12 +127,18 @@ def compare_traces(
     for name, trace in zip(names, traces, strict=True):
         messages.print(f"{printable(name)}: {printable(str(trace.path))}", markup=False)
         compared[name] = analyze_trace(trace, out / name, hops=hops, choice=choice, seed=seed)[0]
+    agreements = {}
+    for (first, one), (second, other) in combinations(zip(names, traces, strict=True), 2):
+        agreement = prompt_agreement(Trace.open(one.path), Trace.open(other.path))
+        if agreement is not None:
+            agreements[f"{first} / {second}"] = agreement
     document = {
         "traces": {name: str(trace.path) for name, trace in zip(names, traces, strict=True)},
         "figures": plain(comparison_table(compared)),
+        "agreement": plain(agreements),
     }
     write_text(out / "statistics.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
-    return document, write_comparison(compared, out / "report.html")
+    return document, write_comparison(compared, out / "report.html", agreements)
 
 
 def _names(traces: list[Trace]) -> list[str]:

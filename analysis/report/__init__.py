@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from analysis.agreement import Agreement
 from analysis.predictions import Evaluation
 from analysis.report.comparison import compared_facts, comparison_sections
 from analysis.report.figures import Section
@@ -31,9 +32,12 @@ def write_report(
     return [(section.title, section.headline) for section in sections]
 
 
-def write_comparison(compared: dict[str, Statistics], path: Path) -> list[tuple[str, str]]:
-    """Write the page of several traces, by the names that they are shown under; returns as `write_report`."""
-    sections = comparison_sections(compared)
+def write_comparison(compared: dict[str, Statistics], path: Path, agreements: dict[str, Agreement]) -> list[tuple[str, str]]:
+    """Write the page of several traces, by the names that they are shown under; returns as `write_report`.
+
+    agreements: of pairs of them that have prompts in common.
+    """
+    sections = comparison_sections(compared, agreements)
     _write(path, "Expert routing compared", compared_facts(compared), sections)
     return [(section.title, section.headline) for section in sections]
 

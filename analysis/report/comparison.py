@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 
 from analysis.accumulator import Floats
+from analysis.agreement import Agreement
 from analysis.domains import jensen_shannon_distance
 from analysis.load import normalized
 from analysis.locality import DISTANCES, repetition_chance
@@ -84,9 +85,12 @@ def load_distances(compared: dict[str, Statistics]) -> list[tuple[str, str, Floa
     return found
 
 
-def comparison_sections(compared: dict[str, Statistics]) -> list[Section]:
+def comparison_sections(compared: dict[str, Statistics], agreements: dict[str, Agreement]) -> list[Section]:
     """What can be compared; traces of other shapes are shown over relative depth."""
-    sections = [_figures(compared), _load(compared)]
+    sections = [_figures(compared)]
+    if agreements:
+        sections.append(_agreement(agreements, compared))
+    sections.append(_load(compared))
     if all(s.hops for s in compared.values()):
         sections.append(_hops(compared))
     return [*sections, _repetition(compared)]
@@ -112,6 +116,32 @@ def _figures(compared: dict[str, Statistics]) -> Section:
         "compare with the chance and popularity of the same column, not across."
     )
     return Section("Side by side", headline, explanation, tables=(tuple(cells),))
+
+
+def _agreement(agreements: dict[str, Agreement], compared: dict[str, Statistics]) -> Section:
+    layers = next(iter(compared.values())).axes.moe_layers
+    chosen = []
+    for name, found in agreements.items():
+        chosen += [Line(name, found.shared), Line(f"{name}, any two tokens", found.shared_shuffled, CONTROL)]
+    same_layers = all(len(found.shared) == len(layers) for found in agreements.values())
+    most = max(len(found.shared) for found in agreements.values())
+    drawn = lines(chosen, layers if same_layers else range(most), "layer", "experts in common, of K")
+    headline = "On the same prompt tokens, experts in common: " + ", ".join(
+        f"{name} {mean(found.shared):.1%} (any two tokens {mean(found.shared_shuffled):.1%})"
+        for name, found in agreements.items()
+    )
+    rows: list[tuple[str, ...]] = [
+        ("traces", "prompts", "tokens", "experts in common", "same set", "same strongest", "any two tokens")
+    ]
+    for name, found in agreements.items():
+        values = (found.shared, found.same_set, found.same_first, found.shared_shuffled)
+        rows.append((name, f"{found.problems:,}", f"{found.tokens:,}", *(show(mean(value)) for value in values)))
+    explanation = (
+        "Prompts that both traces have, token by token: what another precision or engine changes. What is generated is not "
+        "compared, since it differs as soon as one token does."
+    )
+    figures = (html(drawn, "agreement", headline),)
+    return Section("The same tokens", headline + ".", explanation, figures, (tuple(rows),))
 
 
 def _load(compared: dict[str, Statistics]) -> Section:
