@@ -26,8 +26,8 @@ class Agreement:
     """Routes of the same prompt tokens in two traces of one shape, per MoE layer `[L]`.
 
     shared: experts in common, over K. same_set, same_first: the sets, the strongest experts, are equal. shared_shuffled:
-    experts in common of any two tokens, one of either trace, as both loads give it. Only prompts count: what is generated differs
-    as soon as one token does. problems, tokens: compared.
+    experts in common of any two tokens, one of either trace, as both loads give it. problems, tokens: compared. Only prompts
+    count: what is generated differs as soon as one token does.
     """
 
     problems: int
@@ -42,7 +42,7 @@ def prompt_agreement(first: Trace, second: Trace) -> Agreement | None:
     """Compare two traces on the prompts that both have; None if their shapes differ or no prompt is in both.
 
     Prompts are told by their text, or a hash that the source gave, and must have as many tokens. They are read in the order of
-    problem ids: where two come in another order in the other trace, one is passed over. Memory: a row group of each.
+    problem ids: of two that come in another order in the other trace, one is passed over. Memory: a row group of each.
     """
     a, b = first.metadata.model, second.metadata.model
     if (len(a.moe_layers), a.num_experts, a.top_k) != (len(b.moe_layers), b.num_experts, b.top_k):

@@ -123,4 +123,4 @@ def html(figure: go.Figure, name: str, description: str, left: int = 60) -> str:
 
 def packed(values: npt.NDArray[np.uint8]) -> str:
     """Bytes for a page's script: gzip, as text."""
-    return base64.b64encode(gzip.compress(values.tobytes(), 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(values.tobytes(), 6, mtime=0)).decode()
