@@ -36,7 +36,8 @@ def analyze(
         int | None, typer.Option(min=1, help="Longest distance between layers. Default: 8, fewer where memory says so.")
     ] = None,
     evaluation: Annotated[
-        list[Path] | None, typer.Option(help="What 'specmoe evaluate --json' wrote, shown in the report; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="What 'specmoe evaluate --json' wrote, or a run with evaluation.json; may be repeated."),
     ] = None,
     tokenizer: Annotated[
         str | None,

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ValidationError
 
 from profiler.errors import TraceError, first_line
 
+# What a run has that was trained on a rented machine, and others if they were evaluated into it.
+EVALUATION_FILE = "evaluation.json"
 MAX_BYTES = 64 << 20
 
 
@@ -36,7 +38,9 @@ class Evaluation(BaseModel):
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """An evaluation's file. Raises `TraceError` if it is none."""
+    """An evaluation's file, or that of a run's folder. Raises `TraceError` if it is none."""
+    if path.is_dir():
+        path = path / EVALUATION_FILE
     try:
         if path.stat().st_size > MAX_BYTES:
             raise TraceError(f"{path} is larger than {MAX_BYTES >> 20} MiB: no evaluation")

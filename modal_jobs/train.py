@@ -13,10 +13,11 @@ from pathlib import Path
 
 import modal
 
+from analysis.predictions import EVALUATION_FILE
 from modal_jobs.download import fetch_trace
 from modal_jobs.image import CACHE, TRACE_VOLUME, TRACES, cache_volume, trace_volume, train_image
 from modal_jobs.running import one_line_errors, say
-from modal_jobs.training import EVALUATION_FILE, TrainJob, train_on_volume
+from modal_jobs.training import TrainJob, train_on_volume
 from modal_jobs.uploading import upload_trace
 from profiler.devices import find_gpu
 from profiler.errors import SpecmoeError, first_line

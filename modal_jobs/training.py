@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from analysis.predictions import EVALUATION_FILE
 from modal_jobs.shards import finished_parts
 from profiler.errors import SpecmoeError
 from profiler.merge import merge_traces
@@ -18,8 +19,6 @@ from profiler.writer import sha256_of, write_text
 from speculation.evaluate import evaluate
 from speculation.predictors import TrainingOptions
 from speculation.train import train
-
-EVALUATION_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True)

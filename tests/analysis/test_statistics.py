@@ -180,6 +180,9 @@ def test_command(trace: Trace, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "Predictors: mlp predicts best: recall@2 0.500, chance 0.250." in done.output
     assert f"report: {tmp_path / 'r' / 'report.html'}" in done.output
+    # A run's folder will do.
+    again = runner.invoke(app, ["analyze", str(trace.path), "--out", str(tmp_path / "r"), "--evaluation", str(tmp_path)])
+    assert "Predictors: mlp predicts best" in again.output
     as_json = runner.invoke(app, ["analyze", str(trace.path), "--out", str(tmp_path / "s"), "--json"])
     assert json.loads(as_json.stdout)["tokens"] == 560
 

@@ -62,7 +62,7 @@ def test_48_layers_of_128_experts_are_below_8_mb(tmp_path: Path, monkeypatch: py
 
 
 def test_hops_that_do_not_fit_are_left_out_but_never_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analysis.report.sections.MAX_MATRIX_TEXT", 10)
+    monkeypatch.setattr("analysis.report.transitions.MAX_MATRIX_TEXT", 10)
     write_report(statistics_of(4, 8, 2, 400, 3), tmp_path / "report.html", [""] * 400)
     assert embedded((tmp_path / "report.html").read_text(), "transitions")["hops"] == 1
 

@@ -1,0 +1,167 @@
+"""The sections on groups: pairs of experts, domains, and clusters."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+
+from analysis.report.figures import (
+    CHANCE,
+    COLOURS,
+    CONTROL,
+    LABELS,
+    Line,
+    Section,
+    heat_map,
+    html,
+    lines,
+    wrapped,
+)
+from analysis.statistics import Statistics, mean, show
+
+MAX_SPECIALISTS = 15
+MAX_PAIR_LINES = 3
+
+
+def pairs_section(s: Statistics) -> Section:
+    """The layer with the most lifted pair, and the most lifted pair of every layer. Only for K > 1."""
+    assert s.pairs is not None
+    pairs, layers = s.pairs, list(s.axes.moe_layers)
+    n = int(pairs.top_lift.argmax())
+    first, second = (int(expert) for expert in sorted(pairs.top_pair[n]))
+    headline = (
+        f"Experts {first} and {second} of layer {layers[n]} are used together {pairs.top_lift[n]:.1f} times as often "
+        f"as without "
+        f"preferences; a layer's tokens use {mean(pairs.unique_sets):,.0f} different sets of {s.axes.top_k} on average, "
+        f"of {pairs.possible_sets:,} possible; with equally likely sets it would be {pairs.even_sets:,.0f}."
+    )
+    figure = heat_map(
+        pairs.lift_LEE[n],
+        range(s.axes.num_experts),
+        range(s.axes.num_experts),
+        "expert",
+        "expert",
+        "lift",
+        "experts %{y} and %{x}: %{z:.2f} times as often as without preferences",
+    )
+    upper = np.triu(pairs.lift_LEE[n], 1)
+    figure.update_traces(zmax=max(2.0, float(np.quantile(upper[upper > 0], 0.99)) if (upper > 0).any() else 2.0))
+    figure.update_layout(height=520)
+    explanation = (
+        "Lift: how often two experts are selected for the same token, over how often if none preferred another; 1 is no "
+        f"preference. The figure is of layer {layers[n]}; every layer's most lifted pair is in the table, all pairs are in "
+        "tables/pairs.csv. Pairs that are expected fewer than 25 times are not called the most lifted."
+    )
+    rows = [("layer", "experts", "lift", "tokens", "different sets")]
+    for number, layer in enumerate(layers):
+        a, b = (int(expert) for expert in sorted(pairs.top_pair[number]))
+        counted = f"{int(pairs.counts_LEE[number, a, b]):,}"
+        rows.append(
+            (str(layer), f"{a} and {b}", show(float(pairs.top_lift[number]), 2), counted, f"{pairs.unique_sets[number]:,.0f}")
+        )
+    return Section("Pairs within a token", headline, explanation, (html(figure, "pair-lift", headline),), (tuple(rows),))
+
+
+def domains_section(s: Statistics) -> Section:
+    """Distances of datasets, and the experts that each prefers. Only for traces with several datasets."""
+    layers, names = list(s.axes.moe_layers), s.datasets
+    ranked = sorted(s.domains, key=lambda pair: -(mean(pair.distance) - mean(pair.shuffled)))
+    far = ranked[0]
+    headline = (
+        f"{far.first} and {far.second} differ most: distance {mean(far.distance):.2f} on average over the layers, "
+        f"{mean(far.shuffled):.2f} with labels shuffled over problems."
+    )
+    figures = []
+    if len(names) > 2:
+        numbers = list(range(1, len(names) + 1))
+        numbered = [wrapped(f"{number} {name}") for number, name in zip(numbers, names, strict=True)]
+        above = np.full((len(names), len(names)), np.nan)
+        for pair in s.domains:
+            a, b = names.index(pair.first), names.index(pair.second)
+            above[a, b] = above[b, a] = mean(pair.distance) - mean(pair.shuffled)
+        square = heat_map(above, numbers, numbered, "", "", "JSD", "%{y} and %{x}: %{z:.3f} above the control")
+        square.update_xaxes(nticks=len(names))
+        square.update_yaxes(nticks=len(names))
+        square.update_layout(height=120 + 40 * len(names))
+        figures.append(html(square, "domain-map", "Distance of every two datasets above the shuffled control.", LABELS))
+    chosen = []
+    for pair in ranked[:MAX_PAIR_LINES]:
+        chosen.append(Line(f"{pair.first} / {pair.second}", pair.distance))
+        chosen.append(Line(f"{pair.first} / {pair.second}, shuffled", pair.shuffled, CONTROL))
+    figures.append(html(lines(chosen, layers, "layer", "Jensen-Shannon distance"), "domain-layers", headline))
+    explanation = (
+        "Jensen-Shannon distance of the expert loads of two datasets: 0 equal, 1 disjoint; dotted: labels permuted "
+        "over problems, "
+        "which is what few and long problems alone cause."
+    )
+    tables = []
+    if s.specialisations:
+        best = max(s.specialisations, key=lambda each: each.found - each.shuffled)
+        explanation += (
+            f" Specialised experts: share in one dataset over share in all others, 95 % interval by bootstrap over problems. "
+            f"{best.dataset} has most: {best.found} of {len(layers) * s.axes.num_experts} with an interval above 1, "
+            f"{best.shuffled} with datasets shuffled (2.5 % would be {len(layers) * s.axes.num_experts / 40:.0f})."
+        )
+        figures.append(html(_specialists(s), "specialists", "Most specialised experts with intervals.", LABELS))
+        counts = [("dataset", "problems", "specialised experts", "shuffled control")]
+        counts += [(each.dataset, f"{each.problems:,}", str(each.found), str(each.shuffled)) for each in s.specialisations]
+        tables.append(tuple(counts))
+    return Section("Domains", headline, explanation, tuple(figures), tuple(tables))
+
+
+def _specialists(s: Statistics) -> go.Figure:
+    """Ratios with intervals of the surest experts of each dataset, datasets in turn."""
+    per_dataset = max(1, MAX_SPECIALISTS // max(1, len(s.specialisations)))
+    figure = go.Figure()
+    for number, each in enumerate(s.specialisations):
+        chosen = each.specialists[:per_dataset]
+        if not chosen:
+            continue
+        figure.add_scatter(
+            x=[one.ratio for one in chosen],
+            y=[wrapped(f"{each.dataset}: layer {s.axes.moe_layers[one.layer]}, expert {one.expert}") for one in chosen],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [one.high - one.ratio for one in chosen],
+                "arrayminus": [one.ratio - one.low for one in chosen],
+            },
+            mode="markers",
+            marker={"color": COLOURS[number % len(COLOURS)], "size": 9},
+            showlegend=False,
+            hovertemplate="%{y}: %{x:.2f}<extra></extra>",
+        )
+    figure.add_vline(x=1, line=CHANCE)
+    figure.update_xaxes(title="share here over share elsewhere", type="log", dtick="D2")
+    figure.update_yaxes(autorange="reversed")
+    figure.update_layout(height=160 + 40 * per_dataset * len(s.specialisations))
+    return figure
+
+
+def clusters_section(s: Statistics) -> Section:
+    """Silhouettes by layer beside their controls."""
+    layers = list(s.axes.moe_layers)
+    groups = sorted({(each.feature, each.method) for each in s.clusters})
+    figures, sentences = [], []
+    for feature in sorted({feature for feature, _ in groups}):
+        chosen = []
+        for method in [method for name, method in groups if name == feature]:
+            found = [each for each in s.clusters if (each.feature, each.method) == (feature, method)]
+            chosen.append(Line(method, [each.silhouette for each in found]))
+            chosen.append(Line(f"{method}, shuffled", [each.shuffled for each in found], CONTROL))
+        of = [each for each in s.clusters if each.feature == feature]
+        beat = sum(each.silhouette > each.shuffled for each in of)
+        sentences.append(
+            f"by {feature} in {beat} of {len(of)} cases (mean silhouette {np.mean([each.silhouette for each in of]):.2f}, "
+            f"shuffled {np.mean([each.shuffled for each in of]):.2f})"
+        )
+        drawn = lines(chosen, layers, "layer", f"silhouette, by {feature}")
+        figures.append(html(drawn, f"clusters-{feature}", f"Silhouette of clusters by {feature}."))
+    headline = f"Clusters of experts stand out from shuffled tables {'; '.join(sentences)}."
+    explanation = (
+        "Every layer's experts are clustered by which others they are used with, and by which experts of the layers before and "
+        "after go with them, each beyond what loads give. Silhouette: 1 for far apart, 0 for no clusters; the number "
+        "of clusters "
+        "is the one with most, for the control too. Members are in tables/clusters.csv."
+    )
+    return Section("Clusters of experts", headline, explanation, tuple(figures))

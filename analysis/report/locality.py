@@ -1,0 +1,139 @@
+"""The sections on the tokens of a problem: repetition and reuse."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import plotly.graph_objects as go
+
+from analysis.locality import DISTANCES, SEGMENT, repetition_chance
+from analysis.report.figures import (
+    CHANCE,
+    COLOURS,
+    CONTROL,
+    TOP_LEGEND,
+    Line,
+    Section,
+    html,
+    lines,
+)
+from analysis.statistics import Statistics, mean, show
+
+
+def repetition_section(s: Statistics) -> Section:
+    """By distance and by layer, and a table in the form of Mixtral's Table 5."""
+    whole, layers, top_k = s.repetitions[0], list(s.axes.moe_layers), s.axes.top_k
+    chances = repetition_chance(s.axes.num_experts, top_k)
+    chosen = []
+    for name, values, control, chance in (
+        ("same first choice", whole.first, whole.first_shuffled, chances[0]),
+        ("first or second choice in common", whole.first_or_second, whole.first_or_second_shuffled, chances[1]),
+        (f"share of the {top_k} in common", whole.shared, whole.shared_shuffled, chances[2]),
+    )[: 1 if top_k == 1 else 3 if top_k > 2 else 2]:
+        chosen.append(Line(name, [mean(row) for row in values]))
+        chosen.append(Line(f"{name}, tokens shuffled", [mean(control)] * len(DISTANCES), CONTROL))
+        chosen.append(Line(f"{name}, chance", [chance] * len(DISTANCES), CHANCE))
+    by_distance = lines(chosen, DISTANCES, "distance (tokens)", "share of tokens", log_x=True)
+    by_layer = lines(
+        [
+            Line("same first choice as the token before", whole.first[0]),
+            Line("shuffled", whole.first_shuffled, CONTROL),
+            Line("chance", [chances[0]] * len(layers), CHANCE),
+        ],
+        layers,
+        "layer",
+        "share of tokens",
+    )
+    n = int(np.nanargmax(whole.first[0])) if np.isfinite(whole.first[0]).any() else 0
+    headline = (
+        f"Consecutive tokens have the same first choice {mean(whole.first[0]):.1%} of the time, two tokens taken at random "
+        f"{mean(whole.first_shuffled):.1%}, by chance {chances[0]:.1%}; most at layer {layers[n]} "
+        f"({show(whole.first[0, n], 2)})."
+    )
+    shown = sorted({0, len(layers) // 2, len(layers) - 1})
+    names = [f"layer {layers[n]}" for n in shown]
+    rows = [("dataset", *(f"first, {name}" for name in names), *(f"first or second, {name}" for name in names))]
+    for each in s.repetitions:
+        both = [values[0, n] for values in (each.first, each.first_or_second) for n in shown]
+        rows.append((each.dataset, *(show(100 * float(value), 1) for value in both)))
+    rows.append(
+        ("shuffled", *(show(100 * v, 1) for v in [*whole.first_shuffled[shown], *whole.first_or_second_shuffled[shown]]))
+    )
+    rows.append(("chance", *[show(100 * chances[0], 1)] * len(shown), *[show(100 * chances[1], 1)] * len(shown)))
+    tables = [tuple(rows)]
+    explanation = (
+        "Tokens of one problem, in one layer. Shuffled: two tokens drawn from the whole trace. The table has the form "
+        "of Table 5 "
+        "of the Mixtral paper, in percent."
+    )
+    if s.table_5:
+        agree = sum(row.within for row in s.table_5)
+        explanation += f" Beside the paper's own range over its domains, {agree} of {len(s.table_5)} rows lie within."
+        golden = [("dataset, layer", "first", "paper", "first or second", "paper", "within")]
+        golden += [
+            (
+                f"{row.dataset}, {row.layer}",
+                show(row.first, 1),
+                f"{row.first_range[0]}-{row.first_range[1]}",
+                show(row.first_or_second, 1),
+                f"{row.first_or_second_range[0]}-{row.first_or_second_range[1]}",
+                "yes" if row.within else "no",
+            )
+            for row in s.table_5
+        ]
+        tables.append(tuple(golden))
+    figures = (html(by_distance, "repetition-distance", headline), html(by_layer, "repetition-layer", "Repetition by layer."))
+    return Section("Repetition over tokens", headline, explanation, figures, tuple(tables))
+
+
+def reuse_section(s: Statistics) -> Section:
+    """Tokens and other experts between two uses of an expert."""
+    reuse, experts = s.reuse, s.axes.num_experts
+    edges = reuse.gap_edges
+    names = [str(a) if b - a == 1 else f"{a}-{b - 1}" for a, b in itertools.pairwise(edges)]
+    gaps = go.Figure()
+    for name, values, colour, pattern in (
+        ("observed", reuse.gap_share, COLOURS[0], ""),
+        ("tokens shuffled", reuse.gap_shuffled, "#999999", "/"),
+    ):
+        known = [round(mean(column), 5) for column in values.T]
+        gaps.add_bar(x=names, y=known, name=name, marker={"color": colour, "pattern": {"shape": pattern}})
+    gaps.update_xaxes(title="tokens since the expert was last used", type="category")
+    gaps.update_yaxes(title="share of reuses")
+    gaps.update_layout(legend=TOP_LEGEND, height=380, barmode="group")
+    between = np.concatenate([[0.0], reuse.between_share.mean(0).cumsum()[:-1]])
+    stack = lines(
+        [
+            Line("reuses with fewer other experts in between", between),
+            Line("chance: one expert per token, all equally likely", np.arange(experts) / experts, CHANCE),
+        ],
+        list(range(experts)),
+        "other experts used since",
+        "share of reuses",
+    )
+    headline = (
+        f"An expert that is used again was last used {show(mean(reuse.median_gap), 1)} tokens before (median, mean over layers)"
+    )
+    if reuse.segments:
+        headline += (
+            f"; {SEGMENT} tokens use {mean(reuse.working_set):.0%} of a layer's experts, {SEGMENT} tokens taken at random "
+            f"{mean(reuse.working_set_shuffled):.0%}."
+        )
+    else:
+        headline += "."
+    explanation = (
+        f"Within a problem and layer. {mean(reuse.cold_share):.1%} of uses are an expert's first in its problem (shuffled: "
+        f"{mean(reuse.cold_shuffled):.1%}). Second figure: between two uses of an expert, how many others were used; "
+        f"a cache that "
+        "keeps the most recently used experts of a layer has what was used again with fewer others in between than it "
+        "has room for."
+    )
+    if reuse.segments:
+        explanation += (
+            f" Two selections from adjacent segments of {SEGMENT} tokens are of the same expert "
+            f"{mean(reuse.adjacent):.1%} of the "
+            f"time, from anywhere in the trace {mean(reuse.adjacent_shuffled):.1%}: that is how far a segment's load lasts."
+        )
+    figures = (html(gaps, "reuse-gap", headline), html(stack, "reuse-between", "Other experts used between two uses."))
+    return Section("Reuse of experts", headline, explanation, figures)

@@ -1,0 +1,158 @@
+"""The sections on weights, on what can be predicted, and on what predictors do."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+
+from analysis.contexts import TASKS
+from analysis.predictions import Evaluation, table
+from analysis.report.figures import (
+    CHANCE,
+    COLOURS,
+    CONTROL,
+    LABELS,
+    TOP_LEGEND,
+    Line,
+    Section,
+    html,
+    lines,
+    wrapped,
+)
+from analysis.statistics import Statistics, mean, show
+from analysis.weights import QUANTILES
+
+
+def weights_section(s: Statistics) -> Section:
+    """Mean weights by rank, and margins where logits were recorded. Only for traces with weights."""
+    assert s.weights is not None
+    layers, weights = list(s.axes.moe_layers), s.weights
+    chosen = [Line(f"rank {rank + 1}", weights.mean[:, rank]) for rank in range(s.axes.top_k)]
+    chosen.append(Line("even: 1/K", [weights.even] * len(layers), CHANCE))
+    figures = [html(lines(chosen, layers, "layer", "mean routing weight"), "weights", "Mean weight by rank and layer.")]
+    headline = (
+        f"The strongest expert gets a weight of {weights.mean[:, 0].mean():.2f} on average, the last of {s.axes.top_k} "
+        f"{weights.mean[:, -1].mean():.2f}."
+    )
+    explanation = "Weights as the model applies them. "
+    middle = len(layers) // 2
+    rows = [(f"layer {layers[middle]}", "mean", *(f"{quantile:.0%}" for quantile in QUANTILES))]
+    rows += [
+        (
+            f"rank {rank + 1}",
+            show(float(weights.mean[middle, rank])),
+            *(show(float(v)) for v in weights.quantiles[middle, rank]),
+        )
+        for rank in range(s.axes.top_k)
+    ]
+    if s.margins is not None:
+        close = mean(s.margins.close)
+        headline += f" For {close:.0%} of tokens the next expert's logit is within 0.1 of the last chosen one's."
+        median = QUANTILES.index(0.5)
+        drawn = lines(
+            [
+                Line(f"{QUANTILES[q]:.0%} of tokens are below", s.margins.quantiles[:, q])
+                for q in (0, median, len(QUANTILES) - 1)
+            ],
+            layers,
+            "layer",
+            "margin (logits)",
+        )
+        figures.append(html(drawn, "margins", "Margin between rank K and K+1."))
+        explanation += "Margin: the K-th largest router logit minus the next."
+    else:
+        explanation += "No router logits were recorded, so the margin to the next expert is unknown (--capture-logits)."
+    return Section("Routing weights", headline, explanation, tuple(figures), (tuple(rows),))
+
+
+def predictability_section(s: Statistics) -> Section:
+    """What single contexts tell, from both sides."""
+    top_k = s.axes.top_k
+    by_name = {each.context: each for each in s.rulers}
+    names = list(by_name)
+    low = [by_name[name].recall_held_out for name in names]
+    high = [by_name[name].recall_plug_in for name in names]
+    figure = go.Figure()
+    for values, name, symbol, colour in (
+        (low, "on other problems (too bad)", "circle", COLOURS[0]),
+        (high, "on the same tokens (too good)", "line-ns-open", COLOURS[1]),
+    ):
+        figure.add_scatter(
+            x=[round(value, 4) if np.isfinite(value) else None for value in values],
+            y=[wrapped(name) for name in names],
+            name=name,
+            mode="markers",
+            marker={"symbol": symbol, "size": 13, "color": colour, "line": {"width": 3, "color": colour}},
+        )
+    figure.add_vline(x=top_k / s.axes.num_experts, line=CHANCE)
+    figure.update_xaxes(title=f"recall@{top_k}", rangemode="tozero")
+    figure.update_yaxes(autorange="reversed")
+    figure.update_layout(legend=TOP_LEGEND, height=220 + 44 * len(names))
+    rows = [("known", f"recall@{top_k}", "strongest", "bits of the strongest", "bits of the set, at most", "tasks")]
+    rows += [
+        (
+            each.context,
+            _between(each.recall_held_out, each.recall_plug_in),
+            _between(each.top1_held_out, each.top1_plug_in),
+            _between(each.first_bits_plug_in, each.first_bits_held_out, 2),
+            _between(each.set_bits_plug_in, each.set_bits_held_out, 2),
+            ", ".join(task for task, known in TASKS.items() if each.context in known),
+        )
+        for each in s.rulers
+    ]
+    sentences = []
+    for task, known in TASKS.items():
+        usable = [by_name[name] for name in known if name in by_name and np.isfinite(by_name[name].recall_held_out)]
+        if usable:
+            best = max(usable, key=lambda each: each.recall_held_out)
+            sentences.append(f"{task} {best.recall_held_out:.2f} ({best.context})")
+    headline = (
+        f"The best single context, judged on problems it was not counted on, gives recall@{top_k}: {'; '.join(sentences)}; "
+        f"chance is {top_k / s.axes.num_experts:.2f}."
+        if sentences
+        else "There are too few problems to judge one half by the other."
+    )
+    explanation = (
+        "A ruler for predictors: what counting alone makes of one thing that a task knows. Judged on the same tokens it is too "
+        "good, on the other half of the problems too bad; the truth about that context lies between. A predictor that combines "
+        "more than one context can exceed all of them; one that falls short of its task's best is not worth its "
+        "parameters. Bits: "
+        "entropy given the context. Means over the layers that have every context."
+    )
+    return Section("Predictability", headline, explanation, (html(figure, "predictability", headline, LABELS),), (tuple(rows),))
+
+
+def _between(low: float, high: float, digits: int = 3) -> str:
+    return f"{show(low, digits)} to {show(high, digits)}"
+
+
+def predictions_section(evaluation: Evaluation, number: int) -> Section:
+    """An evaluation as a table and by layer. number: of the section, for the names of its elements."""
+    rows = table(evaluation)
+    header = tuple(rows[0])
+    cells = (header, *(tuple(row[name] for name in header) for row in rows))
+    metric = header[1]
+    honest = {name: result for name, result in evaluation.results.items() if not name.endswith("shuffled control")}
+    best = max(honest, key=lambda name: honest[name].metrics["h=1"][metric])
+    headline = (
+        f"{best} predicts best: {metric} {honest[best].metrics['h=1'][metric]:.3f}, chance {evaluation.chance[metric]:.3f}."
+    )
+    chosen = []
+    for name, result in evaluation.results.items():
+        by_layer = [
+            float("nan") if metrics is None else metrics.get(metric, float("nan"))
+            for metrics in result.by_target_layer.get("h=1", [])
+        ]
+        chosen.append(Line(name, by_layer, CONTROL if name not in honest else None))
+    figures: tuple[str, ...] = ()
+    if chosen and len(chosen[0].y) > 1:
+        chosen.append(Line("chance", [evaluation.chance[metric]] * len(chosen[0].y), CHANCE))
+        drawn = lines(chosen, list(range(len(chosen[0].y))), "predicted MoE layer (from 0)", metric)
+        figures = (html(drawn, f"predictors-{number}", headline),)
+    explanation = (
+        f"Run {evaluation.run}, task {evaluation.task}, judged on {evaluation.problems} problems "
+        f"({evaluation.tokens:,} tokens), "
+        f"{evaluation.part} part of a split {evaluation.split}, of {evaluation.trace}. In brackets: 95 % interval "
+        f"over problems."
+    )
+    return Section("Predictors", headline, explanation, figures, (cells,))
