@@ -37,7 +37,7 @@ def analyze(
     ] = None,
     evaluation: Annotated[
         list[Path] | None,
-        typer.Option(help="What 'specmoe evaluate --json' wrote, or a run with evaluation.json; may be repeated."),
+        typer.Option(help="What 'specmoe evaluate --json' wrote, or a run that has it; may be repeated."),
     ] = None,
     tokenizer: Annotated[
         str | None,

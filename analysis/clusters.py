@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.cluster.hierarchy import ClusterWarning
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.metrics import pairwise_distances, silhouette_score
 
@@ -108,7 +110,10 @@ def _best(profile: Floats, method: str, seed: int) -> tuple[float, npt.NDArray[n
         if method == K_MEANS:
             labels = KMeans(clusters, n_init=2, random_state=seed).fit_predict(profile)
         else:
-            labels = AgglomerativeClustering(clusters).fit_predict(profile)
+            with warnings.catch_warnings():
+                # Co-activation is symmetric with an empty diagonal, and so are distances, which these are not.
+                warnings.simplefilter("ignore", ClusterWarning)
+                labels = AgglomerativeClustering(clusters).fit_predict(profile)
         if len(np.unique(labels)) > 1:
             score = float(silhouette_score(distances, labels, metric="precomputed"))
             best = max(best, (score, labels), key=lambda pair: pair[0])
