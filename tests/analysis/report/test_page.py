@@ -48,12 +48,12 @@ def embedded(page: str, kind: str) -> dict[str, Any]:
 def test_48_layers_of_128_experts_are_below_8_mb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Clusters take half a minute and a few lines of the page.
     monkeypatch.setattr("analysis.statistics.cluster_experts", lambda *arguments: [])
-    statistics = statistics_of(48, 128, 8, 2000, 3)
+    statistics = statistics_of(48, 128, 8, 3000, 4)
     write_report(statistics, tmp_path / "report.html", [f"token {number}" for number in range(400)])
     assert (tmp_path / "report.html").stat().st_size < 8_000_000
     page = (tmp_path / "report.html").read_text()
     data = embedded(page, "transitions")
-    assert 1 <= data["hops"] < 3
+    assert 1 <= data["hops"] < 4
     assert f"Hops beyond {data['hops']} would make this page too large" in page
     matrices = np.frombuffer(gzip.decompress(base64.b64decode(data["matrices"])), dtype=np.uint8)
     expected = np.concatenate([statistics.probabilities[k - 1, : 48 - k].ravel() for k in range(1, data["hops"] + 1)])
