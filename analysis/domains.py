@@ -38,18 +38,22 @@ class DomainDistance:
 
 def domain_distances(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int = 0) -> list[DomainDistance]:
     """Distances of every two datasets that have problems, in order of their names."""
-    by_dataset = _flat_blocks(blocks, datasets)
-    shape = blocks.shape
-    distances = []
-    for first, second in combinations(by_dataset, 2):
-        counts = np.concatenate([by_dataset[first], by_dataset[second]])
-        random = np.random.default_rng((seed, datasets.index(first), datasets.index(second)))
-        is_first = np.arange(len(counts)) < len(by_dataset[first])
-        labels = np.stack([is_first, *(random.permutation(is_first) for _ in range(PERMUTATIONS))]).astype(np.float32)
-        sums = [normalized((each @ counts).reshape(-1, *shape).astype(np.float64)) for each in (labels, 1 - labels)]
-        found = jensen_shannon_distance(*sums)
-        distances.append(DomainDistance(first, second, found[0], found[1:].mean(0), found[1:].max(0)))
-    return distances
+    by_dataset = flat_blocks(blocks, datasets)
+    return [
+        distance_of(first, second, by_dataset[first], by_dataset[second], blocks.shape, seed)
+        for first, second in combinations(by_dataset, 2)
+    ]
+
+
+def distance_of(first: str, second: str, ours: Blocks, theirs: Blocks, shape: tuple[int, int], seed: int = 0) -> DomainDistance:
+    """Distance of the loads of two groups of problems, by their selections `[B, L * E]`; shape: L and E."""
+    counts = np.concatenate([ours, theirs])
+    is_first = np.arange(len(counts)) < len(ours)
+    random = np.random.default_rng((seed, len(ours), len(theirs)))
+    labels = np.stack([is_first, *(random.permutation(is_first) for _ in range(PERMUTATIONS))]).astype(np.float32)
+    sums = [normalized((each @ counts).reshape(-1, *shape).astype(np.float64)) for each in (labels, 1 - labels)]
+    found = jensen_shannon_distance(*sums)
+    return DomainDistance(first, second, found[0], found[1:].mean(0), found[1:].max(0))
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Specialisation:
 
 def specialisation(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int = 0) -> list[Specialisation]:
     """Experts that each dataset prefers; of datasets with at least MIN_PROBLEMS problems, against at least as many others."""
-    by_dataset = _flat_blocks(blocks, datasets)
+    by_dataset = flat_blocks(blocks, datasets)
     if len(by_dataset) < 2:
         return []
     everything = np.concatenate(list(by_dataset.values()))
@@ -128,7 +132,7 @@ def _share_ratio(inside: npt.NDArray[np.float32], outside: npt.NDArray[np.float3
     return np.asarray(normalized(inside.astype(np.float64) + 0.5) / normalized(outside.astype(np.float64) + 0.5))
 
 
-def _flat_blocks(blocks: ProblemBlocks, datasets: tuple[str, ...]) -> dict[str, Blocks]:
+def flat_blocks(blocks: ProblemBlocks, datasets: tuple[str, ...]) -> dict[str, Blocks]:
     """Selections of each dataset that has any, `[B, L * E]`."""
     flat = {
         name: blocks.of_dataset(number).reshape(-1, np.prod(blocks.shape)).astype(np.float32)

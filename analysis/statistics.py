@@ -12,7 +12,7 @@ from analysis.accumulator import Floats
 from analysis.clusters import Clustering, cluster_experts
 from analysis.contexts import TASKS, LikedTokens, Ruler, liked_tokens, rulers
 from analysis.counting import TraceCounts, count_trace
-from analysis.domains import DomainDistance, Specialisation, domain_distances, specialisation
+from analysis.domains import Blocks, DomainDistance, Specialisation, domain_distances, flat_blocks, specialisation
 from analysis.frames import PHASES
 from analysis.load import LoadStatistics, load_statistics
 from analysis.locality import (
@@ -94,7 +94,8 @@ class Statistics:
     """Results of `compute_statistics`.
 
     loads: by (dataset or "all", phase or "all"), those that have tokens. hops: one entry per distance of layers; probabilities:
-    P(j at n+k | i at n), float32 `[H, L, E, E]`. repetitions: all, then by dataset. What a trace cannot have is None or empty.
+    P(j at n+k | i at n), float32 `[H, L, E, E]`. repetitions: all, then by dataset. blocks: selections by problem, or block of
+    problems, `[B, L * E]`. What a trace cannot have is None or empty.
     """
 
     source: Source
@@ -115,6 +116,7 @@ class Statistics:
     weights: WeightStatistics | None
     margins: MarginStatistics | None
     rulers: list[Ruler]
+    blocks: Blocks
 
     @property
     def load(self) -> LoadStatistics:
@@ -206,6 +208,7 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
         weights=weight_statistics(counts.weights),
         margins=margin_statistics(counts.margins),
         rulers=rulers(counts.contexts, axes.top_k),
+        blocks=np.concatenate(list(flat_blocks(load.blocks, axes.datasets).values())),
     )
 
 

@@ -6,10 +6,8 @@ from itertools import combinations
 
 import numpy as np
 
-from analysis.accumulator import Floats
 from analysis.agreement import Agreement
-from analysis.domains import jensen_shannon_distance
-from analysis.load import normalized
+from analysis.domains import DomainDistance, distance_of
 from analysis.locality import DISTANCES, repetition_chance
 from analysis.report.figures import CHANCE, CONTROL, Line, Section, heat_map, html, lines
 from analysis.statistics import Statistics, mean, show
@@ -44,17 +42,17 @@ def comparison_table(compared: dict[str, Statistics]) -> list[dict[str, str | fl
     add("busiest / mean load", {name: mean(s.load.max_over_mean) for name, s in compared.items()})
     for figure, attribute in (
         ("bits shared with the next layer", "information_bits"),
-        ("  shuffled", "information_shuffled_bits"),
+        ("bits shared with the next layer, shuffled", "information_shuffled_bits"),
         ("strongest expert guessed from the layer before, held out", "held_out_top1"),
-        ("  popularity", "marginal_top1"),
+        ("strongest expert guessed by popularity", "marginal_top1"),
         ("recall@K from one expert of the layer before, held out", "held_out_topk"),
-        ("  popularity", "marginal_topk"),
+        ("recall@K by popularity", "marginal_topk"),
     ):
         add(figure, {name: mean(getattr(s.hops[0], attribute)) if s.hops else float("nan") for name, s in compared.items()})
     add("same first choice as the token before", {name: mean(s.repetitions[0].first[0]) for name, s in compared.items()})
-    add("  shuffled", {name: mean(s.repetitions[0].first_shuffled) for name, s in compared.items()})
+    add("same first choice, tokens shuffled", {name: mean(s.repetitions[0].first_shuffled) for name, s in compared.items()})
     add("experts shared with the token before", {name: mean(s.repetitions[0].shared[0]) for name, s in compared.items()})
-    add("  shuffled", {name: mean(s.repetitions[0].shared_shuffled) for name, s in compared.items()})
+    add("experts shared, tokens shuffled", {name: mean(s.repetitions[0].shared_shuffled) for name, s in compared.items()})
     add("median tokens since last use", {name: mean(s.reuse.median_gap) for name, s in compared.items()})
     add("experts used by 32 tokens, of all", {name: mean(s.reuse.working_set) for name, s in compared.items()})
     for context in dict.fromkeys(each.context for s in compared.values() for each in s.rulers):
@@ -64,25 +62,13 @@ def comparison_table(compared: dict[str, Statistics]) -> list[dict[str, str | fl
     return rows
 
 
-def load_distances(compared: dict[str, Statistics]) -> list[tuple[str, str, Floats, Floats]]:
-    """Jensen-Shannon distance of the loads of every two traces of one shape `[L]`, and what chance alone would cause `[L]`.
-
-    Chance: each trace's selections drawn anew from the loads of both together. Tokens of a problem go together, so that is a
-    lower bound: two halves of one trace differ by more.
-    """
-    found = []
-    for (first, a), (second, b) in combinations(compared.items(), 2):
-        if a.load.share_LE.shape != b.load.share_LE.shape:
-            continue
-        random = np.random.default_rng(0)
-        both = normalized(a.load.counts_LE + b.load.counts_LE)
-        drawn = [
-            np.stack([random.multinomial(int(n), p) for n, p in zip(s.load.counts_LE.sum(1), both, strict=True)])
-            for s in (a, b)
-        ]
-        control = jensen_shannon_distance(normalized(drawn[0]), normalized(drawn[1]))
-        found.append((first, second, jensen_shannon_distance(a.load.share_LE, b.load.share_LE), control))
-    return found
+def load_distances(compared: dict[str, Statistics]) -> list[DomainDistance]:
+    """Distances of the loads of every two traces of one shape; the control has problems permuted between them."""
+    return [
+        distance_of(first, second, one.blocks, other.blocks, one.load.share_LE.shape)
+        for (first, one), (second, other) in combinations(compared.items(), 2)
+        if one.load.share_LE.shape == other.load.share_LE.shape
+    ]
 
 
 def comparison_sections(compared: dict[str, Statistics], agreements: dict[str, Agreement]) -> list[Section]:
@@ -160,18 +146,20 @@ def _load(compared: dict[str, Statistics]) -> Section:
     )
     explanation = "Share of each expert over an even share, one figure per trace with the same colours."
     if distances:
-        lines_ = []
-        for first, second, distance, control in distances:
-            lines_.append(Line(f"{first} / {second}", distance))
-            lines_.append(Line(f"{first} / {second}, drawing alone", control, CONTROL))
-        layers = list(compared[distances[0][0]].axes.moe_layers)
-        drawn = lines(
-            lines_, layers if len({len(d) for _, _, d, _ in distances}) == 1 else range(len(layers)), "layer", "JS distance"
-        )
+        chosen = []
+        for each in distances:
+            name = f"{each.first} / {each.second}"
+            chosen += [Line(name, each.distance), Line(f"{name}, problems permuted", each.shuffled, CONTROL)]
+        most = max(len(each.distance) for each in distances)
+        drawn = lines(chosen, range(most), "MoE layer (from 0)", "Jensen-Shannon distance")
         figures.append(html(drawn, "compared-distance", "Distance of the loads by layer."))
-        far = max(distances, key=lambda each: mean(each[2]))
-        headline += f" {far[0]} and {far[1]} differ most: Jensen-Shannon distance {mean(far[2]):.3f} on average."
-        explanation += " Distances: 0 equal, 1 disjoint; dotted, what drawing as many selections from one load would cause."
+        far = max(distances, key=lambda each: mean(each.distance) - mean(each.shuffled))
+        farthest = " farthest" if len(distances) > 1 else ""
+        headline += (
+            f" The loads of {far.first} and {far.second} are{farthest} apart: Jensen-Shannon distance {mean(far.distance):.3f} on "
+            f"average; with problems permuted between them it is {mean(far.shuffled):.3f}."
+        )
+        explanation += " Distances: 0 equal, 1 disjoint; dotted, with problems permuted between the traces."
     highest = max(float((s.load.share_LE * s.axes.num_experts).max()) for s in compared.values())
     for number, (name, s) in enumerate(compared.items()):
         relative_LE = s.load.share_LE * s.axes.num_experts
