@@ -156,8 +156,8 @@ def _load(compared: dict[str, Statistics]) -> Section:
         far = max(distances, key=lambda each: mean(each.distance) - mean(each.shuffled))
         farthest = " farthest" if len(distances) > 1 else ""
         headline += (
-            f" The loads of {far.first} and {far.second} are{farthest} apart: Jensen-Shannon distance {mean(far.distance):.3f} on "
-            f"average; with problems permuted between them it is {mean(far.shuffled):.3f}."
+            f" The loads of {far.first} and {far.second} are{farthest} apart: Jensen-Shannon distance "
+            f"{mean(far.distance):.3f} on average; with problems permuted between them {mean(far.shuffled):.3f}."
         )
         explanation += " Distances: 0 equal, 1 disjoint; dotted, with problems permuted between the traces."
     highest = max(float((s.load.share_LE * s.axes.num_experts).max()) for s in compared.values())
