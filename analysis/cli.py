@@ -178,15 +178,7 @@ def print_statistics(statistics: Statistics) -> None:
         title=f"{escape(printable(model.id))}: {statistics.problems:,} problems, {statistics.tokens:,} tokens",
         title_justify="left",
     )
-    headers = (
-        "layer",
-        "load entropy/max",
-        "busiest/mean",
-        "same as token before",
-        "shuffled",
-        "bits with next layer",
-        "shuffled",
-    )
+    headers = ("layer", "entropy/max", "busiest/mean", "repeats token", "shuffled", "bits to next", "shuffled")
     for header in headers:
         table.add_column(header, justify="right")
     repetition = statistics.repetitions[0]
