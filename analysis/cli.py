@@ -178,7 +178,7 @@ def print_statistics(statistics: Statistics) -> None:
         title=f"{escape(printable(model.id))}: {statistics.problems:,} problems, {statistics.tokens:,} tokens",
         title_justify="left",
     )
-    headers = ("layer", "entropy/max", "busiest/mean", "repeats token", "shuffled", "bits to next", "shuffled")
+    headers = ("layer", "entropy/max", "busiest", "repeats", "shuffled", "bits to next", "shuffled")
     for header in headers:
         table.add_column(header, justify="right")
     repetition = statistics.repetitions[0]
