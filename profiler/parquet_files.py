@@ -100,15 +100,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 
     Raises `TraceError` if the file is missing, lacks a column, has nulls where the format has none, or takes too much memory.
     """
-    if not path.is_file():
-        raise TraceError(f"{path} is missing")
-    with open_parquet(path) as file:
-        found = file.schema_arrow
-    missing = [name for name in schema.names if name not in found.names]
-    if missing:
-        raise TraceError(f"{path} lacks column {missing[0]!r}; it has {', '.join(found.names)}")
-    if len(set(found.names)) < len(found.names):
-        raise TraceError(f"{path} has a column twice")
+    found = _columns_found(path, schema)
     further = [field for field in found if field.name not in schema.names and _is_plain(field.type)]
     wanted = pa.schema([*schema, *further])
     # Text is read as dictionaries: a page of a few bytes can stand for gigabytes of repeated text.
@@ -136,15 +128,8 @@ def stream_table(path: Path, schema: pa.Schema, rows: int, from_problem: int = 0
     from_problem: row groups that end before this problem are passed over; the column problem_id must be sorted for that.
     Raises `TraceError` as `read_table` does.
     """
-    if not path.is_file():
-        raise TraceError(f"{path} is missing")
+    found = _columns_found(path, schema)
     with open_parquet(path) as file:
-        found = file.schema_arrow
-        missing = [name for name in schema.names if name not in found.names]
-        if missing:
-            raise TraceError(f"{path} lacks column {missing[0]!r}; it has {', '.join(found.names)}")
-        if len(set(found.names)) < len(found.names):
-            raise TraceError(f"{path} has a column twice")
         groups = list(range(file.num_row_groups))
         if from_problem:
             groups = [group for group, (_, last) in enumerate(problems_of_groups(file, path)) if last >= from_problem]
@@ -161,6 +146,20 @@ def stream_table(path: Path, schema: pa.Schema, rows: int, from_problem: int = 0
                 yield table
         except UNREADABLE as error:
             raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
+
+
+def _columns_found(path: Path, wanted: pa.Schema) -> pa.Schema:
+    """The columns of a table, among them those that are wanted. Raises `TraceError` if one is missing, or there twice."""
+    if not path.is_file():
+        raise TraceError(f"{path} is missing")
+    with open_parquet(path) as file:
+        found = file.schema_arrow
+    missing = [name for name in wanted.names if name not in found.names]
+    if missing:
+        raise TraceError(f"{path} lacks column {missing[0]!r}; it has {', '.join(found.names)}")
+    if len(set(found.names)) < len(found.names):
+        raise TraceError(f"{path} has a column twice")
+    return found
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.accumulator import Accumulator
 from analysis.frames import Frame
-from analysis.survey import Axes
+from analysis.survey import Axes, TokenKey
 from profiler.schema import RoutingChunk, expert_dtype
 
 AnyAccumulator = TypeVar("AnyAccumulator", bound=Accumulator)
@@ -22,7 +22,7 @@ def make_axes(
     *,
     hops: int = 1,
     datasets: tuple[str, ...] = ("made",),
-    vocabulary: tuple[int, ...] = (),
+    vocabulary: tuple[TokenKey, ...] = (),
     has_weights: bool = True,
 ) -> Axes:
     return Axes(tuple(range(layers)), experts, top_k, hops, has_weights, datasets, vocabulary)

@@ -17,7 +17,7 @@ from analysis.accumulator import Accumulator
 from analysis.counting import TraceCounts, axes_of, count_trace
 from analysis.frames import Frame, read_frames
 from analysis.statistics import Source
-from analysis.survey import ALL_PROBLEMS, OTHER_DATASETS, Choice, Survey, survey_trace
+from analysis.survey import ALL_PROBLEMS, OTHER_DATASETS, Axes, Choice, Survey, survey_trace
 from analysis.survey import make_axes as axes_from
 from profiler.errors import TraceError
 from profiler.reader import Trace
@@ -33,8 +33,8 @@ def assert_equal(first: TraceCounts, second: TraceCounts) -> None:
             assert np.array_equal(array, theirs[key]), f"{name}: {key}"
 
 
-def count(axes: object, frames: list[Frame]) -> TraceCounts:
-    counts = TraceCounts(axes)  # type: ignore[arg-type]
+def count(axes: Axes, frames: list[Frame]) -> TraceCounts:
+    counts = TraceCounts(axes)
     for part in counts.parts.values():
         counted(part, frames)
     return counts

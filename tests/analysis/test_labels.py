@@ -13,7 +13,7 @@ from profiler.errors import SpecmoeError
 
 
 def test_texts_of_a_converted_trace_are_shown_with_their_blanks() -> None:
-    axes = make_axes(1, 4, 1, vocabulary=(" the", "\n", "a" * 100, "", "\x1b[31m"))  # type: ignore[arg-type]
+    axes = make_axes(1, 4, 1, vocabulary=(" the", "\n", "a" * 100, "", "\x1b[31m"))
     assert token_labels(axes, "unknown") == ["␣the", "⏎", "a" * 23 + "…", "(empty)", "·[31m"]
 
 

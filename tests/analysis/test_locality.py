@@ -12,6 +12,7 @@ from analysis.load import count_experts
 from analysis.locality import (
     DISTANCES,
     SEGMENT,
+    Repetition,
     RepetitionCounts,
     ReuseCounts,
     repetition,
@@ -21,8 +22,8 @@ from analysis.locality import (
 from analysis.pairs import PairCounts
 
 
-def repetition_of(problems: list[np.ndarray], experts: int, top_k: int, **options: object) -> object:
-    frame = make_frame(problems, experts, **options)  # type: ignore[arg-type]
+def repetition_of(problems: list[np.ndarray], experts: int, top_k: int) -> Repetition:
+    frame = make_frame(problems, experts)
     axes = make_axes(problems[0].shape[1], experts, top_k)
     counts, pairs = counted(RepetitionCounts(axes), [frame]), counted(PairCounts(axes), [frame])
     load = count_experts(frame.chunk.expert_ids_TLK, experts)

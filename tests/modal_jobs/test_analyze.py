@@ -12,8 +12,6 @@ from offline_modal import OfflineModal, last_line, needs_modal
 
 from analysis.cli import analyze_trace
 from modal_jobs.analyzing import AnalysisJob, add_up, count_part, plan_analysis
-from profiler.collect import CollectOptions, collect
-from profiler.engines import EngineOptions, Sampling
 from profiler.errors import TraceError
 from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
@@ -27,22 +25,6 @@ def said(out: Path) -> tuple[dict[str, Any], np.ndarray]:
     del document["trace"]
     with np.load(out / "transitions.npz", allow_pickle=False) as stored:
         return document, stored["probabilities"]
-
-
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    out = tmp_path_factory.mktemp("local") / "trace"
-    options = CollectOptions(
-        model="demo",
-        datasets=("demo-math", "demo-code"),
-        out=out,
-        num_problems=20,
-        engine="transformers",
-        sampling=Sampling(max_new_tokens=4),
-        engine_options=EngineOptions(dtype="float32"),
-    )
-    collect(options)
-    return Trace.open(out)
 
 
 @pytest.mark.slow

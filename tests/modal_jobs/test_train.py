@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from offline_modal import OfflineModal, last_line, needs_modal
 
-from profiler.collect import CollectOptions, collect
-from profiler.engines import EngineOptions, Sampling
 from profiler.reader import Trace
 from speculation.evaluate import evaluate
 from speculation.predictors import TrainingOptions
@@ -20,22 +18,6 @@ from speculation.train import train
 pytestmark = [pytest.mark.slow, needs_modal]
 
 TRAIN = ["run", "modal_jobs/train.py", "--predictor", "conditional-counts"]
-
-
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    out = tmp_path_factory.mktemp("local") / "trace"
-    options = CollectOptions(
-        model="demo",
-        datasets=("demo-math", "demo-code"),
-        out=out,
-        num_problems=40,
-        engine="transformers",
-        sampling=Sampling(max_new_tokens=4),
-        engine_options=EngineOptions(dtype="float32"),
-    )
-    collect(options)
-    return Trace.open(out)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_traces import write_made_trace
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from analysis.cli import analyze_trace, compare_traces
@@ -74,7 +75,7 @@ class Opened:
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Routing with a link between layers, and a token that one expert likes."""
     folder = tmp_path_factory.mktemp("report")
     random = np.random.default_rng(0)
@@ -88,53 +89,18 @@ def report(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         ids[tokens[:60] == 4, 2] = [7, 1]
         problems.append((ids, np.tile([0.75, 0.25], (60, 5, 1))))
         vocab.append(tokens)
-    trace = write_trace(folder / "trace", problems, vocab)
+    trace = write_made_trace(
+        folder / "trace",
+        problems,
+        8,
+        model_id=EVIL,
+        # The first MoE layer is the second of the decoder.
+        first_layer=1,
+        datasets=[(EVIL, "math", "code")[number % 3] for number in range(10)],
+        vocab_ids=vocab,
+    )
     analyze_trace(trace, folder / "out", hops=3)
     return folder / "out"
-
-
-def write_trace(path: Path, problems: list[tuple[np.ndarray, np.ndarray]], vocab: list[np.ndarray]) -> Trace:
-    """A complete trace, for a fixture of a whole module."""
-    import pyarrow as pa
-
-    from profiler.capture_stream import RoutingWriter
-    from profiler.schema import (
-        PROBLEMS_FILE,
-        PROBLEMS_SCHEMA,
-        TOKENS_FILE,
-        TOKENS_SCHEMA,
-        Metadata,
-        ModelMetadata,
-    )
-    from profiler.sealing import run_folder, seal
-    from profiler.writer import write_manifest, write_metadata, write_table
-
-    path.mkdir()
-    layers, top_k = problems[0][0].shape[1:]
-    # The first MoE layer is the second of the decoder.
-    model = ModelMetadata(id=EVIL, moe_layers=list(range(1, layers + 1)), num_experts=8, top_k=top_k)
-    write_metadata(path, Metadata(model=model, engine="none", hook="none"))
-    lengths = {number: len(ids) + 1 for number, (ids, _) in enumerate(problems)}
-    with RoutingWriter(run_folder(path, 0), model) as writer:
-        for number, (ids, weights) in enumerate(problems):
-            writer.add(number, np.arange(len(ids)), ids, weights)
-    seal(path, model, lengths)
-    names = [EVIL, "math", "code"]
-    rows = [
-        dict.fromkeys(PROBLEMS_SCHEMA.names)
-        | {"problem_id": n, "dataset": names[n % 3], "source_key": str(n), "prompt": f"prompt {n}"}
-        for n in lengths
-    ]
-    write_table(path / PROBLEMS_FILE, pa.Table.from_pylist(rows, schema=PROBLEMS_SCHEMA))
-    tokens = {
-        "problem_id": np.repeat(list(lengths), list(lengths.values())),
-        "token_id": np.concatenate([np.arange(length) for length in lengths.values()]),
-        "vocab_id": np.concatenate(vocab),
-        "phase": ["decode"] * sum(lengths.values()),
-    }
-    write_table(path / TOKENS_FILE, pa.table(tokens).cast(TOKENS_SCHEMA))
-    write_manifest(path)
-    return Trace.open(path)
 
 
 def test_opens_offline_in_silence_and_runs_nothing_of_a_stranger(browser: Browser, report: Path) -> None:

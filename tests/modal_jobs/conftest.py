@@ -1,0 +1,26 @@
+"""What several jobs are tried on."""
+
+from __future__ import annotations
+
+import pytest
+
+from profiler.collect import CollectOptions, collect
+from profiler.engines import EngineOptions, Sampling
+from profiler.reader import Trace
+
+
+@pytest.fixture(scope="session")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """A trace that was collected on this machine."""
+    out = tmp_path_factory.mktemp("local") / "trace"
+    options = CollectOptions(
+        model="demo",
+        datasets=("demo-math", "demo-code"),
+        out=out,
+        num_problems=40,
+        engine="transformers",
+        sampling=Sampling(max_new_tokens=4),
+        engine_options=EngineOptions(dtype="float32"),
+    )
+    collect(options)
+    return Trace.open(out)
