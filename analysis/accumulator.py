@@ -18,8 +18,8 @@ Floats = npt.NDArray[np.float64]
 class Accumulator(ABC):
     """Counts of a part of a trace, of whole problems.
 
-    `added` names the attributes, all arrays, that add up when parts are merged. A subclass with anything else extends `merge`,
-    `state` and `restore`. What a merge gives is what one pass over both parts gives, exactly where it is a count.
+    `added` names the attributes, all arrays, that add up when parts are merged. A subclass with anything else extends `tables`,
+    or `merge`, `state` and `restore`. What a merge gives is what one pass over both parts gives, exactly where it is a count.
     """
 
     added: ClassVar[tuple[str, ...]] = ()
@@ -32,20 +32,24 @@ class Accumulator(ABC):
         """Count what only the end of the last problem settles. Called once, after the last frame of a part."""
         return
 
+    def tables(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays that add up, by name."""
+        return {name: getattr(self, name) for name in self.added}
+
     def merge(self, other: Self) -> None:
         """Add the counts of another part."""
-        for name in self.added:
-            mine = getattr(self, name)
-            mine += getattr(other, name)
+        theirs = other.tables()
+        for name, mine in self.tables().items():
+            mine += theirs[name]
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything as arrays, for `restore`."""
-        return {name: getattr(self, name) for name in self.added}
+        return self.tables()
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """Take what another's `state` gave. Raises `TraceError` if its arrays are of other shapes or types."""
-        for name in self.added:
-            mine, stored = getattr(self, name), state.get(name)
+        for name, mine in self.tables().items():
+            stored = state.get(name)
             if stored is None or stored.shape != mine.shape or stored.dtype != mine.dtype:
                 found = "nothing" if stored is None else f"{stored.dtype} {stored.shape}"
                 raise TraceError(f"stored counts of another analysis: {name} is {found}, expected {mine.dtype} {mine.shape}")

@@ -13,6 +13,7 @@ import pyarrow as pa
 from analysis.accumulator import Counts, Floats
 from analysis.kernels import as_bits
 from analysis.load import count_experts, normalized
+from analysis.survey import EVERYTHING, Choice, chosen_problems
 from profiler.parquet_files import stream_table
 from profiler.reader import Trace
 from profiler.schema import PREFILL, TOKENS_FILE
@@ -38,7 +39,7 @@ class Agreement:
     shared_shuffled: Floats
 
 
-def prompt_agreement(first: Trace, second: Trace) -> Agreement | None:
+def prompt_agreement(first: Trace, second: Trace, choice: Choice = EVERYTHING) -> Agreement | None:
     """Compare two traces on the prompts that both have; None if their shapes differ or no prompt is in both.
 
     Prompts are told by their text, or a hash that the source gave, and must have as many tokens. They are read in the order of
@@ -57,7 +58,7 @@ def prompt_agreement(first: Trace, second: Trace) -> Agreement | None:
     totals: Counts = np.zeros((3, layers), dtype=np.int64)
     loads = [np.zeros((layers, experts), dtype=np.int64) for _ in range(2)]
     problems = tokens = 0
-    for mine_TLK, theirs_TLK in _same_prompts(first, second):
+    for mine_TLK, theirs_TLK in _same_prompts(first, second, choice):
         problems, tokens = problems + 1, tokens + len(mine_TLK)
         bits = [as_bits(ids_TLK, top_k, experts) for ids_TLK in (mine_TLK, theirs_TLK)]
         common_TL = np.bitwise_count(bits[0] & bits[1]).sum(-1, dtype=np.int64)
@@ -74,14 +75,14 @@ def prompt_agreement(first: Trace, second: Trace) -> Agreement | None:
 Ids = npt.NDArray[Any]
 
 
-def _same_prompts(first: Trace, second: Trace) -> Iterator[tuple[Ids, Ids]]:
+def _same_prompts(first: Trace, second: Trace, choice: Choice) -> Iterator[tuple[Ids, Ids]]:
     """Expert ids of the prompts that are in both `[T, L, K]`, in order."""
-    ours, theirs = problem_digests(first), problem_digests(second)
+    ours, theirs = _digests(first, choice), _digests(second, choice)
     number_of = {digest: problem_id for problem_id, digest in sorted(theirs.items(), reverse=True)}
     others = _prompts(second)
     other = next(others, None)
     for problem_id, mine_TLK in _prompts(first):
-        wanted = number_of.get(ours[problem_id])
+        wanted = number_of.get(ours.get(problem_id, -1))
         if wanted is None:
             continue
         while other is not None and other[0] < wanted:
@@ -90,6 +91,25 @@ def _same_prompts(first: Trace, second: Trace) -> Iterator[tuple[Ids, Ids]]:
             return
         if other[0] == wanted and len(other[1]) == len(mine_TLK):
             yield mine_TLK, other[1]
+
+
+def _digests(trace: Trace, choice: Choice) -> dict[int, int]:
+    """Digests of the prompts of the problems that are not left out."""
+    kept = {
+        problem_id
+        for problem_ids, names in chosen_problems(trace, choice)
+        for problem_id, name in zip(problem_ids.tolist(), names, strict=True)
+        if name is not None
+    }
+    return {problem_id: digest for problem_id, digest in problem_digests(trace).items() if problem_id in kept}
+
+
+def same_problems(first: Trace, second: Trace) -> bool:
+    """Whether two traces are of the same prompts under the same numbers, so that their problems can be paired."""
+    by = split_key(first)
+    return (
+        by == split_key(second) and by not in {"source key", "problem id"} and problem_digests(first) == problem_digests(second)
+    )
 
 
 def _prompts(trace: Trace) -> Iterator[tuple[int, Ids]]:

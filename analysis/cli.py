@@ -50,7 +50,7 @@ def analyze(
     seed: Annotated[int, typer.Option(min=0, help="For the shuffled controls.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print statistics.json.")] = False,
 ) -> None:
-    """How a model routes: load, layers, tokens, pairs, domains, clusters, weights; each beside chance and a shuffled control.
+    """How a model routes: load, layers, tokens, pairs, domains, clusters, weights; each beside its control.
 
     Example: specmoe analyze traces/math --out reports/math
     """
@@ -118,7 +118,7 @@ def compare_traces(
     traces: list[Trace], out: Path, *, hops: int | None = None, choice: Choice = EVERYTHING, seed: int = 0
 ) -> tuple[dict[str, Any], Findings]:
     """Analyse each trace into a folder of its own in `out`, and write the comparison's `report.html` and `statistics.json`."""
-    from analysis.agreement import prompt_agreement
+    from analysis.agreement import prompt_agreement, same_problems
     from analysis.report import write_comparison
     from analysis.report.comparison import comparison_table
     from analysis.statistics import plain
@@ -128,9 +128,11 @@ def compare_traces(
     for name, trace in zip(names, traces, strict=True):
         messages.print(f"{printable(name)}: {printable(str(trace.path))}", markup=False)
         compared[name] = analyze_trace(trace, out / name, hops=hops, choice=choice, seed=seed)[0]
-    agreements = {}
+    agreements, paired = {}, set()
     for (first, one), (second, other) in combinations(zip(names, traces, strict=True), 2):
-        agreement = prompt_agreement(Trace.open(one.path), Trace.open(other.path))
+        agreement = prompt_agreement(Trace.open(one.path), Trace.open(other.path), choice)
+        if same_problems(one, other):
+            paired.add((first, second))
         if agreement is not None:
             agreements[f"{first} / {second}"] = agreement
     document = {
@@ -139,31 +141,42 @@ def compare_traces(
         "agreement": plain(agreements),
     }
     write_text(out / "statistics.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
-    return document, write_comparison(compared, out / "report.html", agreements)
+    return document, write_comparison(compared, out / "report.html", agreements, paired)
 
 
 def _names(traces: list[Trace]) -> list[str]:
-    """The folders' names, numbered where two are the same."""
-    plain_names = [trace.path.resolve().name for trace in traces]
-    return [
-        name if plain_names.count(name) == 1 else f"{name}-{plain_names[: number + 1].count(name)}"
-        for number, name in enumerate(plain_names)
-    ]
+    """The folders' names, numbered where one is there already."""
+    names: list[str] = []
+    for trace in traces:
+        base = name = trace.path.resolve().name
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
+    return names
 
 
 def _compute(trace: Trace, hops: int | None, choice: Choice, seed: int) -> Statistics:
-    """`compute_statistics` with a progress bar, or a line now and then where there is no terminal."""
+    """`compute_statistics` with a progress bar, or two lines where there is no terminal."""
     from analysis.statistics import compute_statistics
 
     total = trace.num_rows // max(1, len(trace.metadata.model.moe_layers))
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task("counting tokens", total=total)
+        if not messages.is_terminal:
+            messages.print(f"counting {total:,} tokens ...")
+        counted = 0
 
         def advance(tokens: int) -> None:
+            nonlocal counted
+            counted += tokens
             progress.advance(task, tokens)
-            if progress.finished:
+            if counted == total:
                 progress.update(task, description="computing statistics")
+                if not messages.is_terminal:
+                    messages.print("computing statistics ...")
 
         return compute_statistics(trace, hops=hops, choice=choice, seed=seed, on_progress=advance)
 

@@ -9,16 +9,18 @@ import numpy as np
 import numpy.typing as npt
 from scipy.cluster.hierarchy import ClusterWarning
 from sklearn.cluster import AgglomerativeClustering, KMeans
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import pairwise_distances, silhouette_score
 
 from analysis.accumulator import Counts, Floats
-from analysis.pairs import expected_pairs
+from analysis.pairs import drawn_pairs, expected_pairs
 from analysis.transitions import shuffled_table
 
 CO_ACTIVATION, TRANSITIONS = "co-activation", "transitions"
 K_MEANS, AGGLOMERATIVE = "k-means", "agglomerative"
 CLUSTERS = (2, 3, 4, 6, 8)
 CONTROLS = 3
+MAX_EXPERTS = 256
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,24 @@ def _directions(counts_EE: Counts, expected_EE: Floats) -> Floats:
 def cluster_experts(
     together_LEE: Counts | None, transitions_NEE: Counts | None, layers: int, seed: int = 0
 ) -> list[Clustering]:
-    """Both features, both methods, every layer. Fewer than 4 experts make no clusters.
+    """Both features, both methods, every layer. Fewer than 4 experts make no clusters, nor do experts that are all alike.
+
+    More than MAX_EXPERTS are not clustered: it would take minutes.
 
     together: co-activation counts `[L, E, E]`, None for K = 1; transitions: pair counts of adjacent layers `[L - 1, E, E]`.
     """
     random = np.random.default_rng(seed)
-    found = []
+    found: list[Clustering] = []
+    tables = [table for table in (together_LEE, transitions_NEE) if table is not None and len(table)]
+    if not tables or not 4 <= tables[0].shape[1] <= MAX_EXPERTS:
+        return found
     for layer in range(layers):
-        if together_LEE is not None and len(together_LEE[layer]) >= 4:
-            controls = [co_activation_profile(_shuffled_pairs(together_LEE[layer], random)) for _ in range(CONTROLS)]
+        if together_LEE is not None:
+            controls = [
+                co_activation_profile(drawn_pairs(expected_pairs(together_LEE[layer].sum(1)), random)) for _ in range(CONTROLS)
+            ]
             found += _cluster(CO_ACTIVATION, layer, co_activation_profile(together_LEE[layer]), controls, seed)
-        if transitions_NEE is not None and transitions_NEE.shape[1] >= 4 and layers > 1:
+        if transitions_NEE is not None and layers > 1:
             before = transitions_NEE[layer - 1] if layer > 0 else None
             after = transitions_NEE[layer] if layer < layers - 1 else None
             controls = [
@@ -92,7 +101,9 @@ def cluster_experts(
 
 
 def _cluster(feature: str, layer: int, profile: Floats, controls: list[Floats], seed: int) -> list[Clustering]:
-    made = []
+    made: list[Clustering] = []
+    if len(np.unique(profile.round(9), axis=0)) < 2 * CLUSTERS[0]:
+        return made
     for method in (K_MEANS, AGGLOMERATIVE):
         score, labels = _best(profile, method, seed)
         shuffled = max(_best(control, method, seed)[0] for control in controls)
@@ -108,7 +119,10 @@ def _best(profile: Floats, method: str, seed: int) -> tuple[float, npt.NDArray[n
         if clusters >= len(profile):
             break
         if method == K_MEANS:
-            labels = KMeans(clusters, n_init=2, random_state=seed).fit_predict(profile)
+            with warnings.catch_warnings():
+                # Of a table with few different rows, in a control.
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                labels = KMeans(clusters, n_init=2, random_state=seed).fit_predict(profile)
         else:
             with warnings.catch_warnings():
                 # Co-activation is symmetric with an empty diagonal, and so are distances, which these are not.
@@ -124,13 +138,3 @@ def _in_order(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """Clusters numbered in order of their first expert."""
     _, first, of = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[of].astype(np.int32)
-
-
-def _shuffled_pairs(together_EE: Counts, random: np.random.Generator) -> Counts:
-    """As many pairs, drawn from those that are expected without preferences."""
-    expected = np.triu(expected_pairs(together_EE.sum(1)))
-    total = expected.sum()
-    if total == 0:
-        return together_EE
-    drawn = random.multinomial(int(np.triu(together_EE).sum()), (expected / total).ravel()).reshape(expected.shape)
-    return drawn + drawn.T

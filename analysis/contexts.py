@@ -20,8 +20,8 @@ from analysis.load import entropy
 from analysis.survey import Axes
 from analysis.transitions import FOLDS
 
-# Bytes of the tables of one context; those that need more, for pairs of experts, are left out.
-CONTEXT_BYTES = 96 << 20
+# Bytes of the tables of one context; those that need more are left out.
+CONTEXT_BYTES = 128 << 20
 # Weight of the layer's own distribution in that of a context, in tokens.
 BACK_OFF = 1.0
 
@@ -50,7 +50,9 @@ class ContextCounts(Accumulator):
 
     def __init__(self, axes: Axes) -> None:
         experts = axes.num_experts
-        sizes = {NOTHING: 1, PREVIOUS_LAYER: experts, PREVIOUS_TOKEN: experts}
+        sizes = {NOTHING: 1}
+        if 2 * FOLDS * axes.layers * experts**2 * 4 <= CONTEXT_BYTES:
+            sizes |= {PREVIOUS_LAYER: experts, PREVIOUS_TOKEN: experts}
         if axes.vocabulary:
             sizes[TOKEN] = len(axes.vocabulary) + 1
         pairs = [TWO_LAYERS, LAYER_AND_TOKEN]
@@ -74,22 +76,10 @@ class ContextCounts(Accumulator):
                 )
         self._before = frame.take(slice(-1, None))
 
-    def merge(self, other: ContextCounts) -> None:
-        """Add the counts of another part."""
-        for name in self.selected:
-            self.selected[name] += other.selected[name]
-            self.strongest[name] += other.strongest[name]
-
-    def state(self) -> dict[str, npt.NDArray[np.uint32]]:
-        """Everything as arrays."""
-        tables = {"selected": self.selected, "strongest": self.strongest}
-        return {f"{kind}: {name}": counts for kind, table in tables.items() for name, counts in table.items()}
-
-    def restore(self, state: dict[str, npt.NDArray[np.uint32]]) -> None:
-        """Take what another's `state` gave."""
-        for name in self.selected:
-            self.selected[name][...] = state[f"selected: {name}"]
-            self.strongest[name][...] = state[f"strongest: {name}"]
+    def tables(self) -> dict[str, npt.NDArray[np.uint32]]:
+        """All tables of all contexts."""
+        kinds = {"selected": self.selected, "strongest": self.strongest}
+        return {f"{kind}: {name}": counts for kind, tables in kinds.items() for name, counts in tables.items()}
 
     def _contexts(self, frame: Frame) -> dict[str, npt.NDArray[np.int32]]:
         """Value of each context for each token and layer `[T, L]`; -1 where it is unknown."""
@@ -155,6 +145,7 @@ class Ruler:
 
     context: str
     tokens: int
+    coverage: float
     set_bits_plug_in: float
     set_bits_held_out: float
     first_bits_plug_in: float
@@ -165,6 +156,11 @@ class Ruler:
     recall_held_out: float
     recall_plug_in_L: Floats
     recall_held_out_L: Floats
+
+    @property
+    def shown(self) -> str:
+        """The context's name, with what it leaves out."""
+        return self.context if self.coverage > 0.999 else f"{self.context}, if common ({self.coverage:.0%} are)"
 
 
 def rulers(counts: ContextCounts, top_k: int) -> list[Ruler]:
@@ -180,12 +176,18 @@ def rulers(counts: ContextCounts, top_k: int) -> list[Ruler]:
             Ruler(
                 context=name,
                 tokens=int(counts.strongest[name].sum((0, 2, 3), dtype=np.int64).max()),
+                coverage=_coverage(counts) if name == TOKEN else 1.0,
                 recall_plug_in_L=columns[name]["recall_plug_in"],
                 recall_held_out_L=columns[name]["recall_held_out"],
                 **means,
             )
         )
     return made
+
+
+def _coverage(counts: ContextCounts) -> float:
+    seen_V = counts.strongest[TOKEN].sum((0, 1, 3), dtype=np.int64)
+    return float(seen_V[:-1].sum() / max(seen_V.sum(), 1))
 
 
 def _columns(counts: ContextCounts, name: str, top_k: int) -> dict[str, Floats]:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from analysis.accumulator import Accumulator
 from analysis.contexts import ContextCounts
-from analysis.frames import EVERY_PROBLEM, read_frames
-from analysis.load import LoadCounts
+from analysis.frames import EVERY_PROBLEM, ProblemFacts, problem_facts, read_frames
+from analysis.load import LoadCounts, ProblemBlocks
 from analysis.locality import RepetitionCounts, ReuseCounts
 from analysis.pairs import PairCounts
 from analysis.survey import EVERYTHING, Axes, Choice, Survey, make_axes, survey_trace
@@ -28,8 +28,10 @@ from profiler.reader import Trace
 # All threads' tables together, unless one thread alone needs more.
 TABLE_BYTES = 320 << 20
 # The largest tables that one thread may need.
-MAX_TRANSITION_BYTES = 256 << 20
+MAX_TRANSITION_BYTES = 128 << 20
 DEFAULT_HOPS = 8
+# Of what the stored counts mean: to be raised with every change of a kernel.
+COUNTS_VERSION = 1
 # Stored counts are mostly zeros: bounded here before they are unpacked.
 MAX_STORED_BYTES = 2 << 30
 
@@ -56,21 +58,30 @@ class TraceCounts:
         """All of them by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Accumulator)}
 
-    def count(self, trace: Trace, problems: range = EVERY_PROBLEM, on_progress: Progress = lambda tokens: None) -> None:
+    def count(
+        self,
+        trace: Trace,
+        problems: range = EVERY_PROBLEM,
+        facts: ProblemFacts | None = None,
+        on_progress: Progress = lambda tokens: None,
+    ) -> None:
         """Count the problems of `trace` with ids in a range. Raises `TraceError` on rows that break the format."""
         parts = self.parts.values()
-        has_logits = any(name.startswith("logits/") for name in (trace.manifest.files if trace.manifest else ()))
-        last = -1
-        for frame in read_frames(trace, self.axes, problems):
+        for frame in read_frames(trace, self.axes, problems, facts):
             for part in parts:
                 part.update(frame)
-            if has_logits:
-                ids = np.unique(frame.chunk.problem_ids_T)
-                add_margins(trace, self.margins, ids[ids > last].tolist())
-                last = int(ids[-1])
             on_progress(len(frame))
         for part in parts:
             part.close()
+
+    def count_logits(self, trace: Trace, facts: ProblemFacts, problems: range = EVERY_PROBLEM) -> None:
+        """Count `logits/`, if the trace has them, of the same problems."""
+        left_out = facts.ids_P[facts.dataset_P < 0]
+
+        def chosen(ids_N: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+            return (ids_N >= problems.start) & (ids_N < problems.stop) & ~np.isin(ids_N, left_out)
+
+        add_margins(trace, self.margins, chosen)
 
     def merge(self, other: TraceCounts) -> None:
         """Add the counts of other problems."""
@@ -114,10 +125,11 @@ def axes_of(trace: Trace, survey: Survey, hops: int | None = None, choice: Choic
     if hops is None:
         hops = min(DEFAULT_HOPS, room)
     hops = min(hops, layers - 1)
-    if hops > room or (layers > 1 and hops < 1):
+    if hops > room:
         raise TraceError(
             f"{trace.path}: {hops} hops over {layers} layers of {experts} experts need more than "
-            f"{MAX_TRANSITION_BYTES >> 20} MiB of counters; choose at most {room} --hops"
+            f"{MAX_TRANSITION_BYTES >> 20} MiB of counters; "
+            + (f"choose at most {room} --hops" if room else "transitions cannot be counted: leave --hops out")
         )
     return make_axes(survey, model, hops=hops, has_weights=trace.metadata.record.weights, choice=choice)
 
@@ -138,14 +150,17 @@ def count_trace(
     workers: None for one per core, as far as their tables fit. on_progress is called from one thread at a time.
     """
     axes = axes or axes_of(trace, survey_trace(trace, choice), hops, choice)
+    facts = problem_facts(trace, axes)
     total = TraceCounts(axes)
+    total.count_logits(trace, facts, problems)
     if workers is None:
-        workers = max(1, min(_cores(), TABLE_BYTES // max(1, _bytes(total))))
+        blocks = min(ProblemBlocks.MAX_BYTES, len(facts.ids_P) * ProblemBlocks.bytes_of(axes))
+        workers = max(1, min(_cores(), TABLE_BYTES // (_bytes(total) + blocks)))
     spans = trace.spans(workers) if workers > 1 else [EVERY_PROBLEM]
     chosen = [range(max(span.start, problems.start), min(span.stop, problems.stop)) for span in spans]
     chosen = [span for span in chosen if span]
     if len(chosen) < 2:
-        total.count(trace, problems, on_progress)
+        total.count(trace, problems, facts, on_progress)
         return total
     lock = threading.Lock()
 
@@ -155,7 +170,7 @@ def count_trace(
                 on_progress(tokens)
 
         part = TraceCounts(axes)
-        part.count(Trace.open(trace.path, allow_incomplete=True), span, progress)
+        part.count(Trace.open(trace.path, allow_incomplete=True), span, facts, progress)
         with lock:
             total.merge(part)
 

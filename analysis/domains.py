@@ -45,12 +45,29 @@ def domain_distances(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int
     ]
 
 
-def distance_of(first: str, second: str, ours: Blocks, theirs: Blocks, shape: tuple[int, int], seed: int = 0) -> DomainDistance:
-    """Distance of the loads of two groups of problems, by their selections `[B, L * E]`; shape: L and E."""
+def distance_of(
+    first: str,
+    second: str,
+    ours: Blocks,
+    theirs: Blocks,
+    shape: tuple[int, int],
+    seed: int = 0,
+    *,
+    paired: bool = False,
+) -> DomainDistance:
+    """Distance of the loads of two groups of problems, by their selections `[B, L * E]`; shape: L and E.
+
+    paired: the groups have the same problems in the same order. Labels are then exchanged within pairs only: what differs
+    between problems is on both sides, and is no part of the control.
+    """
     counts = np.concatenate([ours, theirs])
     is_first = np.arange(len(counts)) < len(ours)
     random = np.random.default_rng((seed, len(ours), len(theirs)))
-    labels = np.stack([is_first, *(random.permutation(is_first) for _ in range(PERMUTATIONS))]).astype(np.float32)
+    if paired and len(ours) == len(theirs):
+        exchanged = [np.tile(random.random(len(ours)) < 0.5, 2) ^ is_first for _ in range(PERMUTATIONS)]
+    else:
+        exchanged = [random.permutation(is_first) for _ in range(PERMUTATIONS)]
+    labels = np.stack([is_first, *exchanged]).astype(np.float32)
     sums = [normalized((each @ counts).reshape(-1, *shape).astype(np.float64)) for each in (labels, 1 - labels)]
     found = jensen_shannon_distance(*sums)
     return DomainDistance(first, second, found[0], found[1:].mean(0), found[1:].max(0))
@@ -103,7 +120,8 @@ def specialisation(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int =
             continue
         found = _preferred(blocks, everything[inside], everything[~inside], dataset, random)
         control = _preferred(blocks, everything[mixed == number], everything[mixed != number], dataset, random)
-        result.append(Specialisation(dataset, int(inside.sum()), len(found), len(control), found))
+        problems = int(blocks.problems[datasets.index(dataset)])
+        result.append(Specialisation(dataset, problems, len(found), len(control), found))
     return result
 
 

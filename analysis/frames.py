@@ -16,7 +16,7 @@ from profiler.errors import TraceError
 from profiler.parquet_files import stream_table
 from profiler.reader import Trace
 from profiler.schema import DECODE, PREFILL, TOKENS_FILE, RoutingChunk
-from profiler.splits import digest_of_number, problem_digests
+from profiler.splits import digest_of_number, iterate_digests
 
 PHASES = (PREFILL, DECODE, "unknown")
 ROWS_AT_A_TIME = 1 << 16
@@ -48,34 +48,58 @@ class Frame:
         )
 
 
-def read_frames(trace: Trace, axes: Axes, problems: range = EVERY_PROBLEM) -> Iterator[Frame]:
-    """The frames of the problems with ids in a range, a row group at a time, in order. Raises `TraceError` as the "
-    "reader does."""
-    known_P, dataset_P = dataset_indices(trace, axes)
-    digests = problem_digests(trace) if trace.has_problems else {}
+@dataclass(frozen=True)
+class ProblemFacts:
+    """Of the problems in `problems.parquet`, by ascending id `[P]`: domain (-1 is left out) and fold; empty without a table."""
+
+    ids_P: npt.NDArray[np.int64]
+    dataset_P: npt.NDArray[np.int32]
+    fold_P: npt.NDArray[np.int8]
+
+
+def problem_facts(trace: Trace, axes: Axes) -> ProblemFacts:
+    """What the table says of each problem."""
+    ids_P, dataset_P = dataset_indices(trace, axes)
+    folds = (_fold(digest) for _, digest in iterate_digests(trace)) if trace.has_problems else ()
+    return ProblemFacts(ids_P, dataset_P, np.fromiter(folds, dtype=np.int8, count=len(ids_P)))
+
+
+def _fold(digest: int) -> int:
+    """Which half a problem is in; not by what decides on its part of the split of training and test."""
+    return digest // 100 & 1
+
+
+def read_frames(
+    trace: Trace, axes: Axes, problems: range = EVERY_PROBLEM, facts: ProblemFacts | None = None
+) -> Iterator[Frame]:
+    """The frames of the problems with ids in a range, in order, a row group at a time. Raises `TraceError` as `chunks` does.
+
+    facts: `problem_facts`, if they are at hand.
+    """
+    facts = facts or problem_facts(trace, axes)
     tokens = _Tokens(trace, axes, problems.start) if trace.has_tokens else None
     for chunk in trace.chunks(whole_problems=False, problems=None if problems == EVERY_PROBLEM else problems):
-        ids_P, of_T = np.unique(chunk.problem_ids_T, return_inverse=True)
         if trace.has_problems:
-            unlisted = ids_P[~np.isin(ids_P, known_P)]
-            if len(unlisted):
-                raise TraceError(f"{trace.path}: routing rows of problem {unlisted[0]}, which problems.parquet does not list")
-            dataset_T = dataset_P[np.searchsorted(known_P, ids_P)][of_T]
-            if (dataset_T < 0).any():
-                kept = dataset_T >= 0
-                chunk, dataset_T = chunk.take(kept), dataset_T[kept]
+            at_T = np.minimum(np.searchsorted(facts.ids_P, chunk.problem_ids_T), len(facts.ids_P) - 1)
+            unlisted_T = facts.ids_P[at_T] != chunk.problem_ids_T
+            if unlisted_T.any():
+                problem_id = chunk.problem_ids_T[unlisted_T][0]
+                raise TraceError(f"{trace.path}: routing rows of problem {problem_id}, which problems.parquet does not list")
+            dataset_T, fold_T = facts.dataset_P[at_T], facts.fold_P[at_T].astype(np.int32)
+            kept_T = dataset_T >= 0
+            if not kept_T.all():
+                chunk, dataset_T, fold_T = chunk.take(kept_T), dataset_T[kept_T], fold_T[kept_T]
                 if not len(chunk):
                     continue
-                ids_P, of_T = np.unique(chunk.problem_ids_T, return_inverse=True)
-            fold_P = [digests[int(problem_id)] // 100 & 1 for problem_id in ids_P]
         else:
+            ids_P, of_T = np.unique(chunk.problem_ids_T, return_inverse=True)
             dataset_T = np.zeros(len(chunk), dtype=np.int32)
-            fold_P = [digest_of_number(int(problem_id)) // 100 & 1 for problem_id in ids_P]
+            fold_T = np.array([_fold(digest_of_number(int(number))) for number in ids_P], dtype=np.int32)[of_T]
         if tokens is None:
             phase_T, vocab_T = np.full(len(chunk), 2, dtype=np.int32), np.full(len(chunk), -1, dtype=np.int32)
         else:
             phase_T, vocab_T = tokens.facts(chunk)
-        yield Frame(chunk, dataset_T, phase_T, np.array(fold_P, dtype=np.int32)[of_T], vocab_T)
+        yield Frame(chunk, dataset_T, phase_T, fold_T, vocab_T)
 
 
 class _Tokens:

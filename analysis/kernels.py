@@ -214,20 +214,20 @@ def count_reuse(
 ) -> None:
     """Reuse within a problem, over chunks in order; `state`, `last`, `current` and `previous` carry over from chunk to chunk.
 
-    state `[7]`: positions per segment; the problem or -1; its first and last position; the segment's number and tokens; whether
-    `previous` is a whole segment. last `[L, E]`: where each expert was last used, or -1. current, previous `[L, E]`:
-    selections. gaps `[L, 32]`: tokens since the expert was used, by floor(log2). between `[L, E]`: other experts that the
-    tokens in between used. cold `[L]`: uses without an earlier one. lengths `[T]`: of each problem that ends within the
-    chunk, else 0. segments `[L, 4]`: see `end_segment`.
+    state `[8]`: positions per segment; the problem or -1; its first and last position; the segment's number and tokens;
+    whether `previous` is a whole segment; the problem's tokens. last `[L, E]`: where each expert was last used, or -1. current,
+    previous `[L, E]`: selections. gaps `[L, 32]`: tokens since the expert was used, by floor(log2). between `[L, E]`: other
+    experts that the tokens in between used. cold `[L]`: uses without an earlier one. lengths `[T]`: tokens of each problem that
+    ends within the chunk, else 0. segments `[L, 5]`: see `end_segment`.
     """
     tokens, layers, top_k = ids.shape
     experts = last.shape[1]
     for t in range(tokens):
         if problem[t] != state[1]:
             if state[1] >= 0:
-                lengths[t] = state[3] - state[2] + 1
+                lengths[t] = state[7]
                 end_segment(state, current, previous, segments)
-            state[1], state[2], state[4], state[5], state[6] = problem[t], position[t], 0, 0, 0
+            state[1], state[2], state[4], state[5], state[6], state[7] = problem[t], position[t], 0, 0, 0, 0
             last[:] = -1
             current[:] = 0
         number = (position[t] - state[2]) // state[0]
@@ -238,6 +238,7 @@ def count_reuse(
             state[4], state[5] = number, 0
         state[3] = position[t]
         state[5] += 1
+        state[7] += 1
         for layer in range(layers):
             used = last[layer]
             for k in range(top_k):
@@ -270,14 +271,15 @@ def count_reuse(
 def end_segment(state: Array, current: Array, previous: Array, segments: Array) -> None:
     """Count the segment that `count_reuse` is in, if it is whole, and begin an empty one.
 
-    segments `[L, 4]`: whole segments; their distinct experts; pairs of adjacent whole segments; pairs of selections, one of
-    each of two adjacent segments, that are of the same expert.
+    segments `[L, 5]`: whole segments; their distinct experts; pairs of adjacent whole segments; pairs of selections, one of
+    each of two adjacent segments, that are of the same expert; all pairs of selections of two adjacent segments.
     """
     whole = state[5] == state[0]
     for layer in range(current.shape[0]):
         if whole:
             segments[layer, 0] += 1
             segments[layer, 2] += state[6]
+            segments[layer, 4] += state[6] * current[layer].sum() * previous[layer].sum()
         for e in range(current.shape[1]):
             if whole:
                 segments[layer, 1] += current[layer, e] > 0
@@ -288,8 +290,8 @@ def end_segment(state: Array, current: Array, previous: Array, segments: Array) 
 
 
 @compiled
-def count_weights(weight_bits: Array, shift: int, histogram: Array) -> None:
-    """Weights into histogram `[L, K, bins]` by the leading bits of their float16; NaN (empty slots) is left out."""
+def count_weights(weight_bits: Array, halves: Array, shift: int, histogram: Array, sums: Array) -> None:
+    """Weights into histogram `[L, K, bins]` by the leading bits of their float16, and sums `[L, K]`; NaN is left out."""
     tokens, layers, top_k = weight_bits.shape
     for t in range(tokens):
         for layer in range(layers):
@@ -297,6 +299,7 @@ def count_weights(weight_bits: Array, shift: int, histogram: Array) -> None:
                 bits = weight_bits[t, layer, k]
                 if bits <= 0x7C00:
                     histogram[layer, k, bits >> shift] += 1
+                    sums[layer, k] += halves[bits]
 
 
 @compiled

@@ -12,6 +12,7 @@ from analysis.accumulator import Accumulator, Counts, Floats
 from analysis.frames import PHASES, Frame
 from analysis.kernels import HALVES, count_load
 from analysis.survey import Axes
+from profiler.errors import TraceError
 
 # Bytes of counters for the runs that are counted at a time.
 RUN_BYTES = 32 << 20
@@ -79,27 +80,38 @@ class LoadCounts(Accumulator):
 class ProblemBlocks:
     """Selections `[L, E]` per block of problems: what is drawn from when intervals and controls go over problems.
 
-    A block is one problem until there are more than fit into memory; then all problems of a dataset whose ids are equal
-    modulo a power of two are one block, the power halved until they fit. That power depends on the set of problems alone, so
-    it is the same however the trace was cut.
+    problems `[Q]`: of each dataset. A block is one problem until there are more than fit into memory; then all problems of a
+    dataset whose ids are equal modulo a power of two are one block, the power halved until they fit. That power depends on the
+    set of problems alone, so it is the same however the trace was cut.
     """
 
     MAX_BYTES = 96 << 20
 
     def __init__(self, axes: Axes) -> None:
         self.shape = (axes.layers, axes.num_experts)
-        self._most = max(64, self.MAX_BYTES // (4 * axes.layers * axes.num_experts))
+        self._most = max(64, self.MAX_BYTES // self.bytes_of(axes))
         self.modulus = 1 << 31
+        self.problems: Counts = np.zeros(len(axes.datasets), dtype=np.int64)
+        self._last = -1
         self.counts: dict[tuple[int, int], npt.NDArray[np.uint32]] = {}
+
+    @staticmethod
+    def bytes_of(axes: Axes) -> int:
+        """Of one block, with some hundred bytes for its place in the dictionary."""
+        return 4 * axes.layers * axes.num_experts + 400
 
     def add(self, problem_ids_R: npt.NDArray[Any], dataset_R: npt.NDArray[Any], counts_RLE: npt.NDArray[np.uint32]) -> None:
         """Add the selections of runs of tokens."""
+        is_new_R = np.diff(problem_ids_R.astype(np.int64), prepend=self._last) != 0
+        self.problems += np.bincount(dataset_R[is_new_R], minlength=len(self.problems))
+        self._last = int(problem_ids_R[-1])
         for problem_id, dataset, counts_LE in zip(problem_ids_R.tolist(), dataset_R.tolist(), counts_RLE, strict=True):
             self._add((dataset, problem_id % self.modulus), counts_LE.copy())
             self._fit()
 
     def merge(self, other: ProblemBlocks) -> None:
         """Add the blocks of another part."""
+        self.problems += other.problems
         self.modulus = min(self.modulus, other.modulus)
         self._fold()
         for (dataset, block), counts_LE in other.counts.items():
@@ -119,12 +131,16 @@ class ProblemBlocks:
             "block_keys": np.array(keys, dtype=np.int64).reshape(-1, 2),
             "block_counts": stacked,
             "block_modulus": np.array(self.modulus),
+            "block_problems": self.problems,
         }
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """Take what another's `state` gave."""
         self.modulus = int(state["block_modulus"])
         keys, stacked = state["block_keys"].tolist(), state["block_counts"]
+        if (stacked.shape[1:], str(stacked.dtype), len(state["block_problems"])) != (self.shape, "uint32", len(self.problems)):
+            raise TraceError(f"stored counts of another analysis: blocks of {stacked.shape[1:]}, expected {self.shape}")
+        self.problems = state["block_problems"]
         self.counts = {(dataset, block): counts_LE for (dataset, block), counts_LE in zip(keys, stacked, strict=True)}
 
     def _add(self, key: tuple[int, int], counts_LE: npt.NDArray[np.uint32]) -> None:

@@ -15,6 +15,7 @@ from analysis.accumulator import Accumulator, Counts, Floats
 from analysis.frames import Frame
 from analysis.kernels import as_bits, count_repetition, count_reuse, end_segment
 from analysis.load import normalized
+from analysis.pairs import LeadingPairs
 from analysis.survey import Axes
 
 DISTANCES = (1, 2, 3, 4, 8, 16, 32, 64)
@@ -66,7 +67,7 @@ class RepetitionCounts(Accumulator):
 class ReuseCounts(Accumulator):
     """Uses of experts after an earlier use in the same problem and layer. Shapes as in `kernels.count_reuse`.
 
-    gaps `[L, 32]`, between `[L, E]`, cold `[L]`, segments `[L, 4]`. lengths: problems by recorded positions.
+    gaps `[L, 32]`, between `[L, E]`, cold `[L]`, segments `[L, 5]`. lengths: problems by recorded tokens.
     """
 
     added = ("gaps", "between", "cold", "segments")
@@ -76,9 +77,9 @@ class ReuseCounts(Accumulator):
         self.gaps: Counts = np.zeros((axes.layers, GAP_BUCKETS), dtype=np.int64)
         self.between: Counts = np.zeros(shape, dtype=np.int64)
         self.cold: Counts = np.zeros(axes.layers, dtype=np.int64)
-        self.segments: Counts = np.zeros((axes.layers, 4), dtype=np.int64)
+        self.segments: Counts = np.zeros((axes.layers, 5), dtype=np.int64)
         self.lengths: Counter[int] = Counter()
-        self._state = np.array([SEGMENT, -1, 0, 0, 0, 0, 0], dtype=np.int64)
+        self._state = np.array([SEGMENT, -1, 0, 0, 0, 0, 0, 0], dtype=np.int64)
         self._last = np.full(shape, -1, dtype=np.int64)
         self._current, self._previous = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
 
@@ -105,7 +106,7 @@ class ReuseCounts(Accumulator):
     def close(self) -> None:
         """The last problem ends."""
         if self._state[1] >= 0:
-            self.lengths[int(self._state[3] - self._state[2] + 1)] += 1
+            self.lengths[int(self._state[7])] += 1
             end_segment(self._state, self._current, self._previous, self.segments)
         self._state[1] = -1
 
@@ -144,11 +145,11 @@ class Repetition:
 
 
 def repetition(
-    same_NL3: Counts, seen_NL: Counts, first_LE: Counts, load_LE: Counts, leading_LEE: Counts | None, top_k: int, dataset: str
+    same_NL3: Counts, seen_NL: Counts, first_LE: Counts, load_LE: Counts, leading: LeadingPairs | None, top_k: int, dataset: str
 ) -> Repetition:
     """Shares from the counts of one dataset, or of several.
 
-    leading_LEE: pairs of the two strongest, both ways; without it first_or_second_shuffled is `nan`.
+    leading: pairs of the two strongest; without it first_or_second_shuffled is `nan`.
     """
     with np.errstate(invalid="ignore"):
         shares = same_NL3 / np.where(seen_NL > 0, seen_NL, np.nan)[..., None]
@@ -156,14 +157,13 @@ def repetition(
     first_shuffled = (first**2).sum(1)
     if top_k == 1:
         either_shuffled = first_shuffled
-    elif leading_LEE is None:
+    elif leading is None:
         either_shuffled = np.full_like(first_shuffled, np.nan)
     else:
-        tokens_L = np.maximum(leading_LEE.sum((1, 2)) / 2, 1)
-        inclusion_LE = leading_LEE.sum(2) / tokens_L[:, None]
-        # Sets of two meet in one or two experts: P(meet) = E(number in common) - P(both the same).
-        both = ((leading_LEE / tokens_L[:, None, None]) ** 2).sum((1, 2)) / 2
-        either_shuffled = (inclusion_LE**2).sum(1) - both
+        tokens_L = np.maximum(first_LE.sum(1), 1)
+        # Sets of one or two meet in one or two experts: P(meet) = E(number in common) - P(two in common).
+        both = ((leading.pairs_LEE / tokens_L[:, None, None]) ** 2).sum((1, 2)) / 2
+        either_shuffled = ((leading.members_LE / tokens_L[:, None]) ** 2).sum(1) - both
     return Repetition(
         dataset=dataset,
         compared=int(seen_NL[0].max(initial=0)),
@@ -172,7 +172,7 @@ def repetition(
         shared=shares[..., 2] / top_k,
         first_shuffled=first_shuffled,
         first_or_second_shuffled=np.asarray(either_shuffled),
-        shared_shuffled=(normalized(load_LE) ** 2).sum(1) * top_k,
+        shared_shuffled=((load_LE / np.maximum(first_LE.sum(1), 1)[:, None]) ** 2).sum(1) / top_k,
     )
 
 
@@ -210,14 +210,16 @@ class ReuseStatistics:
     adjacent_shuffled: Floats
 
 
-def reuse_statistics(counts: ReuseCounts, load_LE: Counts, tokens: int, top_k: int) -> ReuseStatistics:
+def reuse_statistics(counts: ReuseCounts, load_LE: Counts, tokens: int) -> ReuseStatistics:
     """Statistics of reuse. load_LE: selections; tokens: of the trace."""
-    buckets = max(1, int(np.flatnonzero(counts.gaps.any(0)).max(initial=0)) + 1)
+    # Over all gaps that the problems have room for, also those that were not seen.
+    longest = min(max(counts.lengths, default=1), LONGEST_EXPECTED_GAP)
+    buckets = max(int(longest).bit_length(), int(np.flatnonzero(counts.gaps.any(0)).max(initial=0)) + 1)
     edges = 1 << np.arange(buckets + 1)
     reused_L, cold_L = counts.gaps.sum(1), counts.cold
     used_LE = load_LE / max(tokens, 1)
     expected, expected_cold = _expected_reuse(counts.lengths, used_LE, edges)
-    whole_L, adjacent_L = counts.segments[:, 0], counts.segments[:, 2]
+    whole_L = counts.segments[:, 0]
     experts = load_LE.shape[1]
     with np.errstate(invalid="ignore", divide="ignore"):
         return ReuseStatistics(
@@ -231,7 +233,7 @@ def reuse_statistics(counts: ReuseCounts, load_LE: Counts, tokens: int, top_k: i
             segments=int(whole_L.max(initial=0)),
             working_set=counts.segments[:, 1] / whole_L / experts,
             working_set_shuffled=(1 - (1 - used_LE) ** SEGMENT).mean(1),
-            adjacent=counts.segments[:, 3] / adjacent_L / (SEGMENT * top_k) ** 2,
+            adjacent=counts.segments[:, 3] / counts.segments[:, 4],
             adjacent_shuffled=(normalized(load_LE) ** 2).sum(1),
         )
 

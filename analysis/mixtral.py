@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from analysis.locality import Repetition
 from profiler.schema import ModelMetadata
 
@@ -61,7 +59,6 @@ def compare_with_table_5(repetitions: list[Repetition], model: ModelMetadata) ->
             within = all(
                 low - (high - low) / 10 <= value <= high + (high - low) / 10
                 for value, (low, high) in zip(ours, ranges, strict=True)
-                if np.isfinite(value)
             )
             compared.append(Comparison(repetition.dataset, layer, ours[0], ranges[0], ours[1], ranges[1], within))
     return compared

@@ -17,6 +17,16 @@ from analysis.survey import Axes
 # Hashes kept per layer: exact up to so many sets, 1/sqrt(16382) = 0.8 % standard error beyond.
 SKETCH = 1 << 14
 LEADING_BYTES = 64 << 20
+# Of the tables of pairs; beyond that (48 layers of 512 experts) pairs are not counted.
+MAX_CELLS = 8_000_000
+
+
+@dataclass(frozen=True)
+class LeadingPairs:
+    """pairs_LEE: tokens with both experts as their two strongest, both ways. members_LE: with the expert as one of them."""
+
+    pairs_LEE: Counts
+    members_LE: Counts
 
 
 class PairCounts(Accumulator):
@@ -29,7 +39,8 @@ class PairCounts(Accumulator):
     added = ("one_way", "leading_one_way", "tokens")
 
     def __init__(self, axes: Axes) -> None:
-        shape = (axes.layers, axes.num_experts + 1, axes.num_experts + 1)
+        self.fits = axes.layers * axes.num_experts**2 <= MAX_CELLS
+        shape = (axes.layers, axes.num_experts + 1, axes.num_experts + 1) if self.fits else (axes.layers, 1, 1)
         # Each pair once, in the order of weight, with a row and a column for empty slots.
         self.one_way: Counts = np.zeros(shape, dtype=np.int64)
         # Where they would be large, those of all datasets are counted as of one.
@@ -44,19 +55,22 @@ class PairCounts(Accumulator):
         """All pairs, both ways."""
         return (self.one_way + self.one_way.transpose(0, 2, 1))[:, :-1, :-1]
 
-    def leading(self, datasets: list[int]) -> Counts | None:
-        """Pairs of the two strongest of some datasets, both ways `[L, E, E]`; None if only those of all were counted."""
+    def leading(self, datasets: list[int]) -> LeadingPairs | None:
+        """Pairs of the two strongest of some datasets; None if only those of all datasets together were counted."""
+        if not self.fits:
+            return None
         if not self.by_dataset:
             if len(datasets) < self._datasets:
                 return None
             datasets = [0]
         one_way = self.leading_one_way[datasets].sum(0, dtype=np.int64)
-        return np.asarray((one_way + one_way.transpose(0, 2, 1))[:, :-1, :-1])
+        both_ways = one_way + one_way.transpose(0, 2, 1)
+        return LeadingPairs(both_ways[:, :-1, :-1], both_ways.sum(2)[:, :-1])
 
     def update(self, frame: Frame) -> None:
         """Count a frame."""
         ids_TLK = frame.chunk.expert_ids_TLK
-        if self._top_k > 1:
+        if self._top_k > 1 and self.fits:
             dataset_T = frame.dataset_T if self.by_dataset else np.zeros_like(frame.dataset_T)
             count_pairs(ids_TLK, dataset_T, self.one_way, self.leading_one_way)
         self.tokens += len(frame)
@@ -90,7 +104,8 @@ class PairStatistics:
     lift_LEE: pairs counted over pairs expected if no expert preferred another (`expected_pairs`).
     unique_sets `[L]`: different sets; an estimate, with 0.8 % standard error, where there are more than 16,384. possible_sets:
     E choose K. even_sets: how many of them as many tokens would find if every set were equally likely.
-    top_pair `[L, 2]`, top_lift `[L]`: the most frequent of the pairs whose expected number is at least 25, by lift.
+    top_pair `[L, 2]`, top_lift `[L]`: the largest lift of the pairs that are expected at least 25 times; 0 if there are none.
+    shuffled_top_lift `[L]`: the largest of as many pairs that were drawn without preferences.
     """
 
     counts_LEE: Counts
@@ -100,6 +115,7 @@ class PairStatistics:
     even_sets: float
     top_pair: Counts
     top_lift: Floats
+    shuffled_top_lift: Floats
 
 
 # Below this a lift is noise: its relative standard error is a fifth.
@@ -107,27 +123,53 @@ MIN_EXPECTED = 25
 ITERATIONS = 200
 
 
-def pair_statistics(counts: PairCounts, top_k: int) -> PairStatistics | None:
-    """Statistics of the pairs; None for K = 1, where there are none."""
-    if top_k < 2:
+def pair_statistics(counts: PairCounts, top_k: int, seed: int = 0) -> PairStatistics | None:
+    """Statistics of the pairs; None for K = 1, where there are none, and for too many experts to count them."""
+    if top_k < 2 or not counts.fits:
         return None
     together = counts.together
     experts = together.shape[1]
     expected = expected_pairs(together.sum(2))
     lift = np.divide(together, expected, out=np.zeros_like(expected), where=expected > 0)
-    enough = np.where(expected >= MIN_EXPECTED, lift, 0).reshape(len(lift), -1)
-    best = enough.argmax(1)
+    best, top_lift = _largest(lift, expected)
+    random = np.random.default_rng(seed)
+    drawn = np.stack([drawn_pairs(expected_EE, random) for expected_EE in expected])
+    shuffled = np.divide(drawn, expected, out=np.zeros_like(expected), where=expected > 0)
     possible, tokens = comb(experts, top_k), int(counts.tokens[0])
     return PairStatistics(
         counts_LEE=together,
         lift_LEE=lift,
-        unique_sets=np.array([min(estimate_distinct(sketch), tokens, possible) for sketch in counts.sketches]),
+        unique_sets=np.array(
+            [min(estimate_distinct(sketch), tokens, possible) for sketch in counts.sketches], dtype=np.float64
+        ),
         possible_sets=possible,
-        # possible * (1 - (1 - 1/possible)^tokens), without cancellation.
-        even_sets=float(-possible * np.expm1(tokens * np.log1p(-1 / possible))) if possible > 1 else 1.0,
+        # possible * (1 - (1 - 1/possible)^tokens), without cancellation; no set comes twice if there are that many.
+        even_sets=tokens
+        if possible > 1 << 52
+        else -possible * np.expm1(tokens * np.log1p(-1 / possible))
+        if possible > 1
+        else 1,
         top_pair=np.stack(np.unravel_index(best, (experts, experts)), axis=1),
-        top_lift=np.take_along_axis(enough, best[:, None], 1)[:, 0],
+        top_lift=top_lift,
+        shuffled_top_lift=_largest(shuffled, expected)[1],
     )
+
+
+def _largest(lift: Floats, expected: Floats) -> tuple[Counts, Floats]:
+    """Place in `[E * E]` and value of the largest lift of each layer, of pairs that are expected often enough."""
+    enough = np.where(expected >= MIN_EXPECTED, lift, 0).reshape(len(lift), -1)
+    best = enough.argmax(1)
+    return best, np.take_along_axis(enough, best[:, None], 1)[:, 0]
+
+
+def drawn_pairs(expected_EE: Floats, random: np.random.Generator) -> Counts:
+    """As many pairs as are expected, drawn without preferences; symmetric."""
+    upper = np.triu(expected_EE)
+    total = upper.sum()
+    if total == 0:
+        return np.zeros(expected_EE.shape, dtype=np.int64)
+    drawn = random.multinomial(round(total), (upper / total).ravel()).reshape(upper.shape)
+    return np.asarray(drawn + drawn.T)
 
 
 def expected_pairs(in_pairs_LE: Counts) -> Floats:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from profiler.errors import TraceError, first_line
 
 # What a run has that was trained on a rented machine, and others if they were evaluated into it.
 EVALUATION_FILE = "evaluation.json"
 MAX_BYTES = 64 << 20
+OTHER_METRICS = ("top-1", "exact", "any")
+# The end of a control's name.
+CONTROL = "shuffled control"
 
 
 class Result(BaseModel):
@@ -36,6 +39,20 @@ class Evaluation(BaseModel):
     chance: dict[str, float]
     results: dict[str, Result]
 
+    @model_validator(mode="after")
+    def _can_be_shown(self) -> Evaluation:
+        if all(name.endswith(CONTROL) for name in self.results):
+            raise ValueError("it has no results of predictors")
+        for name, result in self.results.items():
+            needed = {result.recall_at_k_name, *OTHER_METRICS}
+            if missing := needed - self.chance.keys():
+                raise ValueError(f"chance lacks {min(missing)}")
+            if missing := needed - result.metrics.get("h=1", {}).keys():
+                raise ValueError(f"{name} lacks {min(missing)} for h=1")
+            if result.metrics.keys() - result.interval_over_problems.keys():
+                raise ValueError(f"{name} lacks intervals")
+        return self
+
 
 def read_evaluation(path: Path) -> Evaluation:
     """An evaluation's file, or that of a run's folder. Raises `TraceError` if it is none."""
@@ -45,10 +62,13 @@ def read_evaluation(path: Path) -> Evaluation:
         if path.stat().st_size > MAX_BYTES:
             raise TraceError(f"{path} is larger than {MAX_BYTES >> 20} MiB: no evaluation")
         return as_evaluation(path.read_bytes())
-    except (ValidationError, OSError) as error:
-        raise TraceError(
-            f"{path}: expected what 'specmoe evaluate RUN --trace T --json FILE' writes: {first_line(error)}"
-        ) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = "; ".join(filter(None, [where, first["msg"]]))
+        raise TraceError(f"{path}: expected what 'specmoe evaluate RUN --trace T --json FILE' writes: {what}") from error
+    except OSError as error:
+        raise TraceError(f"{path}: {first_line(error)}") from error
 
 
 def as_evaluation(document: bytes | dict[str, Any]) -> Evaluation:
@@ -61,7 +81,7 @@ def as_evaluation(document: bytes | dict[str, Any]) -> Evaluation:
 def table(evaluation: Evaluation, horizon: int = 1) -> list[dict[str, str]]:
     """The evaluation as rows of text, chance first; recall@K with its 95 % interval over problems."""
     k_name = next(iter(evaluation.results.values())).recall_at_k_name
-    columns = (k_name, "top-1", "exact", "any")
+    columns = (k_name, *OTHER_METRICS)
     rows = [{"predictor": "chance"} | {name: f"{evaluation.chance[name]:.3f}" for name in columns}]
     for name, result in evaluation.results.items():
         metrics = result.metrics[f"h={horizon}"]

@@ -26,14 +26,12 @@ from analysis.locality import (
 )
 from analysis.mixtral import Comparison, compare_with_table_5
 from analysis.pairs import PairStatistics, pair_statistics
-from analysis.survey import EVERYTHING, Axes, Choice
+from analysis.survey import ALL, EVERYTHING, Axes, Choice
 from analysis.transitions import HopStatistics, hop_statistics, transition_probabilities
 from analysis.weights import QUANTILES, MarginStatistics, WeightStatistics, margin_statistics, weight_statistics
 from profiler.errors import TraceError
 from profiler.reader import Trace
 from profiler.schema import Metadata
-
-ALL = "all"
 
 DEFINITIONS = {
     "load.share": "fraction of a layer's selections (top-K of every token) that went to an expert; mass_share: of the sum of "
@@ -171,10 +169,10 @@ def compute_statistics(
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Statistics:
-    """Read the trace once, on all cores, and compute everything.
+    """Read the trace once, on as many cores as there is memory for, and compute everything.
 
-    hops: longest distance between layers; None for what memory allows, at most 8. seed: of the controls. Memory: one thread's
-    tables (some hundred MB for the largest models), whatever the length of the trace. Raises `TraceError` on an empty trace,
+    hops: longest distance between layers; None for what memory allows, at most 8. seed: of the controls. Memory: below 1 GiB,
+    whatever the length of the trace. Raises `TraceError` on an empty trace,
     and if the tables would not fit.
     """
     counts = count_trace(trace, hops=hops, choice=choice, on_progress=on_progress)
@@ -199,8 +197,8 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
         probabilities=_probabilities(counts),
         repetitions=repetitions,
         table_5=compare_with_table_5(repetitions, source.metadata.model),
-        reuse=reuse_statistics(counts.reuse, load.counts.sum((0, 1)), tokens, axes.top_k),
-        pairs=pair_statistics(counts.pairs, axes.top_k),
+        reuse=reuse_statistics(counts.reuse, load.counts.sum((0, 1)), tokens),
+        pairs=pair_statistics(counts.pairs, axes.top_k, seed),
         domains=domain_distances(load.blocks, axes.datasets, seed),
         specialisations=specialisation(load.blocks, axes.datasets, seed),
         liked=liked_tokens(counts.contexts),

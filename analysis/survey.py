@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,12 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, printable
 from profiler.parquet_files import open_parquet, stream_table
 from profiler.reader import Trace
 from profiler.schema import PROBLEMS_FILE, TOKENS_FILE, ModelMetadata
 
+# All domains, and all phases, together.
+ALL = "all"
 ALL_PROBLEMS = "all problems"
+LONGEST_NAME = 60
 OTHER_DATASETS = "other datasets"
 MAX_DATASETS = 16
 ROWS_AT_A_TIME = 1 << 16
@@ -42,16 +44,6 @@ class Survey:
         """Add the survey of another part."""
         self.problems.update(other.problems)
         self.tokens.update(other.tokens)
-
-    def to_json(self) -> str:
-        """For `from_json`."""
-        return json.dumps({"problems": self.problems, "tokens": list(self.tokens.items())})
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """What `to_json` made."""
-        document = json.loads(text)
-        return cls(Counter(document["problems"]), Counter(dict(document["tokens"])))
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,7 @@ def survey_trace(trace: Trace, choice: Choice = EVERYTHING) -> Survey:
     """Read the tables, in bounded memory. Raises `TraceError` on broken ones, and if they lack a column of `choice`."""
     survey = Survey()
     if trace.has_problems:
-        for _, names in _chosen_problems(trace, choice):
+        for _, names in chosen_problems(trace, choice):
             survey.problems.update(name for name in names if name is not None)
     elif choice != EVERYTHING:
         raise TraceError(f"{trace.path} has no problems.parquet to choose problems by")
@@ -157,7 +149,7 @@ def dataset_indices(trace: Trace, axes: Axes) -> tuple[Any, Any]:
     place = {name: index for index, name in enumerate(axes.datasets)}
     ids, indices = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
     if trace.has_problems:
-        for problem_ids, names in _chosen_problems(trace, axes.choice):
+        for problem_ids, names in chosen_problems(trace, axes.choice):
             ids.append(problem_ids)
             places = [-1 if name is None else place.get(name, len(axes.datasets) - 1) for name in names]
             indices.append(np.array(places, dtype=np.int32))
@@ -167,13 +159,23 @@ def dataset_indices(trace: Trace, axes: Axes) -> tuple[Any, Any]:
     return all_ids, np.concatenate(indices)
 
 
-def _chosen_problems(trace: Trace, choice: Choice) -> Iterator[tuple[Any, list[str | None]]]:
+def _domain(name: str | None) -> str:
+    """A domain's name as it is shown: not longer than a line, and not that of all domains together."""
+    if name is None:
+        return "unknown"
+    shown = printable(name[: LONGEST_NAME - 1] + "…" if len(name) > LONGEST_NAME else name)
+    return f"{shown} (dataset)" if shown == ALL else shown
+
+
+def chosen_problems(trace: Trace, choice: Choice) -> Iterator[tuple[Any, list[str | None]]]:
     """Problem ids `[P]` and their domains, None for problems that are left out, some at a time."""
     fields = [("problem_id", pa.int32()), (choice.by, pa.string())]
     if choice.without is not None:
         fields.append((choice.without, pa.bool_()))
+    if len({name for name, _ in fields}) < len(fields):
+        raise TraceError(f"{trace.path / PROBLEMS_FILE}: expected two columns besides problem_id to choose problems by")
     for table in stream_table(trace.path / PROBLEMS_FILE, pa.schema(fields), ROWS_AT_A_TIME):
-        names = ["unknown" if name is None else name for name in table.column(1).to_pylist()]
+        names: list[str | None] = [_domain(name) for name in table.column(1).to_pylist()]
         if choice.without is not None:
             left_out = table.column(2).to_pylist()
             names = [None if out else name for name, out in zip(names, left_out, strict=True)]

@@ -15,6 +15,7 @@ from analysis.statistics import Statistics
 from analysis.weights import QUANTILES
 from profiler.writer import write_text
 
+# Of each layer, by use and by lift.
 TOP_PAIRS = 20
 
 
@@ -41,7 +42,7 @@ def write_tables(statistics: Statistics, labels: Sequence[str], folder: Path) ->
         path = folder / f"{name}.csv"
         if body:
             text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([header, *([_cell(value) for value in row] for row in body)])
+            csv.writer(text).writerows([header, *([_cell(value) for value in row] for row in body)])
             write_text(path, text.getvalue())
             paths.append(path)
         else:
@@ -57,7 +58,7 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return f"{value:.6g}" if np.isfinite(value) else ""
     # A spreadsheet runs text that begins like a formula, and tokens come from strangers.
-    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@" else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _load(s: Statistics) -> Rows:
@@ -113,7 +114,9 @@ def _pairs(s: Statistics) -> Rows:
         return
     for n, layer in enumerate(s.axes.moe_layers):
         upper = np.triu(s.pairs.counts_LEE[n], 1)
-        order = np.argsort(-upper, axis=None, kind="stable")[:TOP_PAIRS]
+        lift = np.where(upper > 0, s.pairs.lift_LEE[n], 0)
+        chosen = [np.argsort(-values, axis=None, kind="stable")[:TOP_PAIRS] for values in (upper, lift)]
+        order = np.array(list(dict.fromkeys(np.concatenate(chosen).tolist())))
         for first, second in zip(*np.unravel_index(order, upper.shape), strict=True):
             if upper[first, second]:
                 facts = float(s.pairs.unique_sets[n]), s.pairs.possible_sets, s.pairs.even_sets

@@ -144,7 +144,8 @@ def shuffled_table(counts_EE: Counts, random: np.random.Generator) -> Counts:
 
     It keeps the loads of both layers and destroys the link, without the tokens themselves.
     """
-    if not counts_EE.any():
+    # Of one expert there is one table, which the algorithm does not find.
+    if not counts_EE.any() or counts_EE.shape[0] == 1:
         return counts_EE
     drawn = random_table(counts_EE.sum(1), counts_EE.sum(0)).rvs(1, method="patefield", random_state=random)[0]
     return np.asarray(drawn, dtype=np.int64)

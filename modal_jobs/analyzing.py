@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from analysis.counting import TraceCounts, axes_of, count_trace
+from analysis.counting import COUNTS_VERSION, TraceCounts, axes_of, count_trace
 from analysis.frames import EVERY_PROBLEM
 from analysis.statistics import Source
 from analysis.survey import Axes, Survey, survey_trace
@@ -78,7 +78,7 @@ def plan_analysis(volume: Path, source: str, *, pieces: int, hops: int | None) -
         survey.merge(survey_trace(trace))
     axes = axes_of(traces[0], survey, hops)
     hashes = [sha256_of(trace.path / MANIFEST_FILE) for trace in traces]
-    settled = json.dumps([hashes, [asdict(part) for part in parts], asdict(axes)], sort_keys=True)
+    settled = json.dumps([COUNTS_VERSION, hashes, [asdict(part) for part in parts], asdict(axes)], sort_keys=True)
     return AnalysisJob(
         source=source,
         key=hashlib.sha256(settled.encode()).hexdigest()[:12],

@@ -17,6 +17,8 @@ from profiler.schema import REQUIRED_COLUMNS
 # Our own row groups are below 40 MB; a stranger's few compressed bytes must not become gigabytes.
 MAX_GROUP_BYTES = 256 << 20
 MAX_TABLE_BYTES = 768 << 20
+# Of what is read some rows at a time.
+MAX_TEXT_BYTES = 64 << 20
 
 
 def same_columns(schema: pa.Schema, expected: pa.Schema) -> bool:
@@ -139,13 +141,25 @@ def stream_table(path: Path, schema: pa.Schema, rows: int, from_problem: int = 0
             for batch in file.iter_batches(rows, row_groups=groups, columns=schema.names):
                 table = pa.Table.from_batches([batch])
                 table.validate()
-                table = table.select(schema.names).cast(schema)
                 for name in schema.names:
                     if name in REQUIRED_COLUMNS and table.column(name).null_count:
                         raise TraceError(f"{path}: nulls in column {name!r}, expected none")
-                yield table
+                for part in _with_little_text(table.select(schema.names), text, path):
+                    yield part.cast(schema)
         except UNREADABLE as error:
             raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
+
+
+def _with_little_text(table: pa.Table, text: list[str], path: Path) -> Iterator[pa.Table]:
+    """The table in parts whose text, which is in dictionaries, is below MAX_TEXT_BYTES each when it is written out."""
+    if sum(_text_bytes(table.column(name)) for name in text) <= MAX_TEXT_BYTES:
+        yield table
+    elif table.num_rows == 1:
+        raise TraceError(f"{path}: a row has more than {MAX_TEXT_BYTES >> 20} MiB of text")
+    else:
+        half = table.num_rows // 2
+        yield from _with_little_text(table.slice(0, half), text, path)
+        yield from _with_little_text(table.slice(half), text, path)
 
 
 def _columns_found(path: Path, wanted: pa.Schema) -> pa.Schema:

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 # Parsed, JSON of nothing but empty objects takes thirty times its length.
 MAX_DOCUMENT_BYTES = 16 << 20
 MAX_PROBLEM_ID = (1 << 31) - 1
+# Of logits and router inputs.
+ROWS_AT_A_TIME = 1 << 14
 
 _DocumentType = TypeVar("_DocumentType", bound=BaseModel)
 
@@ -182,10 +184,16 @@ class Trace:
             yield concatenate(pending)
 
     def spans(self, parts: int) -> list[range]:
-        """At most `parts` ranges of problem ids that together have all problems, of about as many rows each."""
+        """At most `parts` ranges of problem ids that together have all problems, of about as many rows each.
+
+        Raises `TraceError` if row groups are not in order.
+        """
         ends: list[tuple[int, int]] = []
         for path, file, group in self._groups():
-            ends.append((self._problems_of(path, file)[group][0], file.metadata.row_group(group).num_rows))
+            first = self._problems_of(path, file)[group][0]
+            if ends and first < ends[-1][0]:
+                raise TraceError(f"{path}, row group {group}: its first row does not come after the row before it")
+            ends.append((first, file.metadata.row_group(group).num_rows))
         if not ends:
             return []
         rows = np.cumsum([0, *(rows for _, rows in ends[:-1])])
@@ -247,18 +255,11 @@ class Trace:
         none of this problem.
         """
         tables = []
-        for path in sorted((self.path / folder).glob("part-*.parquet")):
-            with open_parquet(path) as file:
-                names = file.schema_arrow.names
-                if len(names) != 4 or not same_columns(file.schema_arrow, _values_schema(file.schema_arrow, path)):
-                    raise TraceError(f"{path}: columns {names}, expected problem_id, layer, token_id and one list of float16")
-                check_sizes(file, path)
-                for group, (first, last) in enumerate(problems_of_groups(file, path)):
-                    if first <= problem_id <= last:
-                        table = read_row_group(file, group, path)
-                        if any(column.null_count for column in [*table.columns, *_entries(table.column(3))]):
-                            raise TraceError(f"{path}, row group {group}: nulls, expected none")
-                        tables.append(table.filter(pc.equal(table.column("problem_id"), problem_id)))
+        for path, file in self._value_files(folder):
+            for group, (first, last) in enumerate(problems_of_groups(file, path)):
+                if first <= problem_id <= last:
+                    table = _read_values(file, group, path)
+                    tables.append(table.filter(pc.equal(table.column("problem_id"), problem_id)))
         if not sum(table.num_rows for table in tables):
             raise TraceError(f"{self.path}: no {folder} of problem {problem_id}")
         whole = pa.concat_tables(tables)
@@ -267,6 +268,26 @@ class Trace:
         if len(layers) % count or (layers.reshape(-1, count) != layers[:count]).any():
             raise TraceError(f"{self.path}: {folder} of problem {problem_id} lacks layers for some tokens")
         return token_ids[::count], layers[:count].tolist(), decode_lists(whole.column(3), count)
+
+    def value_rows(self, folder: str) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int16], npt.NDArray[np.float16]]]:
+        """All router logits or router inputs, some rows at a time: problem ids `[N]`, decoder layers `[N]`, values `[N, W]`."""
+        for path, file in self._value_files(folder):
+            for group in range(file.num_row_groups):
+                whole = _read_values(file, group, path)
+                for start in range(0, whole.num_rows, ROWS_AT_A_TIME):
+                    table = whole.slice(start, ROWS_AT_A_TIME)
+                    values = decode_lists(table.column(3), 1)[:, 0]
+                    yield table.column("problem_id").to_numpy(), table.column("layer").to_numpy(), values
+
+    def _value_files(self, folder: str) -> Iterator[tuple[Path, pq.ParquetFile]]:
+        """The files of `logits/` or `hidden/`, after a look at their columns."""
+        for path in sorted((self.path / folder).glob("part-*.parquet")):
+            with open_parquet(path) as file:
+                names = file.schema_arrow.names
+                if len(names) != 4 or not same_columns(file.schema_arrow, _values_schema(file.schema_arrow, path)):
+                    raise TraceError(f"{path}: columns {names}, expected problem_id, layer, token_id and one list of float16")
+                check_sizes(file, path)
+                yield path, file
 
     def _unsealed(self) -> str:
         """What an unfinished collection has: counts of whole lines and blocks, whatever else is in the files."""
@@ -432,6 +453,13 @@ def decode_lists(column: pa.ChunkedArray, layers: int, null: float | None = None
             entries, pa.scalar(np.float16(null) if pa.types.is_floating(entries.type) else null, entries.type)
         )
     return np.asarray(entries.to_numpy(zero_copy_only=True).reshape(-1, layers, column.type.list_size))
+
+
+def _read_values(file: pq.ParquetFile, group: int, path: Path) -> pa.Table:
+    table = read_row_group(file, group, path)
+    if any(column.null_count for column in [*table.columns, *_entries(table.column(3))]):
+        raise TraceError(f"{path}, row group {group}: nulls, expected none")
+    return table
 
 
 def _entries(column: pa.ChunkedArray) -> list[pa.Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import pyarrow as pa
 
@@ -36,14 +37,17 @@ def _is_complete(trace: Trace, name: str) -> bool:
 
 def problem_digests(trace: Trace) -> dict[int, int]:
     """A 64-bit digest of what decides on each problem of `problems.parquet`, whose split key is not "problem id"."""
+    return dict(iterate_digests(trace))
+
+
+def iterate_digests(trace: Trace) -> Iterator[tuple[int, int]]:
+    """Problem ids with the digests of `problem_digests`, in the order of the table."""
     by = split_key(trace)
     names = ["dataset", "source_key"] if by == "source key" else [by]
     schema = pa.schema([("problem_id", pa.int32()), *((name, pa.string()) for name in names)])
-    digests = {}
     for table in stream_table(trace.path / PROBLEMS_FILE, schema, ROWS_AT_A_TIME):
         for problem_id, *parts in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            digests[problem_id] = digest("/".join(str(part) for part in parts))
-    return digests
+            yield problem_id, digest("/".join(str(part) for part in parts))
 
 
 def digest_of_number(problem_id: int) -> int:

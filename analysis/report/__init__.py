@@ -32,12 +32,14 @@ def write_report(
     return [(section.title, section.headline) for section in sections]
 
 
-def write_comparison(compared: dict[str, Statistics], path: Path, agreements: dict[str, Agreement]) -> list[tuple[str, str]]:
+def write_comparison(
+    compared: dict[str, Statistics], path: Path, agreements: dict[str, Agreement], paired: set[tuple[str, str]]
+) -> list[tuple[str, str]]:
     """Write the page of several traces, by the names that they are shown under; returns as `write_report`.
 
-    agreements: of pairs of them that have prompts in common.
+    agreements: of pairs of them that have prompts in common; paired: those that have the same problems.
     """
-    sections = comparison_sections(compared, agreements)
+    sections = comparison_sections(compared, agreements, paired)
     _write(path, "Expert routing compared", compared_facts(compared), sections)
     return [(section.title, section.headline) for section in sections]
 

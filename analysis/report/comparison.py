@@ -30,12 +30,12 @@ def compared_facts(compared: dict[str, Statistics]) -> list[tuple[str, str]]:
     return facts
 
 
-def comparison_table(compared: dict[str, Statistics]) -> list[dict[str, str | float]]:
-    """One row per figure with a value for each trace, means over layers: what `statistics.json` and the page show."""
-    rows: list[dict[str, str | float]] = []
+def comparison_table(compared: dict[str, Statistics]) -> dict[str, dict[str, float]]:
+    """For each figure a value for each trace, means over layers: what `statistics.json` and the page show."""
+    rows: dict[str, dict[str, float]] = {}
 
     def add(figure: str, values: dict[str, float]) -> None:
-        rows.append({"figure": figure} | values)
+        rows[figure] = values
 
     add("chance of an expert (K/E)", {name: s.axes.top_k / s.axes.num_experts for name, s in compared.items()})
     add("load entropy / maximum", {name: mean(s.load.entropy_share) for name, s in compared.items()})
@@ -62,21 +62,26 @@ def comparison_table(compared: dict[str, Statistics]) -> list[dict[str, str | fl
     return rows
 
 
-def load_distances(compared: dict[str, Statistics]) -> list[DomainDistance]:
-    """Distances of the loads of every two traces of one shape; the control has problems permuted between them."""
+def load_distances(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> list[DomainDistance]:
+    """Distances of the loads of every two traces of one shape; the control has problems permuted between them.
+
+    paired: the traces that have the same problems.
+    """
     return [
-        distance_of(first, second, one.blocks, other.blocks, one.load.share_LE.shape)
+        distance_of(first, second, one.blocks, other.blocks, one.load.share_LE.shape, paired=(first, second) in paired)
         for (first, one), (second, other) in combinations(compared.items(), 2)
         if one.load.share_LE.shape == other.load.share_LE.shape
     ]
 
 
-def comparison_sections(compared: dict[str, Statistics], agreements: dict[str, Agreement]) -> list[Section]:
+def comparison_sections(
+    compared: dict[str, Statistics], agreements: dict[str, Agreement], paired: set[tuple[str, str]]
+) -> list[Section]:
     """What can be compared; traces of other shapes are shown over relative depth."""
     sections = [_figures(compared)]
     if agreements:
         sections.append(_agreement(agreements, compared))
-    sections.append(_load(compared))
+    sections.append(_load(compared, paired))
     if all(s.hops for s in compared.values()):
         sections.append(_hops(compared))
     return [*sections, _repetition(compared)]
@@ -86,14 +91,15 @@ def _figures(compared: dict[str, Statistics]) -> Section:
     rows = comparison_table(compared)
     names = list(compared)
     cells = [("mean over layers", *names)]
-    cells += [(str(row["figure"]), *(show(float(row[name])) for name in names)) for row in rows]
+    cells += [(figure, *(show(values[name]) for name in names)) for figure, values in rows.items()]
     # What a trace gains over its own popularity can be compared between shapes; plain shares cannot.
     gains = {name: mean(s.hops[0].held_out_topk) - mean(s.hops[0].marginal_topk) for name, s in compared.items() if s.hops}
     known = {name: gain for name, gain in gains.items() if np.isfinite(gain)}
     if known:
         best = max(known, key=lambda name: known[name])
         others = ", ".join(f"{name} {gain:+.3f}" for name, gain in known.items() if name != best)
-        headline = f"Layers tell most about the next in {best}: recall@K {known[best]:+.3f} over popularity; {others}."
+        headline = f"Layers tell most about the next in {best}: recall@K {known[best]:+.3f} over popularity"
+        headline += f"; {others}." if others else "."
     else:
         headline = "There are too few problems to judge one half by the other."
     explanation = (
@@ -130,7 +136,7 @@ def _agreement(agreements: dict[str, Agreement], compared: dict[str, Statistics]
     return Section("The same tokens", headline + ".", explanation, figures, (tuple(rows),))
 
 
-def _load(compared: dict[str, Statistics]) -> Section:
+def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Section:
     figures = []
     names = list(compared)
     depth = {name: np.linspace(0, 1, s.axes.layers) if s.axes.layers > 1 else np.zeros(1) for name, s in compared.items()}
@@ -139,7 +145,7 @@ def _load(compared: dict[str, Statistics]) -> Section:
     chosen.append(Line("even load", np.ones(len(grid)), CHANCE))
     drawn = lines(chosen, [round(float(x), 3) for x in grid], "depth (0 first, 1 last MoE layer)", "load entropy / maximum")
     figures.append(html(drawn, "compared-load", "Load entropy over depth."))
-    distances = load_distances(compared)
+    distances = load_distances(compared, paired)
     evenest = max(names, key=lambda name: mean(compared[name].load.entropy_share))
     headline = (
         f"{evenest} spreads its load most evenly ({mean(compared[evenest].load.entropy_share):.1%} of the maximum entropy)."
@@ -159,7 +165,10 @@ def _load(compared: dict[str, Statistics]) -> Section:
             f" The loads of {far.first} and {far.second} are{farthest} apart: Jensen-Shannon distance "
             f"{mean(far.distance):.3f} on average; with problems permuted between them {mean(far.shuffled):.3f}."
         )
-        explanation += " Distances: 0 equal, 1 disjoint; dotted, with problems permuted between the traces."
+        explanation += (
+            " Distances: 0 equal, 1 disjoint; dotted, with problems permuted between the traces (exchanged one by one where "
+        )
+        explanation += "both traces have the same problems)."
     highest = max(float((s.load.share_LE * s.axes.num_experts).max()) for s in compared.values())
     for number, (name, s) in enumerate(compared.items()):
         relative_LE = s.load.share_LE * s.axes.num_experts
@@ -183,15 +192,19 @@ def _hops(compared: dict[str, Statistics]) -> Section:
     chosen, above = [], {}
     for name, s in compared.items():
         curve = [mean(hop.held_out_topk) for hop in s.hops]
-        if not np.isfinite(curve[0]):
-            curve = [mean(hop.conditional_topk) for hop in s.hops]
         popular = [mean(hop.marginal_topk) for hop in s.hops]
         above[name] = curve[0] - popular[0]
         missing = [float("nan")] * (most - len(curve))
         chosen += [Line(name, [*curve, *missing]), Line(f"{name}, popularity", [*popular, *missing], CONTROL)]
     figure = lines(chosen, list(range(1, most + 1)), "hop (layers ahead)", "recall@K from one expert")
     figure.update_xaxes(dtick=1)
-    headline = "One hop ahead, above popularity: " + ", ".join(f"{name} {value:+.3f}" for name, value in above.items()) + "."
+    headline = (
+        "One hop ahead, above popularity: "
+        + ", ".join(
+            f"{name} {value:+.3f}" if np.isfinite(value) else f"{name} has too few problems" for name, value in above.items()
+        )
+        + "."
+    )
     explanation = "How many of the K experts are among K guesses, given one expert of the earlier layer; mean over layers."
     return Section("How far ahead a layer tells", headline, explanation, (html(figure, "compared-hops", headline),))
 

@@ -7,6 +7,7 @@ import gzip
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,12 @@ def lines(
             style = {"color": COLOURS[(number - 1) % len(COLOURS)]} | line.style
         y = [None if not np.isfinite(value) else round(float(value), 5) for value in line.y]
         figure.add_scatter(
-            x=list(x), y=y, name=line.name, mode="lines" if line.style else "lines+markers", line=style, marker={"size": 5}
+            x=list(x),
+            y=y,
+            name=escape(line.name, quote=False),
+            mode="lines" if line.style else "lines+markers",
+            line=style,
+            marker={"size": 5},
         )
     figure.update_xaxes(title=x_title)
     if log_x:
@@ -76,7 +82,8 @@ def lines(
 def heat_map(
     values: npt.NDArray[Any], x: Sequence[Any], y: Sequence[Any], x_title: str, y_title: str, unit: str, hover: str
 ) -> go.Figure:
-    """A heat map, first row on top. hover: a Plotly template."""
+    """A heat map, first row on top. x and y may have Plotly's markup: escape what is a stranger's. hover: a Plotly
+    template."""
     figure = go.Figure(
         go.Heatmap(
             z=np.round(values, 4).astype(np.float32),
@@ -99,7 +106,7 @@ TOP_LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 def wrapped(label: str) -> str:
     """A long label on several lines, so that it leaves room for its figure on a phone."""
-    return "<br>".join(textwrap.wrap(label, 22)).replace("&", "&amp;")
+    return "<br>".join(escape(line, quote=False) for line in textwrap.wrap(label, 22))
 
 
 # Room for labels as `wrapped` makes them, in pixels.
@@ -117,8 +124,7 @@ def html(figure: go.Figure, name: str, description: str, left: int = 60) -> str:
     figure.update_yaxes(automargin=False)
     config = {"responsive": True, "displayModeBar": False}
     body = figure.to_html(full_html=False, include_plotlyjs=False, config=config, div_id=name)
-    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return f'<div class="figure" role="img" aria-label="{label}">{body}</div>'
+    return f'<div class="figure" role="img" aria-label="{escape(description)}">{body}</div>'
 
 
 def packed(values: npt.NDArray[np.uint8]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
+from analysis.clusters import CONTROLS
 from analysis.report.figures import (
     CHANCE,
     COLOURS,
@@ -29,11 +30,16 @@ def pairs_section(s: Statistics) -> Section:
     pairs, layers = s.pairs, list(s.axes.moe_layers)
     n = int(pairs.top_lift.argmax())
     first, second = (int(expert) for expert in sorted(pairs.top_pair[n]))
-    headline = (
-        f"Experts {first} and {second} of layer {layers[n]} are used together {pairs.top_lift[n]:.1f} times as often "
-        f"as without "
-        f"preferences; a layer's tokens use {mean(pairs.unique_sets):,.0f} different sets of {s.axes.top_k} on average, "
-        f"of {pairs.possible_sets:,} possible; with equally likely sets it would be {pairs.even_sets:,.0f}."
+    if pairs.top_lift[n] > 0:
+        headline = (
+            f"Experts {first} and {second} of layer {layers[n]} are used together {pairs.top_lift[n]:.1f} times as often as "
+            f"without preferences (the most that chance made of any pair: {pairs.shuffled_top_lift.max():.1f}); "
+        )
+    else:
+        headline = "There are too few tokens to tell preferred pairs; "
+    headline += (
+        f"a layer's tokens use {mean(pairs.unique_sets):,.0f} different sets of {s.axes.top_k} on average, of "
+        f"{pairs.possible_sets:,} possible; with equally likely sets it would be {pairs.even_sets:,.0f}."
     )
     figure = heat_map(
         pairs.lift_LEE[n],
@@ -49,15 +55,22 @@ def pairs_section(s: Statistics) -> Section:
     figure.update_layout(height=520)
     explanation = (
         "Lift: how often two experts are selected for the same token, over how often if none preferred another; 1 is no "
-        f"preference. The figure is of layer {layers[n]}; every layer's most lifted pair is in the table, all pairs are in "
-        "tables/pairs.csv. Pairs that are expected fewer than 25 times are not called the most lifted."
+        f"preference. The figure is of layer {layers[n]}; every layer's most lifted pair is in the table, its 20 most used and "
+        "20 most lifted ones in tables/pairs.csv. Pairs that are expected fewer than 25 times are not called lifted."
     )
-    rows = [("layer", "experts", "lift", "tokens", "different sets")]
+    rows = [("layer", "experts", "lift", "by chance", "tokens", "different sets")]
     for number, layer in enumerate(layers):
         a, b = (int(expert) for expert in sorted(pairs.top_pair[number]))
-        counted = f"{int(pairs.counts_LEE[number, a, b]):,}"
+        enough = bool(pairs.top_lift[number] > 0)
         rows.append(
-            (str(layer), f"{a} and {b}", show(float(pairs.top_lift[number]), 2), counted, f"{pairs.unique_sets[number]:,.0f}")
+            (
+                str(layer),
+                f"{a} and {b}" if enough else "-",
+                show(float(pairs.top_lift[number]), 2) if enough else "-",
+                show(float(pairs.shuffled_top_lift[number]), 2) if enough else "-",
+                f"{int(pairs.counts_LEE[number, a, b]):,}" if enough else "-",
+                f"{pairs.unique_sets[number]:,.0f}",
+            )
         )
     return Section("Pairs within a token", headline, explanation, (html(figure, "pair-lift", headline),), (tuple(rows),))
 
@@ -67,10 +80,14 @@ def domains_section(s: Statistics) -> Section:
     layers, names = list(s.axes.moe_layers), s.datasets
     ranked = sorted(s.domains, key=lambda pair: -(mean(pair.distance) - mean(pair.shuffled)))
     far = ranked[0]
-    headline = (
-        f"{far.first} and {far.second} differ most: distance {mean(far.distance):.2f} on average over the layers, "
-        f"{mean(far.shuffled):.2f} with labels shuffled over problems."
+    found = (
+        f"distance {mean(far.distance):.2f} on average over the layers, {mean(far.shuffled):.2f} with labels shuffled over "
+        "problems."
     )
+    if mean(far.distance) > mean(far.shuffled_high):
+        headline = f"{far.first} and {far.second} differ most: {found}"
+    else:
+        headline = f"No two domains differ beyond what their problems cause; the most, {far.first} and {far.second}: {found}"
     figures = []
     if len(names) > 2:
         numbers = list(range(1, len(names) + 1))
@@ -157,11 +174,12 @@ def clusters_section(s: Statistics) -> Section:
         )
         drawn = lines(chosen, layers, "layer", f"silhouette, by {feature}")
         figures.append(html(drawn, f"clusters-{feature}", f"Silhouette of clusters by {feature}."))
-    headline = f"Clusters of experts stand out from shuffled tables {'; '.join(sentences)}."
+    headline = f"Clusters of experts have a larger silhouette than {CONTROLS} shuffled tables {'; '.join(sentences)}."
     explanation = (
         "Every layer's experts are clustered by which others they are used with, and by which experts of the layers before and "
         "after go with them, each beyond what loads give. Silhouette: 1 for far apart, 0 for no clusters; the number "
-        "of clusters "
-        "is the one with most, for the control too. Members are in tables/clusters.csv."
+        f"of clusters is the one with most, for the control too. Without groups {1 / (CONTROLS + 1):.0%} of cases would have a "
+        "larger one. "
+        "Members are in tables/clusters.csv."
     )
     return Section("Clusters of experts", headline, explanation, tuple(figures))

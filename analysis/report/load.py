@@ -15,9 +15,12 @@ from analysis.report.figures import (
     html,
     lines,
 )
-from analysis.statistics import ALL, Statistics, mean, show
+from analysis.statistics import Statistics, mean, show
+from analysis.survey import ALL
 
 MAX_TOKENS = 10
+# Of all experts together: about a megabyte.
+MAX_ENTRIES = 80_000
 
 
 def load_section(s: Statistics, labels: Sequence[str]) -> Section:
@@ -63,13 +66,14 @@ def load_section(s: Statistics, labels: Sequence[str]) -> Section:
 
 def _token_cloud(s: Statistics, labels: Sequence[str], start: tuple[int, int]) -> dict[str, Any]:
     assert s.liked is not None
-    used = sorted({int(place) for place in s.liked.place[..., :MAX_TOKENS].ravel() if place >= 0})
+    most = min(MAX_TOKENS, MAX_ENTRIES // (s.axes.layers * s.axes.num_experts))
+    used = sorted({int(place) for place in s.liked.place[..., :most].ravel() if place >= 0})
     place_of = {place: number for number, place in enumerate(used)}
     tokens = [
         [
             [
                 [place_of[int(place)], float(f"{lift:.3g}")]
-                for place, lift in zip(places[:MAX_TOKENS], lifts[:MAX_TOKENS], strict=True)
+                for place, lift in zip(places[:most], lifts[:most], strict=True)
                 if place >= 0
             ]
             for places, lifts in zip(places_EM, lifts_EM, strict=True)

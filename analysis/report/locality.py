@@ -45,12 +45,15 @@ def repetition_section(s: Statistics) -> Section:
         "layer",
         "share of tokens",
     )
-    n = int(np.nanargmax(whole.first[0])) if np.isfinite(whole.first[0]).any() else 0
-    headline = (
-        f"Consecutive tokens have the same first choice {mean(whole.first[0]):.1%} of the time, two tokens taken at random "
-        f"{mean(whole.first_shuffled):.1%}, by chance {chances[0]:.1%}; most at layer {layers[n]} "
-        f"({show(whole.first[0, n], 2)})."
-    )
+    if np.isfinite(whole.first[0]).any():
+        n = int(np.nanargmax(whole.first[0]))
+        headline = (
+            f"Consecutive tokens have the same first choice {mean(whole.first[0]):.1%} of the time, two tokens taken at random "
+            f"{mean(whole.first_shuffled):.1%}, by chance {chances[0]:.1%}; most at layer {layers[n]} "
+            f"({show(whole.first[0, n], 2)})."
+        )
+    else:
+        headline = "No problem has two recorded tokens in a row: there is no repetition to speak of."
     shown = sorted({0, len(layers) // 2, len(layers) - 1})
     names = [f"layer {layers[n]}" for n in shown]
     rows = [("dataset", *(f"first, {name}" for name in names), *(f"first or second, {name}" for name in names))]
@@ -112,9 +115,12 @@ def reuse_section(s: Statistics) -> Section:
         "other experts used since",
         "share of reuses",
     )
-    headline = (
-        f"An expert that is used again was last used {show(mean(reuse.median_gap), 1)} tokens before (median, mean over layers)"
-    )
+    if np.isfinite(reuse.median_gap).any():
+        headline = (
+            f"An expert that is used again was last used {mean(reuse.median_gap):.1f} tokens before (median, mean over layers)"
+        )
+    else:
+        headline = "No expert is used twice in a problem"
     if reuse.segments:
         headline += (
             f"; {SEGMENT} tokens use {mean(reuse.working_set):.0%} of a layer's experts, {SEGMENT} tokens taken at random "

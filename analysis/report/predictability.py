@@ -79,7 +79,7 @@ def predictability_section(s: Statistics) -> Section:
     ):
         figure.add_scatter(
             x=[round(value, 4) if np.isfinite(value) else None for value in values],
-            y=[wrapped(name) for name in names],
+            y=[wrapped(by_name[name].shown) for name in names],
             name=name,
             mode="markers",
             marker={"symbol": symbol, "size": 13, "color": colour, "line": {"width": 3, "color": colour}},
@@ -91,7 +91,7 @@ def predictability_section(s: Statistics) -> Section:
     rows = [("known", f"recall@{top_k}", "strongest", "bits of the strongest", "bits of the set, at most", "tasks")]
     rows += [
         (
-            each.context,
+            each.shown,
             _between(each.recall_held_out, each.recall_plug_in),
             _between(each.top1_held_out, each.top1_plug_in),
             _between(each.first_bits_plug_in, each.first_bits_held_out, 2),
@@ -105,7 +105,7 @@ def predictability_section(s: Statistics) -> Section:
         usable = [by_name[name] for name in known if name in by_name and np.isfinite(by_name[name].recall_held_out)]
         if usable:
             best = max(usable, key=lambda each: each.recall_held_out)
-            sentences.append(f"{task} {best.recall_held_out:.2f} ({best.context})")
+            sentences.append(f"{task} {best.recall_held_out:.2f} ({best.shown})")
     headline = (
         f"The best single context, judged on problems it was not counted on, gives recall@{top_k}: {'; '.join(sentences)}; "
         f"chance is {top_k / s.axes.num_experts:.2f}."

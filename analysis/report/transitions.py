@@ -21,6 +21,8 @@ from analysis.statistics import Statistics, mean, show
 
 # Of the page's 8 MB Plotly takes 4.8; what the packed matrices may take is left out beyond that, longest hops first.
 MAX_MATRIX_TEXT = 2_000_000
+# The first hop may take more; beyond this (48 layers of some 200 experts) there are no sliders.
+MAX_FIRST_HOP_TEXT = 2_500_000
 
 
 def transitions_section(s: Statistics) -> Section:
@@ -31,7 +33,7 @@ def transitions_section(s: Statistics) -> Section:
     for hop in s.hops:
         more = [*matrices, np.rint(255 * np.sqrt(s.probabilities[hop.hop - 1, : len(layers) - hop.hop])).astype(np.uint8)]
         longer = packed(np.concatenate(more))
-        if hops and len(longer) > MAX_MATRIX_TEXT:
+        if len(longer) > (MAX_MATRIX_TEXT if hops else MAX_FIRST_HOP_TEXT):
             break
         matrices, text, hops = more, longer, hop.hop
     figure = heat_map(
@@ -58,7 +60,10 @@ def transitions_section(s: Statistics) -> Section:
         "strongest experts, bias-corrected. Move the sliders to change the layers; colours keep their meaning, and end at the "
         "99.9th percentile of one-hop probabilities."
     )
-    if hops < len(s.hops):
+    if hops == 0:
+        explanation = explanation.replace("Move the sliders to change the layers; c", "C")
+        explanation += f" The figure is of layers {layers[0]} and {layers[1]}; all others are in transitions.npz."
+    elif hops < len(s.hops):
         explanation += f" Hops beyond {hops} would make this page too large; they are in transitions.npz."
     rows: list[tuple[str, ...]] = [
         ("layers", "bits", "shuffled", "guess strongest", "held out", "popularity", "same expert index", "if independent")
@@ -89,7 +94,9 @@ def transitions_section(s: Statistics) -> Section:
         "matrices": text,
     }
     figures = (html(figure, "transition-matrix", headline),)
-    return Section("Cross-layer transitions", headline, explanation, figures, (tuple(rows),), "transitions", data)
+    return Section(
+        "Cross-layer transitions", headline, explanation, figures, (tuple(rows),), "transitions" if hops else "", data
+    )
 
 
 def hops_section(s: Statistics) -> Section:
@@ -115,12 +122,14 @@ def hops_section(s: Statistics) -> Section:
         return drawn
 
     held_out, popular = curve("held_out_top1"), curve("marginal_top1")
-    known = held_out if np.isfinite(held_out[0]) else curve("conditional_top1")
-    headline = (
-        f"Knowing the strongest expert, the next layer's strongest is guessed right for {known[0]:.0%} of tokens, "
-        f"without it for {popular[0]:.0%}, by chance for {1 / experts:.0%}"
-        + (f"; {numbers[-1]} layers ahead it is {known[-1]:.0%}." if len(hops) > 1 else ".")
-    )
+    if np.isfinite(held_out[0]):
+        headline = (
+            f"Knowing the strongest expert, the next layer's strongest is guessed right for {held_out[0]:.0%} of tokens, "
+            f"without it for {popular[0]:.0%}, by chance for {1 / experts:.0%}"
+            + (f"; {numbers[-1]} layers ahead it is {held_out[-1]:.0%}." if len(hops) > 1 else ".")
+        )
+    else:
+        headline = "There are too few problems to judge one half by the other: what follows is judged on its own tokens."
     explanation = (
         "Mean over layers. A guess is the most frequent follower; 'other problems' means that each half of the "
         "problems is judged "

@@ -19,6 +19,7 @@ from analysis.frames import Frame, read_frames
 from analysis.statistics import Source
 from analysis.survey import ALL_PROBLEMS, OTHER_DATASETS, Axes, Choice, Survey, survey_trace
 from analysis.survey import make_axes as axes_from
+from analysis.weights import MARGIN_BIN
 from profiler.errors import TraceError
 from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE, TOKENS_FILE, ModelMetadata
@@ -151,13 +152,11 @@ def test_many_datasets_are_counted_as_one_more() -> None:
     assert axes.datasets == (*(f"d{number:02}" for number in range(15)), OTHER_DATASETS)
 
 
-def test_surveys_add_up_and_can_be_stored(trace: Trace) -> None:
+def test_surveys_add_up(trace: Trace) -> None:
     survey, twice = survey_trace(trace), survey_trace(trace)
     twice.merge(survey)
     assert twice.problems == {"a": 8, "b": 8, "c": 8}
     assert twice.tokens[0] == 2 * survey.tokens[0]
-    again = Survey.from_json(twice.to_json())
-    assert (again.problems, again.tokens) == (twice.problems, twice.tokens)
 
 
 @pytest.mark.parametrize("stored", [b"no archive", b""])
@@ -219,7 +218,7 @@ def test_logits_are_counted_once_per_problem(make_trace: Make, random_problems: 
     counts = count_trace(Trace.open(trace.path))
     assert counts.margins.histogram.sum(1).tolist() == [12, 12]
     # The second largest minus the third.
-    assert counts.margins.histogram.argmax(1).tolist() == [128, 128]
+    assert counts.margins.histogram.argmax(1) * MARGIN_BIN == pytest.approx([2, 2], abs=1.01 * MARGIN_BIN)
 
 
 def test_problems_can_be_left_out_and_grouped_by_another_column(trace: Trace) -> None:
@@ -240,3 +239,17 @@ def test_problems_can_be_left_out_and_grouped_by_another_column(trace: Trace) ->
     assert Source.of(trace, choice).caveats == ("problems with 'looping' are left out",)
     with pytest.raises(TraceError, match="lacks column 'author'"):
         count_trace(trace, choice=Choice(by="author"))
+
+
+def test_threads_do_not_lose_problems_that_are_out_of_order(make_trace: Make, random_problems: Make) -> None:
+    problems = random_problems(count=4, tokens=6, layers=2, num_experts=4, top_k=1)
+    first = make_trace(problems[:2], 4, name="first")
+    second = make_trace(problems, 4, name="second")
+    # Problems 0 to 3, then 0 and 1 again, in two files.
+    target = second.path / "routing" / "part-00001.parquet"
+    target.write_bytes(first.routing_files[0].read_bytes())
+    (second.path / MANIFEST_FILE).unlink()
+    broken = Trace.open(second.path, allow_incomplete=True)
+    for workers in (1, 2):
+        with pytest.raises(TraceError, match="does not come after"):
+            count_trace(broken, workers=workers)

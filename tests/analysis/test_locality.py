@@ -112,7 +112,7 @@ def test_segments_by_hand() -> None:
     problem = np.concatenate([first, second, np.full(SEGMENT // 2, 2)])[:, None, None]
     counts = counted(ReuseCounts(make_axes(1, 4, 1)), [make_frame([problem, problem[:SEGMENT]], 4)])
     # Whole segments: two, and the second problem's only one; distinct experts 2 + 1 + 2; one pair of adjacent ones.
-    assert counts.segments[0].tolist() == [3, 5, 1, SEGMENT // 2 * SEGMENT]
+    assert counts.segments[0].tolist() == [3, 5, 1, SEGMENT // 2 * SEGMENT, SEGMENT**2]
 
 
 def test_independent_routing_is_reused_as_expected() -> None:
@@ -122,7 +122,7 @@ def test_independent_routing_is_reused_as_expected() -> None:
     frame = make_frame(problems, 5)
     counts = counted(ReuseCounts(make_axes(2, 5, 1)), [frame])
     load = count_experts(frame.chunk.expert_ids_TLK, 5)
-    found = reuse_statistics(counts, load, len(frame), 1)
+    found = reuse_statistics(counts, load, len(frame))
     assert found.gap_share == pytest.approx(found.gap_shuffled, abs=0.01)
     assert found.cold_share == pytest.approx(found.cold_shuffled, abs=0.003)
     assert found.working_set == pytest.approx(found.working_set_shuffled, abs=0.02)
@@ -135,9 +135,44 @@ def test_lasting_experts_are_found() -> None:
     problems = [random.choice([n % 16, (n + 3) % 16], (200, 1, 1)) for n in range(64)]
     frame = make_frame(problems, 16)
     counts = counted(ReuseCounts(make_axes(1, 16, 1)), [frame])
-    found = reuse_statistics(counts, count_experts(frame.chunk.expert_ids_TLK, 16), len(frame), 1)
+    found = reuse_statistics(counts, count_experts(frame.chunk.expert_ids_TLK, 16), len(frame))
     assert found.median_gap[0] < 3
     assert found.working_set[0] == pytest.approx(2 / 16, abs=0.001)
     assert found.working_set_shuffled[0] > 0.8
     assert found.adjacent[0] == pytest.approx(0.5, abs=0.03)
     assert found.adjacent_shuffled[0] == pytest.approx(1 / 16, abs=0.01)
+
+
+def test_empty_slots_are_on_both_sides() -> None:
+    """Independent routing to one or two of four slots: observed and shuffled are equal."""
+    random = np.random.default_rng(4)
+    problems = [uniform(random, 500, 1, 16, 4) for _ in range(40)]
+    for ids in problems:
+        filled = random.integers(1, 3, ids.shape[:2])
+        ids[np.arange(4) >= filled[..., None]] = 16
+    frame = make_frame(problems, 16)
+    found = repetition_of(problems, 16, 4)
+    for observed, shuffled in (
+        (found.first, found.first_shuffled),
+        (found.first_or_second, found.first_or_second_shuffled),
+        (found.shared, found.shared_shuffled),
+    ):
+        assert observed.mean() == pytest.approx(shuffled.mean(), rel=0.03)
+    counts = counted(ReuseCounts(make_axes(1, 16, 4)), [frame])
+    reuse = reuse_statistics(counts, count_experts(frame.chunk.expert_ids_TLK, 16), len(frame))
+    assert reuse.adjacent == pytest.approx(reuse.adjacent_shuffled, rel=0.03)
+
+
+def test_the_reuse_control_goes_beyond_what_was_seen() -> None:
+    """Problems of one constant expert each: the control must not take over that every gap is one."""
+    problems = [np.full((100, 1, 1), number % 16) for number in range(160)]
+    frame = make_frame(problems, 16)
+    counts = counted(ReuseCounts(make_axes(1, 16, 1)), [frame])
+    found = reuse_statistics(counts, count_experts(frame.chunk.expert_ids_TLK, 16), len(frame))
+    assert found.gap_share[0, 0] == 1.0
+    random = np.random.default_rng(5)
+    shuffled = [random.integers(0, 16, (100, 1, 1)) for _ in range(400)]
+    drawn = counted(ReuseCounts(make_axes(1, 16, 1)), [make_frame(shuffled, 16)])
+    buckets = found.gap_shuffled.shape[1]
+    assert found.gap_shuffled[0] == pytest.approx(drawn.gaps[0, :buckets] / drawn.gaps.sum(), abs=0.02)
+    assert found.cold_shuffled[0] == pytest.approx(drawn.cold[0] / (drawn.cold[0] + drawn.gaps.sum()), abs=0.02)

@@ -19,7 +19,7 @@ def test_pairs_by_hand() -> None:
         expected[first, second] += 1
     assert counts.together[0].tolist() == (expected + expected.T).tolist()
     # The two strongest of each token: 0 and 1, twice, and 3 and 2.
-    leading = counts.leading([0])[0]
+    leading = counts.leading([0]).pairs_LEE[0]
     assert (leading[0, 1], leading[2, 3], leading.sum()) == (2, 1, 6)
     statistics = pair_statistics(counts, 3)
     assert statistics.unique_sets.tolist() == [3]
@@ -30,7 +30,8 @@ def test_empty_slots_make_no_pairs() -> None:
     frame = make_frame([np.array([[[0, 1, 4]], [[2, 4, 4]], [[4, 4, 4]]])], 4)
     counts = counted(PairCounts(make_axes(1, 4, 3)), [frame])
     assert counts.together.sum() == 2
-    assert counts.leading([0]).sum() == 2
+    assert counts.leading([0]).pairs_LEE.sum() == 2
+    assert counts.leading([0]).members_LE.tolist() == [[1, 1, 1, 0]]
 
 
 def test_uniform_routing_has_no_preferred_pairs() -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_traces import write_made_trace
 from typer.testing import CliRunner
 
 from analysis.cli import analyze_trace, compare_traces
-from analysis.predictions import as_evaluation
+from analysis.predictions import as_evaluation, read_evaluation
 from analysis.statistics import DEFINITIONS, compute_statistics
 from profiler.errors import TraceError
 from profiler.reader import Trace
@@ -111,6 +112,8 @@ def test_cells_do_not_run_as_formulas(make_trace: Make, random_problems: Make, t
     text = (tmp_path / "r" / "tables" / "domains.csv").read_text()
     assert "'=1+1," in text
     assert "\n=1+1," not in text
+    load = (tmp_path / "r" / "tables" / "load.csv").read_text()
+    assert ",'," not in load
 
 
 def test_one_layer_one_expert_per_token_and_no_weights(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
@@ -127,12 +130,47 @@ def test_one_layer_one_expert_per_token_and_no_weights(make_trace: Make, random_
     assert not (tmp_path / "r" / "tables" / "transitions.csv").exists()
 
 
-def test_layers_keep_the_decoder_s_numbers(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
-    trace = make_trace(random_problems(count=4, tokens=8, layers=3, num_experts=4, top_k=2), 4)
-    model = trace.metadata.model.model_copy(update={"moe_layers": [1, 3, 7]})
+def test_layers_keep_the_decoder_s_numbers(tmp_path: Path, random_problems: Make) -> None:
+    problems = random_problems(count=4, tokens=8, layers=3, num_experts=4, top_k=2)
+    trace = write_made_trace(tmp_path / "trace", problems, 4, first_layer=5)
+    analyze_trace(trace, tmp_path / "r")
+    with (tmp_path / "r" / "tables" / "layers.csv").open(encoding="utf-8") as file:
+        assert {row["layer"] for row in csv.DictReader(file)} == {"5", "6", "7"}
+
+
+def test_a_domain_called_all_is_not_all(make_trace: Make, random_problems: Make) -> None:
+    even = random_problems(count=6, tokens=40, layers=2, num_experts=8, top_k=2)
+    one = [(np.tile([0, 1], (40, 2, 1)), weights) for _, weights in even]
+    trace = make_trace(even + one, 8, datasets=["math"] * 6 + ["all"] * 6)
     statistics = compute_statistics(trace)
-    moved = statistics.source.metadata.model_copy(update={"model": model})
-    assert moved.model.moe_layers == [1, 3, 7]
+    assert statistics.datasets == ["all (dataset)", "math"]
+    assert statistics.load.tokens == 480
+    assert statistics.loads["all (dataset)", "all"].tokens == 240
+
+
+@pytest.mark.parametrize("kind", ["one token", "one expert", "K = E", "one problem"])
+def test_odd_traces_are_told_truly(kind: str, make_trace: Make, tmp_path: Path) -> None:
+    """No headline has a number that is none, and no guess is judged on its own tokens without a word."""
+    count, tokens, experts = {
+        "one token": (8, 1, 4),
+        "one expert": (8, 20, 4),
+        "K = E": (8, 20, 2),
+        "one problem": (1, 30, 16),
+    }[kind]
+    random = np.random.default_rng(0)
+    problems = []
+    for _ in range(count):
+        ids = random.random((tokens, 3, experts)).argsort(-1)[:, :, :2]
+        if kind == "one expert":
+            ids[:] = [2, 1]
+        problems.append((ids, np.tile([0.6, 0.4], (tokens, 3, 1))))
+    _, findings = analyze_trace(make_trace(problems, experts), tmp_path / "r")
+    text = " ".join(headline for _, headline in findings)
+    assert "nan" not in text
+    assert "inf" not in text
+    if kind == "one problem":
+        assert "too few problems" in dict(findings)["How far ahead a layer tells"]
+        assert "too few tokens to tell preferred pairs" in dict(findings)["Pairs within a token"]
 
 
 def test_empty_traces_are_refused(make_trace: Make, random_problems: Make) -> None:
@@ -153,11 +191,12 @@ def test_several_traces_are_compared(make_trace: Make, random_problems: Make, tm
         ids[:, 1], weights[:, 1] = ids[:, 0], weights[:, 0]
     traces = [make_trace(random, 8, name="plain"), make_trace(linked, 8, name="linked")]
     document, findings = compare_traces(traces, tmp_path / "r")
-    rows = {row["figure"]: row for row in document["figures"]}
+    rows = document["figures"]
     bits = rows["bits shared with the next layer"]
     assert bits["linked"] == pytest.approx(1.5, abs=0.3)
     assert bits["plain"] < 0.3
-    assert rows["chance of an expert (K/E)"] == {"figure": "chance of an expert (K/E)", "plain": 0.25, "linked": 0.25}
+    assert rows["chance of an expert (K/E)"] == {"plain": 0.25, "linked": 0.25}
+    assert "Jensen-Shannon" in dict(findings)["Expert load"]
     assert "Layers tell most about the next in linked" in dict(findings)["Side by side"]
     for name in ("plain", "linked"):
         assert (tmp_path / "r" / name / "report.html").is_file()
@@ -167,9 +206,9 @@ def test_several_traces_are_compared(make_trace: Make, random_problems: Make, tm
 def test_models_of_other_shapes_are_compared(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
     small = make_trace(random_problems(count=4, tokens=20, layers=2, num_experts=4, top_k=1), 4, name="small")
     large = make_trace(random_problems(count=4, tokens=20, layers=5, num_experts=16, top_k=4), 16, name="large")
-    document, _ = compare_traces([small, large], tmp_path / "r")
-    assert document["figures"][0]["small"] == document["figures"][0]["large"] == 0.25
-    assert "Jensen-Shannon" not in (tmp_path / "r" / "report.html").read_text().split("</script>")[-2]
+    document, findings = compare_traces([small, large], tmp_path / "r")
+    assert document["figures"]["chance of an expert (K/E)"] == {"small": 0.25, "large": 0.25}
+    assert "Jensen-Shannon" not in dict(findings)["Expert load"]
 
 
 def test_command(trace: Trace, tmp_path: Path) -> None:
@@ -194,3 +233,26 @@ def test_command_refuses_what_is_no_evaluation(trace: Trace, tmp_path: Path) -> 
     assert isinstance(done.exception, TraceError)
     assert "expected what 'specmoe evaluate RUN --trace T --json FILE' writes" in str(done.exception)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"results": {}}, "it has no results of predictors"),
+        ({"chance": {"top-1": 0.1}}, "chance lacks"),
+        ({"results": {"mlp": EVALUATION["results"]["mlp"] | {"metrics": {"h=2": {}}}}}, "mlp lacks"),
+    ],
+)
+def test_evaluations_that_cannot_be_shown_are_refused(change: dict[str, object], text: str, tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps(EVALUATION | change))
+    with pytest.raises(TraceError, match=text):
+        read_evaluation(path)
+
+
+def test_compared_traces_have_names_of_their_own(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
+    problems = random_problems(count=2, tokens=6, layers=2, num_experts=4, top_k=1)
+    (tmp_path / "x").mkdir()
+    traces = [write_made_trace(tmp_path / name, problems, 4) for name in ("a", "x/a", "a-2")]
+    document, _ = compare_traces(traces, tmp_path / "r")
+    assert document["traces"] == {"a": str(traces[0].path), "a-2": str(traces[1].path), "a-2-2": str(traces[2].path)}
