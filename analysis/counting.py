@@ -28,7 +28,7 @@ from profiler.reader import Trace
 # All threads' tables together, unless one thread alone needs more.
 TABLE_BYTES = 320 << 20
 # The largest tables that one thread may need.
-MAX_TRANSITION_BYTES = 128 << 20
+MAX_TRANSITION_BYTES = 100 << 20
 DEFAULT_HOPS = 8
 # Of what the stored counts mean: to be raised with every change of a kernel.
 COUNTS_VERSION = 1

@@ -16,7 +16,7 @@ from analysis.survey import Axes
 
 # Hashes kept per layer: exact up to so many sets, 1/sqrt(16382) = 0.8 % standard error beyond.
 SKETCH = 1 << 14
-LEADING_BYTES = 64 << 20
+LEADING_BYTES = 32 << 20
 # Of the tables of pairs; beyond that (48 layers of 512 experts) pairs are not counted.
 MAX_CELLS = 8_000_000
 
@@ -42,7 +42,7 @@ class PairCounts(Accumulator):
         self.fits = axes.layers * axes.num_experts**2 <= MAX_CELLS
         shape = (axes.layers, axes.num_experts + 1, axes.num_experts + 1) if self.fits else (axes.layers, 1, 1)
         # Each pair once, in the order of weight, with a row and a column for empty slots.
-        self.one_way: Counts = np.zeros(shape, dtype=np.int64)
+        self.one_way: Counts = np.zeros(shape, dtype=np.uint32)
         # Where they would be large, those of all datasets are counted as of one.
         self.by_dataset = len(axes.datasets) * shape[0] * shape[1] ** 2 * 4 <= LEADING_BYTES
         self.leading_one_way: Counts = np.zeros((len(axes.datasets) if self.by_dataset else 1, *shape), dtype=np.uint32)
@@ -53,7 +53,8 @@ class PairCounts(Accumulator):
     @property
     def together(self) -> Counts:
         """All pairs, both ways."""
-        return (self.one_way + self.one_way.transpose(0, 2, 1))[:, :-1, :-1]
+        one_way = self.one_way[:, :-1, :-1].astype(np.int64)
+        return np.asarray(one_way + one_way.transpose(0, 2, 1))
 
     def leading(self, datasets: list[int]) -> LeadingPairs | None:
         """Pairs of the two strongest of some datasets; None if only those of all datasets together were counted."""
@@ -133,12 +134,16 @@ def pair_statistics(counts: PairCounts, top_k: int, seed: int = 0) -> PairStatis
     lift = np.divide(together, expected, out=np.zeros_like(expected), where=expected > 0)
     best, top_lift = _largest(lift, expected)
     random = np.random.default_rng(seed)
-    drawn = np.stack([drawn_pairs(expected_EE, random) for expected_EE in expected])
-    shuffled = np.divide(drawn, expected, out=np.zeros_like(expected), where=expected > 0)
+    shuffled_top_lift = np.zeros(len(together))
+    for layer, expected_EE in enumerate(expected):
+        shuffled = np.divide(
+            drawn_pairs(expected_EE, random), expected_EE, out=np.zeros_like(expected_EE), where=expected_EE > 0
+        )
+        shuffled_top_lift[layer] = _largest(shuffled[None], expected_EE[None])[1][0]
     possible, tokens = comb(experts, top_k), int(counts.tokens[0])
     return PairStatistics(
         counts_LEE=together,
-        lift_LEE=lift,
+        lift_LEE=lift.astype(np.float32),
         unique_sets=np.array(
             [min(estimate_distinct(sketch), tokens, possible) for sketch in counts.sketches], dtype=np.float64
         ),
@@ -151,7 +156,7 @@ def pair_statistics(counts: PairCounts, top_k: int, seed: int = 0) -> PairStatis
         else 1,
         top_pair=np.stack(np.unravel_index(best, (experts, experts)), axis=1),
         top_lift=top_lift,
-        shuffled_top_lift=_largest(shuffled, expected)[1],
+        shuffled_top_lift=shuffled_top_lift,
     )
 
 
