@@ -184,7 +184,8 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
     axes, load = counts.axes, counts.load
     tokens = int(load.tokens.sum())
     if tokens == 0:
-        raise TraceError(f"{source.name} has no routing rows")
+        left = "" if axes.choice.without is None else f" of problems without {axes.choice.without!r}"
+        raise TraceError(f"{source.name} has no routing rows{left}")
     repetitions = _repetitions(counts)
     pairs_NEE = counts.transitions.pairs[:, 0, : axes.layers - 1].sum(0, dtype=np.int64) if axes.hops else None
     return Statistics(

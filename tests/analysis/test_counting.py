@@ -16,7 +16,7 @@ from made_frames import counted, make_axes, make_frame, uniform
 from analysis.accumulator import Accumulator
 from analysis.counting import TraceCounts, axes_of, count_trace
 from analysis.frames import Frame, read_frames
-from analysis.statistics import Source
+from analysis.statistics import Source, compute_statistics
 from analysis.survey import ALL_PROBLEMS, OTHER_DATASETS, Axes, Choice, Survey, survey_trace
 from analysis.survey import make_axes as axes_from
 from analysis.weights import MARGIN_BIN
@@ -239,6 +239,9 @@ def test_problems_can_be_left_out_and_grouped_by_another_column(trace: Trace) ->
     assert Source.of(trace, choice).caveats == ("problems with 'looping' are left out",)
     with pytest.raises(TraceError, match="lacks column 'author'"):
         count_trace(trace, choice=Choice(by="author"))
+    pq.write_table(table.set_column(table.column_names.index("looping"), "looping", pa.array([True] * 12)), path)
+    with pytest.raises(TraceError, match="has no routing rows of problems without 'looping'"):
+        compute_statistics(trace, choice=choice)
 
 
 def test_threads_do_not_lose_problems_that_are_out_of_order(make_trace: Make, random_problems: Make) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.domains import domain_distances, jensen_shannon_distance, specialisation
+from analysis.domains import distance_of, domain_distances, jensen_shannon_distance, specialisation
 from analysis.load import ProblemBlocks
 
 from made_frames import make_axes  # isort: skip
@@ -79,3 +79,22 @@ def test_intervals_need_problems() -> None:
     share = np.full((1, 4), 0.25)
     assert specialisation(blocks_of({0: share, 1: share}, 3, 50, 6), NAMES) == []
     assert specialisation(blocks_of({0: share}, 30, 50, 6), NAMES) == []
+
+
+def test_the_same_problems_are_exchanged_in_pairs() -> None:
+    """Problems that differ a lot, each a little altered: only the control within pairs is small enough to see it."""
+    random = np.random.default_rng(7)
+    shares = random.dirichlet(np.full(16, 0.1), size=60)
+    altered = shares * np.where(np.arange(16) < 4, 1.25, 1.0)
+    ours, theirs = (
+        np.stack([random.multinomial(20_000, share / share.sum()) for share in group]).astype(np.float32)
+        for group in (shares, altered)
+    )
+    apart = distance_of("a", "b", ours, theirs, (1, 16))
+    paired = distance_of("a", "b", ours, theirs, (1, 16), paired=True)
+    assert paired.distance == pytest.approx(apart.distance)
+    assert apart.distance[0] < apart.shuffled_high[0]
+    assert paired.distance[0] > paired.shuffled_high[0]
+    unaltered = np.stack([random.multinomial(20_000, share) for share in shares]).astype(np.float32)
+    same = distance_of("a", "b", ours, unaltered, (1, 16), paired=True)
+    assert same.distance[0] < 3 * same.shuffled_high[0]

@@ -32,7 +32,7 @@ def said(out: Path) -> tuple[dict[str, Any], np.ndarray]:
 def test_a_run_and_a_trace_are_analysed_where_they_are(trace: Trace, tmp_path: Path) -> None:
     account = OfflineModal(tmp_path / "account")
     job = ["--model", "demo", "--engine", "transformers", "--dtype", "float32", "--dataset", "demo-math,demo-code"]
-    job += ["--num-problems", "16", "--max-new-tokens", "2", "--shard-size", "8"]
+    job += ["--num-problems", "12", "--max-new-tokens", "2", "--shard-size", "6"]
     collected = account.run("run", "modal_jobs/collect.py", *job, "--out", str(tmp_path / "merged"))
     assert collected.returncode == 0, collected.stderr
     merged = Trace.open(tmp_path / "merged")
@@ -46,9 +46,6 @@ def test_a_run_and_a_trace_are_analysed_where_they_are(trace: Trace, tmp_path: P
     here, there = said(tmp_path / "here"), said(tmp_path / "there")
     assert here[0] == there[0]
     assert np.array_equal(here[1], there[1])
-
-    again = account.run(*ANALYZE, "--run-id", run_id, "--out", str(tmp_path / "again"))
-    assert again.stdout.count("was counted before") == 2
 
     done = account.run(*ANALYZE, "--trace", str(trace.path), "--containers", "2", "--out", str(tmp_path / "uploaded"))
     assert done.returncode == 0, done.stdout + done.stderr

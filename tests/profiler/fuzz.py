@@ -39,8 +39,9 @@ from profiler.capture_stream import ROUTING_STREAM, RoutingWriter, gather, read_
 from profiler.errors import TraceError
 from profiler.importers import import_trace
 from profiler.jsonl import write_jsonl
+from profiler.parquet_files import stream_table
 from profiler.reader import Trace
-from profiler.schema import TOKENS_SCHEMA, Metadata, ModelMetadata
+from profiler.schema import PROBLEMS_SCHEMA, TOKENS_SCHEMA, Metadata, ModelMetadata
 from profiler.sealing import run_folder, seal
 from profiler.writer import write_manifest, write_metadata
 
@@ -114,6 +115,17 @@ def part_of_trace(name: str, *parts: Callable[[Trace], object]) -> Reader:
             part(trace)
 
     return Reader(lambda folder: make_trace(folder) / name, read)
+
+
+def streamed(name: str, schema: pa.Schema) -> Reader:
+    """A table that is read some rows at a time, from its beginning and from a problem on."""
+
+    def read(trace: Trace) -> None:
+        for from_problem in (0, 1):
+            for _ in stream_table(trace.path / name, schema, 7, from_problem):
+                pass
+
+    return part_of_trace(name, read)
 
 
 def make_capture(folder: Path) -> Path:
@@ -247,6 +259,8 @@ READERS = {
     "routing": part_of_trace("routing/part-00000.parquet", lambda trace: trace.arrays(1), lambda trace: list(trace.chunks())),
     "tokens": part_of_trace("tokens.parquet", lambda trace: trace.tokens),
     "problems": part_of_trace("problems.parquet", lambda trace: trace.problems),
+    "tokens-streamed": streamed("tokens.parquet", TOKENS_SCHEMA),
+    "problems-streamed": streamed("problems.parquet", PROBLEMS_SCHEMA),
     "capture": Reader(lambda folder: run_folder(make_capture(folder), 0) / ROUTING_STREAM, read_stream),
     "completions": Reader(lambda folder: run_folder(make_capture(folder), 0) / COMPLETIONS_FILE, read_capture),
     "planned": Reader(lambda folder: run_folder(make_capture(folder), 0) / PLANNED_FILE, read_capture),

@@ -1,7 +1,11 @@
-"""Every reader against 10,000 mutated inputs: no crash, no hang, no more than 1 GiB."""
+"""Every reader against mutated inputs: no crash, no hang, no more than 1 GiB.
+
+SPECMOE_FUZZ_INPUTS=10000 tries as many of each as were tried when the readers were written, in three minutes.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +14,7 @@ from pathlib import Path
 import pytest
 
 FUZZ = Path(__file__).with_name("fuzz.py")
-INPUTS = 10_000
+INPUTS = int(os.environ.get("SPECMOE_FUZZ_INPUTS", "2500"))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
