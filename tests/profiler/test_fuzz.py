@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 FUZZ = Path(__file__).with_name("fuzz.py")
-INPUTS = int(os.environ.get("SPECMOE_FUZZ_INPUTS", "2500"))
+INPUTS = int(os.environ.get("SPECMOE_FUZZ_INPUTS", "1000"))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
