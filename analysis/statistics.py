@@ -171,8 +171,8 @@ def compute_statistics(
 ) -> Statistics:
     """Read the trace once, on as many cores as there is memory for, and compute everything.
 
-    hops: longest distance between layers; None for what memory allows, at most 8. seed: of the controls. Memory: below 1 GiB,
-    whatever the length of the trace. Raises `TraceError` on an empty trace,
+    hops: longest distance between layers; None for what memory allows, at most 8. seed: of the controls. Memory: the tables,
+    which do not grow with the trace; see docs/analysis.md for what was measured. Raises `TraceError` on an empty trace,
     and if the tables would not fit.
     """
     counts = count_trace(trace, hops=hops, choice=choice, on_progress=on_progress)

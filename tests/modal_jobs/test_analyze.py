@@ -47,6 +47,9 @@ def test_a_run_and_a_trace_are_analysed_where_they_are(trace: Trace, tmp_path: P
     assert here[0] == there[0]
     assert np.array_equal(here[1], there[1])
 
+    again = account.run(*ANALYZE, "--run-id", run_id, "--out", str(tmp_path / "again"))
+    assert again.stdout.count("was counted before") == 2
+
     done = account.run(*ANALYZE, "--trace", str(trace.path), "--containers", "2", "--out", str(tmp_path / "uploaded"))
     assert done.returncode == 0, done.stdout + done.stderr
     analyze_trace(trace, tmp_path / "local")

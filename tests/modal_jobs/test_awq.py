@@ -191,6 +191,7 @@ def test_a_hub_models_commit_is_pinned_for_the_whole_run(tmp_path: Path) -> None
     [
         (["--model", "mixtral-8x7b"], "quantize: mixtral-8x7b has bf16, awq: nothing is to be made"),
         (["--model", "mixtrall"], "quantize: unknown model 'mixtrall': expected one of mixtral-8x7b"),
+        (["--model", "qwen1.5-moe", "--gpu", "TPU"], "quantize: unknown GPU 'TPU': expected one of L4"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(arguments: list[str], text: str, tmp_path: Path) -> None:

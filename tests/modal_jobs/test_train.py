@@ -84,6 +84,8 @@ def test_a_collected_run_is_trained_on_where_it_is(account: OfflineModal, tmp_pa
     [
         ([], "train: expected one of --run-id, of a collected run, and --trace, of a folder here"),
         (["--run-id", "none"], "train: no run or trace none on the Volume"),
+        (["--trace", "absent"], "train: absent: no such trace directory"),
+        (["--run-id", "x", "--gpu", "TPU"], "train: unknown GPU 'TPU': expected one of L4"),
         (["--run-id", "x", "--predictor", "oracle"], "train: unknown predictor 'oracle'"),
         (["--run-id", "x", "--volume", "absent"], "train: Volume 'absent' not found"),
     ],
