@@ -41,7 +41,9 @@ def drive(scenario: str, out: Path, *models: Path, **environment: str) -> Path:
 
 @pytest.fixture(scope="module")
 def families(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return drive("families", tmp_path_factory.mktemp("families"), *(checkpoints / name for name in NAMES))
+    # One engine after the other in one process: else each would import vLLM three times. The other scenarios have workers.
+    models = [checkpoints / name for name in NAMES]
+    return drive("families", tmp_path_factory.mktemp("families"), *models, VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 
 @pytest.fixture(scope="module")
