@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import modal
@@ -35,15 +36,16 @@ ENVIRONMENT = {
 def with_project(image: modal.Image, extra: str = "") -> modal.Image:
     """The image with this project installed, so that vLLM finds the plugin by its entry point."""
     return (
-        image.add_local_dir(ROOT, SOURCE, copy=True, ignore=_is_not_ours)
+        image.add_local_dir(ROOT, SOURCE, copy=True, ignore=not_ours(ROOT))
         .run_commands(f"python -m pip install '{SOURCE}{extra}'")
         .env(ENVIRONMENT)
     )
 
 
-def _is_not_ours(path: Path) -> bool:
-    """Whether a file, relative to the project, stays here."""
-    return path.parts[0] not in PROJECT or "__pycache__" in path.parts
+def not_ours(root: Path) -> modal.FilePatternMatcher:
+    """What stays here of the project's folder. As patterns: by those Modal need not walk through environments and traces."""
+    names = (path.name for path in root.iterdir() if path.name not in PROJECT)
+    return modal.FilePatternMatcher(*(re.sub(r"([\\*?\[\]! ])", r"\\\1", name) for name in names), "**/__pycache__")
 
 
 def gpu_image() -> modal.Image:

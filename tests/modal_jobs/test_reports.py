@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 
 import pytest
 from offline_modal import ROOT
@@ -10,7 +11,7 @@ from offline_modal import ROOT
 pytest.importorskip("modal")
 
 from modal_jobs import collect
-from modal_jobs.image import PROJECT
+from modal_jobs.image import PROJECT, not_ours
 from modal_jobs.shards import ShardReport
 from profiler.plan import CollectJob
 
@@ -42,3 +43,16 @@ def test_the_image_holds_all_packages() -> None:
     ours = {path.parent.relative_to(ROOT) for name in PROJECT for path in (ROOT / name).rglob("__init__.py")}
     assert {str(path).replace("/", ".") for path in ours} == set(packages)
     assert {"pyproject.toml", "README.md", "LICENSE", "specmoe.py"} <= PROJECT
+
+
+def test_nothing_else_goes_into_the_image(tmp_path: Path) -> None:
+    for name in (".venv", ".git", "traces", "!odd", "[a]", "a*b", "x?y", "#c", "back\\slash", " first", "profiler", "analysis"):
+        (tmp_path / name / "__pycache__").mkdir(parents=True)
+        (tmp_path / name / "file.py").touch()
+        (tmp_path / name / "__pycache__" / "file.pyc").touch()
+    (tmp_path / "README.md").touch()
+    (tmp_path / "notes.md").touch()
+    stays = not_ours(tmp_path)
+    assert stays.can_prune_directories()
+    paths = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert {str(path) for path in paths if not stays(path)} == {"README.md", "profiler/file.py", "analysis/file.py"}
