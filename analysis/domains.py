@@ -13,6 +13,7 @@ from analysis.load import ProblemBlocks, entropy, normalized
 
 PERMUTATIONS = 20
 BOOTSTRAPS = 400
+DRAWN_BYTES = 32 << 20
 # Fewer problems than this in a dataset make no interval.
 MIN_PROBLEMS = 5
 # An expert that a dataset uses less than this is not called its own, however much rarer others use it.
@@ -130,12 +131,12 @@ def _preferred(
 ) -> list[Specialist]:
     shape = blocks.shape
     ratios = _share_ratio(inside.sum(0).reshape(shape), outside.sum(0).reshape(shape))
-    drawn = [
-        random.multinomial(len(part), np.full(len(part), 1 / len(part)), size=BOOTSTRAPS).astype(np.float32) @ part
-        for part in (inside, outside)
+    drawn = [_bootstrap(part, random).reshape(-1, *shape) for part in (inside, outside)]
+    # Layer by layer: replicates of all at once would be the largest arrays of the whole analysis.
+    limits = [
+        np.quantile(_share_ratio(*(each[:, layer] for each in drawn)), [0.025, 0.975], axis=0) for layer in range(shape[0])
     ]
-    replicates = _share_ratio(*(each.reshape(-1, *shape) for each in drawn))
-    low, high = np.quantile(replicates, [0.025, 0.975], axis=0)
+    low, high = np.stack(limits, axis=1)
     share = normalized(inside.sum(0, dtype=np.float64).reshape(shape)) * shape[1]
     own = np.argwhere((low > 1) & (share >= MIN_SHARE))
     specialists = [
@@ -143,6 +144,14 @@ def _preferred(
         for n, e in own
     ]
     return sorted(specialists, key=lambda found: -found.low)
+
+
+def _bootstrap(blocks: Blocks, random: np.random.Generator) -> npt.NDArray[np.float32]:
+    """Sums over as many blocks drawn with replacement, BOOTSTRAPS times; some of these at a time, as blocks may be many."""
+    equal = np.full(len(blocks), 1 / len(blocks))
+    at_a_time = max(1, DRAWN_BYTES // (8 * len(blocks)))
+    sizes = [min(at_a_time, BOOTSTRAPS - start) for start in range(0, BOOTSTRAPS, at_a_time)]
+    return np.concatenate([random.multinomial(len(blocks), equal, size=n).astype(np.float32) @ blocks for n in sizes])
 
 
 def _share_ratio(inside: npt.NDArray[np.float32], outside: npt.NDArray[np.float32]) -> Floats:

@@ -38,7 +38,7 @@ from profiler.schema import (
     routing_schema,
     values_schema,
 )
-from profiler.writer import BlockWriter, write_manifest, write_metadata
+from profiler.writer import TEXT_PER_GROUP, BlockWriter, write_manifest, write_metadata
 
 LIMIT_MIB = 1024
 # Runs the command and prints its own high-water mark: the kernel counts what a parent had into `getrusage` of a child.
@@ -132,7 +132,7 @@ def make(path: Path, case: Case) -> Path:
             columns = [ids_T, positions_T, vocabulary_T, pa.array(["decode"] * len(ids_T))]
             tokens.write_table(pa.table(columns, names=TOKENS_SCHEMA.names).cast(TOKENS_SCHEMA))
     with pq.ParquetWriter(path / PROBLEMS_FILE, PROBLEMS_SCHEMA, compression="zstd") as problems:
-        at_once = max(1, min(50_000, (64 << 20) // case.prompt_bytes))
+        at_once = max(1, min(50_000, TEXT_PER_GROUP // case.prompt_bytes))
         for start in range(0, case.problems, at_once):
             numbers = range(start, min(start + at_once, case.problems))
             rows = [

@@ -13,7 +13,7 @@ from profiler.schema import PROBLEMS_FILE
 
 # Columns in which a converted trace may have a hash of a prompt that it does not have.
 PROMPT_HASHES = ("prompt_sha256", "prompt_md5")
-ROWS_AT_A_TIME = 1024
+ROWS_AT_A_TIME = 128
 
 
 def split_key(trace: Trace) -> str:

@@ -42,6 +42,8 @@ from profiler.schema import (
 ROWS_PER_GROUP = 1 << 17
 BYTES_PER_GROUP = 32 << 20
 ROWS_PER_FILE = 1 << 24
+# Of tables: text is decoded into dictionaries, which take several times a row group's size.
+TEXT_PER_GROUP = 16 << 20
 KEY_COLUMNS = ("problem_id", "layer", "token_id")
 
 
@@ -173,9 +175,10 @@ def public_command() -> list[str]:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a small table (tokens, problems) atomically."""
+    """Write a table (tokens, problems) atomically, in row groups that a reader of text can hold several times."""
     temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+    rows = max(1, table.num_rows * TEXT_PER_GROUP // max(table.nbytes, TEXT_PER_GROUP))
+    pq.write_table(table, temporary, row_group_size=rows, compression="zstd", write_page_checksum=True)
     temporary.rename(path)
 
 
