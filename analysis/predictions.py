@@ -18,11 +18,11 @@ CONTROL = "shuffled control"
 
 
 class Result(BaseModel):
-    """One predictor: metrics by horizon (`h=1`, ...), intervals of recall@K over problems, metrics by layer `[L]` or null."""
+    """One predictor: metrics by horizon (`h=1`, ...), 95 % intervals of some of them, metrics by layer `[L]` or null."""
 
     metrics: dict[str, dict[str, float]]
     recall_at_k_name: str
-    interval_over_problems: dict[str, tuple[float, float]]
+    intervals: dict[str, dict[str, tuple[float, float]]]
     by_target_layer: dict[str, list[dict[str, float] | None]] = {}
 
 
@@ -49,8 +49,8 @@ class Evaluation(BaseModel):
                 raise ValueError(f"chance lacks {min(missing)}")
             if missing := needed - result.metrics.get("h=1", {}).keys():
                 raise ValueError(f"{name} lacks {min(missing)} for h=1")
-            if result.metrics.keys() - result.interval_over_problems.keys():
-                raise ValueError(f"{name} lacks intervals")
+            if any(result.recall_at_k_name not in result.intervals.get(horizon, {}) for horizon in result.metrics):
+                raise ValueError(f"{name} lacks intervals of {result.recall_at_k_name}")
         return self
 
 
@@ -86,7 +86,7 @@ def table(evaluation: Evaluation, horizon: int = 1) -> list[dict[str, str]]:
     for name, result in evaluation.results.items():
         metrics = result.metrics[f"h={horizon}"]
         row = {"predictor": name} | {column: f"{metrics[column]:.3f}" for column in columns}
-        low, high = result.interval_over_problems[f"h={horizon}"]
+        low, high = result.intervals[f"h={horizon}"][k_name]
         row[k_name] += f" ({low:.3f}-{high:.3f})"
         rows.append(row)
     return rows

@@ -17,16 +17,11 @@ from analysis.predictions import as_evaluation, table
 from profiler.errors import SpecmoeError
 from profiler.reader import Trace
 from profiler.writer import write_text
+from speculation.tasks import Task
 
 app = typer.Typer()
 console = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
-
-
-class TaskName(StrEnum):
-    """Prediction tasks by name."""
-
-    next_layer = "next-layer"
 
 
 class PartName(StrEnum):
@@ -43,8 +38,8 @@ def train(
     trace: Annotated[Path, typer.Argument(help="A trace directory.")],
     out: Annotated[Path, typer.Option(help="The run directory to make.")],
     predictor: Annotated[str, typer.Option(help="See 'specmoe predictors'.")] = "mlp",
-    task: Annotated[TaskName, typer.Option(help="What is predicted from what.")] = TaskName.next_layer,
-    horizon: Annotated[int, typer.Option(min=1, help="Layers ahead, 1 to H.")] = 1,
+    task: Annotated[Task, typer.Option(help="What is predicted from what.")] = Task.NEXT_LAYER,
+    horizon: Annotated[int, typer.Option(min=1, help="Layers (next-token: tokens) ahead, 1 to H.")] = 1,
     epochs: Annotated[int, typer.Option(min=1, help="Neural predictors: passes over the training problems.")] = 30,
     batch_tokens: Annotated[int, typer.Option(min=1)] = 256,
     learning_rate: Annotated[float, typer.Option(min=1e-8)] = 2e-3,
@@ -66,10 +61,10 @@ def train(
         patience=patience,
         max_seconds=max_seconds,
     )
-    print_run(train_with_progress(Trace.open(trace), predictor, out, horizon, options))
+    print_run(train_with_progress(Trace.open(trace), predictor, out, task, horizon, options))
 
 
-def train_with_progress(trace: Trace, predictor: str, out: Path, horizon: int, options: Any) -> Any:
+def train_with_progress(trace: Trace, predictor: str, out: Path, task: Task, horizon: int, options: Any) -> Any:
     """`speculation.train.train` with a progress bar, or plain lines where there is no terminal."""
     from speculation.train import train as run
 
@@ -79,24 +74,24 @@ def train_with_progress(trace: Trace, predictor: str, out: Path, horizon: int, o
             if done == 1 or done % 5 == 0:
                 messages.print(f"epoch {done} of {total}: {_losses(entry)}")
 
-        return run(trace, predictor, out, horizon=horizon, options=options, on_progress=report)
+        return run(trace, predictor, out, task=task, horizon=horizon, options=options, on_progress=report)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=messages, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
-        task = progress.add_task(f"training {predictor}", total=None)
+        bar = progress.add_task(f"training {predictor}", total=None)
 
         def update(done: int, total: int, entry: dict[str, float]) -> None:
-            progress.update(task, completed=done, total=total, description=f"training {predictor}, {_losses(entry)}")
+            progress.update(bar, completed=done, total=total, description=f"training {predictor}, {_losses(entry)}")
 
-        return run(trace, predictor, out, horizon=horizon, options=options, on_progress=update)
+        return run(trace, predictor, out, task=task, horizon=horizon, options=options, on_progress=update)
 
 
 def print_run(run: Any) -> None:
     """The end of `train`, for people."""
+    shape = run.predictor.shape
     facts = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
     typer.echo(
         f"{run.path}: {run.name}, {facts['parameters']:,} parameters, trained in {facts['train_seconds']:.1f} s on "
-        f"{facts['train_problems']} problems ({facts['train_tokens']:,} tokens) for {run.task}, "
-        f"horizon {run.predictor.shape.horizon}"
+        f"{facts['train_problems']} problems ({facts['train_tokens']:,} tokens) for {shape.task}, horizon {shape.horizon}"
     )
 
 
@@ -132,8 +127,9 @@ def print_evaluation(document: dict[str, Any]) -> None:
     horizons = len(next(iter(document["results"].values()))["metrics"])
     for horizon in range(1, horizons + 1):
         rows = table(evaluation, horizon)
-        ahead = "the next layer" if horizon == 1 else f"{horizon} layers ahead"
-        shown = Table(box=None, title=f"Experts of {ahead}, {escape(document['model'])}", title_justify="left")
+        shown = Table(
+            box=None, title=f"{_predicted(evaluation.task, horizon)}, {escape(document['model'])}", title_justify="left"
+        )
         for column in rows[0]:
             shown.add_column(column, justify="left" if column == "predictor" else "right", no_wrap=True)
         for row in rows:
@@ -148,6 +144,14 @@ def print_evaluation(document: dict[str, Any]) -> None:
         typer.echo(f"Note: {caveat}")
 
 
+def _predicted(task: str, horizon: int) -> str:
+    if task == Task.NEXT_LAYER:
+        return "Experts of the next layer" if horizon == 1 else f"Experts of {horizon} layers ahead"
+    if task == Task.NEXT_TOKEN:
+        return "Experts of the next token" if horizon == 1 else f"Experts of {horizon} tokens ahead"
+    return "Experts of a token, before any of its layers"
+
+
 @app.command()
 def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """List predictors by name.
@@ -156,9 +160,13 @@ def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JS
     """
     from speculation.predictors import predictor_classes
 
-    rows = [{"name": name, "about": cls.about} for name, cls in predictor_classes().items()]
+    rows = [
+        {"name": name, "tasks": sorted(cls.tasks), "inputs": cls.inputs, "about": cls.about, "source": cls.source}
+        for name, cls in predictor_classes().items()
+    ]
     if as_json:
         console.print_json(json.dumps(rows))
         return
     for row in rows:
         typer.echo(f"{row['name']:<20} {row['about']}")
+        typer.echo(f"{'':<20} sees {row['inputs']}; predicts {', '.join(row['tasks'])}; {row['source']}")

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from profiler.errors import TraceError
+from profiler.errors import SpecmoeError, TraceError
 from profiler.reader import Trace
 from profiler.splits import split_key
 from speculation.metrics import DEFINITIONS, ConfidenceCounts, RankCounts, chance, true_ranks
-from speculation.predictors import Predictor, Shape
+from speculation.predictors import Predictor
 from speculation.routes import Routes, load_routes
 from speculation.runs import Run, count_parameters, manifest_sha256
+from speculation.tasks import Shape, targets
 
-TOKENS_PER_CHUNK = 2048
+# Bytes of the probabilities of one chunk of tokens.
+CHUNK_BYTES = 32 << 20
 # Lower ends of the reported ranges of positions in the sequence.
 POSITION_STARTS = (0, 16, 64, 256, 1024)
+PHASES = ("prefill", "decode")
 BOOTSTRAPS = 1000
 TIMED_PREDICTIONS = 200
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One predictor's results: `metrics` by horizon (`h=1`, ...), and breakdowns, as plain values for JSON."""
+class Groups:
+    """A way to group tokens: group_T `[T]`, the number of each token's group; -1 is in none."""
 
-    name: str
-    metrics: dict[str, dict[str, float]]
-    details: dict[str, Any]
+    names: tuple[str, ...]
+    group_T: npt.NDArray[np.int64]
 
 
 def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0) -> dict[str, Any]:
@@ -42,18 +46,18 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0) -> di
     """
     shape = run.predictor.shape
     _check_split(run, trace)
-    if Shape.of(trace.metadata.model, shape.horizon) != shape:
+    if Shape.of(trace.metadata.model, shape.horizon, shape.task) != shape:
         raise TraceError(f"{trace.path}: its model has another number of layers, experts or top-k than {run.path} ({shape})")
     routes = load_routes(trace, part)
+    groups = token_groups(trace, routes)
     predictors = {name: baseline for name, baseline in run.baselines.items() if name != run.name}
     predictors[run.name] = run.predictor
-    evaluations = [_judge(name, predictor, routes) for name, predictor in predictors.items()]
-    evaluations.append(_judge(f"{run.name}, shuffled control", run.predictor, _shuffled_targets(routes, seed), routes))
-    by_chance = chance(shape.experts, shape.top_k)
+    results = {name: judge(predictor, routes, groups) for name, predictor in predictors.items()}
+    results[f"{run.name}, shuffled control"] = judge(run.predictor, shuffled(routes, seed), groups, routes)
     return {
         "run": run.path.name,
         "predictor": run.name,
-        "task": run.task,
+        "task": str(shape.task),
         "trace": trace.path.name,
         "model": trace.metadata.model.id,
         "split": f"by problem (hash of the {run.split})",
@@ -62,8 +66,8 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0) -> di
         "tokens": len(routes),
         "definitions": DEFINITIONS,
         "caveats": trace.caveats(),
-        "chance": by_chance,
-        "results": {evaluation.name: {"metrics": evaluation.metrics, **evaluation.details} for evaluation in evaluations},
+        "chance": chance(shape.experts, shape.top_k),
+        "results": results,
     }
 
 
@@ -78,65 +82,98 @@ def _check_split(run: Run, trace: Trace) -> None:
         raise TraceError(f"{trace.path} has no prompts and is not the trace that {run.path} was trained on: expected that one")
 
 
-def _judge(name: str, predictor: Predictor, truth: Routes, seen: Routes | None = None) -> Evaluation:
-    """seen: what the predictor is shown, if that differs from the truth (the shuffled control)."""
-    shape = predictor.shape
-    by_layer = [[RankCounts(shape.experts, shape.top_k) for _ in range(shape.layers)] for _ in range(shape.horizon)]
-    by_phase = {"prefill": RankCounts(shape.experts, shape.top_k), "decode": RankCounts(shape.experts, shape.top_k)}
-    by_position = [RankCounts(shape.experts, shape.top_k) for _ in POSITION_STARTS]
+def token_groups(trace: Trace, routes: Routes) -> dict[str, Groups]:
+    """By phase, position and dataset, and by every true-or-false column of `problems.parquet` (such as `looping`)."""
+    position_T = np.searchsorted(POSITION_STARTS, routes.token_ids_T, side="right") - 1
+    groups = {
+        "phase": Groups(PHASES, routes.is_decode_T.astype(np.int64)),
+        "position": Groups(tuple(f"from {first}" for first in POSITION_STARTS), position_T),
+    }
+    if not trace.has_problems:
+        return groups
+    problems = trace.problems
+    ids_P = problems.column("problem_id").to_numpy()
+    order_P = np.argsort(ids_P, kind="stable")
+    row_T = order_P[np.minimum(np.searchsorted(ids_P, routes.problem_ids_T, sorter=order_P), len(ids_P) - 1)]
+    is_known_T = ids_P[row_T] == routes.problem_ids_T
+    columns = ["dataset", *(field.name for field in problems.schema if pa.types.is_boolean(field.type))]
+    for name in columns:
+        coded = problems.column(name).cast(pa.string()).combine_chunks().dictionary_encode()
+        code_P = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        groups[name] = Groups(tuple(coded.dictionary.to_pylist()), np.where(is_known_T, code_P[row_T], -1))
+    return groups
+
+
+def judge(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: Routes | None = None) -> dict[str, Any]:
+    """Every metric of one predictor by horizon (`h=1`, ...), and breakdowns, as plain values for JSON.
+
+    seen: what the predictor is shown, if that differs from the truth (the shuffled control).
+    """
+    shape, seen = predictor.shape, seen or truth
+    experts, top_k = shape.experts, shape.top_k
+    by_layer = [RankCounts(experts, top_k, shape.layers) for _ in range(shape.horizon)]
+    by_group = {name: RankCounts(experts, top_k, len(group.names)) for name, group in groups.items()}
     confidence = ConfidenceCounts()
-    problem_ids, problem_T = np.unique(truth.problem_ids_T, return_inverse=True)
-    hits_HP = np.zeros((shape.horizon, len(problem_ids)))
-    examples_HP = np.zeros((shape.horizon, len(problem_ids)))
-    for start in range(0, len(truth), TOKENS_PER_CHUNK):
-        tokens = slice(start, min(start + TOKENS_PER_CHUNK, len(truth)))
-        probabilities_TLHE = predictor.probabilities(seen or truth, tokens)
-        position_T = np.searchsorted(POSITION_STARTS, truth.token_ids_T[tokens], side="right") - 1
-        is_decode_T = truth.is_decode_T[tokens]
+    problem_T = np.unique(truth.problem_ids_T, return_inverse=True)[1]
+    sums = [np.zeros((4, int(problem_T.max()) + 1)) for _ in range(shape.horizon)]
+    for tokens_T, probabilities_TLHE in predictions(predictor, seen):
         for hop in range(1, shape.horizon + 1):
-            for layer in range(shape.layers - hop):
-                true_TK = truth.expert_ids_TLK[tokens, layer + hop]
-                scores_TE = probabilities_TLHE[:, layer, hop - 1]
-                ranks_TK = true_ranks(scores_TE, true_TK)
-                by_layer[hop - 1][layer + hop].add(ranks_TK)
-                hits_T = (ranks_TK < shape.top_k).mean(1)
-                hits_HP[hop - 1] += np.bincount(problem_T[tokens], hits_T, len(problem_ids))
-                examples_HP[hop - 1] += np.bincount(problem_T[tokens], minlength=len(problem_ids))
-                if hop == 1:
-                    confidence.add(scores_TE, true_TK, ranks_TK)
-                    by_phase["prefill"].add(ranks_TK[~is_decode_T])
-                    by_phase["decode"].add(ranks_TK[is_decode_T])
-                    for bucket, counts in enumerate(by_position):
-                        counts.add(ranks_TK[position_T == bucket])
-    metrics, per_layer, intervals = {}, {}, {}
-    for hop, layers in enumerate(by_layer, start=1):
-        total = RankCounts(shape.experts, shape.top_k)
-        for counts in layers:
-            total.merge(counts)
-        metrics[f"h={hop}"] = total.metrics()
-        per_layer[f"h={hop}"] = [counts.metrics() or None for counts in layers]
-        intervals[f"h={hop}"] = _bootstrap(hits_HP[hop - 1], examples_HP[hop - 1])
-    details = {
-        "recall_at_k_name": f"recall@{shape.top_k}",
-        "interval_over_problems": intervals,
-        "by_target_layer": per_layer,
-        "by_phase": {phase: counts.metrics() for phase, counts in by_phase.items()},
-        "by_position": {f"from {first}": c.metrics() for first, c in zip(POSITION_STARTS, by_position, strict=True)},
+            true = targets(truth, shape, tokens_T, hop)
+            token_N, layer_N = np.nonzero(true.is_valid_TL)
+            scores_NE = probabilities_TLHE[token_N, layer_N, hop - 1]
+            if not np.isfinite(scores_NE).all():
+                raise SpecmoeError(
+                    f"{predictor.name} predicts what is no number: it was trained on something else, or diverged"
+                )
+            true_NK = true.ids_TLK[token_N, layer_N]
+            ranks_NK = true_ranks(scores_NE, true_NK)
+            by_layer[hop - 1].add(ranks_NK, shape.target_layers(hop)[layer_N])
+            is_found_NK = ranks_NK < top_k
+            of_example = (is_found_NK.mean(1), ranks_NK[:, 0] == 0, is_found_NK.all(1), np.ones(len(ranks_NK)))
+            for total_P, values_N in zip(sums[hop - 1], of_example, strict=True):
+                total_P += np.bincount(problem_T[tokens_T[token_N]], values_N, len(total_P))
+            if hop == 1:
+                confidence.add(scores_NE, true_NK, ranks_NK)
+                for name, group in groups.items():
+                    group_N = group.group_T[true.tokens_T[token_N]]
+                    by_group[name].add(ranks_NK[group_N >= 0], group_N[group_N >= 0])
+    arrays = predictor.arrays()
+    return {
+        "metrics": {f"h={hop}": counts.metrics() for hop, counts in enumerate(by_layer, start=1)},
+        "recall_at_k_name": f"recall@{top_k}",
+        "intervals": {f"h={hop}": _bootstrap(each, top_k) for hop, each in enumerate(sums, start=1)},
+        "by_target_layer": {
+            f"h={hop}": [counts.metrics(layer) or None for layer in range(shape.layers)]
+            for hop, counts in enumerate(by_layer, start=1)
+        },
+        **{
+            f"by_{name}": {each: by_group[name].metrics(number) for number, each in enumerate(group.names)}
+            for name, group in groups.items()
+        },
         "calibration_error": confidence.calibration_error(),
         "precision_by_coverage": confidence.precision_by_coverage(),
-        "parameters": count_parameters(predictor.arrays()),
-        "bytes": int(sum(array.nbytes for array in predictor.arrays().values())),
-        "microseconds_per_token": _microseconds_per_token(predictor, seen or truth),
+        "parameters": count_parameters(arrays),
+        "bytes": int(sum(array.nbytes for array in arrays.values())),
+        "microseconds_per_token": _microseconds_per_token(predictor, seen),
     }
-    return Evaluation(name, metrics, details)
 
 
-def _bootstrap(hits_P: npt.NDArray[np.float64], examples_P: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """95 % interval of recall@K, resampling problems with replacement."""
-    drawn = np.random.default_rng(0).integers(len(hits_P), size=(BOOTSTRAPS, len(hits_P)))
-    recalls = hits_P[drawn].sum(1) / examples_P[drawn].sum(1)
-    low, high = np.quantile(recalls, [0.025, 0.975])
-    return float(low), float(high)
+def predictions(predictor: Predictor, routes: Routes) -> Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+    """Indices of tokens `[T]` and their probabilities `[T, L, H, E]`, chunk by chunk."""
+    shape = predictor.shape
+    size = max(1, CHUNK_BYTES // (4 * shape.layers * shape.horizon * shape.experts))
+    for start in range(0, len(routes), size):
+        tokens = slice(start, min(start + size, len(routes)))
+        yield np.arange(tokens.start, tokens.stop), predictor.probabilities(routes, tokens)
+
+
+def _bootstrap(sums_4P: npt.NDArray[np.float64], top_k: int) -> dict[str, tuple[float, float]]:
+    """95 % intervals, resampling problems with replacement. sums: of found shares, first hits, exact sets, and examples."""
+    random = np.random.default_rng(0)
+    problems = sums_4P.shape[1]
+    drawn_4B = np.stack([sums_4P[:, random.integers(problems, size=problems)].sum(1) for _ in range(BOOTSTRAPS)], axis=1)
+    low_3, high_3 = np.quantile(drawn_4B[:3] / np.maximum(drawn_4B[3], 1), [0.025, 0.975], axis=1).tolist()
+    return dict(zip((f"recall@{top_k}", "top-1", "exact"), zip(low_3, high_3, strict=True), strict=True))
 
 
 def _microseconds_per_token(predictor: Predictor, routes: Routes) -> float:
@@ -149,11 +186,9 @@ def _microseconds_per_token(predictor: Predictor, routes: Routes) -> float:
     return round(float(np.median(times)) * 1e6, 1)
 
 
-def _shuffled_targets(routes: Routes, seed: int) -> Routes:
-    """The same tokens with, layer by layer, the routes of other tokens."""
+def shuffled(routes: Routes, seed: int) -> Routes:
+    """The same tokens with, layer by layer, the experts of other tokens."""
     random = np.random.default_rng(seed)
-    ids_TLK = np.stack(
-        [routes.expert_ids_TLK[random.permutation(len(routes)), layer] for layer in range(routes.expert_ids_TLK.shape[1])],
-        axis=1,
-    )
-    return Routes(**{**vars(routes), "expert_ids_TLK": ids_TLK})
+    layers = range(routes.expert_ids_TLK.shape[1])
+    ids_TLK = np.stack([routes.expert_ids_TLK[random.permutation(len(routes)), layer] for layer in layers], axis=1)
+    return replace(routes, expert_ids_TLK=ids_TLK)

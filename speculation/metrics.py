@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from math import comb
 from typing import Any, Self
 
+import numba
 import numpy as np
 import numpy.typing as npt
+
+Counts = npt.NDArray[np.int64]
 
 FIXED_M = (1, 3, 5, 10, 20)
 CONFIDENCE_BINS = 20
@@ -25,7 +28,8 @@ DEFINITIONS = {
     "coverage@m": "all K true experts are among the top m",
     "chance": "expected value of a uniformly random ranking",
     "calibration_error": "mean |predicted probability - observed frequency| in 20 equal bins of probability, weighted by count",
-    "breakdowns": "by_phase, by_position, calibration and precision_by_coverage are of horizon 1",
+    "breakdowns": "by_phase and other groups (of the predicted token), calibration, precision_by_coverage: of horizon 1",
+    "intervals": "95 %, by resampling problems with replacement 1,000 times",
     "precision_by_coverage": "for thresholds of confidence (mean probability of the top K): the fraction of examples kept and "
     "the recall@K among them",
 }
@@ -33,58 +37,67 @@ DEFINITIONS = {
 
 def true_ranks(scores_NE: npt.NDArray[np.floating[Any]], true_NK: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Rank `[N, K]` of each true expert; equal scores rank by expert id."""
-    order_NE = np.argsort(-scores_NE, axis=1, kind="stable")
-    rank_NE = np.empty_like(order_NE)
-    np.put_along_axis(rank_NE, order_NE, np.arange(scores_NE.shape[1])[None], axis=1)
-    return np.take_along_axis(rank_NE, true_NK.astype(np.int64), axis=1)
+    ranks_NK = np.empty(true_NK.shape, dtype=np.int64)
+    _count_better(np.ascontiguousarray(scores_NE), true_NK, ranks_NK)
+    return ranks_NK
 
 
-@dataclass
+@numba.njit(cache=True, nogil=True)
+def _count_better(scores_NE: npt.NDArray[np.floating[Any]], true_NK: npt.NDArray[Any], ranks_NK: npt.NDArray[np.int64]) -> None:
+    for n in range(true_NK.shape[0]):
+        for k in range(true_NK.shape[1]):
+            own = true_NK[n, k]
+            score = scores_NE[n, own]
+            rank = 0
+            for expert in range(scores_NE.shape[1]):
+                other = scores_NE[n, expert]
+                rank += other > score or (other == score and expert < own)
+            ranks_NK[n, k] = rank
+
+
 class RankCounts:
-    """How often each rank occurred `[E]`: of any true expert, of the strongest, of the best-ranked and the worst-ranked one."""
+    """How often each rank occurred, in each of G groups `[G, E]`: of any true expert, of the strongest, of the best-ranked and
+    of the worst-ranked one.
+    """
 
-    num_experts: int
-    top_k: int
-    examples: int = 0
-    every: npt.NDArray[np.int64] = field(init=False)
-    strongest: npt.NDArray[np.int64] = field(init=False)
-    best: npt.NDArray[np.int64] = field(init=False)
-    worst: npt.NDArray[np.int64] = field(init=False)
+    def __init__(self, num_experts: int, top_k: int, groups: int = 1) -> None:
+        self.num_experts, self.top_k = num_experts, top_k
+        self.examples: Counts = np.zeros(groups, dtype=np.int64)
+        self.every, self.strongest, self.best, self.worst = (np.zeros((groups, num_experts), dtype=np.int64) for _ in range(4))
 
-    def __post_init__(self) -> None:
-        for name in ("every", "strongest", "best", "worst"):
-            setattr(self, name, np.zeros(self.num_experts, dtype=np.int64))
+    def add(self, ranks_NK: npt.NDArray[np.int64], group_N: npt.NDArray[np.integer[Any]] | int = 0) -> None:
+        """Count ranks as `true_ranks` returns them, the strongest true expert first; group_N: of each example."""
+        group_N = np.broadcast_to(np.asarray(group_N, dtype=np.int64), len(ranks_NK))
+        self.examples += np.bincount(group_N, minlength=len(self.examples))
 
-    def add(self, ranks_NK: npt.NDArray[np.int64]) -> None:
-        """Count ranks as `true_ranks` returns them, the strongest true expert first."""
+        def count(into: Counts, ranks_NJ: npt.NDArray[np.int64]) -> None:
+            cells_NJ = group_N[:, None] * self.num_experts + ranks_NJ
+            into += np.bincount(cells_NJ.reshape(-1), minlength=into.size).reshape(into.shape)
 
-        def count(ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-            return np.bincount(ranks.reshape(-1), minlength=self.num_experts)
-
-        self.examples += len(ranks_NK)
-        self.every += count(ranks_NK)
-        self.strongest += count(ranks_NK[:, 0])
-        self.best += count(ranks_NK.min(1))
-        self.worst += count(ranks_NK.max(1))
+        count(self.every, ranks_NK)
+        count(self.strongest, ranks_NK[:, :1])
+        count(self.best, ranks_NK.min(1, keepdims=True))
+        count(self.worst, ranks_NK.max(1, keepdims=True))
 
     def merge(self, other: Self) -> None:
         """Add the counts of other examples."""
-        self.examples += other.examples
-        for name in ("every", "strongest", "best", "worst"):
+        for name in ("examples", "every", "strongest", "best", "worst"):
             getattr(self, name).__iadd__(getattr(other, name))
 
-    def metrics(self) -> dict[str, float]:
-        """Every metric by name, e.g. `recall@2`; empty without examples."""
-        if not self.examples:
+    def metrics(self, group: int | None = None) -> dict[str, float]:
+        """Every metric by name, e.g. `recall@2`, of one group or of all together; empty without examples."""
+        chosen = slice(None) if group is None else slice(group, group + 1)
+        n, k = int(self.examples[chosen].sum()), self.top_k
+        if not n:
             return {}
-        n, k = self.examples, self.top_k
-        result = {f"recall@{m}": float(self.every[:m].sum() / (n * k)) for m in evaluated_m(self.num_experts, k)}
-        result["top-1"] = float(self.strongest[0] / n)
-        result |= {f"hit@{m}": float(self.strongest[:m].sum() / n) for m in evaluated_m(self.num_experts, k)}
-        result["exact"] = float(self.worst[:k].sum() / n)
-        result["any"] = float(self.best[:k].sum() / n)
+        every, strongest, best, worst = (each[chosen].sum(0) for each in (self.every, self.strongest, self.best, self.worst))
+        result = {f"recall@{m}": float(every[:m].sum() / (n * k)) for m in evaluated_m(self.num_experts, k)}
+        result["top-1"] = float(strongest[0] / n)
+        result |= {f"hit@{m}": float(strongest[:m].sum() / n) for m in evaluated_m(self.num_experts, k)}
+        result["exact"] = float(worst[:k].sum() / n)
+        result["any"] = float(best[:k].sum() / n)
         wide = (m for m in evaluated_m(self.num_experts, k) if m >= k)
-        result |= {f"coverage@{m}": float(self.worst[:m].sum() / n) for m in wide}
+        result |= {f"coverage@{m}": float(worst[:m].sum() / n) for m in wide}
         return result
 
 

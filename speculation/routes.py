@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from profiler.errors import TraceError
 from profiler.reader import Trace, concatenate
@@ -29,17 +31,18 @@ class Routes:
 
     expert_ids_TLK `[T, L, K]` and weights_TLK `[T, L, K]` as in the trace, sorted by weight; equal weights if it has none.
     problem_ids_T, token_ids_T `[T]`: problem and position in the sequence.
-    vocab_ids_T `[T]`: the token's vocabulary id, or -1 if the trace does not say. is_decode_T `[T]`: generated, not prompt.
-    previous_T `[T]`: index of the same problem's preceding token in these arrays, or -1.
+    token_keys_T `[T]`: which token it is: its vocabulary id, a digest of its text where there is no id, or UNKNOWN_TOKEN.
+    is_decode_T `[T]`: generated, not prompt.
+    first_T `[T]`: index here of the first token of the unbroken stretch that the token is in: all of `first_T[t]..t` is known.
     """
 
     expert_ids_TLK: npt.NDArray[np.unsignedinteger[Any]]
     weights_TLK: npt.NDArray[np.float16]
     problem_ids_T: npt.NDArray[np.int32]
     token_ids_T: npt.NDArray[np.int32]
-    vocab_ids_T: npt.NDArray[np.int32]
+    token_keys_T: npt.NDArray[np.int64]
     is_decode_T: npt.NDArray[np.bool_]
-    previous_T: npt.NDArray[np.int64]
+    first_T: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.problem_ids_T)
@@ -48,6 +51,18 @@ class Routes:
     def num_problems(self) -> int:
         """Problems that have at least one token here."""
         return len(np.unique(self.problem_ids_T))
+
+    @cached_property
+    def previous_T(self) -> npt.NDArray[np.int64]:
+        """Index of the token directly before `[T]`, or -1."""
+        index_T = np.arange(len(self))
+        return np.where(self.first_T < index_T, index_T - 1, -1)
+
+    @cached_property
+    def followers_T(self) -> npt.NDArray[np.int64]:
+        """How many tokens follow directly, without a gap `[T]`."""
+        firsts_S, counts_S = np.unique(self.first_T, return_counts=True)
+        return np.asarray(np.repeat(firsts_S + counts_S - 1, counts_S) - np.arange(len(self)))
 
 
 def part_of(prompt: str) -> str:
@@ -79,37 +94,37 @@ def load_routes(trace: Trace, part: str) -> Routes:
             pieces.append(chunk.take(keep_T))
     if not pieces:
         raise EmptyPartError(f"{trace.path}: no problem falls into the {part} part of the split; collect more problems")
-    return make_routes(concatenate(pieces), *_token_facts(trace))
+    return make_routes(concatenate(pieces), _token_facts(trace))
 
 
-def make_routes(
-    chunk: RoutingChunk,
-    token_keys: npt.NDArray[np.int64] | None = None,
-    vocab_ids: npt.NDArray[np.int32] | None = None,
-    is_decode: npt.NDArray[np.bool_] | None = None,
-) -> Routes:
-    """Routes of a chunk of whole problems.
+@dataclass(frozen=True)
+class TokenFacts:
+    """The known tokens `[N]`: ascending `problem_id << 32 | token_id`, which token each is, and whether it was generated."""
 
-    token_keys: ascending `problem_id << 32 | token_id` of the known tokens, with their vocabulary ids and phases.
-    """
-    key_T = _keys(chunk.problem_ids_T, chunk.token_ids_T)
-    vocab_ids_T = np.full(len(chunk), UNKNOWN_TOKEN, dtype=np.int32)
+    places_N: npt.NDArray[np.int64]
+    token_keys_N: npt.NDArray[np.int64]
+    is_decode_N: npt.NDArray[np.bool_]
+
+
+def make_routes(chunk: RoutingChunk, facts: TokenFacts | None = None) -> Routes:
+    """Routes of a chunk of whole problems."""
+    place_T = _places(chunk.problem_ids_T, chunk.token_ids_T)
+    token_keys_T = np.full(len(chunk), UNKNOWN_TOKEN, dtype=np.int64)
     is_decode_T = np.zeros(len(chunk), dtype=np.bool_)
-    if token_keys is not None and vocab_ids is not None and is_decode is not None and len(token_keys):
-        found_T = np.minimum(np.searchsorted(token_keys, key_T), len(token_keys) - 1)
-        known_T = token_keys[found_T] == key_T
-        vocab_ids_T[known_T] = vocab_ids[found_T[known_T]]
-        is_decode_T[known_T] = is_decode[found_T[known_T]]
-    follows_T = np.zeros(len(chunk), dtype=np.bool_)
-    follows_T[1:] = np.diff(key_T) == 1
+    if facts is not None and len(facts.places_N):
+        found_T = np.minimum(np.searchsorted(facts.places_N, place_T), len(facts.places_N) - 1)
+        known_T = facts.places_N[found_T] == place_T
+        token_keys_T[known_T] = facts.token_keys_N[found_T[known_T]]
+        is_decode_T[known_T] = facts.is_decode_N[found_T[known_T]]
+    starts_T = np.diff(place_T, prepend=-2) != 1
     return Routes(
         expert_ids_TLK=chunk.expert_ids_TLK,
         weights_TLK=equal_weights(chunk) if chunk.weights_TLK is None else chunk.weights_TLK,
         problem_ids_T=chunk.problem_ids_T,
         token_ids_T=chunk.token_ids_T,
-        vocab_ids_T=vocab_ids_T,
+        token_keys_T=token_keys_T,
         is_decode_T=is_decode_T,
-        previous_T=np.where(follows_T, np.arange(len(chunk)) - 1, -1),
+        first_T=np.maximum.accumulate(np.where(starts_T, np.arange(len(chunk)), 0)),
     )
 
 
@@ -127,18 +142,26 @@ def _problems_of_part(trace: Trace, part: str) -> npt.NDArray[np.int32]:
     return np.array(sorted(chosen), dtype=np.int32)
 
 
-def _token_facts(
-    trace: Trace,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.bool_]] | tuple[None, None, None]:
+def _token_facts(trace: Trace) -> TokenFacts | None:
     if not trace.has_tokens:
-        return None, None, None
+        return None
     tokens = trace.tokens
-    keys = _keys(tokens.column("problem_id").to_numpy(), tokens.column("token_id").to_numpy())
-    if (np.diff(keys) <= 0).any():
+    places = _places(tokens.column("problem_id").to_numpy(), tokens.column("token_id").to_numpy())
+    if (np.diff(places) <= 0).any():
         raise TraceError(f"{trace.path}: tokens.parquet is not sorted by (problem_id, token_id)")
     phase = tokens.column("phase").cast("string").to_numpy(zero_copy_only=False)
-    return keys, tokens.column("vocab_id").fill_null(UNKNOWN_TOKEN).to_numpy(), phase == DECODE
+    return TokenFacts(places, _token_keys(tokens), phase == DECODE)
 
 
-def _keys(problem_ids: npt.NDArray[Any], token_ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def _token_keys(tokens: pa.Table) -> npt.NDArray[np.int64]:
+    vocab_ids = tokens.column("vocab_id")
+    if vocab_ids.null_count < len(vocab_ids) or "text" not in tokens.column_names:
+        return np.asarray(vocab_ids.fill_null(UNKNOWN_TOKEN).to_numpy(), dtype=np.int64)
+    text = tokens.column("text").combine_chunks().dictionary_encode()
+    keys = [UNKNOWN_TOKEN if word is None else digest(word) >> 1 for word in text.dictionary.to_pylist()]
+    index_N = text.indices.fill_null(len(keys)).to_numpy(zero_copy_only=False)
+    return np.asarray(np.array([*keys, UNKNOWN_TOKEN], dtype=np.int64)[index_N])
+
+
+def _places(problem_ids: npt.NDArray[Any], token_ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return problem_ids.astype(np.int64) << 32 | token_ids.astype(np.int64)

@@ -28,10 +28,10 @@ from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
 from profiler.splits import split_key
 from profiler.writer import sha256_of, write_text
-from speculation.predictors import Arrays, Predictor, Shape, TrainingOptions, find_predictor
+from speculation.predictors import Arrays, Predictor, TrainingOptions, find_predictor
+from speculation.tasks import Shape, Task
 
-NEXT_LAYER = "next-layer"
-BASELINES = ("popularity", "conditional-counts")
+BASELINES = ("popularity", "previous-token", "conditional-counts")
 MAX_FILE_BYTES = 4 << 30
 
 
@@ -44,7 +44,6 @@ class Run:
 
     path: Path
     name: str
-    task: str
     predictor: Predictor
     baselines: dict[str, Predictor]
     split: str
@@ -74,10 +73,10 @@ def save_run(
     _write_json(path / "provenance.json", _provenance(trace))
     config = {
         "predictor": predictor.name,
-        "task": NEXT_LAYER,
+        "task": predictor.shape.task,
         "split": split_key(trace),
         "trace_sha256": manifest_sha256(trace),
-        "shape": asdict(predictor.shape),
+        "shape": {name: value for name, value in asdict(predictor.shape).items() if name != "task"},
         "settings": predictor.settings(),
         "options": asdict(options),
     }
@@ -90,22 +89,22 @@ def load_run(path: Path) -> Run:
         raise SpecmoeError(f"{path} is not a run: it has no config.json (made by 'specmoe train')")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        shape = Shape(**config["shape"])
-        name, task, settings = str(config["predictor"]), str(config["task"]), dict(config["settings"])
+        if config["task"] not in set(Task):
+            raise SpecmoeError(f"task {config['task']!r}, expected one of {', '.join(Task)}")
+        shape = Shape(**config["shape"], task=Task(config["task"]))
+        name, settings = str(config["predictor"]), dict(config["settings"])
         split, trace_sha256 = str(config["split"]), config["trace_sha256"]
     except SpecmoeError as error:
         raise SpecmoeError(f"{path}/config.json: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SpecmoeError(f"{path}/config.json is not valid: {type(error).__name__} {error}") from error
-    if task != NEXT_LAYER:
-        raise SpecmoeError(f"{path}/config.json: task {task!r}, this release knows {NEXT_LAYER!r}")
     predictor = find_predictor(name).restore(shape, settings, _load_arrays(path / "model.safetensors"))
     stored = _load_arrays(path / "baselines.safetensors")
     baselines = {}
     for baseline in BASELINES:
         own = {key.split("/", 1)[1]: array for key, array in stored.items() if key.startswith(f"{baseline}/")}
         baselines[baseline] = find_predictor(baseline).restore(shape, {}, own)
-    return Run(path, name, task, predictor, baselines, split, trace_sha256)
+    return Run(path, name, predictor, baselines, split, trace_sha256)
 
 
 def count_parameters(arrays: Arrays) -> int:

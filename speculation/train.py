@@ -8,9 +8,10 @@ from pathlib import Path
 
 from profiler.errors import SpecmoeError
 from profiler.reader import Trace
-from speculation.predictors import Shape, TrainingOptions, find_predictor
+from speculation.predictors import TrainingOptions, find_predictor
 from speculation.routes import EmptyPartError, Routes, load_routes
 from speculation.runs import BASELINES, Run, load_run, save_run
+from speculation.tasks import Shape, Task
 
 
 def train(
@@ -18,6 +19,7 @@ def train(
     predictor_name: str,
     out: Path,
     *,
+    task: Task = Task.NEXT_LAYER,
     horizon: int = 1,
     options: TrainingOptions = TrainingOptions(),  # noqa: B008 - frozen
     on_progress: Callable[[int, int, dict[str, float]], None] = lambda done, total, entry: None,
@@ -29,7 +31,7 @@ def train(
     predictor_class = find_predictor(predictor_name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SpecmoeError(f"{out} exists and is not an empty folder: choose another --out")
-    shape = Shape.of(trace.metadata.model, horizon)
+    shape = Shape.of(trace.metadata.model, horizon, task)
     train_routes = load_routes(trace, "train")
     validation = _validation(trace)
     began = time.monotonic()

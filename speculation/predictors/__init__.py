@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from profiler.schema import ModelMetadata
 from speculation.routes import Routes
+from speculation.tasks import Shape, Task
 
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-# Numbers in the tables of the counting baselines: 1 GB. Also bounds what a stranger's run can make a reader allocate.
-MAX_TABLE = 250_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What a predictor must know of the model: L MoE layers, E experts, K per token, and how many layers ahead (H)."""
-
-    layers: int
-    experts: int
-    top_k: int
-    horizon: int
-
-    def __post_init__(self) -> None:
-        limits = {"layers": 10_000, "experts": 65_536, "top_k": 1024, "horizon": 10_000}
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= limit:
-                raise SpecmoeError(f"{name} {value!r}, expected 1 to {limit}")
-        if self.horizon >= self.layers:
-            raise SpecmoeError(f"horizon {self.horizon}: expected 1 to {self.layers - 1} for {self.layers} MoE layers")
-        if self.top_k > self.experts:
-            raise SpecmoeError(f"top_k {self.top_k} exceeds experts {self.experts}")
-        if self.horizon * self.layers * self.experts**2 > MAX_TABLE:
-            raise SpecmoeError(
-                f"{self.horizon} horizons over {self.layers} layers of {self.experts} experts: the count tables would exceed "
-                f"{MAX_TABLE:,} numbers; choose a smaller horizon"
-            )
-
-    @classmethod
-    def of(cls, model: ModelMetadata, horizon: int) -> Shape:
-        """The shape of a traced model. Raises `SpecmoeError` if it has no layer `horizon` ahead."""
-        return cls(layers=len(model.moe_layers), experts=model.num_experts, top_k=model.top_k, horizon=horizon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +29,24 @@ class TrainingOptions:
     max_seconds: float | None = None
 
 
-class Predictor(Protocol):
-    """Task `next-layer`: given a token's routes at layers <= l, and everything of earlier tokens, its experts at l+h."""
+class Predictor(ABC):
+    """What every predictor offers. A class has a name for the command line; `about`, a line; `source`, where it is from.
+
+    inputs: what it looks at, besides the routes that the task knows. tasks: those that it can be fitted for.
+    """
 
     name: ClassVar[str]
     about: ClassVar[str]
-    shape: Shape
+    source: ClassVar[str]
+    inputs: ClassVar[str]
+    tasks: ClassVar[frozenset[Task]] = frozenset(Task)
 
-    def __init__(self, shape: Shape) -> None: ...
+    def __init__(self, shape: Shape) -> None:
+        if shape.task not in self.tasks:
+            raise SpecmoeError(f"{self.name} predicts {', '.join(sorted(self.tasks))} only, not {shape.task}")
+        self.shape = shape
 
+    @abstractmethod
     def fit(
         self,
         train: Routes,
@@ -80,27 +55,27 @@ class Predictor(Protocol):
         on_progress: Callable[[int, int, dict[str, float]], None],
     ) -> list[dict[str, float]]:
         """Learn from `train`; returns the training history (one entry per epoch, or empty)."""
-        ...
 
+    @abstractmethod
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
-        """P(expert is among the K) for `tokens` of `routes`: `[T, L, H, E]`; entry [t, l, h-1] predicts layer l+h from layer l.
+        """P(expert is among the K), predicted at `tokens` of `routes`: `[T, L, H, E]`.
 
-        Entries with l+h >= L are meaningless. The routes of a token at layers > l must not influence its entry l.
+        Entry [t, l, h-1] is about layer `shape.target_layers(h)[l]`, of token t or, for next-token, of token t + h; meaningless
+        where there is no such layer. What the task does not know must not influence it.
         """
-        ...
 
+    @abstractmethod
     def arrays(self) -> Arrays:
         """Everything learned, for safetensors."""
-        ...
 
     def settings(self) -> dict[str, Any]:
         """What `restore` needs besides the arrays, for config.json."""
-        ...
+        return {}
 
     @classmethod
-    def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Predictor:
+    @abstractmethod
+    def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
         """The inverse of `arrays` and `settings`. Raises `SpecmoeError` if they do not fit together."""
-        ...
 
 
 def predictor_classes() -> dict[str, type[Predictor]]:
@@ -108,8 +83,18 @@ def predictor_classes() -> dict[str, type[Predictor]]:
     from speculation.predictors.conditional_counts import ConditionalCounts
     from speculation.predictors.mlp import MlpPredictor
     from speculation.predictors.popularity import Popularity
+    from speculation.predictors.previous_token import PreviousToken
+    from speculation.predictors.token_identity import TokenIdentity
+    from speculation.predictors.uniform import Uniform
 
-    classes: tuple[type[Predictor], ...] = (Popularity, ConditionalCounts, MlpPredictor)
+    classes: tuple[type[Predictor], ...] = (
+        Uniform,
+        Popularity,
+        PreviousToken,
+        TokenIdentity,
+        ConditionalCounts,
+        MlpPredictor,
+    )
     return {cls.name: cls for cls in classes}
 
 

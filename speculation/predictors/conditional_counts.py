@@ -1,4 +1,4 @@
-"""Baseline: which experts followed the experts of the current layer, by counting."""
+"""Baseline: which experts followed the last known experts of the layer, by counting."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from analysis.load import count_experts
-from speculation.predictors import Arrays, Shape, TrainingOptions, expected_array
+from speculation.predictors import Arrays, Predictor, TrainingOptions, expected_array
+from speculation.predictors.popularity import expert_frequency
 from speculation.routes import Routes
+from speculation.tasks import Shape, Task, targets
 
 # Tokens' worth of popularity mixed into each row, for experts that are rarely seen.
 PRIOR_TOKENS = 10.0
@@ -18,19 +19,22 @@ PRIOR_TOKENS = 10.0
 SMALLEST_PROBABILITY = 1e-4
 
 
-class ConditionalCounts:
-    """Naive Bayes over the K experts of layer l, with a table of counts for each (l, h).
+class ConditionalCounts(Predictor):
+    """Naive Bayes over the K experts of the last known route of layer l, with a table of counts for each (l, h).
 
-    log-odds(j at l+h) = log-odds(popularity of j) + sum over the token's experts i at l of the change that knowing i makes.
-    Rows of rare experts are smoothed towards popularity. Knows the current layer only: no earlier layers, no tokens.
-    The K experts are not independent, so its probabilities are too extreme; the ranking is what it is for.
+    The last known route is the token's own at layer l; for whole-path, the preceding token's. log-odds(j) = log-odds(popularity
+    of j) + sum over the known experts i of the change that knowing i makes. Rows of rare experts are smoothed towards
+    popularity. Knows nothing else: no other layers, no tokens. The K experts are not independent, so its probabilities are too
+    extreme; the ranking is what it is for.
     """
 
     name: ClassVar[str] = "conditional-counts"
-    about: ClassVar[str] = "naive Bayes over the experts of layer l, from counts of P(expert at l+h | expert at l)"
+    about: ClassVar[str] = "naive Bayes over the last known experts of layer l, from counts of P(expert | expert)"
+    source: ClassVar[str] = "baseline; the conditional probabilities of MoE-Infinity and of many papers"
+    inputs: ClassVar[str] = "routes of layer l"
 
     def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+        super().__init__(shape)
         self._popularity_LHE = np.zeros((shape.layers, shape.horizon, shape.experts), dtype=np.float32)
         self._change_HLEE = np.zeros((shape.horizon, shape.layers, shape.experts, shape.experts), dtype=np.float32)
 
@@ -41,33 +45,39 @@ class ConditionalCounts:
         options: TrainingOptions,
         on_progress: Callable[[int, int, dict[str, float]], None],
     ) -> list[dict[str, float]]:
-        layers, experts = self.shape.layers, self.shape.experts
-        count_LE = count_experts(train.expert_ids_TLK, experts)
-        popularity_LE = count_LE / len(train)
-        ids_TLK = train.expert_ids_TLK.astype(np.int64)
-        for hop in range(1, self.shape.horizon + 1):
-            for layer in range(layers - hop):
-                pair_TKK = ids_TLK[:, layer, :, None] * experts + ids_TLK[:, layer + hop, None, :]
+        shape, experts = self.shape, self.shape.experts
+        frequency_LE = expert_frequency(train, shape)
+        tokens_T = np.arange(len(train))
+        known_T = self._known(train, tokens_T)
+        for hop in range(1, shape.horizon + 1):
+            true = targets(train, shape, tokens_T, hop)
+            for layer, target in enumerate(shape.target_layers(hop)):
+                if target < 0:
+                    continue
+                chosen_T = np.flatnonzero(true.is_valid_TL[:, layer] & (known_T >= 0))
+                given_TK = train.expert_ids_TLK[known_T[chosen_T], layer].astype(np.int64)
+                pair_TKK = given_TK[:, :, None] * experts + true.ids_TLK[chosen_T, layer].astype(np.int64)[:, None, :]
                 count_EE = np.bincount(pair_TKK.reshape(-1), minlength=experts**2).reshape(experts, experts)
-                smoothed_EE = count_EE + PRIOR_TOKENS * popularity_LE[layer + hop]
-                given_EE = smoothed_EE / (count_LE[layer] + PRIOR_TOKENS)[:, None]
-                popularity_E = _log_odds(popularity_LE[layer + hop])
+                smoothed_EE = count_EE + PRIOR_TOKENS * frequency_LE[target]
+                given_E = np.bincount(given_TK.reshape(-1), minlength=experts)
+                popularity_E = _log_odds(frequency_LE[target])
                 self._popularity_LHE[layer, hop - 1] = popularity_E
-                self._change_HLEE[hop - 1, layer] = _log_odds(given_EE) - popularity_E
+                self._change_HLEE[hop - 1, layer] = _log_odds(smoothed_EE / (given_E + PRIOR_TOKENS)[:, None]) - popularity_E
         return []
 
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
-        ids_TLK = routes.expert_ids_TLK[tokens].astype(np.int64)
+        known_T = self._known(routes, np.arange(*tokens.indices(len(routes))))
+        ids_TLK = routes.expert_ids_TLK[known_T].astype(np.int64)
         layers = np.arange(self.shape.layers)[:, None]
-        change_THLE = [change_LEE[layers, ids_TLK].sum(2) for change_LEE in self._change_HLEE]
-        log_odds_TLHE = self._popularity_LHE + np.stack(change_THLE, axis=2)
+        change_TLHE = np.stack([change_LEE[layers, ids_TLK].sum(2) for change_LEE in self._change_HLEE], axis=2)
+        log_odds_TLHE = self._popularity_LHE + change_TLHE * (known_T >= 0)[:, None, None, None]
         return np.asarray(1 / (1 + np.exp(-log_odds_TLHE)), dtype=np.float32)
+
+    def _known(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return routes.previous_T[tokens_T] if self.shape.task == Task.WHOLE_PATH else tokens_T
 
     def arrays(self) -> Arrays:
         return {"popularity_LHE": self._popularity_LHE, "change_HLEE": self._change_HLEE}
-
-    def settings(self) -> dict[str, Any]:
-        return {}
 
     @classmethod
     def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:

@@ -15,33 +15,39 @@ from torch import nn
 
 from analysis.load import count_experts
 from profiler.errors import SpecmoeError
-from speculation.predictors import Arrays, Shape, TrainingOptions, expected_array
-from speculation.routes import UNKNOWN_TOKEN, Routes
+from speculation.predictors import Arrays, Predictor, TrainingOptions, expected_array
+from speculation.predictors.token_identity import frequent_tokens, stored_keys, token_rows
+from speculation.routes import Routes
+from speculation.tasks import Shape, Task
 
 WIDTH = 192
 BLOCKS = 2
-# Vocabulary ids with an embedding of their own, the most frequent ones; all others share one.
+# Tokens with an embedding of their own: the most frequent ones that occur twice, as one cannot teach; all others share one.
 MAX_VOCABULARY = 8192
 DROPOUT = 0.1
 WARM_UP = 0.05
 
 
-class MlpPredictor:
-    """Inputs for layer l: the token's routes at layers <= l, all routes of the preceding token, and the token's vocabulary id.
+class MlpPredictor(Predictor):
+    """Inputs for layer l: the token's routes at layers <= l, all routes of the preceding token, and which
+    token it is.
 
     One network serves all layers; a head per layer gives E logits for each of the H layers ahead. Trained with binary
     cross-entropy on membership in the true set, AdamW, cosine schedule with warm-up, early stopping on validation loss.
     """
 
     name: ClassVar[str] = "mlp"
-    about: ClassVar[str] = "residual MLP over the routes of layers <= l, the preceding token's routes and the token id"
+    about: ClassVar[str] = "residual MLP over the routes of layers <= l, the preceding token's routes and the token"
+    source: ClassVar[str] = "the usual small predictor, here over routes"
+    inputs: ClassVar[str] = "routes of layers <= l, of the preceding token, which token it is"
+    tasks: ClassVar[frozenset[Task]] = frozenset({Task.NEXT_LAYER})
 
-    def __init__(self, shape: Shape, vocabulary: npt.NDArray[np.int64] | None = None) -> None:
-        self.shape = shape
-        # Ascending vocabulary ids; row 0 of the embedding is "any other token".
-        self._vocabulary = np.zeros(0, dtype=np.int64) if vocabulary is None else vocabulary
+    def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None) -> None:
+        super().__init__(shape)
+        # Ascending; row 0 of the embedding is "any other token".
+        self._keys = np.zeros(0, dtype=np.int64) if keys is None else keys
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._network = RouteNetwork(shape, len(self._vocabulary)).to(self._device)
+        self._network = RouteNetwork(shape, len(self._keys)).to(self._device)
 
     def fit(
         self,
@@ -52,8 +58,8 @@ class MlpPredictor:
     ) -> list[dict[str, float]]:
         torch.manual_seed(options.seed)
         random = np.random.default_rng(options.seed)
-        self._vocabulary = _frequent(train.vocab_ids_T)
-        self._network = RouteNetwork(self.shape, len(self._vocabulary)).to(self._device)
+        self._keys = frequent_tokens(train, MAX_VOCABULARY, at_least=2)
+        self._network = RouteNetwork(self.shape, len(self._keys)).to(self._device)
         self._network.start_at_popularity(count_experts(train.expert_ids_TLK, self.shape.experts) / len(train))
         optimizer = torch.optim.AdamW(self._network.parameters(), lr=options.learning_rate, weight_decay=0.05)
         batches = math.ceil(len(train) / options.batch_tokens)
@@ -100,19 +106,16 @@ class MlpPredictor:
 
     def arrays(self) -> Arrays:
         weights = {f"network.{name}": tensor.cpu().numpy() for name, tensor in self._network.state_dict().items()}
-        return weights | {"vocabulary": self._vocabulary}
+        return weights | {"keys": self._keys}
 
     def settings(self) -> dict[str, Any]:
-        return {"width": WIDTH, "blocks": BLOCKS, "vocabulary": len(self._vocabulary)}
+        return {"width": WIDTH, "blocks": BLOCKS}
 
     @classmethod
     def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
         if (settings.get("width"), settings.get("blocks")) != (WIDTH, BLOCKS):
             raise SpecmoeError(f"stored predictor: width and blocks {settings}, this release has {WIDTH} and {BLOCKS}")
-        vocabulary = arrays.get("vocabulary")
-        if vocabulary is None or vocabulary.ndim != 1 or len(vocabulary) > MAX_VOCABULARY:
-            raise SpecmoeError(f"stored predictor: expected a vocabulary of at most {MAX_VOCABULARY} ids")
-        predictor = cls(shape, vocabulary.astype(np.int64))
+        predictor = cls(shape, stored_keys(arrays, MAX_VOCABULARY))
         for name in arrays:
             expected_array(arrays, name, arrays[name].shape)
         weights = {name[8:]: torch.from_numpy(a) for name, a in arrays.items() if name.startswith("network.")}
@@ -143,11 +146,7 @@ class MlpPredictor:
         previous_T = routes.previous_T[tokens]
         # A first token has no predecessor: its row is masked out.
         has_previous_T = previous_T >= 0
-        vocab_ids_T = routes.vocab_ids_T[tokens].astype(np.int64)
-        row_T = np.zeros(len(tokens), dtype=np.int64)
-        if len(self._vocabulary):
-            found_T = np.minimum(np.searchsorted(self._vocabulary, vocab_ids_T), len(self._vocabulary) - 1)
-            row_T = np.where(self._vocabulary[found_T] == vocab_ids_T, found_T + 1, 0)
+        row_T = token_rows(self._keys, routes.token_keys_T[tokens])
         arrays = (
             routes.expert_ids_TLK[tokens].astype(np.int64),
             _relative(routes.weights_TLK[tokens]),
@@ -177,7 +176,7 @@ class RouteNetwork(nn.Module):
     is_target_LH: torch.Tensor
     offset_L: torch.Tensor
 
-    def __init__(self, shape: Shape, vocabulary: int) -> None:
+    def __init__(self, shape: Shape, kinds: int) -> None:
         super().__init__()
         self.shape = shape
         pairs = shape.layers * shape.experts
@@ -185,7 +184,7 @@ class RouteNetwork(nn.Module):
         self.current = nn.Embedding(pairs, WIDTH)
         self.previous = nn.Embedding(pairs, WIDTH)
         self.previous_ahead = nn.Embedding(pairs, WIDTH)
-        self.token = nn.Embedding(vocabulary + 1, WIDTH)
+        self.token = nn.Embedding(kinds + 1, WIDTH)
         self.layer = nn.Embedding(shape.layers, WIDTH)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -217,7 +216,7 @@ class RouteNetwork(nn.Module):
         weights_TLK: torch.Tensor,
         previous_ids_TLK: torch.Tensor,
         previous_weights_TLK: torch.Tensor,
-        vocabulary_row_T: torch.Tensor,
+        token_row_T: torch.Tensor,
     ) -> torch.Tensor:
         """Logits `[T, L, H, E]`."""
         now, before = ids_TLK + self.offset_L, previous_ids_TLK + self.offset_L
@@ -226,7 +225,7 @@ class RouteNetwork(nn.Module):
         ahead_TLD = _weighted(self.previous_ahead(before), previous_weights_TLK)
         # Layer l is given the preceding token's route at the layer that it predicts first.
         ahead_TLD = torch.cat([ahead_TLD[:, 1:], torch.zeros_like(ahead_TLD[:, :1])], dim=1)
-        per_token_TD = previous_TD + self.token(vocabulary_row_T)
+        per_token_TD = previous_TD + self.token(token_row_T)
         state = seen_TLD + _weighted(self.current(now), weights_TLK) + ahead_TLD + per_token_TD[:, None] + self.layer.weight
         for block in self.blocks:
             state = state + block(state)
@@ -242,13 +241,6 @@ def _relative(weights_TLK: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
     """Weights over their mean within each (token, layer): comparable between models that renormalise and those that do not."""
     weights = weights_TLK.astype(np.float32)
     return np.asarray(weights / np.maximum(weights.mean(-1, keepdims=True), 1e-6))
-
-
-def _frequent(vocab_ids_T: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    ids, counts = np.unique(vocab_ids_T[vocab_ids_T != UNKNOWN_TOKEN], return_counts=True)
-    # A token seen once cannot teach an embedding of its own; sharing also trains the shared one.
-    ids, counts = ids[counts > 1], counts[counts > 1]
-    return np.sort(ids[np.argsort(-counts, kind="stable")[:MAX_VOCABULARY]]).astype(np.int64)
 
 
 def _cosine(steps: int) -> Callable[[int], float]:

@@ -9,18 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis.load import count_experts
-from speculation.predictors import Arrays, Shape, TrainingOptions, expected_array
+from speculation.predictors import Arrays, Predictor, TrainingOptions, expected_array
 from speculation.routes import Routes
+from speculation.tasks import Shape
 
 
-class Popularity:
+class Popularity(Predictor):
     """P(expert among the K) = its frequency in the training problems, per layer `[L, E]`."""
 
     name: ClassVar[str] = "popularity"
     about: ClassVar[str] = "frequency of each expert per layer"
+    source: ClassVar[str] = "baseline"
+    inputs: ClassVar[str] = "nothing"
 
     def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+        super().__init__(shape)
         self._probability_LE = np.full((shape.layers, shape.experts), shape.top_k / shape.experts, dtype=np.float32)
 
     def fit(
@@ -30,26 +33,32 @@ class Popularity:
         options: TrainingOptions,
         on_progress: Callable[[int, int, dict[str, float]], None],
     ) -> list[dict[str, float]]:
-        counts_LE = count_experts(train.expert_ids_TLK, self.shape.experts)
-        self._probability_LE = (counts_LE / len(train)).astype(np.float32)
+        self._probability_LE = expert_frequency(train, self.shape)
         return []
 
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
-        layers, experts, horizon = self.shape.layers, self.shape.experts, self.shape.horizon
-        ahead_LHE = np.zeros((layers, horizon, experts), dtype=np.float32)
-        for hop in range(1, horizon + 1):
-            ahead_LHE[: layers - hop, hop - 1] = self._probability_LE[hop:]
-        count = len(range(*tokens.indices(len(routes))))
-        return np.broadcast_to(ahead_LHE, (count, *ahead_LHE.shape))
+        ahead_LHE = at_targets(self._probability_LE, self.shape)
+        return np.broadcast_to(ahead_LHE, (len(range(*tokens.indices(len(routes)))), *ahead_LHE.shape))
 
     def arrays(self) -> Arrays:
         return {"probability_LE": self._probability_LE}
-
-    def settings(self) -> dict[str, Any]:
-        return {}
 
     @classmethod
     def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
         predictor = cls(shape)
         predictor._probability_LE = expected_array(arrays, "probability_LE", (shape.layers, shape.experts))
         return predictor
+
+
+def expert_frequency(routes: Routes, shape: Shape) -> npt.NDArray[np.float32]:
+    """Share of tokens that select each expert `[L, E]`; a row sums to K."""
+    return np.asarray(count_experts(routes.expert_ids_TLK, shape.experts) / len(routes), dtype=np.float32)
+
+
+def at_targets(values_LX: npt.NDArray[Any], shape: Shape) -> npt.NDArray[Any]:
+    """Values by layer `[L, ...]` where predictions are about that layer `[L, H, ...]`; zero where there is none."""
+    ahead_LHX = np.zeros((shape.layers, shape.horizon, *values_LX.shape[1:]), dtype=values_LX.dtype)
+    for hop in range(1, shape.horizon + 1):
+        layers_L = shape.target_layers(hop)
+        ahead_LHX[layers_L >= 0, hop - 1] = values_LX[layers_L[layers_L >= 0]]
+    return ahead_LHX

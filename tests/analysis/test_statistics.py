@@ -34,7 +34,7 @@ EVALUATION = {
         name: {
             "metrics": {"h=1": {"recall@2": recall, "top-1": 0.3, "exact": 0.2, "any": 0.7}},
             "recall_at_k_name": "recall@2",
-            "interval_over_problems": {"h=1": [recall - 0.1, recall + 0.1]},
+            "intervals": {"h=1": {"recall@2": [recall - 0.1, recall + 0.1]}},
             "by_target_layer": {"h=1": [None, {"recall@2": recall}, {"recall@2": recall}]},
         }
         for name, recall in (("popularity", 0.3), ("mlp", 0.5), ("mlp, shuffled control", 0.26))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speculation.metrics import ConfidenceCounts, RankCounts, chance, evaluated_m, true_ranks
@@ -64,6 +64,7 @@ def test_chance_is_what_random_scores_get() -> None:
         assert found[name] == pytest.approx(value, abs=0.013), name
 
 
+@settings(deadline=None)  # the first call compiles
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(0, 40))
 def test_parts_add_up_to_the_whole(seed: int, size: int, cut: int) -> None:
     random = np.random.default_rng(seed)
@@ -87,3 +88,30 @@ def test_calibration_and_confidence_by_hand() -> None:
     assert curve[0] == {"threshold": 0.0, "coverage": 1.0, "recall@K": 0.75}
     assert curve[-1]["coverage"] == 0.5
     assert curve[-1]["recall@K"] == 1.0
+
+
+def test_groups_are_counted_apart_and_add_up() -> None:
+    random = np.random.default_rng(0)
+    ranks = true_ranks(random.random((50, 6)), random.random((50, 6)).argsort(1)[:, :3])
+    group = random.integers(0, 4, 50)
+    group[group == 2] = 3
+    together, alone = RankCounts(6, 3, groups=4), RankCounts(6, 3)
+    together.add(ranks, group)
+    alone.add(ranks)
+    assert together.metrics() == alone.metrics()
+    assert together.metrics(2) == {}
+    for number in (0, 1, 3):
+        own = RankCounts(6, 3)
+        own.add(ranks[group == number])
+        assert together.metrics(number) == own.metrics()
+
+
+@settings(deadline=None)  # the first call compiles
+@given(st.integers(0, 2**32 - 1), st.integers(2, 9))
+def test_ranks_are_places_in_a_stable_sort(seed: int, experts: int) -> None:
+    random = np.random.default_rng(seed)
+    scores = random.integers(0, 4, (12, experts)).astype(np.float32)
+    true = random.random((12, experts)).argsort(1)[:, :2]
+    order = np.argsort(-scores, axis=1, kind="stable")
+    expected = [[order[row].tolist().index(expert) for expert in true[row]] for row in range(12)]
+    assert true_ranks(scores, true).tolist() == expected

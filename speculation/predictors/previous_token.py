@@ -1,0 +1,91 @@
+"""Baseline: the experts of the last token whose routes are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from speculation.predictors import Arrays, Predictor, TrainingOptions, expected_array
+from speculation.predictors.popularity import at_targets, expert_frequency
+from speculation.routes import Routes
+from speculation.tasks import Shape, Task, targets
+
+
+class PreviousToken(Predictor):
+    """P(e is selected), counted apart for an expert that had rank r in the last known route at that layer, and for every other.
+
+    The last known route is the preceding token's; for next-token, the token's own. A first token has popularity.
+    """
+
+    name: ClassVar[str] = "previous-token"
+    about: ClassVar[str] = "the experts of the last known token at that layer, then the most popular ones"
+    source: ClassVar[str] = "baseline; repetition as in Mixtral (arXiv:2401.04088, Table 5)"
+    inputs: ClassVar[str] = "routes of the last known token"
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self._popularity_LHE = np.zeros((shape.layers, shape.horizon, shape.experts), dtype=np.float32)
+        self._others_LHE = np.zeros_like(self._popularity_LHE)
+        self._again_LHK = np.zeros((shape.layers, shape.horizon, shape.top_k), dtype=np.float32)
+
+    def fit(
+        self,
+        train: Routes,
+        validation: Routes | None,
+        options: TrainingOptions,
+        on_progress: Callable[[int, int, dict[str, float]], None],
+    ) -> list[dict[str, float]]:
+        shape, experts = self.shape, self.shape.experts
+        self._popularity_LHE = at_targets(expert_frequency(train, shape), shape)
+        tokens_T = np.arange(len(train))
+        known_T = last_known(train, shape, tokens_T)
+        for hop in range(1, shape.horizon + 1):
+            true = targets(train, shape, tokens_T, hop)
+            for layer, target in enumerate(shape.target_layers(hop)):
+                if target < 0:
+                    continue
+                chosen_T = np.flatnonzero(true.is_valid_TL[:, layer] & (known_T >= 0))
+                now_TK = true.ids_TLK[chosen_T, layer].astype(np.int64)
+                before_TK = train.expert_ids_TLK[known_T[chosen_T], target].astype(np.int64)
+                is_again_TKK = before_TK[:, :, None] == now_TK[:, None, :]
+                tokens = len(chosen_T)
+                self._again_LHK[layer, hop - 1] = (is_again_TKK.any(2).sum(0) + 0.5) / (tokens + 1)
+                new_E = np.bincount(now_TK[~is_again_TKK.any(1)], minlength=experts)
+                absent_E = tokens - np.bincount(before_TK.reshape(-1), minlength=experts)
+                prior_E = self._popularity_LHE[layer, hop - 1]
+                self._others_LHE[layer, hop - 1] = (new_E + prior_E) / (absent_E + 1)
+        return []
+
+    def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
+        shape = self.shape
+        known_T = last_known(routes, shape, np.arange(*tokens.indices(len(routes))))
+        result_TLHE = np.where((known_T >= 0)[:, None, None, None], self._others_LHE, self._popularity_LHE)
+        for hop in range(1, shape.horizon + 1):
+            layers = shape.target_layers(hop)
+            sources = np.flatnonzero(layers >= 0)
+            before_TLK = routes.expert_ids_TLK[known_T][:, layers[sources]].astype(np.int64)
+            at_hop_TLE = result_TLHE[:, sources, hop - 1]
+            again_TLK = np.broadcast_to(self._again_LHK[sources, hop - 1], before_TLK.shape)
+            again_TLE = at_hop_TLE.copy()
+            np.put_along_axis(again_TLE, before_TLK, again_TLK, axis=2)
+            result_TLHE[:, sources, hop - 1] = np.where((known_T >= 0)[:, None, None], again_TLE, at_hop_TLE)
+        return np.asarray(result_TLHE, dtype=np.float32)
+
+    def arrays(self) -> Arrays:
+        return {"popularity_LHE": self._popularity_LHE, "others_LHE": self._others_LHE, "again_LHK": self._again_LHK}
+
+    @classmethod
+    def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
+        predictor = cls(shape)
+        predictor._popularity_LHE = expected_array(arrays, "popularity_LHE", predictor._popularity_LHE.shape)
+        predictor._others_LHE = expected_array(arrays, "others_LHE", predictor._others_LHE.shape)
+        predictor._again_LHK = expected_array(arrays, "again_LHK", predictor._again_LHK.shape)
+        return predictor
+
+
+def last_known(routes: Routes, shape: Shape, tokens_T: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Index of the last token all of whose routes the task knows at these tokens; -1 where there is none."""
+    return tokens_T if shape.task == Task.NEXT_TOKEN else routes.previous_T[tokens_T]
