@@ -57,8 +57,6 @@ def demo(
     from profiler.resume import check_free
     from profiler.writer import write_text
     from speculation.evaluate import evaluate
-    from speculation.predictors import TrainingOptions
-    from speculation.tasks import Task
 
     began = time.monotonic()
     console = profiler.tables.console
@@ -81,7 +79,7 @@ def demo(
     trace = Trace.open(out / "trace")
 
     console.rule("2 of 4: train", align="left")
-    run = speculation.cli.train_with_progress(trace, "mlp", out / "run", Task.NEXT_LAYER, 1, TrainingOptions())
+    run = speculation.cli.train_with_progress(trace, "mlp", out / "run")
     speculation.cli.print_run(run)
 
     console.rule("3 of 4: evaluate", align="left")

@@ -23,7 +23,8 @@ from profiler.devices import find_gpu
 from profiler.errors import SpecmoeError, first_line
 from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
-from speculation.predictors import TrainingOptions, find_predictor
+from speculation.options import TrainingOptions
+from speculation.predictors import find_predictor
 
 DEFAULT_GPU = "A10"
 

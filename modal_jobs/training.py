@@ -17,7 +17,7 @@ from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE, Manifest, ManifestEntry
 from profiler.writer import sha256_of, write_text
 from speculation.evaluate import evaluate
-from speculation.predictors import TrainingOptions
+from speculation.options import TrainingOptions
 from speculation.train import train
 
 

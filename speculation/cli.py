@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,14 @@ console = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
 
 
+class Precision(StrEnum):
+    """Mixed precision of training."""
+
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class PartName(StrEnum):
     """Parts of the split by name."""
 
@@ -37,34 +46,52 @@ class PartName(StrEnum):
 def train(
     trace: Annotated[Path, typer.Argument(help="A trace directory.")],
     out: Annotated[Path, typer.Option(help="The run directory to make.")],
-    predictor: Annotated[str, typer.Option(help="See 'specmoe predictors'.")] = "mlp",
+    predictor: Annotated[str, typer.Option(help="See 'specmoe predictors'.")] = "recommended",
     task: Annotated[Task, typer.Option(help="What is predicted from what.")] = Task.NEXT_LAYER,
     horizon: Annotated[int, typer.Option(min=1, help="Layers (next-token: tokens) ahead, 1 to H.")] = 1,
-    epochs: Annotated[int, typer.Option(min=1, help="Neural predictors: passes over the training problems.")] = 30,
-    batch_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    learning_rate: Annotated[float, typer.Option(min=1e-8)] = 2e-3,
-    patience: Annotated[int, typer.Option(min=1, help="Epochs without better validation loss before stopping.")] = 5,
+    validation: Annotated[
+        Path | None, typer.Option(help="Another trace to stop early on: then all of TRACE is trained on.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was cut off.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training problems.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per step, each with all its layers.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=1e-8)] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0)] = None,
+    dropout: Annotated[float | None, typer.Option(min=0, max=0.9)] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Steps per update of the weights.")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Epochs without better validation loss before stopping.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Default: what the device is good at.")] = None,
     max_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after the epoch that exceeds this.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
 ) -> None:
-    """Train an expert predictor on the training problems of a trace.
+    """Train an expert predictor on the training problems of a trace. Settings that are not given are the predictor's own.
 
-    Example: specmoe train traces/math --predictor mlp --out runs/math-mlp
+    Example: specmoe train traces/math --predictor recommended --out runs/math
     """
-    from speculation.predictors import TrainingOptions
+    from speculation.predictors import find_predictor
 
-    options = TrainingOptions(
-        seed=seed,
-        epochs=epochs,
-        batch_tokens=batch_tokens,
-        learning_rate=learning_rate,
-        patience=patience,
-        max_seconds=max_seconds,
+    given: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_tokens": batch_tokens,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "dropout": dropout,
+        "accumulate": accumulate,
+        "patience": patience,
+        "precision": precision.value if precision else None,
+        "max_seconds": max_seconds,
+        "seed": seed,
+    }
+    options = replace(find_predictor(predictor).defaults, **{name: value for name, value in given.items() if value is not None})
+    other = None if validation is None else Trace.open(validation)
+    print_run(
+        train_with_progress(
+            Trace.open(trace), predictor, out, task=task, horizon=horizon, validation=other, options=options, resume=resume
+        )
     )
-    print_run(train_with_progress(Trace.open(trace), predictor, out, task, horizon, options))
 
 
-def train_with_progress(trace: Trace, predictor: str, out: Path, task: Task, horizon: int, options: Any) -> Any:
+def train_with_progress(trace: Trace, predictor: str, out: Path, **settings: Any) -> Any:
     """`speculation.train.train` with a progress bar, or plain lines where there is no terminal."""
     from speculation.train import train as run
 
@@ -74,7 +101,7 @@ def train_with_progress(trace: Trace, predictor: str, out: Path, task: Task, hor
             if done == 1 or done % 5 == 0:
                 messages.print(f"epoch {done} of {total}: {_losses(entry)}")
 
-        return run(trace, predictor, out, task=task, horizon=horizon, options=options, on_progress=report)
+        return run(trace, predictor, out, on_progress=report, **settings)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=messages, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
         bar = progress.add_task(f"training {predictor}", total=None)
@@ -82,7 +109,7 @@ def train_with_progress(trace: Trace, predictor: str, out: Path, task: Task, hor
         def update(done: int, total: int, entry: dict[str, float]) -> None:
             progress.update(bar, completed=done, total=total, description=f"training {predictor}, {_losses(entry)}")
 
-        return run(trace, predictor, out, task=task, horizon=horizon, options=options, on_progress=update)
+        return run(trace, predictor, out, on_progress=update, **settings)
 
 
 def print_run(run: Any) -> None:
@@ -135,10 +162,12 @@ def print_evaluation(document: dict[str, Any]) -> None:
         for row in rows:
             shown.add_row(*row.values())
         console.print(shown)
-    what = "Held out" if document["part"] in {"test", "validation"} else "Not held out"
+    trained_on = document["trained_on"]
+    what = f"Not held out (the run was trained on {trained_on} of them)" if trained_on else "Held out"
+    part = f"{document['part']} part of a split {document['split']}" if document["part"] != "all" else "the whole trace"
     typer.echo(
-        f"{what}: {document['problems']} problems, {document['tokens']:,} tokens; {document['part']} part of a split "
-        f"{document['split']}. In brackets: 95 % interval over problems."
+        f"{what}: {document['problems']} problems, {document['tokens']:,} tokens; {part}. "
+        "In brackets: 95 % interval over problems."
     )
     for caveat in document["caveats"]:
         typer.echo(f"Note: {caveat}")
@@ -161,7 +190,7 @@ def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JS
     from speculation.predictors import predictor_classes
 
     rows = [
-        {"name": name, "tasks": sorted(cls.tasks), "inputs": cls.inputs, "about": cls.about, "source": cls.source}
+        {"name": name, "tasks": sorted(cls.tasks), "sees": cls.sees, "about": cls.about, "source": cls.source}
         for name, cls in predictor_classes().items()
     ]
     if as_json:
@@ -169,4 +198,4 @@ def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JS
         return
     for row in rows:
         typer.echo(f"{row['name']:<20} {row['about']}")
-        typer.echo(f"{'':<20} sees {row['inputs']}; predicts {', '.join(row['tasks'])}; {row['source']}")
+        typer.echo(f"{'':<20} sees {row['sees']}; predicts {', '.join(row['tasks'])}; {row['source']}")

@@ -16,7 +16,7 @@ from profiler.reader import Trace
 from profiler.splits import split_key
 from speculation.metrics import DEFINITIONS, ConfidenceCounts, RankCounts, chance, true_ranks
 from speculation.predictors import Predictor
-from speculation.routes import Routes, load_routes
+from speculation.routes import Routes, load_routes, route_digests
 from speculation.runs import Run, count_parameters, manifest_sha256
 from speculation.tasks import Shape, targets
 
@@ -63,6 +63,7 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0) -> di
         "split": f"by problem (hash of the {run.split})",
         "part": part,
         "problems": routes.num_problems,
+        "trained_on": int(np.isin(route_digests(trace, routes), run.trained_on).sum()),
         "tokens": len(routes),
         "definitions": DEFINITIONS,
         "caveats": trace.caveats(),

@@ -14,11 +14,11 @@ from profiler.errors import TraceError
 from profiler.reader import Trace, concatenate
 from profiler.schema import DECODE, RoutingChunk
 from profiler.splits import digest, digest_of_number, problem_digests
+from speculation.repeats import UNKNOWN_TOKEN, Matches, find_matches
 
 PARTS = ("train", "validation", "test")
 # Shares of the hash space in percent. A problem's side depends on its prompt alone, so it never changes when a trace grows.
 _UP_TO = {"train": 70, "validation": 80, "test": 100}
-UNKNOWN_TOKEN = -1
 
 
 class EmptyPartError(TraceError):
@@ -63,6 +63,11 @@ class Routes:
         """How many tokens follow directly, without a gap `[T]`."""
         firsts_S, counts_S = np.unique(self.first_T, return_counts=True)
         return np.asarray(np.repeat(firsts_S + counts_S - 1, counts_S) - np.arange(len(self)))
+
+    @cached_property
+    def matches(self) -> Matches:
+        """Where the run of tokens that ends at each one ended before."""
+        return find_matches(self.token_keys_T, self.first_T)
 
 
 def part_of(prompt: str) -> str:
@@ -133,13 +138,21 @@ def equal_weights(chunk: RoutingChunk) -> npt.NDArray[np.float16]:
     return np.full(chunk.expert_ids_TLK.shape, 1 / chunk.expert_ids_TLK.shape[-1], dtype=np.float16)
 
 
+def route_digests(trace: Trace, routes: Routes) -> npt.NDArray[np.uint64]:
+    """What identifies the problems of `routes` `[P]`, ascending: digests of what decides the split of `trace`."""
+    digests = _digests(trace)
+    return np.unique(np.array([digests[int(i)] for i in np.unique(routes.problem_ids_T)], dtype=np.uint64))
+
+
 def _problems_of_part(trace: Trace, part: str) -> npt.NDArray[np.int32]:
-    if trace.has_problems:
-        digests = problem_digests(trace)
-    else:
-        digests = {int(i): digest_of_number(int(i)) for chunk in trace.chunks() for i in np.unique(chunk.problem_ids_T)}
-    chosen = [problem_id for problem_id, number in digests.items() if part in {"all", _part_of_digest(number)}]
+    chosen = [problem_id for problem_id, number in _digests(trace).items() if part in {"all", _part_of_digest(number)}]
     return np.array(sorted(chosen), dtype=np.int32)
+
+
+def _digests(trace: Trace) -> dict[int, int]:
+    if trace.has_problems:
+        return problem_digests(trace)
+    return {int(i): digest_of_number(int(i)) for chunk in trace.chunks() for i in np.unique(chunk.problem_ids_T)}
 
 
 def _token_facts(trace: Trace) -> TokenFacts | None:

@@ -3,7 +3,10 @@
 config.json              predictor, task, shape, settings, options
 model.safetensors        what the predictor learned
 baselines.safetensors    the counting baselines, so that every evaluation stands beside them
+problems.safetensors     digests of the problems that it was trained on: no evaluation takes them for held out
 metrics.json             training history and sizes
+training.csv             losses by epoch, while it trains
+checkpoints/             of a training that is not finished
 provenance.json          trace, versions, command line, git commit, seed
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -28,9 +33,12 @@ from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
 from profiler.splits import split_key
 from profiler.writer import sha256_of, write_text
-from speculation.predictors import Arrays, Predictor, TrainingOptions, find_predictor
+from speculation.options import TrainingOptions
+from speculation.predictors import Arrays, Predictor, find_predictor
 from speculation.tasks import Shape, Task
 
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
 BASELINES = ("popularity", "previous-token", "conditional-counts")
 MAX_FILE_BYTES = 4 << 30
 
@@ -40,6 +48,7 @@ class Run:
     """A loaded run: the predictor, and the baselines by name.
 
     split: what decided which problems it was trained on (see `splits.split_key`). trace_sha256: of that trace's manifest.
+    trained_on: digests of those problems, ascending.
     """
 
     path: Path
@@ -48,6 +57,7 @@ class Run:
     baselines: dict[str, Predictor]
     split: str
     trace_sha256: str | None
+    trained_on: npt.NDArray[np.uint64]
 
 
 def save_run(
@@ -58,13 +68,15 @@ def save_run(
     history: list[dict[str, float]],
     facts: dict[str, Any],
     trace: Trace,
+    trained_on: npt.NDArray[np.uint64],
 ) -> None:
-    """Write the run directory; `config.json` last, so that a run that has one is whole."""
+    """Write the run directory; `config.json` last, so that a run that has one is whole. Checkpoints go then."""
     path.mkdir(parents=True, exist_ok=True)
     arrays = predictor.arrays()
     _save_arrays(path / "model.safetensors", arrays)
     stored = {f"{name}/{key}": a for name, baseline in baselines.items() for key, a in baseline.arrays().items()}
     _save_arrays(path / "baselines.safetensors", stored)
+    _save_arrays(path / "problems.safetensors", {"digests": trained_on})
     sizes = {
         "parameters": count_parameters(arrays),
         "bytes": (path / "model.safetensors").stat().st_size,
@@ -80,7 +92,8 @@ def save_run(
         "settings": predictor.settings(),
         "options": asdict(options),
     }
-    _write_json(path / "config.json", config)
+    _write_json(path / CONFIG_FILE, config)
+    shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
 
 
 def load_run(path: Path) -> Run:
@@ -104,7 +117,10 @@ def load_run(path: Path) -> Run:
     for baseline in BASELINES:
         own = {key.split("/", 1)[1]: array for key, array in stored.items() if key.startswith(f"{baseline}/")}
         baselines[baseline] = find_predictor(baseline).restore(shape, {}, own)
-    return Run(path, name, predictor, baselines, split, trace_sha256)
+    trained_on = _load_arrays(path / "problems.safetensors").get("digests")
+    if trained_on is None or trained_on.ndim != 1 or trained_on.dtype != np.uint64:
+        raise SpecmoeError(f"{path}/problems.safetensors: expected 'digests' of problems")
+    return Run(path, name, predictor, baselines, split, trace_sha256, trained_on)
 
 
 def count_parameters(arrays: Arrays) -> int:

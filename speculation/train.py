@@ -6,11 +6,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from profiler.errors import SpecmoeError
 from profiler.reader import Trace
-from speculation.predictors import TrainingOptions, find_predictor
-from speculation.routes import EmptyPartError, Routes, load_routes
-from speculation.runs import BASELINES, Run, load_run, save_run
+from profiler.splits import split_key
+from speculation.options import TrainingOptions
+from speculation.predictors import find_predictor
+from speculation.routes import EmptyPartError, Routes, load_routes, route_digests
+from speculation.runs import BASELINES, CHECKPOINTS, CONFIG_FILE, Run, load_run, save_run
 from speculation.tasks import Shape, Task
 
 
@@ -21,22 +25,32 @@ def train(
     *,
     task: Task = Task.NEXT_LAYER,
     horizon: int = 1,
-    options: TrainingOptions = TrainingOptions(),  # noqa: B008 - frozen
+    validation: Trace | None = None,
+    options: TrainingOptions | None = None,
+    resume: bool = False,
     on_progress: Callable[[int, int, dict[str, float]], None] = lambda done, total, entry: None,
 ) -> Run:
     """Fit on the training part of the split, stop early on the validation part, and write the run directory `out`.
 
-    Raises `SpecmoeError` for an unknown predictor or horizon, if `out` is taken, or if no problem is left to train on.
+    validation: another trace to stop early on; then all of `trace` is trained on, and the two must share no problem. options:
+    None for the predictor's own defaults. resume: go on where a training into `out` was cut off. Raises `SpecmoeError` for an
+    unknown predictor or horizon, if `out` is taken, or if no problem is left to train on.
     """
     predictor_class = find_predictor(predictor_name)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SpecmoeError(f"{out} exists and is not an empty folder: choose another --out")
+    _check_out(out, resume)
     shape = Shape.of(trace.metadata.model, horizon, task)
-    train_routes = load_routes(trace, "train")
-    validation = _validation(trace)
-    began = time.monotonic()
     predictor = predictor_class(shape)
-    history = predictor.fit(train_routes, validation, options, on_progress)
+    train_routes = load_routes(trace, "train" if validation is None else "all")
+    validation_routes = _validation_part(trace) if validation is None else _other_trace(trace, train_routes, validation)
+    options = options or predictor_class.defaults
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        history = predictor.fit(train_routes, validation_routes, options, on_progress, out)
+    except SpecmoeError:
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise
     seconds = time.monotonic() - began
     baselines = {}
     for name in BASELINES:
@@ -46,15 +60,38 @@ def train(
         "train_seconds": round(seconds, 2),
         "train_problems": train_routes.num_problems,
         "train_tokens": len(train_routes),
-        "validation_problems": validation.num_problems if validation else 0,
+        "validation_problems": validation_routes.num_problems if validation_routes else 0,
     }
-    save_run(out, predictor, baselines, options, history, facts, trace)
+    save_run(out, predictor, baselines, options, history, facts, trace, route_digests(trace, train_routes))
     return load_run(out)
 
 
-def _validation(trace: Trace) -> Routes | None:
+def _check_out(out: Path, resume: bool) -> None:
+    is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if resume and (out / CONFIG_FILE).is_file():
+        raise SpecmoeError(f"{out} is finished: nothing to resume")
+    if resume and not is_empty and not (out / CHECKPOINTS).is_dir():
+        raise SpecmoeError(f"{out} has no {CHECKPOINTS}/: nothing to resume")
+    if not resume and not is_empty:
+        hint = ", or --resume" if (out / CHECKPOINTS).is_dir() and not (out / CONFIG_FILE).is_file() else ""
+        raise SpecmoeError(f"{out} exists and is not an empty folder: choose another --out{hint}")
+
+
+def _validation_part(trace: Trace) -> Routes | None:
     try:
         return load_routes(trace, "validation")
     except EmptyPartError:
         # Few problems: none fell into the validation part, so there is no early stopping.
         return None
+
+
+def _other_trace(trace: Trace, train_routes: Routes, validation: Trace) -> Routes:
+    if Shape.of(validation.metadata.model, 1) != Shape.of(trace.metadata.model, 1):
+        raise SpecmoeError(f"{validation.path}: its model has another number of layers, experts or top-k than {trace.path}")
+    if split_key(validation) != split_key(trace) or split_key(trace) in {"source key", "problem id"}:
+        raise SpecmoeError(f"{trace.path} and {validation.path} do not both tell prompts: shared ones could not be found out")
+    routes = load_routes(validation, "all")
+    shared = np.intersect1d(route_digests(trace, train_routes), route_digests(validation, routes))
+    if len(shared):
+        raise SpecmoeError(f"{len(shared)} problems of {validation.path} are in {trace.path} too: choose another --validation")
+    return routes

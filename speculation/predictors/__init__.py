@@ -4,42 +4,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
+from speculation.options import TrainingOptions
 from speculation.routes import Routes
 from speculation.tasks import Shape, Task
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """Settings that neural predictors use; counting predictors ignore them."""
-
-    seed: int = 0
-    epochs: int = 30
-    batch_tokens: int = 256
-    learning_rate: float = 2e-3
-    patience: int = 5
-    max_seconds: float | None = None
-
-
 class Predictor(ABC):
     """What every predictor offers. A class has a name for the command line; `about`, a line; `source`, where it is from.
 
-    inputs: what it looks at, besides the routes that the task knows. tasks: those that it can be fitted for.
+    sees: what it looks at. tasks: those that it can be fitted for.
     """
 
     name: ClassVar[str]
     about: ClassVar[str]
     source: ClassVar[str]
-    inputs: ClassVar[str]
+    sees: ClassVar[str]
     tasks: ClassVar[frozenset[Task]] = frozenset(Task)
+    defaults: ClassVar[TrainingOptions] = TrainingOptions()
 
     def __init__(self, shape: Shape) -> None:
         if shape.task not in self.tasks:
@@ -53,8 +43,9 @@ class Predictor(ABC):
         validation: Routes | None,
         options: TrainingOptions,
         on_progress: Callable[[int, int, dict[str, float]], None],
+        folder: Path | None = None,
     ) -> list[dict[str, float]]:
-        """Learn from `train`; returns the training history (one entry per epoch, or empty)."""
+        """Learn from `train`; returns the training history, an entry per epoch or empty. folder: for checkpoints and logs."""
 
     @abstractmethod
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
@@ -84,6 +75,7 @@ def predictor_classes() -> dict[str, type[Predictor]]:
     from speculation.predictors.mlp import MlpPredictor
     from speculation.predictors.popularity import Popularity
     from speculation.predictors.previous_token import PreviousToken
+    from speculation.predictors.recommended import Recommended
     from speculation.predictors.token_identity import TokenIdentity
     from speculation.predictors.uniform import Uniform
 
@@ -94,6 +86,7 @@ def predictor_classes() -> dict[str, type[Predictor]]:
         TokenIdentity,
         ConditionalCounts,
         MlpPredictor,
+        Recommended,
     )
     return {cls.name: cls for cls in classes}
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from speculation.predictors import Arrays, Predictor, TrainingOptions, expected_array
+from speculation.options import TrainingOptions
+from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import expert_frequency
 from speculation.routes import Routes
 from speculation.tasks import Shape, Task, targets
@@ -31,7 +33,7 @@ class ConditionalCounts(Predictor):
     name: ClassVar[str] = "conditional-counts"
     about: ClassVar[str] = "naive Bayes over the last known experts of layer l, from counts of P(expert | expert)"
     source: ClassVar[str] = "baseline; the conditional probabilities of MoE-Infinity and of many papers"
-    inputs: ClassVar[str] = "routes of layer l"
+    sees: ClassVar[str] = "routes of layer l"
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -44,6 +46,7 @@ class ConditionalCounts(Predictor):
         validation: Routes | None,
         options: TrainingOptions,
         on_progress: Callable[[int, int, dict[str, float]], None],
+        folder: Path | None = None,
     ) -> list[dict[str, float]]:
         shape, experts = self.shape, self.shape.experts
         frequency_LE = expert_frequency(train, shape)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from analysis.load import count_experts
-from speculation.predictors import Arrays, Predictor, TrainingOptions, expected_array
+from speculation.options import TrainingOptions
+from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.routes import Routes
 from speculation.tasks import Shape
 
@@ -20,7 +22,7 @@ class Popularity(Predictor):
     name: ClassVar[str] = "popularity"
     about: ClassVar[str] = "frequency of each expert per layer"
     source: ClassVar[str] = "baseline"
-    inputs: ClassVar[str] = "nothing"
+    sees: ClassVar[str] = "nothing"
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -32,6 +34,7 @@ class Popularity(Predictor):
         validation: Routes | None,
         options: TrainingOptions,
         on_progress: Callable[[int, int, dict[str, float]], None],
+        folder: Path | None = None,
     ) -> list[dict[str, float]]:
         self._probability_LE = expert_frequency(train, self.shape)
         return []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from speculation.predictors import Arrays, Predictor, TrainingOptions, expected_array
+from speculation.options import TrainingOptions
+from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.routes import Routes
 from speculation.tasks import Shape, Task, targets
@@ -23,7 +25,7 @@ class PreviousToken(Predictor):
     name: ClassVar[str] = "previous-token"
     about: ClassVar[str] = "the experts of the last known token at that layer, then the most popular ones"
     source: ClassVar[str] = "baseline; repetition as in Mixtral (arXiv:2401.04088, Table 5)"
-    inputs: ClassVar[str] = "routes of the last known token"
+    sees: ClassVar[str] = "routes of the last known token"
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -37,6 +39,7 @@ class PreviousToken(Predictor):
         validation: Routes | None,
         options: TrainingOptions,
         on_progress: Callable[[int, int, dict[str, float]], None],
+        folder: Path | None = None,
     ) -> list[dict[str, float]]:
         shape, experts = self.shape, self.shape.experts
         self._popularity_LHE = at_targets(expert_frequency(train, shape), shape)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from speculation.predictors import Arrays, Predictor, TrainingOptions, expected_array
+from speculation.options import TrainingOptions
+from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import expert_frequency
-from speculation.routes import UNKNOWN_TOKEN, Routes
+from speculation.repeats import UNKNOWN_TOKEN
+from speculation.routes import Routes
 from speculation.tasks import MAX_TABLE, Shape, Task, targets
 
 # Kinds of tokens with a row of their own, the most frequent ones.
@@ -29,7 +32,7 @@ class TokenIdentity(Predictor):
     name: ClassVar[str] = "token-identity"
     about: ClassVar[str] = "where the same token of the vocabulary went in the training problems"
     source: ClassVar[str] = "baseline; tokens as in OLMoE (arXiv:2409.02060)"
-    inputs: ClassVar[str] = "which token it is"
+    sees: ClassVar[str] = "which token it is"
 
     def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None) -> None:
         super().__init__(shape)
@@ -43,6 +46,7 @@ class TokenIdentity(Predictor):
         validation: Routes | None,
         options: TrainingOptions,
         on_progress: Callable[[int, int, dict[str, float]], None],
+        folder: Path | None = None,
     ) -> list[dict[str, float]]:
         shape = self.shape
         row_numbers = shape.layers * shape.experts * self._steps

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from speculation.predictors import Arrays, Predictor, TrainingOptions
+from speculation.options import TrainingOptions
+from speculation.predictors import Arrays, Predictor
 from speculation.routes import Routes
 from speculation.tasks import Shape
 
@@ -19,7 +21,7 @@ class Uniform(Predictor):
     name: ClassVar[str] = "uniform"
     about: ClassVar[str] = "a random ranking: chance, measured"
     source: ClassVar[str] = "baseline"
-    inputs: ClassVar[str] = "nothing"
+    sees: ClassVar[str] = "nothing"
 
     def fit(
         self,
@@ -27,6 +29,7 @@ class Uniform(Predictor):
         validation: Routes | None,
         options: TrainingOptions,
         on_progress: Callable[[int, int, dict[str, float]], None],
+        folder: Path | None = None,
     ) -> list[dict[str, float]]:
         return []
 

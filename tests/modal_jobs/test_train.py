@@ -11,7 +11,7 @@ from offline_modal import OfflineModal, last_line, needs_modal
 
 from profiler.reader import Trace
 from speculation.evaluate import evaluate
-from speculation.predictors import TrainingOptions
+from speculation.options import TrainingOptions
 from speculation.runs import load_run
 from speculation.train import train
 

@@ -19,8 +19,10 @@ from profiler.errors import SpecmoeError, TraceError
 from profiler.reader import Trace
 from profiler.schema import RoutingChunk
 from speculation.evaluate import evaluate
-from speculation.predictors import Predictor, TrainingOptions, predictor_classes
+from speculation.options import TrainingOptions
+from speculation.predictors import Predictor, predictor_classes
 from speculation.predictors.conditional_counts import ConditionalCounts
+from speculation.predictors.neural import NeuralPredictor
 from speculation.predictors.popularity import Popularity
 from speculation.predictors.previous_token import PreviousToken
 from speculation.predictors.token_identity import TokenIdentity
@@ -105,6 +107,7 @@ def test_conditional_counts_know_the_current_layer(markov_trace: Trace) -> None:
         assert set(np.argsort(-probabilities[token, 0, 1])[:2].tolist()) == {(strongest + 2) % 8, (strongest + 6) % 8}
 
 
+NEURAL = {name for name, cls in predictor_classes().items() if issubclass(cls, NeuralPredictor)}
 CASES = [(name, task) for name, cls in predictor_classes().items() for task in sorted(cls.tasks)]
 
 
@@ -235,8 +238,9 @@ def test_a_run_survives_storage(name: str, task: Task, markov_trace: Trace, tmp_
         "model.safetensors",
         "baselines.safetensors",
         "metrics.json",
+        "problems.safetensors",
         "provenance.json",
-    }
+    } | ({"training.csv"} if name in NEURAL else set())
     provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert len(provenance["trace_manifest_sha256"]) == 64
 

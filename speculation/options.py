@@ -1,0 +1,31 @@
+"""Settings of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Settings that neural predictors use, each class with defaults of its own; counting predictors ignore them.
+
+    batch_tokens: tokens per step and process, each with all its layers. warm_up: share of the updates during which the learning
+    rate rises. average: the weights kept are a mean over about so many last updates. accumulate: steps per update. patience:
+    epochs without a better validation loss before stopping. precision: no, bf16 or fp16; None for what the device is good at.
+    checkpoint_seconds: between checkpoints.
+    """
+
+    seed: int = 0
+    epochs: int = 12
+    batch_tokens: int = 512
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    dropout: float = 0.1
+    warm_up: float = 0.02
+    clip: float = 1.0
+    average: int = 1000
+    accumulate: int = 1
+    patience: int = 5
+    precision: str | None = None
+    max_seconds: float | None = None
+    checkpoint_seconds: float = 300.0

@@ -1,0 +1,139 @@
+"""What neural predictors share: tokens with rows of their own, training, and weights stored in half precision."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from profiler.errors import SpecmoeError
+from speculation.options import TrainingOptions
+from speculation.predictors import Arrays, Predictor, expected_array
+from speculation.predictors.popularity import at_targets, expert_frequency
+from speculation.predictors.token_identity import frequent_tokens, stored_keys
+from speculation.routes import Routes
+from speculation.tasks import Shape, targets
+from speculation.training import Trainable, fit_network
+
+PREFIX = "network."
+
+
+class NeuralPredictor(Predictor, Trainable):
+    """A network from arrays of routes to logits `[T, L, H, E]`, trained with binary cross-entropy on membership in the set.
+
+    max_kinds: tokens with an embedding of their own: the most frequent that occur twice, as one cannot teach; row 0 is shared
+    by all others.
+    """
+
+    max_kinds: ClassVar[int] = 8192
+
+    def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None) -> None:
+        super().__init__(shape)
+        self.keys = np.zeros(0, dtype=np.int64) if keys is None else keys
+        self.network = self.build(len(self.keys) + 1)
+
+    @abstractmethod
+    def build(self, kinds: int) -> nn.Module:
+        """A new network for `kinds` rows of tokens, with a parameter `bias_LHE` that is added to its logits."""
+
+    @abstractmethod
+    def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        """What the network's `forward` takes for these tokens, by name."""
+
+    def fit(
+        self,
+        train: Routes,
+        validation: Routes | None,
+        options: TrainingOptions,
+        on_progress: Callable[[int, int, dict[str, float]], None],
+        folder: Path | None = None,
+    ) -> list[dict[str, float]]:
+        torch.manual_seed(options.seed)
+        self.keys = frequent_tokens(train, self.max_kinds, at_least=2)
+        self.network = self.build(len(self.keys) + 1)
+        for module in self.network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = options.dropout
+        # Training starts from the popularity baseline: the log-odds of each expert's frequency.
+        log_odds_LE = torch.logit(torch.from_numpy(expert_frequency(train, self.shape)), eps=1e-4).numpy()
+        bias: Any = self.network.bias_LHE
+        bias.data.copy_(torch.from_numpy(at_targets(log_odds_LE, self.shape)))
+        return fit_network(self, train, validation, options, on_progress, folder)
+
+    def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Mean binary cross-entropy over the experts of all valid predictions."""
+        logits_TLHE = network(**self._tensors(routes, tokens_T)).float()
+        true_TLHE, is_valid_TLH = self._truth(routes, tokens_T)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits_TLHE, true_TLHE, reduction="none").mean(-1)
+        return (losses * is_valid_TLH).sum() / is_valid_TLH.sum().clamp(min=1)
+
+    @torch.inference_mode()
+    def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
+        self.network.eval()
+        tokens_T = np.arange(*tokens.indices(len(routes)))
+        return np.asarray(self.network(**self._tensors(routes, tokens_T)).sigmoid().float().cpu().numpy())
+
+    def arrays(self) -> Arrays:
+        weights = self.network.state_dict().items()
+        return {f"{PREFIX}{name}": tensor.cpu().numpy().astype(np.float16) for name, tensor in weights} | {"keys": self.keys}
+
+    @classmethod
+    def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
+        predictor = cls(shape, stored_keys(arrays, cls.max_kinds))
+        weights = {
+            name.removeprefix(PREFIX): torch.from_numpy(expected_array(arrays, name, array.shape))
+            for name, array in arrays.items()
+            if name.startswith(PREFIX)
+        }
+        try:
+            predictor.network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise SpecmoeError(f"stored predictor: weights do not fit: {' '.join(str(error).split())[:500]}") from error
+        if torch.cuda.is_available():
+            predictor.network.cuda()
+        return predictor
+
+    def _tensors(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        device = next(self.network.parameters()).device
+        return {name: torch.from_numpy(array).to(device) for name, array in self.inputs(routes, tokens_T).items()}
+
+    def _truth(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """1 where an expert is in the true set `[T, L, H, E]`, and which predictions are about something `[T, L, H]`."""
+        shape, device = self.shape, next(self.network.parameters()).device
+        true_TLHE = torch.zeros(len(tokens_T), shape.layers, shape.horizon, shape.experts, device=device)
+        is_valid_TLH = np.zeros(true_TLHE.shape[:3], dtype=np.float32)
+        for hop in range(1, shape.horizon + 1):
+            true = targets(routes, shape, tokens_T, hop)
+            ids_TLK = torch.from_numpy(true.ids_TLK.astype(np.int64)).to(device)
+            true_TLHE[:, :, hop - 1].scatter_(2, ids_TLK, 1.0)
+            is_valid_TLH[:, :, hop - 1] = true.is_valid_TL
+        return true_TLHE, torch.from_numpy(is_valid_TLH).to(device)
+
+
+def relative_weights(weights_TLK: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
+    """Weights over their sum within each (token, layer): comparable between models that renormalise and those that do not."""
+    weights = weights_TLK.astype(np.float32)
+    return np.asarray(weights / np.maximum(weights.sum(-1, keepdims=True), 1e-6))
+
+
+class PairEmbedding(nn.Module):
+    """Sum over a route's K experts of an embedding of (layer, expert), times weight: `[T, L, K]` twice to `[T, L, D]`."""
+
+    offset_L1: torch.Tensor
+
+    def __init__(self, layers: int, experts: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(layers * experts, width) * 0.3)
+        self.register_buffer("offset_L1", torch.arange(layers)[:, None] * experts, persistent=False)
+
+    def forward(self, ids_TLK: torch.Tensor, weights_TLK: torch.Tensor) -> torch.Tensor:
+        tokens, layers, top_k = ids_TLK.shape
+        rows = (ids_TLK + self.offset_L1).view(-1, top_k)
+        weights = weights_TLK.reshape(-1, top_k).to(self.table.dtype)
+        return nn.functional.embedding_bag(rows, self.table, per_sample_weights=weights, mode="sum").view(tokens, layers, -1)

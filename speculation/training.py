@@ -1,0 +1,229 @@
+"""The training loop of neural predictors: AdamW, cosine schedule, averaged weights, early stopping, checkpoints, exact resume.
+
+Accelerate does devices, precision, several GPUs and the state on disk; batches are built from whole routes by the predictor.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from profiler.errors import SpecmoeError, first_line
+from profiler.writer import write_text
+from speculation.options import TrainingOptions
+from speculation.routes import Routes
+from speculation.runs import CHECKPOINTS
+
+LOG, STATE_FILE = "training.csv", "state.json"
+# Batches for judging a network need no gradients: they may be larger than those for training.
+JUDGED_TOKENS = 2048
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+class Trainable:
+    """What a predictor gives to `fit_network`: its network, and the loss of some tokens."""
+
+    network: nn.Module
+
+    def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Mean loss of the predictions made at these tokens."""
+        raise NotImplementedError
+
+
+@dataclass
+class _State:
+    """Where training is: the step is within the epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    best_loss: float = math.inf
+    best_epoch: int = -1
+    total: float = 0.0
+    seconds: float = 0.0
+    history: list[dict[str, float]] | None = None
+
+
+def fit_network(
+    model: Trainable,
+    train: Routes,
+    validation: Routes | None,
+    options: TrainingOptions,
+    on_progress: Progress,
+    folder: Path | None = None,
+) -> list[dict[str, float]]:
+    """Train `model.network` in place; it ends with the averaged weights of the best epoch. Returns an entry per epoch.
+
+    folder: for checkpoints and logs; a training that was cut off there goes on where its last checkpoint was, and ends with the
+    very weights that it would have had. Raises `SpecmoeError` if the loss is no number.
+    """
+    from accelerate import Accelerator
+
+    torch.manual_seed(options.seed)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=options.precision or best_precision(),
+        gradient_accumulation_steps=options.accumulate,
+    )
+    steps = math.ceil(len(train) / (options.batch_tokens * accelerator.num_processes))
+    optimizer = torch.optim.AdamW(
+        _decay_groups(model.network, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98)
+    )
+    updates = math.ceil(steps / options.accumulate) * options.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(updates, options.warm_up))
+    network, optimizer, schedule = accelerator.prepare(model.network, optimizer, schedule)
+    average = copy.deepcopy(model.network).requires_grad_(False)
+    best = copy.deepcopy(average)
+    kept = {"average": average, "best": best}
+    state = _resume(accelerator, folder, kept)
+    history = state.history or []
+    began = time.monotonic() - state.seconds
+    saved = time.monotonic()
+    while state.epoch < options.epochs:
+        order_T = np.random.default_rng([options.seed, state.epoch]).permutation(len(train))
+        network.train()
+        while state.step < steps:
+            tokens_T = _share(order_T, state.step, options.batch_tokens, accelerator)
+            with accelerator.accumulate(network), accelerator.autocast():
+                loss = model.loss(network, train, tokens_T)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(network.parameters(), options.clip)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+            state.total += float(loss.detach())
+            state.step += 1
+            if accelerator.sync_gradients:
+                updates_done = (state.epoch * steps + state.step) / options.accumulate
+                # At first over the last tenth of what there is: the first weights are of no use.
+                _follow(average, accelerator.unwrap_model(network), max(1 / options.average, 10 / (10 + updates_done)))
+            if folder is not None and time.monotonic() - saved > options.checkpoint_seconds:
+                state.seconds, state.history = time.monotonic() - began, history
+                _save(accelerator, folder, state, kept)
+                saved = time.monotonic()
+        if not math.isfinite(state.total):
+            raise SpecmoeError(f"training diverged in epoch {state.epoch + 1}: choose a smaller --learning-rate")
+        entry = {"epoch": state.epoch + 1, "train_loss": state.total / steps, "seconds": round(time.monotonic() - began, 1)}
+        if validation is not None:
+            entry["validation_loss"] = mean_loss(model, average, validation, accelerator)
+        if validation is None or entry["validation_loss"] < state.best_loss:
+            state.best_loss, state.best_epoch = entry.get("validation_loss", math.inf), state.epoch
+            best.load_state_dict(average.state_dict())
+        history.append(entry)
+        if folder is not None:
+            _log(folder, history)
+        on_progress(state.epoch + 1, options.epochs, entry)
+        out_of_time = options.max_seconds is not None and time.monotonic() - began > options.max_seconds
+        if out_of_time or state.epoch - state.best_epoch >= options.patience:
+            break
+        state.epoch, state.step, state.total = state.epoch + 1, 0, 0.0
+    model.network.load_state_dict(best.state_dict())
+    return history
+
+
+@torch.inference_mode()
+def mean_loss(model: Trainable, network: nn.Module, routes: Routes, accelerator: Any) -> float:
+    """Mean loss over all tokens of `routes`, in the precision of training."""
+    network.eval()
+    total = 0.0
+    for start in range(0, len(routes), JUDGED_TOKENS):
+        tokens_T = np.arange(start, min(start + JUDGED_TOKENS, len(routes)))
+        with accelerator.autocast():
+            total += float(model.loss(network, routes, tokens_T)) * len(tokens_T)
+    return total / len(routes)
+
+
+def best_precision() -> str:
+    """bf16 where the device computes in it, else no mixed precision."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if has_bf16() else "no"
+
+
+def _share(order_T: npt.NDArray[np.int64], step: int, batch: int, accelerator: Any) -> npt.NDArray[np.int64]:
+    """The tokens of this step and process; the last step of several processes repeats some from the start."""
+    processes = accelerator.num_processes
+    start = (step * processes + accelerator.process_index) * batch
+    chosen = order_T[start : start + batch]
+    return chosen if len(chosen) else order_T[:batch]
+
+
+def _decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and the scales of norms do not."""
+    decaying = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in network.parameters() if parameter.ndim < 2]
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _cosine(updates: int, warm_up: float) -> Callable[[int], float]:
+    rising = max(1, int(warm_up * updates))
+
+    def factor(update: int) -> float:
+        if update < rising:
+            return (update + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (update - rising) / max(1, updates - rising))))
+
+    return factor
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, network: nn.Module, share: float) -> None:
+    """Move the average towards the network by this share."""
+    theirs = dict(network.named_parameters())
+    names = [name for name, _ in average.named_parameters()]
+    torch._foreach_lerp_([own for _, own in average.named_parameters()], [theirs[name] for name in names], share)
+
+
+def _resume(accelerator: Any, folder: Path | None, kept: dict[str, nn.Module]) -> _State:
+    if folder is None or not (folder / CHECKPOINTS / STATE_FILE).is_file():
+        return _State()
+    try:
+        document = json.loads((folder / CHECKPOINTS / STATE_FILE).read_text(encoding="utf-8"))
+        state = _State(**{**document["state"], "best_loss": float(document["state"]["best_loss"])})
+        checkpoint = folder / CHECKPOINTS / Path(document["folder"]).name
+        accelerator.load_state(str(checkpoint))
+        for name, network in kept.items():
+            network.load_state_dict(load_file(checkpoint / f"{name}.safetensors", device=str(accelerator.device)))
+    except Exception as error:  # whatever a broken checkpoint causes
+        raise SpecmoeError(
+            f"{folder / CHECKPOINTS} cannot be resumed: {first_line(error)}; remove it to start again"
+        ) from error
+    return state
+
+
+def _save(accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Module]) -> None:
+    """Write a checkpoint beside the last, then name it: a kill in between leaves the last one."""
+    checkpoint = folder / CHECKPOINTS / f"step-{state.epoch}-{state.step}"
+    accelerator.save_state(str(checkpoint))
+    if not accelerator.is_main_process:
+        return
+    for name, network in kept.items():
+        save_file(network.state_dict(), checkpoint / f"{name}.safetensors")
+    document = {"folder": checkpoint.name, "state": {**vars(state), "best_loss": str(state.best_loss)}}
+    write_text(folder / CHECKPOINTS / STATE_FILE, json.dumps(document) + "\n")
+    for old in (folder / CHECKPOINTS).glob("step-*"):
+        if old != checkpoint:
+            shutil.rmtree(old)
+
+
+def _log(folder: Path, history: list[dict[str, float]]) -> None:
+    with (folder / LOG).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[-1]))
+        writer.writeheader()
+        writer.writerows(history)
