@@ -41,7 +41,7 @@ def find_matches(token_keys_T: npt.NDArray[np.int64], first_T: npt.NDArray[np.in
     for number, length in enumerate(RUN_LENGTHS, start=1):
         for back in range(done, length):
             shifted_T = np.zeros(count, dtype=np.uint64)
-            shifted_T[back:] = keys_T[: count - back]
+            shifted_T[back:] = keys_T[: max(0, count - back)]
             hash_T = (hash_T * _MIX) ^ (shifted_T * _SPREAD + np.uint64(back + 1))
             hash_T ^= hash_T >> np.uint64(29)
         done = length

@@ -146,6 +146,7 @@ class RecommendedNetwork(nn.Module):
         self.matches = nn.ModuleList(PairEmbedding(layers, experts, width) for _ in range(self.steps))
         # How much a match counts, by the length of the run; 0 is none.
         self.trust = nn.Parameter(torch.ones(len(RUN_LENGTHS) + 1))
+        self.unknown = UnknownAtRandom(0.1)
         self.order = nn.Embedding(len(RUN_LENGTHS) + 1, width)
         self.position = nn.Embedding(POSITIONS, width)
         self.token = nn.Embedding(kinds, token_width)
@@ -188,7 +189,7 @@ class RecommendedNetwork(nn.Module):
         by_layer = recent.transpose(1, 2).reshape(tokens, shape.layers, -1)
         recent_TLD = torch.einsum("tli,lid->tld", by_layer, self.recent_layer)
         state_TD = (
-            self.tokens(self.token(rows).view(tokens, -1))
+            self.tokens(self.token(self.unknown(rows)).view(tokens, -1))
             + self.order(order)
             + self.position(position)
             + self.last_all(last_TLD.sum(1))
@@ -216,6 +217,19 @@ class RecommendedNetwork(nn.Module):
         if self.layers < shape.layers:
             logits_TLHE = nn.functional.pad(logits_TLHE, (0, 0, 0, 0, 0, 1))
         return logits_TLHE + self.bias_LHE
+
+
+class UnknownAtRandom(nn.Module):
+    """While training, some rows of tokens become 0, that of unknown ones: new texts have tokens that nothing was learned of."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return rows
+        return rows * (torch.rand(rows.shape, device=rows.device) >= self.share)
 
 
 class Block(nn.Module):
