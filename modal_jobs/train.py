@@ -1,7 +1,7 @@
 """Train expert predictors on a rented GPU, on what was collected there or on a trace from here.
 
-    modal run modal_jobs/train.py --run-id RUN --predictor mlp --out runs/mine
-    modal run modal_jobs/train.py --trace traces/math --predictor mlp --out runs/math
+    modal run modal_jobs/train.py --run-id RUN --out runs/mine
+    modal run modal_jobs/train.py --trace traces/math --out runs/math
 
 The work is in `modal_jobs.training`.
 """
@@ -9,6 +9,7 @@ The work is in `modal_jobs.training`.
 # No `from __future__ import annotations` here, as in collect.py.
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import modal
@@ -23,8 +24,8 @@ from profiler.devices import find_gpu
 from profiler.errors import SpecmoeError, first_line
 from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
-from speculation.options import TrainingOptions
 from speculation.predictors import find_predictor
+from speculation.tasks import Task
 
 DEFAULT_GPU = "A10"
 
@@ -52,21 +53,24 @@ def train(job: TrainJob, volume: str) -> str:
 def main(
     run_id: str | None = None,
     trace: str | None = None,
-    predictor: str = "mlp",
+    predictor: str = "recommended",
+    task: str = Task.NEXT_LAYER.value,
     out: str | None = None,
     horizon: int = 1,
-    epochs: int = 30,
-    batch_tokens: int = 256,
-    learning_rate: float = 2e-3,
-    patience: int = 5,
-    seed: int = 0,
+    epochs: int | None = None,
+    batch_tokens: int | None = None,
+    learning_rate: float | None = None,
+    patience: int | None = None,
+    seed: int | None = None,
     gpu: str = DEFAULT_GPU,
     volume: str = TRACE_VOLUME,
 ) -> None:
     """Train a predictor on a run or a local trace, and bring it here."""
     with one_line_errors("train"):
         find_gpu(gpu, rented=True)
-        find_predictor(predictor)
+        defaults = find_predictor(predictor).defaults
+        if task not in set(Task):
+            raise SpecmoeError(f"unknown task {task!r}: expected one of {', '.join(Task)}")
         if (run_id is None) == (trace is None):
             raise SpecmoeError("expected one of --run-id, of a collected run, and --trace, of a folder here")
         target = Path(out or f"runs/{predictor}")
@@ -74,10 +78,15 @@ def main(
             raise SpecmoeError(f"{target} exists: choose another --out")
         store = trace_volume if volume == TRACE_VOLUME else modal.Volume.from_name(volume).hydrate()
         source = run_id if run_id is not None else upload_trace(store, Trace.open(str(trace)))
-        options = TrainingOptions(
-            seed=seed, epochs=epochs, batch_tokens=batch_tokens, learning_rate=learning_rate, patience=patience
-        )
-        job = TrainJob(source=str(source), predictor=predictor, horizon=horizon, options=options)
+        given = {
+            "epochs": epochs,
+            "batch_tokens": batch_tokens,
+            "learning_rate": learning_rate,
+            "patience": patience,
+            "seed": seed,
+        }
+        options = replace(defaults, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        job = TrainJob(source=str(source), predictor=predictor, task=Task(task), horizon=horizon, options=options)
         remote = train.with_options(gpu=gpu, volumes={CACHE: cache_volume, TRACES: store})
         refusal = remote.remote(job, volume)
         if refusal:

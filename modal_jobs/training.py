@@ -18,6 +18,7 @@ from profiler.schema import MANIFEST_FILE, Manifest, ManifestEntry
 from profiler.writer import sha256_of, write_text
 from speculation.evaluate import evaluate
 from speculation.options import TrainingOptions
+from speculation.tasks import Task
 from speculation.train import train
 
 
@@ -27,6 +28,7 @@ class TrainJob:
 
     source: str
     predictor: str
+    task: Task
     horizon: int
     options: TrainingOptions
 
@@ -70,7 +72,7 @@ def train_on_volume(volume: Path, job: TrainJob, work: Path, *, say: Callable[[s
         losses = ", ".join(f"{name} {value:.4f}" for name, value in entry.items() if name.endswith("loss"))
         say(f"epoch {epoch} of {epochs}: {losses}")
 
-    run = train(trace, job.predictor, result, horizon=job.horizon, options=job.options, on_progress=progress)
+    run = train(trace, job.predictor, result, task=job.task, horizon=job.horizon, options=job.options, on_progress=progress)
     try:
         document = evaluate(run, trace)
     except SpecmoeError as error:

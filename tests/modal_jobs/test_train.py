@@ -46,7 +46,7 @@ def test_a_trace_from_here_is_trained_on_there(trace: Trace, account: OfflineMod
         # A time, which differs.
         found["results"] = {name: result["metrics"]["h=1"]["recall@2"] for name, result in found["results"].items()}
     assert document["results"] == expected["results"]
-    assert len(document["results"]) == 3
+    assert len(document["results"]) == 4
     assert "shuffled control" in done.stdout
 
     again = account.run(*TRAIN, "--trace", str(trace.path), "--out", str(tmp_path / "again"))
