@@ -84,9 +84,8 @@ def fit_network(
         _decay_groups(model.network, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98)
     )
     updates = math.ceil(steps / options.accumulate) * options.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(updates, options.warm_up))
-    network, optimizer, schedule = accelerator.prepare(model.network, optimizer, schedule)
-    average = copy.deepcopy(model.network).requires_grad_(False)
+    average = copy.deepcopy(model.network).to(accelerator.device).requires_grad_(False)
+    network, optimizer = accelerator.prepare(model.network, optimizer)
     best = copy.deepcopy(average)
     kept = {"average": average, "best": best}
     state = _resume(accelerator, folder, kept)
@@ -96,31 +95,34 @@ def fit_network(
     while state.epoch < options.epochs:
         order_T = np.random.default_rng([options.seed, state.epoch]).permutation(len(train))
         network.train()
+        # Stays on the device: asking for it would wait for every step.
+        total = torch.tensor(state.total, device=accelerator.device)
         while state.step < steps:
             tokens_T = _share(order_T, state.step, options.batch_tokens, accelerator)
+            updates_done = (state.epoch * steps + state.step) // options.accumulate
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * _cosine(updates_done, updates, options.warm_up)
             with accelerator.accumulate(network), accelerator.autocast():
                 loss = model.loss(network, train, tokens_T)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(network.parameters(), options.clip)
                 optimizer.step()
-                schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-            state.total += float(loss.detach())
+            total += loss.detach()
             state.step += 1
             if accelerator.sync_gradients:
-                updates_done = (state.epoch * steps + state.step) / options.accumulate
                 # At first over the last tenth of what there is: the first weights are of no use.
                 _follow(average, accelerator.unwrap_model(network), max(1 / options.average, 10 / (10 + updates_done)))
             if folder is not None and time.monotonic() - saved > options.checkpoint_seconds:
-                state.seconds, state.history = time.monotonic() - began, history
+                state.total, state.seconds, state.history = float(total), time.monotonic() - began, history
                 _save(accelerator, folder, state, kept)
                 saved = time.monotonic()
-        if not math.isfinite(state.total):
-            raise SpecmoeError(f"training diverged in epoch {state.epoch + 1}: choose a smaller --learning-rate")
-        entry = {"epoch": state.epoch + 1, "train_loss": state.total / steps, "seconds": round(time.monotonic() - began, 1)}
+        entry = {"epoch": state.epoch + 1, "train_loss": float(total) / steps, "seconds": round(time.monotonic() - began, 1)}
         if validation is not None:
             entry["validation_loss"] = mean_loss(model, average, validation, accelerator)
+        if not all(map(math.isfinite, entry.values())):
+            raise SpecmoeError(f"training diverged in epoch {state.epoch + 1}: choose a smaller --learning-rate")
         if validation is None or entry["validation_loss"] < state.best_loss:
             state.best_loss, state.best_epoch = entry.get("validation_loss", math.inf), state.epoch
             best.load_state_dict(average.state_dict())
@@ -132,6 +134,8 @@ def fit_network(
         if out_of_time or state.epoch - state.best_epoch >= options.patience:
             break
         state.epoch, state.step, state.total = state.epoch + 1, 0, 0.0
+    # Accelerate wraps the network's `forward` in mixed precision.
+    model.network = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     model.network.load_state_dict(best.state_dict())
     return history
 
@@ -171,15 +175,12 @@ def _decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any
     return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _cosine(updates: int, warm_up: float) -> Callable[[int], float]:
+def _cosine(update: int, updates: int, warm_up: float) -> float:
+    """The share of the learning rate at this update: it rises from 0 to 1 first, and falls to 0 then."""
     rising = max(1, int(warm_up * updates))
-
-    def factor(update: int) -> float:
-        if update < rising:
-            return (update + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (update - rising) / max(1, updates - rising))))
-
-    return factor
+    if update < rising:
+        return (update + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (update - rising) / max(1, updates - rising))))
 
 
 @torch.no_grad()

@@ -36,8 +36,8 @@ class Recommended(NeuralPredictor):
     source: ClassVar[str] = "this project (docs/predictors.md)"
     sees: ClassVar[str] = "all routes that the task knows, which tokens these are"
     width: ClassVar[int] = 256
-    token_width: ClassVar[int] = 96
-    defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=12, batch_tokens=512, learning_rate=2e-3)
+    token_width: ClassVar[int] = 64
+    defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=7, batch_tokens=512, dropout=0.2)
 
     def build(self, kinds: int) -> nn.Module:
         return RecommendedNetwork(self.shape, kinds, self.width, self.token_width)
@@ -157,7 +157,7 @@ class RecommendedNetwork(nn.Module):
         self.match_all = nn.Linear(width, width)
         for embedding in (self.order, self.position, self.token):
             nn.init.normal_(embedding.weight, std=0.3)
-        self.context = nn.ModuleList(Block(width, 4) for _ in range(2))
+        self.context = nn.ModuleList(Block(width, 2) for _ in range(2))
         # Of a next-layer prediction from the last layer there is none.
         self.layers = layers - (shape.task == Task.NEXT_LAYER)
         self.blocks = nn.ModuleList(Block(width, 2) for _ in range(self.layers))
