@@ -11,6 +11,7 @@ The work is in `modal_jobs.training`.
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import modal
 
@@ -78,14 +79,14 @@ def main(
             raise SpecmoeError(f"{target} exists: choose another --out")
         store = trace_volume if volume == TRACE_VOLUME else modal.Volume.from_name(volume).hydrate()
         source = run_id if run_id is not None else upload_trace(store, Trace.open(str(trace)))
-        given = {
+        given: dict[str, Any] = {
             "epochs": epochs,
             "batch_tokens": batch_tokens,
             "learning_rate": learning_rate,
             "patience": patience,
             "seed": seed,
         }
-        options = replace(defaults, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        options = replace(defaults, **{name: value for name, value in given.items() if value is not None})
         job = TrainJob(source=str(source), predictor=predictor, task=Task(task), horizon=horizon, options=options)
         remote = train.with_options(gpu=gpu, volumes={CACHE: cache_volume, TRACES: store})
         refusal = remote.remote(job, volume)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,14 +35,14 @@ JUDGED_TOKENS = 2048
 Progress = Callable[[int, int, dict[str, float]], None]
 
 
-class Trainable:
+class Trainable(Protocol):
     """What a predictor gives to `fit_network`: its network, and the loss of some tokens."""
 
     network: nn.Module
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """Mean loss of the predictions made at these tokens."""
-        raise NotImplementedError
+        ...
 
 
 @dataclass

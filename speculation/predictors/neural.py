@@ -19,12 +19,12 @@ from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.predictors.token_identity import frequent_tokens, stored_keys
 from speculation.routes import Routes
 from speculation.tasks import Shape, targets
-from speculation.training import Trainable, fit_network
+from speculation.training import fit_network
 
 PREFIX = "network."
 
 
-class NeuralPredictor(Predictor, Trainable):
+class NeuralPredictor(Predictor):
     """A network from arrays of routes to logits `[T, L, H, E]`, trained with binary cross-entropy on membership in the set.
 
     max_kinds: tokens with an embedding of their own: the most frequent that occur twice, as one cannot teach; row 0 is shared

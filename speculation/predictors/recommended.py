@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from analysis.kernels import HALVES
 from speculation.options import TrainingOptions
 from speculation.predictors.neural import NeuralPredictor, PairEmbedding, relative_weights
 from speculation.predictors.token_identity import token_rows
@@ -97,15 +98,11 @@ def recent_use(
     return use_TWLE
 
 
-# float16 as numbers, by their bits: numba has no float16 on CPUs.
-HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-
-
 @numba.njit(cache=True, nogil=True)
 def _add_recent(
     ids: npt.NDArray[Any],
     weight_bits: npt.NDArray[np.uint16],
-    halves: npt.NDArray[np.float32],
+    halves: npt.NDArray[np.float64],
     known_T: npt.NDArray[np.int64],
     first_T: npt.NDArray[np.int64],
     windows: npt.NDArray[np.int64],
@@ -124,7 +121,7 @@ def _add_recent(
                 use[n, w] = use[n, w - 1]
             for t in range(begin, end):
                 for layer in range(layers):
-                    total = np.float32(1e-6)
+                    total = 1e-6
                     for k in range(top_k):
                         total += halves[weight_bits[t, layer, k]]
                     for k in range(top_k):
