@@ -310,7 +310,8 @@ def test_a_trace_of_another_model_is_refused(
 
 
 def test_wrong_choices_are_named(markov_trace: Trace, tmp_path: Path) -> None:
-    with pytest.raises(SpecmoeError, match="expected one of uniform, popularity, previous-token"):
+    names = "uniform, popularity, previous-token, token-identity, conditional-counts, mlp, recommended"
+    with pytest.raises(SpecmoeError, match=f"expected one of {names}$"):
         train(markov_trace, "oracle", tmp_path / "run")
     with pytest.raises(SpecmoeError, match="horizon 4: expected 1 to 3"):
         train(markov_trace, "mlp", tmp_path / "run", horizon=4)
