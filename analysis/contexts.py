@@ -16,7 +16,7 @@ import numpy.typing as npt
 from analysis.accumulator import Accumulator, Counts, Floats
 from analysis.frames import Frame
 from analysis.kernels import count_in_context
-from analysis.load import entropy
+from analysis.load import binary_entropy, entropy
 from analysis.survey import Axes
 from analysis.transitions import FOLDS
 
@@ -227,7 +227,7 @@ def _judged(judged: tuple[Floats, Floats], said: tuple[Floats, Floats], top_k: i
         p_strongest = strongest / np.maximum(tokens_C, 1)[:, None]
         # Miller-Madow, for each distribution: (non-empty cells - 1) / (2 N ln 2), weighted by N.
         first_bits = (entropy(p_strongest) * tokens_C).sum() + ((strongest > 0).sum(1) - 1).clip(0).sum() / (2 * np.log(2))
-        binary = entropy(np.stack([p_selected, 1 - p_selected], -1))
+        binary = binary_entropy(p_selected)
         uncertain = ((p_selected > 0) & (p_selected < 1)).sum()
         set_bits = (binary * tokens_C[:, None]).sum() + uncertain / (2 * np.log(2))
     else:

@@ -39,7 +39,7 @@ class DomainDistance:
 
 def domain_distances(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int = 0) -> list[DomainDistance]:
     """Distances of every two datasets that have problems, in order of their names."""
-    by_dataset = flat_blocks(blocks, datasets)
+    _, by_dataset = flat_blocks(blocks, datasets)
     return [
         distance_of(first, second, by_dataset[first], by_dataset[second], blocks.shape, seed)
         for first, second in combinations(by_dataset, 2)
@@ -61,16 +61,15 @@ def distance_of(
     paired: the groups have the same problems in the same order. Labels are then exchanged within pairs only: what differs
     between problems is on both sides, and is no part of the control.
     """
-    counts = np.concatenate([ours, theirs])
-    is_first = np.arange(len(counts)) < len(ours)
+    is_first = np.arange(len(ours) + len(theirs)) < len(ours)
     random = np.random.default_rng((seed, len(ours), len(theirs)))
     if paired and len(ours) == len(theirs):
         exchanged = [np.tile(random.random(len(ours)) < 0.5, 2) ^ is_first for _ in range(PERMUTATIONS)]
     else:
         exchanged = [random.permutation(is_first) for _ in range(PERMUTATIONS)]
     labels = np.stack([is_first, *exchanged]).astype(np.float32)
-    sums = [normalized((each @ counts).reshape(-1, *shape).astype(np.float64)) for each in (labels, 1 - labels)]
-    found = jensen_shannon_distance(*sums)
+    sums = [each[:, : len(ours)] @ ours + each[:, len(ours) :] @ theirs for each in (labels, 1 - labels)]
+    found = jensen_shannon_distance(*(normalized(each.reshape(-1, *shape).astype(np.float64)) for each in sums))
     return DomainDistance(first, second, found[0], found[1:].mean(0), found[1:].max(0))
 
 
@@ -107,10 +106,9 @@ class Specialisation:
 
 def specialisation(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int = 0) -> list[Specialisation]:
     """Experts that each dataset prefers; of datasets with at least MIN_PROBLEMS problems, against at least as many others."""
-    by_dataset = flat_blocks(blocks, datasets)
+    _, by_dataset = flat_blocks(blocks, datasets)
     if len(by_dataset) < 2:
         return []
-    everything = np.concatenate(list(by_dataset.values()))
     labels = np.concatenate([np.full(len(counts), number) for number, counts in enumerate(by_dataset.values())])
     random = np.random.default_rng(seed)
     mixed = random.permutation(labels)
@@ -119,25 +117,32 @@ def specialisation(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int =
         inside = labels == number
         if min(inside.sum(), (~inside).sum()) < MIN_PROBLEMS:
             continue
-        found = _preferred(blocks, everything[inside], everything[~inside], dataset, random)
-        control = _preferred(blocks, everything[mixed == number], everything[mixed != number], dataset, random)
+        found = _preferred(by_dataset, blocks.shape, inside, dataset, random)
+        control = _preferred(by_dataset, blocks.shape, mixed == number, dataset, random)
         problems = int(blocks.problems[datasets.index(dataset)])
         result.append(Specialisation(dataset, problems, len(found), len(control), found))
     return result
 
 
 def _preferred(
-    blocks: ProblemBlocks, inside: Blocks, outside: Blocks, dataset: str, random: np.random.Generator
+    by_dataset: dict[str, Blocks],
+    shape: tuple[int, int],
+    is_inside: npt.NDArray[np.bool_],
+    dataset: str,
+    random: np.random.Generator,
 ) -> list[Specialist]:
-    shape = blocks.shape
-    ratios = _share_ratio(inside.sum(0).reshape(shape), outside.sum(0).reshape(shape))
-    drawn = [_bootstrap(part, random).reshape(-1, *shape) for part in (inside, outside)]
+    """Experts that the blocks `is_inside` `[B]` prefer; B goes through all datasets in their order."""
+    inside, outside = (
+        _weighted(by_dataset, each[None].astype(np.float32))[0].reshape(shape) for each in (is_inside, ~is_inside)
+    )
+    ratios = _share_ratio(inside, outside)
+    drawn = [_bootstrap(by_dataset, part, random).reshape(-1, *shape) for part in (is_inside, ~is_inside)]
     # Layer by layer: replicates of all at once would be the largest arrays of the whole analysis.
     limits = [
         np.quantile(_share_ratio(*(each[:, layer] for each in drawn)), [0.025, 0.975], axis=0) for layer in range(shape[0])
     ]
     low, high = np.stack(limits, axis=1)
-    share = normalized(inside.sum(0, dtype=np.float64).reshape(shape)) * shape[1]
+    share = normalized(inside.astype(np.float64)) * shape[1]
     own = np.argwhere((low > 1) & (share >= MIN_SHARE))
     specialists = [
         Specialist(dataset, int(n), int(e), float(ratios[n, e]), float(low[n, e]), float(high[n, e]), float(share[n, e]))
@@ -146,12 +151,27 @@ def _preferred(
     return sorted(specialists, key=lambda found: -found.low)
 
 
-def _bootstrap(blocks: Blocks, random: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Sums over as many blocks drawn with replacement, BOOTSTRAPS times; some of these at a time, as blocks may be many."""
-    equal = np.full(len(blocks), 1 / len(blocks))
-    at_a_time = max(1, DRAWN_BYTES // (8 * len(blocks)))
-    sizes = [min(at_a_time, BOOTSTRAPS - start) for start in range(0, BOOTSTRAPS, at_a_time)]
-    return np.concatenate([random.multinomial(len(blocks), equal, size=n).astype(np.float32) @ blocks for n in sizes])
+def _bootstrap(
+    by_dataset: dict[str, Blocks], is_drawn: npt.NDArray[np.bool_], random: np.random.Generator
+) -> npt.NDArray[np.float32]:
+    """Sums over as many of the blocks `is_drawn`, with replacement, BOOTSTRAPS times; some at a time, as blocks may be many."""
+    number = int(is_drawn.sum())
+    equal = np.full(number, 1 / number)
+    at_a_time = max(1, DRAWN_BYTES // (8 * len(is_drawn)))
+    sums = []
+    for start in range(0, BOOTSTRAPS, at_a_time):
+        times = random.multinomial(number, equal, size=min(at_a_time, BOOTSTRAPS - start))
+        weights = np.zeros((len(times), len(is_drawn)), dtype=np.float32)
+        weights[:, is_drawn] = times
+        sums.append(_weighted(by_dataset, weights))
+    return np.concatenate(sums)
+
+
+def _weighted(by_dataset: dict[str, Blocks], weights_nB: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Weighted sums `[n, L * E]` over the blocks of all datasets, which are never copied together."""
+    ends = np.cumsum([len(counts) for counts in by_dataset.values()])
+    parts = zip(np.split(weights_nB, ends[:-1], axis=1), by_dataset.values(), strict=True)
+    return np.asarray(sum(weights @ counts for weights, counts in parts))
 
 
 def _share_ratio(inside: npt.NDArray[np.float32], outside: npt.NDArray[np.float32]) -> Floats:
@@ -159,13 +179,15 @@ def _share_ratio(inside: npt.NDArray[np.float32], outside: npt.NDArray[np.float3
     return np.asarray(normalized(inside.astype(np.float64) + 0.5) / normalized(outside.astype(np.float64) + 0.5))
 
 
-def flat_blocks(blocks: ProblemBlocks, datasets: tuple[str, ...]) -> dict[str, Blocks]:
-    """Selections of each dataset that has any, `[B, L * E]`."""
-    flat = {
-        name: blocks.of_dataset(number).reshape(-1, np.prod(blocks.shape)).astype(np.float32)
-        for number, name in enumerate(datasets)
-    }
-    return {name: counts for name, counts in flat.items() if len(counts)}
+def flat_blocks(blocks: ProblemBlocks, datasets: tuple[str, ...]) -> tuple[Blocks, dict[str, Blocks]]:
+    """Selections of all datasets `[B, L * E]`, and of each that has any, as a part of that array."""
+    keys = sorted(blocks.counts)
+    flat: Blocks = np.empty((len(keys), int(np.prod(blocks.shape))), dtype=np.float32)
+    for row, key in zip(flat, keys, strict=True):
+        row[:] = blocks.counts[key].ravel()
+    starts = np.searchsorted([dataset for dataset, _ in keys], range(len(datasets) + 1))
+    parts = {name: flat[start:stop] for name, start, stop in zip(datasets, starts, starts[1:], strict=False)}
+    return flat, {name: counts for name, counts in parts.items() if len(counts)}
 
 
 def jensen_shannon_distance(p: Floats, q: Floats) -> Floats:

@@ -61,7 +61,7 @@ def problem_facts(trace: Trace, axes: Axes) -> ProblemFacts:
     """What the table says of each problem."""
     ids_P, dataset_P = dataset_indices(trace, axes)
     folds = (_fold(digest) for _, digest in iterate_digests(trace)) if trace.has_problems else ()
-    return ProblemFacts(ids_P, dataset_P, np.fromiter(folds, dtype=np.int8, count=len(ids_P)))
+    return ProblemFacts(ids_P, dataset_P, np.fromiter(folds, dtype=np.int8))
 
 
 def _fold(digest: int) -> int:

@@ -85,7 +85,7 @@ class ProblemBlocks:
     set of problems alone, so it is the same however the trace was cut.
     """
 
-    MAX_BYTES = 96 << 20
+    MAX_BYTES = 48 << 20
 
     def __init__(self, axes: Axes) -> None:
         self.shape = (axes.layers, axes.num_experts)
@@ -117,11 +117,6 @@ class ProblemBlocks:
         for (dataset, block), counts_LE in other.counts.items():
             self._add((dataset, block % self.modulus), counts_LE.copy())
             self._fit()
-
-    def of_dataset(self, dataset: int) -> npt.NDArray[np.uint32]:
-        """The blocks of one dataset `[B, L, E]`, in order of their numbers."""
-        chosen = sorted(key for key in self.counts if key[0] == dataset)
-        return np.stack([self.counts[key] for key in chosen]) if chosen else np.empty((0, *self.shape), dtype=np.uint32)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything as arrays."""
@@ -227,3 +222,14 @@ def entropy(probabilities: Floats) -> Floats:
     logs = np.log2(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities, dtype=np.float64))
     # Adding 0.0 turns the -0.0 of a certain outcome into 0.0.
     return np.asarray(-(probabilities * logs).sum(-1) + 0.0)
+
+
+def binary_entropy(probabilities: Floats) -> Floats:
+    """Entropy in bits of whether each event happens, without the temporary arrays of all outcomes side by side."""
+    bits: Floats = np.zeros(probabilities.shape)
+    for each in (probabilities, 1 - probabilities):
+        terms = np.log2(each, where=each > 0, out=np.zeros(each.shape))
+        terms *= each
+        bits -= terms
+    bits += 0.0
+    return bits

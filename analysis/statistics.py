@@ -207,7 +207,7 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
         weights=weight_statistics(counts.weights),
         margins=margin_statistics(counts.margins),
         rulers=rulers(counts.contexts, axes.top_k),
-        blocks=np.concatenate(list(flat_blocks(load.blocks, axes.datasets).values())),
+        blocks=flat_blocks(load.blocks, axes.datasets)[0],
     )
 
 

@@ -3,7 +3,7 @@
     python benchmarks/analysis_memory.py [--only NAME] [--trace DIR ...]
 
 Each trace is made, analysed by the command in a process of its own with as many threads as it likes, and deleted. The report is
-written too. Routing is random: what is measured does not depend on it. 8 GB of disk and a quarter of an hour.
+written too. Routing is random: what is measured does not depend on it. 8 GB of disk and half an hour.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ finally:
 
 @dataclass(frozen=True)
 class Case:
-    """A trace of `problems` x `tokens` tokens. prompt_bytes: of each problem's text. kinds: of vocabulary ids."""
+    """A trace of `problems` x `tokens` tokens. prompt_bytes: of each problem's text. kinds: of vocabulary ids.
+
+    one_group: `problems.parquet` has a single row group, as of a writer that does not care; its text does not repeat.
+    """
 
     layers: int
     experts: int
@@ -66,18 +69,27 @@ class Case:
     prompt_bytes: int = 20
     kinds: int = 50_000
     logits: bool = False
+    datasets: int = 3
+    one_group: bool = False
 
 
 CASES = {
     "Mixtral": Case(32, 8, 2, 2_000, 500),
     "OLMoE, many problems": Case(16, 64, 8, 60_000, 20),
     "Qwen3-30B": Case(48, 128, 8, 100, 300),
+    "Qwen3-30B, many problems": Case(48, 128, 8, 5_000, 5),
     "Qwen3-30B with logits": Case(48, 128, 8, 32, 256, logits=True),
     "DeepSeek-V3": Case(58, 256, 8, 20, 300),
+    "DeepSeek-V3, many problems": Case(58, 256, 8, 1_300, 5),
+    "DeepSeek-V3, many datasets": Case(58, 256, 8, 1_000, 5, datasets=40),
     "48 layers of 512 experts": Case(48, 512, 8, 10, 200),
+    "48 layers of 512 experts, many problems": Case(48, 512, 8, 1_000, 4),
     "one layer of 6,000 experts": Case(1, 6_000, 4, 20, 500),
+    "one layer of 6,000 experts, many problems": Case(1, 6_000, 4, 5_000, 5),
     "two million problems": Case(1, 4, 1, 2_000_000, 1),
     "long texts": Case(4, 8, 2, 20_000, 10, prompt_bytes=200_000),
+    "all text in a row group": Case(1, 4, 1, 400_000, 1, prompt_bytes=1_000, one_group=True),
+    "pages of 200 MB": Case(58, 256, 8, 1_300, 5, prompt_bytes=200_000, one_group=True),
     "as many kinds of tokens as tokens": Case(4, 8, 2, 3_000, 1_000, kinds=2**31 - 1),
 }
 
@@ -132,20 +144,22 @@ def make(path: Path, case: Case) -> Path:
             columns = [ids_T, positions_T, vocabulary_T, pa.array(["decode"] * len(ids_T))]
             tokens.write_table(pa.table(columns, names=TOKENS_SCHEMA.names).cast(TOKENS_SCHEMA))
     with pq.ParquetWriter(path / PROBLEMS_FILE, PROBLEMS_SCHEMA, compression="zstd") as problems:
-        at_once = max(1, min(50_000, TEXT_PER_GROUP // case.prompt_bytes))
+        at_once = case.problems if case.one_group else max(1, min(50_000, TEXT_PER_GROUP // case.prompt_bytes))
         for start in range(0, case.problems, at_once):
             numbers = range(start, min(start + at_once, case.problems))
             rows = [
                 dict.fromkeys(PROBLEMS_SCHEMA.names)
                 | {
                     "problem_id": n,
-                    "dataset": f"d{n % 3}",
+                    "dataset": f"d{n % case.datasets}",
                     "source_key": str(n),
-                    "prompt": f"{n} ".ljust(case.prompt_bytes, "x"),
+                    "prompt": random.bytes(case.prompt_bytes // 2).hex()
+                    if case.one_group
+                    else f"{n} ".ljust(case.prompt_bytes, "x"),
                 }
                 for n in numbers
             ]
-            problems.write_table(pa.Table.from_pylist(rows, schema=PROBLEMS_SCHEMA))
+            problems.write_table(pa.Table.from_pylist(rows, schema=PROBLEMS_SCHEMA), row_group_size=len(rows))
     write_manifest(path)
     assert Trace.open(path).faults(verify=True) == []
     return path

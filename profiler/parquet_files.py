@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from profiler.errors import UNREADABLE, TraceError, first_line
-from profiler.parquet_footer import read_row_groups
+from profiler.parquet_footer import DELTA_BYTE_ARRAY, read_pages, read_row_groups
 from profiler.schema import REQUIRED_COLUMNS
 
 # Our own row groups are below 40 MB; a stranger's few compressed bytes must not become gigabytes.
 MAX_GROUP_BYTES = 256 << 20
 MAX_TABLE_BYTES = 768 << 20
-# Of what is read some rows at a time.
+# Of what is read some rows at a time: text at once, of a page, of a row group's text that is read with dictionaries.
 MAX_TEXT_BYTES = 64 << 20
+MAX_PAGE_BYTES = 256 << 20
+MAX_DICTIONARY_BYTES = 24 << 20
+BUFFER_BYTES = 1 << 20
+JOINED_BYTES = 4 << 20
 
 
 def same_columns(schema: pa.Schema, expected: pa.Schema) -> bool:
@@ -125,29 +130,81 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def stream_table(path: Path, schema: pa.Schema, rows: int, from_problem: int = 0) -> Iterator[pa.Table]:
-    """The columns of `schema` in order, `rows` rows at a time, so that memory does not grow with the table.
+    """The columns of `schema` in order, at most `rows` rows at a time, so that memory does not grow with the table.
 
     from_problem: row groups that end before this problem are passed over; the column problem_id must be sorted for that.
-    Raises `TraceError` as `read_table` does.
+    Raises `TraceError` as `read_table` does, and if a page or the text of one row is too large.
     """
     found = _columns_found(path, schema)
+    text = [field.name for field in found if field.name in schema.names and _is_text(field.type)]
+    limits = _rows_without_dictionary(path, schema.names, text)
     with open_parquet(path) as file:
         groups = list(range(file.num_row_groups))
+        if len(limits) != len(groups):
+            raise TraceError(f"{path}: {len(limits)} row groups, pyarrow finds {len(groups)}")
         if from_problem:
             groups = [group for group, (_, last) in enumerate(problems_of_groups(file, path)) if last >= from_problem]
-    text = [field.name for field in found if field.name in schema.names and _is_text(field.type)]
-    with open_parquet(path, read_dictionary=text) as file:
+    for limit, alike in groupby(groups, key=limits.__getitem__):
+        # With a buffer, pages are read one by one.
+        how = {"read_dictionary": text} if limit is None else {"pre_buffer": False, "buffer_size": BUFFER_BYTES}
         try:
-            for batch in file.iter_batches(rows, row_groups=groups, columns=schema.names):
-                table = pa.Table.from_batches([batch])
-                table.validate()
+            for table in _joined_batches(path, list(alike), schema.names, min(limit or rows, rows), rows, how):
                 for name in schema.names:
                     if name in REQUIRED_COLUMNS and table.column(name).null_count:
                         raise TraceError(f"{path}: nulls in column {name!r}, expected none")
-                for part in _with_little_text(table.select(schema.names), text, path):
+                for part in [table] if limit else _with_little_text(table, text, path):
                     yield part.cast(schema)
         except UNREADABLE as error:
             raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
+        if limit:
+            # The pool would keep the memory of large pages.
+            pa.default_memory_pool().release_unused()
+
+
+def _rows_without_dictionary(path: Path, columns: list[str], text: list[str]) -> list[int | None]:
+    """For each row group how many rows may be read at once without dictionaries; None if text is to be read with them.
+
+    A page of a few bytes can stand for gigabytes of repeated text. Dictionaries keep that small, but are built of all text of a
+    row group and take six times its size. Where there is much of it we rely on that no value is larger than the page it is in.
+    Raises `TraceError` if a page is too large.
+    """
+    limits: list[int | None] = []
+    for number, group in enumerate(read_row_groups(path)):
+        pages = {name: read_pages(path, group.chunks[name.encode()]) for name in columns if name.encode() in group.chunks}
+        largest = max((page.size for of_column in pages.values() for page in of_column), default=0)
+        if largest > MAX_PAGE_BYTES:
+            what = f"a page of {largest >> 20} MiB, expected at most {MAX_PAGE_BYTES >> 20}"
+            raise TraceError(f"{path}, row group {number}: {what}: write it anew with smaller pages or row groups")
+        of_text = [page for name in text for page in pages.get(name, [])]
+        repeats = any(page.encoding == DELTA_BYTE_ARRAY for page in of_text)
+        if repeats or sum(page.size for page in of_text) > MAX_DICTIONARY_BYTES:
+            limits.append(max(1, MAX_TEXT_BYTES // max(page.size + 1 for page in of_text)))
+        else:
+            limits.append(None)
+    return limits
+
+
+def _joined_batches(
+    path: Path, groups: list[int], columns: list[str], at_once: int, rows: int, how: dict[str, Any]
+) -> Iterator[pa.Table]:
+    """Row groups, decoded `at_once` rows at a time and joined to tables of at most `rows`; how: options of `open_parquet`."""
+
+    def joined() -> pa.Table:
+        table = pa.Table.from_batches(waiting).select(columns)
+        table.validate()
+        return table
+
+    waiting: list[pa.RecordBatch] = []
+    count = size = 0
+    with open_parquet(path, **how) as file:
+        for batch in file.iter_batches(at_once, row_groups=groups, columns=columns):
+            if waiting and (count + len(batch) > rows or size > JOINED_BYTES):
+                yield joined()
+                waiting, count, size = [], 0, 0
+            waiting.append(batch)
+            count, size = count + len(batch), size + batch.nbytes
+        if waiting:
+            yield joined()
 
 
 def _with_little_text(table: pa.Table, text: list[str], path: Path) -> Iterator[pa.Table]:

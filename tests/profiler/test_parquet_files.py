@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from profiler import parquet_files
 from profiler.errors import TraceError
-from profiler.parquet_files import MAX_TEXT_BYTES, stream_table
+from profiler.parquet_files import MAX_DICTIONARY_BYTES, MAX_TEXT_BYTES, stream_table
 
 SCHEMA = pa.schema([("problem_id", pa.int32()), ("text", pa.string())])
 
@@ -45,3 +47,46 @@ def test_missing_columns_and_files_are_named(tmp_path: Path) -> None:
         list(stream_table(tmp_path / "t.parquet", SCHEMA, 10))
     with pytest.raises(TraceError, match=r"absent\.parquet is missing"):
         list(stream_table(tmp_path / "absent.parquet", SCHEMA, 10))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_much_text_in_a_row_group_is_read_in_order(tmp_path: Path, groups: int) -> None:
+    """More than dictionaries are built for, among groups of less."""
+    random = np.random.default_rng(0)
+    much = [random.bytes(500).hex() for _ in range(30_000)]
+    parts = [["little"] * 5, much, ["", None, "x"]][: groups * 2 - 1] if groups > 1 else [much]
+    text = [each for part in parts for each in part]
+    with pq.ParquetWriter(tmp_path / "t.parquet", SCHEMA) as writer:
+        start = 0
+        for part in parts:
+            writer.write_table(pa.table({"problem_id": range(start, start + len(part)), "text": part}).cast(SCHEMA))
+            start += len(part)
+    assert sum(map(len, much)) > MAX_DICTIONARY_BYTES
+    found = list(stream_table(tmp_path / "t.parquet", SCHEMA, 4000))
+    assert all(part.num_rows <= 4000 for part in found)
+    assert [row for part in found for row in part.column("text").to_pylist()] == text
+    assert [row for part in found for row in part.column("problem_id").to_pylist()] == list(range(len(text)))
+
+
+def test_text_that_repeats_the_text_before_is_not_written_out_at_once(tmp_path: Path) -> None:
+    """Values that tell only where they differ from the last: one page of them can stand for gigabytes too."""
+    text = "x" * 1_000_000
+    table = pa.table({"problem_id": pa.array(range(300), pa.int32()), "text": [text] * 300})
+    pq.write_table(
+        table, tmp_path / "t.parquet", use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"}, compression="none"
+    )
+    assert (tmp_path / "t.parquet").stat().st_size < 2_000_000
+    rows = 0
+    for part in stream_table(tmp_path / "t.parquet", SCHEMA, 300):
+        assert part.column("text").nbytes <= 2 * MAX_TEXT_BYTES
+        rows += part.num_rows
+    assert rows == 300
+
+
+def test_a_page_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"problem_id": pa.array(range(200), pa.int32()), "text": [f"{n:010000d}" for n in range(200)]})
+    pq.write_table(table, tmp_path / "t.parquet", use_dictionary=False)
+    monkeypatch.setattr(parquet_files, "MAX_PAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_files, "_joined_batches", None)
+    with pytest.raises(TraceError, match=r"row group 0: a page of 1 MiB, expected at most 1: write it anew with smaller pages"):
+        list(stream_table(tmp_path / "t.parquet", SCHEMA, 10))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from profiler.errors import TraceError
-from profiler.parquet_footer import read_row_groups
+from profiler.parquet_footer import DELTA_BYTE_ARRAY, Chunk, read_pages, read_row_groups
 
 
 @pytest.mark.parametrize("rows", [0, 1, 1000])
@@ -35,6 +35,38 @@ def test_counts_are_those_of_pyarrow(tmp_path: Path, rows: int) -> None:
     for number, group in enumerate(groups):
         columns = range(metadata.num_columns)
         assert group.values == [metadata.row_group(number).column(column).num_values for column in columns]
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_pages_are_all_of_the_chunk(tmp_path: Path, version: str) -> None:
+    path = tmp_path / "x.parquet"
+    text = [f"{n:050d}" for n in range(2000)]
+    encodings = {"delta": "DELTA_BYTE_ARRAY", "plain": "PLAIN"}
+    table = pa.table({"delta": text, "plain": text, "few": ["a", "b"] * 1000})
+    how = {"column_encoding": encodings, "use_dictionary": ["few"], "data_page_size": 10_000, "data_page_version": version}
+    pq.write_table(table, path, compression="zstd", write_batch_size=100, row_group_size=1500, write_statistics=False, **how)
+    metadata = pq.read_metadata(path)
+    for number, group in enumerate(read_row_groups(path)):
+        pages = {name: read_pages(path, chunk) for name, chunk in group.chunks.items()}
+        plain = [page.size for page in pages[b"plain"]]
+        # 50 bytes and their length each; the levels of a column with nulls take some more.
+        assert 54 * group.rows <= sum(plain) < 55 * group.rows
+        assert len(plain) >= 3
+        assert max(plain) < 20_000
+        assert {page.encoding for page in pages[b"delta"]} == {DELTA_BYTE_ARRAY}
+        assert pages[b"few"][0].encoding is None
+        for column, name in enumerate([b"delta", b"plain", b"few"]):
+            found = metadata.row_group(number).column(column)
+            # The promised size includes the headers.
+            assert 0 <= found.total_uncompressed_size - sum(page.size for page in pages[name]) < 100 * len(pages[name])
+
+
+def test_pages_elsewhere_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"a": [1, 2, 3]}), path)
+    for chunk in (Chunk(0, 10), Chunk(path.stat().st_size, 10), Chunk(path.stat().st_size - 8, 50)):
+        with pytest.raises(TraceError, match="is not a readable Parquet file"):
+            read_pages(path, chunk)
 
 
 @pytest.mark.parametrize(
