@@ -33,7 +33,7 @@ from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
 from profiler.splits import split_key
 from profiler.writer import sha256_of, write_text
-from speculation.options import TrainingOptions
+from speculation.options import History, TrainingOptions
 from speculation.predictors import Arrays, Predictor, find_predictor
 from speculation.tasks import Shape, Task
 
@@ -65,7 +65,7 @@ def save_run(
     predictor: Predictor,
     baselines: dict[str, Predictor],
     options: TrainingOptions,
-    history: list[dict[str, float]],
+    history: History,
     facts: dict[str, Any],
     trace: Trace,
     trained_on: npt.NDArray[np.uint64],

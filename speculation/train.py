@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from profiler.errors import SpecmoeError
 from profiler.reader import Trace
 from profiler.splits import split_key
-from speculation.options import TrainingOptions
+from speculation.options import Progress, TrainingOptions
 from speculation.predictors import find_predictor
 from speculation.routes import EmptyPartError, Routes, load_routes, route_digests
 from speculation.runs import BASELINES, CHECKPOINTS, CONFIG_FILE, Run, load_run, save_run
@@ -28,7 +27,7 @@ def train(
     validation: Trace | None = None,
     options: TrainingOptions | None = None,
     resume: bool = False,
-    on_progress: Callable[[int, int, dict[str, float]], None] = lambda done, total, entry: None,
+    on_progress: Progress = lambda done, total, entry: None,
 ) -> Run:
     """Fit on the training part of the split, stop early on the validation part, and write the run directory `out`.
 

@@ -11,7 +11,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,15 +23,13 @@ from torch import nn
 
 from profiler.errors import SpecmoeError, first_line
 from profiler.writer import write_text
-from speculation.options import TrainingOptions
+from speculation.options import History, Progress, TrainingOptions
 from speculation.routes import Routes
 from speculation.runs import CHECKPOINTS
 
 LOG, STATE_FILE = "training.csv", "state.json"
 # Batches for judging a network need no gradients: they may be larger than those for training.
 JUDGED_TOKENS = 2048
-
-Progress = Callable[[int, int, dict[str, float]], None]
 
 
 class Trainable(Protocol):
@@ -55,7 +52,7 @@ class _State:
     best_epoch: int = -1
     total: float = 0.0
     seconds: float = 0.0
-    history: list[dict[str, float]] | None = None
+    history: History | None = None
 
 
 def fit_network(
@@ -65,7 +62,7 @@ def fit_network(
     options: TrainingOptions,
     on_progress: Progress,
     folder: Path | None = None,
-) -> list[dict[str, float]]:
+) -> History:
     """Train `model.network` in place; it ends with the averaged weights of the best epoch. Returns an entry per epoch.
 
     folder: for checkpoints and logs; a training that was cut off there goes on where its last checkpoint was, and ends with the
@@ -223,7 +220,7 @@ def _save(accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Modu
             shutil.rmtree(old)
 
 
-def _log(folder: Path, history: list[dict[str, float]]) -> None:
+def _log(folder: Path, history: History) -> None:
     with (folder / LOG).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[-1]))
         writer.writeheader()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from speculation.options import TrainingOptions
+from speculation.options import History, Progress, TrainingOptions
 from speculation.routes import Routes
 from speculation.tasks import Shape, Task
 
@@ -38,14 +37,9 @@ class Predictor(ABC):
 
     @abstractmethod
     def fit(
-        self,
-        train: Routes,
-        validation: Routes | None,
-        options: TrainingOptions,
-        on_progress: Callable[[int, int, dict[str, float]], None],
-        folder: Path | None = None,
-    ) -> list[dict[str, float]]:
-        """Learn from `train`; returns the training history, an entry per epoch or empty. folder: for checkpoints and logs."""
+        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+    ) -> History:
+        """Learn from `train`; returns the history of training. out: a folder for checkpoints and logs."""
 
     @abstractmethod
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
@@ -76,6 +70,7 @@ def predictor_classes() -> dict[str, type[Predictor]]:
     from speculation.predictors.popularity import Popularity
     from speculation.predictors.previous_token import PreviousToken
     from speculation.predictors.recommended import Recommended
+    from speculation.predictors.recommended_small import RecommendedSmall
     from speculation.predictors.token_identity import TokenIdentity
     from speculation.predictors.uniform import Uniform
 
@@ -87,6 +82,7 @@ def predictor_classes() -> dict[str, type[Predictor]]:
         ConditionalCounts,
         MlpPredictor,
         Recommended,
+        RecommendedSmall,
     )
     return {cls.name: cls for cls in classes}
 

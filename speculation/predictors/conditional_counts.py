@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from speculation.options import TrainingOptions
+from speculation.options import History, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import expert_frequency
 from speculation.routes import Routes
@@ -41,13 +40,8 @@ class ConditionalCounts(Predictor):
         self._change_HLEE = np.zeros((shape.horizon, shape.layers, shape.experts, shape.experts), dtype=np.float32)
 
     def fit(
-        self,
-        train: Routes,
-        validation: Routes | None,
-        options: TrainingOptions,
-        on_progress: Callable[[int, int, dict[str, float]], None],
-        folder: Path | None = None,
-    ) -> list[dict[str, float]]:
+        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+    ) -> History:
         shape, experts = self.shape, self.shape.experts
         frequency_LE = expert_frequency(train, shape)
         tokens_T = np.arange(len(train))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from profiler.errors import SpecmoeError
-from speculation.options import TrainingOptions
+from speculation.options import History, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.predictors.token_identity import frequent_tokens, stored_keys
@@ -47,13 +46,8 @@ class NeuralPredictor(Predictor):
         """What the network's `forward` takes for these tokens, by name."""
 
     def fit(
-        self,
-        train: Routes,
-        validation: Routes | None,
-        options: TrainingOptions,
-        on_progress: Callable[[int, int, dict[str, float]], None],
-        folder: Path | None = None,
-    ) -> list[dict[str, float]]:
+        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+    ) -> History:
         torch.manual_seed(options.seed)
         self.keys = frequent_tokens(train, self.max_kinds, at_least=2)
         self.network = self.build(len(self.keys) + 1)
@@ -64,7 +58,7 @@ class NeuralPredictor(Predictor):
         log_odds_LE = torch.logit(torch.from_numpy(expert_frequency(train, self.shape)), eps=1e-4).numpy()
         bias: Any = self.network.bias_LHE
         bias.data.copy_(torch.from_numpy(at_targets(log_odds_LE, self.shape)))
-        return fit_network(self, train, validation, options, on_progress, folder)
+        return fit_network(self, train, validation, options, on_progress, out)
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """Mean binary cross-entropy over the experts of all valid predictions."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis.load import count_experts
-from speculation.options import TrainingOptions
+from speculation.options import History, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.routes import Routes
 from speculation.tasks import Shape
@@ -29,13 +28,8 @@ class Popularity(Predictor):
         self._probability_LE = np.full((shape.layers, shape.experts), shape.top_k / shape.experts, dtype=np.float32)
 
     def fit(
-        self,
-        train: Routes,
-        validation: Routes | None,
-        options: TrainingOptions,
-        on_progress: Callable[[int, int, dict[str, float]], None],
-        folder: Path | None = None,
-    ) -> list[dict[str, float]]:
+        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+    ) -> History:
         self._probability_LE = expert_frequency(train, self.shape)
         return []
 

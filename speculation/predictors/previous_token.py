@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from speculation.options import TrainingOptions
+from speculation.options import History, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.routes import Routes
@@ -34,13 +33,8 @@ class PreviousToken(Predictor):
         self._again_LHK = np.zeros((shape.layers, shape.horizon, shape.top_k), dtype=np.float32)
 
     def fit(
-        self,
-        train: Routes,
-        validation: Routes | None,
-        options: TrainingOptions,
-        on_progress: Callable[[int, int, dict[str, float]], None],
-        folder: Path | None = None,
-    ) -> list[dict[str, float]]:
+        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+    ) -> History:
         shape, experts = self.shape, self.shape.experts
         self._popularity_LHE = at_targets(expert_frequency(train, shape), shape)
         tokens_T = np.arange(len(train))

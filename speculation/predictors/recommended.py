@@ -18,8 +18,6 @@ from speculation.repeats import RUN_LENGTHS
 from speculation.routes import Routes
 from speculation.tasks import Shape, Task
 
-# Tokens over which the recent use of experts is averaged.
-WINDOWS = (4, 16, 128)
 # This token and the two before it.
 TOKENS_BACK = 3
 POSITIONS = 16
@@ -38,10 +36,14 @@ class Recommended(NeuralPredictor):
     sees: ClassVar[str] = "all routes that the task knows, which tokens these are"
     width: ClassVar[int] = 256
     token_width: ClassVar[int] = 64
+    # Of a hidden layer, in widths of the state.
+    times: ClassVar[int] = 2
+    # Tokens over which the recent use of experts is averaged.
+    windows: ClassVar[tuple[int, ...]] = (4, 16, 128)
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=7, batch_tokens=512, dropout=0.2)
 
     def build(self, kinds: int) -> nn.Module:
-        return RecommendedNetwork(self.shape, kinds, self.width, self.token_width)
+        return RecommendedNetwork(self.shape, kinds, self.width, self.token_width, self.times, len(self.windows))
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         shape = self.shape
@@ -65,7 +67,7 @@ class Recommended(NeuralPredictor):
             "match_weights": match_weights,
             "order": order_T,
             "rows": np.where(is_there_TB, rows_TB, 0),
-            "recent": recent_use(routes, tokens_T, known_T, shape.experts),
+            "recent": recent_use(routes, tokens_T, known_T, shape.experts, self.windows),
             "position": np.minimum(position_T, POSITIONS - 1),
         }
         if shape.task == Task.NEXT_LAYER:
@@ -81,18 +83,18 @@ def _routes_at(routes: Routes, index_TS: npt.NDArray[np.int64]) -> tuple[npt.NDA
 
 
 def recent_use(
-    routes: Routes, tokens_T: npt.NDArray[np.int64], known_T: npt.NDArray[np.int64], experts: int
+    routes: Routes, tokens_T: npt.NDArray[np.int64], known_T: npt.NDArray[np.int64], experts: int, windows: tuple[int, ...]
 ) -> npt.NDArray[np.float32]:
-    """Mean weight of each expert over the last known tokens of the stretch, up to WINDOWS of them: `[T, W, L, E]`."""
+    """Mean weight of each expert over the last known tokens of the stretch, up to so many of them: `[T, W, L, E]`."""
     layers = routes.expert_ids_TLK.shape[1]
-    use_TWLE = np.zeros((len(tokens_T), len(WINDOWS), layers, experts), dtype=np.float32)
+    use_TWLE = np.zeros((len(tokens_T), len(windows), layers, experts), dtype=np.float32)
     _add_recent(
         routes.expert_ids_TLK,
         routes.weights_TLK.view(np.uint16),
         HALVES,
         known_T,
         routes.first_T[tokens_T],
-        np.array(WINDOWS),
+        np.array(windows),
         use_TWLE,
     )
     return use_TWLE
@@ -133,7 +135,7 @@ def _add_recent(
 class RecommendedNetwork(nn.Module):
     """See `Recommended`. D is the width of the state."""
 
-    def __init__(self, shape: Shape, kinds: int, width: int, token_width: int) -> None:
+    def __init__(self, shape: Shape, kinds: int, width: int, token_width: int, times: int, windows: int) -> None:
         super().__init__()
         layers, experts = shape.layers, shape.experts
         self.shape = shape
@@ -148,16 +150,16 @@ class RecommendedNetwork(nn.Module):
         self.position = nn.Embedding(POSITIONS, width)
         self.token = nn.Embedding(kinds, token_width)
         self.tokens = nn.Linear(TOKENS_BACK * token_width, width)
-        self.recent_all = nn.Linear(len(WINDOWS) * layers * experts, width)
-        self.recent_layer = nn.Parameter(torch.randn(layers, len(WINDOWS) * experts, width) * 0.1)
+        self.recent_all = nn.Linear(windows * layers * experts, width)
+        self.recent_layer = nn.Parameter(torch.randn(layers, windows * experts, width) * 0.1)
         self.last_all = nn.Linear(width, width)
         self.match_all = nn.Linear(width, width)
         for embedding in (self.order, self.position, self.token):
             nn.init.normal_(embedding.weight, std=0.3)
-        self.context = nn.ModuleList(Block(width, 2) for _ in range(2))
+        self.context = nn.ModuleList(Block(width, times) for _ in range(2))
         # Of a next-layer prediction from the last layer there is none.
         self.layers = layers - (shape.task == Task.NEXT_LAYER)
-        self.blocks = nn.ModuleList(Block(width, 2) for _ in range(self.layers))
+        self.blocks = nn.ModuleList(Block(width, times) for _ in range(self.layers))
         self.norm_scale = nn.Parameter(torch.ones(layers, 1, width))
         self.head = nn.Parameter(torch.randn(layers, width, shape.horizon * experts) * 0.02)
         self.bias_LHE = nn.Parameter(torch.zeros(layers, shape.horizon, experts))

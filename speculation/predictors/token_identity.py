@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from speculation.options import TrainingOptions
+from speculation.options import History, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import expert_frequency
 from speculation.repeats import UNKNOWN_TOKEN
@@ -41,13 +40,8 @@ class TokenIdentity(Predictor):
         self._probability_VSLE = np.zeros((len(self._keys) + 1, self._steps, shape.layers, shape.experts), dtype=np.float32)
 
     def fit(
-        self,
-        train: Routes,
-        validation: Routes | None,
-        options: TrainingOptions,
-        on_progress: Callable[[int, int, dict[str, float]], None],
-        folder: Path | None = None,
-    ) -> list[dict[str, float]]:
+        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+    ) -> History:
         shape = self.shape
         row_numbers = shape.layers * shape.experts * self._steps
         self._keys = frequent_tokens(train, most=min(MAX_KINDS, MAX_TABLE // row_numbers - 1), at_least=1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from speculation.options import TrainingOptions
+from speculation.options import History, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor
 from speculation.routes import Routes
 from speculation.tasks import Shape
@@ -24,13 +23,8 @@ class Uniform(Predictor):
     sees: ClassVar[str] = "nothing"
 
     def fit(
-        self,
-        train: Routes,
-        validation: Routes | None,
-        options: TrainingOptions,
-        on_progress: Callable[[int, int, dict[str, float]], None],
-        folder: Path | None = None,
-    ) -> list[dict[str, float]]:
+        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+    ) -> History:
         return []
 
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:

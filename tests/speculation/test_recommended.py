@@ -10,7 +10,7 @@ import pytest
 
 from profiler.schema import RoutingChunk
 from speculation.evaluate import judge, shuffled
-from speculation.predictors.recommended import WINDOWS, Recommended, recent_use
+from speculation.predictors.recommended import Recommended, recent_use
 from speculation.routes import Routes, make_routes
 from speculation.tasks import Shape, Task
 
@@ -30,8 +30,8 @@ def test_recent_use_by_hand() -> None:
     ids = np.array([[[0, 1]], [[2, 3]], [[0, 2]], [[1, 0]], [[3, 2]], [[3, 0]]])
     routes = routes_of(ids, np.arange(6), np.array([0, 0, 0, 0, 0, 1]))
     tokens = np.array([0, 2, 4, 5])
-    found = recent_use(routes, tokens, routes.previous_T[tokens], 4)
-    assert found.shape == (4, len(WINDOWS), 1, 4)
+    found = recent_use(routes, tokens, routes.previous_T[tokens], 4, Recommended.windows)
+    assert found.shape == (4, len(Recommended.windows), 1, 4)
     assert (found[[0, 3]] == 0).all()
     # Two tokens are known at place 2, in every window; at 4 four are, just what the shortest window holds.
     assert found[1, :, 0] == pytest.approx(np.tile(np.array([0.75, 0.25, 0.75, 0.25]) / 2, (3, 1)), abs=1e-4)
@@ -43,11 +43,11 @@ def test_windows_end_where_they_should() -> None:
     ids = random.random((200, 2, 5)).argsort(-1)[:, :, :2]
     routes = routes_of(ids, np.arange(200))
     tokens = np.array([3, 17, 150, 199])
-    found = recent_use(routes, tokens, tokens, 5)
+    found = recent_use(routes, tokens, tokens, 5, Recommended.windows)
     weight = np.zeros((200, 2, 5))
     np.put_along_axis(weight, ids, np.array([0.75, 0.25]), axis=2)
     for row, token in enumerate(tokens):
-        for window, size in enumerate(WINDOWS):
+        for window, size in enumerate(Recommended.windows):
             assert found[row, window] == pytest.approx(weight[max(0, token + 1 - size) : token + 1].mean(0), abs=1e-4)
 
 

@@ -1,0 +1,20 @@
+"""The predictor that won, small: below 1 MB, and fast enough to be asked before every layer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from speculation.options import TrainingOptions
+from speculation.predictors.recommended import Recommended
+
+
+class RecommendedSmall(Recommended):
+    """`Recommended` with a narrow state, one window of recent use, and few kinds of tokens."""
+
+    name: ClassVar[str] = "recommended-small"
+    about: ClassVar[str] = "recommended, narrower: below 1 MB for a model of 24 layers of 32 experts"
+    width: ClassVar[int] = 48
+    token_width: ClassVar[int] = 8
+    max_kinds: ClassVar[int] = 4096
+    windows: ClassVar[tuple[int, ...]] = (32,)
+    defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=10, batch_tokens=512, dropout=0.05, learning_rate=4e-3)
