@@ -55,6 +55,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was cut off.")] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training problems.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per step, each with all its layers.")] = None,
+    epoch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an epoch, drawn at random; default: all.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=1e-8)] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0)] = None,
     dropout: Annotated[float | None, typer.Option(min=0, max=0.9)] = None,
@@ -62,6 +63,8 @@ def train(
     patience: Annotated[int | None, typer.Option(min=1, help="Epochs without better validation loss before stopping.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Default: what the device is good at.")] = None,
     max_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after the epoch that exceeds this.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, max=8192, help="Of the network's states.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, max=256, help="Tokens whose routes it sees in order.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
 ) -> None:
     """Train an expert predictor on the training problems of a trace. Settings that are not given are the predictor's own.
@@ -73,6 +76,7 @@ def train(
     given: dict[str, Any] = {
         "epochs": epochs,
         "batch_tokens": batch_tokens,
+        "epoch_tokens": epoch_tokens,
         "learning_rate": learning_rate,
         "weight_decay": weight_decay,
         "dropout": dropout,
@@ -80,6 +84,8 @@ def train(
         "patience": patience,
         "precision": precision.value if precision else None,
         "max_seconds": max_seconds,
+        "width": width,
+        "context": context,
         "seed": seed,
     }
     options = replace(find_predictor(predictor).defaults, **{name: value for name, value in given.items() if value is not None})

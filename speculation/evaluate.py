@@ -37,12 +37,12 @@ class Groups:
     group_T: npt.NDArray[np.int64]
 
 
-def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0) -> dict[str, Any]:
+def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_baselines: bool = True) -> dict[str, Any]:
     """Evaluate the run's predictor and its baselines on one part of the split of `trace`.
 
     The shuffled control scores the predictor against the routes of other, randomly chosen tokens at the same layer: it
-    must fall to popularity or below, or the evaluation leaks. Raises `TraceError` if the trace's model has another shape,
-    or if it cannot be told which of its problems the run was trained on.
+    must fall to popularity or below, or the evaluation leaks. with_baselines: judge those too. Raises `TraceError` if the
+    trace's model has another shape, or if it cannot be told which of its problems the run was trained on.
     """
     shape = run.predictor.shape
     _check_split(run, trace)
@@ -50,7 +50,7 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0) -> di
         raise TraceError(f"{trace.path}: its model has another number of layers, experts or top-k than {run.path} ({shape})")
     routes = load_routes(trace, part)
     groups = token_groups(trace, routes)
-    predictors = {name: baseline for name, baseline in run.baselines.items() if name != run.name}
+    predictors = {name: baseline for name, baseline in run.baselines.items() if with_baselines and name != run.name}
     predictors[run.name] = run.predictor
     results = {name: judge(predictor, routes, groups) for name, predictor in predictors.items()}
     results[f"{run.name}, shuffled control"] = judge(run.predictor, shuffled(routes, seed), groups, routes)
@@ -67,6 +67,7 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0) -> di
         "tokens": len(routes),
         "definitions": DEFINITIONS,
         "caveats": trace.caveats(),
+        "train_seconds": run.train_seconds,
         "chance": chance(shape.experts, shape.top_k),
         "results": results,
     }
@@ -178,12 +179,19 @@ def _bootstrap(sums_4P: npt.NDArray[np.float64], top_k: int) -> dict[str, tuple[
 
 
 def _microseconds_per_token(predictor: Predictor, routes: Routes) -> float:
-    """Median time to predict all layers and horizons of one token, one token at a time, on this machine."""
+    """Median time to predict all layers and horizons of one token, one token at a time, on one CPU thread or the GPU."""
+    import torch
+
     times = []
-    for token in range(min(TIMED_PREDICTIONS, len(routes))):
-        began = time.perf_counter()
-        predictor.probabilities(routes, slice(token, token + 1))
-        times.append(time.perf_counter() - began)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for token in range(min(TIMED_PREDICTIONS, len(routes))):
+            began = time.perf_counter()
+            predictor.probabilities(routes, slice(token, token + 1))
+            times.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
     return round(float(np.median(times)) * 1e6, 1)
 
 

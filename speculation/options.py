@@ -18,7 +18,8 @@ class TrainingOptions:
     batch_tokens: tokens per step and process, each with all its layers. warm_up: share of the updates during which the learning
     rate rises. average: the weights kept are a mean over about so many last updates. accumulate: steps per update. patience:
     epochs without a better validation loss before stopping. precision: no, bf16 or fp16; None for what the device is good at.
-    checkpoint_seconds: between checkpoints.
+    checkpoint_seconds: between checkpoints. epoch_tokens: an epoch is so many tokens, drawn at random; None for all. width,
+    context: of the network's states, and tokens that it sees; None for the predictor's own.
     """
 
     seed: int = 0
@@ -35,3 +36,6 @@ class TrainingOptions:
     precision: str | None = None
     max_seconds: float | None = None
     checkpoint_seconds: float = 300.0
+    epoch_tokens: int | None = None
+    width: int | None = None
+    context: int | None = None

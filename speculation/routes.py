@@ -52,6 +52,12 @@ class Routes:
         """Problems that have at least one token here."""
         return len(np.unique(self.problem_ids_T))
 
+    def of_problems(self, is_chosen_T: npt.NDArray[np.bool_]) -> Routes:
+        """The routes of some problems only; is_chosen_T `[T]`: true for all tokens of these."""
+        place_T = np.cumsum(is_chosen_T) - 1
+        arrays = {name: value[is_chosen_T] for name, value in vars(self).items() if name in Routes.__dataclass_fields__}
+        return Routes(**arrays | {"first_T": place_T[self.first_T[is_chosen_T]]})
+
     @cached_property
     def previous_T(self) -> npt.NDArray[np.int64]:
         """Index of the token directly before `[T]`, or -1."""

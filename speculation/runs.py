@@ -48,7 +48,7 @@ class Run:
     """A loaded run: the predictor, and the baselines by name.
 
     split: what decided which problems it was trained on (see `splits.split_key`). trace_sha256: of that trace's manifest.
-    trained_on: digests of those problems, ascending.
+    trained_on: digests of those problems, ascending. train_seconds: of the training.
     """
 
     path: Path
@@ -58,6 +58,7 @@ class Run:
     split: str
     trace_sha256: str | None
     trained_on: npt.NDArray[np.uint64]
+    train_seconds: float
 
 
 def save_run(
@@ -120,7 +121,14 @@ def load_run(path: Path) -> Run:
     trained_on = _load_arrays(path / "problems.safetensors").get("digests")
     if trained_on is None or trained_on.ndim != 1 or trained_on.dtype != np.uint64:
         raise SpecmoeError(f"{path}/problems.safetensors: expected 'digests' of problems")
-    return Run(path, name, predictor, baselines, split, trace_sha256, trained_on)
+    return Run(path, name, predictor, baselines, split, trace_sha256, trained_on, _train_seconds(path / "metrics.json"))
+
+
+def _train_seconds(path: Path) -> float:
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["train_seconds"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SpecmoeError(f"{path} is not valid: {type(error).__name__} {error}") from error
 
 
 def count_parameters(arrays: Arrays) -> int:

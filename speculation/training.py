@@ -76,7 +76,8 @@ def fit_network(
         mixed_precision=options.precision or best_precision(),
         gradient_accumulation_steps=options.accumulate,
     )
-    steps = math.ceil(len(train) / (options.batch_tokens * accelerator.num_processes))
+    tokens = min(options.epoch_tokens or len(train), len(train))
+    steps = math.ceil(tokens / (options.batch_tokens * accelerator.num_processes))
     optimizer = torch.optim.AdamW(
         _decay_groups(model.network, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98)
     )
@@ -90,7 +91,7 @@ def fit_network(
     began = time.monotonic() - state.seconds
     saved = time.monotonic()
     while state.epoch < options.epochs:
-        order_T = np.random.default_rng([options.seed, state.epoch]).permutation(len(train))
+        order_T = np.random.default_rng([options.seed, state.epoch]).permutation(len(train))[:tokens]
         network.train()
         # Stays on the device: asking for it would wait for every step.
         total = torch.tensor(state.total, device=accelerator.device)

@@ -65,13 +65,23 @@ class Predictor(ABC):
 
 def predictor_classes() -> dict[str, type[Predictor]]:
     """Every predictor by name, baselines first. Imported here so that counting predictors need no torch."""
+    from speculation.predictors.attention_graph import AttentionGraph
+    from speculation.predictors.backoff_counts import BackoffCounts
+    from speculation.predictors.boosted_trees import BoostedTrees
     from speculation.predictors.conditional_counts import ConditionalCounts
+    from speculation.predictors.ensemble import Ensemble
+    from speculation.predictors.hierarchical import Hierarchical
+    from speculation.predictors.hybrid import Hybrid
+    from speculation.predictors.interlayer_lstm import InterlayerLstm
     from speculation.predictors.mlp import MlpPredictor
     from speculation.predictors.popularity import Popularity
     from speculation.predictors.previous_token import PreviousToken
+    from speculation.predictors.product_of_experts import ProductOfExperts
     from speculation.predictors.recommended import Recommended
     from speculation.predictors.recommended_small import RecommendedSmall
+    from speculation.predictors.statistics_aware import StatisticsAware
     from speculation.predictors.token_identity import TokenIdentity
+    from speculation.predictors.transformer import Transformer
     from speculation.predictors.uniform import Uniform
 
     classes: tuple[type[Predictor], ...] = (
@@ -80,7 +90,17 @@ def predictor_classes() -> dict[str, type[Predictor]]:
         PreviousToken,
         TokenIdentity,
         ConditionalCounts,
+        BackoffCounts,
+        ProductOfExperts,
+        BoostedTrees,
         MlpPredictor,
+        InterlayerLstm,
+        StatisticsAware,
+        Ensemble,
+        Hierarchical,
+        AttentionGraph,
+        Hybrid,
+        Transformer,
         Recommended,
         RecommendedSmall,
     )

@@ -15,7 +15,6 @@ from speculation.predictors.token_identity import token_rows
 from speculation.routes import Routes
 from speculation.tasks import Shape, Task
 
-WIDTH = 192
 BLOCKS = 2
 
 
@@ -29,11 +28,12 @@ class MlpPredictor(NeuralPredictor):
     about: ClassVar[str] = "residual MLP over the routes of layers <= l, the preceding token's routes and the token"
     source: ClassVar[str] = "the usual small predictor, here over routes"
     sees: ClassVar[str] = "routes of layers <= l, of the preceding token, which token it is"
+    default_width: ClassVar[int] = 192
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.NEXT_LAYER})
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=30, batch_tokens=256, warm_up=0.05)
 
     def build(self, kinds: int) -> nn.Module:
-        return RouteNetwork(self.shape, kinds)
+        return RouteNetwork(self.shape, kinds, self.width)
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         previous_T = routes.previous_T[tokens_T]
@@ -56,25 +56,25 @@ class RouteNetwork(nn.Module):
 
     offset_L: torch.Tensor
 
-    def __init__(self, shape: Shape, kinds: int) -> None:
+    def __init__(self, shape: Shape, kinds: int, width: int) -> None:
         super().__init__()
         self.shape = shape
         pairs = shape.layers * shape.experts
-        self.seen = nn.Embedding(pairs, WIDTH)
-        self.current = nn.Embedding(pairs, WIDTH)
-        self.previous = nn.Embedding(pairs, WIDTH)
-        self.previous_ahead = nn.Embedding(pairs, WIDTH)
-        self.token = nn.Embedding(kinds + 1, WIDTH)
-        self.layer = nn.Embedding(shape.layers, WIDTH)
+        self.seen = nn.Embedding(pairs, width)
+        self.current = nn.Embedding(pairs, width)
+        self.previous = nn.Embedding(pairs, width)
+        self.previous_ahead = nn.Embedding(pairs, width)
+        self.token = nn.Embedding(kinds + 1, width)
+        self.layer = nn.Embedding(shape.layers, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * WIDTH, WIDTH)
+                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * width, width)
             )
             for _ in range(BLOCKS)
         )
-        self.norm = nn.LayerNorm(WIDTH)
+        self.norm = nn.LayerNorm(width)
         outputs = shape.horizon * shape.experts
-        self.head = nn.Parameter(torch.randn(shape.layers, WIDTH, outputs) * 0.01)
+        self.head = nn.Parameter(torch.randn(shape.layers, width, outputs) * 0.01)
         self.bias_LHE = nn.Parameter(torch.zeros(shape.layers, shape.horizon, shape.experts))
         for embedding in (self.seen, self.current, self.previous, self.previous_ahead, self.token, self.layer):
             nn.init.normal_(embedding.weight, std=0.1)

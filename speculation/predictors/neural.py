@@ -21,6 +21,7 @@ from speculation.tasks import Shape, targets
 from speculation.training import fit_network
 
 PREFIX = "network."
+MAX_SETTING = 8192
 
 
 class NeuralPredictor(Predictor):
@@ -31,11 +32,20 @@ class NeuralPredictor(Predictor):
     """
 
     max_kinds: ClassVar[int] = 8192
+    default_width: ClassVar[int]
 
-    def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, width: int | None = None, context: int | None = None
+    ) -> None:
         super().__init__(shape)
         self.keys = np.zeros(0, dtype=np.int64) if keys is None else keys
+        self.width = width or self.default_width
+        self.context = context or self.default_context()
         self.network = self.build(len(self.keys) + 1)
+
+    def default_context(self) -> int:
+        """C, the tokens whose routes the network sees in order; 1 if it has no such context."""
+        return 1
 
     @abstractmethod
     def build(self, kinds: int) -> nn.Module:
@@ -50,54 +60,76 @@ class NeuralPredictor(Predictor):
     ) -> History:
         torch.manual_seed(options.seed)
         self.keys = frequent_tokens(train, self.max_kinds, at_least=2)
+        self.width = options.width or self.width
+        self.context = options.context or self.context
         self.network = self.build(len(self.keys) + 1)
         for module in self.network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = options.dropout
-        # Training starts from the popularity baseline: the log-odds of each expert's frequency.
+        self.prepare(train)
+        return fit_network(self, train, validation, options, on_progress, out)
+
+    def prepare(self, train: Routes) -> None:
+        """Set what the new network takes from the training routes before it is trained: where it starts from.
+
+        That is the popularity baseline: the log-odds of each expert's frequency.
+        """
         log_odds_LE = torch.logit(torch.from_numpy(expert_frequency(train, self.shape)), eps=1e-4).numpy()
         bias: Any = self.network.bias_LHE
         bias.data.copy_(torch.from_numpy(at_targets(log_odds_LE, self.shape)))
-        return fit_network(self, train, validation, options, on_progress, out)
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """Mean binary cross-entropy over the experts of all valid predictions."""
-        logits_TLHE = network(**self._tensors(routes, tokens_T)).float()
-        true_TLHE, is_valid_TLH = self._truth(routes, tokens_T)
-        losses = nn.functional.binary_cross_entropy_with_logits(logits_TLHE, true_TLHE, reduction="none").mean(-1)
-        return (losses * is_valid_TLH).sum() / is_valid_TLH.sum().clamp(min=1)
+        logits_TLHE = network(**self.tensors(routes, tokens_T))
+        return mean_cross_entropy(logits_TLHE, *self.truth(routes, tokens_T))
 
     @torch.inference_mode()
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
         self.network.eval()
         tokens_T = np.arange(*tokens.indices(len(routes)))
-        return np.asarray(self.network(**self._tensors(routes, tokens_T)).sigmoid().float().cpu().numpy())
+        return np.asarray(self.network(**self.tensors(routes, tokens_T)).sigmoid().float().cpu().numpy())
 
     def arrays(self) -> Arrays:
         weights = self.network.state_dict().items()
         return {f"{PREFIX}{name}": tensor.cpu().numpy().astype(np.float16) for name, tensor in weights} | {"keys": self.keys}
 
+    def settings(self) -> dict[str, Any]:
+        return {"width": self.width, "context": self.context}
+
     @classmethod
     def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
-        predictor = cls(shape, stored_keys(arrays, cls.max_kinds))
+        keys = stored_keys(arrays, cls.max_kinds)
+        sizes = {name: settings.get(name) for name in ("width", "context")}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or not 1 <= size <= MAX_SETTING:
+                raise SpecmoeError(f"stored predictor: {name} {size!r}, expected 1 to {MAX_SETTING:,}")
         weights = {
             name.removeprefix(PREFIX): torch.from_numpy(expected_array(arrays, name, array.shape))
             for name, array in arrays.items()
             if name.startswith(PREFIX)
         }
         try:
+            # Without memory first: only weights that are there may take any.
+            with torch.device("meta"):
+                expected = cls(shape, keys, **sizes).network.state_dict()
+            for name in sorted(expected.keys() | weights.keys()):
+                sides = [tuple(side[name].shape) if name in side else "nothing" for side in (weights, expected)]
+                if sides[0] != sides[1]:
+                    raise SpecmoeError(f"stored predictor: weights {name!r} are {sides[0]}, expected {sides[1]}")
+            predictor = cls(shape, keys, **sizes)
             predictor.network.load_state_dict(weights)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             raise SpecmoeError(f"stored predictor: weights do not fit: {' '.join(str(error).split())[:500]}") from error
         if torch.cuda.is_available():
             predictor.network.cuda()
         return predictor
 
-    def _tensors(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+    def tensors(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """`inputs` on the network's device."""
         device = next(self.network.parameters()).device
         return {name: torch.from_numpy(array).to(device) for name, array in self.inputs(routes, tokens_T).items()}
 
-    def _truth(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+    def truth(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """1 where an expert is in the true set `[T, L, H, E]`, and which predictions are about something `[T, L, H]`."""
         shape, device = self.shape, next(self.network.parameters()).device
         true_TLHE = torch.zeros(len(tokens_T), shape.layers, shape.horizon, shape.experts, device=device)
@@ -108,6 +140,12 @@ class NeuralPredictor(Predictor):
             true_TLHE[:, :, hop - 1].scatter_(2, ids_TLK, 1.0)
             is_valid_TLH[:, :, hop - 1] = true.is_valid_TL
         return true_TLHE, torch.from_numpy(is_valid_TLH).to(device)
+
+
+def mean_cross_entropy(logits_TLHE: torch.Tensor, true_TLHE: torch.Tensor, is_valid_TLH: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of membership in the set, over the experts of all valid predictions."""
+    losses = nn.functional.binary_cross_entropy_with_logits(logits_TLHE.float(), true_TLHE, reduction="none").mean(-1)
+    return (losses * is_valid_TLH).sum() / is_valid_TLH.sum().clamp(min=1)
 
 
 def relative_weights(weights_TLK: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
@@ -131,3 +169,19 @@ class PairEmbedding(nn.Module):
         rows = (ids_TLK + self.offset_L1).view(-1, top_k)
         weights = weights_TLK.reshape(-1, top_k).to(self.table.dtype)
         return nn.functional.embedding_bag(rows, self.table, per_sample_weights=weights, mode="sum").view(tokens, layers, -1)
+
+
+class Block(nn.Module):
+    """Norm, a hidden layer `times` as wide, dropout: what is added to a state `[..., D]`."""
+
+    def __init__(self, width: int, times: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.rise = nn.Linear(width, times * width)
+        self.dropout = nn.Dropout(0.1)
+        self.fall = nn.Linear(times * width, width)
+        nn.init.normal_(self.fall.weight, std=0.3 / (times * width) ** 0.5)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = self.fall(self.dropout(nn.functional.gelu(self.rise(self.norm(state)))))
+        return added.float()

@@ -12,7 +12,7 @@ from torch import nn
 
 from analysis.kernels import HALVES
 from speculation.options import TrainingOptions
-from speculation.predictors.neural import NeuralPredictor, PairEmbedding, relative_weights
+from speculation.predictors.neural import Block, NeuralPredictor, PairEmbedding, relative_weights
 from speculation.predictors.token_identity import token_rows
 from speculation.repeats import RUN_LENGTHS
 from speculation.routes import Routes
@@ -34,7 +34,7 @@ class Recommended(NeuralPredictor):
     about: ClassVar[str] = "residual blocks over the layers; routes so far, of the last token, and of the same tokens before"
     source: ClassVar[str] = "this project (docs/predictors.md)"
     sees: ClassVar[str] = "all routes that the task knows, which tokens these are"
-    width: ClassVar[int] = 256
+    default_width: ClassVar[int] = 256
     token_width: ClassVar[int] = 64
     # Of a hidden layer, in widths of the state.
     times: ClassVar[int] = 2
@@ -229,19 +229,3 @@ class UnknownAtRandom(nn.Module):
         if not self.training:
             return rows
         return rows * (torch.rand(rows.shape, device=rows.device) >= self.share)
-
-
-class Block(nn.Module):
-    """Norm, a hidden layer `times` as wide, dropout: what is added to a state `[T, D]`."""
-
-    def __init__(self, width: int, times: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.rise = nn.Linear(width, times * width)
-        self.dropout = nn.Dropout(0.1)
-        self.fall = nn.Linear(times * width, width)
-        nn.init.normal_(self.fall.weight, std=0.3 / (times * width) ** 0.5)
-
-    def forward(self, state_TD: torch.Tensor) -> torch.Tensor:
-        added_TD: torch.Tensor = self.fall(self.dropout(nn.functional.gelu(self.rise(self.norm(state_TD)))))
-        return added_TD.float()

@@ -13,8 +13,8 @@ class RecommendedSmall(Recommended):
 
     name: ClassVar[str] = "recommended-small"
     about: ClassVar[str] = "recommended, narrower: below 1 MB for a model of 24 layers of 32 experts"
-    width: ClassVar[int] = 48
+    default_width: ClassVar[int] = 48
     token_width: ClassVar[int] = 8
-    max_kinds: ClassVar[int] = 4096
+    max_kinds: ClassVar[int] = 2048
     windows: ClassVar[tuple[int, ...]] = (32,)
-    defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=10, batch_tokens=512, dropout=0.05, learning_rate=4e-3)
+    defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=8, batch_tokens=512, dropout=0.05, learning_rate=4e-3)

@@ -114,7 +114,7 @@ CASES = [(name, task) for name, cls in predictor_classes().items() for task in s
 def fitted(name: str, task: Task, routes: Routes) -> Predictor:
     horizon = 1 if task == Task.WHOLE_PATH else 2
     predictor = predictor_classes()[name](Shape(layers=4, experts=8, top_k=2, horizon=horizon, task=task))
-    predictor.fit(routes, None, TrainingOptions(epochs=1, batch_tokens=64), no_progress)
+    predictor.fit(routes, None, TrainingOptions(epochs=1, batch_tokens=64, width=32), no_progress)
     return predictor
 
 
@@ -228,7 +228,8 @@ def test_token_identity_by_hand() -> None:
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_a_run_survives_storage(name: str, task: Task, markov_trace: Trace, tmp_path: Path) -> None:
     horizon = 1 if task == Task.WHOLE_PATH else 2
-    run = train(markov_trace, name, tmp_path / "run", task=task, horizon=horizon, options=OPTIONS)
+    options = replace(OPTIONS, epochs=2, width=32)
+    run = train(markov_trace, name, tmp_path / "run", task=task, horizon=horizon, options=options)
     again = load_run(tmp_path / "run")
     routes = load_routes(markov_trace, "test")
     first, second = (r.predictor.probabilities(routes, slice(0, 40)) for r in (run, again))
@@ -310,7 +311,11 @@ def test_a_trace_of_another_model_is_refused(
 
 
 def test_wrong_choices_are_named(markov_trace: Trace, tmp_path: Path) -> None:
-    names = "uniform, popularity, previous-token, token-identity, conditional-counts, mlp, recommended"
+    names = (
+        "uniform, popularity, previous-token, token-identity, conditional-counts, backoff-counts, product-of-experts, "
+        "boosted-trees, mlp, interlayer-lstm, statistics-aware, ensemble, hierarchical, attention-graph, hybrid, "
+        "transformer, recommended, recommended-small"
+    )
     with pytest.raises(SpecmoeError, match=f"expected one of {names}$"):
         train(markov_trace, "oracle", tmp_path / "run")
     with pytest.raises(SpecmoeError, match="horizon 4: expected 1 to 3"):

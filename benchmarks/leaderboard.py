@@ -1,0 +1,66 @@
+"""Train every predictor on one trace, judge them on another, and write the leaderboard.
+
+    python benchmarks/leaderboard.py TRACE --validation OTHER --out DIR [--only NAME ...]
+
+Runs that are finished in DIR are kept, so that a call that was cut off goes on. Training is cut short for the larger
+networks (SHORT): about five minutes each on two cores, which is far from what they need. An hour in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# benchmarks/analysis.py has the name of a package, and this folder comes first.
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from profiler.reader import Trace
+from speculation.evaluate import evaluate
+from speculation.leaderboard import write_leaderboard
+from speculation.predictors import predictor_classes
+from speculation.runs import CONFIG_FILE, load_run
+from speculation.tasks import Task
+from speculation.train import train
+
+SHORT: dict[str, dict[str, Any]] = {
+    "mlp": {"epochs": 3},
+    "interlayer-lstm": {"epochs": 1},
+    "statistics-aware": {"epochs": 4},
+    "ensemble": {"epochs": 2},
+    "hierarchical": {"epochs": 1},
+    "attention-graph": {"epochs": 1, "epoch_tokens": 70_000},
+    "hybrid": {"epochs": 2},
+    "transformer": {"epochs": 1, "epoch_tokens": 35_000},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--validation", type=Path, required=True, help="another trace, to stop early on and to judge by")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", action="append", choices=list(predictor_classes()))
+    arguments = parser.parse_args()
+    trace, validation = Trace.open(arguments.trace), Trace.open(arguments.validation)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    documents = []
+    for name, cls in predictor_classes().items():
+        if Task.NEXT_LAYER not in cls.tasks or (arguments.only and name not in arguments.only):
+            continue
+        began = time.perf_counter()
+        out = arguments.out / name
+        if not (out / CONFIG_FILE).is_file():
+            options = replace(cls.defaults, **SHORT.get(name, {}))
+            train(trace, name, out, validation=validation, options=options, resume=out.exists())
+        documents.append(evaluate(load_run(out), validation, part="all", with_baselines=not documents))
+        write_leaderboard(documents, arguments.out)
+        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+    print((arguments.out / "leaderboard.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

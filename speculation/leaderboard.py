@@ -1,0 +1,148 @@
+"""Evaluations of several runs in one table and one plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from analysis.predictions import CONTROL
+from profiler.errors import SpecmoeError
+from profiler.writer import write_text
+
+Row = dict[str, Any]
+# What must be the same for two evaluations to stand in one table.
+COMPARED = ("task", "trace", "model", "split", "part", "problems", "tokens", "chance")
+LOOPING = "looping"
+
+
+def leaderboard_rows(documents: list[dict[str, Any]]) -> list[Row]:
+    """A row per predictor and horizon, best recall first; baselines that several evaluations have are there once.
+
+    control: recall of the shuffled control. without_looping: recall on tokens of answers that did not fall into repetition, if
+    the trace says which did. Raises `SpecmoeError` if the evaluations are not of the same data and task.
+    """
+    if not documents:
+        raise SpecmoeError("a leaderboard needs at least one run")
+    for document in documents:
+        for name in COMPARED:
+            if document[name] != documents[0][name]:
+                raise SpecmoeError(
+                    f"{document['run']} was judged with {name} {document[name]!r}, {documents[0]['run']} with "
+                    f"{documents[0][name]!r}: expected the same"
+                )
+    rows: dict[tuple[str, str], Row] = {}
+    for document in documents:
+        for name, result in document["results"].items():
+            if name.endswith(CONTROL):
+                continue
+            own = name == document["predictor"]
+            label = document["run"] if own else name
+            control = document["results"].get(f"{name}, {CONTROL}", {}).get("metrics", {})
+            for horizon, metrics in result["metrics"].items():
+                if own or (label, horizon) not in rows:
+                    rows[label, horizon] = _row(document, result, label, horizon, metrics, control.get(horizon), own)
+    return sorted(rows.values(), key=lambda row: (row["horizon"], -row["recall"]))
+
+
+def _row(document: dict[str, Any], result: Row, label: str, horizon: str, metrics: Row, control: Row | None, own: bool) -> Row:
+    k_name = result["recall_at_k_name"]
+    low, high = result["intervals"][horizon][k_name]
+    apart = result.get(f"by_{LOOPING}", {}).get("false", {}) if horizon == "h=1" else {}
+    return {
+        "run": label,
+        "predictor": document["predictor"] if own else label,
+        "horizon": horizon,
+        "recall": metrics[k_name],
+        "low": low,
+        "high": high,
+        "top-1": metrics["top-1"],
+        "exact": metrics["exact"],
+        "without_looping": apart.get(k_name),
+        "control": control[k_name] if control else None,
+        "parameters": result["parameters"],
+        "bytes": result["bytes"],
+        "microseconds_per_token": result["microseconds_per_token"],
+        "train_seconds": document["train_seconds"] if own else None,
+    }
+
+
+def write_leaderboard(documents: list[dict[str, Any]], out: Path) -> list[Row]:
+    """Write `leaderboard.md`, `.csv`, `.json` (the evaluations) and `.html` (a plot that opens offline) into a folder."""
+    rows = leaderboard_rows(documents)
+    out.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(out / "leaderboard.csv", text.getvalue())
+    write_text(out / "leaderboard.json", json.dumps(documents, indent=1, allow_nan=False) + "\n")
+    write_text(out / "leaderboard.md", as_markdown(documents, rows))
+    write_text(out / "leaderboard.html", plot(documents, rows))
+    return rows
+
+
+def as_markdown(documents: list[dict[str, Any]], rows: list[Row]) -> str:
+    """The table, under a line on what was judged how."""
+    first = documents[0]
+    k_name = next(iter(first["results"].values()))["recall_at_k_name"]
+    trained_on = max(document["trained_on"] for document in documents)
+    held_out = "held out" if not trained_on else f"NOT held out: up to {trained_on} problems were trained on"
+    head = (
+        f"{first['task']}, {first['model']}, {first['problems']} problems, {first['tokens']:,} tokens of {first['trace']}, "
+        f"{held_out}. Chance: {k_name} {first['chance'][k_name]:.3f}, exact {first['chance']['exact']:.2g}.\n"
+    )
+    columns = ["run", "h", k_name, "top-1", "exact", "without looping", "control", "parameters", "MB", "µs/token", "training"]
+    lines = [head, "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = [
+            row["run"],
+            row["horizon"].removeprefix("h="),
+            f"{row['recall']:.3f} ({row['low']:.3f}-{row['high']:.3f})",
+            f"{row['top-1']:.3f}",
+            f"{row['exact']:.3f}",
+            "-" if row["without_looping"] is None else f"{row['without_looping']:.3f}",
+            "-" if row["control"] is None else f"{row['control']:.3f}",
+            f"{row['parameters']:,}",
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['microseconds_per_token']:,.0f}",
+            "-" if row["train_seconds"] is None else f"{row['train_seconds']:,.0f} s",
+        ]
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(documents: list[dict[str, Any]], rows: list[Row]) -> str:
+    """A page: recall@K with its interval against size, one point per predictor, for the nearest horizon."""
+    import plotly.graph_objects as go
+
+    first = documents[0]
+    k_name = next(iter(first["results"].values()))["recall_at_k_name"]
+    shown = [row for row in rows if row["horizon"] == "h=1"]
+    figure = go.Figure()
+    for name, is_own, symbol in (("baselines", False, "circle-open"), ("trained", True, "circle")):
+        chosen = [row for row in shown if (row["train_seconds"] is not None) == is_own]
+        figure.add_scatter(
+            x=[max(row["bytes"], 1) for row in chosen],
+            y=[row["recall"] for row in chosen],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [row["high"] - row["recall"] for row in chosen],
+                "arrayminus": [row["recall"] - row["low"] for row in chosen],
+            },
+            text=[row["run"] for row in chosen],
+            mode="markers+text",
+            textposition="top center",
+            marker={"symbol": symbol, "size": 11},
+            name=name,
+            hovertemplate="%{text}: %{y:.3f}, %{x:,} bytes<extra></extra>",
+        )
+    figure.add_hline(y=first["chance"][k_name], line_dash="dot", annotation_text="chance")
+    figure.update_xaxes(title="bytes", type="log")
+    figure.update_yaxes(title=k_name, range=[0, 1])
+    title = f"{first['task']}, {first['model']}: {k_name} against size; bars: 95 % interval over problems"
+    figure.update_layout(template="plotly_white", title=title, font={"size": 14}, legend={"orientation": "h"})
+    return str(figure.to_html(full_html=True, include_plotlyjs=True, config={"responsive": True}))
