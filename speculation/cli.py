@@ -18,11 +18,13 @@ from analysis.predictions import as_evaluation, table
 from profiler.errors import SpecmoeError
 from profiler.reader import Trace
 from profiler.writer import write_text
-from speculation.tasks import Task
+from speculation.tasks import Shape, Task
 
 app = typer.Typer()
 console = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
+# gpt-oss-20b, for which sizes are told.
+SIZED = Shape(layers=24, experts=32, top_k=4, horizon=1)
 
 
 class Precision(StrEnum):
@@ -134,24 +136,44 @@ def _losses(entry: dict[str, float]) -> str:
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run directory made by 'specmoe train'.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories made by 'specmoe train'.")],
     trace: Annotated[Path, typer.Option(help="The trace to judge it on.")],
     part: Annotated[PartName, typer.Option(help="Part of the split by problem.")] = PartName.test,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every metric and breakdown here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every metric and breakdown of a run here.")] = None,
+    leaderboard: Annotated[
+        Path | None, typer.Option(help="A folder for the runs side by side: a table (.md, .csv), a plot (.html), all metrics.")
+    ] = None,
 ) -> None:
-    """Judge a predictor on held-out problems, beside chance, the baselines and a shuffled control.
+    """Judge predictors on held-out problems, beside chance, the baselines and a shuffled control.
 
     Example: specmoe evaluate runs/math-mlp --trace traces/math --json math-mlp.json
+
+    Example: specmoe evaluate runs/* --trace traces/math --leaderboard boards/math
     """
     from speculation.evaluate import evaluate as judge
+    from speculation.leaderboard import write_leaderboard
     from speculation.runs import load_run
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise SpecmoeError(f"--json {json_file}: no such folder")
-    document = judge(load_run(run), Trace.open(trace), part=part.value)
-    print_evaluation(document)
+    if json_file is not None and len(runs) > 1:
+        raise SpecmoeError("--json is for one run: for several, --leaderboard writes leaderboard.json")
+    opened = Trace.open(trace)
+    documents: list[dict[str, Any]] = []
+    for run in runs:
+        # Baselines of the same training problems are the same.
+        loaded = load_run(run)
+        is_first = leaderboard is None or all(document["trace_sha256"] != loaded.trace_sha256 for document in documents)
+        documents.append(judge(loaded, opened, part=part.value, with_baselines=is_first))
+        if leaderboard is None:
+            print_evaluation(documents[-1])
+        else:
+            messages.print(f"judged {escape(str(run))}")
     if json_file is not None:
-        write_text(json_file, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_text(json_file, json.dumps(documents[0], indent=1, allow_nan=False) + "\n")
+    if leaderboard is not None:
+        print_leaderboard(write_leaderboard(documents, leaderboard), documents[0])
+        typer.echo(f"{leaderboard}: leaderboard.md, .csv, .json, .html")
 
 
 def print_evaluation(document: dict[str, Any]) -> None:
@@ -175,8 +197,44 @@ def print_evaluation(document: dict[str, Any]) -> None:
         f"{what}: {document['problems']} problems, {document['tokens']:,} tokens; {part}. "
         "In brackets: 95 % interval over problems."
     )
+    for line in _apart(document):
+        typer.echo(line)
     for caveat in document["caveats"]:
         typer.echo(f"Note: {caveat}")
+
+
+def _apart(document: dict[str, Any]) -> list[str]:
+    """The predictor with and without the problems of each kind that the trace tells apart, such as looping answers."""
+    result = document["results"][document["predictor"]]
+    k_name = result["recall_at_k_name"]
+    lines = []
+    for name, groups in result.items():
+        if name.startswith("by_") and set(groups) == {"false", "true"} and all(groups.values()):
+            without, only = (f"{groups[side][k_name]:.3f} (exact {groups[side]['exact']:.3f})" for side in ("false", "true"))
+            what = name.removeprefix("by_")
+            lines.append(f"{document['predictor']}, {k_name}: {without} without {what} problems, {only} on these.")
+    return lines
+
+
+def print_leaderboard(rows: list[dict[str, Any]], document: dict[str, Any]) -> None:
+    """The table of `speculation.leaderboard`, for people."""
+    k_name = next(iter(document["results"].values()))["recall_at_k_name"]
+    title = f"{document['task']}, {escape(document['model'])}; {document['problems']} problems, {document['tokens']:,} tokens"
+    shown = Table(box=None, title=title, title_justify="left")
+    for column in ("run", "h", k_name, "exact", "control", "parameters", "µs"):
+        shown.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
+    shown.add_row("chance", "", f"{document['chance'][k_name]:.3f}", f"{document['chance']['exact']:.3f}", "", "", "")
+    for row in rows:
+        shown.add_row(
+            escape(row["run"]),
+            row["horizon"].removeprefix("h="),
+            f"{row['recall']:.3f} ({row['low']:.3f}-{row['high']:.3f})",
+            f"{row['exact']:.3f}",
+            "" if row["control"] is None else f"{row['control']:.3f}",
+            f"{row['parameters']:,}",
+            f"{row['microseconds_per_prediction']:,.0f}",
+        )
+    console.print(shown)
 
 
 def _predicted(task: str, horizon: int) -> str:
@@ -195,8 +253,15 @@ def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JS
     """
     from speculation.predictors import predictor_classes
 
-    rows = [
-        {"name": name, "tasks": sorted(cls.tasks), "sees": cls.sees, "about": cls.about, "source": cls.source}
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "tasks": sorted(cls.tasks),
+            "sees": cls.sees,
+            "about": cls.about,
+            "source": cls.source,
+            "parameters": cls.parameters_for(SIZED),
+        }
         for name, cls in predictor_classes().items()
     ]
     if as_json:
@@ -205,3 +270,7 @@ def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JS
     for row in rows:
         typer.echo(f"{row['name']:<20} {row['about']}")
         typer.echo(f"{'':<20} sees {row['sees']}; predicts {', '.join(row['tasks'])}; {row['source']}")
+        size = "as many as the data needs" if row["parameters"] is None else f"{row['parameters']:,}"
+        typer.echo(
+            f"{'':<20} parameters: {size} for {SIZED.layers} layers of {SIZED.experts} experts, top-{SIZED.top_k}, h = 1"
+        )

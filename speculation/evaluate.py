@@ -14,11 +14,13 @@ import pyarrow as pa
 from profiler.errors import SpecmoeError, TraceError
 from profiler.reader import Trace
 from profiler.splits import split_key
+from speculation.history import History
 from speculation.metrics import DEFINITIONS, ConfidenceCounts, RankCounts, chance, true_ranks
 from speculation.predictors import Predictor
+from speculation.repeats import UNKNOWN_TOKEN
 from speculation.routes import Routes, load_routes, route_digests
 from speculation.runs import Run, count_parameters, manifest_sha256
-from speculation.tasks import Shape, targets
+from speculation.tasks import Shape, Task, targets
 
 # Bytes of the probabilities of one chunk of tokens.
 CHUNK_BYTES = 32 << 20
@@ -26,7 +28,7 @@ CHUNK_BYTES = 32 << 20
 POSITION_STARTS = (0, 16, 64, 256, 1024)
 PHASES = ("prefill", "decode")
 BOOTSTRAPS = 1000
-TIMED_PREDICTIONS = 200
+TIMED_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
         "definitions": DEFINITIONS,
         "caveats": trace.caveats(),
         "train_seconds": run.train_seconds,
+        "trace_sha256": run.trace_sha256,
         "chance": chance(shape.experts, shape.top_k),
         "results": results,
     }
@@ -156,7 +159,7 @@ def judge(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: 
         "precision_by_coverage": confidence.precision_by_coverage(),
         "parameters": count_parameters(arrays),
         "bytes": int(sum(array.nbytes for array in arrays.values())),
-        "microseconds_per_token": _microseconds_per_token(predictor, seen),
+        "microseconds_per_prediction": _microseconds_per_prediction(predictor, truth),
     }
 
 
@@ -178,21 +181,50 @@ def _bootstrap(sums_4P: npt.NDArray[np.float64], top_k: int) -> dict[str, tuple[
     return dict(zip((f"recall@{top_k}", "top-1", "exact"), zip(low_3, high_3, strict=True), strict=True))
 
 
-def _microseconds_per_token(predictor: Predictor, routes: Routes) -> float:
-    """Median time to predict all layers and horizons of one token, one token at a time, on one CPU thread or the GPU."""
+def _microseconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
+    """Mean time of `predict`, and `begin` of the history, for one token at one layer: batch 1, one CPU thread.
+
+    Tasks about all layers at once: of one call over L. Over the first tokens of the longest stretch; a first call is not timed.
+    """
     import torch
 
-    times = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for token in range(min(TIMED_PREDICTIONS, len(routes))):
-            began = time.perf_counter()
-            predictor.probabilities(routes, slice(token, token + 1))
-            times.append(time.perf_counter() - began)
+        return round(1e6 * _seconds_per_prediction(predictor, routes), 1)
     finally:
         torch.set_num_threads(threads)
-    return round(float(np.median(times)) * 1e6, 1)
+
+
+def _seconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
+    shape = predictor.shape
+    first = int(routes.first_T[np.argmax(np.arange(len(routes)) - routes.first_T)])
+    history = History(shape, int(routes.token_ids_T[first]))
+    made, seconds = 0, 0.0
+    for token in range(first, min(first + TIMED_TOKENS, len(routes))):
+        if routes.first_T[token] != first:
+            break
+        began = time.perf_counter()
+        key = int(routes.token_keys_T[token])
+        history.begin(None if key == UNKNOWN_TOKEN else key, is_decode=bool(routes.is_decode_T[token]))
+        took = time.perf_counter() - began
+        for layer in range(shape.layers):
+            if shape.task == Task.WHOLE_PATH and layer == 0:
+                took += _time_of(predictor, history)
+            history.add(routes.expert_ids_TLK[token, layer], routes.weights_TLK[token, layer])
+            is_asked = layer < shape.layers - 1 if shape.task == Task.NEXT_LAYER else layer == shape.layers - 1
+            if is_asked and shape.task != Task.WHOLE_PATH:
+                took += _time_of(predictor, history)
+        if token > first or len(routes) == 1:
+            made += shape.layers - (shape.task == Task.NEXT_LAYER)
+            seconds += took
+    return seconds / max(made, 1)
+
+
+def _time_of(predictor: Predictor, history: History) -> float:
+    began = time.perf_counter()
+    predictor.predict(history)
+    return time.perf_counter() - began
 
 
 def shuffled(routes: Routes, seed: int) -> Routes:

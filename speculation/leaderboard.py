@@ -64,7 +64,7 @@ def _row(document: dict[str, Any], result: Row, label: str, horizon: str, metric
         "control": control[k_name] if control else None,
         "parameters": result["parameters"],
         "bytes": result["bytes"],
-        "microseconds_per_token": result["microseconds_per_token"],
+        "microseconds_per_prediction": result["microseconds_per_prediction"],
         "train_seconds": document["train_seconds"] if own else None,
     }
 
@@ -92,9 +92,10 @@ def as_markdown(documents: list[dict[str, Any]], rows: list[Row]) -> str:
     held_out = "held out" if not trained_on else f"NOT held out: up to {trained_on} problems were trained on"
     head = (
         f"{first['task']}, {first['model']}, {first['problems']} problems, {first['tokens']:,} tokens of {first['trace']}, "
-        f"{held_out}. Chance: {k_name} {first['chance'][k_name]:.3f}, exact {first['chance']['exact']:.2g}.\n"
+        f"{held_out}. Chance: {k_name} {first['chance'][k_name]:.3f}, exact {first['chance']['exact']:.2g}. "
+        "µs: of one prediction (one token at one layer), one at a time, one CPU thread.\n"
     )
-    columns = ["run", "h", k_name, "top-1", "exact", "without looping", "control", "parameters", "MB", "µs/token", "training"]
+    columns = ["run", "h", k_name, "top-1", "exact", "without looping", "control", "parameters", "MB", "µs", "training"]
     lines = [head, "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = [
@@ -107,7 +108,7 @@ def as_markdown(documents: list[dict[str, Any]], rows: list[Row]) -> str:
             "-" if row["control"] is None else f"{row['control']:.3f}",
             f"{row['parameters']:,}",
             f"{row['bytes'] / 1e6:.2f}",
-            f"{row['microseconds_per_token']:,.0f}",
+            f"{row['microseconds_per_prediction']:,.0f}",
             "-" if row["train_seconds"] is None else f"{row['train_seconds']:,.0f} s",
         ]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")

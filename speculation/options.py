@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-History = list[dict[str, float]]
+Epochs = list[dict[str, float]]
 """An entry per epoch, of losses by name; empty for what is counted in one pass."""
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with how many epochs are done, of how many, and the last one's entry."""

@@ -33,7 +33,7 @@ from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
 from profiler.splits import split_key
 from profiler.writer import sha256_of, write_text
-from speculation.options import History, TrainingOptions
+from speculation.options import Epochs, TrainingOptions
 from speculation.predictors import Arrays, Predictor, find_predictor
 from speculation.tasks import Shape, Task
 
@@ -66,7 +66,7 @@ def save_run(
     predictor: Predictor,
     baselines: dict[str, Predictor],
     options: TrainingOptions,
-    history: History,
+    history: Epochs,
     facts: dict[str, Any],
     trace: Trace,
     trained_on: npt.NDArray[np.uint64],

@@ -23,7 +23,7 @@ from torch import nn
 
 from profiler.errors import SpecmoeError, first_line
 from profiler.writer import write_text
-from speculation.options import History, Progress, TrainingOptions
+from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.routes import Routes
 from speculation.runs import CHECKPOINTS
 
@@ -52,7 +52,7 @@ class _State:
     best_epoch: int = -1
     total: float = 0.0
     seconds: float = 0.0
-    history: History | None = None
+    history: Epochs | None = None
 
 
 def fit_network(
@@ -62,7 +62,7 @@ def fit_network(
     options: TrainingOptions,
     on_progress: Progress,
     folder: Path | None = None,
-) -> History:
+) -> Epochs:
     """Train `model.network` in place; it ends with the averaged weights of the best epoch. Returns an entry per epoch.
 
     folder: for checkpoints and logs; a training that was cut off there goes on where its last checkpoint was, and ends with the
@@ -221,7 +221,7 @@ def _save(accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Modu
             shutil.rmtree(old)
 
 
-def _log(folder: Path, history: History) -> None:
+def _log(folder: Path, history: Epochs) -> None:
     with (folder / LOG).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[-1]))
         writer.writeheader()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -10,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from speculation.options import History, Progress, TrainingOptions
+from speculation.history import History, Prediction
+from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.routes import Routes
 from speculation.tasks import Shape, Task
 
@@ -38,7 +40,7 @@ class Predictor(ABC):
     @abstractmethod
     def fit(
         self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
-    ) -> History:
+    ) -> Epochs:
         """Learn from `train`; returns the history of training. out: a folder for checkpoints and logs."""
 
     @abstractmethod
@@ -49,9 +51,44 @@ class Predictor(ABC):
         where there is no such layer. What the task does not know must not influence it.
         """
 
+    @staticmethod
+    def load(path: str | Path) -> Predictor:
+        """The predictor of a run directory. Raises `SpecmoeError` if it is none. Nothing is unpickled."""
+        from speculation.runs import load_run
+
+        return load_run(Path(path)).predictor
+
+    def predict(self, history: History) -> Prediction:
+        """What comes, as a runtime would ask: next-layer, after the last known layer l of the current token, about l+1 to l+H;
+        whole-path and next-token, about all layers.
+
+        Raises `SpecmoeError` if the history has another shape, or does not tell what the task knows.
+        """
+        self.check(history)
+        probabilities_LHE = self.probabilities(history.routes, slice(history.tokens - 1, history.tokens))[0]
+        if self.shape.task != Task.NEXT_LAYER:
+            return Prediction.of(probabilities_LHE)
+        return Prediction.of(probabilities_LHE[history.layer, : self.shape.layers - 1 - history.layer])
+
+    def check(self, history: History) -> None:
+        """Raise `SpecmoeError` if nothing can be predicted after `history`."""
+        own, other = (replace(shape, horizon=1, task=Task.NEXT_TOKEN) for shape in (self.shape, history.shape))
+        if own != other:
+            raise SpecmoeError(f"{self.name} is for {self.shape}, the history for {history.shape}")
+        known = {Task.NEXT_LAYER: range(self.shape.layers - 1), Task.WHOLE_PATH: range(-1, self.shape.layers)}
+        expected = known.get(self.shape.task, range(self.shape.layers - 1, self.shape.layers))
+        if not history.tokens or history.layer not in expected:
+            where = f"after layer {history.layer} of token {history.tokens - 1}" if history.tokens else "before the first token"
+            raise SpecmoeError(f"{self.name}: {self.shape.task} has nothing to predict {where}")
+
     @abstractmethod
     def arrays(self) -> Arrays:
         """Everything learned, for safetensors."""
+
+    @classmethod
+    def parameters_for(cls, shape: Shape) -> int | None:
+        """Learned numbers for a model of this shape, with as many kinds of tokens as it takes; None if the data decides."""
+        return int(sum(array.size for array in cls(shape).arrays().values() if np.issubdtype(array.dtype, np.floating)))
 
     def settings(self) -> dict[str, Any]:
         """What `restore` needs besides the arrays, for config.json."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from speculation.options import History, Progress, TrainingOptions
+from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.predictors.previous_token import last_known
@@ -47,7 +47,7 @@ class BackoffCounts(Predictor):
 
     def fit(
         self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
-    ) -> History:
+    ) -> Epochs:
         shape, experts = self.shape, self.shape.experts
         self._popularity_LHE = at_targets(expert_frequency(train, shape), shape)
         tokens_T = np.arange(len(train))
@@ -121,6 +121,10 @@ class BackoffCounts(Predictor):
             is_there_T &= expert_T != NOTHING
             code_T = code_T * self.shape.experts + expert_T
         return np.where(is_there_T, code_T, NOTHING)
+
+    @classmethod
+    def parameters_for(cls, shape: Shape) -> int | None:
+        return None
 
     def arrays(self) -> Arrays:
         return {

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from speculation.options import History, Progress, TrainingOptions
+from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.predictors.previous_token import last_known
@@ -56,7 +56,7 @@ class BoostedTrees(Predictor):
 
     def fit(
         self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
-    ) -> History:
+    ) -> Epochs:
         shape = self.shape
         random = np.random.default_rng(options.seed)
         frequency_LHE = np.clip(at_targets(expert_frequency(train, shape), shape), 1e-4, 1 - 1e-4)
@@ -142,7 +142,7 @@ class BoostedTrees(Predictor):
             recent_use(routes, tokens_T, last_T, shape.experts, (WINDOW,))[:, 0][:, layers_L],
             np.broadcast_to(order_T[:, None, None] / len(RUN_LENGTHS), (len(tokens_T), shape.layers, 1)),
         ]
-        return np.concatenate(parts, axis=2).astype(np.float32)
+        return np.asarray(np.concatenate(parts, axis=2), dtype=np.float32)
 
     def _dense(
         self, routes: Routes, index_T: npt.NDArray[np.int64], layers_L: npt.NDArray[np.int64]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from speculation.options import History, Progress, TrainingOptions
+from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import expert_frequency
 from speculation.routes import Routes
@@ -41,7 +41,7 @@ class ConditionalCounts(Predictor):
 
     def fit(
         self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
-    ) -> History:
+    ) -> Epochs:
         shape, experts = self.shape, self.shape.experts
         frequency_LE = expert_frequency(train, shape)
         tokens_T = np.arange(len(train))

@@ -15,6 +15,7 @@ from speculation.predictors.token_identity import token_rows
 from speculation.routes import Routes
 from speculation.tasks import Shape, Task
 
+TOKEN_WIDTH = 16
 BLOCKS = 2
 
 
@@ -28,7 +29,7 @@ class MlpPredictor(NeuralPredictor):
     about: ClassVar[str] = "residual MLP over the routes of layers <= l, the preceding token's routes and the token"
     source: ClassVar[str] = "the usual small predictor, here over routes"
     sees: ClassVar[str] = "routes of layers <= l, of the preceding token, which token it is"
-    default_width: ClassVar[int] = 192
+    default_width: ClassVar[int] = 80
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.NEXT_LAYER})
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=30, batch_tokens=256, warm_up=0.05)
 
@@ -64,7 +65,7 @@ class RouteNetwork(nn.Module):
         self.current = nn.Embedding(pairs, width)
         self.previous = nn.Embedding(pairs, width)
         self.previous_ahead = nn.Embedding(pairs, width)
-        self.token = nn.Embedding(kinds + 1, width)
+        self.token = nn.Sequential(nn.Embedding(kinds, TOKEN_WIDTH), nn.Linear(TOKEN_WIDTH, width, bias=False))
         self.layer = nn.Embedding(shape.layers, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -76,7 +77,7 @@ class RouteNetwork(nn.Module):
         outputs = shape.horizon * shape.experts
         self.head = nn.Parameter(torch.randn(shape.layers, width, outputs) * 0.01)
         self.bias_LHE = nn.Parameter(torch.zeros(shape.layers, shape.horizon, shape.experts))
-        for embedding in (self.seen, self.current, self.previous, self.previous_ahead, self.token, self.layer):
+        for embedding in (self.seen, self.current, self.previous, self.previous_ahead, self.layer):
             nn.init.normal_(embedding.weight, std=0.1)
         self.register_buffer("offset_L", torch.arange(shape.layers)[:, None] * shape.experts, persistent=False)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from profiler.errors import SpecmoeError
-from speculation.options import History, Progress, TrainingOptions
+from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.predictors.token_identity import frequent_tokens, stored_keys
@@ -57,7 +57,7 @@ class NeuralPredictor(Predictor):
 
     def fit(
         self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
-    ) -> History:
+    ) -> Epochs:
         torch.manual_seed(options.seed)
         self.keys = frequent_tokens(train, self.max_kinds, at_least=2)
         self.width = options.width or self.width
@@ -92,6 +92,12 @@ class NeuralPredictor(Predictor):
     def arrays(self) -> Arrays:
         weights = self.network.state_dict().items()
         return {f"{PREFIX}{name}": tensor.cpu().numpy().astype(np.float16) for name, tensor in weights} | {"keys": self.keys}
+
+    @classmethod
+    def parameters_for(cls, shape: Shape) -> int | None:
+        with torch.device("meta"):
+            network = cls(shape, np.arange(cls.max_kinds)).network
+        return sum(parameter.numel() for parameter in network.parameters())
 
     def settings(self) -> dict[str, Any]:
         return {"width": self.width, "context": self.context}

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis.load import count_experts
-from speculation.options import History, Progress, TrainingOptions
+from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.routes import Routes
 from speculation.tasks import Shape
@@ -29,7 +29,7 @@ class Popularity(Predictor):
 
     def fit(
         self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
-    ) -> History:
+    ) -> Epochs:
         self._probability_LE = expert_frequency(train, self.shape)
         return []
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from speculation.options import History, Progress, TrainingOptions
+from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.routes import Routes
@@ -34,7 +34,7 @@ class PreviousToken(Predictor):
 
     def fit(
         self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
-    ) -> History:
+    ) -> Epochs:
         shape, experts = self.shape, self.shape.experts
         self._popularity_LHE = at_targets(expert_frequency(train, shape), shape)
         tokens_T = np.arange(len(train))

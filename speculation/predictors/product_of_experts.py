@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from speculation.options import History, Progress, TrainingOptions
+from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.backoff_counts import BackoffCounts
 from speculation.predictors.conditional_counts import ConditionalCounts
@@ -45,7 +45,7 @@ class ProductOfExperts(Predictor):
 
     def fit(
         self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
-    ) -> History:
+    ) -> Epochs:
         shape = self.shape
         self._popularity_LHE = _log_odds(at_targets(expert_frequency(train, shape), shape))
         for member in self._members:
@@ -82,6 +82,10 @@ class ProductOfExperts(Predictor):
     def _changes(self, members: list[Predictor], routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
         """How each member changes the log-odds `[T, L, H, E, M]`."""
         return np.stack([_log_odds(member.probabilities(routes, tokens)) - self._popularity_LHE for member in members], axis=-1)
+
+    @classmethod
+    def parameters_for(cls, shape: Shape) -> int | None:
+        return None
 
     def arrays(self) -> Arrays:
         own = {"popularity_LHE": self._popularity_LHE, "weight_LHM": self._weight_LHM}

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from analysis.kernels import HALVES
+from speculation.history import History, Prediction
 from speculation.options import TrainingOptions
 from speculation.predictors.neural import Block, NeuralPredictor, PairEmbedding, relative_weights
+from speculation.predictors.recommended_stream import Stream
 from speculation.predictors.token_identity import token_rows
 from speculation.repeats import RUN_LENGTHS
 from speculation.routes import Routes
@@ -44,6 +46,19 @@ class Recommended(NeuralPredictor):
 
     def build(self, kinds: int) -> nn.Module:
         return RecommendedNetwork(self.shape, kinds, self.width, self.token_width, self.times, len(self.windows))
+
+    def predict(self, history: History) -> Prediction:
+        """As every predictor's, the state carried on from layer to layer: what was computed before is not computed again."""
+        if self.shape.task != Task.NEXT_LAYER:
+            return super().predict(history)
+        self.check(history)
+        stream = history.cache.get(self.name)
+        if stream is None or stream.of is not self:
+            stream = history.cache[self.name] = Stream(self)
+        is_new = stream.token != history.tokens - 1 or stream.layer >= history.layer
+        inputs = self.inputs(history.routes, np.array([history.tokens - 1])) if is_new else None
+        logits_HE = stream.logits(history, inputs)[: self.shape.layers - 1 - history.layer]
+        return Prediction.of(1 / (1 + np.exp(-logits_HE)))
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         shape = self.shape

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from speculation.options import History, Progress, TrainingOptions
+from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import expert_frequency
 from speculation.repeats import UNKNOWN_TOKEN
@@ -41,7 +41,7 @@ class TokenIdentity(Predictor):
 
     def fit(
         self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
-    ) -> History:
+    ) -> Epochs:
         shape = self.shape
         row_numbers = shape.layers * shape.experts * self._steps
         self._keys = frequent_tokens(train, most=min(MAX_KINDS, MAX_TABLE // row_numbers - 1), at_least=1)
@@ -75,6 +75,10 @@ class TokenIdentity(Predictor):
             layers_L = shape.target_layers(hop)
             result_TLHE[:, layers_L >= 0, hop - 1] = self._probability_VSLE[row_T, 0][:, layers_L[layers_L >= 0]]
         return result_TLHE
+
+    @classmethod
+    def parameters_for(cls, shape: Shape) -> int | None:
+        return None
 
     def arrays(self) -> Arrays:
         return {"keys": self._keys, "probability_VSLE": self._probability_VSLE}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from speculation.options import History, Progress, TrainingOptions
+from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor
 from speculation.routes import Routes
 from speculation.tasks import Shape
@@ -24,7 +24,7 @@ class Uniform(Predictor):
 
     def fit(
         self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
-    ) -> History:
+    ) -> Epochs:
         return []
 
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
