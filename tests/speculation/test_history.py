@@ -21,9 +21,7 @@ CASES = [(name, task) for name, cls in predictor_classes().items() for task in s
 
 
 def shape_of(task: Task, horizon: int = 2) -> Shape:
-    return Shape(
-        layers=LAYERS, experts=EXPERTS, top_k=TOP_K, horizon=1 if task == Task.WHOLE_PATH else horizon, task=task
-    )
+    return Shape(layers=LAYERS, experts=EXPERTS, top_k=TOP_K, horizon=1 if task == Task.WHOLE_PATH else horizon, task=task)
 
 
 def random_routes(problems: int = 12, tokens: int = 25, seed: int = 0) -> Routes:
