@@ -69,8 +69,16 @@ def is_folder_of(trace: Trace, folder: Path) -> bool:
     return manifest.read_bytes() == (trace.path / MANIFEST_FILE).read_bytes() and not Trace.open(folder).faults(verify=True)
 
 
-def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
-    """Upload a folder of `write_hub_folder` as the dataset `repository` and return its address.
+def push_folder(
+    folder: Path,
+    repository: str,
+    *,
+    kind: str = "dataset",
+    message: str = "Routing trace",
+    patterns: list[str] | None = None,
+    private: bool = False,
+) -> str:
+    """Upload a folder as the dataset (or model: `kind`) `repository` and return its address. patterns: of files; None for all.
 
     Needs a token (`hf auth login`, or HF_TOKEN). Raises `TraceError` with the hub's own words if it refuses.
     """
@@ -78,15 +86,16 @@ def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
 
     try:
         api = HfApi()
-        address = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        if private and not api.repo_info(repository, repo_type="dataset").private:
+        address = api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
+        if private and not api.repo_info(repository, repo_type=kind).private:
             raise TraceError(f"{repository} exists and is public: make it private on the hub first, or leave out --private")
         # What an earlier push left would be loaded along with this one.
         api.upload_folder(
             repo_id=repository,
-            repo_type="dataset",
+            repo_type=kind,
             folder_path=folder,
-            commit_message="Routing trace",
+            commit_message=message,
+            allow_patterns=patterns,
             delete_patterns=["*.parquet", "*.safetensors", "*.jsonl"],
         )
     except TraceError:
@@ -142,12 +151,12 @@ def _card(trace: Trace) -> str:
         *front,
         "---",
         "",
-        f"# Expert routing of {_plain(model.id)}",
+        f"# Expert routing of {plain_text(model.id)}",
         "",
         "Which experts every token of a mixture-of-experts model was routed to.",
         "",
-        *(f"- **{name}**: {_plain(str(value))}" for name, value in facts),
-        *(f"- **gap**: {_plain(gap)}" for gap in metadata.gaps),
+        *(f"- **{name}**: {plain_text(str(value))}" for name, value in facts),
+        *(f"- **gap**: {plain_text(gap)}" for gap in metadata.gaps),
         *(f"- **note**: {caveat}" for caveat in trace.caveats()),
         "",
         "| configuration | rows |",
@@ -170,6 +179,6 @@ def _card(trace: Trace) -> str:
     return "\n".join(lines)
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """One line without what Markdown or HTML would act on: names come from whoever wrote the metadata."""
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in " ".join(text.split()))

@@ -68,6 +68,10 @@ def train(
     width: Annotated[int | None, typer.Option(min=1, max=8192, help="Of the network's states.")] = None,
     context: Annotated[int | None, typer.Option(min=1, max=256, help="Tokens whose routes it sees in order.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Then upload the run to the Hugging Face hub as a model.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: make the model private.")] = False,
 ) -> None:
     """Train an expert predictor on the training problems of a trace. Settings that are not given are the predictor's own.
 
@@ -92,11 +96,17 @@ def train(
     }
     options = replace(find_predictor(predictor).defaults, **{name: value for name, value in given.items() if value is not None})
     other = None if validation is None else Trace.open(validation)
+    if private and push is None:
+        raise typer.BadParameter("goes with --push", param_hint="--private")
     print_run(
         train_with_progress(
             Trace.open(trace), predictor, out, task=task, horizon=horizon, validation=other, options=options, resume=resume
         )
     )
+    if push is not None:
+        from speculation.card import push_run
+
+        typer.echo(push_run(out, push, private=private))
 
 
 def train_with_progress(trace: Trace, predictor: str, out: Path, **settings: Any) -> Any:

@@ -5,7 +5,9 @@ model.safetensors        what the predictor learned
 baselines.safetensors    the counting baselines, so that every evaluation stands beside them
 problems.safetensors     digests of the problems that it was trained on: no evaluation takes them for held out
 metrics.json             training history and sizes
+README.md                the model card
 training.csv             losses by epoch, while it trains
+tensorboard/             the same, for TensorBoard
 checkpoints/             of a training that is not finished
 provenance.json          trace, versions, command line, git commit, seed
 """
@@ -33,6 +35,7 @@ from profiler.reader import Trace
 from profiler.schema import MANIFEST_FILE
 from profiler.splits import split_key
 from profiler.writer import sha256_of, write_text
+from speculation.card import CARD_FILE, model_card
 from speculation.options import Epochs, TrainingOptions
 from speculation.predictors import Arrays, Predictor, find_predictor
 from speculation.tasks import Shape, Task
@@ -83,6 +86,7 @@ def save_run(
         "bytes": (path / "model.safetensors").stat().st_size,
     }
     _write_json(path / "metrics.json", {**sizes, **facts, "history": history})
+    write_text(path / CARD_FILE, model_card(predictor, options, history, {**sizes, **facts}, trace))
     _write_json(path / "provenance.json", _provenance(trace))
     config = {
         "predictor": predictor.name,

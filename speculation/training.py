@@ -27,7 +27,7 @@ from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.routes import Routes
 from speculation.runs import CHECKPOINTS
 
-LOG, STATE_FILE = "training.csv", "state.json"
+LOG, BOARD, STATE_FILE = "training.csv", "tensorboard", "state.json"
 # Batches for judging a network need no gradients: they may be larger than those for training.
 JUDGED_TOKENS = 2048
 
@@ -125,7 +125,7 @@ def fit_network(
             state.best_loss, state.best_epoch = entry.get("validation_loss", math.inf), state.epoch
             best.load_state_dict(average.state_dict())
         history.append(entry)
-        if folder is not None:
+        if folder is not None and accelerator.is_main_process:
             _log(folder, history)
         on_progress(state.epoch + 1, options.epochs, entry)
         out_of_time = options.max_seconds is not None and time.monotonic() - began > options.max_seconds
@@ -222,7 +222,16 @@ def _save(accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Modu
 
 
 def _log(folder: Path, history: Epochs) -> None:
+    """All epochs as CSV, the last one for TensorBoard."""
+    from tensorboardX import SummaryWriter
+
     with (folder / LOG).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[-1]))
         writer.writeheader()
         writer.writerows(history)
+    epoch = int(history[-1]["epoch"])
+    # A file per epoch. What a cut-off training logged beyond its last checkpoint is replaced.
+    with SummaryWriter(str(folder / BOARD), purge_step=epoch, filename_suffix=f".{epoch:05d}") as board:
+        for name, value in history[-1].items():
+            if name != "epoch":
+                board.add_scalar(name, value, epoch)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from made_traces import Problems, write_made_trace
+from offline_hub import Hub
 
 from profiler.reader import Trace
 
@@ -52,3 +55,14 @@ def random_problems() -> Callable[..., Problems]:
         return problems
 
     return make
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """Address of a hub on this machine, and its repositories."""
+    repositories: dict[str, dict[str, Any]] = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"repositories": repositories}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", repositories
+    server.shutdown()
+    server.server_close()

@@ -241,7 +241,8 @@ def test_a_run_survives_storage(name: str, task: Task, markov_trace: Trace, tmp_
         "metrics.json",
         "problems.safetensors",
         "provenance.json",
-    } | ({"training.csv"} if name in NEURAL else set())
+        "README.md",
+    } | ({"training.csv", "tensorboard"} if name in NEURAL else set())
     provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert len(provenance["trace_manifest_sha256"]) == 64
 
