@@ -19,6 +19,7 @@ from typing import Any
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from profiler.reader import Trace
+from profiler.schema import HIDDEN_FOLDER
 from speculation.evaluate import evaluate
 from speculation.leaderboard import write_leaderboard
 from speculation.predictors import predictor_classes
@@ -50,6 +51,9 @@ def main() -> None:
     documents = []
     for name, cls in predictor_classes().items():
         if Task.NEXT_LAYER not in cls.tasks or (arguments.only and name not in arguments.only):
+            continue
+        if cls.needs_router_inputs and not (trace.path / HIDDEN_FOLDER).is_dir():
+            print(f"{name}: left out, {trace.path.name} has no router inputs")
             continue
         began = time.perf_counter()
         out = arguments.out / name

@@ -50,7 +50,7 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
     _check_split(run, trace)
     if Shape.of(trace.metadata.model, shape.horizon, shape.task) != shape:
         raise TraceError(f"{trace.path}: its model has another number of layers, experts or top-k than {run.path} ({shape})")
-    routes = load_routes(trace, part)
+    routes = load_routes(trace, part, router_inputs=run.predictor.needs_router_inputs)
     groups = token_groups(trace, routes)
     predictors = {name: baseline for name, baseline in run.baselines.items() if with_baselines and name != run.name}
     predictors[run.name] = run.predictor
@@ -211,7 +211,8 @@ def _seconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
         for layer in range(shape.layers):
             if shape.task == Task.WHOLE_PATH and layer == 0:
                 took += _time_of(predictor, history)
-            history.add(routes.expert_ids_TLK[token, layer], routes.weights_TLK[token, layer])
+            given = None if routes.router is None else routes.router.hidden_TLD[token, layer]
+            history.add(routes.expert_ids_TLK[token, layer], routes.weights_TLK[token, layer], given)
             is_asked = layer < shape.layers - 1 if shape.task == Task.NEXT_LAYER else layer == shape.layers - 1
             if is_asked and shape.task != Task.WHOLE_PATH:
                 took += _time_of(predictor, history)

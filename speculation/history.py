@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
 from speculation.repeats import RUN_LENGTHS, UNKNOWN_TOKEN, Matches
+from speculation.router_inputs import RouterInputs
 from speculation.routes import Routes
 from speculation.tasks import Shape
 
@@ -65,6 +66,7 @@ class History:
         self._arrays["token_ids_T"] += self.position
         self._last_at: dict[tuple[int, ...], int] = {}
         self._routes: Routes | None = None
+        self._hidden_TLD: npt.NDArray[np.float16] | None = None
 
     def begin(self, vocab_id: int | None, *, is_decode: bool = True) -> None:
         """The next token; vocab_id: None if unknown. Raises `SpecmoeError` if routes of the last one are missing."""
@@ -85,8 +87,13 @@ class History:
                 self._last_at[run] = token
         self.tokens, self.layer, self._routes = token + 1, -1, None
 
-    def add(self, expert_ids: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> None:
-        """The K experts of the current token at the next MoE layer, and their weights, in any order; equal if not told."""
+    def add(
+        self, expert_ids: npt.ArrayLike, weights: npt.ArrayLike | None = None, router_input: npt.ArrayLike | None = None
+    ) -> None:
+        """The K experts of the current token at the next MoE layer, and their weights, in any order; equal if not told.
+
+        router_input: `[D]`, for predictors that need it: then of every token and layer.
+        """
         ids = np.asarray(expert_ids)
         if self.tokens == 0 or self.layer == self.shape.layers - 1:
             raise SpecmoeError("no layer is expected: begin a token first")
@@ -97,6 +104,8 @@ class History:
         order = np.argsort(-given, kind="stable")
         self._arrays["expert_ids_TLK"][self.tokens - 1, self.layer] = ids[order]
         self._arrays["weights_TLK"][self.tokens - 1, self.layer] = given[order]
+        if router_input is not None:
+            self._set_router_input(np.asarray(router_input, dtype=np.float16))
 
     @property
     def routes(self) -> Routes:
@@ -105,10 +114,28 @@ class History:
             views = {name: array[: self.tokens] for name, array in self._arrays.items()}
             matches = Matches(views.pop("index_T"), views.pop("order_T"))
             previous_T = views.pop("previous_T")
-            self._routes = Routes(**views)
+            self._routes = Routes(**views, router=self._router())
             # As the cached properties would find them, in time that grows with the sequence.
             vars(self._routes).update(matches=matches, previous_T=previous_T)
         return self._routes
+
+    def _set_router_input(self, given: npt.NDArray[np.float16]) -> None:
+        if self._hidden_TLD is None or len(self._hidden_TLD) < self.tokens:
+            # With as many tokens as the other arrays have room for.
+            grown = np.zeros((len(self._arrays["first_T"]), self.shape.layers, len(given)), dtype=np.float16)
+            if self._hidden_TLD is not None:
+                grown[: len(self._hidden_TLD)] = self._hidden_TLD
+            self._hidden_TLD, self._routes = grown, None
+        if given.shape != self._hidden_TLD.shape[2:]:
+            raise SpecmoeError(f"router input of shape {given.shape}, expected {self._hidden_TLD.shape[2:]}")
+        self._hidden_TLD[self.tokens - 1, self.layer] = given
+
+    def _router(self) -> RouterInputs | None:
+        """Without the routers' weights: predictors have them."""
+        if self._hidden_TLD is None or len(self._hidden_TLD) < self.tokens:
+            return None
+        nothing = np.zeros((self.shape.layers, self.shape.experts), dtype=np.float32)
+        return RouterInputs(self._hidden_TLD[: self.tokens], np.zeros((self.shape.layers, 0, 0), np.float32), nothing, None)
 
     def _grow(self) -> None:
         count = len(self._arrays["first_T"])

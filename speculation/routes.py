@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from profiler.reader import Trace, concatenate
 from profiler.schema import DECODE, RoutingChunk
 from profiler.splits import digest, digest_of_number, problem_digests
 from speculation.repeats import UNKNOWN_TOKEN, Matches, find_matches
+from speculation.router_inputs import RouterInputs, with_router_inputs
 
 PARTS = ("train", "validation", "test")
 # Shares of the hash space in percent. A problem's side depends on its prompt alone, so it never changes when a trace grows.
@@ -34,6 +35,7 @@ class Routes:
     token_keys_T `[T]`: which token it is: its vocabulary id, a digest of its text where there is no id, or UNKNOWN_TOKEN.
     is_decode_T `[T]`: generated, not prompt.
     first_T `[T]`: index here of the first token of the unbroken stretch that the token is in: all of `first_T[t]..t` is known.
+    router: what the routers were given, where that was recorded and asked for.
     """
 
     expert_ids_TLK: npt.NDArray[np.unsignedinteger[Any]]
@@ -43,6 +45,7 @@ class Routes:
     token_keys_T: npt.NDArray[np.int64]
     is_decode_T: npt.NDArray[np.bool_]
     first_T: npt.NDArray[np.int64]
+    router: RouterInputs | None = None
 
     def __len__(self) -> int:
         return len(self.problem_ids_T)
@@ -55,7 +58,9 @@ class Routes:
     def of_problems(self, is_chosen_T: npt.NDArray[np.bool_]) -> Routes:
         """The routes of some problems only; is_chosen_T `[T]`: true for all tokens of these."""
         place_T = np.cumsum(is_chosen_T) - 1
-        arrays = {name: value[is_chosen_T] for name, value in vars(self).items() if name in Routes.__dataclass_fields__}
+        fields = {name: getattr(self, name) for name in Routes.__dataclass_fields__ if name != "router"}
+        arrays: dict[str, Any] = {name: array[is_chosen_T] for name, array in fields.items()}
+        arrays["router"] = None if self.router is None else self.router.of_tokens(is_chosen_T)
         return Routes(**arrays | {"first_T": place_T[self.first_T[is_chosen_T]]})
 
     @cached_property
@@ -85,11 +90,11 @@ def _part_of_digest(number: int) -> str:
     return next(part for part, limit in _UP_TO.items() if number % 100 < limit)
 
 
-def load_routes(trace: Trace, part: str) -> Routes:
+def load_routes(trace: Trace, part: str, *, router_inputs: bool = False) -> Routes:
     """The routes of one part of `trace`, in memory.
 
-    part: train, validation, test, or all. A trace without prompts is split by its problem ids.
-    Raises `EmptyPartError` if no problem falls into the part.
+    part: train, validation, test, or all. A trace without prompts is split by its problem ids. router_inputs: with them, and
+    then only of the problems that have them. Raises `EmptyPartError` if no problem falls into the part.
     """
     if trace.metadata.record.empty_slots:
         count = trace.metadata.record.empty_slots
@@ -105,7 +110,11 @@ def load_routes(trace: Trace, part: str) -> Routes:
             pieces.append(chunk.take(keep_T))
     if not pieces:
         raise EmptyPartError(f"{trace.path}: no problem falls into the {part} part of the split; collect more problems")
-    return make_routes(concatenate(pieces), _token_facts(trace))
+    chunk = concatenate(pieces)
+    if not router_inputs:
+        return make_routes(chunk, _token_facts(trace))
+    chunk, router = with_router_inputs(trace, chunk)
+    return replace(make_routes(chunk, _token_facts(trace)), router=router)
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,11 @@ def train(
     _check_out(out, resume)
     shape = Shape.of(trace.metadata.model, horizon, task)
     predictor = predictor_class(shape)
-    train_routes = load_routes(trace, "train" if validation is None else "all")
-    validation_routes = _validation_part(trace) if validation is None else _other_trace(trace, train_routes, validation)
+    needs = predictor_class.needs_router_inputs
+    train_routes = load_routes(trace, "train" if validation is None else "all", router_inputs=needs)
+    validation_routes = (
+        _validation_part(trace, needs) if validation is None else _other_trace(trace, train_routes, validation, needs)
+    )
     options = options or predictor_class.defaults
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -76,20 +79,20 @@ def _check_out(out: Path, resume: bool) -> None:
         raise SpecmoeError(f"{out} exists and is not an empty folder: choose another --out{hint}")
 
 
-def _validation_part(trace: Trace) -> Routes | None:
+def _validation_part(trace: Trace, router_inputs: bool) -> Routes | None:
     try:
-        return load_routes(trace, "validation")
+        return load_routes(trace, "validation", router_inputs=router_inputs)
     except EmptyPartError:
         # Few problems: none fell into the validation part, so there is no early stopping.
         return None
 
 
-def _other_trace(trace: Trace, train_routes: Routes, validation: Trace) -> Routes:
+def _other_trace(trace: Trace, train_routes: Routes, validation: Trace, router_inputs: bool) -> Routes:
     if Shape.of(validation.metadata.model, 1) != Shape.of(trace.metadata.model, 1):
         raise SpecmoeError(f"{validation.path}: its model has another number of layers, experts or top-k than {trace.path}")
     if split_key(validation) != split_key(trace) or split_key(trace) in {"source key", "problem id"}:
         raise SpecmoeError(f"{trace.path} and {validation.path} do not both tell prompts: shared ones could not be found out")
-    routes = load_routes(validation, "all")
+    routes = load_routes(validation, "all", router_inputs=router_inputs)
     shared = np.intersect1d(route_digests(trace, train_routes), route_digests(validation, routes))
     if len(shared):
         raise SpecmoeError(f"{len(shared)} problems of {validation.path} are in {trace.path} too: choose another --validation")

@@ -22,7 +22,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 class Predictor(ABC):
     """What every predictor offers. A class has a name for the command line; `about`, a line; `source`, where it is from.
 
-    sees: what it looks at. tasks: those that it can be fitted for.
+    sees: what it looks at. tasks: those that it can be fitted for. needs_router_inputs: routes must have them.
     """
 
     name: ClassVar[str]
@@ -31,6 +31,7 @@ class Predictor(ABC):
     sees: ClassVar[str]
     tasks: ClassVar[frozenset[Task]] = frozenset(Task)
     defaults: ClassVar[TrainingOptions] = TrainingOptions()
+    needs_router_inputs: ClassVar[bool] = False
 
     def __init__(self, shape: Shape) -> None:
         if shape.task not in self.tasks:
@@ -111,7 +112,9 @@ def predictor_classes() -> dict[str, type[Predictor]]:
     from speculation.predictors.hybrid import Hybrid
     from speculation.predictors.interlayer_lstm import InterlayerLstm
     from speculation.predictors.mlp import MlpPredictor
+    from speculation.predictors.next_gate import NextGate
     from speculation.predictors.popularity import Popularity
+    from speculation.predictors.pre_attention import PreAttention
     from speculation.predictors.previous_token import PreviousToken
     from speculation.predictors.product_of_experts import ProductOfExperts
     from speculation.predictors.recommended import Recommended
@@ -138,6 +141,8 @@ def predictor_classes() -> dict[str, type[Predictor]]:
         AttentionGraph,
         Hybrid,
         Transformer,
+        NextGate,
+        PreAttention,
         Recommended,
         RecommendedSmall,
     )

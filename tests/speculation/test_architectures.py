@@ -32,7 +32,8 @@ from speculation.runs import load_run
 from speculation.tasks import Shape
 from speculation.train import train
 
-NAMES = [name for name in predictor_classes() if name not in {"uniform", "popularity"}]
+WITHOUT = {"uniform", "popularity"}
+NAMES = [name for name, cls in predictor_classes().items() if name not in WITHOUT and not cls.needs_router_inputs]
 OPTIONS = TrainingOptions(epochs=8, batch_tokens=128, width=32, learning_rate=5e-3, average=50, dropout=0.0)
 
 

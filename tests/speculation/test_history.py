@@ -17,7 +17,7 @@ from speculation.routes import Routes, make_routes
 from speculation.tasks import Shape, Task
 
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
-CASES = [(name, task) for name, cls in predictor_classes().items() for task in sorted(cls.tasks)]
+CASES = [(name, task) for name, cls in predictor_classes().items() for task in sorted(cls.tasks) if not cls.needs_router_inputs]
 
 
 def shape_of(task: Task, horizon: int = 2) -> Shape:

@@ -1,0 +1,144 @@
+"""Training throughput: batches built from whole routes, against a plain loop over a per-sample DataLoader, same networks.
+
+    python benchmarks/training.py [--trace DIR] [--seconds S]
+
+A sample is one token with all its layers. The plain loop is what a first version does: a Dataset whose `__getitem__` makes
+the inputs and the target of one token, joined by the default collate function; without workers, and with two. Both do the same
+optimizer steps. Tokens per second of making batches alone, and of training; one run, alternating, medians of three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+# benchmarks/analysis.py has the name of a package, and this folder comes first.
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from profiler.reader import Trace
+from speculation.predictors import find_predictor
+from speculation.predictors.neural import NeuralPredictor, mean_cross_entropy
+from speculation.predictors.token_identity import frequent_tokens
+from speculation.routes import Routes, load_routes
+from speculation.tasks import Shape
+from speculation.training import best_precision
+
+NAMES = ("recommended-small", "recommended", "mlp", "statistics-aware")
+ROUNDS = 3
+
+
+class Samples(Dataset[dict[str, Any]]):
+    """One token per item: inputs and target, as the network takes them but for the batch."""
+
+    def __init__(self, predictor: NeuralPredictor, routes: Routes) -> None:
+        self.predictor, self.routes = predictor, routes
+
+    def __len__(self) -> int:
+        return len(self.routes)
+
+    def __getitem__(self, token: int) -> dict[str, Any]:
+        tokens_T = np.array([token])
+        true_TLHE, is_valid_TLH = self.predictor.truth(self.routes, tokens_T)
+        arrays = {name: array[0] for name, array in self.predictor.inputs(self.routes, tokens_T).items()}
+        return arrays | {"true": true_TLHE[0], "is_valid": is_valid_TLH[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, help="default: a made trace of the shape of gpt-oss-20b")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Trace.open(arguments.trace) if arguments.trace else made(Path(folder))
+        routes = load_routes(trace, "all")
+        shape = Shape.of(trace.metadata.model, 1)
+        print(f"{trace.path.name}: {len(routes):,} tokens, {shape}; {torch.get_num_threads()} threads")
+        for name in NAMES:
+            measure(name, routes, shape, arguments.seconds)
+
+
+def made(folder: Path) -> Trace:
+    """40,000 tokens of random routing."""
+    from analysis_memory import Case, make
+
+    return Trace.open(make(folder / "made", Case(24, 32, 4, 100, 400)))
+
+
+def measure(name: str, routes: Routes, shape: Shape, seconds: float) -> None:
+    cls = find_predictor(name)
+    assert issubclass(cls, NeuralPredictor)
+    predictor = cls(shape, frequent_tokens(routes, cls.max_kinds, at_least=2))
+    size = cls.defaults.batch_tokens
+    found: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        for what, batches in sources(predictor, routes, size).items():
+            found.setdefault(f"{what}, batches", []).append(speed(batches, size, seconds, lambda batch: None))
+            found.setdefault(f"{what}, training", []).append(speed(batches, size, seconds, trainer(predictor)))
+    rates = {what: median(values) for what, values in found.items()}
+    print(f"\n{name}, batches of {size} tokens")
+    for part in ("batches", "training"):
+        ours = rates[f"whole routes, {part}"]
+        print(f"  {part}: whole routes {ours:,.0f} tokens/s")
+        for what in ("per sample", "per sample, 2 workers"):
+            rate = rates[f"{what}, {part}"]
+            print(f"  {part}: {what} {rate:,.0f} tokens/s, {ours / rate:.1f} x slower", flush=True)
+
+
+Batches = Callable[[], Iterator[dict[str, Any]]]
+
+
+def sources(predictor: NeuralPredictor, routes: Routes, size: int) -> dict[str, Batches]:
+    def whole() -> Iterator[dict[str, Any]]:
+        order = np.random.default_rng(0).permutation(len(routes))
+        for start in range(0, len(routes) - size, size):
+            tokens_T = order[start : start + size]
+            true_TLHE, is_valid_TLH = predictor.truth(routes, tokens_T)
+            yield predictor.tensors(routes, tokens_T) | {"true": true_TLHE, "is_valid": is_valid_TLH}
+
+    def loader(workers: int) -> Batches:
+        return lambda: iter(DataLoader(Samples(predictor, routes), batch_size=size, shuffle=True, num_workers=workers))
+
+    return {"whole routes": whole, "per sample": loader(0), "per sample, 2 workers": loader(2)}
+
+
+def trainer(predictor: NeuralPredictor) -> Callable[[dict[str, Any]], None]:
+    optimizer = torch.optim.AdamW(predictor.network.parameters(), lr=1e-3)
+    predictor.network.train()
+    is_bf16 = best_precision() == "bf16"
+
+    def step(batch: dict[str, Any]) -> None:
+        inputs = {name: value for name, value in batch.items() if name not in {"true", "is_valid"}}
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            loss = mean_cross_entropy(predictor.network(**inputs), batch["true"], batch["is_valid"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def speed(batches: Batches, size: int, seconds: float, use: Callable[[dict[str, Any]], None]) -> float:
+    """Tokens per second; the first batch, with which workers start, is not counted."""
+    source = batches()
+    use(next(source))
+    began, done = time.perf_counter(), 0
+    for batch in source:
+        use(batch)
+        done += size
+        if time.perf_counter() - began > seconds:
+            break
+    return done / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()

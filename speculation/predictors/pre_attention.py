@@ -1,0 +1,79 @@
+"""Linear predictors on what this layer's router was given, before the next layer's attention runs."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from profiler.errors import SpecmoeError
+from speculation.options import Epochs, Progress, TrainingOptions
+from speculation.predictors.neural import MAX_SETTING, NeuralPredictor
+from speculation.predictors.next_gate import router_inputs_of
+from speculation.routes import Routes
+from speculation.tasks import Shape, Task
+
+
+class PreAttention(NeuralPredictor):
+    """For each layer, a logistic regression on its router input for the experts of the layers after it.
+
+    width: D, of the router inputs; the trace decides.
+    """
+
+    name: ClassVar[str] = "pre-attention"
+    about: ClassVar[str] = "a linear layer per MoE layer on its router input, fitted to the experts of the next"
+    source: ClassVar[str] = "predictors on activations before attention"
+    sees: ClassVar[str] = "router input of layer l (hidden/)"
+    tasks: ClassVar[frozenset[Task]] = frozenset({Task.NEXT_LAYER})
+    needs_router_inputs: ClassVar[bool] = True
+    default_width: ClassVar[int] = 1
+    defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=8, batch_tokens=512, learning_rate=3e-3)
+
+    def build(self, kinds: int) -> nn.Module:
+        return LinearNetwork(self.shape, self.width)
+
+    def fit(
+        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Any = None
+    ) -> Epochs:
+        self.width = router_inputs_of(self, train).hidden_TLD.shape[2]
+        if self.width > MAX_SETTING:
+            raise SpecmoeError(f"router inputs of {self.width:,} numbers, expected at most {MAX_SETTING:,}")
+        return super().fit(train, validation, options, on_progress, out)
+
+    def prepare(self, train: Routes) -> None:
+        super().prepare(train)
+        # In the units of the training tokens: models differ in the size of their activations.
+        hidden_TLD = router_inputs_of(self, train).hidden_TLD
+        deviation = np.stack([hidden_TLD[:, layer].astype(np.float32).std(0) for layer in range(self.shape.layers)])
+        scale: Any = self.network.scale
+        scale.copy_(torch.from_numpy(1 / np.maximum(deviation, 1e-4)))
+
+    def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        return {"hidden": router_inputs_of(self, routes).hidden_TLD[tokens_T].astype(np.float32)}
+
+    @classmethod
+    def parameters_for(cls, shape: Shape) -> int | None:
+        return None
+
+
+class LinearNetwork(nn.Module):
+    """See `PreAttention`."""
+
+    scale: torch.Tensor
+
+    def __init__(self, shape: Shape, width: int) -> None:
+        super().__init__()
+        self.outputs = (shape.horizon, shape.experts)
+        self.register_buffer("scale", torch.ones(shape.layers, width))
+        self.dropout = nn.Dropout(0.1)
+        self.weight = nn.Parameter(torch.zeros(shape.layers, width, shape.horizon * shape.experts))
+        self.bias_LHE = nn.Parameter(torch.zeros(shape.layers, *self.outputs))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[T, L, H, E]`."""
+        scaled = self.dropout(hidden * self.scale) / hidden.shape[2] ** 0.5
+        logits: torch.Tensor = torch.einsum("tld,ldo->tlo", scaled, self.weight).float()
+        return logits.reshape(*logits.shape[:2], *self.outputs) + self.bias_LHE
