@@ -67,6 +67,10 @@ def train(
     max_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after the epoch that exceeds this.")] = None,
     width: Annotated[int | None, typer.Option(min=1, max=8192, help="Of the network's states.")] = None,
     context: Annotated[int | None, typer.Option(min=1, max=256, help="Tokens whose routes it sees in order.")] = None,
+    adaptive_context: Annotated[
+        bool, typer.Option("--adaptive-context", help="All of it only where the routing is uncertain, else two tokens.")
+    ] = False,
+    shared_layers: Annotated[bool, typer.Option("--shared-layers", help="One head for all layers, not one each.")] = False,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Then upload the run to the Hugging Face hub as a model.")
@@ -92,6 +96,8 @@ def train(
         "max_seconds": max_seconds,
         "width": width,
         "context": context,
+        "adaptive_context": adaptive_context,
+        "shared_layers": shared_layers,
         "seed": seed,
     }
     options = replace(find_predictor(predictor).defaults, **{name: value for name, value in given.items() if value is not None})

@@ -19,7 +19,8 @@ class TrainingOptions:
     rate rises. average: the weights kept are a mean over about so many last updates. accumulate: steps per update. patience:
     epochs without a better validation loss before stopping. precision: no, bf16 or fp16; None for what the device is good at.
     checkpoint_seconds: between checkpoints. epoch_tokens: an epoch is so many tokens, drawn at random; None for all. width,
-    context: of the network's states, and tokens that it sees; None for the predictor's own.
+    context: of the network's states, and tokens that it sees; None for the predictor's own. adaptive_context: all of it only
+    where the routing of the last known token is uncertain, else two tokens. shared_layers: one head for all layers.
     """
 
     seed: int = 0
@@ -39,3 +40,5 @@ class TrainingOptions:
     epoch_tokens: int | None = None
     width: int | None = None
     context: int | None = None
+    adaptive_context: bool = False
+    shared_layers: bool = False

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,7 +86,7 @@ def fit_network(
     network, optimizer = accelerator.prepare(model.network, optimizer)
     best = copy.deepcopy(average)
     kept = {"average": average, "best": best}
-    state = _resume(accelerator, folder, kept)
+    state = _resume(accelerator, folder, kept, options)
     history = state.history or []
     began = time.monotonic() - state.seconds
     saved = time.monotonic()
@@ -114,7 +114,7 @@ def fit_network(
                 _follow(average, accelerator.unwrap_model(network), max(1 / options.average, 10 / (10 + updates_done)))
             if folder is not None and time.monotonic() - saved > options.checkpoint_seconds:
                 state.total, state.seconds, state.history = float(total), time.monotonic() - began, history
-                _save(accelerator, folder, state, kept)
+                _save(accelerator, folder, state, kept, options)
                 saved = time.monotonic()
         entry = {"epoch": state.epoch + 1, "train_loss": float(total) / steps, "seconds": round(time.monotonic() - began, 1)}
         if validation is not None:
@@ -189,16 +189,20 @@ def _follow(average: nn.Module, network: nn.Module, share: float) -> None:
     torch._foreach_lerp_([own for _, own in average.named_parameters()], [theirs[name] for name in names], share)
 
 
-def _resume(accelerator: Any, folder: Path | None, kept: dict[str, nn.Module]) -> _State:
+def _resume(accelerator: Any, folder: Path | None, kept: dict[str, nn.Module], options: TrainingOptions) -> _State:
     if folder is None or not (folder / CHECKPOINTS / STATE_FILE).is_file():
         return _State()
     try:
         document = json.loads((folder / CHECKPOINTS / STATE_FILE).read_text(encoding="utf-8"))
+        if document["options"] != _lasting(options):
+            raise SpecmoeError(f"{folder / CHECKPOINTS} is of a training with other options: resume with those, or remove it")
         state = _State(**{**document["state"], "best_loss": float(document["state"]["best_loss"])})
         checkpoint = folder / CHECKPOINTS / Path(document["folder"]).name
         accelerator.load_state(str(checkpoint))
         for name, network in kept.items():
             network.load_state_dict(load_file(checkpoint / f"{name}.safetensors", device=str(accelerator.device)))
+    except SpecmoeError:
+        raise
     except Exception as error:  # whatever a broken checkpoint causes
         raise SpecmoeError(
             f"{folder / CHECKPOINTS} cannot be resumed: {first_line(error)}; remove it to start again"
@@ -206,7 +210,12 @@ def _resume(accelerator: Any, folder: Path | None, kept: dict[str, nn.Module]) -
     return state
 
 
-def _save(accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Module]) -> None:
+def _lasting(options: TrainingOptions) -> dict[str, Any]:
+    """What must be the same when a training goes on: all but when it stops or saves."""
+    return {name: value for name, value in asdict(options).items() if name not in {"max_seconds", "checkpoint_seconds"}}
+
+
+def _save(accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Module], options: TrainingOptions) -> None:
     """Write a checkpoint beside the last, then name it: a kill in between leaves the last one."""
     checkpoint = folder / CHECKPOINTS / f"step-{state.epoch}-{state.step}"
     accelerator.save_state(str(checkpoint))
@@ -214,7 +223,8 @@ def _save(accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Modu
         return
     for name, network in kept.items():
         save_file(network.state_dict(), checkpoint / f"{name}.safetensors")
-    document = {"folder": checkpoint.name, "state": {**vars(state), "best_loss": str(state.best_loss)}}
+    progress = {**vars(state), "best_loss": str(state.best_loss)}
+    document = {"folder": checkpoint.name, "state": progress, "options": _lasting(options)}
     write_text(folder / CHECKPOINTS / STATE_FILE, json.dumps(document) + "\n")
     for old in (folder / CHECKPOINTS).glob("step-*"):
         if old != checkpoint:

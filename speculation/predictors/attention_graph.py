@@ -30,7 +30,7 @@ class AttentionGraph(ContextPredictor):
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=3, batch_tokens=128, learning_rate=2e-3)
 
     def build(self, kinds: int) -> nn.Module:
-        return GraphNetwork(self.shape, kinds, self.context, self.width)
+        return GraphNetwork(self.shape, kinds, self.form.context, self.form.width)
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """Of the selection; and of the confidence, which shall be the share of the true experts that are found."""

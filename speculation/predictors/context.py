@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,7 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from speculation.predictors.neural import NeuralPredictor, PairEmbedding, relative_weights
+from speculation.options import TrainingOptions
+from speculation.predictors.neural import Form, NeuralPredictor, PairEmbedding, relative_weights
+from speculation.predictors.previous_token import last_known
 from speculation.predictors.token_identity import token_rows
 from speculation.routes import Routes
 from speculation.tasks import Shape, Task
@@ -26,9 +29,19 @@ class ContextPredictor(NeuralPredictor):
     def default_context(self) -> int:
         return 3
 
+    def form_by(self, options: TrainingOptions, train: Routes) -> Form:
+        form = super().form_by(options, train)
+        if not options.adaptive_context:
+            return form
+        known_T = last_known(train, self.shape, np.arange(len(train)))
+        return replace(form, uncertain_above=float(np.median(uncertainty(train, known_T[known_T >= 0]))))
+
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
-        index_TC = tokens_T[:, None] - np.arange(self.context - 1, -1, -1)
+        index_TC = tokens_T[:, None] - np.arange(self.form.context - 1, -1, -1)
         is_known_TC = index_TC >= routes.first_T[tokens_T, None]
+        if self.form.uncertain_above is not None:
+            known_T = np.maximum(last_known(routes, self.shape, tokens_T), 0)
+            is_known_TC[uncertainty(routes, known_T) <= self.form.uncertain_above, :-2] = False
         if self.shape.task == Task.WHOLE_PATH:
             is_known_TC[:, -1] = False
         index_TC = np.maximum(index_TC, 0)
@@ -37,6 +50,13 @@ class ContextPredictor(NeuralPredictor):
             "weights": relative_weights(routes.weights_TLK[index_TC]) * is_known_TC[:, :, None, None].astype(np.float32),
             "row": token_rows(self.keys, routes.token_keys_T[tokens_T]),
         }
+
+
+def uncertainty(routes: Routes, tokens_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """How evenly a token's routing weights are spread, 0 to 1 `[T]`: their entropy over log K, mean over layers."""
+    share_TLK = relative_weights(routes.weights_TLK[tokens_T])
+    bits_TL = -(share_TLK * np.log2(np.maximum(share_TLK, 1e-9))).sum(-1)
+    return np.asarray(bits_TL.mean(1) / max(np.log2(share_TLK.shape[2]), 1e-9), dtype=np.float32).clip(0, 1)
 
 
 class ContextEmbedding(nn.Module):
@@ -76,27 +96,30 @@ class ContextEmbedding(nn.Module):
 
 
 class LayerHead(nn.Module):
-    """States `[T, L, D]` to logits `[T, L, H, E]`, each layer with weights of its own."""
+    """States `[T, L, D]` to logits `[T, L, H, E]`, each layer with weights of its own, or all with the same."""
 
-    def __init__(self, shape: Shape, width: int) -> None:
+    def __init__(self, shape: Shape, width: int, *, is_shared: bool = False) -> None:
         super().__init__()
         self.outputs = (shape.horizon, shape.experts)
         self.norm = nn.LayerNorm(width)
-        self.weight = nn.Parameter(torch.randn(shape.layers, width, shape.horizon * shape.experts) * 0.02)
+        heads = 1 if is_shared else shape.layers
+        self.weight = nn.Parameter(torch.randn(heads, width, shape.horizon * shape.experts) * 0.02)
 
     def forward(self, state_TLD: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = torch.einsum("tld,ldo->tlo", self.norm(state_TLD), self.weight)
+        logits: torch.Tensor = torch.einsum(
+            "tld,ldo->tlo", self.norm(state_TLD), self.weight.expand(state_TLD.shape[1], -1, -1)
+        )
         return logits.reshape(*logits.shape[:2], *self.outputs)
 
 
 class ContextNetwork(nn.Module):
     """A network over `ContextEmbedding`: from `states` `[T, L, D]` to logits `[T, L, H, E]`."""
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int, state_width: int) -> None:
+    def __init__(self, shape: Shape, kinds: int, context: int, width: int, *, is_shared: bool = False) -> None:
         super().__init__()
         self.shape = shape
         self.embedding = ContextEmbedding(shape, kinds, context, width)
-        self.head = LayerHead(shape, state_width)
+        self.head = LayerHead(shape, width, is_shared=is_shared)
         self.bias_LHE = nn.Parameter(torch.zeros(shape.layers, shape.horizon, shape.experts))
 
     def states(self, embedded_TLCD: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:

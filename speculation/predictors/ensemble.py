@@ -34,7 +34,7 @@ class Ensemble(ContextPredictor):
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=5, batch_tokens=256, learning_rate=1.5e-3)
 
     def build(self, kinds: int) -> nn.Module:
-        return EnsembleNetwork(self.shape, kinds, self.context, self.width)
+        return EnsembleNetwork(self.shape, kinds, self.form.context, self.form.width)
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         return super().inputs(routes, tokens_T) | statistics_of(self.shape, routes, tokens_T)

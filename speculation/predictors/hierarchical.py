@@ -30,7 +30,7 @@ class Hierarchical(ContextPredictor):
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=4, batch_tokens=256, learning_rate=1e-3)
 
     def build(self, kinds: int) -> nn.Module:
-        return HierarchicalNetwork(self.shape, kinds, self.context, self.width)
+        return HierarchicalNetwork(self.shape, kinds, self.form.context, self.form.width)
 
     def prepare(self, train: Routes) -> None:
         super().prepare(train)
@@ -65,7 +65,7 @@ class HierarchicalNetwork(ContextNetwork):
     cluster_LHE: torch.Tensor
 
     def __init__(self, shape: Shape, kinds: int, context: int, width: int) -> None:
-        super().__init__(shape, kinds, context, width, width)
+        super().__init__(shape, kinds, context, width)
         self.join = nn.Linear(context * width, width)
         self.encoder = Encoder(shape, width, depth=4, heads=8)
         self.clusters = nn.Parameter(torch.randn(shape.layers, width, shape.horizon * CLUSTERS) * 0.02)

@@ -30,7 +30,7 @@ class Hybrid(ContextPredictor):
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=6, batch_tokens=256, learning_rate=1.5e-3)
 
     def build(self, kinds: int) -> nn.Module:
-        return HybridNetwork(self.shape, kinds, self.context, self.width)
+        return HybridNetwork(self.shape, kinds, self.form.context, self.form.width)
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """Of all predictions, and of the first head alone."""

@@ -21,6 +21,7 @@ class InterlayerLstm(ContextPredictor):
     name: ClassVar[str] = "interlayer-lstm"
     about: ClassVar[str] = "LSTM over the embedded routes of the last three or four tokens"
     source: ClassVar[str] = "recurrent predictors of expert prefetching"
+    can_share: ClassVar[bool] = True
     default_width: ClassVar[int] = 256
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=4, batch_tokens=256, learning_rate=1e-3)
 
@@ -28,14 +29,14 @@ class InterlayerLstm(ContextPredictor):
         return 4 if self.shape.experts >= FINE_GRAINED else 3
 
     def build(self, kinds: int) -> nn.Module:
-        return LstmNetwork(self.shape, kinds, self.context, self.width)
+        return LstmNetwork(self.shape, kinds, self.form.context, self.form.width, is_shared=self.form.shared_layers)
 
 
 class LstmNetwork(ContextNetwork):
     """See `InterlayerLstm`."""
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int) -> None:
-        super().__init__(shape, kinds, context, width, width)
+    def __init__(self, shape: Shape, kinds: int, context: int, width: int, *, is_shared: bool = False) -> None:
+        super().__init__(shape, kinds, context, width, is_shared=is_shared)
         self.lstm = nn.LSTM(width, width, batch_first=True)
         self.dropout = nn.Dropout(0.1)
 

@@ -34,7 +34,7 @@ class MlpPredictor(NeuralPredictor):
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=30, batch_tokens=256, warm_up=0.05)
 
     def build(self, kinds: int) -> nn.Module:
-        return RouteNetwork(self.shape, kinds, self.width)
+        return RouteNetwork(self.shape, kinds, self.form.width)
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         previous_T = routes.previous_T[tokens_T]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,6 +25,31 @@ PREFIX = "network."
 MAX_SETTING = 8192
 
 
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What a network is built by, besides the shape: kept in config.json.
+
+    width: of its states. context: tokens whose routes it sees in order; 1 if it has no such context. uncertain_above: it sees
+    all of these only where the last known token's routing is less certain than this, else two; None for always all.
+    shared_layers: one head for all layers. Raises `SpecmoeError` for what no network has.
+    """
+
+    width: int
+    context: int = 1
+    uncertain_above: float | None = None
+    shared_layers: bool = False
+
+    def __post_init__(self) -> None:
+        for name, size in (("width", self.width), ("context", self.context)):
+            if type(size) is not int or not 1 <= size <= MAX_SETTING:
+                raise SpecmoeError(f"{name} {size!r}, expected 1 to {MAX_SETTING:,}")
+        limit = self.uncertain_above
+        if limit is not None and not (isinstance(limit, int | float) and 0 <= limit <= 1):
+            raise SpecmoeError(f"uncertain_above {limit!r}, expected 0 to 1")
+        if type(self.shared_layers) is not bool:
+            raise SpecmoeError(f"shared_layers {self.shared_layers!r}, expected true or false")
+
+
 class NeuralPredictor(Predictor):
     """A network from arrays of routes to logits `[T, L, H, E]`, trained with binary cross-entropy on membership in the set.
 
@@ -34,18 +60,28 @@ class NeuralPredictor(Predictor):
     max_kinds: ClassVar[int] = 8192
     default_width: ClassVar[int]
 
-    def __init__(
-        self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, width: int | None = None, context: int | None = None
-    ) -> None:
+    # Whether one head can serve all layers.
+    can_share: ClassVar[bool] = False
+
+    def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, form: Form | None = None) -> None:
         super().__init__(shape)
         self.keys = np.zeros(0, dtype=np.int64) if keys is None else keys
-        self.width = width or self.default_width
-        self.context = context or self.default_context()
+        self.form = form or Form(width=self.default_width, context=self.default_context())
         self.network = self.build(len(self.keys) + 1)
 
     def default_context(self) -> int:
         """C, the tokens whose routes the network sees in order; 1 if it has no such context."""
         return 1
+
+    def form_by(self, options: TrainingOptions, train: Routes) -> Form:
+        """The form that these options ask for. Raises `SpecmoeError` if this predictor has no such choice."""
+        if options.shared_layers and not self.can_share:
+            raise SpecmoeError(f"{self.name} has no head that could be shared: leave out --shared-layers")
+        if self.form.context == 1 and (options.context or options.adaptive_context):
+            raise SpecmoeError(f"{self.name} has no context to choose: leave out --context and --adaptive-context")
+        chosen = {"width": options.width, "context": options.context}
+        sizes = {name: size for name, size in chosen.items() if size is not None}
+        return replace(self.form, **sizes, shared_layers=options.shared_layers)
 
     @abstractmethod
     def build(self, kinds: int) -> nn.Module:
@@ -60,8 +96,7 @@ class NeuralPredictor(Predictor):
     ) -> Epochs:
         torch.manual_seed(options.seed)
         self.keys = frequent_tokens(train, self.max_kinds, at_least=2)
-        self.width = options.width or self.width
-        self.context = options.context or self.context
+        self.form = self.form_by(options, train)
         self.network = self.build(len(self.keys) + 1)
         for module in self.network.modules():
             if isinstance(module, nn.Dropout):
@@ -100,15 +135,15 @@ class NeuralPredictor(Predictor):
         return sum(parameter.numel() for parameter in network.parameters())
 
     def settings(self) -> dict[str, Any]:
-        return {"width": self.width, "context": self.context}
+        return asdict(self.form)
 
     @classmethod
     def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
         keys = stored_keys(arrays, cls.max_kinds)
-        sizes = {name: settings.get(name) for name in ("width", "context")}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or not 1 <= size <= MAX_SETTING:
-                raise SpecmoeError(f"stored predictor: {name} {size!r}, expected 1 to {MAX_SETTING:,}")
+        try:
+            form = Form(**settings)
+        except (SpecmoeError, TypeError) as error:
+            raise SpecmoeError(f"stored predictor: settings: {error}") from error
         weights = {
             name.removeprefix(PREFIX): torch.from_numpy(expected_array(arrays, name, array.shape))
             for name, array in arrays.items()
@@ -117,12 +152,12 @@ class NeuralPredictor(Predictor):
         try:
             # Without memory first: only weights that are there may take any.
             with torch.device("meta"):
-                expected = cls(shape, keys, **sizes).network.state_dict()
+                expected = cls(shape, keys, form).network.state_dict()
             for name in sorted(expected.keys() | weights.keys()):
                 sides = [tuple(side[name].shape) if name in side else "nothing" for side in (weights, expected)]
                 if sides[0] != sides[1]:
                     raise SpecmoeError(f"stored predictor: weights {name!r} are {sides[0]}, expected {sides[1]}")
-            predictor = cls(shape, keys, **sizes)
+            predictor = cls(shape, keys, form)
             predictor.network.load_state_dict(weights)
         except (RuntimeError, AssertionError) as error:
             raise SpecmoeError(f"stored predictor: weights do not fit: {' '.join(str(error).split())[:500]}") from error

@@ -11,7 +11,7 @@ from torch import nn
 
 from profiler.errors import SpecmoeError
 from speculation.options import Epochs, Progress, TrainingOptions
-from speculation.predictors.neural import MAX_SETTING, NeuralPredictor
+from speculation.predictors.neural import Form, NeuralPredictor
 from speculation.predictors.next_gate import router_inputs_of
 from speculation.routes import Routes
 from speculation.tasks import Shape, Task
@@ -30,17 +30,17 @@ class PreAttention(NeuralPredictor):
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.NEXT_LAYER})
     needs_router_inputs: ClassVar[bool] = True
     default_width: ClassVar[int] = 1
-    defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=8, batch_tokens=512, learning_rate=3e-3)
+    defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=15, batch_tokens=128, learning_rate=5e-3, average=300)
 
     def build(self, kinds: int) -> nn.Module:
-        return LinearNetwork(self.shape, self.width)
+        return LinearNetwork(self.shape, self.form.width)
 
     def fit(
         self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Any = None
     ) -> Epochs:
-        self.width = router_inputs_of(self, train).hidden_TLD.shape[2]
-        if self.width > MAX_SETTING:
-            raise SpecmoeError(f"router inputs of {self.width:,} numbers, expected at most {MAX_SETTING:,}")
+        if options.width is not None:
+            raise SpecmoeError(f"{self.name} is as wide as the router inputs: leave out --width")
+        self.form = Form(width=int(router_inputs_of(self, train).hidden_TLD.shape[2]))
         return super().fit(train, validation, options, on_progress, out)
 
     def prepare(self, train: Routes) -> None:
@@ -74,6 +74,6 @@ class LinearNetwork(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[T, L, H, E]`."""
-        scaled = self.dropout(hidden * self.scale) / hidden.shape[2] ** 0.5
+        scaled = self.dropout(hidden * self.scale)
         logits: torch.Tensor = torch.einsum("tld,ldo->tlo", scaled, self.weight).float()
         return logits.reshape(*logits.shape[:2], *self.outputs) + self.bias_LHE

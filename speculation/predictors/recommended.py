@@ -45,7 +45,7 @@ class Recommended(NeuralPredictor):
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=7, batch_tokens=512, dropout=0.2)
 
     def build(self, kinds: int) -> nn.Module:
-        return RecommendedNetwork(self.shape, kinds, self.width, self.token_width, self.times, len(self.windows))
+        return RecommendedNetwork(self.shape, kinds, self.form.width, self.token_width, self.times, len(self.windows))
 
     def predict(self, history: History) -> Prediction:
         """As every predictor's, the state carried on from layer to layer: what was computed before is not computed again."""

@@ -38,7 +38,7 @@ class StatisticsAware(ContextPredictor):
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=6, batch_tokens=256, learning_rate=1.5e-3)
 
     def build(self, kinds: int) -> nn.Module:
-        return StatisticsNetwork(self.shape, kinds, self.context, self.width)
+        return StatisticsNetwork(self.shape, kinds, self.form.context, self.form.width)
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         return super().inputs(routes, tokens_T) | statistics_of(self.shape, routes, tokens_T)
@@ -67,7 +67,7 @@ class StatisticsNetwork(ContextNetwork):
     """See `StatisticsAware`."""
 
     def __init__(self, shape: Shape, kinds: int, context: int, width: int) -> None:
-        super().__init__(shape, kinds, context, width, width)
+        super().__init__(shape, kinds, context, width)
         features = len(WINDOWS) * (shape.experts + 2)
         self.join = nn.Linear(context * width, width)
         self.statistics = nn.Parameter(torch.randn(shape.layers, features, width) * 0.1)

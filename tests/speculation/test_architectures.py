@@ -24,8 +24,9 @@ from speculation.leaderboard import leaderboard_rows
 from speculation.options import TrainingOptions
 from speculation.predictors import predictor_classes
 from speculation.predictors.backoff_counts import BACK_OFF, BackoffCounts
-from speculation.predictors.ensemble import EnsembleNetwork
+from speculation.predictors.ensemble import Ensemble, EnsembleNetwork
 from speculation.predictors.hierarchical import CLUSTERS, Hierarchical, HierarchicalNetwork, clusters_of
+from speculation.predictors.neural import Form
 from speculation.predictors.product_of_experts import logistic_weights
 from speculation.routes import Routes, load_routes
 from speculation.runs import load_run
@@ -118,7 +119,7 @@ def test_clusters_are_of_experts_selected_together() -> None:
 
 def test_shares_of_the_hierarchy_are_a_distribution() -> None:
     shape = Shape(layers=3, experts=12, top_k=2, horizon=2)
-    predictor = Hierarchical(shape, width=32)
+    predictor = Hierarchical(shape, form=Form(width=32, context=3))
     network = predictor.network
     assert isinstance(network, HierarchicalNetwork)
     network.cluster_LHE.copy_(torch.arange(12) % 5)
@@ -132,7 +133,7 @@ def test_shares_of_the_hierarchy_are_a_distribution() -> None:
 
 def test_the_surer_model_of_the_ensemble_counts_more() -> None:
     shape = Shape(layers=2, experts=8, top_k=2, horizon=1)
-    predictor = predictor_classes()["ensemble"](shape, width=32)
+    predictor = Ensemble(shape, form=Form(width=32, context=3))
     network = predictor.network
     assert isinstance(network, EnsembleNetwork)
     with torch.no_grad():
@@ -153,6 +154,73 @@ def test_the_surer_model_of_the_ensemble_counts_more() -> None:
     sure, unsure = 1 / (1 + np.exp(-6)), 0.5
     expected = (sure * np.array([6.0, -6, -6]) + unsure * np.array([-1, 0, -1])) / (sure + unsure)
     assert found[[0, 2, 4]] == pytest.approx(1 / (1 + np.exp(-expected)), abs=1e-5)
+
+
+def test_an_adaptive_context_is_short_where_the_routing_is_certain() -> None:
+    """Two stretches that differ in how sure the router was of the last known token."""
+    random = np.random.default_rng(0)
+    ids = random.random((40, 2, 8)).argsort(-1)[:, :, :2].astype(np.uint8)
+    certain = np.arange(40) < 20
+    weights = np.where(certain[:, None, None], [0.99, 0.01], [0.51, 0.49]).astype(np.float16).repeat(2, 1)
+    first = np.where(certain, 0, 20)
+    routes = Routes(
+        ids, weights, (first > 0).astype(np.int32), np.arange(40, dtype=np.int32), *[np.zeros(40, np.int64)] * 2, first
+    )
+    predictor = predictor_classes()["interlayer-lstm"](Shape(layers=2, experts=8, top_k=2, horizon=1))
+    options = TrainingOptions(epochs=1, width=16, context=5, adaptive_context=True)
+    predictor.fit(routes, None, options, lambda *_: None)
+    assert predictor.settings()["context"] == 5
+    again = predictor_classes()["interlayer-lstm"].restore(predictor.shape, predictor.settings(), predictor.arrays())
+    for token, back, is_seen in ((10, 1, True), (10, 2, False), (10, 4, False), (30, 1, True), (30, 4, True), (30, 5, False)):
+        changed = replace(routes, expert_ids_TLK=ids.copy())
+        changed.expert_ids_TLK[token - back] = (changed.expert_ids_TLK[token - back] + 1) % 8
+        before, after = (again.probabilities(each, slice(token, token + 1))[0, 0] for each in (routes, changed))
+        assert (before != after).any() == is_seen, (token, back)
+
+
+def test_a_shared_head_is_smaller_and_stays(trace: Trace, tmp_path: Path) -> None:
+    sizes = {}
+    for is_shared in (False, True):
+        options = replace(OPTIONS, epochs=1, shared_layers=is_shared)
+        run = train(trace, "interlayer-lstm", tmp_path / str(is_shared), options=options)
+        head = load_run(run.path).predictor.arrays()["network.head.weight"]
+        sizes[is_shared] = head.shape
+    layers = run.predictor.shape.layers
+    assert sizes == {False: (layers, 32, 8), True: (1, 32, 8)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("recommended", {"context": 4}, "recommended has no context to choose: leave out --context"),
+        ("mlp", {"adaptive_context": True}, "mlp has no context to choose"),
+        ("hybrid", {"shared_layers": True}, "hybrid has no head that could be shared"),
+    ],
+)
+def test_choices_that_a_predictor_does_not_have_are_named(
+    name: str, options: dict[str, Any], message: str, trace: Trace, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecmoeError, match=message):
+        train(trace, name, tmp_path / "run", options=replace(OPTIONS, **options))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({}, {"width": 0}, {"width": 10**9}, {"width": "8"}, {"width": 8, "context": True}, {"width": 8, "depth": 3}),
+        *({"width": 8, "context": 3, "uncertain_above": 7}, {"width": 8, "context": 3, "shared_layers": 1}),
+    ],
+)
+def test_settings_that_fit_no_network_are_refused(settings: dict[str, Any], trace: Trace, tmp_path: Path) -> None:
+    run = train(trace, "hybrid", tmp_path / "run", options=replace(OPTIONS, epochs=1, width=8))
+    config = json.loads((run.path / "config.json").read_text())
+    (run.path / "config.json").write_text(json.dumps(config | {"settings": settings}))
+    with pytest.raises(SpecmoeError, match="stored predictor: settings: "):
+        load_run(run.path)
+    (run.path / "config.json").write_text(json.dumps(config | {"settings": {"width": 4000, "context": 3}}))
+    with pytest.raises(SpecmoeError, match=r"weights 'embedding\.ahead\.table' are \(64, 8\), expected \(64, 4000\)"):
+        load_run(run.path)
 
 
 def test_back_off_by_hand() -> None:
