@@ -15,6 +15,8 @@ from speculation.routes import Routes
 from speculation.tasks import Shape
 
 FIRST_CAPACITY = 256
+# In place of an expert, where a predictor abstains.
+NOBODY = -1
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import pytest
 
 from profiler.errors import SpecmoeError
 from profiler.schema import RoutingChunk
-from speculation.history import FIRST_CAPACITY, History, Prediction
+from speculation.history import FIRST_CAPACITY, NOBODY, History, Prediction
 from speculation.options import TrainingOptions
 from speculation.predictors import Predictor, predictor_classes
+from speculation.predictors.ensemble import Ensemble
 from speculation.routes import Routes, make_routes
 from speculation.tasks import Shape, Task
 
@@ -57,7 +58,8 @@ def by_expert(prediction: Prediction) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "task"), CASES)
-def test_predictions_are_those_from_whole_routes(name: str, task: Task) -> None:
+def test_predictions_are_those_from_whole_routes(name: str, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ensemble, "threshold", 0.0)
     predictor, routes = fitted(name, task), random_routes(1, 18, seed=1)
     history = History(predictor.shape)
     for token in range(18):
@@ -77,6 +79,25 @@ def test_predictions_are_those_from_whole_routes(name: str, task: Task) -> None:
                 assert by_expert(prediction) == pytest.approx(expected_HE, abs=2e-5)
         if task == Task.NEXT_TOKEN:
             assert by_expert(predictor.predict(history)) == pytest.approx(expected_LHE, abs=2e-5)
+
+
+def test_the_ensemble_names_nobody_where_it_is_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, routes = fitted("ensemble", Task.NEXT_LAYER, horizon=1), random_routes(1, 20, seed=6)
+    confidence = np.sort(predictor.probabilities(routes, slice(0, 20))[:, :-1, 0], axis=-1)[..., -TOP_K:].mean(-1)
+    monkeypatch.setattr(Ensemble, "threshold", float(np.median(confidence)) + 1e-6)
+    history = History(predictor.shape)
+    silent = 0
+    for token in range(20):
+        history.begin(int(routes.token_keys_T[token]), is_decode=False)
+        for layer in range(LAYERS):
+            history.add(routes.expert_ids_TLK[token, layer], routes.weights_TLK[token, layer])
+            if layer < LAYERS - 1:
+                found = predictor.predict(history)
+                is_sure = confidence[token, layer] >= Ensemble.threshold
+                assert (found.expert_ids == NOBODY).all() != is_sure
+                assert (found.scores > 0).all() == is_sure
+                silent += not is_sure
+    assert 20 < silent < 40
 
 
 def test_a_layer_that_was_not_asked_about_changes_nothing() -> None:
