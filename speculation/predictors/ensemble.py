@@ -23,8 +23,8 @@ class Ensemble(ContextPredictor):
     """An LSTM over the routes and an MLP over statistics, trained together, each with a loss of its own and one of their mean.
 
     A model's confidence in a prediction is its mean probability of the K experts that it gives first; the means of the logits
-    are weighted by it. Where the confidence of the result is below `threshold`, `predict` names nobody; `probabilities` says what
-    it would have said, and the evaluation's precision by coverage what is won by silence at any threshold.
+    are weighted by it. Where the confidence of the result is below `threshold`, `predict` names nobody; `probabilities` says
+    what it would have said, and the evaluation's precision by coverage what silence wins at any threshold.
     """
 
     name: ClassVar[str] = "ensemble"
