@@ -81,7 +81,9 @@ def train_on_volume(volume: Path, job: TrainJob, work: Path, *, say: Callable[[s
     else:
         write_text(result / EVALUATION_FILE, json.dumps(document, indent=1, allow_nan=False) + "\n")
     files = {
-        path.name: ManifestEntry(rows=0, bytes=path.stat().st_size, sha256=sha256_of(path)) for path in sorted(result.iterdir())
+        path.relative_to(result).as_posix(): ManifestEntry(rows=0, bytes=path.stat().st_size, sha256=sha256_of(path))
+        for path in sorted(result.rglob("*"))
+        if path.is_file()
     }
     shutil.copytree(result, done, dirs_exist_ok=True)
     write_text(done / MANIFEST_FILE, Manifest(files=files).model_dump_json(indent=1) + "\n")
