@@ -85,6 +85,9 @@ def table(evaluation: Evaluation, horizon: int = 1) -> list[dict[str, str]]:
     rows = [{"predictor": "chance"} | {name: f"{evaluation.chance[name]:.3f}" for name in columns}]
     for name, result in evaluation.results.items():
         metrics = result.metrics[f"h={horizon}"]
+        if not metrics:
+            # Nothing so far ahead in these tokens.
+            continue
         row = {"predictor": name} | {column: f"{metrics[column]:.3f}" for column in columns}
         low, high = result.intervals[f"h={horizon}"][k_name]
         row[k_name] += f" ({low:.3f}-{high:.3f})"

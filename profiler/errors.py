@@ -26,6 +26,10 @@ class TraceError(SpecmoeError):
     """A trace (or a file of one) is missing, incomplete, inconsistent or not ours."""
 
 
+class EmptyPartError(TraceError):
+    """No problem of the trace falls into the asked part of the split."""
+
+
 class ModelError(SpecmoeError):
     """A model is unknown, cannot be loaded, or has no routed experts."""
 

@@ -169,8 +169,18 @@ def _rows_without_dictionary(path: Path, columns: list[str], text: list[str]) ->
     Raises `TraceError` if a page is too large.
     """
     limits: list[int | None] = []
-    for number, group in enumerate(read_row_groups(path)):
-        pages = {name: read_pages(path, group.chunks[name.encode()]) for name in columns if name.encode() in group.chunks}
+    with open_parquet(path) as file:
+        # Names in the schema decide what pyarrow reads, those beside the pages are another copy.
+        leaves = [file.schema.column(number).path.encode() for number in range(len(file.schema))]
+    groups = read_row_groups(path)
+    if sum(chunk.size for group in groups for chunk in group.chunks.values()) > path.stat().st_size:
+        raise TraceError(f"{path} is not a readable Parquet file: its columns are larger than itself")
+    for number, group in enumerate(groups):
+        if list(group.chunks) != leaves:
+            raise TraceError(
+                f"{path}, row group {number}: columns {list(group.chunks)}, expected those of the schema: {leaves}"
+            )
+        pages = {name: read_pages(path, group.chunks[name.encode()]) for name in columns}
         largest = max((page.size for of_column in pages.values() for page in of_column), default=0)
         if largest > MAX_PAGE_BYTES:
             what = f"a page of {largest >> 20} MiB, expected at most {MAX_PAGE_BYTES >> 20}"

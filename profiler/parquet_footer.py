@@ -90,7 +90,9 @@ def read_pages(path: Path, chunk: Chunk) -> list[Page]:
             while at < end:
                 header, length = _page_header(file, at)
                 values = header.get(5, {}).get(2), header.get(8, {}).get(4)
-                pages.append(Page(_count(header[2]), next((each for each in values if each is not None), None)))
+                pages.append(
+                    Page(max(_count(header[2]), _count(header[3])), next((each for each in values if each is not None), None))
+                )
                 at += length + _count(header[3])
                 if len(pages) > MAX_PAGES:
                     raise ValueError(f"more than {MAX_PAGES:,} pages in a column of a row group")
@@ -163,14 +165,16 @@ class _Reader:
             self._skip(size)
             return self._data[self.at - size : self.at]
         if kind in (_LIST, _SET):
-            return self._list(depth)
+            return self._list(depth + 1)
         if kind == _MAP:
-            return self._map(depth)
+            return self._map(depth + 1)
         if kind == _STRUCT:
             return self.struct(depth + 1)
         raise ValueError(f"unknown type {kind}")
 
     def _list(self, depth: int) -> list[Any]:
+        if depth > MAX_DEPTH:
+            raise ValueError("lists in lists without end")
         head = self._byte()
         size, kind = head >> 4, head & 15
         size = self._varint() if size == 15 else size
@@ -184,6 +188,8 @@ class _Reader:
         return []
 
     def _map(self, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise ValueError("maps in maps without end")
         size = self._varint()
         self._fits(size)
         if size:

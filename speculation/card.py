@@ -10,6 +10,7 @@ from profiler.hub import plain_text, push_folder
 from profiler.reader import Trace
 from speculation.options import Epochs, TrainingOptions
 from speculation.predictors import Predictor
+from speculation.tasks import Task
 
 CARD_FILE = "README.md"
 # What a run is; logs and checkpoints stay.
@@ -19,6 +20,11 @@ PUSHED = ["config.json", "*.safetensors", "metrics.json", "provenance.json", "tr
 def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, facts: dict[str, Any], trace: Trace) -> str:
     """Markdown: what is predicted from what, for which model, what it was trained on, and how to use it."""
     shape, model = predictor.shape, trace.metadata.model
+    judged = facts["validation_problems"] > 0
+    told = "expert_ids, weights, router_input" if predictor.needs_router_inputs else "expert_ids, weights"
+    when = {Task.NEXT_LAYER: "after each layer but the last", Task.NEXT_TOKEN: "after all layers"}.get(
+        shape.task, "after begin"
+    )
     data = ", ".join(dataset.name for dataset in trace.metadata.datasets) or "unknown data"
     last = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in (history[-1] if history else {}).items())
     lines = [
@@ -37,9 +43,9 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         f"- **model**: {plain_text(model.id)}, {shape.layers} MoE layers, {shape.experts} experts, top-{shape.top_k}",
         f"- **size**: {facts['parameters']:,} parameters, {facts['bytes']:,} bytes",
         f"- **trained on**: {facts['train_problems']} problems, {facts['train_tokens']:,} tokens of "
-        f"{plain_text(trace.path.name)} ({plain_text(data)}), in {facts['train_seconds']:.0f} s; stopped early on "
-        f"{facts['validation_problems']} other problems",
-        f"- **last epoch**: {last or 'counted in one pass'}",
+        f"{plain_text(trace.path.name)} ({plain_text(data)}), in {facts['train_seconds']:.0f} s",
+        *([f"- **stopped early on**: {facts['validation_problems']} other problems"] if history and judged else []),
+        *([f"- **last epoch**: {last}"] if last else []),
         f"- **source**: {plain_text(predictor.source)}",
         "",
         "How good it is, beside chance, popularity and a shuffled control, on problems that it was not trained on:",
@@ -53,8 +59,8 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         'predictor = Predictor.load("RUN")',
         "history = History(predictor.shape)",
         "history.begin(vocab_id)              # a token",
-        "history.add(expert_ids, weights)     # its experts at the first MoE layer, then the second, ...",
-        "predictor.predict(history)           # expert ids and scores",
+        f"history.add({told})     # its experts at the first MoE layer, then the second, ...",
+        f"predictor.predict(history)           # {when}: expert ids and scores",
         "```",
         "",
         "| option | value |",

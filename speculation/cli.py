@@ -176,11 +176,13 @@ def evaluate(
         raise SpecmoeError("--json is for one run: for several, --leaderboard writes leaderboard.json")
     opened = Trace.open(trace)
     documents: list[dict[str, Any]] = []
+    judged: set[Any] = set()
     for run in runs:
-        # Baselines of the same training problems are the same.
+        # Baselines of the same training problems and horizon are the same.
         loaded = load_run(run)
-        is_first = leaderboard is None or all(document["trace_sha256"] != loaded.trace_sha256 for document in documents)
-        documents.append(judge(loaded, opened, part=part.value, with_baselines=is_first))
+        fitted_on = (loaded.trace_sha256, loaded.trained_on.tobytes(), loaded.predictor.shape)
+        documents.append(judge(loaded, opened, part=part.value, with_baselines=leaderboard is None or fitted_on not in judged))
+        judged.add(fitted_on)
         if leaderboard is None:
             print_evaluation(documents[-1])
         else:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from threadpoolctl import threadpool_limits
 
 from profiler.errors import SpecmoeError, TraceError
 from profiler.reader import Trace
@@ -70,7 +71,6 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
         "definitions": DEFINITIONS,
         "caveats": trace.caveats(),
         "train_seconds": run.train_seconds,
-        "trace_sha256": run.trace_sha256,
         "chance": chance(shape.experts, shape.top_k),
         "results": results,
     }
@@ -182,7 +182,7 @@ def _bootstrap(sums_4P: npt.NDArray[np.float64], top_k: int) -> dict[str, tuple[
 
 
 def _microseconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
-    """Mean time of `predict`, and `begin` of the history, for one token at one layer: batch 1, one CPU thread.
+    """Mean time of `predict`, and `begin` of the history, for one token at one layer: batch 1, one CPU thread (or the GPU).
 
     Tasks about all layers at once: of one call over L. Over the first tokens of the longest stretch; a first call is not timed.
     """
@@ -191,7 +191,8 @@ def _microseconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return round(1e6 * _seconds_per_prediction(predictor, routes), 1)
+        with threadpool_limits(1):
+            return round(1e6 * _seconds_per_prediction(predictor, routes), 1)
     finally:
         torch.set_num_threads(threads)
 
@@ -216,7 +217,8 @@ def _seconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
             is_asked = layer < shape.layers - 1 if shape.task == Task.NEXT_LAYER else layer == shape.layers - 1
             if is_asked and shape.task != Task.WHOLE_PATH:
                 took += _time_of(predictor, history)
-        if token > first or len(routes) == 1:
+        is_only = token + 1 == len(routes) or routes.first_T[token + 1] != first
+        if token > first or is_only:
             made += shape.layers - (shape.task == Task.NEXT_LAYER)
             seconds += took
     return seconds / max(made, 1)

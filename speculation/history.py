@@ -102,12 +102,14 @@ class History:
         given = np.full(ids.shape, 1 / self.shape.top_k) if weights is None else np.asarray(weights)
         if ids.shape != (self.shape.top_k,) or given.shape != ids.shape or ids.min() < 0 or ids.max() >= self.shape.experts:
             raise SpecmoeError(f"experts {ids.tolist()}: expected {self.shape.top_k} from 0 to {self.shape.experts - 1}")
+        if router_input is not None:
+            self._set_router_input(np.asarray(router_input, dtype=np.float16))
+        elif self._hidden_TLD is not None:
+            raise SpecmoeError("router input: expected one for every token and layer, as for those before")
         self.layer += 1
         order = np.argsort(-given, kind="stable")
         self._arrays["expert_ids_TLK"][self.tokens - 1, self.layer] = ids[order]
         self._arrays["weights_TLK"][self.tokens - 1, self.layer] = given[order]
-        if router_input is not None:
-            self._set_router_input(np.asarray(router_input, dtype=np.float16))
 
     @property
     def routes(self) -> Routes:
@@ -122,15 +124,17 @@ class History:
         return self._routes
 
     def _set_router_input(self, given: npt.NDArray[np.float16]) -> None:
+        """Of the layer that is added next."""
+        expected = given.shape[:1] if self._hidden_TLD is None else self._hidden_TLD.shape[2:]
+        if given.ndim != 1 or given.shape != expected:
+            raise SpecmoeError(f"router input of shape {given.shape}, expected {expected}")
         if self._hidden_TLD is None or len(self._hidden_TLD) < self.tokens:
             # With as many tokens as the other arrays have room for.
             grown = np.zeros((len(self._arrays["first_T"]), self.shape.layers, len(given)), dtype=np.float16)
             if self._hidden_TLD is not None:
                 grown[: len(self._hidden_TLD)] = self._hidden_TLD
             self._hidden_TLD, self._routes = grown, None
-        if given.shape != self._hidden_TLD.shape[2:]:
-            raise SpecmoeError(f"router input of shape {given.shape}, expected {self._hidden_TLD.shape[2:]}")
-        self._hidden_TLD[self.tokens - 1, self.layer] = given
+        self._hidden_TLD[self.tokens - 1, self.layer + 1] = given
 
     def _router(self) -> RouterInputs | None:
         """Without the routers' weights: predictors have them."""

@@ -33,6 +33,11 @@ def leaderboard_rows(documents: list[dict[str, Any]]) -> list[Row]:
                     f"{document['run']} was judged with {name} {document[name]!r}, {documents[0]['run']} with "
                     f"{documents[0][name]!r}: expected the same"
                 )
+    runs = [document["run"] for document in documents]
+    taken = {name for document in documents for name in document["results"] if name != document["predictor"]}
+    for name in runs:
+        if runs.count(name) > 1 or (name in taken and documents[runs.index(name)]["predictor"] != name):
+            raise SpecmoeError(f"two rows of the leaderboard would be called {name!r}: rename a run's folder")
     rows: dict[tuple[str, str], Row] = {}
     for document in documents:
         for name, result in document["results"].items():
@@ -42,9 +47,10 @@ def leaderboard_rows(documents: list[dict[str, Any]]) -> list[Row]:
             label = document["run"] if own else name
             control = document["results"].get(f"{name}, {CONTROL}", {}).get("metrics", {})
             for horizon, metrics in result["metrics"].items():
-                if own or (label, horizon) not in rows:
+                # Nothing so far ahead in these tokens: no metrics.
+                if metrics and (own or (label, horizon) not in rows):
                     rows[label, horizon] = _row(document, result, label, horizon, metrics, control.get(horizon), own)
-    return sorted(rows.values(), key=lambda row: (row["horizon"], -row["recall"]))
+    return sorted(rows.values(), key=lambda row: (int(row["horizon"].removeprefix("h=")), -row["recall"]))
 
 
 def _row(document: dict[str, Any], result: Row, label: str, horizon: str, metrics: Row, control: Row | None, own: bool) -> Row:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import TraceError, first_line
+from profiler.errors import EmptyPartError, TraceError, first_line
 from profiler.reader import Trace
 from profiler.schema import GATES_FILE, HIDDEN_FOLDER, RoutingChunk
 
@@ -41,26 +41,27 @@ def with_router_inputs(trace: Trace, chunk: RoutingChunk) -> tuple[RoutingChunk,
     how = f"collect with --capture-hidden {','.join(map(str, layers))}"
     if not (trace.path / HIDDEN_FOLDER).is_dir() or not (trace.path / GATES_FILE).is_file():
         raise TraceError(f"{trace.path} has no router inputs ({HIDDEN_FOLDER}/ and {GATES_FILE}): {how}")
-    pieces, kept = [], np.zeros(len(chunk), dtype=np.bool_)
-    size = 0
-    for problem_id in np.unique(chunk.problem_ids_T):
-        try:
-            positions, found_layers, values_TLD = trace.values(HIDDEN_FOLDER, int(problem_id))
-        except TraceError:
-            # Their recording ends after so many tokens, at the end of a problem.
-            continue
-        if found_layers != layers:
-            raise TraceError(f"{trace.path} has router inputs of layers {found_layers}, expected all: {how}")
-        rows = np.flatnonzero(chunk.problem_ids_T == problem_id)
-        if np.array_equal(chunk.token_ids_T[rows], positions):
-            kept[rows] = True
-            pieces.append(values_TLD)
-            size += values_TLD.nbytes
+    wanted = np.unique(chunk.problem_ids_T)
+    ids, found_layers, pieces, size = [], [], [], 0
+    for ids_N, layers_N, values_ND in trace.value_rows(HIDDEN_FOLDER):
+        chosen = np.isin(ids_N, wanted)
+        if chosen.any():
+            ids.append(ids_N[chosen])
+            found_layers.append(layers_N[chosen])
+            pieces.append(values_ND[chosen])
+            size += pieces[-1].nbytes
         if size > MAX_HIDDEN_BYTES:
             raise TraceError(f"{trace.path}: its router inputs take more than {MAX_HIDDEN_BYTES >> 30} GiB")
     if not pieces:
-        raise TraceError(f"{trace.path} has router inputs of none of these problems: {how} and more --hidden-tokens")
-    hidden_TLD = np.concatenate(pieces)
+        # Their recording ends after so many tokens, at the end of a problem.
+        raise EmptyPartError(f"{trace.path} has router inputs of none of these problems: {how} and more --hidden-tokens")
+    all_ids, all_layers = np.concatenate(ids), np.concatenate(found_layers)
+    if len(all_layers) % len(layers) or (all_layers.reshape(-1, len(layers)) != layers).any():
+        raise TraceError(f"{trace.path} has router inputs of layers {sorted(set(all_layers.tolist()))}, expected all: {how}")
+    kept = np.isin(chunk.problem_ids_T, all_ids)
+    if not np.array_equal(chunk.problem_ids_T[kept], all_ids[:: len(layers)]):
+        raise TraceError(f"{trace.path}: some problems have router inputs of other tokens than routing")
+    hidden_TLD = np.concatenate(pieces).reshape(-1, len(layers), pieces[0].shape[1])
     return chunk.take(kept), RouterInputs(hidden_TLD, *_gates(trace, layers, hidden_TLD.shape[2]))
 
 

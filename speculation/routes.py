@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from profiler.errors import TraceError
+from profiler.errors import EmptyPartError, TraceError
 from profiler.reader import Trace, concatenate
 from profiler.schema import DECODE, RoutingChunk
 from profiler.splits import digest, digest_of_number, problem_digests
@@ -20,10 +20,6 @@ from speculation.router_inputs import RouterInputs, with_router_inputs
 PARTS = ("train", "validation", "test")
 # Shares of the hash space in percent. A problem's side depends on its prompt alone, so it never changes when a trace grows.
 _UP_TO = {"train": 70, "validation": 80, "test": 100}
-
-
-class EmptyPartError(TraceError):
-    """No problem of the trace falls into the asked part of the split."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ provenance.json          trace, versions, command line, git commit, seed
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -44,6 +45,7 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 BASELINES = ("popularity", "previous-token", "conditional-counts")
 MAX_FILE_BYTES = 4 << 30
+MAX_DOCUMENT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def load_run(path: Path) -> Run:
     if not (path / "config.json").is_file():
         raise SpecmoeError(f"{path} is not a run: it has no config.json (made by 'specmoe train')")
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = _read_json(path / "config.json")
         if config["task"] not in set(Task):
             raise SpecmoeError(f"task {config['task']!r}, expected one of {', '.join(Task)}")
         shape = Shape(**config["shape"], task=Task(config["task"]))
@@ -130,9 +132,18 @@ def load_run(path: Path) -> Run:
 
 def _train_seconds(path: Path) -> float:
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["train_seconds"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        seconds = float(_read_json(path)["train_seconds"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise SpecmoeError(f"{path} is not valid: {type(error).__name__} {error}") from error
+    if not math.isfinite(seconds):
+        raise SpecmoeError(f"{path} is not valid: train_seconds {seconds}")
+    return seconds
+
+
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        raise SpecmoeError(f"{path} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB, which no run needs")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def count_parameters(arrays: Arrays) -> int:

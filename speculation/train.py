@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from profiler.errors import SpecmoeError
+from profiler.errors import EmptyPartError, SpecmoeError
 from profiler.reader import Trace
 from profiler.splits import split_key
 from speculation.options import Progress, TrainingOptions
 from speculation.predictors import find_predictor
-from speculation.routes import EmptyPartError, Routes, load_routes, route_digests
+from speculation.routes import Routes, load_routes, route_digests
 from speculation.runs import BASELINES, CHECKPOINTS, CONFIG_FILE, Run, load_run, save_run
 from speculation.tasks import Shape, Task
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import hashlib
 import json
 import math
 import shutil
@@ -86,7 +87,8 @@ def fit_network(
     network, optimizer = accelerator.prepare(model.network, optimizer)
     best = copy.deepcopy(average)
     kept = {"average": average, "best": best}
-    state = _resume(accelerator, folder, kept, options)
+    what = _lasting(options) | {"data": _identity(model, train)}
+    state = _resume(accelerator, folder, kept, what)
     history = state.history or []
     began = time.monotonic() - state.seconds
     saved = time.monotonic()
@@ -112,13 +114,16 @@ def fit_network(
             if accelerator.sync_gradients:
                 # At first over the last tenth of what there is: the first weights are of no use.
                 _follow(average, accelerator.unwrap_model(network), max(1 / options.average, 10 / (10 + updates_done)))
-            if folder is not None and time.monotonic() - saved > options.checkpoint_seconds:
+            is_due = time.monotonic() - saved > options.checkpoint_seconds
+            # Between updates there are gradients that no checkpoint holds.
+            if folder is not None and is_due and accelerator.sync_gradients:
                 state.total, state.seconds, state.history = float(total), time.monotonic() - began, history
-                _save(accelerator, folder, state, kept, options)
+                _save(accelerator, folder, state, kept, what)
                 saved = time.monotonic()
         entry = {"epoch": state.epoch + 1, "train_loss": float(total) / steps, "seconds": round(time.monotonic() - began, 1)}
         if validation is not None:
-            entry["validation_loss"] = mean_loss(model, average, validation, accelerator)
+            at_once = min(JUDGED_TOKENS, 2 * options.batch_tokens)
+            entry["validation_loss"] = mean_loss(model, average, validation, accelerator, at_once)
         if not all(map(math.isfinite, entry.values())):
             raise SpecmoeError(f"training diverged in epoch {state.epoch + 1}: choose a smaller --learning-rate")
         if validation is None or entry["validation_loss"] < state.best_loss:
@@ -139,12 +144,12 @@ def fit_network(
 
 
 @torch.inference_mode()
-def mean_loss(model: Trainable, network: nn.Module, routes: Routes, accelerator: Any) -> float:
+def mean_loss(model: Trainable, network: nn.Module, routes: Routes, accelerator: Any, at_once: int = JUDGED_TOKENS) -> float:
     """Mean loss over all tokens of `routes`, in the precision of training."""
     network.eval()
     total = 0.0
-    for start in range(0, len(routes), JUDGED_TOKENS):
-        tokens_T = np.arange(start, min(start + JUDGED_TOKENS, len(routes)))
+    for start in range(0, len(routes), at_once):
+        tokens_T = np.arange(start, min(start + at_once, len(routes)))
         with accelerator.autocast():
             total += float(model.loss(network, routes, tokens_T)) * len(tokens_T)
     return total / len(routes)
@@ -189,13 +194,15 @@ def _follow(average: nn.Module, network: nn.Module, share: float) -> None:
     torch._foreach_lerp_([own for _, own in average.named_parameters()], [theirs[name] for name in names], share)
 
 
-def _resume(accelerator: Any, folder: Path | None, kept: dict[str, nn.Module], options: TrainingOptions) -> _State:
+def _resume(accelerator: Any, folder: Path | None, kept: dict[str, nn.Module], what: dict[str, Any]) -> _State:
     if folder is None or not (folder / CHECKPOINTS / STATE_FILE).is_file():
         return _State()
     try:
         document = json.loads((folder / CHECKPOINTS / STATE_FILE).read_text(encoding="utf-8"))
-        if document["options"] != _lasting(options):
-            raise SpecmoeError(f"{folder / CHECKPOINTS} is of a training with other options: resume with those, or remove it")
+        if document["of"] != what:
+            raise SpecmoeError(
+                f"{folder / CHECKPOINTS} is of a training with other options or data: resume with those, or remove it"
+            )
         state = _State(**{**document["state"], "best_loss": float(document["state"]["best_loss"])})
         checkpoint = folder / CHECKPOINTS / Path(document["folder"]).name
         accelerator.load_state(str(checkpoint))
@@ -215,7 +222,15 @@ def _lasting(options: TrainingOptions) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if name not in {"max_seconds", "checkpoint_seconds"}}
 
 
-def _save(accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Module], options: TrainingOptions) -> None:
+def _identity(model: Trainable, train: Routes) -> str:
+    """A digest of the predictor, its task and the routes that it is trained on."""
+    digest = hashlib.sha256(repr((type(model).__name__, getattr(model, "shape", None))).encode())
+    for array in (train.expert_ids_TLK, train.token_keys_T, train.first_T):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _save(accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Module], what: dict[str, Any]) -> None:
     """Write a checkpoint beside the last, then name it: a kill in between leaves the last one."""
     checkpoint = folder / CHECKPOINTS / f"step-{state.epoch}-{state.step}"
     accelerator.save_state(str(checkpoint))
@@ -224,7 +239,7 @@ def _save(accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Modu
     for name, network in kept.items():
         save_file(network.state_dict(), checkpoint / f"{name}.safetensors")
     progress = {**vars(state), "best_loss": str(state.best_loss)}
-    document = {"folder": checkpoint.name, "state": progress, "options": _lasting(options)}
+    document = {"folder": checkpoint.name, "state": progress, "of": what}
     write_text(folder / CHECKPOINTS / STATE_FILE, json.dumps(document) + "\n")
     for old in (folder / CHECKPOINTS).glob("step-*"):
         if old != checkpoint:

@@ -26,6 +26,7 @@ class AttentionGraph(ContextPredictor):
     name: ClassVar[str] = "attention-graph"
     about: ClassVar[str] = "attention among experts along a learned graph; a routing head and a confidence head"
     source: ClassVar[str] = "graph attention over experts"
+    width_multiple: ClassVar[int] = 4
     default_width: ClassVar[int] = 32
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=3, batch_tokens=128, learning_rate=2e-3)
 

@@ -63,6 +63,11 @@ class BackoffCounts(Predictor):
                     chosen_T = np.flatnonzero(true.is_valid_TL[:, layer] & (codes_T != NOTHING))
                     if not len(chosen_T):
                         break
+                    if order == MAX_ORDER:
+                        # Of the longest contexts there may be very many, and nothing is built on them: only those that stay.
+                        codes_N, uses_N = np.unique(codes_T[chosen_T], return_counts=True)
+                        stays = np.isin(codes_T[chosen_T], codes_N[np.argsort(-uses_N, kind="stable")[:most]])
+                        chosen_T = chosen_T[stays]
                     codes_N, place_T, uses_N = np.unique(codes_T[chosen_T], return_inverse=True, return_counts=True)
                     cells = place_T[:, None] * experts + true.ids_TLK[chosen_T, layer].astype(np.int64)
                     count_NE = np.bincount(cells.reshape(-1), minlength=len(codes_N) * experts).reshape(-1, experts)

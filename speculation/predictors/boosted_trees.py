@@ -46,7 +46,7 @@ class BoostedTrees(Predictor):
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
         trees = (shape.layers, shape.horizon, ROUNDS)
-        if int(np.prod(trees)) * LEAVES * shape.experts > MAX_TABLE:
+        if int(np.prod(trees)) * max(LEAVES * shape.experts, 4 * NODES) > MAX_TABLE:
             raise SpecmoeError(f"{self.name}: the leaves would exceed {MAX_TABLE:,} numbers; choose a smaller horizon")
         self._start_LHE = np.zeros((shape.layers, shape.horizon, shape.experts), dtype=np.float32)
         # Children and the feature of each node; -1 for a leaf, whose number is then in `left`.

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from profiler.errors import SpecmoeError
 from speculation.options import TrainingOptions
 from speculation.predictors.neural import Form, NeuralPredictor, PairEmbedding, relative_weights
 from speculation.predictors.previous_token import last_known
@@ -34,7 +35,10 @@ class ContextPredictor(NeuralPredictor):
         if not options.adaptive_context:
             return form
         known_T = last_known(train, self.shape, np.arange(len(train)))
-        return replace(form, uncertain_above=float(np.median(uncertainty(train, known_T[known_T >= 0]))))
+        spread_T = uncertainty(train, known_T[known_T >= 0])
+        if len(np.unique(spread_T)) < 2:
+            raise SpecmoeError("--adaptive-context needs routing weights that differ: the routing of no token is less certain")
+        return replace(form, uncertain_above=float(np.median(spread_T)))
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         index_TC = tokens_T[:, None] - np.arange(self.form.context - 1, -1, -1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import nn
 
+from profiler.errors import SpecmoeError
 from speculation.options import TrainingOptions
+from speculation.predictors import Arrays
 from speculation.predictors.context import ContextNetwork, ContextPredictor, Encoder
 from speculation.routes import Routes
 from speculation.tasks import Shape
@@ -26,6 +28,7 @@ class Hierarchical(ContextPredictor):
     name: ClassVar[str] = "hierarchical"
     about: ClassVar[str] = "transformer encoder over layers; P(expert) = P(cluster) P(expert | cluster), 8 clusters"
     source: ClassVar[str] = "hierarchical softmax over clusters of experts"
+    width_multiple: ClassVar[int] = 8
     default_width: ClassVar[int] = 128
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=4, batch_tokens=256, learning_rate=1e-3)
 
@@ -39,6 +42,14 @@ class Hierarchical(ContextPredictor):
         # Where no layer is predicted, any clusters do.
         buffer: Any = self.network.cluster_LHE
         buffer.copy_(cluster_LE[torch.from_numpy(np.maximum(targets_LH, 0))])
+
+    @classmethod
+    def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
+        predictor = super().restore(shape, settings, arrays)
+        clusters: Any = predictor.network.cluster_LHE
+        if not ((clusters >= 0) & (clusters < CLUSTERS)).all():
+            raise SpecmoeError(f"stored predictor: 'cluster_LHE' has other numbers than 0 to {CLUSTERS - 1}")
+        return predictor
 
 
 def clusters_of(routes: Routes, shape: Shape, seed: int = 0) -> Any:

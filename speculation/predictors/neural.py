@@ -60,13 +60,16 @@ class NeuralPredictor(Predictor):
     max_kinds: ClassVar[int] = 8192
     default_width: ClassVar[int]
 
-    # Whether one head can serve all layers.
+    # Whether one head can serve all layers; what the width must be a multiple of, as attention's heads share it.
     can_share: ClassVar[bool] = False
+    width_multiple: ClassVar[int] = 1
 
     def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, form: Form | None = None) -> None:
         super().__init__(shape)
         self.keys = np.zeros(0, dtype=np.int64) if keys is None else keys
         self.form = form or Form(width=self.default_width, context=self.default_context())
+        if self.form.width % self.width_multiple:
+            raise SpecmoeError(f"width {self.form.width}: expected a multiple of {self.width_multiple} for {self.name}")
         self.network = self.build(len(self.keys) + 1)
 
     def default_context(self) -> int:
@@ -81,7 +84,7 @@ class NeuralPredictor(Predictor):
             raise SpecmoeError(f"{self.name} has no context to choose: leave out --context and --adaptive-context")
         chosen = {"width": options.width, "context": options.context}
         sizes = {name: size for name, size in chosen.items() if size is not None}
-        return replace(self.form, **sizes, shared_layers=options.shared_layers)
+        return type(self)(self.shape, form=replace(self.form, **sizes, shared_layers=options.shared_layers)).form
 
     @abstractmethod
     def build(self, kinds: int) -> nn.Module:
@@ -101,6 +104,8 @@ class NeuralPredictor(Predictor):
         for module in self.network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = options.dropout
+            if isinstance(module, nn.MultiheadAttention):
+                module.dropout = options.dropout
         self.prepare(train)
         return fit_network(self, train, validation, options, on_progress, out)
 
@@ -122,7 +127,14 @@ class NeuralPredictor(Predictor):
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
         self.network.eval()
         tokens_T = np.arange(*tokens.indices(len(routes)))
-        return np.asarray(self.network(**self.tensors(routes, tokens_T)).sigmoid().float().cpu().numpy())
+        # Of what a network holds in between, its batches in training are the measure.
+        parts = [tokens_T[start : start + self._at_once] for start in range(0, len(tokens_T), self._at_once)] or [tokens_T]
+        made = [self.network(**self.tensors(routes, part)).sigmoid().float().cpu().numpy() for part in parts]
+        return np.concatenate(made)
+
+    @property
+    def _at_once(self) -> int:
+        return 2 * self.defaults.batch_tokens
 
     def arrays(self) -> Arrays:
         weights = self.network.state_dict().items()

@@ -85,7 +85,9 @@ class TokenIdentity(Predictor):
 
     @classmethod
     def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
-        predictor = cls(shape, stored_keys(arrays, MAX_KINDS))
+        steps = shape.horizon if shape.task == Task.NEXT_TOKEN else 1
+        most = min(MAX_KINDS, MAX_TABLE // (shape.layers * shape.experts * steps) - 1)
+        predictor = cls(shape, stored_keys(arrays, most))
         table = predictor._probability_VSLE
         predictor._probability_VSLE = expected_array(arrays, "probability_VSLE", table.shape)
         return predictor

@@ -26,6 +26,7 @@ class Transformer(ContextPredictor):
     about: ClassVar[str] = "transformer of 6 layers over the model's layers; losses for the set and for the strongest expert"
     source: ClassVar[str] = "the usual large predictor, here over routes"
     can_share: ClassVar[bool] = True
+    width_multiple: ClassVar[int] = 8
     default_width: ClassVar[int] = 512
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=2, batch_tokens=128, learning_rate=3e-4, warm_up=0.1)
 

@@ -50,7 +50,7 @@ def test_a_resumed_training_ends_with_the_very_same_weights(accumulate: int, tra
         train(trace, "mlp", tmp_path / "cut", options=options, on_progress=cut_off_at(2))
     with pytest.raises(SpecmoeError, match="choose another --out, or --resume"):
         train(trace, "mlp", tmp_path / "cut", options=options)
-    with pytest.raises(SpecmoeError, match="of a training with other options: resume with those, or remove it"):
+    with pytest.raises(SpecmoeError, match="of a training with other options or data: resume with those, or remove it"):
         train(trace, "mlp", tmp_path / "cut", options=replace(options, learning_rate=1e-4), resume=True)
     resumed = train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
     expected, found = weights(whole.path), weights(resumed.path)
