@@ -83,6 +83,18 @@ def test_text_that_repeats_the_text_before_is_not_written_out_at_once(tmp_path: 
     assert rows == 300
 
 
+def test_columns_of_other_names_than_the_schema_s_are_refused(tmp_path: Path) -> None:
+    """The second copy of a name, beside the pages: pyarrow does not look at it, and so the pages would go unmeasured."""
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"problem_id": pa.array([1], pa.int32()), "text": ["x"]}), path, store_schema=False)
+    content = path.read_bytes()
+    last = content.rindex(b"text")
+    assert content.count(b"text") == 2
+    path.write_bytes(content[:last] + b"tex_" + content[last + 4 :])
+    with pytest.raises(TraceError, match="expected those of the schema"):
+        list(stream_table(path, SCHEMA, 10))
+
+
 def test_a_page_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pa.table({"problem_id": pa.array(range(200), pa.int32()), "text": [f"{n:010000d}" for n in range(200)]})
     pq.write_table(table, tmp_path / "t.parquet", use_dictionary=False)

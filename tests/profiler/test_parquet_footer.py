@@ -78,6 +78,14 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
         read_row_groups(tmp_path / "x.parquet")
 
 
+@pytest.mark.parametrize("nested", [b"\x19", b"\x1b\x01\x89"])
+def test_nesting_without_end_is_refused(tmp_path: Path, nested: bytes) -> None:
+    footer = b"\x49" + nested * 5000
+    (tmp_path / "x.parquet").write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(TraceError, match="is not a readable Parquet file"):
+        read_row_groups(tmp_path / "x.parquet")
+
+
 def test_broken_footers_are_read_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"a": np.arange(50), "b": [[1, 2]] * 50}), path, row_group_size=10)

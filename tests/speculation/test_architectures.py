@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
+from analysis.predictions import as_evaluation, table
 from profiler import TraceCollector
 from profiler.engines import EngineOptions, Sampling
 from profiler.errors import SpecmoeError
@@ -30,7 +32,7 @@ from speculation.predictors.neural import Form
 from speculation.predictors.product_of_experts import logistic_weights
 from speculation.routes import Routes, load_routes
 from speculation.runs import load_run
-from speculation.tasks import Shape
+from speculation.tasks import Shape, Task
 from speculation.train import train
 
 WITHOUT = {"uniform", "popularity"}
@@ -96,6 +98,22 @@ def test_a_leaderboard_of_two_runs_at_the_command_line(trace: Trace, tmp_path: P
     done = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "x.json")])
     assert isinstance(done.exception, SpecmoeError)
     assert "--json is for one run" in str(done.exception)
+
+
+def test_horizons_are_in_the_order_of_numbers_and_empty_ones_left_out(trace: Trace, tmp_path: Path) -> None:
+    run = train(trace, "popularity", tmp_path / "run", task=Task.NEXT_TOKEN, horizon=11)
+    document = evaluate(run, trace)
+    document["results"]["popularity"]["metrics"]["h=3"] = {}
+    horizons = [row["horizon"] for row in leaderboard_rows([document]) if row["run"] == "run"]
+    assert horizons == [f"h={hop}" for hop in range(1, 12) if hop != 3]
+    assert [row["predictor"] for row in table(as_evaluation(document), 3)].count("popularity") == 0
+
+
+def test_runs_of_one_name_are_not_mixed_up(documents: dict[str, Any]) -> None:
+    with pytest.raises(SpecmoeError, match="two rows of the leaderboard would be called 'mlp'"):
+        leaderboard_rows([documents["mlp"], documents["mlp"]])
+    with pytest.raises(SpecmoeError, match="two rows of the leaderboard would be called 'popularity'"):
+        leaderboard_rows([documents["hybrid"], {**documents["mlp"], "run": "popularity"}])
 
 
 def test_other_data_does_not_stand_beside(documents: dict[str, Any]) -> None:
@@ -205,6 +223,26 @@ def test_choices_that_a_predictor_does_not_have_are_named(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("name", "width"), [("transformer", 20), ("hierarchical", 12), ("attention-graph", 6)])
+def test_widths_that_heads_cannot_share_are_named(name: str, width: int, trace: Trace, tmp_path: Path) -> None:
+    with pytest.raises(SpecmoeError, match=f"width {width}: expected a multiple of [48] for {name}"):
+        train(trace, name, tmp_path / "run", options=replace(OPTIONS, width=width))
+
+
+def test_clusters_that_do_not_exist_and_times_that_are_none_are_refused(trace: Trace, tmp_path: Path) -> None:
+    run = train(trace, "hierarchical", tmp_path / "run", options=replace(OPTIONS, epochs=1))
+    arrays = load_file(run.path / "model.safetensors")
+    save_file({**arrays, "network.cluster_LHE": arrays["network.cluster_LHE"] + 100}, run.path / "model.safetensors")
+    with pytest.raises(SpecmoeError, match="'cluster_LHE' has other numbers than 0 to 7"):
+        load_run(run.path)
+    save_file(arrays, run.path / "model.safetensors")
+    metrics = json.loads((run.path / "metrics.json").read_text())
+    for wrong in (float("nan"), float("inf"), 10**400, "soon"):
+        (run.path / "metrics.json").write_text(json.dumps(metrics | {"train_seconds": wrong}))
+        with pytest.raises(SpecmoeError, match=r"metrics\.json is not valid"):
+            load_run(run.path)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -251,8 +289,6 @@ def test_logistic_weights_are_found() -> None:
 
 
 def test_trees_that_are_none_are_refused(trace: Trace, tmp_path: Path) -> None:
-    from safetensors.numpy import load_file, save_file
-
     run = train(trace, "boosted-trees", tmp_path / "run", options=OPTIONS)
     path = run.path / "model.safetensors"
     sound = load_file(path)

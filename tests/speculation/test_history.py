@@ -172,5 +172,14 @@ def test_what_cannot_be_told_or_predicted_is_named(tmp_path: Path) -> None:
         history.add([0, 1])
     with pytest.raises(SpecmoeError, match="the history for"):
         predictor.predict(History(Shape(layers=5, experts=8, top_k=2, horizon=2)))
+    history = History(predictor.shape)
+    history.begin(1)
+    with pytest.raises(SpecmoeError, match=r"router input of shape \(3, 8\)"):
+        history.add([0, 1], None, np.zeros((3, 8)))
+    # Nothing of it stays.
+    assert history.layer == -1
+    history.add([0, 1], None, np.zeros(8))
+    with pytest.raises(SpecmoeError, match="router input: expected one for every token and layer"):
+        history.add([0, 1])
     with pytest.raises(SpecmoeError, match="is not a run"):
         Predictor.load(tmp_path)

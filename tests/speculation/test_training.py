@@ -52,6 +52,8 @@ def test_a_resumed_training_ends_with_the_very_same_weights(accumulate: int, tra
         train(trace, "mlp", tmp_path / "cut", options=options)
     with pytest.raises(SpecmoeError, match="of a training with other options or data: resume with those, or remove it"):
         train(trace, "mlp", tmp_path / "cut", options=replace(options, learning_rate=1e-4), resume=True)
+    with pytest.raises(SpecmoeError, match="of a training with other options or data"):
+        train(trace, "mlp", tmp_path / "cut", horizon=2, options=options, resume=True)
     resumed = train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
     expected, found = weights(whole.path), weights(resumed.path)
     assert expected.keys() == found.keys()
