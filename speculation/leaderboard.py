@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -122,34 +123,54 @@ def as_markdown(documents: list[dict[str, Any]], rows: list[Row]) -> str:
 
 
 def plot(documents: list[dict[str, Any]], rows: list[Row]) -> str:
-    """A page: recall@K with its interval against size, one point per predictor, for the nearest horizon."""
+    """A page: recall@K of the nearest horizon with its interval, a line per run, beside its shuffled control and chance."""
     import plotly.graph_objects as go
 
     first = documents[0]
     k_name = next(iter(first["results"].values()))["recall_at_k_name"]
-    shown = [row for row in rows if row["horizon"] == "h=1"]
+    shown = [row for row in reversed(rows) if row["horizon"] == "h=1"]
+    labels = [
+        f"{escape(row['run'], quote=False)}<br>{_size(row['bytes'])}, {row['microseconds_per_prediction']:,.0f} µs"
+        for row in shown
+    ]
+    controls = [(row["control"], label) for row, label in zip(shown, labels, strict=True) if row["control"] is not None]
     figure = go.Figure()
-    for name, is_own, symbol in (("baselines", False, "circle-open"), ("trained", True, "circle")):
-        chosen = [row for row in shown if (row["train_seconds"] is not None) == is_own]
-        figure.add_scatter(
-            x=[max(row["bytes"], 1) for row in chosen],
-            y=[row["recall"] for row in chosen],
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [row["high"] - row["recall"] for row in chosen],
-                "arrayminus": [row["recall"] - row["low"] for row in chosen],
-            },
-            text=[row["run"] for row in chosen],
-            mode="markers+text",
-            textposition="top center",
-            marker={"symbol": symbol, "size": 11},
-            name=name,
-            hovertemplate="%{text}: %{y:.3f}, %{x:,} bytes<extra></extra>",
-        )
-    figure.add_hline(y=first["chance"][k_name], line_dash="dot", annotation_text="chance")
-    figure.update_xaxes(title="bytes", type="log")
-    figure.update_yaxes(title=k_name, range=[0, 1])
-    title = f"{first['task']}, {first['model']}: {k_name} against size; bars: 95 % interval over problems"
-    figure.update_layout(template="plotly_white", title=title, font={"size": 14}, legend={"orientation": "h"})
-    return str(figure.to_html(full_html=True, include_plotlyjs=True, config={"responsive": True}))
+    figure.add_scatter(
+        x=[value for value, _ in controls],
+        y=[label for _, label in controls],
+        mode="markers",
+        marker={"symbol": "line-ns-open", "size": 12, "color": "#777777"},
+        name="its shuffled control",
+        hovertemplate="%{y}, shuffled control: %{x:.3f}<extra></extra>",
+    )
+    figure.add_scatter(
+        x=[row["recall"] for row in shown],
+        y=labels,
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [row["high"] - row["recall"] for row in shown],
+            "arrayminus": [row["recall"] - row["low"] for row in shown],
+        },
+        text=[f"{row['recall']:.3f}" for row in shown],
+        mode="markers+text",
+        textposition="top center",
+        marker={"size": 9, "color": "#0072b2"},
+        name=f"{k_name}, 95 % interval over problems",
+        hovertemplate="%{y}: %{x:.3f}<extra></extra>",
+    )
+    figure.add_vline(x=first["chance"][k_name], line_dash="dot", annotation_text="chance")
+    figure.update_xaxes(title=k_name, range=[0, 1])
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=labels, automargin=True, tickfont={"size": 12})
+    figure.update_layout(
+        template="plotly_white",
+        title=f"{first['task']}, {first['model']}: {first['problems']} problems",
+        font={"size": 14},
+        height=160 + 44 * len(shown),
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1},
+    )
+    return str(figure.to_html(full_html=True, include_plotlyjs=True, config={"responsive": True, "displayModeBar": False}))
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count / 1e3:,.1f} kB"
