@@ -174,19 +174,19 @@ def evaluate(
         raise SpecmoeError(f"--json {json_file}: no such folder")
     if json_file is not None and len(runs) > 1:
         raise SpecmoeError("--json is for one run: for several, --leaderboard writes leaderboard.json")
+    opened_runs = [load_run(run) for run in runs]
     opened = Trace.open(trace)
     documents: list[dict[str, Any]] = []
     judged: set[Any] = set()
-    for run in runs:
+    for loaded in opened_runs:
         # Baselines of the same training problems and horizon are the same.
-        loaded = load_run(run)
         fitted_on = (loaded.trace_sha256, loaded.trained_on.tobytes(), loaded.predictor.shape)
         documents.append(judge(loaded, opened, part=part.value, with_baselines=leaderboard is None or fitted_on not in judged))
         judged.add(fitted_on)
         if leaderboard is None:
             print_evaluation(documents[-1])
         else:
-            messages.print(f"judged {escape(str(run))}")
+            messages.print(f"judged {escape(str(loaded.path))}")
     if json_file is not None:
         write_text(json_file, json.dumps(documents[0], indent=1, allow_nan=False) + "\n")
     if leaderboard is not None:

@@ -113,11 +113,17 @@ NEURAL = {name for name, cls in OF_ROUTES.items() if issubclass(cls, NeuralPredi
 CASES = [(name, task) for name, cls in OF_ROUTES.items() for task in sorted(cls.tasks)]
 
 
+FITTED: dict[tuple[str, Task], Predictor] = {}
+
+
 def fitted(name: str, task: Task, routes: Routes) -> Predictor:
-    horizon = 1 if task == Task.WHOLE_PATH else 2
-    predictor = predictor_classes()[name](Shape(layers=4, experts=8, top_k=2, horizon=horizon, task=task))
-    predictor.fit(routes, None, TrainingOptions(epochs=1, batch_tokens=64, width=32), no_progress)
-    return predictor
+    """Fitted once for all tests: the trace is the same in each."""
+    if (name, task) not in FITTED:
+        horizon = 1 if task == Task.WHOLE_PATH else 2
+        predictor = predictor_classes()[name](Shape(layers=4, experts=8, top_k=2, horizon=horizon, task=task))
+        predictor.fit(routes, None, TrainingOptions(epochs=1, batch_tokens=64, width=32), no_progress)
+        FITTED[name, task] = predictor
+    return FITTED[name, task]
 
 
 def with_other_routes(routes: Routes, tokens: slice, layers: slice) -> Routes:
