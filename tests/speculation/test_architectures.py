@@ -37,7 +37,7 @@ from speculation.train import train
 
 WITHOUT = {"uniform", "popularity"}
 NAMES = [name for name, cls in predictor_classes().items() if name not in WITHOUT and not cls.needs_router_inputs]
-OPTIONS = TrainingOptions(epochs=8, batch_tokens=128, width=32, learning_rate=5e-3, average=50, dropout=0.0)
+OPTIONS = TrainingOptions(epochs=5, batch_tokens=128, width=32, learning_rate=5e-3, average=50, dropout=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ def random_routes(problems: int = 12, tokens: int = 25, seed: int = 0) -> Routes
     return replace(make_routes(RoutingChunk(*places, ids, weights)), token_keys_T=keys)
 
 
+@cache
 def fitted(name: str, task: Task, horizon: int = 2) -> Predictor:
     predictor = predictor_classes()[name](shape_of(task, horizon))
     predictor.fit(random_routes(), None, TrainingOptions(epochs=1, batch_tokens=64, width=32), lambda *_: None)
