@@ -10,7 +10,6 @@ import functools
 import logging
 import os
 import shutil
-import subprocess
 import threading
 import time
 from importlib.metadata import version
@@ -23,13 +22,12 @@ from profiler.models import resolve_model
 from profiler.schema import GATES_FILE, Metadata
 from vllm_patch.recorder import Recorder
 from vllm_patch.serving import (
+    Sealer,
     be_patient_at_shutdown,
     begin_trace,
     log_finished_requests,
     log_stop_strings,
     next_trace,
-    seal_in_background,
-    wait_for_seal,
 )
 
 WATCH = "specmoe-parent"
@@ -104,7 +102,7 @@ class WorkerCapture:
         self._recorder: Recorder | None = None
         self._facts: dict[str, Any] = {}
         self._refusal: str | None = None
-        self._last_seal: subprocess.Popen[bytes] | None = None
+        self._sealer: Sealer | None = None
         self._load_model = worker.load_model
         self._execute_model = worker.execute_model
         self._shutdown = worker.shutdown
@@ -153,8 +151,8 @@ class WorkerCapture:
             answer = self._recorder.stop()
             if "error" in answer:
                 log.error("capture failed: %s", answer["error"])
-            elif self._last_seal is not None:
-                wait_for_seal(self._last_seal)
+            elif self._sealer is not None:
+                self._sealer.wait()
         return self._shutdown(*args, **kwargs)
 
     def start(self, directory: str, hidden_tokens: int | None = None) -> dict[str, Any]:
@@ -191,23 +189,25 @@ class WorkerCapture:
     def _serve(self) -> None:
         """Record from now on until shutdown. What cannot be recorded is said in the log, and the server goes on."""
         out, options = Path(self._options.out), self._options
-
-        def end(capture: Path) -> None:
-            self._last_seal = seal_in_background(capture.parent.parent)
-
         error = self._refusal
         if error is None and self._recorder is not None:
             try:
                 # Made once, here: a later trace must not depend on a hub, nor run gates beside the engine's own steps.
                 metadata = self._metadata()
                 self._save_gates(out)
+                sealer = self._sealer = Sealer()
 
                 def begin() -> Path:
-                    capture = begin_trace(next_trace(out), metadata)
+                    directory = next_trace(out)
+                    capture = begin_trace(directory, metadata)
+                    sealer.opened(directory)
                     capture.mkdir(parents=True)
                     if options.logits or options.hidden_layers:
                         shutil.copyfile(out / GATES_FILE, capture / GATES_FILE)
                     return capture
+
+                def end(capture: Path) -> None:
+                    sealer.closed(capture.parent.parent)
 
                 error = self._recorder.start_rotating(begin, end, options.rotate_megabytes << 20).get("error")
             except Exception as reason:

@@ -3,7 +3,7 @@
     SPECMOE_CAPTURE=1 SPECMOE_CAPTURE_OUT=traces/served vllm serve MODEL
 
 The worker writes rows; the process with the scheduler writes what each finished request said (`OUT/finished.jsonl`). A
-process of its own joins both when a trace is full or the server stops, so that no request waits for it.
+process of its own (`sealer`) joins both when a trace is full or the server is gone, so that no request waits for it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import functools
 import inspect
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from profiler.capture import ABORTED, Sequence, finish_trace, problem_ids, read_requests
 from profiler.errors import TraceError
 from profiler.reader import Trace
-from profiler.schema import CAPTURE_FOLDER, METADATA_FILE, Metadata
+from profiler.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE, Metadata
 from profiler.sealing import run_folder
 from profiler.writer import write_metadata
+from vllm_patch import sealer
 
 DATASET = "served"
 FINISHED_FILE = "finished.jsonl"
@@ -123,18 +126,45 @@ def begin_trace(directory: Path, metadata: Metadata) -> Path:
     return run_folder(directory, 0)
 
 
-def seal_in_background(directory: Path) -> subprocess.Popen[bytes]:
-    """Finish a trace in a process that survives this one, at low priority."""
-    command = [sys.executable, "-m", "vllm_patch", "finish", str(directory)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+class Sealer:
+    """A process apart that finishes traces: those that are closed, and those still open when this process is gone.
 
+    It hangs on a pipe, not in this process's tree: vLLM may kill an engine that is slow to stop, with all its children.
+    """
 
-def wait_for_seal(process: subprocess.Popen[bytes]) -> None:
-    """Give a last sealing a little time."""
-    try:
-        process.wait(SEAL_SECONDS)
-    except subprocess.TimeoutExpired:
-        log.warning("the last trace is still being sealed; it is complete when its manifest.json appears")
+    def __init__(self) -> None:
+        reader, writer = os.pipe()
+        try:
+            # Returns at once: what stays is a child of nobody. As a file: the package's imports would stay in memory with it.
+            subprocess.run([sys.executable, "-I", sealer.__file__], stdin=reader, stdout=subprocess.DEVNULL, check=True)
+        finally:
+            os.close(reader)
+        self._pipe = os.fdopen(writer, "w", encoding="utf-8", buffering=1)
+        self._last: Path | None = None
+
+    def opened(self, directory: Path) -> None:
+        """To be sealed when this process is gone, if not before."""
+        self._say("open", directory)
+
+    def closed(self, directory: Path) -> None:
+        """To be sealed now."""
+        self._last = directory
+        self._say("close", directory)
+
+    def wait(self) -> None:
+        """Give the sealing of the trace that was closed last a little time."""
+        deadline = time.monotonic() + SEAL_SECONDS
+        while self._last is not None and self._last.exists() and not (self._last / MANIFEST_FILE).exists():
+            if time.monotonic() > deadline:
+                log.warning("%s is still being sealed; it is complete when its %s appears", self._last, MANIFEST_FILE)
+                break
+            time.sleep(0.1)
+
+    def _say(self, what: str, directory: Path) -> None:
+        try:
+            self._pipe.write(json.dumps([what, str(directory.absolute())]) + "\n")
+        except OSError as error:
+            log.error("nothing seals %s (%s): run 'python -m vllm_patch finish' on it", directory, error)
 
 
 def finish(directory: Path) -> Trace | None:

@@ -138,6 +138,50 @@ def test_requests_ended_at_a_stop_string_are_not_called_aborted(tmp_path: Path) 
     assert trace.metadata.gaps == []
 
 
+SERVER = """
+import os, sys, time
+from pathlib import Path
+from vllm_patch.serving import Sealer
+
+sealer = Sealer()
+traces = [Path(path) for path in sys.argv[1:]]
+for trace in traces:
+    sealer.opened(trace)
+sealer.closed(traces[0])
+print([Path(f"/proc/self/task/{os.getpid()}/children").read_text()], flush=True)
+time.sleep(600)
+"""
+
+
+def appears(path: Path, seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return path.exists()
+
+
+def test_traces_are_sealed_when_closed_and_when_the_server_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_patch.recorder.BATCH_BYTES", 1)
+    steps = [step([("a", 0, 4)], new=("a",)), step([("b", 0, 4)], new=("b",), finished=("a",)), step([("c", 0, 1)], new=("c",))]
+    full, last = serve(tmp_path, steps, limit=4 * 8)[:2]
+    (tmp_path / FINISHED_FILE).write_text("".join(finished_line(name, [5, 6]) for name in "abc"))
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(full), str(last)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert server.stdout is not None
+        # No child of the server: vLLM kills an engine's whole tree.
+        assert server.stdout.readline() == "['']\n"
+        assert appears(full / "manifest.json")
+        assert not (last / "manifest.json").exists()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    assert appears(last / "manifest.json")
+    assert Trace.open(full).problems.column("source_key").to_pylist() == ["a"]
+    assert Trace.open(last).problems.column("source_key").to_pylist() == ["b"]
+
+
 def test_only_unfinished_traces_can_be_finished(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"is no unfinished trace: expected metadata\.json and capture/"):
         finish(tmp_path)
@@ -195,11 +239,7 @@ def test_a_real_server_records_its_traffic_and_closes_the_trace_on_sigterm(tmp_p
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
-    manifest = out / "trace-00000" / "manifest.json"
-    deadline = time.monotonic() + 60
-    while not manifest.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert manifest.exists(), (tmp_path / "log").read_text()[-3000:]
+    assert appears(out / "trace-00000" / "manifest.json"), (tmp_path / "log").read_text()
     trace = Trace.open(out / "trace-00000")
     problems = {problem["problem_id"]: problem for problem in trace.problems.to_pylist()}
     assert sorted(problems) == [0, 1, 2, 3, *range(10, 18), 30]
