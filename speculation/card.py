@@ -21,7 +21,7 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
     """Markdown: what is predicted from what, for which model, what it was trained on, and how to use it."""
     shape, model = predictor.shape, trace.metadata.model
     judged = facts["validation_problems"] > 0
-    told = "expert_ids, weights, router_input" if predictor.needs_router_inputs else "expert_ids, weights"
+    told = "expert_ids, weights, router_input" if predictor.takes_router_inputs else "expert_ids, weights"
     when = {Task.NEXT_LAYER: "after each layer but the last", Task.NEXT_TOKEN: "after all layers"}.get(
         shape.task, "after begin"
     )

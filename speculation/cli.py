@@ -71,6 +71,12 @@ def train(
         bool, typer.Option("--adaptive-context", help="All of it only where the routing is uncertain, else two tokens.")
     ] = False,
     shared_layers: Annotated[bool, typer.Option("--shared-layers", help="One head for all layers, not one each.")] = False,
+    router_inputs: Annotated[
+        bool, typer.Option("--router-inputs", help="Look at the router inputs too (mlp, hybrid, transformer).")
+    ] = False,
+    shards_per_group: Annotated[
+        int | None, typer.Option(min=1, help="Hold so many routing files at a time in memory; default: the whole trace.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Then upload the run to the Hugging Face hub as a model.")
@@ -98,6 +104,8 @@ def train(
         "context": context,
         "adaptive_context": adaptive_context,
         "shared_layers": shared_layers,
+        "router_inputs": router_inputs,
+        "shards_per_group": shards_per_group,
         "seed": seed,
     }
     options = replace(find_predictor(predictor).defaults, **{name: value for name, value in given.items() if value is not None})

@@ -51,7 +51,7 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
     _check_split(run, trace)
     if Shape.of(trace.metadata.model, shape.horizon, shape.task) != shape:
         raise TraceError(f"{trace.path}: its model has another number of layers, experts or top-k than {run.path} ({shape})")
-    routes = load_routes(trace, part, router_inputs=run.predictor.needs_router_inputs)
+    routes = load_routes(trace, part, router_inputs=run.predictor.takes_router_inputs)
     groups = token_groups(trace, routes)
     predictors = {name: baseline for name, baseline in run.baselines.items() if with_baselines and name != run.name}
     predictors[run.name] = run.predictor
@@ -65,7 +65,7 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
         "model": trace.metadata.model.id,
         "split": f"by problem (hash of the {run.split})",
         "part": part,
-        "problems": routes.num_problems,
+        "problems": len(routes.problem_ids),
         "trained_on": int(np.isin(route_digests(trace, routes), run.trained_on).sum()),
         "tokens": len(routes),
         "definitions": DEFINITIONS,

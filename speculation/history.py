@@ -102,6 +102,8 @@ class History:
         given = np.full(ids.shape, 1 / self.shape.top_k) if weights is None else np.asarray(weights)
         if ids.shape != (self.shape.top_k,) or given.shape != ids.shape or ids.min() < 0 or ids.max() >= self.shape.experts:
             raise SpecmoeError(f"experts {ids.tolist()}: expected {self.shape.top_k} from 0 to {self.shape.experts - 1}")
+        if len(set(ids.tolist())) < len(ids) or not np.isfinite(given).all():
+            raise SpecmoeError(f"experts {ids.tolist()}, weights {given.tolist()}: expected different ones, and finite weights")
         if router_input is not None:
             self._set_router_input(np.asarray(router_input, dtype=np.float16))
         elif self._hidden_TLD is not None:

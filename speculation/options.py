@@ -21,6 +21,8 @@ class TrainingOptions:
     checkpoint_seconds: between checkpoints. epoch_tokens: an epoch is so many tokens, drawn at random; None for all. width,
     context: of the network's states, and tokens that it sees; None for the predictor's own. adaptive_context: all of it only
     where the routing of the last known token is uncertain, else two tokens. shared_layers: one head for all layers.
+    router_inputs: look at these besides the routes. shards_per_group: routes are in memory by groups of about so many routing
+    files of the trace, not all at a time; an epoch takes group by group, in random order.
     """
 
     seed: int = 0
@@ -42,3 +44,5 @@ class TrainingOptions:
     context: int | None = None
     adaptive_context: bool = False
     shared_layers: bool = False
+    shards_per_group: int | None = None
+    router_inputs: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,15 @@ import numpy as np
 from profiler.errors import EmptyPartError, SpecmoeError
 from profiler.reader import Trace
 from profiler.splits import split_key
+from speculation.groups import RouteGroups
 from speculation.options import Progress, TrainingOptions
 from speculation.predictors import find_predictor
-from speculation.routes import Routes, load_routes, route_digests
+from speculation.routes import RouteSource, load_routes, route_digests
 from speculation.runs import BASELINES, CHECKPOINTS, CONFIG_FILE, Run, load_run, save_run
 from speculation.tasks import Shape, Task
+
+Load = Callable[[Trace, str], RouteSource]
+"""Reads a part of a trace, in the groups that were asked for."""
 
 
 def train(
@@ -39,12 +44,20 @@ def train(
     _check_out(out, resume)
     shape = Shape.of(trace.metadata.model, horizon, task)
     predictor = predictor_class(shape)
-    needs = predictor_class.needs_router_inputs
-    train_routes = load_routes(trace, "train" if validation is None else "all", router_inputs=needs)
-    validation_routes = (
-        _validation_part(trace, needs) if validation is None else _other_trace(trace, train_routes, validation, needs)
-    )
     options = options or predictor_class.defaults
+    if options.router_inputs and not (predictor_class.can_take_router_inputs or predictor_class.needs_router_inputs):
+        raise SpecmoeError(f"{predictor_name} has no use for router inputs: leave out --router-inputs")
+    needs = predictor_class.needs_router_inputs or options.router_inputs
+
+    def load(of: Trace, part: str) -> RouteSource:
+        if options.shards_per_group is None:
+            return load_routes(of, part, router_inputs=needs)
+        return RouteGroups(of, part, options.shards_per_group, router_inputs=needs)
+
+    train_routes = load(trace, "train" if validation is None else "all")
+    validation_routes = (
+        _validation_part(trace, load) if validation is None else _other_trace(trace, train_routes, validation, load)
+    )
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -60,9 +73,9 @@ def train(
         baselines[name].fit(train_routes, None, options, on_progress)
     facts = {
         "train_seconds": round(seconds, 2),
-        "train_problems": train_routes.num_problems,
+        "train_problems": len(train_routes.problem_ids),
         "train_tokens": len(train_routes),
-        "validation_problems": validation_routes.num_problems if validation_routes else 0,
+        "validation_problems": len(validation_routes.problem_ids) if validation_routes else 0,
     }
     save_run(out, predictor, baselines, options, history, facts, trace, route_digests(trace, train_routes))
     return load_run(out)
@@ -79,20 +92,20 @@ def _check_out(out: Path, resume: bool) -> None:
         raise SpecmoeError(f"{out} exists and is not an empty folder: choose another --out{hint}")
 
 
-def _validation_part(trace: Trace, router_inputs: bool) -> Routes | None:
+def _validation_part(trace: Trace, load: Load) -> RouteSource | None:
     try:
-        return load_routes(trace, "validation", router_inputs=router_inputs)
+        return load(trace, "validation")
     except EmptyPartError:
         # Few problems: none fell into the validation part, so there is no early stopping.
         return None
 
 
-def _other_trace(trace: Trace, train_routes: Routes, validation: Trace, router_inputs: bool) -> Routes:
+def _other_trace(trace: Trace, train_routes: RouteSource, validation: Trace, load: Load) -> RouteSource:
     if Shape.of(validation.metadata.model, 1) != Shape.of(trace.metadata.model, 1):
         raise SpecmoeError(f"{validation.path}: its model has another number of layers, experts or top-k than {trace.path}")
     if split_key(validation) != split_key(trace) or split_key(trace) in {"source key", "problem id"}:
         raise SpecmoeError(f"{trace.path} and {validation.path} do not both tell prompts: shared ones could not be found out")
-    routes = load_routes(validation, "all", router_inputs=router_inputs)
+    routes = load(validation, "all")
     shared = np.intersect1d(route_digests(trace, train_routes), route_digests(validation, routes))
     if len(shared):
         raise SpecmoeError(f"{len(shared)} problems of {validation.path} are in {trace.path} too: choose another --validation")

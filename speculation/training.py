@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from torch import nn
 from profiler.errors import SpecmoeError, first_line
 from profiler.writer import write_text
 from speculation.options import Epochs, Progress, TrainingOptions
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource, each_group
 from speculation.runs import CHECKPOINTS
 
 LOG, BOARD, STATE_FILE = "training.csv", "tensorboard", "state.json"
@@ -58,8 +59,8 @@ class _State:
 
 def fit_network(
     model: Trainable,
-    train: Routes,
-    validation: Routes | None,
+    train: RouteSource,
+    validation: RouteSource | None,
     options: TrainingOptions,
     on_progress: Progress,
     folder: Path | None = None,
@@ -77,8 +78,10 @@ def fit_network(
         mixed_precision=options.precision or best_precision(),
         gradient_accumulation_steps=options.accumulate,
     )
-    tokens = min(options.epoch_tokens or len(train), len(train))
-    steps = math.ceil(tokens / (options.batch_tokens * accelerator.num_processes))
+    tokens_G = _tokens_of_epoch(train, options.epoch_tokens)
+    steps = sum(math.ceil(tokens / (options.batch_tokens * accelerator.num_processes)) for tokens in tokens_G)
+    if steps * options.epochs < options.accumulate:
+        raise SpecmoeError(f"--accumulate {options.accumulate}: the training has only {steps * options.epochs} steps")
     optimizer = torch.optim.AdamW(
         _decay_groups(model.network, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98)
     )
@@ -93,17 +96,15 @@ def fit_network(
     began = time.monotonic() - state.seconds
     saved = time.monotonic()
     while state.epoch < options.epochs:
-        order_T = np.random.default_rng([options.seed, state.epoch]).permutation(len(train))[:tokens]
         network.train()
         # Stays on the device: asking for it would wait for every step.
         total = torch.tensor(state.total, device=accelerator.device)
-        while state.step < steps:
-            tokens_T = _share(order_T, state.step, options.batch_tokens, accelerator)
+        for routes, tokens_T in _batches(train, tokens_G, options, state, accelerator):
             updates_done = (state.epoch * steps + state.step) // options.accumulate
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _cosine(updates_done, updates, options.warm_up)
             with accelerator.accumulate(network), accelerator.autocast():
-                loss = model.loss(network, train, tokens_T)
+                loss = model.loss(network, routes, tokens_T)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(network.parameters(), options.clip)
@@ -144,15 +145,18 @@ def fit_network(
 
 
 @torch.inference_mode()
-def mean_loss(model: Trainable, network: nn.Module, routes: Routes, accelerator: Any, at_once: int = JUDGED_TOKENS) -> float:
-    """Mean loss over all tokens of `routes`, in the precision of training."""
+def mean_loss(
+    model: Trainable, network: nn.Module, source: RouteSource, accelerator: Any, at_once: int = JUDGED_TOKENS
+) -> float:
+    """Mean loss over all tokens of `source`, in the precision of training."""
     network.eval()
     total = 0.0
-    for start in range(0, len(routes), at_once):
-        tokens_T = np.arange(start, min(start + at_once, len(routes)))
-        with accelerator.autocast():
-            total += float(model.loss(network, routes, tokens_T)) * len(tokens_T)
-    return total / len(routes)
+    for routes in each_group(source):
+        for start in range(0, len(routes), at_once):
+            tokens_T = np.arange(start, min(start + at_once, len(routes)))
+            with accelerator.autocast():
+                total += float(model.loss(network, routes, tokens_T)) * len(tokens_T)
+    return total / len(source)
 
 
 def best_precision() -> str:
@@ -161,6 +165,26 @@ def best_precision() -> str:
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if has_bf16() else "no"
+
+
+def _tokens_of_epoch(train: RouteSource, epoch_tokens: int | None) -> list[int]:
+    """Tokens that an epoch takes of each group: all, or its share of `epoch_tokens`."""
+    share = min(1.0, (epoch_tokens or len(train)) / len(train))
+    return [max(1, round(tokens * share)) for tokens in train.group_tokens]
+
+
+def _batches(
+    train: RouteSource, tokens_G: list[int], options: TrainingOptions, state: _State, accelerator: Any
+) -> Iterator[tuple[Routes, npt.NDArray[np.int64]]]:
+    """The routes and tokens of each step from `state.step` on: groups in random order, and so the tokens of each."""
+    random = np.random.default_rng([options.seed, state.epoch])
+    done, size = state.step, options.batch_tokens * accelerator.num_processes
+    for group in random.permutation(len(tokens_G)) if len(tokens_G) > 1 else [0]:
+        order_T = random.permutation(train.group_tokens[group])[: tokens_G[group]]
+        steps = math.ceil(tokens_G[group] / size)
+        for step in range(done, steps):
+            yield train.group(group), _share(order_T, step, options.batch_tokens, accelerator)
+        done = max(0, done - steps)
 
 
 def _share(order_T: npt.NDArray[np.int64], step: int, batch: int, accelerator: Any) -> npt.NDArray[np.int64]:
@@ -222,11 +246,12 @@ def _lasting(options: TrainingOptions) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if name not in {"max_seconds", "checkpoint_seconds"}}
 
 
-def _identity(model: Trainable, train: Routes) -> str:
+def _identity(model: Trainable, train: RouteSource) -> str:
     """A digest of the predictor, its task and the routes that it is trained on."""
     digest = hashlib.sha256(repr((type(model).__name__, getattr(model, "shape", None))).encode())
-    for array in (train.expert_ids_TLK, train.token_keys_T, train.first_T):
-        digest.update(np.ascontiguousarray(array).data)
+    for routes in each_group(train):
+        for array in (routes.expert_ids_TLK, routes.token_keys_T, routes.first_T):
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

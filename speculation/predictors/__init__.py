@@ -13,7 +13,7 @@ import numpy.typing as npt
 from profiler.errors import SpecmoeError
 from speculation.history import History, Prediction
 from speculation.options import Epochs, Progress, TrainingOptions
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource
 from speculation.tasks import Shape, Task
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -23,6 +23,7 @@ class Predictor(ABC):
     """What every predictor offers. A class has a name for the command line; `about`, a line; `source`, where it is from.
 
     sees: what it looks at. tasks: those that it can be fitted for. needs_router_inputs: routes must have them.
+    can_take_router_inputs: if asked to (`TrainingOptions.router_inputs`).
     """
 
     name: ClassVar[str]
@@ -32,6 +33,7 @@ class Predictor(ABC):
     tasks: ClassVar[frozenset[Task]] = frozenset(Task)
     defaults: ClassVar[TrainingOptions] = TrainingOptions()
     needs_router_inputs: ClassVar[bool] = False
+    can_take_router_inputs: ClassVar[bool] = False
 
     def __init__(self, shape: Shape) -> None:
         if shape.task not in self.tasks:
@@ -40,9 +42,22 @@ class Predictor(ABC):
 
     @abstractmethod
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
-        """Learn from `train`; returns the history of training. out: a folder for checkpoints and logs."""
+        """Learn from `train`; returns the history of training. out: a folder for checkpoints and logs.
+
+        Raises `SpecmoeError` if there are several groups, and this predictor needs all routes at once.
+        """
+
+    @property
+    def takes_router_inputs(self) -> bool:
+        """Whether this one, as it was fitted, looks at router inputs."""
+        return self.needs_router_inputs
 
     @abstractmethod
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
@@ -155,6 +170,13 @@ def find_predictor(name: str) -> type[Predictor]:
     if name not in classes:
         raise SpecmoeError(f"unknown predictor {name!r}: expected one of {', '.join(classes)}")
     return classes[name]
+
+
+def whole(predictor: Predictor, train: RouteSource) -> Routes:
+    """All routes at once. Raises `SpecmoeError` if they come in several groups."""
+    if len(train.group_tokens) > 1:
+        raise SpecmoeError(f"{predictor.name} is fitted to all routes at once: leave out --shards-per-group")
+    return train.group(0)
 
 
 def expected_array(arrays: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

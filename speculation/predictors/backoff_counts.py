@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
 from speculation.options import Epochs, Progress, TrainingOptions
-from speculation.predictors import Arrays, Predictor, expected_array
+from speculation.predictors import Arrays, Predictor, expected_array, whole
 from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.predictors.previous_token import last_known
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource
 from speculation.tasks import Shape, Task, targets
 
 # Experts in a context, one to three; the first K of the nearest known route, then of the next nearest one.
@@ -46,16 +46,22 @@ class BackoffCounts(Predictor):
         self._rows_NE = np.zeros((0, shape.experts), dtype=np.float32)
 
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
         shape, experts = self.shape, self.shape.experts
-        self._popularity_LHE = at_targets(expert_frequency(train, shape), shape)
-        tokens_T = np.arange(len(train))
-        known_TLO = self._known(train, tokens_T)
+        routes = whole(self, train)
+        self._popularity_LHE = at_targets(expert_frequency(routes, shape), shape)
+        tokens_T = np.arange(len(routes))
+        known_TLO = self._known(routes, tokens_T)
         most = MAX_NUMBERS // experts // (shape.layers * shape.horizon * MAX_ORDER)
         contexts, rows = [], []
         for hop in range(1, shape.horizon + 1):
-            true = targets(train, shape, tokens_T, hop)
+            true = targets(routes, shape, tokens_T, hop)
             for layer, target in enumerate(shape.target_layers(hop)):
                 below, below_N = self._popularity_LHE[layer, hop - 1][None], np.zeros(0, dtype=np.int64)
                 for order in range(1, MAX_ORDER + 1) if target >= 0 else ():

@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
 from speculation.options import Epochs, Progress, TrainingOptions
-from speculation.predictors import Arrays, Predictor, expected_array
+from speculation.predictors import Arrays, Predictor, expected_array, whole
 from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.predictors.previous_token import last_known
 from speculation.predictors.recommended import recent_use
 from speculation.repeats import RUN_LENGTHS
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource
 from speculation.tasks import MAX_TABLE, Shape, Task, targets
 
 ROUNDS = 12
@@ -55,17 +55,22 @@ class BoostedTrees(Predictor):
         self._leaf_LHRFE = np.zeros((*trees, LEAVES, shape.experts), dtype=np.float32)
 
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
-        shape = self.shape
+        shape, routes = self.shape, whole(self, train)
         random = np.random.default_rng(options.seed)
-        frequency_LHE = np.clip(at_targets(expert_frequency(train, shape), shape), 1e-4, 1 - 1e-4)
+        frequency_LHE = np.clip(at_targets(expert_frequency(routes, shape), shape), 1e-4, 1 - 1e-4)
         self._start_LHE = np.log(frequency_LHE / (1 - frequency_LHE)).astype(np.float32)
         most = min(SAMPLE_TOKENS, max(1, SAMPLE_NUMBERS // (shape.layers * (4 * shape.experts + 1))))
-        tokens_T = np.sort(random.permutation(len(train))[:most])
+        tokens_T = np.sort(random.permutation(len(routes))[:most])
         for hop in range(1, shape.horizon + 1):
-            features_TLF = self._features(train, tokens_T, hop)
-            true = targets(train, shape, tokens_T, hop)
+            features_TLF = self._features(routes, tokens_T, hop)
+            true = targets(routes, shape, tokens_T, hop)
             for layer in np.flatnonzero(shape.target_layers(hop) >= 0):
                 valid_T = np.flatnonzero(true.is_valid_TL[:, layer])
                 if not len(valid_T):

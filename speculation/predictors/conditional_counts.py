@@ -11,7 +11,7 @@ import numpy.typing as npt
 from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import expert_frequency
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource, each_group
 from speculation.tasks import Shape, Task, targets
 
 # Tokens' worth of popularity mixed into each row, for experts that are rarely seen.
@@ -40,26 +40,37 @@ class ConditionalCounts(Predictor):
         self._change_HLEE = np.zeros((shape.horizon, shape.layers, shape.experts, shape.experts), dtype=np.float32)
 
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
         shape, experts = self.shape, self.shape.experts
+        count_HLEE = np.zeros(self._change_HLEE.shape, dtype=np.int64)
+        given_HLE = np.zeros(count_HLEE.shape[:3], dtype=np.int64)
+        for routes in each_group(train):
+            tokens_T = np.arange(len(routes))
+            known_T = self._known(routes, tokens_T)
+            for hop in range(1, shape.horizon + 1):
+                true = targets(routes, shape, tokens_T, hop)
+                for layer in np.flatnonzero(shape.target_layers(hop) >= 0):
+                    chosen_T = np.flatnonzero(true.is_valid_TL[:, layer] & (known_T >= 0))
+                    given_TK = routes.expert_ids_TLK[known_T[chosen_T], layer].astype(np.int64)
+                    pair_TKK = given_TK[:, :, None] * experts + true.ids_TLK[chosen_T, layer].astype(np.int64)[:, None, :]
+                    count_E2 = np.bincount(pair_TKK.reshape(-1), minlength=experts**2)
+                    count_HLEE[hop - 1, layer] += count_E2.reshape(experts, experts)
+                    given_HLE[hop - 1, layer] += np.bincount(given_TK.reshape(-1), minlength=experts)
         frequency_LE = expert_frequency(train, shape)
-        tokens_T = np.arange(len(train))
-        known_T = self._known(train, tokens_T)
         for hop in range(1, shape.horizon + 1):
-            true = targets(train, shape, tokens_T, hop)
             for layer, target in enumerate(shape.target_layers(hop)):
                 if target < 0:
                     continue
-                chosen_T = np.flatnonzero(true.is_valid_TL[:, layer] & (known_T >= 0))
-                given_TK = train.expert_ids_TLK[known_T[chosen_T], layer].astype(np.int64)
-                pair_TKK = given_TK[:, :, None] * experts + true.ids_TLK[chosen_T, layer].astype(np.int64)[:, None, :]
-                count_EE = np.bincount(pair_TKK.reshape(-1), minlength=experts**2).reshape(experts, experts)
-                smoothed_EE = count_EE + PRIOR_TOKENS * frequency_LE[target]
-                given_E = np.bincount(given_TK.reshape(-1), minlength=experts)
-                popularity_E = _log_odds(frequency_LE[target])
-                self._popularity_LHE[layer, hop - 1] = popularity_E
-                self._change_HLEE[hop - 1, layer] = _log_odds(smoothed_EE / (given_E + PRIOR_TOKENS)[:, None]) - popularity_E
+                smoothed_EE = count_HLEE[hop - 1, layer] + PRIOR_TOKENS * frequency_LE[target]
+                chance_EE = smoothed_EE / (given_HLE[hop - 1, layer] + PRIOR_TOKENS)[:, None]
+                self._popularity_LHE[layer, hop - 1] = _log_odds(frequency_LE[target])
+                self._change_HLEE[hop - 1, layer] = _log_odds(chance_EE) - self._popularity_LHE[layer, hop - 1]
         return []
 
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,10 +13,10 @@ from torch import nn
 
 from profiler.errors import SpecmoeError
 from speculation.options import TrainingOptions
-from speculation.predictors.neural import Form, NeuralPredictor, PairEmbedding, relative_weights
+from speculation.predictors.neural import Form, NeuralPredictor, PairEmbedding, RouterInputEmbedding, relative_weights
 from speculation.predictors.previous_token import last_known
 from speculation.predictors.token_identity import token_rows
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource, each_group
 from speculation.tasks import Shape, Task
 
 TOKEN_WIDTH = 32
@@ -30,12 +31,15 @@ class ContextPredictor(NeuralPredictor):
     def default_context(self) -> int:
         return 3
 
-    def form_by(self, options: TrainingOptions, train: Routes) -> Form:
+    def form_by(self, options: TrainingOptions, train: RouteSource) -> Form:
         form = super().form_by(options, train)
         if not options.adaptive_context:
             return form
-        known_T = last_known(train, self.shape, np.arange(len(train)))
-        spread_T = uncertainty(train, known_T[known_T >= 0])
+        spreads = []
+        for routes in each_group(train):
+            known_T = last_known(routes, self.shape, np.arange(len(routes)))
+            spreads.append(uncertainty(routes, known_T[known_T >= 0]))
+        spread_T = np.concatenate(spreads)
         if len(np.unique(spread_T)) < 2:
             raise SpecmoeError("--adaptive-context needs routing weights that differ: the routing of no token is less certain")
         return replace(form, uncertain_above=float(np.median(spread_T)))
@@ -53,7 +57,7 @@ class ContextPredictor(NeuralPredictor):
             "ids": routes.expert_ids_TLK[index_TC].astype(np.int64),
             "weights": relative_weights(routes.weights_TLK[index_TC]) * is_known_TC[:, :, None, None].astype(np.float32),
             "row": token_rows(self.keys, routes.token_keys_T[tokens_T]),
-        }
+        } | self.hidden_of(routes, tokens_T)
 
 
 def uncertainty(routes: Routes, tokens_T: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -70,7 +74,7 @@ class ContextEmbedding(nn.Module):
     token, what the task knows: for next-layer its routes up to the layer.
     """
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int) -> None:
+    def __init__(self, shape: Shape, kinds: int, context: int, width: int, hidden: int = 0) -> None:
         super().__init__()
         self.is_next_layer = shape.task == Task.NEXT_LAYER
         self.here = PairEmbedding(shape.layers, shape.experts, width)
@@ -79,8 +83,11 @@ class ContextEmbedding(nn.Module):
         self.token = nn.Sequential(nn.Embedding(kinds, TOKEN_WIDTH), nn.Linear(TOKEN_WIDTH, width, bias=False))
         self.layer = nn.Parameter(torch.randn(shape.layers, 1, width) * 0.1)
         self.slot = nn.Parameter(torch.randn(context, width) * 0.1)
+        self.hidden = RouterInputEmbedding(shape.layers, hidden, width) if hidden else None
 
-    def forward(self, ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
         tokens, context, layers, top_k = ids.shape
         flat = ids.view(-1, layers, top_k), weights.view(-1, layers, top_k)
         known_TCLD = self.here(*flat).view(tokens, context, layers, -1)
@@ -94,6 +101,8 @@ class ContextEmbedding(nn.Module):
             last_TLD = last_TLD + each_TCLD[:, -1].cumsum(1)
             ahead_TCLD = self.ahead(*flat).view(tokens, context, layers, -1)
             known_TCLD = known_TCLD + nn.functional.pad(ahead_TCLD[:, :, 1:], (0, 0, 0, 1))
+        if self.hidden is not None:
+            last_TLD = last_TLD + self.hidden(hidden)
         earlier_TCLD = known_TCLD[:, :-1] + sum_TCLD[:, :-1]
         embedded: torch.Tensor = torch.cat([earlier_TCLD, last_TLD[:, None]], dim=1).transpose(1, 2) + self.layer + self.slot
         return embedded
@@ -116,23 +125,24 @@ class LayerHead(nn.Module):
         return logits.reshape(*logits.shape[:2], *self.outputs)
 
 
-class ContextNetwork(nn.Module):
+class ContextNetwork(nn.Module, ABC):
     """A network over `ContextEmbedding`: from `states` `[T, L, D]` to logits `[T, L, H, E]`."""
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int, *, is_shared: bool = False) -> None:
+    def __init__(self, shape: Shape, kinds: int, context: int, width: int, *, hidden: int = 0, is_shared: bool = False) -> None:
         super().__init__()
         self.shape = shape
-        self.embedding = ContextEmbedding(shape, kinds, context, width)
+        self.embedding = ContextEmbedding(shape, kinds, context, width, hidden)
         self.head = LayerHead(shape, width, is_shared=is_shared)
         self.bias_LHE = nn.Parameter(torch.zeros(shape.layers, shape.horizon, shape.experts))
 
+    @abstractmethod
     def states(self, embedded_TLCD: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         """What is known for each layer's prediction `[T, L, D]`, from the embedded context `[T, L, C, D]`."""
-        raise NotImplementedError
 
     def forward(self, ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         """Logits `[T, L, H, E]`."""
-        logits: torch.Tensor = self.head(self.states(self.embedding(ids, weights, row), **more))
+        embedded_TLCD = self.embedding(ids, weights, row, more.pop("hidden", None))
+        logits: torch.Tensor = self.head(self.states(embedded_TLCD, **more))
         return logits.float() + self.bias_LHE
 
 

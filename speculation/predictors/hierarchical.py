@@ -12,7 +12,7 @@ from profiler.errors import SpecmoeError
 from speculation.options import TrainingOptions
 from speculation.predictors import Arrays
 from speculation.predictors.context import ContextNetwork, ContextPredictor, Encoder
-from speculation.routes import Routes
+from speculation.routes import RouteSource, each_group
 from speculation.tasks import Shape
 
 CLUSTERS = 8
@@ -35,7 +35,7 @@ class Hierarchical(ContextPredictor):
     def build(self, kinds: int) -> nn.Module:
         return HierarchicalNetwork(self.shape, kinds, self.form.context, self.form.width)
 
-    def prepare(self, train: Routes) -> None:
+    def prepare(self, train: RouteSource) -> None:
         super().prepare(train)
         targets_LH = np.stack([self.shape.target_layers(hop) for hop in range(1, self.shape.horizon + 1)], axis=1)
         cluster_LE = torch.from_numpy(clusters_of(train, self.shape))
@@ -52,16 +52,19 @@ class Hierarchical(ContextPredictor):
         return predictor
 
 
-def clusters_of(routes: Routes, shape: Shape, seed: int = 0) -> Any:
+def clusters_of(source: RouteSource, shape: Shape, seed: int = 0) -> Any:
     """The cluster of each expert `[L, E]`: k-means over the experts' shares of joint selections within a layer."""
     from sklearn.cluster import KMeans
 
     count = min(CLUSTERS, shape.experts)
+    together_LEE = np.zeros((shape.layers, shape.experts, shape.experts))
+    for routes in each_group(source):
+        for layer in range(shape.layers):
+            ids_TK = routes.expert_ids_TLK[:, layer].astype(np.int64)
+            pairs = (ids_TK[:, :, None] * shape.experts + ids_TK[:, None, :]).reshape(-1)
+            together_LEE[layer] += np.bincount(pairs, minlength=shape.experts**2).reshape(shape.experts, shape.experts)
     made = np.zeros((shape.layers, shape.experts), dtype=np.int64)
-    for layer in range(shape.layers):
-        ids_TK = routes.expert_ids_TLK[:, layer].astype(np.int64)
-        pairs = (ids_TK[:, :, None] * shape.experts + ids_TK[:, None, :]).reshape(-1)
-        together_EE = np.bincount(pairs, minlength=shape.experts**2).reshape(shape.experts, shape.experts).astype(float)
+    for layer, together_EE in enumerate(together_LEE):
         np.fill_diagonal(together_EE, 0)
         share_EE = together_EE / np.maximum(together_EE.sum(1, keepdims=True), 1)
         # Fewer distinct profiles than clusters, as when an expert was never used with another, are fewer clusters.

@@ -26,11 +26,12 @@ class Hybrid(ContextPredictor):
     name: ClassVar[str] = "hybrid"
     about: ClassVar[str] = "512 shared features; a sigmoid head for h = 1, a transformer of 2 layers over h = 1..H"
     source: ClassVar[str] = "joint prediction of current and coming experts"
+    can_take_router_inputs: ClassVar[bool] = True
     default_width: ClassVar[int] = 64
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=6, batch_tokens=256, learning_rate=1.5e-3)
 
     def build(self, kinds: int) -> nn.Module:
-        return HybridNetwork(self.shape, kinds, self.form.context, self.form.width)
+        return HybridNetwork(self.shape, kinds, self.form.context, self.form.width, self.form.hidden)
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """Of all predictions, and of the first head alone."""
@@ -43,11 +44,11 @@ class Hybrid(ContextPredictor):
 class HybridNetwork(nn.Module):
     """See `Hybrid`."""
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int) -> None:
+    def __init__(self, shape: Shape, kinds: int, context: int, width: int, hidden: int = 0) -> None:
         one = Shape(layers=shape.layers, experts=shape.experts, top_k=shape.top_k, horizon=1, task=shape.task)
         super().__init__()
         self.shape = shape
-        self.embedding = ContextEmbedding(shape, kinds, context, width)
+        self.embedding = ContextEmbedding(shape, kinds, context, width, hidden)
         self.head = LayerHead(one, FEATURES)
         self.shared = nn.Sequential(
             nn.Linear(context * width, FEATURES), nn.GELU(), nn.Dropout(0.1), nn.Linear(FEATURES, FEATURES), nn.GELU()
@@ -60,9 +61,16 @@ class HybridNetwork(nn.Module):
         self.bias_LHE = nn.Parameter(torch.zeros(shape.layers, shape.horizon, shape.experts))
         self.out = nn.Parameter(torch.randn(shape.layers, inner, shape.experts) * 0.02)
 
-    def forward(self, ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor, with_first: bool = False) -> Any:
+    def forward(
+        self,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        row: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        with_first: bool = False,
+    ) -> Any:
         """Logits `[T, L, H, E]`; with_first: and those of the first head alone `[T, L, 1, E]`."""
-        features_TLD = self.shared(self.embedding(ids, weights, row).flatten(2))
+        features_TLD = self.shared(self.embedding(ids, weights, row, hidden).flatten(2))
         first_TLHE = self.head(features_TLD).float()
         steps = self.enter(features_TLD)[:, :, None] + self.position
         steps = self.encoder(steps.flatten(0, 1)).unflatten(0, features_TLD.shape[:2])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from speculation.options import TrainingOptions
-from speculation.predictors.neural import NeuralPredictor, relative_weights
+from speculation.predictors.neural import NeuralPredictor, RouterInputEmbedding, relative_weights
 from speculation.predictors.token_identity import token_rows
 from speculation.routes import Routes
 from speculation.tasks import Shape, Task
@@ -28,19 +28,20 @@ class MlpPredictor(NeuralPredictor):
     name: ClassVar[str] = "mlp"
     about: ClassVar[str] = "residual MLP over the routes of layers <= l, the preceding token's routes and the token"
     source: ClassVar[str] = "the usual small predictor, here over routes"
-    sees: ClassVar[str] = "routes of layers <= l, of the preceding token, which token it is"
+    sees: ClassVar[str] = "routes of layers <= l, of the preceding token, which token it is; or router inputs too"
     default_width: ClassVar[int] = 80
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.NEXT_LAYER})
+    can_take_router_inputs: ClassVar[bool] = True
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=30, batch_tokens=256, warm_up=0.05)
 
     def build(self, kinds: int) -> nn.Module:
-        return RouteNetwork(self.shape, kinds, self.form.width)
+        return RouteNetwork(self.shape, kinds, self.form.width, self.form.hidden)
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         previous_T = routes.previous_T[tokens_T]
         # A first token has no predecessor: its row is masked out.
         has_previous_T = (previous_T >= 0).astype(np.float32)
-        return {
+        inputs: dict[str, npt.NDArray[Any]] = {
             "ids_TLK": routes.expert_ids_TLK[tokens_T].astype(np.int64),
             "weights_TLK": relative_weights(routes.weights_TLK[tokens_T]) * self.shape.top_k,
             "previous_ids_TLK": routes.expert_ids_TLK[previous_T].astype(np.int64),
@@ -48,6 +49,7 @@ class MlpPredictor(NeuralPredictor):
             * (self.shape.top_k * has_previous_T)[:, None, None],
             "token_row_T": token_rows(self.keys, routes.token_keys_T[tokens_T]),
         }
+        return inputs | self.hidden_of(routes, tokens_T)
 
 
 class RouteNetwork(nn.Module):
@@ -57,7 +59,7 @@ class RouteNetwork(nn.Module):
 
     offset_L: torch.Tensor
 
-    def __init__(self, shape: Shape, kinds: int, width: int) -> None:
+    def __init__(self, shape: Shape, kinds: int, width: int, hidden: int = 0) -> None:
         super().__init__()
         self.shape = shape
         pairs = shape.layers * shape.experts
@@ -67,6 +69,7 @@ class RouteNetwork(nn.Module):
         self.previous_ahead = nn.Embedding(pairs, width)
         self.token = nn.Sequential(nn.Embedding(kinds, TOKEN_WIDTH), nn.Linear(TOKEN_WIDTH, width, bias=False))
         self.layer = nn.Embedding(shape.layers, width)
+        self.hidden = RouterInputEmbedding(shape.layers, hidden, width) if hidden else None
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * width, width)
@@ -88,6 +91,7 @@ class RouteNetwork(nn.Module):
         previous_ids_TLK: torch.Tensor,
         previous_weights_TLK: torch.Tensor,
         token_row_T: torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits `[T, L, H, E]`."""
         now, before = ids_TLK + self.offset_L, previous_ids_TLK + self.offset_L
@@ -98,6 +102,8 @@ class RouteNetwork(nn.Module):
         ahead_TLD = torch.cat([ahead_TLD[:, 1:], torch.zeros_like(ahead_TLD[:, :1])], dim=1)
         per_token_TD = previous_TD + self.token(token_row_T)
         state = seen_TLD + _weighted(self.current(now), weights_TLK) + ahead_TLD + per_token_TD[:, None] + self.layer.weight
+        if self.hidden is not None:
+            state = state + self.hidden(hidden)
         for block in self.blocks:
             state = state + block(state)
         logits = torch.einsum("tld,ldo->tlo", self.norm(state), self.head)

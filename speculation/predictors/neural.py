@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from profiler.errors import SpecmoeError
+from profiler.schema import MAX_HIDDEN_SIZE
 from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.predictors.token_identity import frequent_tokens, stored_keys
-from speculation.routes import Routes
-from speculation.tasks import Shape, targets
+from speculation.routes import Routes, RouteSource, router_input_scale, router_inputs_of
+from speculation.tasks import Shape, Task, targets
 from speculation.training import fit_network
 
 PREFIX = "network."
@@ -31,13 +32,15 @@ class Form:
 
     width: of its states. context: tokens whose routes it sees in order; 1 if it has no such context. uncertain_above: it sees
     all of these only where the last known token's routing is less certain than this, else two; None for always all.
-    shared_layers: one head for all layers. Raises `SpecmoeError` for what no network has.
+    shared_layers: one head for all layers. hidden: D, of the router inputs that it sees besides routes; 0 if none. Raises
+    `SpecmoeError` for what no network has.
     """
 
     width: int
     context: int = 1
     uncertain_above: float | None = None
     shared_layers: bool = False
+    hidden: int = 0
 
     def __post_init__(self) -> None:
         for name, size in (("width", self.width), ("context", self.context)):
@@ -46,6 +49,8 @@ class Form:
         limit = self.uncertain_above
         if limit is not None and not (isinstance(limit, int | float) and 0 <= limit <= 1):
             raise SpecmoeError(f"uncertain_above {limit!r}, expected 0 to 1")
+        if type(self.hidden) is not int or not 0 <= self.hidden <= MAX_HIDDEN_SIZE:
+            raise SpecmoeError(f"hidden {self.hidden!r}, expected 0 to {MAX_HIDDEN_SIZE:,}")
         if type(self.shared_layers) is not bool:
             raise SpecmoeError(f"shared_layers {self.shared_layers!r}, expected true or false")
 
@@ -76,7 +81,7 @@ class NeuralPredictor(Predictor):
         """C, the tokens whose routes the network sees in order; 1 if it has no such context."""
         return 1
 
-    def form_by(self, options: TrainingOptions, train: Routes) -> Form:
+    def form_by(self, options: TrainingOptions, train: RouteSource) -> Form:
         """The form that these options ask for. Raises `SpecmoeError` if this predictor has no such choice."""
         if options.shared_layers and not self.can_share:
             raise SpecmoeError(f"{self.name} has no head that could be shared: leave out --shared-layers")
@@ -84,6 +89,10 @@ class NeuralPredictor(Predictor):
             raise SpecmoeError(f"{self.name} has no context to choose: leave out --context and --adaptive-context")
         chosen = {"width": options.width, "context": options.context}
         sizes = {name: size for name, size in chosen.items() if size is not None}
+        if options.router_inputs:
+            if self.shape.task == Task.WHOLE_PATH:
+                raise SpecmoeError("whole-path knows nothing of the token's routers: leave out --router-inputs")
+            sizes["hidden"] = router_inputs_of(train.group(0), self.name).hidden_TLD.shape[2]
         return type(self)(self.shape, form=replace(self.form, **sizes, shared_layers=options.shared_layers)).form
 
     @abstractmethod
@@ -95,7 +104,12 @@ class NeuralPredictor(Predictor):
         """What the network's `forward` takes for these tokens, by name."""
 
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
         torch.manual_seed(options.seed)
         self.keys = frequent_tokens(train, self.max_kinds, at_least=2)
@@ -109,7 +123,7 @@ class NeuralPredictor(Predictor):
         self.prepare(train)
         return fit_network(self, train, validation, options, on_progress, out)
 
-    def prepare(self, train: Routes) -> None:
+    def prepare(self, train: RouteSource) -> None:
         """Set what the new network takes from the training routes before it is trained: where it starts from.
 
         That is the popularity baseline: the log-odds of each expert's frequency.
@@ -117,6 +131,19 @@ class NeuralPredictor(Predictor):
         log_odds_LE = torch.logit(torch.from_numpy(expert_frequency(train, self.shape)), eps=1e-4).numpy()
         bias: Any = self.network.bias_LHE
         bias.data.copy_(torch.from_numpy(at_targets(log_odds_LE, self.shape)))
+        for module in self.network.modules():
+            if isinstance(module, RouterInputEmbedding):
+                module.scale.copy_(torch.from_numpy(router_input_scale(train, self.name)))
+
+    @property
+    def takes_router_inputs(self) -> bool:
+        return self.needs_router_inputs or self.form.hidden > 0
+
+    def hidden_of(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        """The router inputs of these tokens as the network's input `hidden` `[T, L, D]`, if it takes them."""
+        if not self.form.hidden:
+            return {}
+        return {"hidden": router_inputs_of(routes, self.name, self.form.hidden).hidden_TLD[tokens_T].astype(np.float32)}
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """Mean binary cross-entropy over the experts of all valid predictions."""
@@ -222,6 +249,21 @@ class PairEmbedding(nn.Module):
         rows = (ids_TLK + self.offset_L1).view(-1, top_k)
         weights = weights_TLK.reshape(-1, top_k).to(self.table.dtype)
         return nn.functional.embedding_bag(rows, self.table, per_sample_weights=weights, mode="sum").view(tokens, layers, -1)
+
+
+class RouterInputEmbedding(nn.Module):
+    """Router inputs `[T, L, D]`, each in the units of the training tokens, to states of all layers alike."""
+
+    scale: torch.Tensor
+
+    def __init__(self, layers: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(layers, hidden))
+        self.rise = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, hidden_TLD: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.rise(hidden_TLD * self.scale)
+        return states
 
 
 class Block(nn.Module):

@@ -11,8 +11,7 @@ import numpy.typing as npt
 from profiler.errors import SpecmoeError
 from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
-from speculation.router_inputs import RouterInputs
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource, router_inputs_of
 from speculation.tasks import Shape, Task
 
 MAX_WIDTH = 65_536
@@ -40,9 +39,14 @@ class NextGate(Predictor):
         self._correction_LE = np.full((shape.layers, shape.experts), np.nan, dtype=np.float32)
 
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
-        inputs = router_inputs_of(self, train)
+        inputs = router_inputs_of(train.group(0), self.name)
         self._weight_LED, self._bias_LE = inputs.weight_LED.astype(np.float16).astype(np.float32), inputs.bias_LE
         if inputs.correction_LE is not None:
             self._correction_LE = inputs.correction_LE
@@ -50,7 +54,7 @@ class NextGate(Predictor):
 
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
         shape = self.shape
-        hidden_TLD = router_inputs_of(self, routes).hidden_TLD[tokens].astype(np.float32)
+        hidden_TLD = router_inputs_of(routes, self.name, self._weight_LED.shape[2]).hidden_TLD[tokens].astype(np.float32)
         result_TLHE = np.zeros((len(hidden_TLD), shape.layers, shape.horizon, shape.experts), dtype=np.float32)
         for hop in range(1, shape.horizon + 1):
             for layer, target in enumerate(shape.target_layers(hop)):
@@ -86,10 +90,3 @@ class NextGate(Predictor):
         if "correction_LE" in arrays:
             predictor._correction_LE = expected_array(arrays, "correction_LE", (shape.layers, shape.experts))
         return predictor
-
-
-def router_inputs_of(predictor: Predictor, routes: Routes) -> RouterInputs:
-    """The routes' router inputs. Raises `SpecmoeError` if there are none."""
-    if routes.router is None:
-        raise SpecmoeError(f"{predictor.name} needs router inputs: a trace collected with --capture-hidden of all MoE layers")
-    return routes.router

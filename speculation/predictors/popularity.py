@@ -11,7 +11,7 @@ import numpy.typing as npt
 from analysis.load import count_experts
 from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource, each_group
 from speculation.tasks import Shape
 
 
@@ -28,7 +28,12 @@ class Popularity(Predictor):
         self._probability_LE = np.full((shape.layers, shape.experts), shape.top_k / shape.experts, dtype=np.float32)
 
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
         self._probability_LE = expert_frequency(train, self.shape)
         return []
@@ -47,9 +52,10 @@ class Popularity(Predictor):
         return predictor
 
 
-def expert_frequency(routes: Routes, shape: Shape) -> npt.NDArray[np.float32]:
+def expert_frequency(source: RouteSource, shape: Shape) -> npt.NDArray[np.float32]:
     """Share of tokens that select each expert `[L, E]`; a row sums to K."""
-    return np.asarray(count_experts(routes.expert_ids_TLK, shape.experts) / len(routes), dtype=np.float32)
+    counts_LE = sum(count_experts(routes.expert_ids_TLK, shape.experts) for routes in each_group(source))
+    return np.asarray(counts_LE / len(source), dtype=np.float32)
 
 
 def at_targets(values_LX: npt.NDArray[Any], shape: Shape) -> npt.NDArray[Any]:

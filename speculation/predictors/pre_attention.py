@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,8 +13,7 @@ from torch import nn
 from profiler.errors import SpecmoeError
 from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors.neural import Form, NeuralPredictor
-from speculation.predictors.next_gate import router_inputs_of
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource, router_input_scale, router_inputs_of
 from speculation.tasks import Shape, Task
 
 
@@ -36,23 +36,25 @@ class PreAttention(NeuralPredictor):
         return LinearNetwork(self.shape, self.form.width)
 
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Any = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
         if options.width is not None:
             raise SpecmoeError(f"{self.name} is as wide as the router inputs: leave out --width")
-        self.form = Form(width=int(router_inputs_of(self, train).hidden_TLD.shape[2]))
+        self.form = Form(width=router_inputs_of(train.group(0), self.name).hidden_TLD.shape[2])
         return super().fit(train, validation, options, on_progress, out)
 
-    def prepare(self, train: Routes) -> None:
+    def prepare(self, train: RouteSource) -> None:
         super().prepare(train)
-        # In the units of the training tokens: models differ in the size of their activations.
-        hidden_TLD = router_inputs_of(self, train).hidden_TLD
-        deviation = np.stack([hidden_TLD[:, layer].astype(np.float32).std(0) for layer in range(self.shape.layers)])
         scale: Any = self.network.scale
-        scale.copy_(torch.from_numpy(1 / np.maximum(deviation, 1e-4)))
+        scale.copy_(torch.from_numpy(router_input_scale(train, self.name)))
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
-        return {"hidden": router_inputs_of(self, routes).hidden_TLD[tokens_T].astype(np.float32)}
+        return {"hidden": router_inputs_of(routes, self.name, self.form.width).hidden_TLD[tokens_T].astype(np.float32)}
 
     @classmethod
     def parameters_for(cls, shape: Shape) -> int | None:

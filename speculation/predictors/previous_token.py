@@ -11,7 +11,7 @@ import numpy.typing as npt
 from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import at_targets, expert_frequency
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource, each_group
 from speculation.tasks import Shape, Task, targets
 
 
@@ -33,27 +33,38 @@ class PreviousToken(Predictor):
         self._again_LHK = np.zeros((shape.layers, shape.horizon, shape.top_k), dtype=np.float32)
 
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
         shape, experts = self.shape, self.shape.experts
         self._popularity_LHE = at_targets(expert_frequency(train, shape), shape)
-        tokens_T = np.arange(len(train))
-        known_T = last_known(train, shape, tokens_T)
-        for hop in range(1, shape.horizon + 1):
-            true = targets(train, shape, tokens_T, hop)
-            for layer, target in enumerate(shape.target_layers(hop)):
-                if target < 0:
-                    continue
-                chosen_T = np.flatnonzero(true.is_valid_TL[:, layer] & (known_T >= 0))
-                now_TK = true.ids_TLK[chosen_T, layer].astype(np.int64)
-                before_TK = train.expert_ids_TLK[known_T[chosen_T], target].astype(np.int64)
-                is_again_TKK = before_TK[:, :, None] == now_TK[:, None, :]
-                tokens = len(chosen_T)
-                self._again_LHK[layer, hop - 1] = (is_again_TKK.any(2).sum(0) + 0.5) / (tokens + 1)
-                new_E = np.bincount(now_TK[~is_again_TKK.any(1)], minlength=experts)
-                absent_E = tokens - np.bincount(before_TK.reshape(-1), minlength=experts)
-                prior_E = self._popularity_LHE[layer, hop - 1]
-                self._others_LHE[layer, hop - 1] = (new_E + prior_E) / (absent_E + 1)
+        tokens_LH = np.zeros((shape.layers, shape.horizon), dtype=np.int64)
+        again_LHK = np.zeros(self._again_LHK.shape, dtype=np.int64)
+        new_LHE, before_LHE = (np.zeros(self._others_LHE.shape, dtype=np.int64) for _ in range(2))
+        for routes in each_group(train):
+            tokens_T = np.arange(len(routes))
+            known_T = last_known(routes, shape, tokens_T)
+            for hop in range(1, shape.horizon + 1):
+                true = targets(routes, shape, tokens_T, hop)
+                for layer, target in enumerate(shape.target_layers(hop)):
+                    if target < 0:
+                        continue
+                    chosen_T = np.flatnonzero(true.is_valid_TL[:, layer] & (known_T >= 0))
+                    now_TK = true.ids_TLK[chosen_T, layer].astype(np.int64)
+                    before_TK = routes.expert_ids_TLK[known_T[chosen_T], target].astype(np.int64)
+                    is_again_TKK = before_TK[:, :, None] == now_TK[:, None, :]
+                    tokens_LH[layer, hop - 1] += len(chosen_T)
+                    again_LHK[layer, hop - 1] += is_again_TKK.any(2).sum(0)
+                    new_LHE[layer, hop - 1] += np.bincount(now_TK[~is_again_TKK.any(1)], minlength=experts)
+                    before_LHE[layer, hop - 1] += np.bincount(before_TK.reshape(-1), minlength=experts)
+        is_about_LH1 = at_targets(np.ones((shape.layers, 1), dtype=np.float32), shape)
+        absent_LHE = tokens_LH[:, :, None] - before_LHE
+        self._again_LHK = (is_about_LH1 * (again_LHK + 0.5) / (tokens_LH[:, :, None] + 1)).astype(np.float32)
+        self._others_LHE = (is_about_LH1 * (new_LHE + self._popularity_LHE) / (absent_LHE + 1)).astype(np.float32)
         return []
 
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from speculation.options import Epochs, Progress, TrainingOptions
-from speculation.predictors import Arrays, Predictor, expected_array
+from speculation.predictors import Arrays, Predictor, expected_array, whole
 from speculation.predictors.backoff_counts import BackoffCounts
 from speculation.predictors.conditional_counts import ConditionalCounts
 from speculation.predictors.popularity import at_targets, expert_frequency
 from speculation.predictors.previous_token import PreviousToken
 from speculation.predictors.token_identity import TokenIdentity
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource
 from speculation.tasks import Shape, targets
 
 MEMBERS: tuple[type[Predictor], ...] = (ConditionalCounts, BackoffCounts, PreviousToken, TokenIdentity)
@@ -44,20 +44,25 @@ class ProductOfExperts(Predictor):
         self._weight_LHM = np.zeros((shape.layers, shape.horizon, len(MEMBERS) + 1), dtype=np.float32)
 
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
-        shape = self.shape
-        self._popularity_LHE = _log_odds(at_targets(expert_frequency(train, shape), shape))
+        shape, routes = self.shape, whole(self, train)
+        self._popularity_LHE = _log_odds(at_targets(expert_frequency(routes, shape), shape))
         for member in self._members:
-            member.fit(train, None, options, on_progress)
+            member.fit(routes, None, options, on_progress)
         # Counts know their own tokens too well: the weights are of counts that have not seen the sample's problems.
-        is_held_out_T = np.isin(train.problem_ids_T, np.unique(train.problem_ids_T)[::5])
-        judges, sample = self._members, train
+        is_held_out_T = np.isin(routes.problem_ids_T, routes.problem_ids[::5])
+        judges, sample = self._members, routes
         if not is_held_out_T.all():
-            sample = train.of_problems(is_held_out_T)
+            sample = routes.of_problems(is_held_out_T)
             judges = [cls(shape) for cls in MEMBERS]
             for judge in judges:
-                judge.fit(train.of_problems(~is_held_out_T), None, options, on_progress)
+                judge.fit(routes.of_problems(~is_held_out_T), None, options, on_progress)
         per_token = shape.layers * shape.horizon * shape.experts * len(MEMBERS)
         stop = min(len(sample), SAMPLE_TOKENS, max(1, SAMPLE_NUMBERS // per_token))
         changes_TLHEM = self._changes(judges, sample, slice(0, stop))

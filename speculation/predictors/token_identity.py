@@ -13,7 +13,7 @@ from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor, expected_array
 from speculation.predictors.popularity import expert_frequency
 from speculation.repeats import UNKNOWN_TOKEN
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource, each_group
 from speculation.tasks import MAX_TABLE, Shape, Task, targets
 
 # Kinds of tokens with a row of their own, the most frequent ones.
@@ -40,29 +40,38 @@ class TokenIdentity(Predictor):
         self._probability_VSLE = np.zeros((len(self._keys) + 1, self._steps, shape.layers, shape.experts), dtype=np.float32)
 
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
         shape = self.shape
         row_numbers = shape.layers * shape.experts * self._steps
         self._keys = frequent_tokens(train, most=min(MAX_KINDS, MAX_TABLE // row_numbers - 1), at_least=1)
         popularity_LE = expert_frequency(train, shape)
-        counts_VSLE = np.zeros((len(self._keys) + 1, self._steps, shape.layers, shape.experts), dtype=np.float32)
-        row_T = token_rows(self._keys, train.token_keys_T)
-        tokens_T = np.arange(len(train))
-        for step in range(self._steps):
-            # The token itself, at every layer; or the one that is step + 1 later.
-            ids_TLK, row_N = train.expert_ids_TLK, row_T
-            if shape.task == Task.NEXT_TOKEN:
-                true = targets(train, shape, tokens_T, step + 1)
-                ids_TLK, row_N = true.ids_TLK[true.is_valid_TL[:, 0]], row_T[true.is_valid_TL[:, 0]]
-            tokens_V = np.bincount(row_N, minlength=len(counts_VSLE))
-            for layer in range(shape.layers):
-                cells = row_N[:, None] * shape.experts + ids_TLK[:, layer].astype(np.int64)
-                count = np.bincount(cells.reshape(-1), minlength=len(counts_VSLE) * shape.experts)
-                smoothed_VE = count.reshape(-1, shape.experts) + PRIOR_TOKENS * popularity_LE[layer]
-                counts_VSLE[:, step, layer] = smoothed_VE / (tokens_V + PRIOR_TOKENS)[:, None]
-        counts_VSLE[0] = popularity_LE
-        self._probability_VSLE = counts_VSLE
+        # Of tokens: float32 counts exactly up to 16 million per cell.
+        table_VSLE = np.zeros((len(self._keys) + 1, self._steps, shape.layers, shape.experts), dtype=np.float32)
+        tokens_VS = np.zeros(table_VSLE.shape[:2], dtype=np.int64)
+        for routes in each_group(train):
+            row_T = token_rows(self._keys, routes.token_keys_T)
+            for step in range(self._steps):
+                # The token itself, at every layer; or the one that is step + 1 later.
+                ids_TLK, row_N = routes.expert_ids_TLK, row_T
+                if shape.task == Task.NEXT_TOKEN:
+                    true = targets(routes, shape, np.arange(len(routes)), step + 1)
+                    ids_TLK, row_N = true.ids_TLK[true.is_valid_TL[:, 0]], row_T[true.is_valid_TL[:, 0]]
+                tokens_VS[:, step] += np.bincount(row_N, minlength=len(table_VSLE))
+                for layer in range(shape.layers):
+                    cells = row_N[:, None] * shape.experts + ids_TLK[:, layer].astype(np.int64)
+                    count = np.bincount(cells.reshape(-1), minlength=len(table_VSLE) * shape.experts)
+                    table_VSLE[:, step, layer] += count.reshape(-1, shape.experts)
+        for row in range(len(table_VSLE)):
+            prior_SLE = PRIOR_TOKENS * popularity_LE[None]
+            table_VSLE[row] = (table_VSLE[row] + prior_SLE) / (tokens_VS[row] + PRIOR_TOKENS)[:, None, None]
+        table_VSLE[0] = popularity_LE
+        self._probability_VSLE = table_VSLE
         return []
 
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
@@ -93,9 +102,12 @@ class TokenIdentity(Predictor):
         return predictor
 
 
-def frequent_tokens(routes: Routes, most: int, at_least: int) -> npt.NDArray[np.int64]:
+def frequent_tokens(source: RouteSource, most: int, at_least: int) -> npt.NDArray[np.int64]:
     """Keys of the most frequent tokens, ascending; of those that occur at least so often."""
-    keys, counts = np.unique(routes.token_keys_T[routes.token_keys_T != UNKNOWN_TOKEN], return_counts=True)
+    found = [np.unique(routes.token_keys_T, return_counts=True) for routes in each_group(source)]
+    keys, place_N = np.unique(np.concatenate([keys for keys, _ in found]), return_inverse=True)
+    counts = np.bincount(place_N, np.concatenate([counts for _, counts in found]), len(keys)).astype(np.int64)
+    keys, counts = keys[keys != UNKNOWN_TOKEN], counts[keys != UNKNOWN_TOKEN]
     keys, counts = keys[counts >= at_least], counts[counts >= at_least]
     return np.sort(keys[np.argsort(-counts, kind="stable")[: max(0, most)]])
 

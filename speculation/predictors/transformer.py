@@ -26,12 +26,14 @@ class Transformer(ContextPredictor):
     about: ClassVar[str] = "transformer of 6 layers over the model's layers; losses for the set and for the strongest expert"
     source: ClassVar[str] = "the usual large predictor, here over routes"
     can_share: ClassVar[bool] = True
+    can_take_router_inputs: ClassVar[bool] = True
     width_multiple: ClassVar[int] = 8
     default_width: ClassVar[int] = 512
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=2, batch_tokens=128, learning_rate=3e-4, warm_up=0.1)
 
     def build(self, kinds: int) -> nn.Module:
-        return TransformerNetwork(self.shape, kinds, self.form.context, self.form.width, is_shared=self.form.shared_layers)
+        form = self.form
+        return TransformerNetwork(self.shape, kinds, form.context, form.width, form.hidden, is_shared=form.shared_layers)
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         true_TLHE, is_valid_TLH = self.truth(routes, tokens_T)
@@ -48,8 +50,8 @@ class Transformer(ContextPredictor):
 class TransformerNetwork(ContextNetwork):
     """See `Transformer`."""
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int, *, is_shared: bool = False) -> None:
-        super().__init__(shape, kinds, context, width, is_shared=is_shared)
+    def __init__(self, shape: Shape, kinds: int, context: int, width: int, hidden: int = 0, *, is_shared: bool = False) -> None:
+        super().__init__(shape, kinds, context, width, hidden=hidden, is_shared=is_shared)
         self.join = nn.Linear(context * width, width)
         self.encoder = Encoder(shape, width, depth=6, heads=8)
 

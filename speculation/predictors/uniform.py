@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from speculation.options import Epochs, Progress, TrainingOptions
 from speculation.predictors import Arrays, Predictor
-from speculation.routes import Routes
+from speculation.routes import Routes, RouteSource
 from speculation.tasks import Shape
 
 
@@ -23,7 +23,12 @@ class Uniform(Predictor):
     sees: ClassVar[str] = "nothing"
 
     def fit(
-        self, train: Routes, validation: Routes | None, options: TrainingOptions, on_progress: Progress, out: Path | None = None
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
     ) -> Epochs:
         return []
 

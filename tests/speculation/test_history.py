@@ -163,6 +163,9 @@ def test_what_cannot_be_told_or_predicted_is_named(tmp_path: Path) -> None:
     for wrong in ([0, 8], [0], [-1, 2]):
         with pytest.raises(SpecmoeError, match="expected 2 from 0 to 7"):
             history.add(wrong)
+    for ids, weights in (([3, 3], None), ([0, 1], [float("nan"), 1.0])):
+        with pytest.raises(SpecmoeError, match="expected different ones, and finite weights"):
+            history.add(ids, weights)
     history.add([0, 1])
     with pytest.raises(SpecmoeError, match="token 0 has routes of 1 layers, expected 4"):
         history.begin(6)

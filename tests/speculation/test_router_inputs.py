@@ -16,19 +16,26 @@ from profiler.reader import Trace
 from profiler.schema import values_schema
 from profiler.writer import BlockWriter, write_manifest
 from speculation.evaluate import evaluate
+from speculation.groups import RouteGroups
 from speculation.history import History
 from speculation.options import TrainingOptions
 from speculation.predictors import predictor_classes
 from speculation.predictors.next_gate import NextGate
-from speculation.routes import load_routes
+from speculation.routes import each_group, load_routes, router_input_scale
 from speculation.runs import load_run
-from speculation.tasks import Shape
+from speculation.tasks import Shape, Task
 from speculation.train import train
 
 Make = Callable[..., Trace]
-NAMES = [name for name, cls in predictor_classes().items() if cls.needs_router_inputs]
+NAMES = [name for name, cls in predictor_classes().items() if cls.needs_router_inputs or cls.can_take_router_inputs]
 PROBLEMS, TOKENS, LAYERS, EXPERTS, WIDTH = 40, 30, 4, 8, 16
 OPTIONS = TrainingOptions(epochs=12, batch_tokens=64, dropout=0.0, learning_rate=2e-2, average=50)
+
+
+def options_of(name: str, **others: Any) -> TrainingOptions:
+    """Of a predictor that takes router inputs: those that can do without are told to."""
+    cls = predictor_classes()[name]
+    return replace(OPTIONS, **({} if cls.needs_router_inputs else {"router_inputs": True, "width": 32}), **others)
 
 
 def make_routed(make_trace: Make, drift: float, *, layers: list[int] | None = None, recorded: int = PROBLEMS) -> Trace:
@@ -70,7 +77,8 @@ def test_a_stream_that_does_not_drift_is_predicted_without_training(make_trace: 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_drifting_stream_is_predicted_in_part(name: str, make_trace: Make, tmp_path: Path) -> None:
     trace = make_routed(make_trace, drift=0.5)
-    run = train(trace, name, tmp_path / "run", horizon=2, options=OPTIONS)
+    run = train(trace, name, tmp_path / "run", horizon=2, options=options_of(name))
+    assert run.predictor.takes_router_inputs
     document = evaluate(run, trace)
     recall = {each: result["metrics"]["h=1"]["recall@2"] for each, result in document["results"].items()}
     farther = document["results"][name]["metrics"]["h=2"]["recall@2"]
@@ -87,7 +95,7 @@ def test_nothing_later_is_seen(name: str, make_trace: Make) -> None:
     trace = make_routed(make_trace, drift=0.5)
     routes = load_routes(trace, "train", router_inputs=True)
     predictor = predictor_classes()[name](Shape(layers=LAYERS, experts=EXPERTS, top_k=2, horizon=1))
-    predictor.fit(routes, None, replace(OPTIONS, epochs=1), lambda *_: None)
+    predictor.fit(routes, None, options_of(name, epochs=1), lambda *_: None)
     before = predictor.probabilities(routes, slice(5, 6)).copy()
     assert routes.router is not None
     hidden = routes.router.hidden_TLD.copy()
@@ -104,13 +112,14 @@ def test_a_runtime_tells_router_inputs_too(name: str, make_trace: Make) -> None:
     routes = load_routes(trace, "train", router_inputs=True)
     assert routes.router is not None
     predictor = predictor_classes()[name](Shape(layers=LAYERS, experts=EXPERTS, top_k=2, horizon=1))
-    predictor.fit(routes, None, replace(OPTIONS, epochs=1), lambda *_: None)
+    predictor.fit(routes, None, options_of(name, epochs=1), lambda *_: None)
     history, silent = History(predictor.shape), History(predictor.shape)
     for token in range(4):
         expected = predictor.probabilities(routes, slice(token, token + 1))[0]
-        history.begin(None)
+        history.begin(int(routes.token_keys_T[token]))
         for layer in range(LAYERS):
-            history.add(routes.expert_ids_TLK[token, layer], None, routes.router.hidden_TLD[token, layer])
+            told = (array[token, layer] for array in (routes.expert_ids_TLK, routes.weights_TLK, routes.router.hidden_TLD))
+            history.add(*told)
             if layer < LAYERS - 1:
                 prediction = predictor.predict(history)
                 found = np.take_along_axis(expected[layer], prediction.expert_ids, -1)
@@ -171,3 +180,29 @@ def test_traces_without_them_are_told_how(make_trace: Make, random_problems: Any
     (whole.path / "gates.safetensors").write_bytes(b"no tensors")
     with pytest.raises(TraceError, match="cannot be read"):
         load_routes(Trace.open(whole.path, allow_incomplete=True), "all", router_inputs=True)
+
+
+def test_who_has_no_use_for_them_says_so(make_trace: Make, tmp_path: Path) -> None:
+    trace = make_routed(make_trace, drift=0.5)
+    with pytest.raises(SpecmoeError, match="popularity has no use for router inputs: leave out --router-inputs"):
+        train(trace, "popularity", tmp_path / "run", options=TrainingOptions(router_inputs=True))
+    with pytest.raises(SpecmoeError, match="whole-path knows nothing of the token's routers: leave out --router-inputs"):
+        train(trace, "hybrid", tmp_path / "run", task=Task.WHOLE_PATH, options=options_of("hybrid"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_router_inputs_come_by_groups_too(make_trace: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("profiler.writer.ROWS_PER_GROUP", LAYERS * 45)
+    monkeypatch.setattr("profiler.writer.ROWS_PER_FILE", LAYERS * 45)
+    trace = make_routed(make_trace, drift=0.5, recorded=20)
+    groups, whole = RouteGroups(trace, "all", 5, router_inputs=True), load_routes(trace, "all", router_inputs=True)
+    # Of six, the last ones have none.
+    assert 1 < len(groups.group_tokens) < 6
+    assert groups.group_tokens == [len(routes) for routes in each_group(groups)]
+    assert (groups.problem_ids == whole.problem_ids).all()
+    found, expected = (router_input_scale(source, "mlp") for source in (groups, whole))
+    assert found == pytest.approx(expected)
+    assert whole.router is not None
+    assert expected[1] == pytest.approx(1 / whole.router.hidden_TLD[:, 1].astype(np.float64).std(0))
+    run = train(trace, "pre-attention", tmp_path / "run", options=replace(OPTIONS, shards_per_group=5))
+    assert len(run.trained_on) < 20

@@ -14,6 +14,7 @@ from profiler.errors import SpecmoeError
 from profiler.reader import Trace
 from speculation.evaluate import evaluate
 from speculation.predictors import find_predictor
+from speculation.routes import load_routes
 from speculation.train import train
 
 Make = Callable[..., Trace]
@@ -63,6 +64,13 @@ def test_a_resumed_training_ends_with_the_very_same_weights(accumulate: int, tra
     assert [line.split(",")[0] for line in lines] == ["epoch", "1", "2", "3", "4"]
     with pytest.raises(SpecmoeError, match="is finished: nothing to resume"):
         train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
+
+
+def test_more_steps_per_update_than_there_are(trace: Trace, tmp_path: Path) -> None:
+    steps = OPTIONS.epochs * -(-len(load_routes(trace, "train")) // OPTIONS.batch_tokens)
+    with pytest.raises(SpecmoeError, match=f"--accumulate 1000: the training has only {steps} steps"):
+        train(trace, "mlp", tmp_path / "run", options=replace(OPTIONS, accumulate=1000))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_broken_checkpoint_is_named(trace: Trace, tmp_path: Path) -> None:
