@@ -14,6 +14,7 @@ PRICES_OF = "November 2026"
 class Gpu:
     """One GPU. Memory in GB, bandwidth in GB/s, dense BF16 in TFLOP/s, from the makers' data sheets.
 
+    link: to the host, GB/s one way: 16 lanes of PCIe 4 (16 GT/s, 128b/130b) or 5.
     dollars_per_hour: on Modal (modal.com/pricing), None where Modal does not have it.
     """
 
@@ -21,6 +22,7 @@ class Gpu:
     memory: int
     bandwidth: int
     tflops: int
+    link: float = 31.5
     dollars_per_hour: float | None = None
 
 
@@ -35,9 +37,9 @@ GPUS: dict[str, Gpu] = {
         Gpu(name="L40S", memory=48, bandwidth=864, tflops=362, dollars_per_hour=1.95),
         Gpu(name="A100-40GB", memory=40, bandwidth=1555, tflops=312, dollars_per_hour=2.10),
         Gpu(name="A100-80GB", memory=80, bandwidth=2039, tflops=312, dollars_per_hour=2.50),
-        Gpu(name="H100", memory=80, bandwidth=3350, tflops=989, dollars_per_hour=3.95),
-        Gpu(name="H200", memory=141, bandwidth=4800, tflops=989, dollars_per_hour=4.54),
-        Gpu(name="B200", memory=180, bandwidth=8000, tflops=2250, dollars_per_hour=6.25),
+        Gpu(name="H100", memory=80, bandwidth=3350, tflops=989, link=63.0, dollars_per_hour=3.95),
+        Gpu(name="H200", memory=141, bandwidth=4800, tflops=989, link=63.0, dollars_per_hour=4.54),
+        Gpu(name="B200", memory=180, bandwidth=8000, tflops=2250, link=63.0, dollars_per_hour=6.25),
     )
 }
 

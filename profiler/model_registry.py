@@ -33,7 +33,8 @@ class ModelEntry:
     checkpoints: precision -> hub id, the one as published first. quantizable: precisions that `modal_jobs/quantize.py` makes.
     parameters, active: billions, in all and for one token. context: tokens of a sequence. hidden: D.
     kv_bytes: keys and values of one token, 16 bits.
-    shared: experts that every token uses; they are not routed. renormalized: None where the config does not say.
+    expert_width: of a routed expert's hidden layer. shared: experts that every token uses; they are not routed.
+    renormalized: None where the config does not say.
     gated: precisions whose repository wants an account that accepted the model's terms (Mixtral's did in 2024).
     remote_code: its config is Python code of the repository.
     small_gpus: GPU -> (precision of bitsandbytes, batch), for the transformers engine.
@@ -49,6 +50,7 @@ class ModelEntry:
     renormalized: bool | None
     context: int
     hidden: int
+    expert_width: int
     parameters: float
     active: float
     kv_bytes: int
@@ -94,6 +96,7 @@ _MIXTRAL = ModelEntry(
     renormalized=True,
     context=32768,
     hidden=4096,
+    expert_width=14336,
     parameters=46.7,
     active=12.9,
     kv_bytes=2 * 32 * 8 * 128 * 2,
@@ -110,6 +113,7 @@ _QWEN = ModelEntry(
     renormalized=False,
     context=8192,
     hidden=2048,
+    expert_width=1408,
     parameters=14.3,
     active=2.7,
     kv_bytes=2 * 24 * 16 * 128 * 2,
@@ -150,6 +154,7 @@ MODELS: dict[str, ModelEntry] = {
             renormalized=False,
             context=4096,
             hidden=2048,
+            expert_width=1408,
             parameters=16.4,
             active=2.8,
             kv_bytes=2 * 28 * 16 * 128 * 2,
@@ -173,6 +178,7 @@ MODELS: dict[str, ModelEntry] = {
             renormalized=False,
             context=32768,
             hidden=2048,
+            expert_width=1408,
             parameters=15.7,
             active=2.4,
             # Multi-head latent attention: a latent of 512 and a rotary key of 64 for each layer.
@@ -188,6 +194,7 @@ MODELS: dict[str, ModelEntry] = {
             renormalized=False,
             context=4096,
             hidden=2048,
+            expert_width=1024,
             parameters=6.9,
             active=1.3,
             kv_bytes=2 * 16 * 16 * 128 * 2,
@@ -205,6 +212,7 @@ MODELS: dict[str, ModelEntry] = {
             renormalized=True,
             context=40960,
             hidden=2048,
+            expert_width=768,
             parameters=30.5,
             active=3.3,
             kv_bytes=2 * 48 * 4 * 128 * 2,
@@ -221,6 +229,7 @@ MODELS: dict[str, ModelEntry] = {
             renormalized=None,
             context=131072,
             hidden=4096,
+            expert_width=6400,
             parameters=41.9,
             active=6.6,
             kv_bytes=2 * 32 * 8 * 128 * 2,
@@ -234,6 +243,7 @@ MODELS: dict[str, ModelEntry] = {
             renormalized=True,
             context=131072,
             hidden=2880,
+            expert_width=2880,
             parameters=20.9,
             active=3.6,
             kv_bytes=2 * 24 * 8 * 64 * 2,

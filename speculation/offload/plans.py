@@ -1,0 +1,199 @@
+"""What is fetched ahead, and when: a predictor's answers as a plan for the simulation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from profiler.errors import SpecmoeError
+from speculation.offload.requests import Requests
+from speculation.predictors import Predictor
+from speculation.routes import Routes
+from speculation.tasks import Shape, Task
+
+# Predictions are made for so many tokens at a time: E float32 for each layer and horizon.
+PREDICTED_NUMBERS = 1 << 25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Experts to fetch, in the order in which they are asked for.
+
+    What is known after layer l of step s (l = -1: before the first) is from `starts_Q[s * (L + 1) + l + 1]` to the next entry:
+    layers_N, from L on those of the next step, and experts_N.
+    """
+
+    starts_Q: npt.NDArray[np.int64]
+    layers_N: npt.NDArray[np.int32]
+    experts_N: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The best m experts of each prediction: ids_TLHM `[T, L, H, m]`, -1 for none, and their scores."""
+
+    ids_TLHM: npt.NDArray[np.int32]
+    scores_TLHM: npt.NDArray[np.float32]
+
+
+def no_plan(requests: Requests) -> Plan:
+    """Nothing is fetched ahead."""
+    empty = np.zeros(0, dtype=np.int32)
+    return Plan(np.zeros(requests.steps * (requests.layers + 1) + 1, dtype=np.int64), empty, empty)
+
+
+def ranked(predictor: Predictor, routes: Routes, experts: int, threshold: float = 0.0) -> Ranked:
+    """The `experts` likeliest of each prediction, of those that are at least as likely as `threshold`."""
+    shape = predictor.shape
+    per_token = shape.layers * shape.horizon * shape.experts
+    most = min(experts, shape.experts)
+    ids, scores = [], []
+    at_once = max(1, PREDICTED_NUMBERS // per_token)
+    for start in range(0, len(routes), at_once):
+        found_TLHE = predictor.probabilities(routes, slice(start, start + at_once))
+        order = np.argpartition(-found_TLHE, most - 1, axis=-1)[..., :most]
+        best = np.take_along_axis(found_TLHE, order, -1)
+        inner = np.argsort(-best, axis=-1, kind="stable")
+        best = np.take_along_axis(best, inner, -1)
+        chosen = np.take_along_axis(order, inner, -1)
+        ids.append(np.where(best >= threshold, chosen, -1).astype(np.int32))
+        scores.append(best.astype(np.float32))
+    return Ranked(np.concatenate(ids), np.concatenate(scores))
+
+
+def plan_of(best: Ranked, shape: Shape, requests: Requests) -> Plan:
+    """What a predictor's best guesses ask for; of several tokens in a step, together, the best of all first.
+
+    next-layer: after layer l, of layers l + 1 to l + H. whole-path: before the first layer, of all layers. next-token: after
+    the last layer, of all layers of the step that follows; later steps are left out.
+    """
+    layers, hops = shape.layers, shape.horizon
+    point_LH = np.empty((layers, hops), dtype=np.int64)
+    target_LH = np.full((layers, hops), -1, dtype=np.int64)
+    for hop in range(1, hops + 1):
+        if shape.task == Task.NEXT_LAYER:
+            point_LH[:, hop - 1] = np.arange(layers) + 1
+            target_LH[:, hop - 1] = shape.target_layers(hop)
+        elif shape.task == Task.WHOLE_PATH:
+            point_LH[:, hop - 1] = 0
+            target_LH[:, hop - 1] = np.arange(layers)
+        else:
+            point_LH[:, hop - 1] = layers
+            target_LH[:, hop - 1] = layers + np.arange(layers) if hop == 1 else -1
+    return _planned(best, point_LH, target_LH, requests)
+
+
+def popularity_plan(probability_LE: npt.NDArray[np.floating[Any]], experts: int, horizon: int, requests: Requests) -> Plan:
+    """The most popular experts of each layer, asked for `horizon` layers ahead, over the end of a step too."""
+    layers = requests.layers
+    top_LM = np.argsort(-probability_LE, axis=1, kind="stable")[:, :experts]
+    return _around_the_clock(np.broadcast_to(top_LM, (requests.steps, *top_LM.shape)), horizon, layers)
+
+
+def oracle_plan(requests: Requests, horizon: int) -> Plan:
+    """What will be requested, `horizon` layers ahead, over the end of a step too: the bound of all prediction."""
+    counts_R = np.diff(requests.starts_R)
+    wide_RM = np.full((len(counts_R), int(counts_R.max(initial=1))), -1, dtype=np.int32)
+    place = np.arange(len(requests.experts_N)) - np.repeat(requests.starts_R[:-1], counts_R)
+    wide_RM[np.repeat(np.arange(len(counts_R)), counts_R), place] = requests.experts_N
+    return _around_the_clock(wide_RM.reshape(requests.steps, requests.layers, -1), horizon, requests.layers)
+
+
+def _around_the_clock(ids_SLM: npt.NDArray[np.integer[Any]], horizon: int, layers: int) -> Plan:
+    """A plan in which the experts of each (step, layer) are asked for `horizon` layers before."""
+    if not 1 <= horizon <= layers:
+        raise SpecmoeError(f"horizon {horizon}: expected 1 to {layers} layers ahead")
+    steps, _, most = ids_SLM.shape
+    # Targets that come before the first request are asked for by nobody.
+    request = np.arange(steps * layers)
+    asked = request - horizon
+    step, layer = np.divmod(asked, layers)
+    point = step * (layers + 1) + layer + 1
+    ids_RM = ids_SLM.reshape(-1, most)
+    chosen_RM = (ids_RM >= 0) & (asked >= 0)[:, None]
+    counts_R = chosen_RM.sum(1)
+    starts = np.zeros(steps * (layers + 1) + 1, dtype=np.int64)
+    starts[1:] = np.cumsum(np.bincount(point[asked >= 0], counts_R[asked >= 0], len(starts) - 1).astype(np.int64))
+    target = request - step * layers
+    return Plan(starts, np.repeat(target, counts_R).astype(np.int32), ids_RM[chosen_RM].astype(np.int32))
+
+
+def _planned(best: Ranked, point_LH: npt.NDArray[np.int64], target_LH: npt.NDArray[np.int64], requests: Requests) -> Plan:
+    points = requests.layers + 1
+    # Predictions in the order of their points, nearer targets first.
+    layer_G, hop_G = np.nonzero(target_LH >= 0)
+    order = np.lexsort((target_LH[layer_G, hop_G], point_LH[layer_G, hop_G]))
+    layer_G, hop_G = layer_G[order], hop_G[order]
+    return Plan(
+        *_merged(
+            best.ids_TLHM,
+            best.scores_TLHM,
+            requests.tokens_N,
+            requests.first_S,
+            layer_G,
+            hop_G,
+            point_LH[layer_G, hop_G],
+            target_LH[layer_G, hop_G],
+            points,
+            requests.num_experts,
+        )
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def _merged(
+    ids: npt.NDArray[np.int32],
+    scores: npt.NDArray[np.float32],
+    tokens: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    layer_of: npt.NDArray[np.int64],
+    hop_of: npt.NDArray[np.int64],
+    point_of: npt.NDArray[np.int64],
+    target_of: npt.NDArray[np.int64],
+    points: int,
+    experts: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    steps, most = len(first) - 1, ids.shape[3]
+    starts = np.zeros(steps * points + 1, dtype=np.int64)
+    room = len(tokens) * len(layer_of) * most
+    layers_out, experts_out = np.empty(room, dtype=np.int32), np.empty(room, dtype=np.int32)
+    score = np.zeros(experts)
+    seen = np.full(experts, -1, dtype=np.int64)
+    found = np.empty(experts, dtype=np.int64)
+    count, stamp = 0, 0
+    for step in range(steps):
+        group = 0
+        for point in range(points):
+            while group < len(layer_of) and point_of[group] == point:
+                number = 0
+                for place in range(first[step], first[step + 1]):
+                    for rank in range(most):
+                        expert = ids[tokens[place], layer_of[group], hop_of[group], rank]
+                        if expert < 0:
+                            continue
+                        if seen[expert] != stamp:
+                            seen[expert] = stamp
+                            score[expert] = 0.0
+                            found[number] = expert
+                            number += 1
+                        score[expert] += scores[tokens[place], layer_of[group], hop_of[group], rank]
+                stamp += 1
+                # Insertion sort: few, and of one token already in order.
+                for right in range(1, number):
+                    moved = found[right]
+                    left = right
+                    while left > 0 and score[found[left - 1]] < score[moved]:
+                        found[left] = found[left - 1]
+                        left -= 1
+                    found[left] = moved
+                for rank in range(number):
+                    layers_out[count] = target_of[group]
+                    experts_out[count] = found[rank]
+                    count += 1
+                group += 1
+            starts[step * points + point + 1] = count
+    return starts, layers_out[:count].copy(), experts_out[:count].copy()
