@@ -42,8 +42,8 @@ class Count(IntEnum):
 ABSENT, PRESENT, COMING, WAITING = 0, 1, 2, 3
 NEVER = 1 << 60
 _COUNTS = len(Count)
-# Places for the experts of a request in the order of uses.
-_ORDER = 1 << 12
+# In the order of uses: two places for each expert of a request, and between requests one for what is predicted.
+_ORDER = 1 << 13
 
 
 @numba.njit(cache=True, nogil=True)
@@ -59,7 +59,7 @@ def _victim(
     guard: npt.NDArray[np.int64],
     key: npt.NDArray[np.int64],
     last: npt.NDArray[np.int64],
-    spare_guarded: bool,
+    is_guess: bool,
 ) -> int:
     """The slot whose expert is given up; -1 if all are needed, on their way, or (for a prediction) predicted."""
     best, found = -1, -1
@@ -67,14 +67,14 @@ def _victim(
         x = slots[slot]
         if state[x] != PRESENT and not (state[x] == COMING and arrival[x] <= time):
             continue
-        if pinned[x] == now or (spare_guarded and guard[x] >= now):
+        if pinned[x] == now or (is_guess and guard[x] >= now):
             continue
         if found < 0:
             best, found = slot, x
             continue
-        if not spare_guarded and (guard[x] >= now) != (guard[found] >= now):
-            # What is predicted goes last.
-            if guard[found] >= now:
+        if not is_guess and (guard[x] > now) != (guard[found] > now):
+            # What is predicted for later goes last.
+            if guard[found] > now:
                 best, found = slot, x
             continue
         if rule == Rule.LFRU:
@@ -207,7 +207,7 @@ def play(
                 is_fetched[x] = True
                 counts[at_layer, Count.LOADS.value] += 1
                 counts[at_layer, Count.PREFETCHED.value] += 1
-                last[x] = target * _ORDER
+                last[x] = target * _ORDER + 1
                 if rule == Rule.LRU or rule == Rule.FIFO:
                     key[x] = last[x]
                 elif rule == Rule.POPULARITY:
@@ -240,7 +240,9 @@ def play(
                         if given_up[x] == step:
                             counts[layer, Count.COLLISION.value] += 1
                         state[x] = ABSENT
-                        link_free = max(time, link_free) + copy_seconds
+                        # By then, what is on its way is there, and may be given up.
+                        begin = max(time, link_free)
+                        link_free = begin + copy_seconds
                         needed = max(needed, link_free)
                         counts[layer, Count.LOADS.value] += 1
                         slot = held[pool]
@@ -248,7 +250,7 @@ def play(
                             held[pool] += 1
                         else:
                             slot = _victim(
-                                slots[pool], slot, rule, request, time, state, arrival, pinned, guard, key, last, False
+                                slots[pool], slot, rule, request, begin, state, arrival, pinned, guard, key, last, False
                             )
                             if slot >= 0:
                                 out = slots[pool, slot]
@@ -263,13 +265,13 @@ def play(
                             # Until it is there, and its layer is done, it is pinned.
                             arrival[x] = link_free
                             if rule == Rule.FIFO:
-                                key[x] = request * _ORDER + _ORDER - (place - starts[request])
+                                key[x] = (request + 1) * _ORDER - 2 * (place - starts[request])
                         else:
                             counts[layer, Count.STREAMED.value] += 1
                 for place in range(starts[request], starts[request + 1]):
                     x = layer * num_experts + experts[place]
                     upcoming[x] = next_use[place]
-                    last[x] = request * _ORDER + _ORDER - (place - starts[request])
+                    last[x] = (request + 1) * _ORDER - 2 * (place - starts[request])
                     if rule == Rule.LRU:
                         key[x] = last[x]
                     elif rule == Rule.LFU or rule == Rule.LFRU:
@@ -299,6 +301,10 @@ def play(
                     waiting += 1
         ends[step] = time
         stalls[step] = stall
+    for place in range(waiting):
+        x = queue[(head + place) % queue_limit]
+        if state[x] == WAITING:
+            counts[x // num_experts, Count.DROPPED.value] += 1
     for x in range(total):
         if is_fetched[x]:
             counts[x // num_experts, Count.WASTED.value] += 1

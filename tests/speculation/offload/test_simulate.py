@@ -1,0 +1,350 @@
+"""Caches: every policy against hand-computed traces and a plain simulator, and the laws that hold for all traces."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiler.errors import SpecmoeError
+from speculation.offload.costs import Costs
+from speculation.offload.kernel import Count, Rule
+from speculation.offload.plans import Plan, no_plan, oracle_plan, popularity_plan
+from speculation.offload.requests import Requests
+from speculation.offload.simulate import Result, Setting, Workload, capacities, simulate
+
+Steps = list[list[list[int]]]
+# Copies of 10 s, an expert used in 1 s, 2 s for the rest of a layer.
+COSTS = Costs(
+    model="made",
+    device="none",
+    precision="none",
+    expert_bytes=1e9,
+    copy_seconds=10.0,
+    expert_seconds=1.0,
+    token_seconds=0.0,
+    layer_seconds=2.0,
+    layer_token_seconds=0.0,
+)
+
+
+def requests_from(steps: Steps, experts: int) -> Requests:
+    """Of one token each, decoded: the experts of each layer of each step."""
+    flat = [layer for step in steps for layer in step]
+    return Requests(
+        layers=len(steps[0]),
+        num_experts=experts,
+        top_k=len(flat[0]),
+        experts_N=np.array([expert for layer in flat for expert in layer], dtype=np.int32),
+        starts_R=np.cumsum([0, *map(len, flat)]),
+        tokens_N=np.arange(len(steps)),
+        first_S=np.arange(len(steps) + 1),
+        is_decode_S=np.ones(len(steps), dtype=np.bool_),
+    )
+
+
+def workload_from(steps: Steps, experts: int) -> Workload:
+    """Caches begin with experts 0, 1, 2, ..."""
+    return Workload(requests_from(steps, experts), np.tile(np.arange(experts, 0, -1.0), (len(steps[0]), 1)))
+
+
+def plan_from(requests: Requests, entries: dict[tuple[int, int], list[tuple[int, int]]]) -> Plan:
+    """entries: (step, layer after which it is known) -> (layer, expert) pairs."""
+    points = requests.layers + 1
+    lists = [entries.get((number // points, number % points - 1), []) for number in range(requests.steps * points)]
+    flat = np.array([pair for pairs in lists for pair in pairs], dtype=np.int32).reshape(-1, 2)
+    return Plan(np.cumsum([0, *map(len, lists)]), flat[:, 0].copy(), flat[:, 1].copy())
+
+
+def hits(workload: Workload, policy: Rule, capacity: int, **more: bool) -> int:
+    return simulate(workload, Setting(policy, capacity, **more)).total(Count.HIT)
+
+
+# One layer, one expert per step, room for two, which are 0 and 1 at first. By hand:
+SEQUENCE = [0, 2, 0, 3, 2, 0, 0, 1, 2, 3, 2]
+BY_HAND = {
+    # 0+ 2(out 1) 0+ 3(out 2) 2(out 0) 0(out 3) 0+ 1(out 2) 2(out 0) 3(out 1) 2+
+    Rule.LRU: 4,
+    # 0+ 2(out 1, loaded longest ago) 0+ 3(out 0) 2+ 0(out 2) 0+ 1(out 3) 2(out 0) 3(out 1) 2+
+    Rule.FIFO: 5,
+    # 0+ 2(out 1: never used) 0+ 3(out 2) 2(out 3) 0+ 0+ 1(out 2) 2(out 1) 3(out 2) 2(out 3)
+    Rule.LFU: 4,
+    # The same: 0 has the most uses, and is never the least for its time.
+    Rule.LFRU: 4,
+    # 0 is the most popular and stays: hits are its four.
+    Rule.POPULARITY: 4,
+    # 0+ 2(out 1) 0+ 3(out 0: needed later than 2) 2+ 0(out 3) 0+ 1(out 0: never again) 2+ 3(out 1) 2+
+    Rule.BELADY: 6,
+}
+
+
+@pytest.mark.parametrize("policy", list(Rule))
+def test_by_hand(policy: Rule) -> None:
+    workload = workload_from([[[expert]] for expert in SEQUENCE], 4)
+    result = simulate(workload, Setting(policy, 2))
+    assert result.total(Count.HIT) == BY_HAND[policy]
+    assert result.total(Count.LOADS) == result.total(Count.MISS) == len(SEQUENCE) - BY_HAND[policy]
+
+
+class PlainCache:
+    """The same rules, as a reader would write them down."""
+
+    def __init__(self, rule: Rule, capacity: int, popularity: dict[tuple[int, int], int], future: list[set[tuple[int, int]]]):
+        self.rule, self.capacity, self.popularity, self.future = rule, capacity, popularity, future
+        order = sorted(popularity, key=lambda expert: -popularity[expert])
+        self.held = set(order[:capacity])
+        self.last = {expert: (-1, -rank) for rank, expert in enumerate(order)}
+        self.loaded = dict(self.last)
+        self.uses = dict.fromkeys(order, 0)
+
+    def worth(self, expert: tuple[int, int], now: int) -> tuple[float, ...]:
+        next_use = next((at for at in range(now, len(self.future)) if expert in self.future[at]), 10**9)
+        last = self.last[expert]
+        age = (now + 1) * 8192 - ((last[0] + 1) * 8192 + 2 * last[1] if last[0] >= 0 else -1 + last[1])
+        return {
+            Rule.LRU: last,
+            Rule.FIFO: (*self.loaded[expert], *last),
+            Rule.LFU: (self.uses[expert], *last),
+            Rule.LFRU: (self.uses[expert] / age, *last),
+            Rule.POPULARITY: (self.popularity[expert],),
+            Rule.BELADY: (-next_use, *last),
+        }[self.rule]
+
+    def request(self, experts: list[tuple[int, int]], now: int) -> int:
+        found = sum(expert in self.held for expert in experts)
+        for place, expert in enumerate(experts):
+            if expert not in self.held:
+                if len(self.held) >= self.capacity:
+                    others = [other for other in self.held if other not in experts]
+                    if not others:
+                        continue
+                    self.held.remove(min(others, key=lambda other: self.worth(other, now)))
+                self.held.add(expert)
+                self.loaded[expert] = (now, -place)
+        for place, expert in enumerate(experts):
+            self.last[expert] = (now, -place)
+            self.uses[expert] += 1
+        return found
+
+
+def plain_hits(steps: Steps, experts: int, rule: Rule, capacity: int, *, is_global: bool) -> int:
+    layers = len(steps[0])
+    requests = [[(layer, expert) for expert in chosen] for step in steps for layer, chosen in enumerate(step)]
+    future = [set(request) for request in requests]
+    # As `Workload` ranks: equal experts of several layers by their number.
+    ranks = sorted(
+        ((layer, expert) for layer in range(layers) for expert in range(experts)),
+        key=lambda pair: (experts - pair[1], -(pair[0] * experts + pair[1])),
+    )
+    popularity = {expert: rank for rank, expert in enumerate(ranks)}
+    if is_global:
+        caches = [PlainCache(rule, capacity, popularity, future)] * layers
+    else:
+        caches = [
+            PlainCache(rule, capacity, {pair: rank for pair, rank in popularity.items() if pair[0] == layer}, future)
+            for layer in range(layers)
+        ]
+    return sum(caches[number % layers].request(request, number) for number, request in enumerate(requests))
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> tuple[Steps, int]:
+    """A few steps of up to 3 layers, of one to three experts of up to 6, some more popular than others."""
+    experts, layers, top_k = draw(st.integers(3, 6)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    seed, count = draw(st.integers(0, 10**6)), draw(st.integers(1, 60))
+    random = np.random.default_rng(seed)
+    share = random.dirichlet(np.full(experts, 0.7)) + 0.02
+    steps = [
+        [random.choice(experts, top_k, replace=False, p=share / share.sum()).tolist() for _ in range(layers)]
+        for _ in range(count)
+    ]
+    return steps, experts
+
+
+@given(traces(), st.sampled_from(list(Rule)), st.integers(0, 8), st.booleans())
+def test_as_a_plain_simulator(trace: tuple[Steps, int], policy: Rule, capacity: int, is_global: bool) -> None:
+    steps, experts = trace
+    expected = plain_hits(steps, experts, policy, capacity, is_global=is_global)
+    assert hits(workload_from(steps, experts), policy, capacity, is_global=is_global) == expected
+
+
+@given(traces(), st.integers(3, 12), st.booleans())
+def test_belady_is_never_beaten(trace: tuple[Steps, int], capacity: int, is_global: bool) -> None:
+    workload = workload_from(*trace)
+    best = hits(workload, Rule.BELADY, capacity, is_global=is_global)
+    assert all(hits(workload, policy, capacity, is_global=is_global) <= best for policy in Rule)
+
+
+@given(traces(), st.booleans())
+def test_a_larger_lru_cache_has_every_hit_of_a_smaller_one(trace: tuple[Steps, int], is_global: bool) -> None:
+    workload = workload_from(*trace)
+    top_k = workload.requests.top_k
+    found = [simulate(workload, Setting(Rule.LRU, size, is_global)) for size in range(top_k, 14)]
+    by_layer = np.array([result.counts_LC[:, Count.HIT] for result in found])
+    assert (np.diff(by_layer, axis=0) >= 0).all()
+
+
+@pytest.mark.parametrize("policy", [rule for rule in Rule if rule != Rule.BELADY])
+@pytest.mark.parametrize("capacity", [4, 8, 16])
+def test_independent_uniform_requests_hit_as_often_as_there_is_room(policy: Rule, capacity: int) -> None:
+    random = np.random.default_rng(capacity)
+    steps = [[random.choice(32, 4, replace=False).tolist() for _ in range(2)] for _ in range(4000)]
+    result = simulate(workload_from(steps, 32), Setting(policy, capacity))
+    # Four of 32 without repetition vary less than independent draws do: five standard deviations of these.
+    spread = 5 * (capacity / 32 * (1 - capacity / 32) / result.total(Count.REQUESTED)) ** 0.5
+    assert result.hit_rate == pytest.approx(capacity / 32, abs=spread)
+
+
+@given(traces(), st.sampled_from(list(Rule)), st.integers(0, 8), st.integers(1, 3), st.integers(1, 5), st.booleans())
+def test_what_is_counted_adds_up(
+    trace: tuple[Steps, int], policy: Rule, capacity: int, horizon: int, queue: int, is_oracle: bool
+) -> None:
+    workload = workload_from(*trace)
+    requests = workload.requests
+    ahead = min(horizon, requests.layers)
+    plan = oracle_plan(requests, ahead) if is_oracle else popularity_plan(workload.popularity_LE, 2, ahead, requests)
+    result = simulate(workload, Setting(policy, capacity, queue=queue), plan, COSTS)
+    of = result.total
+    assert of(Count.REQUESTED) == len(requests.experts_N) == of(Count.HIT) + of(Count.LATE) + of(Count.MISS)
+    assert of(Count.PREFETCHED) == of(Count.USEFUL) + of(Count.WASTED)
+    assert of(Count.MISS) <= of(Count.LOADS) - of(Count.PREFETCHED) <= of(Count.MISS) + of(Count.LATE)
+    assert of(Count.STREAMED) <= of(Count.LOADS) - of(Count.PREFETCHED)
+    # Nothing is faster than products alone, and nothing slower than a copy for every expert, and one that was not asked for.
+    least = requests.steps * requests.layers * 2.0 + len(requests.experts_N) * 1.0
+    assert least <= result.decode_seconds <= least + 10.0 * (2 * len(requests.experts_N) + requests.steps * requests.layers)
+    assert result.decode_seconds == pytest.approx(least + result.decode_stall)
+
+
+def test_time_by_hand() -> None:
+    # Two layers, one expert each; a cache of one per layer, which has expert 0.
+    workload = workload_from([[[0], [1]], [[1], [1]]], 3)
+    result = simulate(workload, Setting(Rule.LRU, 1), costs=COSTS)
+    # 2 + 1 (hit), 2 + 10 + 1, 2 + 10 + 1, 2 + 1 (hit).
+    assert result.decode_seconds == 32.0
+    assert result.decode_stall == 20.0
+    assert result.tokens_per_second == 2 / 32
+    # Known after layer 0, at 2 s: copied from 2 to 12 while expert 0 works until 3 and the rest of layer 1 until 5.
+    plan = plan_from(workload.requests, {(0, 0): [(1, 1)]})
+    ahead = simulate(workload, Setting(Rule.LRU, 1), plan, COSTS)
+    assert ahead.decode_stall == 7.0 + 10.0
+    assert (ahead.total(Count.LATE), ahead.total(Count.USEFUL), ahead.total(Count.MISS)) == (1, 1, 1)
+    # A predictor of 2.5 s: the copy begins at 4.5.
+    slow = simulate(workload, Setting(Rule.LRU, 1, predict_seconds=2.5), plan, COSTS)
+    assert slow.decode_stall == 9.5 + 10.0
+    # A wrong guess, at 2 s: the copy of what is needed waits for its end, at 12.
+    wrong = plan_from(workload.requests, {(0, 0): [(1, 2)]})
+    misled = simulate(workload, Setting(Rule.LRU, 1), wrong, COSTS)
+    assert misled.decode_stall == 7.0 + 10.0 + 10.0
+    assert (misled.total(Count.WASTED), misled.total(Count.LOADS)) == (1, 3)
+
+
+def test_over_the_end_of_a_step() -> None:
+    workload = workload_from([[[0], [0]], [[1], [0]]], 3)
+    # Known after layer 1 of step 0, at 5 s, of layer 0 of the next step: needed at 8 s, there at 15.
+    plan = plan_from(workload.requests, {(0, 1): [(2, 1)]})
+    result = simulate(workload, Setting(Rule.LRU, 1), plan, COSTS)
+    assert result.decode_stall == 7.0
+    assert result.total(Count.LATE) == 1
+
+
+def test_collisions_are_misses_of_what_was_given_up_in_the_same_step() -> None:
+    # One cache of two experts: 0 of both layers. The guess pushes out 0 of layer 1, which was used longest ago; that is a miss
+    # in the same step, and pushes out 0 of layer 0, which is a miss in the next step, and pushes out the older of the guess (now
+    # known to be wrong) and 0 of layer 1: the latter, as a guess counts as used when it is due.
+    workload = workload_from([[[0], [0]], [[0], [0]]], 3)
+    plan = plan_from(workload.requests, {(0, 0): [(0 + 2, 2)]})
+    plain = simulate(workload, Setting(Rule.LRU, 2, is_global=True), costs=COSTS)
+    assert plain.total(Count.HIT) == 4
+    result = simulate(workload, Setting(Rule.LRU, 2, is_global=True), plan, COSTS)
+    assert result.counts_LC[:, Count.COLLISION].tolist() == [0, 2]
+    assert result.counts_LC[:, Count.MISS].tolist() == [1, 2]
+    assert result.total(Count.WASTED) == 1
+
+
+def test_what_is_predicted_is_not_given_up_for_another_guess() -> None:
+    workload = workload_from([[[0], [0]], [[0], [0]]], 3)
+    plan = plan_from(workload.requests, {(0, 0): [(1, 0), (1, 2)]})
+    result = simulate(workload, Setting(Rule.LRU, 1), plan, COSTS)
+    assert result.total(Count.HIT) == 4
+    assert result.total(Count.DROPPED) == 1
+
+
+def test_a_full_queue_drops() -> None:
+    workload = workload_from([[[0], [0]], [[0], [1]]], 6)
+    plan = plan_from(workload.requests, {(0, 0): [(1, 3), (1, 4), (1, 5)]})
+    result = simulate(workload, Setting(Rule.LRU, 3, queue=2), plan, COSTS)
+    # Two wait; the third is dropped at once; of the two, one is copied before layer 1, and one comes too late.
+    assert result.total(Count.PREFETCHED) == 1
+    assert result.total(Count.DROPPED) == 2
+
+
+FAST = replace(COSTS, copy_seconds=1e-3)
+
+
+@given(traces(), st.sampled_from(list(Rule)))
+def test_a_perfect_predictor_with_enough_bandwidth_has_no_stalls(trace: tuple[Steps, int], policy: Rule) -> None:
+    workload = workload_from(*trace)
+    requests = workload.requests
+    # Room for what a layer uses and for what it will use next.
+    capacity = min(2 * requests.top_k, requests.num_experts)
+    result = simulate(workload, Setting(policy, capacity), oracle_plan(requests, 1), FAST)
+    # The first layer of all is asked for by nobody.
+    assert result.decode_stall <= requests.top_k * FAST.copy_seconds + 1e-9
+    assert result.total(Count.HIT) >= result.total(Count.REQUESTED) - requests.top_k
+    assert result.total(Count.WASTED) == 0
+
+
+@given(traces(), st.sampled_from(list(Rule)), st.integers(0, 4))
+def test_zero_bandwidth_helps_nobody(trace: tuple[Steps, int], policy: Rule, capacity: int) -> None:
+    workload = workload_from(*trace)
+    closed = replace(COSTS, copy_seconds=float("inf"))
+    with_help = simulate(workload, Setting(policy, capacity), oracle_plan(workload.requests, 1), closed)
+    without = simulate(workload, Setting(policy, capacity), costs=closed)
+    assert with_help.total(Count.PREFETCHED) == 0
+    assert with_help.tokens_per_second == without.tokens_per_second
+    assert without.tokens_per_second == 0 or without.total(Count.MISS) == 0
+
+
+def test_everything_resident_is_the_upper_bound_and_nothing_the_lower() -> None:
+    random = np.random.default_rng(0)
+    steps = [[random.choice(8, 2, replace=False).tolist() for _ in range(3)] for _ in range(50)]
+    workload = workload_from(steps, 8)
+    found = [simulate(workload, Setting(Rule.LRU, capacity), costs=COSTS) for capacity in range(9)]
+    speeds = [result.tokens_per_second for result in found]
+    assert speeds == sorted(speeds, key=lambda speed: speed or 0)
+    assert found[8].decode_stall == found[8].total(Count.LOADS) == 0
+    assert found[0].decode_stall == 10.0 * found[0].total(Count.REQUESTED) == 10.0 * 300
+    assert found[0].total(Count.STREAMED) == 300
+
+
+def test_without_costs_copies_take_no_time() -> None:
+    workload = workload_from([[[0], [1]], [[2], [0]]], 3)
+    result = simulate(workload, Setting(Rule.LRU, 1), oracle_plan(workload.requests, 1))
+    assert result.tokens_per_second is None
+    assert result.total(Count.LATE) == 0
+    assert result.total(Count.HIT) == 4
+
+
+def test_capacities() -> None:
+    workload = workload_from([[[0], [1]]], 10)
+    assert list(capacities(workload, [0.1, 0.25, 1.0], [], None, False)) == [1, 2, 10]
+    assert list(capacities(workload, [0.25], [], None, True)) == [5]
+    assert list(capacities(workload, [], [7.9, 100.0], COSTS, False)) == [3, 10]
+    assert list(capacities(workload, [], [7.9], COSTS, True)) == [7]
+    with pytest.raises(SpecmoeError, match=r"cache fraction 1\.5: expected 0 to 1"):
+        list(capacities(workload, [1.5], [], None, False))
+    with pytest.raises(SpecmoeError, match="a cache in GB needs the size of an expert"):
+        list(capacities(workload, [], [1.0], None, False))
+    with pytest.raises(SpecmoeError, match="capacity -1, queue 64"):
+        simulate(workload, Setting(Rule.LRU, -1))
+
+
+def test_a_plan_without_entries_is_none() -> None:
+    workload = workload_from([[[0], [1]], [[2], [0]]], 3)
+    results: list[Result] = [
+        simulate(workload, Setting(Rule.LRU, 1), plan, COSTS) for plan in (None, no_plan(workload.requests))
+    ]
+    assert (results[0].counts_LC == results[1].counts_LC).all()
