@@ -252,8 +252,8 @@ def test_over_the_end_of_a_step() -> None:
 
 def test_collisions_are_misses_of_what_was_given_up_in_the_same_step() -> None:
     # One cache of two experts: 0 of both layers. The guess pushes out 0 of layer 1, which was used longest ago; that is a miss
-    # in the same step, and pushes out 0 of layer 0, which is a miss in the next step, and pushes out the older of the guess (now
-    # known to be wrong) and 0 of layer 1: the latter, as a guess counts as used when it is due.
+    # in the same step, and pushes out 0 of layer 0, which is a miss in the next step, and pushes out the older of the guess
+    # (known to be wrong by now) and 0 of layer 1: the latter, as a guess counts as used when it is due.
     workload = workload_from([[[0], [0]], [[0], [0]]], 3)
     plan = plan_from(workload.requests, {(0, 0): [(0 + 2, 2)]})
     plain = simulate(workload, Setting(Rule.LRU, 2, is_global=True), costs=COSTS)
