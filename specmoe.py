@@ -14,6 +14,7 @@ import profiler.cli
 import profiler.registry_cli
 import profiler.tables
 import speculation.cli
+import speculation.offload.cli
 
 app = typer.Typer(
     help="Record how mixture-of-experts models route tokens, analyse it, and learn to predict it.",
@@ -25,6 +26,7 @@ app.add_typer(profiler.cli.app)
 app.add_typer(profiler.registry_cli.app)
 app.add_typer(analysis.cli.app)
 app.add_typer(speculation.cli.app)
+app.add_typer(speculation.offload.cli.app)
 
 DEMO_NEW_TOKENS = 64
 

@@ -48,9 +48,7 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
     trace's model has another shape, or if it cannot be told which of its problems the run was trained on.
     """
     shape = run.predictor.shape
-    _check_split(run, trace)
-    if Shape.of(trace.metadata.model, shape.horizon, shape.task) != shape:
-        raise TraceError(f"{trace.path}: its model has another number of layers, experts or top-k than {run.path} ({shape})")
+    check_run(run, trace)
     routes = load_routes(trace, part, router_inputs=run.predictor.takes_router_inputs)
     groups = token_groups(trace, routes)
     predictors = {name: baseline for name, baseline in run.baselines.items() if with_baselines and name != run.name}
@@ -76,8 +74,13 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
     }
 
 
-def _check_split(run: Run, trace: Trace) -> None:
-    """Sides must be comparable: prompts are, everywhere; numbers of problems are within one trace only."""
+def check_run(run: Run, trace: Trace) -> None:
+    """Raise `TraceError` if the trace's model has another shape than the run's, or if their splits cannot be compared: prompts
+    can be, everywhere; numbers of problems within one trace only.
+    """
+    shape = run.predictor.shape
+    if Shape.of(trace.metadata.model, shape.horizon, shape.task) != shape:
+        raise TraceError(f"{trace.path}: its model has another number of layers, experts or top-k than {run.path} ({shape})")
     if split_key(trace) != run.split:
         raise TraceError(
             f"{run.path} was trained on a split by {run.split}, and {trace.path} can only be split by {split_key(trace)}: "
@@ -159,7 +162,7 @@ def judge(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: 
         "precision_by_coverage": confidence.precision_by_coverage(),
         "parameters": count_parameters(arrays),
         "bytes": int(sum(array.nbytes for array in arrays.values())),
-        "microseconds_per_prediction": _microseconds_per_prediction(predictor, truth),
+        "microseconds_per_prediction": microseconds_per_prediction(predictor, truth),
     }
 
 
@@ -181,7 +184,7 @@ def _bootstrap(sums_4P: npt.NDArray[np.float64], top_k: int) -> dict[str, tuple[
     return dict(zip((f"recall@{top_k}", "top-1", "exact"), zip(low_3, high_3, strict=True), strict=True))
 
 
-def _microseconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
+def microseconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
     """Mean time of `predict`, and `begin` of the history, for one token at one layer: batch 1, one CPU thread (or the GPU).
 
     Tasks about all layers at once: of one call over L. Over the first tokens of the longest stretch; a first call is not timed.

@@ -1,0 +1,54 @@
+"""Costs: the sizes of known models, and what is assumed is said."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from profiler.devices import GPUS
+from profiler.errors import SpecmoeError
+from profiler.model_registry import MODELS, ModelEntry
+from speculation.offload.costs import costs_of, find_entry
+
+
+@pytest.mark.parametrize("entry", MODELS.values(), ids=list(MODELS))
+def test_experts_are_most_of_every_model(entry: ModelEntry) -> None:
+    """The experts' parameters are part of the published total, and those of a token of the published active ones."""
+    expert = 3 * entry.hidden * entry.expert_width
+    of_all, of_token = (len(entry.moe_layers) * count * expert / 1e9 for count in (entry.experts, entry.top_k))
+    assert 0.8 * entry.parameters < of_all < entry.parameters
+    assert 0.25 * entry.active < of_token < entry.active
+    # What is not routed is the same in both, but for rounding, and for a table of embeddings (gpt-oss's .58 billion) that the
+    # published active parameters may leave out.
+    assert -0.4 < entry.parameters - of_all - (entry.active - of_token) < 0.6 + 0.05
+
+
+def test_mixtral_by_hand() -> None:
+    costs = costs_of(MODELS["mixtral-8x7b"], GPUS["A100-80GB"], "bf16", link=20.0)
+    # 3 x 4096 x 14336 x 2 bytes.
+    assert costs.expert_bytes == 352_321_536
+    assert costs.copy_seconds == pytest.approx(10e-6 + 352_321_536 / 20e9)
+    assert costs.expert_seconds == pytest.approx(352_321_536 / (2039e9 * 0.7))
+    rest = 12.9e9 - 32 * 2 * 176_160_768
+    assert costs.layer_seconds == pytest.approx(rest * 2 / 32 / (2039e9 * 0.7))
+    assert any("20.0 GB/s, as given" in line for line in costs.describe())
+    assert any("assumed" in line for line in costs_of(MODELS["olmoe"], GPUS["H100"]).describe())
+    assert costs_of(MODELS["mixtral-8x7b"], GPUS["H100"], link=0.0).copy_seconds == math.inf
+
+
+def test_mxfp4_keeps_the_rest_in_16_bits() -> None:
+    costs = costs_of(MODELS["gpt-oss-20b"], GPUS["RTX 4090"])
+    assert costs.precision == "mxfp4"
+    # 24 layers of 32 experts, and the rest: the published files have 12.8 GiB.
+    rest = 20.9e9 - 24 * 32 * 3 * 2880 * 2880
+    assert (24 * 32 * costs.expert_bytes + 2 * rest) / 2**30 == pytest.approx(12.8, abs=0.3)
+
+
+def test_unknown_ones() -> None:
+    with pytest.raises(SpecmoeError, match="unknown precision 'int3': expected one of bf16"):
+        costs_of(MODELS["olmoe"], GPUS["H100"], "int3")
+    found = find_entry("openai/gpt-oss-20b")
+    assert found is not None
+    assert found.name == "gpt-oss-20b"
+    assert find_entry("demo") is None
