@@ -120,6 +120,72 @@ def simulate(
         typer.echo(f"{out}: simulation.json, simulation.csv, simulation.html")
 
 
+class On(StrEnum):
+    """Where to replay."""
+
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="A trace directory.")],
+    predictor: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="A run for next-layer, asked after every layer.")
+    ] = None,
+    policy: Annotated[Policy, typer.Option(help="Any but belady.")] = Policy.lru,
+    cache_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of all experts that the cache holds.")] = 0.25,
+    on: Annotated[On | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
+    model: Annotated[str | None, typer.Option(help="Whose sizes; default: the trace's. See 'specmoe models'.")] = None,
+    precision: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}; default: as published.")] = None,
+    expert_mb: Annotated[float | None, typer.Option(min=0.001, help="MB of an expert, instead of the model's.")] = None,
+    rest_mb: Annotated[float | None, typer.Option(min=0.001, help="MB of what is not experts, per layer.")] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts fetched per prediction. Default: the model's top-k.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many to replay.")] = 500,
+    part: Annotated[Part, typer.Option(help="Part of the split by problem.")] = Part.test,
+) -> None:
+    """Replay a trace with real copies and products of dummy experts, one token at a time, and compare with the simulation.
+
+    Example: specmoe replay traces/math --model gpt-oss-20b --predictor runs/math --cache-fraction .25
+    """
+    from speculation.offload.kernel import Rule
+    from speculation.offload.replay import here
+    from speculation.offload.replay_study import Replay, run_replay
+
+    document = run_replay(
+        Replay(
+            trace=Trace.open(trace),
+            part=part.value,
+            run=predictor,
+            policy=Rule[policy.value.upper()],
+            fraction=cache_fraction,
+            kind=here() if on is None else on.value,
+            model=model,
+            precision=precision,
+            expert_bytes=None if expert_mb is None else int(expert_mb * 1e6),
+            rest_bytes=None if rest_mb is None else int(rest_mb * 1e6),
+            experts=experts,
+            tokens=tokens,
+        )
+    )
+    shown = Table(box=None, title=f"{document['device']}, {document['tokens']:,} tokens", title_justify="left")
+    for column in ("case", "tokens/s", "simulated", "ratio", "hits", "simulated", "late", "simulated"):
+        shown.add_column(column, justify="left" if column == "case" else "right", no_wrap=column != "case")
+    for row in document["rows"]:
+        shown.add_row(
+            escape(row["case"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['estimated']:.1f}",
+            f"{row['tokens_per_second'] / row['estimated']:.2f}",
+            *(f"{row[name]:.3f}" for name in ("hit_rate", "estimated_hit_rate", "late", "estimated_late")),
+        )
+    console.print(shown)
+    for line in document["assumptions"]:
+        typer.echo(line)
+
+
 def run_with_progress(study: Any, run: Any) -> dict[str, Any]:
     """With a bar where there is a terminal."""
     if not messages.is_terminal:

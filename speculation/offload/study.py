@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from profiler.devices import Gpu
-from profiler.errors import EmptyPartError, SpecmoeError
+from profiler.errors import SpecmoeError
 from profiler.reader import Trace
 from profiler.writer import write_text
 from speculation.evaluate import check_run
 from speculation.offload.costs import Costs, costs_of, find_entry
 from speculation.offload.kernel import Rule
+from speculation.offload.replay import here, measure
+from speculation.offload.replay_study import Replay, sizes_of
 from speculation.offload.requests import requests_of
 from speculation.offload.simulate import Workload, capacities
 from speculation.offload.sweep import (
@@ -30,13 +32,13 @@ from speculation.offload.sweep import (
     Ahead,
     Prefetcher,
     Row,
+    popularity_of,
     prefetcher_of,
     simple_prefetcher,
     sweep,
 )
 from speculation.options import TrainingOptions
 from speculation.predictors import find_predictor, predictor_classes
-from speculation.predictors.popularity import expert_frequency
 from speculation.routes import Routes, load_routes, route_digests
 from speculation.runs import CONFIG_FILE, Run, load_run
 from speculation.tasks import Shape
@@ -95,7 +97,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> dict[
     costs = _costs(study)
     routes = load_routes(study.trace, study.part)
     requests = requests_of(routes, shape.experts, batch=study.batch)
-    popularity_LE = _popularity(study, runs, shape, notes)
+    popularity_LE = popularity_of(study.trace, study.part, next(iter(runs.values()), None), shape, notes)
     workload = Workload(requests, popularity_LE)
     how = Ahead(experts=study.experts or shape.top_k, threshold=study.threshold, horizon=study.horizon)
     prefetchers = [
@@ -197,19 +199,14 @@ def _costs(study: Study) -> list[Costs | None]:
             f"{entry.name} has {len(entry.moe_layers)} MoE layers of {entry.experts} experts, top-{entry.top_k}; the trace "
             f"{len(facts.moe_layers)} of {facts.num_experts}, top-{facts.top_k}: choose another --model"
         )
-    return [costs_of(entry, gpu, study.precision, link=study.link) for gpu in study.devices]
-
-
-def _popularity(study: Study, runs: dict[str, Run], shape: Shape, notes: list[str]) -> Any:
-    """Frequencies `[L, E]` in the training problems of the first run; without a run, of the trace's own training part."""
-    for run in runs.values():
-        stored: Any = run.baselines[POPULARITY].arrays()["probability_LE"]
-        return stored
-    try:
-        return expert_frequency(load_routes(study.trace, "train"), shape)
-    except EmptyPartError:
-        notes.append("Popularity is of the simulated problems themselves: the trace has no training part.")
-        return expert_frequency(load_routes(study.trace, study.part), shape)
+    found: list[Costs | None] = [costs_of(entry, gpu, study.precision, link=study.link) for gpu in study.devices]
+    if study.measure:
+        wanted = Replay(
+            trace=study.trace, part=study.part, run=None, policy=Rule.LRU, fraction=0.0, kind=here(), model=study.model
+        )
+        costs, sizes = sizes_of(wanted, Shape.of(facts, 1))
+        found.append(measure(wanted.kind, sizes, costs))
+    return found
 
 
 def _prefetchers(

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from profiler.errors import SpecmoeError
+from profiler.errors import EmptyPartError, SpecmoeError
+from profiler.reader import Trace
 from speculation.evaluate import microseconds_per_prediction
 from speculation.offload.costs import Costs
 from speculation.offload.kernel import Count, Rule
@@ -18,8 +19,10 @@ from speculation.offload.plans import Plan, no_plan, oracle_plan, plan_of, popul
 from speculation.offload.requests import Requests
 from speculation.offload.simulate import QUEUE, Result, Setting, Workload, simulate
 from speculation.predictors import Predictor
-from speculation.routes import Routes
-from speculation.tasks import Task
+from speculation.predictors.popularity import expert_frequency
+from speculation.routes import Routes, load_routes
+from speculation.runs import Run
+from speculation.tasks import Shape, Task
 
 Row = dict[str, Any]
 NONE, ORACLE, POPULARITY = "none", "oracle", "popularity"
@@ -57,6 +60,17 @@ def prefetcher_of(predictor: Predictor, name: str, routes: Routes, requests: Req
     order = np.random.default_rng(0).permutation(len(routes))
     other = replace(best, ids_TLHM=best.ids_TLHM[order], scores_TLHM=best.scores_TLHM[order])
     yield Prefetcher(f"{name}, {CONTROL}", plan_of(other, predictor.shape, requests), seconds)
+
+
+def popularity_of(trace: Trace, part: str, run: Run | None, shape: Shape, notes: list[str]) -> Any:
+    """Frequencies `[L, E]` in the training problems of the run; without one, of the trace's own training part."""
+    if run is not None:
+        return run.baselines[POPULARITY].arrays()["probability_LE"]
+    try:
+        return expert_frequency(load_routes(trace, "train"), shape)
+    except EmptyPartError:
+        notes.append("Popularity is of the simulated problems themselves: the trace has no training part.")
+        return expert_frequency(load_routes(trace, part), shape)
 
 
 def simple_prefetcher(name: str, workload: Workload, how: Ahead) -> Prefetcher:

@@ -1,0 +1,141 @@
+"""A replay and the simulation of the same tokens with the measured costs: what `specmoe replay` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from profiler.devices import find_gpu
+from profiler.errors import SpecmoeError
+from profiler.reader import Trace
+from speculation.evaluate import check_run
+from speculation.offload.costs import MEMORY_SHARE, Costs, costs_of, find_entry
+from speculation.offload.kernel import Count, Rule
+from speculation.offload.replay import Sizes, measure, open_device
+from speculation.offload.replay import replay as run_tokens
+from speculation.offload.requests import requests_of
+from speculation.offload.simulate import Setting, Workload, capacities, simulate
+from speculation.offload.sweep import NONE, Ahead, Prefetcher, popularity_of, prefetcher_of, simple_prefetcher
+from speculation.routes import Routes, load_routes
+from speculation.runs import load_run
+from speculation.tasks import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What to replay; fields as the options of `specmoe replay`. expert_bytes, rest_bytes: instead of the model's."""
+
+    trace: Trace
+    part: str
+    run: Path | None
+    policy: Rule
+    fraction: float
+    kind: str
+    model: str | None = None
+    precision: str | None = None
+    expert_bytes: int | None = None
+    rest_bytes: int | None = None
+    experts: int | None = None
+    tokens: int = 500
+
+
+def run_replay(wanted: Replay) -> dict[str, Any]:
+    """Measure the device, replay without a cache, with one, and with a predictor, and simulate the same with what was measured.
+
+    Raises `SpecmoeError` without a GPU or the sizes of the model, and for runs that do not fit the trace.
+    """
+    facts = wanted.trace.metadata.model
+    shape = Shape.of(facts, 1)
+    run = None if wanted.run is None else load_run(wanted.run)
+    if run is not None:
+        check_run(run, wanted.trace)
+    costs, sizes = sizes_of(wanted, shape)
+    routes = _first(load_routes(wanted.trace, wanted.part), wanted.tokens)
+    workload = Workload(requests_of(routes, shape.experts), popularity_of(wanted.trace, wanted.part, run, shape, []))
+    measured = measure(wanted.kind, sizes, costs)
+    (capacity,) = capacities(workload, [wanted.fraction], [], None, False)
+    experts = wanted.experts or shape.top_k
+    cases: list[tuple[str, int, Prefetcher, Any]] = [
+        ("on demand", 0, simple_prefetcher(NONE, workload, Ahead(experts=1)), None),
+        (wanted.policy.name.lower(), capacity, simple_prefetcher(NONE, workload, Ahead(experts=1)), None),
+    ]
+    if run is not None and wanted.run is not None:
+        first = next(prefetcher_of(run.predictor, wanted.run.name, routes, workload.requests, Ahead(experts=experts)))
+        cases.append((f"{wanted.policy.name.lower()}, {wanted.run.name}", capacity, first, run.predictor))
+    rows = []
+    for name, size, prefetcher, predictor in cases:
+        device = open_device(wanted.kind, shape.layers * size + shape.top_k, sizes)
+        try:
+            found = run_tokens(
+                device,
+                routes,
+                sizes,
+                wanted.policy,
+                size,
+                workload.popularity,
+                predictor,
+                experts=experts,
+                tokens=wanted.tokens,
+            )
+        finally:
+            device.close()
+        setting = Setting(wanted.policy, size, predict_seconds=prefetcher.predict_seconds)
+        estimate = simulate(workload, setting, prefetcher.plan, measured)
+        rows.append(
+            {
+                "case": name,
+                "capacity": size,
+                "tokens_per_second": found.tokens_per_second,
+                "estimated": estimate.tokens_per_second,
+                "hit_rate": found.hits / found.requested,
+                "late": found.late / found.requested,
+                "estimated_hit_rate": estimate.hit_rate,
+                "estimated_late": estimate.total(Count.LATE) / found.requested,
+                "prefetched_per_token": found.prefetched / found.tokens,
+            }
+        )
+    return {"device": measured.device, "assumptions": measured.describe(), "tokens": len(routes), "rows": rows}
+
+
+def _first(routes: Routes, tokens: int) -> Routes:
+    """Whole problems until there are as many tokens; as if all were generated."""
+    ends = np.flatnonzero(np.diff(routes.problem_ids_T, append=-1)) + 1
+    stop = int(ends[min(len(ends) - 1, int(np.searchsorted(ends, tokens)))])
+    chosen = routes.of_problems(np.arange(len(routes)) < stop)
+    return replace(chosen, is_decode_T=np.ones(len(chosen), dtype=np.bool_))
+
+
+def sizes_of(wanted: Replay, shape: Shape) -> tuple[Costs, Sizes]:
+    """Bytes and widths of the dummies, and costs without times. Raises `SpecmoeError` if they are not known."""
+    entry = find_entry(wanted.model or wanted.trace.metadata.model.id)
+    if entry is None and (wanted.expert_bytes is None or wanted.rest_bytes is None):
+        raise SpecmoeError("the sizes of this model are not known: name the --model, or give --expert-mb and --rest-mb")
+    width = 2048 if entry is None else entry.hidden
+    if entry is None:
+        costs = Costs(
+            model=wanted.trace.metadata.model.id,
+            device="",
+            precision="bfloat16",
+            expert_bytes=float(wanted.expert_bytes or 0),
+            copy_seconds=0.0,
+            expert_seconds=0.0,
+            token_seconds=0.0,
+            layer_seconds=0.0,
+            layer_token_seconds=0.0,
+        )
+        rest = wanted.rest_bytes or 0
+    else:
+        gpu = find_gpu("RTX 4090")
+        costs = costs_of(entry, gpu, wanted.precision)
+        # The times of this GPU are measured anew; of it, only the bytes are used.
+        rest = wanted.rest_bytes or int(costs.layer_seconds * gpu.bandwidth * 1e9 * MEMORY_SHARE)
+        costs = replace(
+            costs, expert_bytes=wanted.expert_bytes or costs.expert_bytes, token_seconds=0.0, layer_token_seconds=0.0
+        )
+    sizes = Sizes(
+        expert_bytes=int(costs.expert_bytes), rest_bytes=rest, width=width, layers=shape.layers, num_experts=shape.experts
+    )
+    return costs, sizes

@@ -1,0 +1,152 @@
+"""Replay: its caches are those of the simulation, its copies and products really run, in the order that they must."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_requests import routes_of
+
+from profiler.errors import SpecmoeError
+from speculation.offload.costs import Costs
+from speculation.offload.devices import Processor
+from speculation.offload.kernel import Count, Rule
+from speculation.offload.replay import Sizes, measure, open_device, replay
+from speculation.offload.requests import requests_of
+from speculation.offload.simulate import Setting, Workload, simulate
+from speculation.options import TrainingOptions
+from speculation.predictors.conditional_counts import ConditionalCounts
+from speculation.tasks import Shape, Task
+
+SIZES = Sizes(expert_bytes=4096, rest_bytes=4096, width=64, layers=3, num_experts=8)
+ROUTES = routes_of([(0, 60), (0, 50)], layers=3)
+WORKLOAD = Workload(requests_of(ROUTES, 8), np.tile(np.arange(8, 0, -1.0), (3, 1)))
+
+
+class Instant:
+    """A device on which everything is over at once; it remembers which expert is in which slot."""
+
+    name = "instant"
+
+    def __init__(self) -> None:
+        self.slots: dict[int, int] = {}
+        self.used: list[list[int]] = []
+
+    def copy(self, slot: int, expert: int, after: Any) -> int:
+        self.slots[slot] = expert
+        return 0
+
+    def experts(self, slots: Sequence[int], tickets: Sequence[Any]) -> int:
+        self.used.append([self.slots.get(slot, -1) for slot in slots])
+        return 0
+
+    def rest(self, layer: int) -> int:
+        return 0
+
+    def wait(self, ticket: Any) -> None:
+        pass
+
+    def is_over(self, ticket: Any) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("rule", [rule for rule in Rule if rule != Rule.BELADY])
+@pytest.mark.parametrize("capacity", [0, 2, 5, 8])
+def test_hits_are_those_of_the_simulation(rule: Rule, capacity: int) -> None:
+    device = Instant()
+    found = replay(device, ROUTES, SIZES, rule, capacity, WORKLOAD.popularity)
+    expected = simulate(WORKLOAD, Setting(rule, capacity))
+    assert found.hits == expected.total(Count.HIT)
+    assert found.requested == expected.total(Count.REQUESTED)
+    assert (found.tokens, found.late, found.prefetched) == (110, 0, 0)
+    # Every product is of the experts that the token chose; those that the cache began with were never copied.
+    for used, layer, chosen in zip(
+        device.used, list(range(3)) * 110, ROUTES.expert_ids_TLK.reshape(-1, 2).tolist(), strict=True
+    ):
+        assert all(number in {layer * 8 + expert, -1} for number, expert in zip(used, chosen, strict=True))
+
+
+def fitted(horizon: int = 1) -> ConditionalCounts:
+    predictor = ConditionalCounts(Shape(layers=3, experts=8, top_k=2, horizon=horizon))
+    predictor.fit(ROUTES, None, TrainingOptions(), lambda *_: None)
+    return predictor
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_a_predictor_in_the_loop(horizon: int) -> None:
+    device = Instant()
+    plain = replay(device, ROUTES, SIZES, Rule.LRU, 4, WORKLOAD.popularity)
+    everything = replay(device, ROUTES, SIZES, Rule.LRU, 8, WORKLOAD.popularity, fitted(horizon), experts=2)
+    assert everything.prefetched == 0
+    guessed = replay(Instant(), ROUTES, SIZES, Rule.LRU, 4, WORKLOAD.popularity, fitted(horizon), experts=2)
+    assert guessed.prefetched > 100
+    assert guessed.hits != plain.hits
+    # All eight guessed, four at a time: what is guessed and what is needed are never the same set.
+    nobody = replay(Instant(), ROUTES, SIZES, Rule.LRU, 4, WORKLOAD.popularity, fitted(horizon), experts=0)
+    assert (nobody.hits, nobody.prefetched) == (plain.hits, 0)
+
+
+def test_on_this_processor() -> None:
+    device = open_device("cpu", 3 * 3 + 2, SIZES)
+    found = replay(device, ROUTES, SIZES, Rule.LRU, 3, WORKLOAD.popularity, fitted(), experts=2, tokens=30)
+    device.close()
+    assert found.tokens == 30
+    assert found.hits + found.late <= found.requested == 180
+    assert found.prefetched > 0
+    assert found.tokens_per_second > 1
+
+
+def test_copies_and_products_are_real() -> None:
+    device = Processor(2, 4096, 4096, 3, 64)
+    ticket = device.experts([1], [device.copy(1, 5, None)])
+    device.wait(ticket)
+    memory = device._memory
+    assert torch.equal(memory.slots[1], memory.host[5 % len(memory.host)])
+    assert memory.slots[1].nbytes == 4096
+    assert torch.equal(memory.slots[0], torch.zeros_like(memory.slots[0]))
+    # A copy that must come after a product.
+    device.wait(device.copy(0, 1, ticket))
+    assert device.is_over(ticket)
+    device.close()
+
+
+def test_measured_costs() -> None:
+    costs = Costs(
+        model="made",
+        device="",
+        precision="bfloat16",
+        expert_bytes=4096.0,
+        copy_seconds=0.0,
+        expert_seconds=0.0,
+        token_seconds=0.0,
+        layer_seconds=0.0,
+        layer_token_seconds=0.0,
+    )
+    measured = measure("cpu", SIZES, costs)
+    assert measured.device == "CPU"
+    assert 0 < measured.copy_seconds < 1
+    assert 0 < measured.expert_seconds < 1
+    assert 0 < measured.layer_seconds < 1
+    assert "measured here, medians of 20" in measured.describe()[1]
+
+
+def test_what_cannot_be_replayed() -> None:
+    device = Instant()
+    with pytest.raises(SpecmoeError, match="Belady's rule knows what comes"):
+        replay(device, ROUTES, SIZES, Rule.BELADY, 3, WORKLOAD.popularity)
+    with pytest.raises(SpecmoeError, match="a cache of 1 experts per layer cannot hold the 2 of one token"):
+        replay(device, ROUTES, SIZES, Rule.LRU, 1, WORKLOAD.popularity)
+    predictor = ConditionalCounts(Shape(layers=3, experts=8, top_k=2, horizon=1, task=Task.WHOLE_PATH))
+    with pytest.raises(SpecmoeError, match="expected a run for next-layer, not whole-path"):
+        replay(device, ROUTES, SIZES, Rule.LRU, 3, WORKLOAD.popularity, predictor)
+    with pytest.raises(SpecmoeError, match="unknown device 'tpu': expected one of cuda, cpu"):
+        open_device("tpu", 1, SIZES)
+    if not torch.cuda.is_available():
+        with pytest.raises(SpecmoeError, match="no GPU here: use --on cpu"):
+            open_device("cuda", 1, SIZES)
