@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from analysis.predictions import Evaluation, read_evaluation
+from analysis.simulations import Simulation, read_simulation
 from analysis.survey import EVERYTHING, Choice
 from profiler.errors import SpecmoeError, printable
 from profiler.reader import Trace
@@ -39,6 +40,9 @@ def analyze(
         list[Path] | None,
         typer.Option(help="What 'specmoe evaluate --json' wrote, or a run that has it; may be repeated."),
     ] = None,
+    simulation: Annotated[
+        list[Path] | None, typer.Option(help="What 'specmoe simulate --out' wrote, its folder; may be repeated.")
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Folder or hub id, for the text of tokens. Default: the model's, if it is on this machine."),
@@ -55,15 +59,25 @@ def analyze(
     Example: specmoe analyze traces/math --out reports/math
     """
     evaluations = [read_evaluation(path) for path in evaluation or []]
+    simulations = [read_simulation(path) for path in simulation or []]
     opened = [Trace.open(path) for path in traces]
     choice = Choice(by, without)
     if len(opened) > 1:
-        if evaluations or tokenizer:
-            raise SpecmoeError("--evaluation and --tokenizer go with one trace; several are compared with each other")
+        if evaluations or simulations or tokenizer:
+            raise SpecmoeError(
+                "--evaluation, --simulation and --tokenizer go with one trace; several are compared with each other"
+            )
         document, findings = compare_traces(opened, out, hops=hops, choice=choice, seed=seed)
     else:
         statistics, findings = analyze_trace(
-            opened[0], out, hops=hops, choice=choice, seed=seed, evaluations=evaluations, tokenizer=tokenizer
+            opened[0],
+            out,
+            hops=hops,
+            choice=choice,
+            seed=seed,
+            evaluations=evaluations,
+            simulations=simulations,
+            tokenizer=tokenizer,
         )
         document = statistics.to_json()
         if not as_json:
@@ -87,15 +101,21 @@ def analyze_trace(
     choice: Choice = EVERYTHING,
     seed: int = 0,
     evaluations: Sequence[Evaluation] = (),
+    simulations: Sequence[Simulation] = (),
     tokenizer: str | None = None,
 ) -> tuple[Statistics, Findings]:
     """Compute the statistics of `trace` and write everything about it to `out`."""
     statistics = _compute(trace, hops, choice, seed)
-    return statistics, write_analysis(statistics, out, evaluations=evaluations, tokenizer=tokenizer)
+    return statistics, write_analysis(statistics, out, evaluations=evaluations, simulations=simulations, tokenizer=tokenizer)
 
 
 def write_analysis(
-    statistics: Statistics, out: Path, *, evaluations: Sequence[Evaluation] = (), tokenizer: str | None = None
+    statistics: Statistics,
+    out: Path,
+    *,
+    evaluations: Sequence[Evaluation] = (),
+    simulations: Sequence[Simulation] = (),
+    tokenizer: str | None = None,
 ) -> Findings:
     """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`."""
     import numpy as np
@@ -111,7 +131,7 @@ def write_analysis(
     np.savez_compressed(temporary, probabilities=statistics.probabilities, moe_layers=np.array(statistics.axes.moe_layers))
     temporary.replace(out / "transitions.npz")
     write_tables(statistics, labels, out / "tables")
-    return write_report(statistics, out / "report.html", labels, evaluations)
+    return write_report(statistics, out / "report.html", labels, evaluations, simulations)
 
 
 def compare_traces(

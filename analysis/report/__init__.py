@@ -14,6 +14,7 @@ from analysis.predictions import Evaluation
 from analysis.report.comparison import compared_facts, comparison_sections
 from analysis.report.figures import Section
 from analysis.report.sections import all_sections
+from analysis.simulations import Simulation
 from analysis.statistics import Statistics
 from profiler.writer import write_text
 
@@ -21,13 +22,17 @@ MADE_WITH = "Made by specmoe analyze. Everything is in this file: no network is 
 
 
 def write_report(
-    statistics: Statistics, path: Path, labels: Sequence[str] = (), evaluations: Sequence[Evaluation] = ()
+    statistics: Statistics,
+    path: Path,
+    labels: Sequence[str] = (),
+    evaluations: Sequence[Evaluation] = (),
+    simulations: Sequence[Simulation] = (),
 ) -> list[tuple[str, str]]:
     """Write the page of one trace; returns title and headline of its sections.
 
-    labels: of the tokens, see `labels.token_labels`; evaluations: of predictors.
+    labels: of the tokens, see `labels.token_labels`; evaluations: of predictors; simulations: of caches.
     """
-    sections = all_sections(statistics, labels, evaluations)
+    sections = all_sections(statistics, labels, evaluations, simulations)
     _write(path, f"Expert routing of {statistics.source.metadata.model.id}", _facts(statistics), sections)
     return [(section.title, section.headline) for section in sections]
 

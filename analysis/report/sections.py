@@ -9,12 +9,16 @@ from analysis.report.figures import Section
 from analysis.report.groups import clusters_section, domains_section, pairs_section
 from analysis.report.load import load_section
 from analysis.report.locality import repetition_section, reuse_section
+from analysis.report.offload import offload_section
 from analysis.report.predictability import predictability_section, predictions_section, weights_section
 from analysis.report.transitions import hops_section, transitions_section
+from analysis.simulations import Simulation
 from analysis.statistics import Statistics
 
 
-def all_sections(statistics: Statistics, labels: Sequence[str], evaluations: Sequence[Evaluation]) -> list[Section]:
+def all_sections(
+    statistics: Statistics, labels: Sequence[str], evaluations: Sequence[Evaluation], simulations: Sequence[Simulation]
+) -> list[Section]:
     """Those that the trace has something for."""
     sections = [load_section(statistics, labels)]
     if statistics.hops:
@@ -30,4 +34,9 @@ def all_sections(statistics: Statistics, labels: Sequence[str], evaluations: Seq
         sections.append(weights_section(statistics))
     if statistics.rulers:
         sections.append(predictability_section(statistics))
-    return sections + [predictions_section(evaluation, number) for number, evaluation in enumerate(evaluations, start=1)]
+    sections += [predictions_section(evaluation, number) for number, evaluation in enumerate(evaluations, start=1)]
+    return sections + [
+        offload_section(simulation, device.name, f"{number}-{place}")
+        for number, simulation in enumerate(simulations, start=1)
+        for place, device in enumerate(simulation.devices, start=1)
+    ]

@@ -101,10 +101,8 @@ def run_replay(wanted: Replay) -> dict[str, Any]:
 
 
 def _first(routes: Routes, tokens: int) -> Routes:
-    """Whole problems until there are as many tokens; as if all were generated."""
-    ends = np.flatnonzero(np.diff(routes.problem_ids_T, append=-1)) + 1
-    stop = int(ends[min(len(ends) - 1, int(np.searchsorted(ends, tokens)))])
-    chosen = routes.of_problems(np.arange(len(routes)) < stop)
+    """So many tokens, as if all were generated."""
+    chosen = routes.of_problems(np.arange(len(routes)) < tokens)
     return replace(chosen, is_decode_T=np.ones(len(chosen), dtype=np.bool_))
 
 

@@ -1,0 +1,182 @@
+"""`specmoe simulate` and `specmoe replay`: from a trace and a run to the answer, its files, and the report's section."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from analysis.simulations import read_simulation
+from profiler.errors import SpecmoeError, TraceError
+from profiler.reader import Trace
+from specmoe import app
+from speculation.options import TrainingOptions
+from speculation.train import train
+
+Make = Callable[..., Trace]
+
+
+@pytest.fixture(scope="module")
+def runner() -> CliRunner:
+    return CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+@pytest.fixture
+def trace(make_trace: Make, random_problems: Make) -> Trace:
+    """Random routing of OLMoE's shape."""
+    return make_trace(random_problems(count=30, tokens=12, layers=16, num_experts=64, top_k=8), 64)
+
+
+@pytest.fixture
+def run(trace: Trace, tmp_path: Path) -> Path:
+    return train(trace, "conditional-counts", tmp_path / "counts", options=TrainingOptions()).path
+
+
+def simulated(runner: CliRunner, *arguments: str) -> str:
+    done = runner.invoke(app, ["simulate", *arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_run_is_worth_something_or_not(trace: Trace, run: Path, runner: CliRunner, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output = simulated(
+        runner,
+        *(
+            str(trace.path),
+            "--model",
+            "olmoe",
+            "--device",
+            "RTX 3090",
+            "--device",
+            "H100",
+            "--policy",
+            "lru",
+            "--policy",
+            "belady",
+        ),
+        *(
+            "--predictor",
+            "none",
+            "--predictor",
+            str(run),
+            "--predictor",
+            "oracle",
+            "--cache-fraction",
+            "0.25",
+            "--cache-gb",
+            "9",
+        ),
+        *("--out", str(out)),
+    )
+    document = json.loads((out / "simulation.json").read_text())
+    rows = document["rows"]
+    # Two devices: bounds, and two sizes of two policies with none, the run, its control, and the oracle.
+    assert len(rows) == 2 * (2 + 2 * 2 * 4)
+    with (out / "simulation.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+
+    def one(device: str, share: float, policy: str, prefetch: str) -> dict[str, Any]:
+        (found,) = [
+            row
+            for row in rows
+            if (row["device"], row["policy"], row["prefetch"]) == (device, policy, prefetch) and row["share"] == share
+        ]
+        return found
+
+    # 64 experts of 16 layers, 12.6 MB each: 9 GB are 44 of each layer.
+    assert {row["capacity"] for row in rows} == {0, 16, 44, 64}
+    for device in ("RTX 3090", "H100"):
+        slow, fast = one(device, 0.0, "on demand", "none"), one(device, 1.0, "all resident", "none")
+        none, oracle = one(device, 0.25, "lru", "none"), one(device, 0.25, "lru", "oracle")
+        assert slow["hit_rate"] == 0
+        assert fast["hit_rate"] == 1
+        assert slow["tokens_per_second"] < none["tokens_per_second"] < oracle["tokens_per_second"] < fast["tokens_per_second"]
+        assert none["hit_rate"] <= one(device, 0.25, "belady", "none")["hit_rate"]
+        # Random routing: neither the run nor its control finds anything out.
+        for prefetch in ("counts", "counts, shuffled control"):
+            assert one(device, 0.25, "lru", prefetch)["hit_rate"] == pytest.approx(0.25, abs=0.06)
+    assert one("H100", 0.25, "lru", "none")["tokens_per_second"] > one("RTX 3090", 0.25, "lru", "none")["tokens_per_second"]
+    assert len(document["best"]) == 4
+    assert "With 9.0 GB" not in output  # 44 of each layer are 8.9 GB.
+    assert "With 8.9 GB for experts: lru and " in output
+    assert "Assumed: link: 25.2 GB/s, 80% (assumed) of 31.5 GB/s, PCIe 4 x16" in output
+    assert "NOT held out" not in output
+    page = (out / "simulation.html").read_text()
+    assert "https://" not in page.split("<script")[0]
+    assert "RTX 3090" in page
+
+
+def test_what_is_not_held_out_is_said(trace: Trace, run: Path, runner: CliRunner) -> None:
+    output = simulated(runner, str(trace.path), "--predictor", str(run), "--part", "all")
+    assert "NOT held out" in output
+    assert "copies that take no time: hit rate" in output
+    assert "tokens/s" not in output
+
+
+def test_the_report_answers(trace: Trace, run: Path, runner: CliRunner, tmp_path: Path) -> None:
+    simulated(
+        runner,
+        *(str(trace.path), "--model", "olmoe", "--predictor", "none", "--predictor", str(run), "--out", str(tmp_path / "sim")),
+    )
+    arguments = ["analyze", str(trace.path), "--out", str(tmp_path / "r"), "--hops", "2", "--simulation", str(tmp_path / "sim")]
+    done = runner.invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "GB for experts on RTX 4090: l" in done.output
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "Experts that do not fit" in page
+    assert "Simulated, not run" in page
+    # Without times there are hit rates.
+    simulated(runner, str(trace.path), "--predictor", "none", "--out", str(tmp_path / "sim"))
+    again = runner.invoke(app, arguments, catch_exceptions=False)
+    assert "of the requested experts were in the cache" in again.output
+
+
+def test_what_is_no_simulation_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "simulation.json"
+    for text in ("[]", '{"model": "m", "trace": "t", "devices": [], "notes": [], "best": [], "rows": []}'):
+        path.write_text(text)
+        with pytest.raises(TraceError, match="expected what 'specmoe simulate TRACE --out DIR' writes"):
+            read_simulation(tmp_path)
+    path.unlink()
+    with pytest.raises(TraceError, match=r"simulation\.json"):
+        read_simulation(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--predictor", "nobody"], "--predictor nobody: neither a run, nor none, popularity, oracle or a predictor's name"),
+        (["--model", "mixtral-8x7b"], "mixtral-8x7b has 32 MoE layers of 8 experts, top-2; the trace 16 of 64, top-8"),
+        (["--model", "gpt-9"], "unknown model 'gpt-9'"),
+        (["--cache-gb", "3"], "a cache in GB needs the size of an expert"),
+        (["--device", "TPU"], "unknown GPU 'TPU': expected one of RTX 3090"),
+        (["--cache-fraction", "2"], "cache fraction 2.0: expected 0 to 1"),
+        (["--predictor", "oracle", "--horizon", "17"], "horizon 17: expected 1 to 16 layers ahead"),
+    ],
+)
+def test_wrong_usage_is_one_clear_line(arguments: list[str], text: str, trace: Trace, runner: CliRunner) -> None:
+    done = runner.invoke(app, ["simulate", str(trace.path), *arguments])
+    assert isinstance(done.exception, SpecmoeError)
+    assert text in str(done.exception)
+
+
+def test_replay(trace: Trace, run: Path, runner: CliRunner) -> None:
+    arguments = ["replay", str(trace.path), "--on", "cpu", "--expert-mb", "0.01", "--rest-mb", "0.01", "--tokens", "20"]
+    done = runner.invoke(app, [*arguments, "--predictor", str(run)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.output.splitlines()]
+    assert "CPU, 20 tokens" in done.output
+    cases = {line[0]: line for line in lines if line and line[0] in {"on", "lru", "lru,"}}
+    assert set(cases) == {"on", "lru", "lru,"}
+    # Hits without predictions do not depend on time: replayed and simulated they are the same.
+    assert cases["lru"][4] == cases["lru"][5]
+    missing = runner.invoke(app, ["replay", str(trace.path), "--on", "cpu"])
+    assert "the sizes of this model are not known: name the --model, or give --expert-mb and --rest-mb" in str(
+        missing.exception
+    )
