@@ -267,10 +267,14 @@ def _figure(document: dict[str, Any], device: str | None) -> Any:
     policies = list(dict.fromkeys(row["policy"] for row in inner))
     prefetchers = list(dict.fromkeys(row["prefetch"] for row in inner))
     is_timed = device is not None
-    figure = make_subplots(1, 2 if is_timed else 1, subplot_titles=["hit rate", "tokens per second"][: 1 + is_timed])
+    # One above the other: a page may be as narrow as a phone.
+    titles = ["hit rate", "tokens per second"][: 1 + is_timed]
+    figure = make_subplots(len(titles), 1, subplot_titles=titles, shared_xaxes=True, vertical_spacing=0.1)
     shown: list[str] = []
+    names = [name.removesuffix(f", {CONTROL}") for name in prefetchers]
+    colors = dict(zip(dict.fromkeys(names), COLORS * len(names), strict=False))
     for policy in policies:
-        for number, prefetch in enumerate(prefetchers):
+        for name, prefetch in zip(names, prefetchers, strict=True):
             line = sorted(
                 (row for row in inner if (row["policy"], row["prefetch"]) == (policy, prefetch)), key=lambda r: r["share"]
             )
@@ -283,27 +287,28 @@ def _figure(document: dict[str, Any], device: str | None) -> Any:
                     legendgroup=prefetch,
                     showlegend=place == 0,
                     visible=policy == policies[0],
-                    line={"color": COLORS[number % len(COLORS)], "dash": "dot" if "control" in prefetch else "solid"},
+                    line={"color": colors[name], "dash": "solid" if name == prefetch else "dot"},
                     hovertemplate=f"{escape(prefetch)}, {policy}, %{{x:.0%}}: %{{y:.3f}}<extra></extra>",
-                    row=1,
-                    col=1 + place,
+                    row=1 + place,
+                    col=1,
                 )
                 shown.append(policy)
     if is_timed:
         for name, row in bounds.items():
-            figure.add_hline(y=row["tokens_per_second"], line_dash="dash", annotation_text=name, row=1, col=2)
+            figure.add_hline(y=row["tokens_per_second"], line_dash="dash", annotation_text=name, row=2, col=1)
     buttons = [
         {"label": policy, "method": "update", "args": [{"visible": [each == policy for each in shown]}]} for policy in policies
     ]
-    figure.update_xaxes(title="share of all experts in the cache", tickformat=".0%", rangemode="tozero")
+    figure.update_xaxes(tickformat=".0%", rangemode="tozero")
+    figure.update_xaxes(title="share of all experts in the cache", row=len(titles), col=1)
     figure.update_yaxes(rangemode="tozero")
     figure.update_layout(
         template="plotly_white",
         title=escape(device or "copies that take no time"),
         font={"size": 14},
-        height=520,
+        height=240 + 300 * len(titles),
         margin={"l": 50, "r": 20},
-        legend={"orientation": "h", "y": -0.25},
-        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.2, "yanchor": "top"}],
+        legend={"orientation": "h", "y": -0.12},
+        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.12, "yanchor": "top"}],
     )
     return figure
