@@ -2,9 +2,12 @@
 
     python benchmarks/training.py [--trace DIR] [--seconds S]
 
-A sample is one token with all its layers. The plain loop is what a first version does: a Dataset whose `__getitem__` makes
-the inputs and the target of one token, joined by the default collate function; without workers, and with two. Both do the same
-optimizer steps. Tokens per second of making batches alone, and of training; one run, alternating, medians of three.
+The plain loop is what a first version does: a Dataset whose `__getitem__` makes the inputs and the target of one sample, joined
+by the default collate function; without workers, and with two. Its sample is one prediction (a token at a layer), as its
+target is; or, as a first step away from that, one token with all its layers. Both are given this project's own features and
+networks. A token counts as done when all its layers are. Of a prediction a sample only the loading is timed, as if its
+network took no time: so what is said of its training is the least that can be. Tokens per second, one run, alternating,
+medians of three.
 """
 
 from __future__ import annotations
@@ -35,9 +38,10 @@ from speculation.training import best_precision
 
 NAMES = ("recommended-small", "recommended", "mlp", "statistics-aware")
 ROUNDS = 3
+LOADERS = ("a prediction a sample", "a prediction a sample, 2 workers", "a token a sample", "a token a sample, 2 workers")
 
 
-class Samples(Dataset[dict[str, Any]]):
+class Tokens(Dataset[dict[str, Any]]):
     """One token per item: inputs and target, as the network takes them but for the batch."""
 
     def __init__(self, predictor: NeuralPredictor, routes: Routes) -> None:
@@ -51,6 +55,23 @@ class Samples(Dataset[dict[str, Any]]):
         true_TLHE, is_valid_TLH = self.predictor.truth(self.routes, tokens_T)
         arrays = {name: array[0] for name, array in self.predictor.inputs(self.routes, tokens_T).items()}
         return arrays | {"true": true_TLHE[0], "is_valid": is_valid_TLH[0]}
+
+
+class Predictions(Dataset[dict[str, Any]]):
+    """One token at one layer per item: what the network takes of the token, the layer, and the target there."""
+
+    def __init__(self, predictor: NeuralPredictor, routes: Routes) -> None:
+        self.tokens = Tokens(predictor, routes)
+        # The last layer has no next one.
+        self.layers = predictor.shape.layers - 1
+
+    def __len__(self) -> int:
+        return len(self.tokens) * self.layers
+
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        token, layer = divmod(sample, self.layers)
+        whole = self.tokens[token]
+        return whole | {"layer": layer, "true": whole["true"][layer], "is_valid": whole["is_valid"][layer]}
 
 
 def main() -> None:
@@ -82,16 +103,20 @@ def measure(name: str, routes: Routes, shape: Shape, seconds: float) -> None:
     found: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
         for what, batches in sources(predictor, routes, size).items():
-            found.setdefault(f"{what}, batches", []).append(speed(batches, size, seconds, lambda batch: None))
-            found.setdefault(f"{what}, training", []).append(speed(batches, size, seconds, trainer(predictor)))
+            # A sample of one layer is a part of a token.
+            tokens = size / (shape.layers - 1) if "prediction" in what else size
+            found.setdefault(f"{what}, batches", []).append(speed(batches, tokens, seconds, lambda batch: None))
+            if "prediction" not in what:
+                found.setdefault(f"{what}, training", []).append(speed(batches, tokens, seconds, trainer(predictor)))
     rates = {what: median(values) for what, values in found.items()}
     print(f"\n{name}, batches of {size} tokens")
     for part in ("batches", "training"):
         ours = rates[f"whole routes, {part}"]
         print(f"  {part}: whole routes {ours:,.0f} tokens/s")
-        for what in ("per sample", "per sample, 2 workers"):
-            rate = rates[f"{what}, {part}"]
-            print(f"  {part}: {what} {rate:,.0f} tokens/s, {ours / rate:.1f} x slower", flush=True)
+        for what in LOADERS:
+            rate = rates.get(f"{what}, {part}", rates[f"{what}, batches"])
+            bound = " at least" if f"{what}, {part}" not in rates else ""
+            print(f"  {part}: {what} {rate:,.0f} tokens/s, {ours / rate:.1f} x slower{bound}", flush=True)
 
 
 Batches = Callable[[], Iterator[dict[str, Any]]]
@@ -105,10 +130,12 @@ def sources(predictor: NeuralPredictor, routes: Routes, size: int) -> dict[str, 
             true_TLHE, is_valid_TLH = predictor.truth(routes, tokens_T)
             yield predictor.tensors(routes, tokens_T) | {"true": true_TLHE, "is_valid": is_valid_TLH}
 
-    def loader(workers: int) -> Batches:
-        return lambda: iter(DataLoader(Samples(predictor, routes), batch_size=size, shuffle=True, num_workers=workers))
+    def loader(dataset: Dataset[dict[str, Any]], workers: int) -> Batches:
+        return lambda: iter(DataLoader(dataset, batch_size=size, shuffle=True, num_workers=workers))
 
-    return {"whole routes": whole, "per sample": loader(0), "per sample, 2 workers": loader(2)}
+    datasets = (Predictions(predictor, routes), Tokens(predictor, routes))
+    loaders = [loader(dataset, workers) for dataset in datasets for workers in (0, 2)]
+    return {"whole routes": whole, **dict(zip(LOADERS, loaders, strict=True))}
 
 
 def trainer(predictor: NeuralPredictor) -> Callable[[dict[str, Any]], None]:
@@ -127,14 +154,14 @@ def trainer(predictor: NeuralPredictor) -> Callable[[dict[str, Any]], None]:
     return step
 
 
-def speed(batches: Batches, size: int, seconds: float, use: Callable[[dict[str, Any]], None]) -> float:
-    """Tokens per second; the first batch, with which workers start, is not counted."""
+def speed(batches: Batches, tokens: float, seconds: float, use: Callable[[dict[str, Any]], None]) -> float:
+    """Tokens per second, of batches of so many; the first one, with which workers start, is not counted."""
     source = batches()
     use(next(source))
-    began, done = time.perf_counter(), 0
+    began, done = time.perf_counter(), 0.0
     for batch in source:
         use(batch)
-        done += size
+        done += tokens
         if time.perf_counter() - began > seconds:
             break
     return done / (time.perf_counter() - began)

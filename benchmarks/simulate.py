@@ -1,0 +1,161 @@
+"""Speed of the simulation: requests per second of every policy, with and without prefetching, against a plain Python LRU.
+
+    python benchmarks/simulate.py [--trace DIR] [--requests N]
+
+A request is one token at one layer: K experts at once. On one core, compiled code warm; a made trace of gpt-oss-20b's shape
+(24 layers of 32 experts, top-4), in which a token's experts resemble those of the token before. Medians of three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+# benchmarks/analysis.py has the name of a package, and this folder comes first.
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+import numpy as np
+
+from profiler.devices import find_gpu
+from profiler.model_registry import MODELS
+from profiler.reader import Trace
+from speculation.offload.costs import costs_of
+from speculation.offload.kernel import Count, Rule
+from speculation.offload.plans import oracle_plan, popularity_plan
+from speculation.offload.requests import Requests, requests_of
+from speculation.offload.simulate import Setting, Workload, simulate
+from speculation.routes import load_routes
+
+LAYERS, EXPERTS, TOP_K = 24, 32, 4
+ROUNDS = 3
+# Of the requests, what the plain version is timed on.
+PLAIN_SHARE = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, help="default: a made one")
+    parser.add_argument("--requests", type=int, default=4_000_000)
+    arguments = parser.parse_args()
+    requests = read(arguments.trace) if arguments.trace else made(arguments.requests // LAYERS)
+    workload = Workload(requests, np.tile(np.arange(requests.num_experts, 0, -1.0), (requests.layers, 1)))
+    count = requests.steps * requests.layers
+    capacity = requests.num_experts // 4
+    print(
+        f"{count:,} requests of {requests.top_k} of {requests.num_experts} experts, {requests.layers} layers; {capacity} cached"
+    )
+
+    began = time.perf_counter()
+    _ = workload.ahead
+    print(f"next uses, for Belady: {count / (time.perf_counter() - began) / 1e6:.2f} M requests/s")
+    few = first(requests, requests.steps // PLAIN_SHARE)
+    found = []
+    plain = seconds(lambda: found.append(plain_lru(few, capacity))) * requests.steps / few.steps
+    ours = simulate(Workload(few, workload.popularity_LE), Setting(Rule.LRU, capacity)).total(Count.HIT)
+    print(f"plain Python LRU, on a {PLAIN_SHARE}th: {count / plain / 1e6:.3f} M requests/s; hits {found[0]:,}, ours {ours:,}")
+    for is_global in (False, True):
+        size = capacity * requests.layers if is_global else capacity
+        for rule in Rule:
+            took = seconds(lambda rule=rule, size=size, is_global=is_global: simulate(workload, Setting(rule, size, is_global)))
+            where = "one cache for all layers" if is_global else "a cache per layer"
+            print(f"{rule.name.lower()}, {where}: {count / took / 1e6:.2f} M requests/s, {plain / took:.0f} x plain LRU")
+    costs = costs_of(MODELS["gpt-oss-20b"], find_gpu("RTX 4090"))
+    for name, plan in (
+        ("popularity", popularity_plan(workload.popularity_LE, requests.top_k, 1, requests)),
+        ("oracle", oracle_plan(requests, 1)),
+        ("oracle, 4 layers ahead", oracle_plan(requests, 4)),
+    ):
+        for rule in (Rule.LRU, Rule.BELADY):
+            took = seconds(lambda rule=rule, plan=plan: simulate(workload, Setting(rule, capacity), plan, costs))
+            print(f"{rule.name.lower()}, {name} fetched ahead, with times: {count / took / 1e6:.2f} M requests/s")
+    if not arguments.trace:
+        for part in (10, 3, 1):
+            some = made(arguments.requests // LAYERS // part)
+            work = Workload(some, workload.popularity_LE)
+            took = seconds(lambda work=work: simulate(work, Setting(Rule.LRU, capacity)))
+            print(f"lru, {some.steps * LAYERS:,} requests: {took / (some.steps * LAYERS) * 1e9:.0f} ns per request")
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """The median of some rounds after one that is not counted: compiled code is warm, arrays are there."""
+    run()
+    found = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - began)
+    return median(found)
+
+
+def first(requests: Requests, steps: int) -> Requests:
+    """The first steps only."""
+    starts_R = requests.starts_R[: steps * requests.layers + 1]
+    tokens = requests.first_S[steps]
+    return replace(
+        requests,
+        experts_N=requests.experts_N[: starts_R[-1]],
+        starts_R=starts_R,
+        tokens_N=requests.tokens_N[:tokens],
+        first_S=requests.first_S[: steps + 1],
+        is_decode_S=requests.is_decode_S[:steps],
+    )
+
+
+def plain_lru(requests: Requests, capacity: int) -> int:
+    """Hits of a least-recently-used cache per layer in an ordered dictionary."""
+    caches: list[OrderedDict[int, None]] = [OrderedDict.fromkeys(range(capacity - 1, -1, -1)) for _ in range(requests.layers)]
+    experts, starts = requests.experts_N.tolist(), requests.starts_R.tolist()
+    hits = 0
+    for request in range(len(starts) - 1):
+        cache = caches[request % requests.layers]
+        chosen = experts[starts[request] : starts[request + 1]]
+        for expert in chosen:
+            if expert in cache:
+                hits += 1
+                cache.move_to_end(expert)
+        for expert in chosen:
+            if expert not in cache:
+                cache.popitem(last=False)
+                cache[expert] = None
+        for expert in reversed(chosen):
+            cache.move_to_end(expert)
+    return hits
+
+
+def made(steps: int) -> Requests:
+    """Of each token half of the experts that the token before had at that layer, the others at random."""
+    random = np.random.default_rng(0)
+    score_SLE = random.random((steps, LAYERS, EXPERTS), dtype=np.float32)
+    ids_SLK = np.argpartition(score_SLE, TOP_K, axis=2)[:, :, :TOP_K].astype(np.int32)
+    half = TOP_K // 2
+    for step in range(1, steps):
+        before, now = ids_SLK[step - 1, :, :half], ids_SLK[step]
+        is_new = ~(now[:, :, None] == before[:, None, :]).any(2)
+        order = np.argsort(~is_new, axis=1, kind="stable")
+        ids_SLK[step] = np.concatenate([before, np.take_along_axis(now, order, 1)[:, : TOP_K - half]], axis=1)
+    return Requests(
+        layers=LAYERS,
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        experts_N=ids_SLK.reshape(-1),
+        starts_R=np.arange(steps * LAYERS + 1, dtype=np.int64) * TOP_K,
+        tokens_N=np.arange(steps),
+        first_S=np.arange(steps + 1),
+        is_decode_S=np.ones(steps, dtype=np.bool_),
+    )
+
+
+def read(path: Path) -> Requests:
+    """One sequence at a time."""
+    trace = Trace.open(path)
+    return requests_of(load_routes(trace, "all"), trace.metadata.model.num_experts)
+
+
+if __name__ == "__main__":
+    main()
