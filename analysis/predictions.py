@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, model_validator
 
-from profiler.errors import TraceError, first_line
+from analysis.documents import read_document
 
 # What a run has that was trained on a rented machine, and others if they were evaluated into it.
 EVALUATION_FILE = "evaluation.json"
-MAX_BYTES = 64 << 20
 OTHER_METRICS = ("top-1", "exact", "any")
 # The end of a control's name.
 CONTROL = "shuffled control"
@@ -56,25 +55,11 @@ class Evaluation(BaseModel):
 
 def read_evaluation(path: Path) -> Evaluation:
     """An evaluation's file, or that of a run's folder. Raises `TraceError` if it is none."""
-    if path.is_dir():
-        path = path / EVALUATION_FILE
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise TraceError(f"{path} is larger than {MAX_BYTES >> 20} MiB: no evaluation")
-        return as_evaluation(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        what = "; ".join(filter(None, [where, first["msg"]]))
-        raise TraceError(f"{path}: expected what 'specmoe evaluate RUN --trace T --json FILE' writes: {what}") from error
-    except OSError as error:
-        raise TraceError(f"{path}: {first_line(error)}") from error
+    return read_document(path, Evaluation, EVALUATION_FILE, "specmoe evaluate RUN --trace T --json FILE")
 
 
-def as_evaluation(document: bytes | dict[str, Any]) -> Evaluation:
-    """An evaluation from its JSON text, or from the document itself. Raises pydantic's `ValidationError`."""
-    if isinstance(document, bytes):
-        return Evaluation.model_validate_json(document)
+def as_evaluation(document: dict[str, Any]) -> Evaluation:
+    """An evaluation from the document itself. Raises pydantic's `ValidationError`."""
     return Evaluation.model_validate(document)
 
 

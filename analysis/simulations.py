@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from profiler.errors import TraceError, first_line
+from analysis.documents import read_document
 
 SIMULATION_FILE = "simulation.json"
-MAX_BYTES = 64 << 20
 # Rows that no policy is needed for: no cache, and a cache with room for everything.
 BOUNDS = ("on demand", "all resident")
 
@@ -56,16 +55,4 @@ class Simulation(BaseModel):
 
 def read_simulation(path: Path) -> Simulation:
     """A simulation's file, or that of its folder. Raises `TraceError` if it is none."""
-    if path.is_dir():
-        path = path / SIMULATION_FILE
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise TraceError(f"{path} is larger than {MAX_BYTES >> 20} MiB: no simulation")
-        return Simulation.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        what = "; ".join(filter(None, [where, first["msg"]]))
-        raise TraceError(f"{path}: expected what 'specmoe simulate TRACE --out DIR' writes: {what}") from error
-    except OSError as error:
-        raise TraceError(f"{path}: {first_line(error)}") from error
+    return read_document(path, Simulation, SIMULATION_FILE, "specmoe simulate TRACE --out DIR")

@@ -61,17 +61,20 @@ class Predictions(Dataset[dict[str, Any]]):
     """One token at one layer per item: what the network takes of the token, the layer, and the target there."""
 
     def __init__(self, predictor: NeuralPredictor, routes: Routes) -> None:
-        self.tokens = Tokens(predictor, routes)
+        self.predictor, self.routes = predictor, routes
         # The last layer has no next one.
         self.layers = predictor.shape.layers - 1
 
     def __len__(self) -> int:
-        return len(self.tokens) * self.layers
+        return len(self.routes) * self.layers
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
         token, layer = divmod(sample, self.layers)
-        whole = self.tokens[token]
-        return whole | {"layer": layer, "true": whole["true"][layer], "is_valid": whole["is_valid"][layer]}
+        tokens_T = np.array([token])
+        true_E = np.zeros(self.predictor.shape.experts, dtype=np.float32)
+        true_E[self.routes.expert_ids_TLK[token, layer + 1]] = 1.0
+        arrays = {name: array[0] for name, array in self.predictor.inputs(self.routes, tokens_T).items()}
+        return arrays | {"layer": layer, "true": true_E}
 
 
 def main() -> None:

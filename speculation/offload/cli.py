@@ -16,20 +16,12 @@ from profiler.devices import find_gpu
 from profiler.errors import SpecmoeError
 from profiler.model_registry import PRECISIONS
 from profiler.reader import Trace
+from speculation.cli import PartName
 
 app = typer.Typer()
 BOUNDS = ("on demand", "all resident")
 console = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
-
-
-class Part(StrEnum):
-    """Parts of the split by name."""
-
-    test = "test"
-    validation = "validation"
-    train = "train"
-    all = "all"
 
 
 class Policy(StrEnum):
@@ -80,7 +72,7 @@ def simulate(
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Fetch only what is at least as likely.")] = 0.0,
     queue: Annotated[int, typer.Option(min=1, help="Predicted copies that may wait; further ones are dropped.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
-    part: Annotated[Part, typer.Option(help="Part of the split by problem.")] = Part.test,
+    part: Annotated[PartName, typer.Option(help="Part of the split by problem.")] = PartName.test,
     out: Annotated[Path | None, typer.Option(help="A folder for simulation.json, .csv and a plot (.html).")] = None,
 ) -> None:
     """Replay a trace against a cache of experts: hit rates, and what prefetching makes of tokens per second.
@@ -144,7 +136,7 @@ def replay(
         int | None, typer.Option(min=1, help="Experts fetched per prediction. Default: the model's top-k.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many to replay.")] = 500,
-    part: Annotated[Part, typer.Option(help="Part of the split by problem.")] = Part.test,
+    part: Annotated[PartName, typer.Option(help="Part of the split by problem.")] = PartName.test,
 ) -> None:
     """Replay a trace with real copies and products of dummy experts, one token at a time, and compare with the simulation.
 

@@ -1,0 +1,34 @@
+"""JSON that other commands wrote and that may come from a stranger: sizes first, then its form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from profiler.errors import TraceError, first_line
+
+MAX_BYTES = 64 << 20
+
+Document = TypeVar("Document", bound=BaseModel)
+
+
+def read_document(path: Path, kind: type[Document], name: str, command: str) -> Document:
+    """The document in a file, or in the file `name` of a folder.
+
+    command: what writes such files. Raises `TraceError` if this is none.
+    """
+    if path.is_dir():
+        path = path / name
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise TraceError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not what '{command}' writes")
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = "; ".join(filter(None, [where, first["msg"]]))
+        raise TraceError(f"{path}: expected what '{command}' writes: {what}") from error
+    except OSError as error:
+        raise TraceError(f"{path}: {first_line(error)}") from error
