@@ -54,6 +54,9 @@ DEFINITIONS = {
     "streamed_per_token": "experts copied for one request alone, as the cache had no room beside the request's others",
     "stalled": "share of the time in which products wait for copies",
     "times_on_demand": "tokens per second over those without any cache",
+    "counts_by_layer": "of each MoE layer: experts requested, hit, late, missed; copies (loads), of these predicted (prefetched), "
+    "of these useful and wasted; collisions; experts streamed; predictions dropped, as the queue or the cache was full or they came "
+    "too late",
 }
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#777777")
 
@@ -232,7 +235,7 @@ def write_study(document: dict[str, Any], out: Path) -> None:
     """Write `simulation.json`, `.csv` and `.html`, a plot that opens offline."""
     out.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    columns = [name for name in document["rows"][0] if name != "hit_rate_by_layer"]
+    columns = [name for name in document["rows"][0] if name != "counts_by_layer"]
     writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(document["rows"])

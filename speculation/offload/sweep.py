@@ -141,7 +141,6 @@ def _row(
     tokens = max(1, int(requests.tokens_S.sum()))
     requested = max(1, of(Count.REQUESTED))
     speed = result.tokens_per_second
-    by_layer = result.counts_LC[:, Count.HIT] / np.maximum(1, result.counts_LC[:, Count.REQUESTED])
     return {
         "device": None if cost is None else cost.device,
         "capacity": setting.capacity,
@@ -164,5 +163,5 @@ def _row(
         "prefill_tokens_per_second": result.prefill_tokens_per_second,
         "stalled": result.decode_stall / result.decode_seconds if speed else None,
         "times_on_demand": speed / on_demand if speed and on_demand else None,
-        "hit_rate_by_layer": by_layer.tolist(),
+        "counts_by_layer": {count.name.lower(): result.counts_LC[:, count].tolist() for count in Count},
     }

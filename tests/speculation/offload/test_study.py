@@ -103,6 +103,10 @@ def test_a_run_is_worth_something_or_not(trace: Trace, run: Path, runner: CliRun
             assert one(device, 0.25, "lru", prefetch)["hit_rate"] == pytest.approx(0.25, abs=0.06)
     assert one("H100", 0.25, "lru", "none")["tokens_per_second"] > one("RTX 3090", 0.25, "lru", "none")["tokens_per_second"]
     assert len(document["best"]) == 4
+    for row in rows:
+        counts = row["counts_by_layer"]
+        assert sum(counts["hit"]) / sum(counts["requested"]) == pytest.approx(row["hit_rate"])
+        assert len(counts["collision"]) == 16
     assert "With 9.0 GB" not in output  # 44 of each layer are 8.9 GB.
     assert "With 8.9 GB for experts: lru and " in output
     assert "Assumed: link: 25.2 GB/s, 80% (assumed) of 31.5 GB/s, PCIe 4 x16" in output
