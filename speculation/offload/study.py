@@ -54,9 +54,8 @@ DEFINITIONS = {
     "streamed_per_token": "experts copied for one request alone, as the cache had no room beside the request's others",
     "stalled": "share of the time in which products wait for copies",
     "times_on_demand": "tokens per second over those without any cache",
-    "counts_by_layer": "of each MoE layer: experts requested, hit, late, missed; copies (loads), of these predicted (prefetched), "
-    "of these useful and wasted; collisions; experts streamed; predictions dropped, as the queue or the cache was full or they came "
-    "too late",
+    "counts_by_layer": "of each MoE layer: experts requested, hit, late, missed; copies (loads), of these predicted, of "
+    "these useful and wasted; collisions; experts streamed; predictions dropped (queue or cache full, or too late)",
 }
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#777777")
 
