@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import isfinite
 
 from profiler.devices import Gpu
 from profiler.errors import SpecmoeError
@@ -46,8 +47,9 @@ class Costs:
         ]
 
     def to_json(self) -> dict[str, object]:
-        """For files."""
-        return asdict(self)
+        """For files; None for a copy that never ends."""
+        facts = asdict(self)
+        return facts | {"copy_seconds": self.copy_seconds if isfinite(self.copy_seconds) else None}
 
 
 def find_entry(model_id: str) -> ModelEntry | None:

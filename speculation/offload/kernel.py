@@ -6,6 +6,7 @@ Experts are numbered `layer * E + expert`. All times are in seconds. Nothing is 
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -28,7 +29,7 @@ class Count(IntEnum):
 
     REQUESTED = 0  # experts asked for by a layer
     HIT = 1  # ... and in the cache then
-    LATE = 2  # ... and being copied, or waiting for it, because of a prediction
+    LATE = 2  # ... and being copied, because of a prediction
     MISS = 3  # ... and neither
     LOADS = 4  # copies, because of requests and of predictions
     PREFETCHED = 5  # copies because of predictions
@@ -39,58 +40,178 @@ class Count(IntEnum):
     DROPPED = 10  # predictions not acted on: the queue was full, no room, or their layer came first
 
 
-ABSENT, PRESENT, COMING, WAITING = 0, 1, 2, 3
+ABSENT, PRESENT, COMING, WAITING, MISSED = 0, 1, 2, 3, 4
 NEVER = 1 << 60
 _COUNTS = len(Count)
 # In the order of uses: two places for each expert of a request, and between requests one for what is predicted.
 _ORDER = 1 << 13
 
 
+class _Cache(NamedTuple):
+    """What is where. All `[L * E]`, but slots `[pools, capacity]`, held `[pools]`, counts `[2, L, len(Count)]`.
+
+    state, arrival: of the copy to the device. pinned: the last request that chose it. guard: the farthest request that it is
+    predicted for. key, last: what `Rule`s compare, and the order of uses. is_fetched: copied ahead and not used since.
+    given_up: the last step in which it was. upcoming: the next request that needs it. wanted: the request for which it waits to
+    be copied. slots, held: what each pool holds.
+    """
+
+    state: npt.NDArray[np.uint8]
+    arrival: npt.NDArray[np.float64]
+    pinned: npt.NDArray[np.int64]
+    guard: npt.NDArray[np.int64]
+    key: npt.NDArray[np.int64]
+    last: npt.NDArray[np.int64]
+    is_fetched: npt.NDArray[np.bool_]
+    given_up: npt.NDArray[np.int64]
+    upcoming: npt.NDArray[np.int64]
+    wanted: npt.NDArray[np.int64]
+    popularity: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+    held: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+
+
 @numba.njit(cache=True, nogil=True)
-def _victim(
-    slots: npt.NDArray[np.int64],
-    held: int,
-    rule: int,
-    now: int,
-    time: float,
-    state: npt.NDArray[np.uint8],
-    arrival: npt.NDArray[np.float64],
-    pinned: npt.NDArray[np.int64],
-    guard: npt.NDArray[np.int64],
-    key: npt.NDArray[np.int64],
-    last: npt.NDArray[np.int64],
-    is_guess: bool,
-) -> int:
-    """The slot whose expert is given up; -1 if all are needed, on their way, or (for a prediction) predicted."""
+def _victim(cache: _Cache, pool: int, rule: int, now: int, soon: int, time: float, is_guess: bool) -> int:
+    """The slot whose expert is given up; -1 if all are in use, on their way, or (for a prediction) predicted from `soon` on."""
     best, found = -1, -1
-    for slot in range(held):
-        x = slots[slot]
-        if state[x] != PRESENT and not (state[x] == COMING and arrival[x] <= time):
+    key, last, guard = cache.key, cache.last, cache.guard
+    for slot in range(cache.held[pool]):
+        x = cache.slots[pool, slot]
+        if cache.pinned[x] == now or (cache.state[x] == COMING and cache.arrival[x] > time):
             continue
-        if pinned[x] == now or (is_guess and guard[x] >= now):
+        if is_guess and guard[x] >= soon:
             continue
-        if found < 0:
-            best, found = slot, x
-            continue
-        if not is_guess and (guard[x] > now) != (guard[found] > now):
-            # What is predicted for later goes last.
-            if guard[found] > now:
-                best, found = slot, x
-            continue
-        if rule == Rule.LFRU:
-            worth = key[x] * np.float64(max(1, (now + 1) * _ORDER - last[found]))
-            other = key[found] * np.float64(max(1, (now + 1) * _ORDER - last[x]))
-            if worth < other or (worth == other and last[x] < last[found]):
-                best, found = slot, x
-        elif key[x] < key[found] or (key[x] == key[found] and last[x] < last[found]):
-            best, found = slot, x
+        if found >= 0:
+            if not is_guess and (guard[x] >= soon) != (guard[found] >= soon):
+                # What is predicted goes last.
+                if guard[found] < soon:
+                    continue
+            elif rule == Rule.LFRU:
+                worth = key[x] * np.float64(max(1, (now + 1) * _ORDER - last[found]))
+                other = key[found] * np.float64(max(1, (now + 1) * _ORDER - last[x]))
+                if worth > other or (worth == other and last[x] >= last[found]):
+                    continue
+            elif key[x] > key[found] or (key[x] == key[found] and last[x] >= last[found]):
+                continue
+        best, found = slot, x
     return best
+
+
+@numba.njit(cache=True, nogil=True)
+def _rate(cache: _Cache, x: int, rule: int) -> None:
+    """What the rule compares, of an expert that was used or is expected at `last`."""
+    if rule == Rule.LRU:
+        cache.key[x] = cache.last[x]
+    elif rule == Rule.POPULARITY:
+        cache.key[x] = cache.popularity[x]
+    elif rule == Rule.BELADY:
+        cache.key[x] = -cache.upcoming[x]
+
+
+@numba.njit(cache=True, nogil=True)
+def _give_up(cache: _Cache, pool: int, slot: int, step: int, kind: int, num_experts: int) -> None:
+    x = cache.slots[pool, slot]
+    cache.state[x] = ABSENT
+    cache.given_up[x] = step
+    if cache.is_fetched[x]:
+        cache.is_fetched[x] = False
+        cache.counts[kind, x // num_experts, Count.WASTED.value] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _begin_copies(
+    cache: _Cache,
+    queue: npt.NDArray[np.int64],
+    issued: npt.NDArray[np.float64],
+    head: int,
+    waiting: int,
+    link_free: float,
+    since: float,
+    time: float,
+    request: int,
+    is_over: bool,
+    step: int,
+    kind: int,
+    rule: int,
+    capacity: int,
+    num_experts: int,
+    copy_seconds: float,
+) -> tuple[int, int, float]:
+    """Begin the predicted copies that the link can begin from `since` to `time`.
+
+    is_over: the request was served, and its experts are in use: what finds no room waits for them. Else it is dropped.
+    """
+    soon = request + 1 if is_over else request
+    pools = len(cache.held)
+    while waiting and link_free <= time:
+        x, target = queue[head]
+        begin = max(link_free, issued[head], since)
+        # Copied on demand since, and perhaps waiting again behind.
+        is_stale = cache.state[x] != WAITING or cache.wanted[x] != target
+        if not is_stale and begin > time:
+            break
+        at_layer = x // num_experts
+        pool = 0 if pools == 1 else at_layer
+        slot = cache.held[pool]
+        if not is_stale and target >= soon and slot >= capacity:
+            slot = _victim(cache, pool, rule, request, soon, begin, True)
+            if slot < 0 and is_over:
+                break
+        head = (head + 1) % len(queue)
+        waiting -= 1
+        if is_stale:
+            continue
+        cache.state[x] = ABSENT
+        if target < soon or slot < 0:
+            cache.counts[kind, at_layer, Count.DROPPED.value] += 1
+            continue
+        if slot < cache.held[pool]:
+            _give_up(cache, pool, slot, step, kind, num_experts)
+        else:
+            cache.held[pool] += 1
+        cache.slots[pool, slot] = x
+        link_free = begin + copy_seconds
+        cache.arrival[x] = link_free
+        cache.state[x] = COMING
+        cache.is_fetched[x] = True
+        cache.last[x] = target * _ORDER + 1
+        if rule == Rule.FIFO:
+            cache.key[x] = cache.last[x]
+        _rate(cache, x, rule)
+        cache.counts[kind, at_layer, Count.LOADS.value] += 1
+        cache.counts[kind, at_layer, Count.PREFETCHED.value] += 1
+    return head, waiting, link_free
+
+
+@numba.njit(cache=True, nogil=True)
+def _empty(layers: int, num_experts: int, pools: int, capacity: int) -> _Cache:
+    total = layers * num_experts
+    return _Cache(
+        np.zeros(total, dtype=np.uint8),
+        np.zeros(total),
+        np.full(total, -1, dtype=np.int64),
+        np.full(total, -1, dtype=np.int64),
+        np.zeros(total, dtype=np.int64),
+        np.zeros(total, dtype=np.int64),
+        np.zeros(total, dtype=np.bool_),
+        np.full(total, -1, dtype=np.int64),
+        np.zeros(total, dtype=np.int64),
+        np.zeros(total, dtype=np.int64),
+        np.zeros(total, dtype=np.int64),
+        np.zeros((pools, min(capacity, total // pools)), dtype=np.int64),
+        np.zeros(pools, dtype=np.int64),
+        np.zeros((2, layers, _COUNTS), dtype=np.int64),
+    )
 
 
 @numba.njit(cache=True, nogil=True)
 def play(
     experts: npt.NDArray[np.int32],
     starts: npt.NDArray[np.int64],
+    asking: npt.NDArray[np.int64],
+    is_decode: npt.NDArray[np.bool_],
     next_use: npt.NDArray[np.int64],
     first_use: npt.NDArray[np.int64],
     layers: int,
@@ -109,32 +230,25 @@ def play(
     expert_floor: npt.NDArray[np.float64],
     predict_seconds: float,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Play all requests. Returns counts `[L, len(Count)]`, the end of each step in seconds, and its stalls.
+    """Play all requests. Returns counts `[2, L, len(Count)]` of prompts and of generated tokens, the end of each step in
+    seconds, and its stalls.
 
-    experts, starts: `Requests`. next_use: of each entry of `experts`, the request that needs the same expert next; first_use:
-    of each numbered expert; NEVER if none does. plan_*: a `Plan`. popularity `[L * E]`: caches begin with the most popular
-    experts, `capacity` per layer, or in all (is_global). layer_seconds, expert_floor `[S]`: what is not experts, of each layer
-    of a step, and the least that its experts take. per_expert: for each expert. copy_seconds: of an expert, not finite if
-    nothing is ever copied. predict_seconds: from the routing of a layer to its predictions.
+    experts, starts, is_decode: `Requests`. asking: predictions that each step makes at each point. next_use: of each entry of
+    `experts`, the request that needs the same expert next; first_use: of each numbered expert; NEVER if none does. plan_*: a
+    `Plan`. popularity `[L * E]`: caches begin with the most popular experts, `capacity` per layer, or in all (is_global).
+    layer_seconds, expert_floor `[S]`: what is not experts, of each layer of a step, and the least that its experts take.
+    per_expert: for each expert. copy_seconds: of an expert, not finite if nothing is ever copied. predict_seconds: of one
+    prediction; they are made one after the other.
     """
     total = layers * num_experts
     steps = len(layer_seconds)
-    counts = np.zeros((layers, _COUNTS), dtype=np.int64)
     ends, stalls = np.zeros(steps), np.zeros(steps)
-    state = np.zeros(total, dtype=np.uint8)
-    arrival = np.zeros(total)
-    pinned = np.full(total, -1, dtype=np.int64)
-    guard = np.full(total, -1, dtype=np.int64)
-    key = np.zeros(total, dtype=np.int64)
-    last = np.zeros(total, dtype=np.int64)
-    is_fetched = np.zeros(total, dtype=np.bool_)
-    given_up = np.full(total, -1, dtype=np.int64)
-    upcoming = first_use.copy()
     pools = 1 if is_global else layers
     size = total // pools
-    # What each pool holds, in no order.
-    held = np.zeros(pools, dtype=np.int64)
-    slots = np.zeros((pools, min(capacity, size)), dtype=np.int64)
+    cache = _empty(layers, num_experts, pools, capacity)
+    state, held, slots, counts = cache.state, cache.held, cache.slots, cache.counts
+    cache.upcoming[:] = first_use
+    cache.popularity[:] = popularity
 
     # The most popular experts of each pool, the least of them as if used longest ago.
     for pool in range(pools):
@@ -142,172 +256,138 @@ def play(
         for rank in range(min(capacity, size)):
             x = pool * size + order[rank]
             state[x] = PRESENT
-            last[x] = -1 - rank
-            if rule == Rule.LRU or rule == Rule.FIFO:
-                key[x] = last[x]
-            elif rule == Rule.POPULARITY:
-                key[x] = popularity[x]
-            elif rule == Rule.BELADY:
-                key[x] = -upcoming[x]
+            cache.last[x] = -1 - rank
+            if rule == Rule.FIFO:
+                cache.key[x] = cache.last[x]
+            _rate(cache, x, rule)
             slots[pool, held[pool]] = x
             held[pool] += 1
 
-    queue = np.empty(queue_limit, dtype=np.int64)
-    queue_target = np.empty(queue_limit, dtype=np.int64)
-    queue_time = np.empty(queue_limit)
+    queue = np.empty((queue_limit, 2), dtype=np.int64)
+    issued = np.empty(queue_limit)
     head, waiting = 0, 0
-    time, link_free = 0.0, 0.0
+    # When the last products ended; when the link and the predictor are free.
+    time, worked, link_free, predictor_free = 0.0, 0.0, 0.0, 0.0
     can_copy = np.isfinite(copy_seconds)
 
     for step in range(steps):
         stall = 0.0
+        kind = 1 if is_decode[step] else 0
         for point in range(layers + 1):
             # Point 0 is before the first layer; point l + 1 is layer l.
             layer = point - 1
             request = step * layers + layer
-            routed = time
+            begin_place, end_place = 0, 0
             if layer >= 0:
                 time += layer_seconds[step]
-                routed = time
-            # What the copy engine has begun by now.
-            while waiting and link_free <= time:
-                x, target = queue[head], queue_target[head]
-                issued = queue_time[head]
-                if state[x] == WAITING and issued > time:
-                    break
-                head = (head + 1) % queue_limit
-                waiting -= 1
-                if state[x] != WAITING:
-                    continue
-                at_layer = x // num_experts
-                state[x] = ABSENT
-                if target < request:
-                    counts[at_layer, Count.DROPPED.value] += 1
-                    continue
-                pool = 0 if is_global else at_layer
-                slot = held[pool]
-                if slot >= capacity:
-                    slot = _victim(slots[pool], slot, rule, request, time, state, arrival, pinned, guard, key, last, True)
-                    if slot < 0:
-                        counts[at_layer, Count.DROPPED.value] += 1
-                        continue
-                    out = slots[pool, slot]
-                    state[out] = ABSENT
-                    given_up[out] = step
-                    if is_fetched[out]:
-                        is_fetched[out] = False
-                        counts[out // num_experts, Count.WASTED.value] += 1
-                else:
-                    held[pool] += 1
-                slots[pool, slot] = x
-                begin = max(link_free, issued)
-                arrival[x] = begin + copy_seconds
-                link_free = arrival[x]
-                state[x] = COMING
-                is_fetched[x] = True
-                counts[at_layer, Count.LOADS.value] += 1
-                counts[at_layer, Count.PREFETCHED.value] += 1
-                last[x] = target * _ORDER + 1
-                if rule == Rule.LRU or rule == Rule.FIFO:
-                    key[x] = last[x]
-                elif rule == Rule.POPULARITY:
-                    key[x] = popularity[x]
-                elif rule == Rule.BELADY:
-                    key[x] = -upcoming[x]
-            if layer >= 0:
-                needed = time
-                pool = 0 if is_global else layer
-                for place in range(starts[request], starts[request + 1]):
-                    pinned[layer * num_experts + experts[place]] = request
-                for place in range(starts[request], starts[request + 1]):
-                    x = layer * num_experts + experts[place]
-                    counts[layer, Count.REQUESTED.value] += 1
-                    if state[x] == PRESENT or state[x] == COMING:
-                        if state[x] == COMING and arrival[x] > time:
-                            counts[layer, Count.LATE.value] += 1
-                            needed = max(needed, arrival[x])
-                        else:
-                            counts[layer, Count.HIT.value] += 1
-                        state[x] = PRESENT
-                        if is_fetched[x]:
-                            is_fetched[x] = False
-                            counts[layer, Count.USEFUL.value] += 1
+                begin_place, end_place = starts[request], starts[request + 1]
+                head, waiting, link_free = _begin_copies(
+                    cache, queue, issued, head, waiting, link_free, worked, time, request, False, step, kind, rule, capacity,
+                    num_experts, copy_seconds,
+                )  # fmt: skip
+            routed, needed = time, time
+            pool = 0 if is_global else layer
+            for place in range(begin_place, end_place):
+                x = layer * num_experts + experts[place]
+                cache.pinned[x] = request
+                counts[kind, layer, Count.REQUESTED.value] += 1
+                if rule == Rule.BELADY:
+                    cache.upcoming[x] = next_use[place]
+                    _rate(cache, x, rule)
+                if state[x] == PRESENT or state[x] == COMING:
+                    if state[x] == COMING and cache.arrival[x] > time:
+                        counts[kind, layer, Count.LATE.value] += 1
+                        needed = max(needed, cache.arrival[x])
                     else:
-                        if state[x] == WAITING:
-                            counts[layer, Count.LATE.value] += 1
-                        else:
-                            counts[layer, Count.MISS.value] += 1
-                        if given_up[x] == step:
-                            counts[layer, Count.COLLISION.value] += 1
-                        state[x] = ABSENT
-                        # By then, what is on its way is there, and may be given up.
-                        begin = max(time, link_free)
-                        link_free = begin + copy_seconds
-                        needed = max(needed, link_free)
-                        counts[layer, Count.LOADS.value] += 1
-                        slot = held[pool]
-                        if slot < capacity:
-                            held[pool] += 1
-                        else:
-                            slot = _victim(
-                                slots[pool], slot, rule, request, begin, state, arrival, pinned, guard, key, last, False
-                            )
-                            if slot >= 0:
-                                out = slots[pool, slot]
-                                state[out] = ABSENT
-                                given_up[out] = step
-                                if is_fetched[out]:
-                                    is_fetched[out] = False
-                                    counts[out // num_experts, Count.WASTED.value] += 1
-                        if slot >= 0:
-                            slots[pool, slot] = x
-                            state[x] = PRESENT
-                            # Until it is there, and its layer is done, it is pinned.
-                            arrival[x] = link_free
-                            if rule == Rule.FIFO:
-                                key[x] = (request + 1) * _ORDER - 2 * (place - starts[request])
-                        else:
-                            counts[layer, Count.STREAMED.value] += 1
-                for place in range(starts[request], starts[request + 1]):
-                    x = layer * num_experts + experts[place]
-                    upcoming[x] = next_use[place]
-                    last[x] = (request + 1) * _ORDER - 2 * (place - starts[request])
-                    if rule == Rule.LRU:
-                        key[x] = last[x]
-                    elif rule == Rule.LFU or rule == Rule.LFRU:
-                        key[x] += 1
-                    elif rule == Rule.POPULARITY:
-                        key[x] = popularity[x]
+                        counts[kind, layer, Count.HIT.value] += 1
+                    # Pinned until its layer is done: it does not matter that it may still be on its way.
+                    state[x] = PRESENT
+                    if cache.is_fetched[x]:
+                        cache.is_fetched[x] = False
+                        counts[kind, layer, Count.USEFUL.value] += 1
+                else:
+                    counts[kind, layer, Count.MISS.value] += 1
+                    if cache.given_up[x] == step:
+                        counts[kind, layer, Count.COLLISION.value] += 1
+                    state[x] = MISSED
+            for place in range(begin_place, end_place):
+                x = layer * num_experts + experts[place]
+                if state[x] != MISSED:
+                    continue
+                # By then, what is on its way is there, and may be given up.
+                begin = max(time, link_free)
+                link_free = begin + copy_seconds
+                needed = max(needed, link_free)
+                counts[kind, layer, Count.LOADS.value] += 1
+                slot = held[pool]
+                if slot < capacity:
+                    held[pool] += 1
+                else:
+                    slot = _victim(cache, pool, rule, request, request + 1, begin, False)
+                    if slot >= 0:
+                        _give_up(cache, pool, slot, step, kind, num_experts)
                     elif rule == Rule.BELADY:
-                        key[x] = -upcoming[x]
-                stall += needed - time
-                chosen = starts[request + 1] - starts[request]
-                time = needed + max(chosen * per_expert, expert_floor[step])
+                        # Of a request that is larger than the cache, those stay that are needed first.
+                        for other in range(held[pool]):
+                            farthest = cache.upcoming[slots[pool, slot]] if slot >= 0 else cache.upcoming[x]
+                            if cache.upcoming[slots[pool, other]] > farthest:
+                                slot = other
+                        if slot >= 0:
+                            state[slots[pool, slot]] = ABSENT
+                            counts[kind, layer, Count.STREAMED.value] += 1
+                if slot >= 0:
+                    slots[pool, slot] = x
+                    state[x] = PRESENT
+                    if rule == Rule.FIFO:
+                        cache.key[x] = (request + 1) * _ORDER - 2 * (place - begin_place)
+                else:
+                    state[x] = ABSENT
+                    counts[kind, layer, Count.STREAMED.value] += 1
+            for place in range(begin_place, end_place):
+                x = layer * num_experts + experts[place]
+                cache.upcoming[x] = next_use[place]
+                cache.last[x] = (request + 1) * _ORDER - 2 * (place - begin_place)
+                if rule == Rule.LFU or rule == Rule.LFRU:
+                    cache.key[x] += 1
+                _rate(cache, x, rule)
             # What is predicted here: known with the routing, acted on behind what the routing itself needed.
-            if can_copy:
-                for entry in range(plan_starts[step * (layers + 1) + point], plan_starts[step * (layers + 1) + point + 1]):
+            first, end = plan_starts[step * (layers + 1) + point], plan_starts[step * (layers + 1) + point + 1]
+            if can_copy and first < end:
+                predictor_free = max(predictor_free, routed) + predict_seconds * asking[step]
+                for entry in range(first, end):
                     at_layer = plan_layers[entry] % layers
                     x = at_layer * num_experts + plan_experts[entry]
                     target = step * layers + plan_layers[entry]
-                    guard[x] = max(guard[x], target)
+                    cache.guard[x] = max(cache.guard[x], target)
                     if state[x] != ABSENT:
                         continue
                     if waiting == queue_limit:
-                        counts[at_layer, Count.DROPPED.value] += 1
+                        counts[kind, at_layer, Count.DROPPED.value] += 1
                         continue
                     place = (head + waiting) % queue_limit
-                    queue[place], queue_target[place], queue_time[place] = x, target, routed + predict_seconds
+                    queue[place, 0], queue[place, 1], issued[place] = x, target, predictor_free
                     state[x] = WAITING
+                    cache.wanted[x] = target
                     waiting += 1
+            if layer >= 0:
+                stall += needed - time
+                time = needed + max((end_place - begin_place) * per_expert, expert_floor[step])
+                worked = time
+                # While these experts are in use, none of them is given up.
+                head, waiting, link_free = _begin_copies(
+                    cache, queue, issued, head, waiting, link_free, 0.0, time, request, True, step, kind, rule, capacity,
+                    num_experts, copy_seconds,
+                )  # fmt: skip
         ends[step] = time
         stalls[step] = stall
+    kind = 1 if is_decode[-1:].all() else 0
     for place in range(waiting):
-        x = queue[(head + place) % queue_limit]
-        if state[x] == WAITING:
-            counts[x // num_experts, Count.DROPPED.value] += 1
+        x, target = queue[(head + place) % queue_limit]
+        if state[x] == WAITING and cache.wanted[x] == target:
+            counts[kind, x // num_experts, Count.DROPPED.value] += 1
     for x in range(total):
-        if is_fetched[x]:
-            counts[x // num_experts, Count.WASTED.value] += 1
+        if cache.is_fetched[x]:
+            counts[kind, x // num_experts, Count.WASTED.value] += 1
     return counts, ends, stalls
 
 

@@ -69,7 +69,8 @@ def plan_of(best: Ranked, shape: Shape, requests: Requests) -> Plan:
     """What a predictor's best guesses ask for; of several tokens in a step, together, the best of all first.
 
     next-layer: after layer l, of layers l + 1 to l + H. whole-path: before the first layer, of all layers. next-token: after
-    the last layer, of all layers of the step that follows; later steps are left out.
+    the last layer, of all layers of the step that follows; later steps are left out. Only about generated tokens: those of a
+    prompt go through each layer together, so that the routes of the token before, which predictors look at, are not known yet.
     """
     layers, hops = shape.layers, shape.horizon
     point_LH = np.empty((layers, hops), dtype=np.int64)
@@ -84,45 +85,46 @@ def plan_of(best: Ranked, shape: Shape, requests: Requests) -> Plan:
         else:
             point_LH[:, hop - 1] = layers
             target_LH[:, hop - 1] = layers + np.arange(layers) if hop == 1 else -1
-    return _planned(best, point_LH, target_LH, requests)
+    asks_N = requests.leads_N if shape.task == Task.NEXT_TOKEN else np.repeat(requests.is_decode_S, requests.tokens_S)
+    return _planned(best, point_LH, target_LH, requests, asks_N)
 
 
 def popularity_plan(probability_LE: npt.NDArray[np.floating[Any]], experts: int, horizon: int, requests: Requests) -> Plan:
     """The most popular experts of each layer, asked for `horizon` layers ahead, over the end of a step too."""
-    layers = requests.layers
-    top_LM = np.argsort(-probability_LE, axis=1, kind="stable")[:, :experts]
-    return _around_the_clock(np.broadcast_to(top_LM, (requests.steps, *top_LM.shape)), horizon, layers)
+    top_LM = np.argsort(-probability_LE, axis=1, kind="stable")[:, :experts].astype(np.int32)
+    counts_R = np.full(requests.steps * requests.layers, top_LM.shape[1])
+    return _ahead(np.tile(top_LM.reshape(-1), requests.steps), counts_R, horizon, requests.layers)
 
 
 def oracle_plan(requests: Requests, horizon: int) -> Plan:
     """What will be requested, `horizon` layers ahead, over the end of a step too: the bound of all prediction."""
-    counts_R = np.diff(requests.starts_R)
-    wide_RM = np.full((len(counts_R), int(counts_R.max(initial=1))), -1, dtype=np.int32)
-    place = np.arange(len(requests.experts_N)) - np.repeat(requests.starts_R[:-1], counts_R)
-    wide_RM[np.repeat(np.arange(len(counts_R)), counts_R), place] = requests.experts_N
-    return _around_the_clock(wide_RM.reshape(requests.steps, requests.layers, -1), horizon, requests.layers)
+    return _ahead(requests.experts_N, np.diff(requests.starts_R), horizon, requests.layers)
 
 
-def _around_the_clock(ids_SLM: npt.NDArray[np.integer[Any]], horizon: int, layers: int) -> Plan:
-    """A plan in which the experts of each (step, layer) are asked for `horizon` layers before."""
+def _ahead(experts_N: npt.NDArray[np.int32], counts_R: npt.NDArray[np.int64], horizon: int, layers: int) -> Plan:
+    """A plan in which the experts of each request, counts_R of experts_N, are asked for `horizon` layers before."""
     if not 1 <= horizon <= layers:
         raise SpecmoeError(f"horizon {horizon}: expected 1 to {layers} layers ahead")
-    steps, _, most = ids_SLM.shape
-    # Targets that come before the first request are asked for by nobody.
-    request = np.arange(steps * layers)
-    asked = request - horizon
-    step, layer = np.divmod(asked, layers)
-    point = step * (layers + 1) + layer + 1
-    ids_RM = ids_SLM.reshape(-1, most)
-    chosen_RM = (ids_RM >= 0) & (asked >= 0)[:, None]
-    counts_R = chosen_RM.sum(1)
-    starts = np.zeros(steps * (layers + 1) + 1, dtype=np.int64)
-    starts[1:] = np.cumsum(np.bincount(point[asked >= 0], counts_R[asked >= 0], len(starts) - 1).astype(np.int64))
-    target = request - step * layers
-    return Plan(starts, np.repeat(target, counts_R).astype(np.int32), ids_RM[chosen_RM].astype(np.int32))
+    # What comes before is asked for by nobody.
+    asking = np.arange(max(0, len(counts_R) - horizon))
+    step, layer = np.divmod(asking, layers)
+    counts = counts_R[horizon:]
+    starts = np.zeros(len(counts_R) // layers * (layers + 1) + 1, dtype=np.int64)
+    np.add.at(starts, step * (layers + 1) + layer + 2, counts)
+    return Plan(
+        np.cumsum(starts),
+        np.repeat(layer + horizon, counts).astype(np.int32),
+        experts_N[int(counts_R[:horizon].sum()) :].astype(np.int32),
+    )
 
 
-def _planned(best: Ranked, point_LH: npt.NDArray[np.int64], target_LH: npt.NDArray[np.int64], requests: Requests) -> Plan:
+def _planned(
+    best: Ranked,
+    point_LH: npt.NDArray[np.int64],
+    target_LH: npt.NDArray[np.int64],
+    requests: Requests,
+    asks_N: npt.NDArray[np.bool_],
+) -> Plan:
     points = requests.layers + 1
     # Predictions in the order of their points, nearer targets first.
     layer_G, hop_G = np.nonzero(target_LH >= 0)
@@ -133,6 +135,7 @@ def _planned(best: Ranked, point_LH: npt.NDArray[np.int64], target_LH: npt.NDArr
             best.ids_TLHM,
             best.scores_TLHM,
             requests.tokens_N,
+            asks_N,
             requests.first_S,
             layer_G,
             hop_G,
@@ -149,6 +152,7 @@ def _merged(
     ids: npt.NDArray[np.int32],
     scores: npt.NDArray[np.float32],
     tokens: npt.NDArray[np.int64],
+    asks: npt.NDArray[np.bool_],
     first: npt.NDArray[np.int64],
     layer_of: npt.NDArray[np.int64],
     hop_of: npt.NDArray[np.int64],
@@ -159,7 +163,7 @@ def _merged(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     steps, most = len(first) - 1, ids.shape[3]
     starts = np.zeros(steps * points + 1, dtype=np.int64)
-    room = len(tokens) * len(layer_of) * most
+    room = int(asks.sum()) * len(layer_of) * most
     layers_out, experts_out = np.empty(room, dtype=np.int32), np.empty(room, dtype=np.int32)
     score = np.zeros(experts)
     seen = np.full(experts, -1, dtype=np.int64)
@@ -171,7 +175,7 @@ def _merged(
             while group < len(layer_of) and point_of[group] == point:
                 number = 0
                 for place in range(first[step], first[step + 1]):
-                    for rank in range(most):
+                    for rank in range(most if asks[place] else 0):
                         expert = ids[tokens[place], layer_of[group], hop_of[group], rank]
                         if expert < 0:
                             continue

@@ -83,6 +83,7 @@ def measure(kind: str, sizes: Sizes, costs: Costs) -> Costs:
         assumptions=(
             f"measured here, medians of {REPEATS}: a copy of {sizes.expert_bytes / 1e6:.2f} MB "
             f"({sizes.expert_bytes / 1e9 / max(copy - COPY_LATENCY, 1e-9):.1f} GB/s), products of as many bytes of bfloat16",
+            "measured for one token: prompts and batches are taken to be as fast per step, which is too fast",
         ),
     )
 
@@ -139,7 +140,7 @@ class _Cache:
             Rule.LRU: last,
             Rule.FIFO: self.loaded.get((layer, expert), -1),
             Rule.LFU: uses,
-            Rule.LFRU: uses / (now + 1 - last),
+            Rule.LFRU: uses / max(1, now + 64 - last),
             Rule.POPULARITY: int(self.popularity[layer * self.num_experts + expert]),
         }[self.rule]
         return first, last
@@ -197,7 +198,7 @@ def replay(
 
 
 class _State:
-    """What is on its way, and the last products: slots may be filled anew after these."""
+    """What is on its way, and what is in use."""
 
     def __init__(self, device: Device, cache: _Cache, sizes: Sizes) -> None:
         self.device, self.cache, self.sizes = device, cache, sizes
@@ -205,6 +206,8 @@ class _State:
         self.product: Ticket = None
         self.hits, self.late, self.prefetched, self.now = 0, 0, 0, 0
         self.spare = sizes.layers * cache.capacity
+        # The last products with each slot's expert: no copy may come before these are over.
+        self.used: dict[int, Ticket] = {}
 
     def request(self, layer: int, chosen: list[int]) -> None:
         cache, kept = self.cache, set(chosen)
@@ -226,6 +229,7 @@ class _State:
             tickets.append(self._copy(slot, pair))
             slots.append(slot)
         self.product = self.device.experts(slots, tickets)
+        self.used.update(dict.fromkeys(slots, self.product))
         for number, expert in enumerate(chosen):
             cache.last[layer, expert] = (self.now + 1) * 64 - number
             cache.uses[layer, expert] = cache.uses.get((layer, expert), 0) + 1
@@ -253,4 +257,4 @@ class _State:
         return self.cache.place(layer, expert)
 
     def _copy(self, slot: int, pair: tuple[int, int]) -> Ticket:
-        return self.device.copy(slot, pair[0] * self.sizes.num_experts + pair[1], self.product)
+        return self.device.copy(slot, pair[0] * self.sizes.num_experts + pair[1], self.used.get(slot))

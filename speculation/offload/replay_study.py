@@ -21,7 +21,7 @@ from speculation.offload.simulate import Setting, Workload, capacities, simulate
 from speculation.offload.sweep import NONE, Ahead, Prefetcher, popularity_of, prefetcher_of, simple_prefetcher
 from speculation.routes import Routes, load_routes
 from speculation.runs import load_run
-from speculation.tasks import Shape
+from speculation.tasks import Shape, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def run_replay(wanted: Replay) -> dict[str, Any]:
     Raises `SpecmoeError` without a GPU or the sizes of the model, and for runs that do not fit the trace.
     """
     facts = wanted.trace.metadata.model
-    shape = Shape.of(facts, 1)
+    shape = Shape.of(facts, 1, Task.NEXT_TOKEN)
     run = None if wanted.run is None else load_run(wanted.run)
     if run is not None:
         check_run(run, wanted.trace)

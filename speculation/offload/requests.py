@@ -24,7 +24,7 @@ class Requests:
     A step is one pass of the model over some tokens: a token of each running sequence, or a piece of one prompt.
     experts_N: flat; those of step s at layer l are `experts_N[starts_R[s * L + l] : starts_R[s * L + l + 1]]`, none twice, in
     order of the tokens and of their weights. tokens_N: places in the routes; those of step s from first_S[s] to first_S[s + 1].
-    is_decode_S: whether a step's tokens are generated.
+    is_decode_S: whether a step's tokens are generated. leads_N: of tokens_N, those that are generated, or the last of a prompt.
     """
 
     layers: int
@@ -35,6 +35,7 @@ class Requests:
     tokens_N: npt.NDArray[np.int64]
     first_S: npt.NDArray[np.int64]
     is_decode_S: npt.NDArray[np.bool_]
+    leads_N: npt.NDArray[np.bool_]
 
     @property
     def steps(self) -> int:
@@ -59,7 +60,9 @@ def requests_of(routes: Routes, num_experts: int, *, batch: int = 1) -> Requests
     first_S = np.searchsorted(step_T, np.arange(len(is_decode_S) + 1))
     layers, top_k = routes.expert_ids_TLK.shape[1:]
     experts_N, starts_R = _unions(routes.expert_ids_TLK, order_T, first_S, num_experts)
-    return Requests(layers, num_experts, top_k, experts_N, starts_R, order_T, first_S, is_decode_S)
+    is_prompt_next_T = (np.diff(routes.problem_ids_T, append=-1) == 0) & np.append(~routes.is_decode_T[1:], False)
+    leads_T = routes.is_decode_T | ~is_prompt_next_T
+    return Requests(layers, num_experts, top_k, experts_N, starts_R, order_T, first_S, is_decode_S, leads_T[order_T])
 
 
 def _schedule(routes: Routes, batch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:

@@ -37,13 +37,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of it. counts_LC `[L, len(Count)]`; seconds and stall seconds in all, of decoding and of prompts apart.
+    """What came of it. counts_LC `[L, len(Count)]` of generated tokens, and of prompts; seconds in all, of both apart.
 
     Without costs, copies take no time, and seconds are zero.
     """
 
     setting: Setting
     counts_LC: npt.NDArray[np.int64]
+    prefill_counts_LC: npt.NDArray[np.int64]
     decode_tokens: int
     decode_seconds: float
     decode_stall: float
@@ -51,13 +52,19 @@ class Result:
     prefill_seconds: float
 
     def total(self, what: Count) -> int:
-        """Of all layers."""
+        """Of all layers, while tokens were generated."""
         return int(self.counts_LC[:, what].sum())
 
     @property
     def hit_rate(self) -> float:
-        """Experts that were in the cache when they were asked for, over all that were asked for."""
+        """Experts that were in the cache when a generated token asked for them, over all that were asked for."""
         return self.total(Count.HIT) / max(1, self.total(Count.REQUESTED))
+
+    @property
+    def prefill_hit_rate(self) -> float | None:
+        """The same of prompts; None if there are none."""
+        requested = int(self.prefill_counts_LC[:, Count.REQUESTED].sum())
+        return int(self.prefill_counts_LC[:, Count.HIT].sum()) / requested if requested else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -119,9 +126,12 @@ def simulate(workload: Workload, setting: Setting, plan: Plan | None = None, cos
         layer_seconds = np.maximum(costs.layer_seconds, tokens_S * costs.layer_token_seconds)
         expert_floor = tokens_S * costs.token_seconds
     next_use, first_use = workload.ahead
-    counts_LC, ends_S, stalls_S = play(
+    counts_KLC, ends_S, stalls_S = play(
         requests.experts_N,
         requests.starts_R,
+        # Of a prompt's tokens at most the last one asks.
+        np.where(requests.is_decode_S, requests.tokens_S, 1),
+        requests.is_decode_S,
         next_use,
         first_use,
         requests.layers,
@@ -145,7 +155,8 @@ def simulate(workload: Workload, setting: Setting, plan: Plan | None = None, cos
     is_decode_S = requests.is_decode_S
     return Result(
         setting,
-        counts_LC,
+        counts_LC=counts_KLC[1],
+        prefill_counts_LC=counts_KLC[0],
         decode_tokens=int(requests.tokens_S[is_decode_S].sum()),
         decode_seconds=float(spans_S[is_decode_S].sum()),
         decode_stall=float(np.inf if is_endless else stalls_S[is_decode_S].sum()),
@@ -159,7 +170,7 @@ def capacities(
 ) -> Iterator[int]:
     """Experts that a cache holds, of each layer or of all: of these shares of all experts, and in these GB.
 
-    Raises `SpecmoeError` for shares beyond 0 to 1, and for GB where an expert's size is not known.
+    Raises `SpecmoeError` for shares beyond 0 to 1, and for GB that are no size or where an expert's size is not known.
     """
     layers, experts = workload.requests.layers, workload.requests.num_experts
     pools = 1 if is_global else layers
@@ -168,6 +179,8 @@ def capacities(
             raise SpecmoeError(f"cache fraction {fraction}: expected 0 to 1")
         yield int(fraction * layers * experts / pools + 1e-9)
     for size in gigabytes:
+        if not 0 <= size < 1e9:
+            raise SpecmoeError(f"cache of {size} GB: expected 0 or more")
         if costs is None:
             raise SpecmoeError("a cache in GB needs the size of an expert: name the --model, or use --cache-fraction")
         yield min(layers * experts // pools, int(size * 1e9 / costs.expert_bytes / pools))

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 
 from profiler.devices import Gpu
 from profiler.errors import SpecmoeError
+from profiler.model_registry import USED_SHARE
 from profiler.reader import Trace
 from profiler.writer import write_text
 from speculation.evaluate import check_run
@@ -41,7 +42,7 @@ from speculation.options import TrainingOptions
 from speculation.predictors import find_predictor, predictor_classes
 from speculation.routes import Routes, load_routes, route_digests
 from speculation.runs import CONFIG_FILE, Run, load_run
-from speculation.tasks import Shape
+from speculation.tasks import Shape, Task
 
 OnDone = Callable[[int, int], None]
 DEFINITIONS = {
@@ -90,14 +91,18 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> dict[
     """
     runs = {name: load_run(Path(name)) for name in study.predictors if (Path(name) / CONFIG_FILE).is_file()}
     facts = study.trace.metadata.model
-    shape = Shape.of(facts, 1)
+    # Only its sizes are used: this task has them for a single layer too.
+    shape = Shape.of(facts, 1, Task.NEXT_TOKEN)
     notes: list[str] = []
     for name, run in runs.items():
         check_run(run, study.trace)
         if run.predictor.takes_router_inputs:
             raise SpecmoeError(f"{name} takes router inputs, which a simulation does not have")
-    costs = _costs(study)
+    costs = _costs(study, notes)
     routes = load_routes(study.trace, study.part)
+    if not routes.is_decode_T.any():
+        notes.append("No token is known to be generated: all are simulated as if they were.")
+        routes = replace(routes, is_decode_T=np.ones(len(routes), dtype=np.bool_))
     requests = requests_of(routes, shape.experts, batch=study.batch)
     popularity_LE = popularity_of(study.trace, study.part, next(iter(runs.values()), None), shape, notes)
     workload = Workload(requests, popularity_LE)
@@ -105,9 +110,12 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> dict[
     prefetchers = [
         each for name in dict.fromkeys(study.predictors) for each in _prefetchers(name, study, runs, workload, routes, how)
     ]
-    known = next((cost for cost in costs if cost is not None), None)
-    sizes = list(dict.fromkeys(capacities(workload, list(study.fractions), list(study.gigabytes), known, study.is_global)))
-    total = len(costs) * (2 + len(sizes) * len(study.policies) * len(prefetchers))
+    sizes = [
+        list(dict.fromkeys(capacities(workload, list(study.fractions), list(study.gigabytes), cost, study.is_global)))
+        for cost in costs
+    ]
+    notes += _too_large(study, costs, sizes, shape)
+    total = sum(2 + len(each) * len(study.policies) * len(prefetchers) for each in sizes)
     done = 0
 
     def count() -> None:
@@ -130,13 +138,15 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> dict[
         f"NOT held out: {name} was trained on {number} of these problems" for name, number in trained_on.items() if number
     ]
     decode = int(requests.tokens_S[requests.is_decode_S].sum())
+    if not runs and study.part in {"train", "all"}:
+        notes.append("NOT held out: popularity and counted tables are of problems that are simulated.")
     kinds = "one cache for all layers" if study.is_global else "a cache for each layer"
     notes += [
         f"{len(routes.problem_ids)} problems, {decode:,} generated and {len(routes) - decode:,} prompt tokens "
         f"({study.part} part); {study.batch} at a time; {kinds}, which begins with the experts most popular in training.",
-        f"Fetched ahead: {how.experts} experts of each prediction, popularity and oracle {how.horizon} layers ahead. A "
-        "predictor's own time is measured here, on one thread. The shuffled control fetches what was predicted about other "
-        "tokens.",
+        f"Fetched ahead: {how.experts} experts of each prediction, popularity and oracle {how.horizon} layers ahead; "
+        "predictors ask about generated tokens only. A predictor's own time is measured here, one prediction after the other. "
+        "The shuffled control fetches what was predicted about other tokens.",
         *study.trace.caveats(),
     ]
     return {
@@ -187,13 +197,31 @@ def best_of(rows: list[Row]) -> list[Row]:
     return found
 
 
-def _costs(study: Study) -> list[Costs | None]:
+def _too_large(study: Study, costs: list[Costs | None], sizes: list[list[int]], shape: Shape) -> list[str]:
+    """Caches that no such device has room for, beside the model's other weights."""
+    entry = find_entry(study.model or study.trace.metadata.model.id)
+    found = []
+    for gpu, cost, each in zip(study.devices, costs, sizes, strict=False):
+        if entry is None or cost is None:
+            continue
+        experts = shape.layers * shape.experts * cost.expert_bytes / 1e9
+        rest = max(0.0, entry.weights_gb(cost.precision) - experts)
+        largest = max(each, default=0) * (1 if study.is_global else shape.layers) * cost.expert_bytes / 1e9
+        if largest + rest > gpu.memory * USED_SHARE:
+            found.append(f"{largest:.0f} GB of experts and {rest:.0f} GB of other weights do not fit on an {gpu.name}.")
+    return found
+
+
+def _costs(study: Study, notes: list[str]) -> list[Costs | None]:
     """Of each device; one None where nothing is known of the model."""
     name = study.model or study.trace.metadata.model.id
     entry = find_entry(name)
     if entry is None:
         if study.model is not None:
             raise SpecmoeError(f"unknown model {study.model!r}: see 'specmoe models'")
+        notes.append(
+            f"The sizes of {name} are not known: no device was simulated, copies take no time. Name a --model that has them."
+        )
         return [None]
     facts = study.trace.metadata.model
     if (len(entry.moe_layers), entry.experts, entry.top_k) != (len(facts.moe_layers), facts.num_experts, facts.top_k):
@@ -202,11 +230,22 @@ def _costs(study: Study) -> list[Costs | None]:
             f"{len(facts.moe_layers)} of {facts.num_experts}, top-{facts.top_k}: choose another --model"
         )
     found: list[Costs | None] = [costs_of(entry, gpu, study.precision, link=study.link) for gpu in study.devices]
+    for gpu in study.devices:
+        weights = entry.weights_gb(study.precision or entry.precisions[0])
+        if weights <= gpu.memory * USED_SHARE:
+            notes.append(f"All of {entry.name}, {weights:.0f} GB, would fit on an {gpu.name} of {gpu.memory} GB.")
     if study.measure:
         wanted = Replay(
-            trace=study.trace, part=study.part, run=None, policy=Rule.LRU, fraction=0.0, kind=here(), model=study.model
+            trace=study.trace,
+            part=study.part,
+            run=None,
+            policy=Rule.LRU,
+            fraction=0.0,
+            kind=here(),
+            model=study.model,
+            precision=study.precision,
         )
-        costs, sizes = sizes_of(wanted, Shape.of(facts, 1))
+        costs, sizes = sizes_of(wanted, Shape.of(facts, 1, Task.NEXT_TOKEN))
         found.append(measure(wanted.kind, sizes, costs))
     return found
 
@@ -215,7 +254,9 @@ def _prefetchers(
     name: str, study: Study, runs: dict[str, Run], workload: Workload, routes: Routes, how: Ahead
 ) -> Iterator[Prefetcher]:
     if name in runs:
-        yield from prefetcher_of(runs[name].predictor, Path(name).name, routes, workload.requests, how)
+        folder = Path(name).name
+        is_taken = folder in predictor_classes().keys() | {NONE, ORACLE} or sum(Path(each).name == folder for each in runs) > 1
+        yield from prefetcher_of(runs[name].predictor, name if is_taken else folder, routes, workload.requests, how)
     elif name in {NONE, POPULARITY, ORACLE}:
         yield simple_prefetcher(name, workload, how)
     elif name in predictor_classes():
@@ -223,7 +264,8 @@ def _prefetchers(
             if name in run.baselines:
                 yield from prefetcher_of(run.baselines[name], name, routes, workload.requests, how)
                 return
-        predictor = find_predictor(name)(Shape.of(study.trace.metadata.model, study.horizon))
+        layers = len(study.trace.metadata.model.moe_layers)
+        predictor = find_predictor(name)(Shape.of(study.trace.metadata.model, min(study.horizon, max(1, layers - 1))))
         predictor.fit(load_routes(study.trace, "train"), None, TrainingOptions(), lambda *_: None)
         yield from prefetcher_of(predictor, name, routes, workload.requests, how)
     else:
@@ -232,6 +274,7 @@ def _prefetchers(
 
 def write_study(document: dict[str, Any], out: Path) -> None:
     """Write `simulation.json`, `.csv` and `.html`, a plot that opens offline."""
+    whole, drawn = json.dumps(document, indent=1, allow_nan=False) + "\n", page(document)
     out.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     columns = [name for name in document["rows"][0] if name != "counts_by_layer"]
@@ -239,8 +282,8 @@ def write_study(document: dict[str, Any], out: Path) -> None:
     writer.writeheader()
     writer.writerows(document["rows"])
     write_text(out / "simulation.csv", text.getvalue())
-    write_text(out / "simulation.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
-    write_text(out / "simulation.html", page(document))
+    write_text(out / "simulation.json", whole)
+    write_text(out / "simulation.html", drawn)
 
 
 def page(document: dict[str, Any]) -> str:

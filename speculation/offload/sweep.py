@@ -31,7 +31,7 @@ CONTROL = "shuffled control"
 
 @dataclass(frozen=True)
 class Prefetcher:
-    """What is fetched ahead. predict_seconds: of a prediction, measured on this machine's processor; 0 for tables and none."""
+    """What is fetched ahead. predict_seconds: of a prediction, measured on this machine; 0 for popularity and the oracle."""
 
     name: str
     plan: Plan
@@ -86,7 +86,7 @@ def simple_prefetcher(name: str, workload: Workload, how: Ahead) -> Prefetcher:
 
 def sweep(
     workload: Workload,
-    capacities: list[int],
+    capacities: list[list[int]],
     policies: list[Rule],
     prefetchers: list[Prefetcher],
     costs: list[Costs | None],
@@ -95,17 +95,17 @@ def sweep(
     queue: int = QUEUE,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """A row for each device, capacity, policy and prefetcher, and for each device one with everything copied on demand, and one
-    with every expert resident. Runs on all cores.
+    """A row for each device, capacity (a list for each device), policy and prefetcher, and for each device one with everything
+    copied on demand, and one with every expert resident. Runs on all cores.
     """
     everything = workload.requests.num_experts * (workload.requests.layers if is_global else 1)
     # Counted once, before the threads ask for it together.
     _ = workload.ahead, workload.popularity
     none = simple_prefetcher(NONE, workload, Ahead(experts=1))
     jobs: list[tuple[Costs | None, Setting, Prefetcher, str | None]] = []
-    for cost in costs:
+    for cost, sizes in zip(costs, capacities, strict=True):
         jobs.append((cost, Setting(Rule.LRU, 0, is_global, queue), none, "on demand"))
-        for capacity in capacities:
+        for capacity in sizes:
             for policy in policies:
                 for prefetcher in prefetchers:
                     setting = Setting(policy, capacity, is_global, queue, prefetcher.predict_seconds)
@@ -138,7 +138,7 @@ def _row(
 ) -> Row:
     requests, setting, of = workload.requests, result.setting, result.total
     pools = 1 if setting.is_global else requests.layers
-    tokens = max(1, int(requests.tokens_S.sum()))
+    tokens = max(1, result.decode_tokens)
     requested = max(1, of(Count.REQUESTED))
     speed = result.tokens_per_second
     return {
@@ -159,6 +159,7 @@ def _row(
         "collisions_per_token": of(Count.COLLISION) / tokens,
         "streamed_per_token": of(Count.STREAMED) / tokens,
         "dropped_per_token": of(Count.DROPPED) / tokens,
+        "prefill_hit_rate": result.prefill_hit_rate,
         "tokens_per_second": speed,
         "prefill_tokens_per_second": result.prefill_tokens_per_second,
         "stalled": result.decode_stall / result.decode_seconds if speed else None,

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_requests import routes_of
 
 from profiler.errors import SpecmoeError
 from speculation.offload.costs import Costs
 from speculation.offload.kernel import Count, Rule
-from speculation.offload.plans import Plan, no_plan, oracle_plan, popularity_plan
-from speculation.offload.requests import Requests
+from speculation.offload.plans import Plan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
+from speculation.offload.requests import Requests, requests_of
 from speculation.offload.simulate import Result, Setting, Workload, capacities, simulate
+from speculation.options import TrainingOptions
+from speculation.predictors.previous_token import PreviousToken
+from speculation.tasks import Shape, Task
 
 Steps = list[list[list[int]]]
 # Copies of 10 s, an expert used in 1 s, 2 s for the rest of a layer.
@@ -43,6 +47,7 @@ def requests_from(steps: Steps, experts: int) -> Requests:
         tokens_N=np.arange(len(steps)),
         first_S=np.arange(len(steps) + 1),
         is_decode_S=np.ones(len(steps), dtype=np.bool_),
+        leads_N=np.ones(len(steps), dtype=np.bool_),
     )
 
 
@@ -101,7 +106,7 @@ class PlainCache:
         self.uses = dict.fromkeys(order, 0)
 
     def worth(self, expert: tuple[int, int], now: int) -> tuple[float, ...]:
-        next_use = next((at for at in range(now, len(self.future)) if expert in self.future[at]), 10**9)
+        next_use = self.next_use(expert, now)
         last = self.last[expert]
         age = (now + 1) * 8192 - ((last[0] + 1) * 8192 + 2 * last[1] if last[0] >= 0 else -1 + last[1])
         return {
@@ -113,15 +118,25 @@ class PlainCache:
             Rule.BELADY: (-next_use, *last),
         }[self.rule]
 
+    def next_use(self, expert: tuple[int, int], since: int) -> int:
+        return next((at for at in range(since, len(self.future)) if expert in self.future[at]), 10**9)
+
     def request(self, experts: list[tuple[int, int]], now: int) -> int:
         found = sum(expert in self.held for expert in experts)
         for place, expert in enumerate(experts):
             if expert not in self.held:
                 if len(self.held) >= self.capacity:
                     others = [other for other in self.held if other not in experts]
-                    if not others:
+                    if others:
+                        self.held.remove(min(others, key=lambda other: self.worth(other, now)))
+                    elif self.rule == Rule.BELADY and self.held:
+                        # Which of a request that is too large stay.
+                        farthest = max(self.held, key=lambda other: self.next_use(other, now + 1))
+                        if self.next_use(farthest, now + 1) <= self.next_use(expert, now + 1):
+                            continue
+                        self.held.remove(farthest)
+                    else:
                         continue
-                    self.held.remove(min(others, key=lambda other: self.worth(other, now)))
                 self.held.add(expert)
                 self.loaded[expert] = (now, -place)
         for place, expert in enumerate(experts):
@@ -328,6 +343,75 @@ def test_without_costs_copies_take_no_time() -> None:
     assert result.total(Count.HIT) == 4
 
 
+def test_predictions_are_made_one_after_the_other() -> None:
+    # Three layers of 3 s (2 and 1). Layers 1 and 2 are asked for after layers 0 and 1; each prediction takes 4 s.
+    workload = workload_from([[[0], [1], [1]], [[0], [0], [0]]], 3)
+    plan = plan_from(workload.requests, {(0, 0): [(1, 1)], (0, 1): [(2, 1)]})
+    instant = simulate(workload, Setting(Rule.LRU, 1, predict_seconds=0.0), plan, replace(COSTS, copy_seconds=0.5))
+    assert instant.decode_stall == 2 * 0.5  # of layers 1 and 2 in the second step
+    # The first is known at 2 + 4 = 6, after layer 1 was routed at 5, where it is copied on demand until 5.5; the products end
+    # at 6.5. The second begins at 6, not at 5.5, and is known at 10; layer 2 is routed at 8.5.
+    slow = simulate(workload, Setting(Rule.LRU, 1, predict_seconds=4.0), plan, replace(COSTS, copy_seconds=0.5))
+    assert slow.decode_stall == 4 * 0.5
+    assert slow.total(Count.PREFETCHED) == 0
+    # Two tokens at a time take twice as long.
+    both = replace(
+        workload.requests,
+        tokens_N=np.arange(4),
+        first_S=np.array([0, 2, 4]),
+        leads_N=np.ones(4, dtype=np.bool_),
+    )
+    two = simulate(
+        replace(workload, requests=both), Setting(Rule.LRU, 1, predict_seconds=1.5), plan, replace(COSTS, copy_seconds=0.5)
+    )
+    one = simulate(workload, Setting(Rule.LRU, 1, predict_seconds=3.0), plan, replace(COSTS, copy_seconds=0.5))
+    assert (two.decode_stall, two.decode_seconds) == (one.decode_stall, one.decode_seconds)
+
+
+def test_what_is_in_use_is_not_overwritten() -> None:
+    # One place for all layers: the next layer's expert cannot be copied before the products end, a second after the routing.
+    workload = workload_from([[[0], [1]]] * 4, 2)
+    fast = replace(COSTS, copy_seconds=0.9)
+    result = simulate(workload, Setting(Rule.LRU, 1, is_global=True), oracle_plan(workload.requests, 1), fast)
+    # It begins when these end, 2 s before the next routing: in time, but not before.
+    assert result.decode_stall == 0.0
+    slow = replace(COSTS, copy_seconds=2.5)
+    late = simulate(workload, Setting(Rule.LRU, 1, is_global=True), oracle_plan(workload.requests, 1), slow)
+    # Half a second late each time, where it could have been in time if it had begun with the routing.
+    assert late.decode_stall == 7 * 0.5
+
+
+@given(st.integers(2, 6), st.integers(1, 7), st.integers(0, 500), st.sampled_from(list(Rule)))
+def test_belady_is_not_beaten_by_requests_beyond_the_cache(batch: int, capacity: int, seed: int, policy: Rule) -> None:
+    routes = routes_of([(0, 12)] * batch, layers=2, seed=seed)
+    workload = Workload(requests_of(routes, 8, batch=batch), np.tile(np.arange(8, 0, -1.0), (2, 1)))
+    assert hits(workload, policy, capacity) <= hits(workload, Rule.BELADY, capacity)
+
+
+@pytest.mark.parametrize("task", [Task.WHOLE_PATH, Task.NEXT_LAYER])
+def test_nothing_is_won_in_prompts_of_independent_routes(task: Task) -> None:
+    """A predictor that repeats the token before must not know it while its prompt is computed."""
+    routes = routes_of([(40, 1)] * 20, experts=64, layers=4, top_k=1)
+    predictor = PreviousToken(Shape(layers=4, experts=64, top_k=1, horizon=1, task=task))
+    predictor.fit(routes, None, TrainingOptions(), lambda *_: None)
+    requests = requests_of(routes, 64)
+    workload = Workload(requests, np.tile(np.arange(64, 0, -1.0), (4, 1)))
+    plan = plan_of(ranked(predictor, routes, 1), predictor.shape, requests)
+    without, with_plan = (simulate(workload, Setting(Rule.LRU, 32), each, FAST) for each in (None, plan))
+    assert without.prefill_hit_rate == pytest.approx(0.5, abs=0.05)
+    assert with_plan.prefill_hit_rate == pytest.approx(without.prefill_hit_rate, abs=0.02)
+
+
+def test_what_was_copied_on_demand_may_wait_again() -> None:
+    # Expert 1 of layer 1 is asked for twice; the first wish is overtaken by the demand, and must not cost the second.
+    workload = workload_from([[[0], [1]], [[0], [0]], [[0], [1]]], 3)
+    plan = plan_from(workload.requests, {(0, 0): [(1, 2), (1, 1)], (1, 1): [(3, 1)]})
+    result = simulate(workload, Setting(Rule.LRU, 1), plan, COSTS)
+    # After layer 1 of step 1, at most a copy is on its way: the wish for step 2 is granted, and late.
+    assert result.counts_LC[1, Count.MISS] == 2
+    assert result.counts_LC[1, Count.LATE] == 1
+
+
 def test_capacities() -> None:
     workload = workload_from([[[0], [1]]], 10)
     assert list(capacities(workload, [0.1, 0.25, 1.0], [], None, False)) == [1, 2, 10]
@@ -338,6 +422,9 @@ def test_capacities() -> None:
         list(capacities(workload, [1.5], [], None, False))
     with pytest.raises(SpecmoeError, match="a cache in GB needs the size of an expert"):
         list(capacities(workload, [], [1.0], None, False))
+    for size in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(SpecmoeError, match="GB: expected 0 or more"):
+            list(capacities(workload, [], [size], COSTS, False))
     with pytest.raises(SpecmoeError, match="capacity -1, queue 64"):
         simulate(workload, Setting(Rule.LRU, -1))
 
