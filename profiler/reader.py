@@ -269,10 +269,20 @@ class Trace:
             raise TraceError(f"{self.path}: {folder} of problem {problem_id} lacks layers for some tokens")
         return token_ids[::count], layers[:count].tolist(), decode_lists(whole.column(3), count)
 
-    def value_rows(self, folder: str) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int16], npt.NDArray[np.float16]]]:
-        """All router logits or router inputs, some rows at a time: problem ids `[N]`, decoder layers `[N]`, values `[N, W]`."""
+    def value_rows(
+        self, folder: str, problems: range | None = None
+    ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int16], npt.NDArray[np.float16]]]:
+        """All router logits or router inputs, some rows at a time: problem ids `[N]`, decoder layers `[N]`, values `[N, W]`.
+
+        problems: row groups without any of these are passed over.
+        """
         for path, file in self._value_files(folder):
+            found = None if problems is None else problems_of_groups(file, path)
             for group in range(file.num_row_groups):
+                if found is not None and problems is not None:
+                    first, last = found[group]
+                    if last < problems.start or first >= problems.stop:
+                        continue
                 whole = _read_values(file, group, path)
                 for start in range(0, whole.num_rows, ROWS_AT_A_TIME):
                     table = whole.slice(start, ROWS_AT_A_TIME)

@@ -43,7 +43,7 @@ def with_router_inputs(trace: Trace, chunk: RoutingChunk) -> tuple[RoutingChunk,
         raise TraceError(f"{trace.path} has no router inputs ({HIDDEN_FOLDER}/ and {GATES_FILE}): {how}")
     wanted = np.unique(chunk.problem_ids_T)
     ids, found_layers, pieces, size = [], [], [], 0
-    for ids_N, layers_N, values_ND in trace.value_rows(HIDDEN_FOLDER):
+    for ids_N, layers_N, values_ND in trace.value_rows(HIDDEN_FOLDER, range(int(wanted[0]), int(wanted[-1]) + 1)):
         chosen = np.isin(ids_N, wanted)
         if chosen.any():
             ids.append(ids_N[chosen])

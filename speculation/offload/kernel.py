@@ -6,7 +6,6 @@ Experts are numbered `layer * E + expert`. All times are in seconds. Nothing is 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -47,39 +46,28 @@ _COUNTS = len(Count)
 _ORDER = 1 << 13
 
 
-class _Cache(NamedTuple):
-    """What is where. All `[L * E]`, but slots `[pools, capacity]`, held `[pools]`, counts `[2, L, len(Count)]`.
-
-    state, arrival: of the copy to the device. pinned: the last request that chose it. guard: the farthest request that it is
-    predicted for. key, last: what `Rule`s compare, and the order of uses. is_fetched: copied ahead and not used since.
-    given_up: the last step in which it was. upcoming: the next request that needs it. wanted: the request for which it waits to
-    be copied. slots, held: what each pool holds.
-    """
-
-    state: npt.NDArray[np.uint8]
-    arrival: npt.NDArray[np.float64]
-    pinned: npt.NDArray[np.int64]
-    guard: npt.NDArray[np.int64]
-    key: npt.NDArray[np.int64]
-    last: npt.NDArray[np.int64]
-    is_fetched: npt.NDArray[np.bool_]
-    given_up: npt.NDArray[np.int64]
-    upcoming: npt.NDArray[np.int64]
-    wanted: npt.NDArray[np.int64]
-    popularity: npt.NDArray[np.int64]
-    slots: npt.NDArray[np.int64]
-    held: npt.NDArray[np.int64]
-    counts: npt.NDArray[np.int64]
-
-
+# Functions take arrays one by one: of a tuple numba counts references to each array at every call, ten times the work itself.
 @numba.njit(cache=True, nogil=True)
-def _victim(cache: _Cache, pool: int, rule: int, now: int, soon: int, time: float, is_guess: bool) -> int:
+def _victim(
+    slots: npt.NDArray[np.int64],
+    held: int,
+    rule: int,
+    now: int,
+    soon: int,
+    time: float,
+    is_guess: bool,
+    state: npt.NDArray[np.uint8],
+    arrival: npt.NDArray[np.float64],
+    pinned: npt.NDArray[np.int64],
+    guard: npt.NDArray[np.int64],
+    key: npt.NDArray[np.int64],
+    last: npt.NDArray[np.int64],
+) -> int:
     """The slot whose expert is given up; -1 if all are in use, on their way, or (for a prediction) predicted from `soon` on."""
     best, found = -1, -1
-    key, last, guard = cache.key, cache.last, cache.guard
-    for slot in range(cache.held[pool]):
-        x = cache.slots[pool, slot]
-        if cache.pinned[x] == now or (cache.state[x] == COMING and cache.arrival[x] > time):
+    for slot in range(held):
+        x = slots[slot]
+        if pinned[x] == now or (state[x] == COMING and arrival[x] > time):
             continue
         if is_guess and guard[x] >= soon:
             continue
@@ -100,29 +88,19 @@ def _victim(cache: _Cache, pool: int, rule: int, now: int, soon: int, time: floa
 
 
 @numba.njit(cache=True, nogil=True)
-def _rate(cache: _Cache, x: int, rule: int) -> None:
-    """What the rule compares, of an expert that was used or is expected at `last`."""
+def _rated(rule: int, before: int, last: int, popularity: int, upcoming: int) -> int:
+    """What the rule compares, of an expert that was used or is expected at `last`; as before where it counts otherwise."""
     if rule == Rule.LRU:
-        cache.key[x] = cache.last[x]
-    elif rule == Rule.POPULARITY:
-        cache.key[x] = cache.popularity[x]
-    elif rule == Rule.BELADY:
-        cache.key[x] = -cache.upcoming[x]
-
-
-@numba.njit(cache=True, nogil=True)
-def _give_up(cache: _Cache, pool: int, slot: int, step: int, kind: int, num_experts: int) -> None:
-    x = cache.slots[pool, slot]
-    cache.state[x] = ABSENT
-    cache.given_up[x] = step
-    if cache.is_fetched[x]:
-        cache.is_fetched[x] = False
-        cache.counts[kind, x // num_experts, Count.WASTED.value] += 1
+        return last
+    if rule == Rule.POPULARITY:
+        return popularity
+    if rule == Rule.BELADY:
+        return -upcoming
+    return before
 
 
 @numba.njit(cache=True, nogil=True)
 def _begin_copies(
-    cache: _Cache,
     queue: npt.NDArray[np.int64],
     issued: npt.NDArray[np.float64],
     head: int,
@@ -138,72 +116,70 @@ def _begin_copies(
     capacity: int,
     num_experts: int,
     copy_seconds: float,
+    state: npt.NDArray[np.uint8],
+    arrival: npt.NDArray[np.float64],
+    pinned: npt.NDArray[np.int64],
+    guard: npt.NDArray[np.int64],
+    key: npt.NDArray[np.int64],
+    last: npt.NDArray[np.int64],
+    is_fetched: npt.NDArray[np.bool_],
+    given_up: npt.NDArray[np.int64],
+    upcoming: npt.NDArray[np.int64],
+    wanted: npt.NDArray[np.int64],
+    popularity: npt.NDArray[np.int64],
+    slots: npt.NDArray[np.int64],
+    held: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int64],
 ) -> tuple[int, int, float]:
     """Begin the predicted copies that the link can begin from `since` to `time`.
 
     is_over: the request was served, and its experts are in use: what finds no room waits for them. Else it is dropped.
     """
     soon = request + 1 if is_over else request
-    pools = len(cache.held)
+    pools = len(held)
     while waiting and link_free <= time:
         x, target = queue[head]
         begin = max(link_free, issued[head], since)
         # Copied on demand since, and perhaps waiting again behind.
-        is_stale = cache.state[x] != WAITING or cache.wanted[x] != target
+        is_stale = state[x] != WAITING or wanted[x] != target
         if not is_stale and begin > time:
             break
         at_layer = x // num_experts
         pool = 0 if pools == 1 else at_layer
-        slot = cache.held[pool]
+        slot = held[pool]
         if not is_stale and target >= soon and slot >= capacity:
-            slot = _victim(cache, pool, rule, request, soon, begin, True)
+            slot = _victim(slots[pool], slot, rule, request, soon, begin, True, state, arrival, pinned, guard, key, last)
             if slot < 0 and is_over:
                 break
         head = (head + 1) % len(queue)
         waiting -= 1
         if is_stale:
             continue
-        cache.state[x] = ABSENT
+        state[x] = ABSENT
         if target < soon or slot < 0:
-            cache.counts[kind, at_layer, Count.DROPPED.value] += 1
+            counts[kind, at_layer, Count.DROPPED.value] += 1
             continue
-        if slot < cache.held[pool]:
-            _give_up(cache, pool, slot, step, kind, num_experts)
+        if slot < held[pool]:
+            out = slots[pool, slot]
+            state[out] = ABSENT
+            given_up[out] = step
+            if is_fetched[out]:
+                is_fetched[out] = False
+                counts[kind, out // num_experts, Count.WASTED.value] += 1
         else:
-            cache.held[pool] += 1
-        cache.slots[pool, slot] = x
+            held[pool] += 1
+        slots[pool, slot] = x
         link_free = begin + copy_seconds
-        cache.arrival[x] = link_free
-        cache.state[x] = COMING
-        cache.is_fetched[x] = True
-        cache.last[x] = target * _ORDER + 1
+        arrival[x] = link_free
+        state[x] = COMING
+        is_fetched[x] = True
+        last[x] = target * _ORDER + 1
         if rule == Rule.FIFO:
-            cache.key[x] = cache.last[x]
-        _rate(cache, x, rule)
-        cache.counts[kind, at_layer, Count.LOADS.value] += 1
-        cache.counts[kind, at_layer, Count.PREFETCHED.value] += 1
+            key[x] = last[x]
+        key[x] = _rated(rule, key[x], last[x], popularity[x], upcoming[x])
+        counts[kind, at_layer, Count.LOADS.value] += 1
+        counts[kind, at_layer, Count.PREFETCHED.value] += 1
     return head, waiting, link_free
-
-
-@numba.njit(cache=True, nogil=True)
-def _empty(layers: int, num_experts: int, pools: int, capacity: int) -> _Cache:
-    total = layers * num_experts
-    return _Cache(
-        np.zeros(total, dtype=np.uint8),
-        np.zeros(total),
-        np.full(total, -1, dtype=np.int64),
-        np.full(total, -1, dtype=np.int64),
-        np.zeros(total, dtype=np.int64),
-        np.zeros(total, dtype=np.int64),
-        np.zeros(total, dtype=np.bool_),
-        np.full(total, -1, dtype=np.int64),
-        np.zeros(total, dtype=np.int64),
-        np.zeros(total, dtype=np.int64),
-        np.zeros(total, dtype=np.int64),
-        np.zeros((pools, min(capacity, total // pools)), dtype=np.int64),
-        np.zeros(pools, dtype=np.int64),
-        np.zeros((2, layers, _COUNTS), dtype=np.int64),
-    )
 
 
 @numba.njit(cache=True, nogil=True)
@@ -245,10 +221,23 @@ def play(
     ends, stalls = np.zeros(steps), np.zeros(steps)
     pools = 1 if is_global else layers
     size = total // pools
-    cache = _empty(layers, num_experts, pools, capacity)
-    state, held, slots, counts = cache.state, cache.held, cache.slots, cache.counts
-    cache.upcoming[:] = first_use
-    cache.popularity[:] = popularity
+    # Of each expert: where it is, and when its copy is over; the last request that chose it; the farthest that it is predicted
+    # for; what `Rule`s compare, and the order of uses; whether it was copied ahead and not used since; the last step in which
+    # it was given up; the next request that needs it; the request for which it waits to be copied.
+    state = np.zeros(total, dtype=np.uint8)
+    arrival = np.zeros(total)
+    pinned = np.full(total, -1, dtype=np.int64)
+    guard = np.full(total, -1, dtype=np.int64)
+    key = np.zeros(total, dtype=np.int64)
+    last = np.zeros(total, dtype=np.int64)
+    is_fetched = np.zeros(total, dtype=np.bool_)
+    given_up = np.full(total, -1, dtype=np.int64)
+    upcoming = first_use.copy()
+    wanted = np.zeros(total, dtype=np.int64)
+    # What each pool holds, in no order.
+    held = np.zeros(pools, dtype=np.int64)
+    slots = np.zeros((pools, min(capacity, size)), dtype=np.int64)
+    counts = np.zeros((2, layers, _COUNTS), dtype=np.int64)
 
     # The most popular experts of each pool, the least of them as if used longest ago.
     for pool in range(pools):
@@ -256,10 +245,10 @@ def play(
         for rank in range(min(capacity, size)):
             x = pool * size + order[rank]
             state[x] = PRESENT
-            cache.last[x] = -1 - rank
+            last[x] = -1 - rank
             if rule == Rule.FIFO:
-                cache.key[x] = cache.last[x]
-            _rate(cache, x, rule)
+                key[x] = last[x]
+            key[x] = _rated(rule, key[x], last[x], popularity[x], upcoming[x])
             slots[pool, held[pool]] = x
             held[pool] += 1
 
@@ -281,33 +270,35 @@ def play(
             if layer >= 0:
                 time += layer_seconds[step]
                 begin_place, end_place = starts[request], starts[request + 1]
-                head, waiting, link_free = _begin_copies(
-                    cache, queue, issued, head, waiting, link_free, worked, time, request, False, step, kind, rule, capacity,
-                    num_experts, copy_seconds,
-                )  # fmt: skip
+                if waiting:
+                    head, waiting, link_free = _begin_copies(
+                        queue, issued, head, waiting, link_free, worked, time, request, False, step, kind, rule, capacity,
+                        num_experts, copy_seconds, state, arrival, pinned, guard, key, last, is_fetched, given_up, upcoming,
+                        wanted, popularity, slots, held, counts,
+                    )  # fmt: skip
             routed, needed = time, time
             pool = 0 if is_global else layer
             for place in range(begin_place, end_place):
                 x = layer * num_experts + experts[place]
-                cache.pinned[x] = request
+                pinned[x] = request
                 counts[kind, layer, Count.REQUESTED.value] += 1
                 if rule == Rule.BELADY:
-                    cache.upcoming[x] = next_use[place]
-                    _rate(cache, x, rule)
+                    upcoming[x] = next_use[place]
+                    key[x] = _rated(rule, key[x], last[x], popularity[x], upcoming[x])
                 if state[x] == PRESENT or state[x] == COMING:
-                    if state[x] == COMING and cache.arrival[x] > time:
+                    if state[x] == COMING and arrival[x] > time:
                         counts[kind, layer, Count.LATE.value] += 1
-                        needed = max(needed, cache.arrival[x])
+                        needed = max(needed, arrival[x])
                     else:
                         counts[kind, layer, Count.HIT.value] += 1
                     # Pinned until its layer is done: it does not matter that it may still be on its way.
                     state[x] = PRESENT
-                    if cache.is_fetched[x]:
-                        cache.is_fetched[x] = False
+                    if is_fetched[x]:
+                        is_fetched[x] = False
                         counts[kind, layer, Count.USEFUL.value] += 1
                 else:
                     counts[kind, layer, Count.MISS.value] += 1
-                    if cache.given_up[x] == step:
+                    if given_up[x] == step:
                         counts[kind, layer, Count.COLLISION.value] += 1
                     state[x] = MISSED
             for place in range(begin_place, end_place):
@@ -323,14 +314,21 @@ def play(
                 if slot < capacity:
                     held[pool] += 1
                 else:
-                    slot = _victim(cache, pool, rule, request, request + 1, begin, False)
+                    slot = _victim(
+                        slots[pool], slot, rule, request, request + 1, begin, False, state, arrival, pinned, guard, key, last
+                    )
                     if slot >= 0:
-                        _give_up(cache, pool, slot, step, kind, num_experts)
+                        out = slots[pool, slot]
+                        state[out] = ABSENT
+                        given_up[out] = step
+                        if is_fetched[out]:
+                            is_fetched[out] = False
+                            counts[kind, out // num_experts, Count.WASTED.value] += 1
                     elif rule == Rule.BELADY:
                         # Of a request that is larger than the cache, those stay that are needed first.
                         for other in range(held[pool]):
-                            farthest = cache.upcoming[slots[pool, slot]] if slot >= 0 else cache.upcoming[x]
-                            if cache.upcoming[slots[pool, other]] > farthest:
+                            farthest = upcoming[slots[pool, slot]] if slot >= 0 else upcoming[x]
+                            if upcoming[slots[pool, other]] > farthest:
                                 slot = other
                         if slot >= 0:
                             state[slots[pool, slot]] = ABSENT
@@ -339,17 +337,17 @@ def play(
                     slots[pool, slot] = x
                     state[x] = PRESENT
                     if rule == Rule.FIFO:
-                        cache.key[x] = (request + 1) * _ORDER - 2 * (place - begin_place)
+                        key[x] = (request + 1) * _ORDER - 2 * (place - begin_place)
                 else:
                     state[x] = ABSENT
                     counts[kind, layer, Count.STREAMED.value] += 1
             for place in range(begin_place, end_place):
                 x = layer * num_experts + experts[place]
-                cache.upcoming[x] = next_use[place]
-                cache.last[x] = (request + 1) * _ORDER - 2 * (place - begin_place)
+                upcoming[x] = next_use[place]
+                last[x] = (request + 1) * _ORDER - 2 * (place - begin_place)
                 if rule == Rule.LFU or rule == Rule.LFRU:
-                    cache.key[x] += 1
-                _rate(cache, x, rule)
+                    key[x] += 1
+                key[x] = _rated(rule, key[x], last[x], popularity[x], upcoming[x])
             # What is predicted here: known with the routing, acted on behind what the routing itself needed.
             first, end = plan_starts[step * (layers + 1) + point], plan_starts[step * (layers + 1) + point + 1]
             if can_copy and first < end:
@@ -358,7 +356,7 @@ def play(
                     at_layer = plan_layers[entry] % layers
                     x = at_layer * num_experts + plan_experts[entry]
                     target = step * layers + plan_layers[entry]
-                    cache.guard[x] = max(cache.guard[x], target)
+                    guard[x] = max(guard[x], target)
                     if state[x] != ABSENT:
                         continue
                     if waiting == queue_limit:
@@ -367,26 +365,28 @@ def play(
                     place = (head + waiting) % queue_limit
                     queue[place, 0], queue[place, 1], issued[place] = x, target, predictor_free
                     state[x] = WAITING
-                    cache.wanted[x] = target
+                    wanted[x] = target
                     waiting += 1
             if layer >= 0:
                 stall += needed - time
                 time = needed + max((end_place - begin_place) * per_expert, expert_floor[step])
                 worked = time
                 # While these experts are in use, none of them is given up.
-                head, waiting, link_free = _begin_copies(
-                    cache, queue, issued, head, waiting, link_free, 0.0, time, request, True, step, kind, rule, capacity,
-                    num_experts, copy_seconds,
-                )  # fmt: skip
+                if waiting:
+                    head, waiting, link_free = _begin_copies(
+                        queue, issued, head, waiting, link_free, 0.0, time, request, True, step, kind, rule, capacity,
+                        num_experts, copy_seconds, state, arrival, pinned, guard, key, last, is_fetched, given_up, upcoming,
+                        wanted, popularity, slots, held, counts,
+                    )  # fmt: skip
         ends[step] = time
         stalls[step] = stall
     kind = 1 if is_decode[-1:].all() else 0
     for place in range(waiting):
         x, target = queue[(head + place) % queue_limit]
-        if state[x] == WAITING and cache.wanted[x] == target:
+        if state[x] == WAITING and wanted[x] == target:
             counts[kind, x // num_experts, Count.DROPPED.value] += 1
     for x in range(total):
-        if cache.is_fetched[x]:
+        if is_fetched[x]:
             counts[kind, x // num_experts, Count.WASTED.value] += 1
     return counts, ends, stalls
 

@@ -255,7 +255,8 @@ def _prefetchers(
 ) -> Iterator[Prefetcher]:
     if name in runs:
         folder = Path(name).name
-        is_taken = folder in predictor_classes().keys() | {NONE, ORACLE} or sum(Path(each).name == folder for each in runs) > 1
+        others = {each for each in study.predictors if each not in runs} | {NONE, ORACLE, POPULARITY}
+        is_taken = folder in others or sum(Path(each).name == folder for each in runs) > 1
         yield from prefetcher_of(runs[name].predictor, name if is_taken else folder, routes, workload.requests, how)
     elif name in {NONE, POPULARITY, ORACLE}:
         yield simple_prefetcher(name, workload, how)

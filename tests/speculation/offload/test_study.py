@@ -141,6 +141,54 @@ def test_the_report_answers(trace: Trace, run: Path, runner: CliRunner, tmp_path
     assert "of the requested experts were in the cache" in again.output
 
 
+def test_without_generated_tokens_all_are_taken_as_such(make_trace: Make, random_problems: Make, runner: CliRunner) -> None:
+    problems = random_problems(count=30, tokens=12, layers=16, num_experts=64, top_k=8)
+    prompts = make_trace(problems, 64, name="prompts", prompt_tokens=13)
+    output = simulated(runner, str(prompts.path), "--model", "olmoe", "--cache-fraction", "0.5")
+    assert "No token is known to be generated: all are simulated as if they were." in output
+    assert "all resident: " in output
+
+
+def test_one_layer(make_trace: Make, random_problems: Make, runner: CliRunner) -> None:
+    trace = make_trace(random_problems(count=30, tokens=12, layers=1, num_experts=8, top_k=1), 8, name="one")
+    output = simulated(runner, str(trace.path), "--predictor", "none", "--predictor", "oracle", "--predictor", "popularity")
+    assert "oracle" in output
+    assert "The sizes of made are not known: no device was simulated" in output
+
+
+def test_runs_of_the_same_name_and_a_closed_link(trace: Trace, run: Path, runner: CliRunner, tmp_path: Path) -> None:
+    other = tmp_path / "again" / run.name
+    other.parent.mkdir()
+    run.rename(other)
+    same = train(trace, "previous-token", run, options=TrainingOptions()).path
+    out = tmp_path / "out"
+    arguments = [
+        "--predictor",
+        str(other),
+        "--predictor",
+        str(same),
+        "--model",
+        "olmoe",
+        "--link",
+        "0",
+        "--cache-fraction",
+        "0.5",
+    ]
+    simulated(runner, str(trace.path), *arguments, "--out", str(out))
+    document = json.loads((out / "simulation.json").read_text())
+    found = {row["prefetch"] for row in document["rows"]}
+    assert {str(other), str(same)} < found
+    assert {row["tokens_per_second"] for row in document["rows"] if row["policy"] == "lru"} == {0.0}
+    assert document["devices"][0]["costs"]["copy_seconds"] is None
+
+
+def test_a_cache_that_no_device_has(trace: Trace, runner: CliRunner) -> None:
+    output = simulated(
+        runner, str(trace.path), "--model", "olmoe", "--device", "L4", "--cache-fraction", "1", "--precision", "bf16"
+    )
+    assert "All of olmoe, 14 GB, would fit on an L4 of 24 GB." in output
+
+
 def test_what_is_no_simulation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "simulation.json"
     for text in ("[]", '{"model": "m", "trace": "t", "devices": [], "notes": [], "best": [], "rows": []}'):
