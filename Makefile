@@ -25,7 +25,7 @@ install-quantize:
 test:
 	@$(MAKE) --no-print-directory -j 2 install install-quantize
 	@$(MAKE) --no-print-directory lint
-	@$(VENV)/bin/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 fast: install lint
 	@$(VENV)/bin/python -m pytest -m "not slow"

@@ -41,7 +41,8 @@ def drive(scenario: str, out: Path, *models: Path, **environment: str) -> Path:
 
 @pytest.fixture(scope="module")
 def families(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # One engine after the other in one process: else each would import vLLM three times. The other scenarios have workers.
+    # One engine after the other in one process: else each would import vLLM three times. Calls, and what `collect` runs, have
+    # workers.
     models = [checkpoints / name for name in NAMES]
     return drive("families", tmp_path_factory.mktemp("families"), *models, VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
@@ -59,7 +60,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return drive("half", tmp_path_factory.mktemp("half"), demo_model_folder())
+    return drive("half", tmp_path_factory.mktemp("half"), demo_model_folder(), VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 
 @pytest.mark.parametrize("name", NAMES)
