@@ -156,7 +156,14 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
         "num_experts": experts,
         "top_k": top_k,
         "renormalized": renormalized,
+        "routed_scaling_factor": _factor(config),
     }
+
+
+def _factor(config: dict[str, Any]) -> float | None:
+    """The factor of all routing weights, where the config names one."""
+    value = config.get("routed_scaling_factor")
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:

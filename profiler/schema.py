@@ -133,6 +133,8 @@ class ModelMetadata(_Document):
     num_experts: int = Field(ge=1, le=MAX_EXPERTS)
     top_k: int = Field(ge=1, le=MAX_TOP_K)
     renormalized: bool | None = None
+    # Factor of all routing weights, included in the recorded ones; None where the config names none.
+    routed_scaling_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelMetadata:

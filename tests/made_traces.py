@@ -34,10 +34,12 @@ def write_made_trace(
     datasets: list[str] | None = None,
     vocab_ids: list[np.ndarray] | None = None,
     prompt_tokens: int = 1,
+    unrecorded: int = 0,
 ) -> Trace:
     """A complete trace from one (expert_ids `[T, L, K]`, weights `[T, L, K]`) per problem.
 
-    prompt_tokens: of each problem. first_layer: the decoder's index of the first MoE layer.
+    prompt_tokens: of each problem. unrecorded: positions at the end of each problem that have no routing.
+    first_layer: the decoder's index of the first MoE layer.
     """
     directory.mkdir()
     layers, top_k = problems[0][0].shape[1:]
@@ -49,7 +51,7 @@ def write_made_trace(
     with RoutingWriter(run_folder(directory, 0), model) as writer:
         for problem_id, (ids, weights) in enumerate(problems):
             writer.add(problem_id, np.arange(len(ids)), ids, weights)
-            lengths[problem_id] = len(ids) + 1
+            lengths[problem_id] = len(ids) + 1 + unrecorded
     seal(directory, model, lengths)
     rows = []
     tokens: dict[str, list[object]] = {name: [] for name in TOKENS_SCHEMA.names}

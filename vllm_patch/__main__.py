@@ -1,4 +1,4 @@
-"""`python -m vllm_patch`: the source patch for a local vLLM, and sealing what a killed server left."""
+"""`python -m vllm_patch`: check capture on this machine, patch the source of a local vLLM, seal what a killed server left."""
 
 from __future__ import annotations
 
@@ -60,6 +60,53 @@ def diff(vllm: Vllm = None) -> None:
     Example: python -m vllm_patch diff --vllm ~/src/vllm > specmoe.patch
     """
     typer.echo(source.diff(source.open_vllm(vllm)), nl=False)
+
+
+@app.command()
+def check(
+    family: Annotated[
+        list[str] | None, typer.Option(help="A family of routers, several times if wanted. Default: all that are known.")
+    ] = None,
+    model: Annotated[
+        list[Path] | None, typer.Option(help="A model's folder, instead of small synthetic ones.", exists=True)
+    ] = None,
+    overhead: Annotated[bool, typer.Option("--overhead", help="Also measure what capture costs, in tokens/s.")] = False,
+    replay: Annotated[bool, typer.Option("--replay", help="Also run 'specmoe replay' of a small trace here.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this file, again after each step.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=10, help="Seconds for all of it; the most valuable steps come first.")
+    ] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep models, traces and logs in this folder.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Engines at a time. Default: one; on a GPU one for every 4 cores.")
+    ] = None,
+) -> None:
+    """Compare what is recorded here, by the installed vLLM on this device, with transformers.
+
+    Small models with random weights, one of each family of routers, run in the modes that matter on this device; every set of
+    experts and every weight is compared. Exit code 1 if something is wrong, or a model that you named could not be compared.
+
+    Example: python -m vllm_patch check --overhead --json check.json
+    """
+    from vllm_patch.check.command import run_and_print
+    from vllm_patch.check.run import Check
+
+    named = (*(family or ()), *(str(path.absolute()) for path in model or ()))
+    found = run_and_print(
+        Check(
+            models=named,
+            overhead=overhead,
+            replay=replay,
+            budget=budget,
+            json_file=json_file,
+            keep=keep,
+            workers=workers,
+        )
+    )
+    if not found.passed(named):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -81,9 +81,10 @@ class CaptureBuffers:
         """Mark every row as unwritten."""
         self.tensors["expert_ids"].fill_(-1)
 
-    def copy_of_layer(self, position: int) -> Copy:
+    def copy_of_layer(self, position: int, output_scale: float = 1.0) -> Copy:
         """What the hook of the MoE layer at `position` (of L) calls.
 
+        output_scale: factor of the experts' output that is not in the router's weights.
         Unconditional, on the device, without allocation or Python state: compilers inline it and CUDA graphs replay it.
         """
         ids_TK = self.tensors["expert_ids"][:, position]
@@ -93,7 +94,11 @@ class CaptureBuffers:
             ids_TK[: ids.shape[0]].copy_(ids)
             weights_TK[: weights.shape[0]].copy_(weights)
 
-        copies: list[Copy] = [copy_pairs]
+        def copy_scaled(_hidden: torch.Tensor, _logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+            ids_TK[: ids.shape[0]].copy_(ids)
+            weights_TK[: weights.shape[0]].copy_(weights * output_scale)
+
+        copies: list[Copy] = [copy_pairs if output_scale == 1.0 else copy_scaled]
         if "logits" in self.tensors:
             logits_TE = self.tensors["logits"][:, position]
             experts = self._num_experts

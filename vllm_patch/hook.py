@@ -40,6 +40,8 @@ class MoELayer:
             if isinstance(getattr(owner, attribute, None), int):
                 self.num_experts = int(getattr(owner, attribute))
                 break
+        # A factor of the experts' output, applied after the router's weights: it belongs to the weights as applied.
+        self.output_scale = 1.0
         router: Any = getattr(module, "router", None)
         self.top_k = int(router.top_k if hasattr(router, "top_k") else module.top_k)
 
@@ -113,6 +115,7 @@ def find_moe_layers(model: torch.nn.Module, hook: Hook) -> list[MoELayer]:
     if len({layer.index for layer in layers}) < len(layers):
         raise UnsupportedModelError(f"several MoE layers in one decoder layer: {[layer.name for layer in layers]}")
     for layer in layers:
+        layer.output_scale = _output_scale(model, layer)
         if layer.is_monolithic and hook.owner != "module":
             raise UnsupportedModelError(
                 f"layer {layer.index} uses a kernel that routes internally ({type(layer.module).__name__}, monolithic): "
@@ -125,6 +128,20 @@ def find_moe_layers(model: torch.nn.Module, hook: Hook) -> list[MoELayer]:
         if layer.balances_load and not hook.logical:
             raise UnsupportedModelError("in this release expert load balancing hides the model's own ids: disable EPLB")
     return layers
+
+
+def _output_scale(model: torch.nn.Module, layer: MoELayer) -> float:
+    """`routed_scaling_factor` where it multiplies the experts' output and not already the router's weights.
+
+    From 0.24 on the runner has a factor of its own for the output; before, the model's MoE block multiplies, unless the layer
+    was given the factor for its router.
+    """
+    module = layer.module
+    if hasattr(module, "routed_experts"):
+        return float(getattr(module, "routed_scaling_factor", None) or 1.0)
+    block: Any = model.get_submodule(layer.name.rpartition(".")[0])
+    factor, included = (getattr(owner, "routed_scaling_factor", None) or 1.0 for owner in (block, module))
+    return float(factor) / float(included)
 
 
 def attach(hook: Hook, layer: MoELayer, copy: Copy) -> None:

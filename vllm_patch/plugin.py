@@ -276,7 +276,7 @@ class WorkerCapture:
             hidden_size=config.model_config.get_hidden_size(),
         )
         for position, layer in enumerate(layers):
-            attach(hook, layer, buffers.copy_of_layer(position))
+            attach(hook, layer, buffers.copy_of_layer(position, layer.output_scale))
         how = "vLLM's patched source" if source_is_patched(hook) else "wrapped when loaded"
         if not is_known(vllm.__version__):
             how += f", release {vllm.__version__} unknown, checked on its first step"

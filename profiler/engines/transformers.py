@@ -168,34 +168,46 @@ def find_routers(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
 
 
 @torch.inference_mode()
-def route(model: Any, token_ids: list[int]) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32]]:
+def route(
+    model: Any, token_ids: list[int], on_router_input: Callable[[torch.nn.Module, torch.Tensor], None] | None = None
+) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32]]:
     """Expert ids and weights `[T, L, K]` of one sequence, read from the routers' own outputs.
 
+    on_router_input: called with every router and its input `[T, D]`, in the order of the layers.
     Raises `EngineError` if a router does not return expert ids and weights.
     """
-    outputs: list[Any] = []
-    hooks = [
-        router.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-        for _, router in find_routers(model)
-    ]
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(router: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        pairs.append(_ids_and_weights(router, output))
+        if on_router_input is not None:
+            on_router_input(router, inputs[0].flatten(0, -2))
+
+    hooks = [router.register_forward_hook(keep) for _, router in find_routers(model)]
     try:
         model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
-    pairs = [_ids_and_weights(output) for output in outputs]
     # Layers may be on different devices.
     ids_TLK = torch.stack([ids.cpu() for ids, _ in pairs], dim=1)
     weights_TLK = torch.stack([weights.float().cpu() for _, weights in pairs], dim=1)
     return ids_TLK.numpy(), weights_TLK.numpy()
 
 
-def _ids_and_weights(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The integer tensor `[T, K]` of a router's output and the floating one of the same shape."""
+def _ids_and_weights(router: Any, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The integer tensor `[T, K]` of a router's output and the floating one of the same shape.
+
+    A router that answers scores of all experts `[T, E]`, zero but for the chosen ones (Llama 4), is asked for its `top_k`.
+    """
     tensors = [part for part in output if isinstance(part, torch.Tensor)] if isinstance(output, tuple) else []
     for ids in tensors:
         if not ids.is_floating_point():
             for weights in tensors:
                 if weights.is_floating_point() and weights.shape == ids.shape:
                     return ids.flatten(0, -2), weights.flatten(0, -2)
+    top_k = getattr(router, "top_k", None)
+    if tensors and isinstance(top_k, int) and (tensors[0] != 0).sum(-1).max() <= top_k:
+        weights, ids = tensors[0].flatten(0, -2).topk(top_k, dim=-1)
+        return ids, weights
     raise EngineError("a router of this model returns no expert ids and weights; use --engine vllm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from profiler.devices import find_gpu
 from profiler.errors import SpecmoeError
 from profiler.model_registry import PRECISIONS
 from profiler.reader import Trace
+from profiler.writer import write_text
 from speculation.cli import PartName
 
 app = typer.Typer()
@@ -137,6 +139,7 @@ def replay(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many to replay.")] = 500,
     part: Annotated[PartName, typer.Option(help="Part of the split by problem.")] = PartName.test,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
 ) -> None:
     """Replay a trace with real copies and products of dummy experts, one token at a time, and compare with the simulation.
 
@@ -162,6 +165,8 @@ def replay(
             tokens=tokens,
         )
     )
+    if json_file is not None:
+        write_text(json_file, json.dumps(document, indent=1) + "\n")
     shown = Table(box=None, title=f"{document['device']}, {document['tokens']:,} tokens", title_justify="left")
     for column in ("case", "tokens/s", "simulated", "ratio", "hits", "simulated", "late", "simulated"):
         shown.add_column(column, justify="left" if column == "case" else "right", no_wrap=column != "case")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import transformers
 from offline_modal import ROOT, OfflineModal, last_line, needs_modal
@@ -24,6 +23,7 @@ from profiler.engines.transformers import route
 from profiler.errors import ModelError
 from profiler.models import demo_model_folder
 from profiler.reader import Trace
+from vllm_patch.check import families
 
 PYTHON = Path(os.environ.get("QUANTIZE_PYTHON", f"{sys.prefix}-quantize/bin/python"))
 needs_llmcompressor = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no {PYTHON}: make install-quantize")
@@ -34,7 +34,7 @@ def tiny(family: str, folder: Path) -> Path:
     """A random checkpoint with the demo model's tokenizer, norms of unequal channels, and routers that tell tokens apart."""
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model_folder())
-    shape = {**tiny_models.SHAPE, "vocab_size": len(tokenizer), "num_key_value_heads": 4}
+    shape = {**families.SHAPE, "vocab_size": len(tokenizer), "num_key_value_heads": 4}
     if family == "qwen2_moe":
         config = transformers.Qwen2MoeConfig(
             **shape,
@@ -94,7 +94,7 @@ def test_experts_are_in_4_bits_and_routers_are_not(family: str, tmp_path: Path) 
 
 @needs_llmcompressor
 def test_deepseek_v1_is_quantised_in_the_form_of_qwen2_moe(tmp_path: Path) -> None:
-    tiny_models.make("deepseek_v1", tmp_path)
+    families.make("deepseek_v1", tmp_path)
     as_qwen2_moe(tmp_path / "deepseek_v1", tmp_path / "rewritten")
     # Its vocabulary is the tiny models', so the texts' tokens must be few.
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model_folder())

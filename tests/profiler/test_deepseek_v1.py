@@ -7,18 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from profiler.deepseek_v1 import as_qwen2_moe, register_config
 from profiler.engines.transformers import route
 from profiler.errors import ModelError
+from vllm_patch.check import families
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    tiny_models.make("deepseek_v1", folder)
+    families.make("deepseek_v1", folder)
     return folder / "deepseek_v1"
 
 
@@ -27,8 +27,8 @@ def test_the_rewriting_routes_and_computes_as_the_original(checkpoint: Path, tmp
 
     as_qwen2_moe(checkpoint, tmp_path / "rewritten")
     rewritten = AutoModelForCausalLM.from_pretrained(tmp_path / "rewritten", dtype="float32").eval()
-    oracle = tiny_models.deepseek_v1_oracle(checkpoint)
-    token_ids = np.random.default_rng(0).integers(3, tiny_models.VOCABULARY, 64).tolist()
+    oracle = families.deepseek_v1_oracle(checkpoint)
+    token_ids = np.random.default_rng(0).integers(3, families.VOCABULARY, 64).tolist()
     (ids_TLK, weights_TLK), (expected_ids_TLK, expected_weights_TLK) = route(rewritten, token_ids), route(oracle, token_ids)
     assert ids_TLK.shape == (64, 2, 4)
     assert (np.sort(ids_TLK) == np.sort(expected_ids_TLK)).all()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agreement import assert_agrees, assert_complete, load_oracle, vocabulary
+from agreement import assert_agrees, assert_complete
 
 from profiler.capture import CapturedRequest
 from profiler.engines.vllm import is_installed
@@ -27,6 +27,7 @@ from profiler.models import demo_model_folder
 from profiler.reader import Trace
 from profiler.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
 from vllm_patch.buffers import CaptureBuffers
+from vllm_patch.check.agreement import load_oracle, vocabulary
 from vllm_patch.recorder import Recorder
 from vllm_patch.serving import FINISHED_FILE, begin_trace, finish, next_trace, problem_ids
 from vllm_patch.steps import NewRequest, Step

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -19,6 +18,7 @@ from profiler.engines.transformers import find_routers, route
 from profiler.errors import EngineError
 from profiler.models import demo_model_folder
 from profiler.reader import Trace
+from vllm_patch.check import families
 
 pytest.importorskip("bitsandbytes")
 TOKENS = np.random.default_rng(0).integers(3, 300, 96).tolist()
@@ -53,7 +53,7 @@ def test_experts_shrink_and_routers_do_not(load_in: str, smaller: float, agreeme
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "olmoe"])
 def test_other_families_compute_nearly_the_same(family: str) -> None:
     torch.manual_seed(0)
-    model = tiny_models.FAMILIES[family]().eval()
+    model = families.FAMILIES[family]().eval()
     tokens = torch.tensor([TOKENS])
     with torch.no_grad():
         expected = model(tokens).logits
@@ -66,7 +66,7 @@ def test_experts_of_another_form_are_refused_untouched() -> None:
     import transformers
 
     config = transformers.GptOssConfig(
-        **tiny_models.SHAPE, num_key_value_heads=2, head_dim=32, num_local_experts=4, num_experts_per_tok=2
+        **families.SHAPE, num_key_value_heads=2, head_dim=32, num_local_experts=4, num_experts_per_tok=2
     )
     model = transformers.GptOssForCausalLM(config)
     before = {name: type(module) for name, module in model.named_modules()}

@@ -1,6 +1,6 @@
-"""Mixture-of-experts checkpoints with small random weights, one per routing family that vLLM serves.
+"""Mixture-of-experts checkpoints with small random weights, one for each family of routers that vLLM serves.
 
-    python tests/vllm_patch/tiny_models.py FOLDER
+    python -m vllm_patch.check.families FOLDER
 
 vLLM's CPU kernels want head sizes of 32 or 64 and DeepSeek-V2's real attention dimensions; everything else is small.
 """
@@ -28,6 +28,12 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+# Where the published checkpoints name another class than the one in transformers.
+ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}
+# Endings of the names of routers' weights, and of the biases that only take part in the choice.
+ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight", ".gate.e_score_correction_bias", ".router.bias")
 
 
 def mixtral() -> Any:
@@ -108,12 +114,116 @@ def deepseek_v2() -> Any:
     return transformers.DeepseekV2ForCausalLM(config)
 
 
+def deepseek_v3() -> Any:
+    """Sigmoid scores, a correction bias for the choice only, groups of experts, renormalised and scaled weights."""
+    config = transformers.DeepseekV3Config(
+        **{**SHAPE, "max_position_embeddings": 16384},
+        num_key_value_heads=4,
+        moe_intermediate_size=64,
+        n_shared_experts=1,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        first_k_dense_replace=1,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        num_nextn_predict_layers=0,
+        # As in the real model's config; read by vLLM only.
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def glm4_moe() -> Any:
+    """DeepSeek-V3's router with ordinary attention."""
+    config = transformers.Glm4MoeConfig(
+        **SHAPE,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=64,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.5,
+    )
+    return transformers.Glm4MoeForCausalLM(config)
+
+
+def gpt_oss() -> Any:
+    """A router with a bias; softmax over the chosen experts only."""
+    config = transformers.GptOssConfig(
+        **{**SHAPE, "intermediate_size": 128},
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=16,
+        num_experts_per_tok=4,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        sliding_window=128,
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+def granitemoe() -> Any:
+    """Softmax over the chosen experts only, no bias."""
+    config = transformers.GraniteMoeConfig(**SHAPE, num_key_value_heads=2, num_local_experts=16, num_experts_per_tok=4)
+    return transformers.GraniteMoeForCausalLM(config)
+
+
+def phimoe() -> Any:
+    """Phi-3.5-MoE: two experts by a router of its own (sparsemixer). vLLM takes the real model's biases for granted."""
+    config = transformers.PhimoeConfig(
+        **SHAPE, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True
+    )
+    return transformers.PhimoeForCausalLM(config)
+
+
+def llama4() -> Any:
+    """One expert per token, whose weight (a sigmoid) multiplies its input."""
+    config = transformers.Llama4TextConfig(
+        **{**SHAPE, "intermediate_size": 128},
+        intermediate_size_mlp=256,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=8,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
     "olmoe": olmoe,
     "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
+    "glm4_moe": glm4_moe,
+    "gpt_oss": gpt_oss,
+    "granitemoe": granitemoe,
+    "phimoe": phimoe,
+    "llama4": llama4,
 }
 
 
@@ -128,9 +238,13 @@ def make(name: str, folder: Path) -> Path:
         with torch.no_grad():
             for module, weight in model.named_parameters():
                 # The defaults (0.02, or zero) make routers so indifferent that rounding decides.
-                if module.endswith(".gate.weight"):
+                if module.endswith(ROUTERS):
                     weight.normal_(std=0.2)
         model.save_pretrained(target)
+        if name in ARCHITECTURES:
+            path = target / "config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps(config | {"architectures": [ARCHITECTURES[name]]}), encoding="utf-8")
     return target
 
 
@@ -245,4 +359,4 @@ def deepseek_v1_oracle(folder: Path) -> Any:
 
 if __name__ == "__main__":
     for family in (*FAMILIES, "deepseek_v1"):
-        print(make(family, Path(sys.argv[1])))
+        print(make(family, Path(sys.argv[1])), flush=True)

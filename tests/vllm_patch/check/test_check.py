@@ -1,0 +1,105 @@
+"""`python -m vllm_patch check` with real engines: what it prints and writes, and that it finds a wrong recorder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from profiler.engines.vllm import is_installed
+from vllm_patch.check.jobs import EAGER, FAMILY_NAMES, Job, jobs_for
+from vllm_patch.check.results import CheckDocument, JobResult, Verdict
+from vllm_patch.check.run import run_jobs
+
+HERE = Path(__file__).parent
+needs_vllm = pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_a_wrong_recorder_is_found(tmp_path: Path) -> None:
+    faults = ["none", "shifted", "swapped", "unnormalized"]
+    command = [sys.executable, str(HERE / "faulty_recorder.py"), str(tmp_path), *faults]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    answers = {}
+    for line in done.stdout.splitlines():
+        if line.startswith('{"fault"'):
+            answer = json.loads(line)
+            answers[answer["fault"]] = answer
+    assert {fault: answer["verdict"] for fault, answer in answers.items()} == {
+        "none": "exact",
+        "shifted": "wrong",
+        "swapped": "wrong",
+        "unnormalized": "wrong",
+    }, done.stderr[-3000:]
+    assert "sets differ" in answers["shifted"]["detail"]
+    assert "sets differ" in answers["swapped"]["detail"]
+    assert "weights differ" in answers["unnormalized"]["detail"]
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_the_command_says_what_it_found(tmp_path: Path) -> None:
+    """One family, and a model that vLLM cannot load: the first is compared, the second costs nothing but its line."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "mixtral"}')
+    found = tmp_path / "check.json"
+    command = [sys.executable, "-m", "vllm_patch", "check", "--family", "llama4", "--model", str(broken), "--json", str(found)]
+    done = subprocess.run([*command, "--budget", "75"], capture_output=True, text=True, timeout=300)
+    document = CheckDocument.model_validate_json(found.read_text())
+    verdicts = {(Path(job.model).name, job.mode): job.verdict for job in document.jobs}
+    assert verdicts["llama4", "eager"] == Verdict.exact
+    assert verdicts["broken", "eager"] == Verdict.failed
+    # A named model that could not be compared.
+    assert done.returncode == 1
+    assert "llama4" in done.stdout
+    assert done.stdout.strip().splitlines()[-1].startswith(f"{len(document.jobs)} runs on CPU: ")
+    assert CheckDocument.model_validate_json(document.model_dump_json()) == document
+
+
+def test_an_unknown_family_is_wrong_usage_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_patch", "check", "--family", "nothing"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "unknown family 'nothing'" in done.stderr
+
+
+def test_jobs_that_no_time_is_left_for_are_reported(tmp_path: Path) -> None:
+    results: list[JobResult] = []
+    jobs = [Job(model=name, mode=EAGER) for name in ("mixtral", "olmoe")]
+    run_jobs(jobs, tmp_path, 1, time.monotonic() - 1, results.append)
+    assert [(result.model, result.verdict) for result in results] == [("mixtral", "skipped"), ("olmoe", "skipped")]
+
+
+def test_every_family_comes_before_further_modes() -> None:
+    for on_gpu in (False, True):
+        jobs = jobs_for(list(FAMILY_NAMES), on_gpu=on_gpu, runners=(1, 2) if on_gpu else ())
+        assert [job.model for job in jobs[: len(FAMILY_NAMES)]] == list(FAMILY_NAMES)
+        assert len(set(jobs)) == len(jobs)
+    assert {job.mode.compiled for job in jobs[: len(FAMILY_NAMES)]} == {True}
+    assert {job.mode.runner for job in jobs} == {None, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "named", "passed"),
+    [
+        ({"a": "exact"}, (), True),
+        ({"a": "ties", "b": "refused"}, (), True),
+        ({"a": "exact", "b": "wrong"}, (), False),
+        ({"a": "failed"}, (), False),
+        ({}, (), False),
+        ({"a": "exact", "b": "failed"}, ("a", "b"), False),
+        ({"a": "exact", "b": "failed"}, ("a",), True),
+    ],
+)
+def test_when_a_check_passes(verdicts: dict[str, str], named: tuple[str, ...], passed: bool) -> None:
+    jobs = [JobResult(model=m, mode="eager", dtype="float32", verdict=Verdict(v), detail="") for m, v in verdicts.items()]
+    document = CheckDocument(device="CPU", versions={}, command=[], began="", jobs=jobs)
+    assert document.passed(named) == passed

