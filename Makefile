@@ -34,6 +34,7 @@ lint:
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports --no-logo
 
 clean:
 	rm -rf $(VENV) $(VENV)-quantize specmoe-demo

@@ -12,9 +12,9 @@ import typer
 import analysis.cli
 import profiler.cli
 import profiler.registry_cli
-import profiler.tables
+import profiler.terminal
 import speculation.cli
-import speculation.offload.cli
+import speculation.offload_cli
 
 app = typer.Typer(
     help="Record how mixture-of-experts models route tokens, analyse it, and learn to predict it.",
@@ -26,7 +26,7 @@ app.add_typer(profiler.cli.app)
 app.add_typer(profiler.registry_cli.app)
 app.add_typer(analysis.cli.app)
 app.add_typer(speculation.cli.app)
-app.add_typer(speculation.offload.cli.app)
+app.add_typer(speculation.offload_cli.app)
 
 DEMO_NEW_TOKENS = 64
 
@@ -49,19 +49,18 @@ def demo(
 
     Example: specmoe demo --out specmoe-demo
     """
-    from analysis.predictions import as_evaluation
-    from profiler.collect import CollectOptions
-    from profiler.datasets import DEMO_DATASETS
+    from analysis.documents.evaluation import as_evaluation
+    from profiler.collect.job import CollectOptions
+    from profiler.datasets.registry import DEMO_DATASETS
     from profiler.engines import EngineOptions, Sampling
     from profiler.engines.vllm import is_installed
-    from profiler.models import DEMO_MODEL
-    from profiler.reader import Trace
-    from profiler.resume import check_free
-    from profiler.writer import write_text
-    from speculation.evaluate import evaluate
+    from profiler.models.resolve import DEMO_MODEL
+    from profiler.trace.reader import Trace
+    from profiler.trace.writer import check_free, write_text
+    from speculation.evaluation.evaluate import evaluate
 
     began = time.monotonic()
-    console = profiler.tables.console
+    console = profiler.terminal.console
     check_free(out)
     if engine is None and not is_installed():
         typer.echo("vLLM is not installed: the demo runs on transformers instead: same model, same record")

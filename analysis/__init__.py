@@ -1,1 +1,49 @@
-"""Statistics of routing: pure functions and mergeable accumulators over `RoutingChunk`s, and the HTML report."""
+"""Statistics of routing: counts that add up (`counts`), pure functions of them (`statistics`), and the HTML report (`report`).
+
+`count_trace` reads a trace once; `compute_statistics` does that and turns the counts into numbers. Nothing is imported before
+it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from analysis.counts.counting import TraceCounts, count_trace
+    from analysis.documents.evaluation import Evaluation, read_evaluation
+    from analysis.documents.simulation import Simulation, read_simulation
+    from analysis.statistics.agreement import Agreement, prompt_agreement
+    from analysis.statistics.compute import Statistics, compute_statistics
+
+__all__ = [
+    "Agreement",
+    "Evaluation",
+    "Simulation",
+    "Statistics",
+    "TraceCounts",
+    "compute_statistics",
+    "count_trace",
+    "prompt_agreement",
+    "read_evaluation",
+    "read_simulation",
+]
+
+_MODULES = {
+    "TraceCounts": "counts.counting",
+    "count_trace": "counts.counting",
+    "Evaluation": "documents.evaluation",
+    "read_evaluation": "documents.evaluation",
+    "Simulation": "documents.simulation",
+    "read_simulation": "documents.simulation",
+    "Agreement": "statistics.agreement",
+    "prompt_agreement": "statistics.agreement",
+    "Statistics": "statistics.compute",
+    "compute_statistics": "statistics.compute",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"analysis.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'analysis' has no attribute {name!r}")

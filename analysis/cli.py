@@ -14,15 +14,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from analysis.predictions import Evaluation, read_evaluation
-from analysis.simulations import Simulation, read_simulation
-from analysis.survey import EVERYTHING, Choice
+from analysis.counts.survey import EVERYTHING, Choice
+from analysis.documents.evaluation import Evaluation, read_evaluation
+from analysis.documents.simulation import Simulation, read_simulation
 from profiler.errors import SpecmoeError, printable
-from profiler.reader import Trace
-from profiler.writer import write_text
+from profiler.trace.reader import Trace
+from profiler.trace.writer import write_text
 
 if TYPE_CHECKING:
-    from analysis.statistics import Statistics
+    from analysis.statistics.compute import Statistics
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -120,9 +120,9 @@ def write_analysis(
     """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`."""
     import numpy as np
 
-    from analysis.labels import token_labels
     from analysis.report import write_report
-    from analysis.tables import write_tables
+    from analysis.report.labels import token_labels
+    from analysis.report.tables import write_tables
 
     labels = token_labels(statistics.axes, statistics.source.metadata.model.id, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
@@ -138,10 +138,10 @@ def compare_traces(
     traces: list[Trace], out: Path, *, hops: int | None = None, choice: Choice = EVERYTHING, seed: int = 0
 ) -> tuple[dict[str, Any], Findings]:
     """Analyse each trace into a folder of its own in `out`, and write the comparison's `report.html` and `statistics.json`."""
-    from analysis.agreement import prompt_agreement, same_problems
     from analysis.report import write_comparison
     from analysis.report.comparison import comparison_table
-    from analysis.statistics import plain
+    from analysis.statistics.agreement import prompt_agreement, same_problems
+    from analysis.statistics.compute import plain
 
     names = _names(traces)
     compared = {}
@@ -179,7 +179,7 @@ def _names(traces: list[Trace]) -> list[str]:
 
 def _compute(trace: Trace, hops: int | None, choice: Choice, seed: int) -> Statistics:
     """`compute_statistics` with a progress bar, or two lines where there is no terminal."""
-    from analysis.statistics import compute_statistics
+    from analysis.statistics.compute import compute_statistics
 
     total = trace.num_rows // max(1, len(trace.metadata.model.moe_layers))
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -203,7 +203,7 @@ def _compute(trace: Trace, hops: int | None, choice: Choice, seed: int) -> Stati
 
 def print_statistics(statistics: Statistics) -> None:
     """One line per layer."""
-    from analysis.statistics import show
+    from analysis.statistics.compute import show
 
     model = statistics.source.metadata.model
     table = Table(

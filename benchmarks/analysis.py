@@ -30,15 +30,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from analysis.frames import Frame
-from analysis.load import LoadCounts
-from analysis.survey import Axes
-from analysis.transitions import TransitionCounts
-from profiler.capture_stream import RoutingWriter
-from profiler.reader import Trace, concatenate
-from profiler.schema import PROBLEMS_FILE, PROBLEMS_SCHEMA, Metadata, ModelMetadata, RoutingChunk
-from profiler.sealing import run_folder, seal
-from profiler.writer import write_manifest, write_metadata, write_table
+from analysis.counts.frames import Frame
+from analysis.counts.load import LoadCounts
+from analysis.counts.survey import Axes
+from analysis.counts.transitions import TransitionCounts
+from profiler.capture.sealing import run_folder, seal
+from profiler.trace.reader import Trace, concatenate
+from profiler.trace.schema import PROBLEMS_FILE, PROBLEMS_SCHEMA, Metadata, ModelMetadata, RoutingChunk
+from profiler.trace.stream import RoutingWriter
+from profiler.trace.writer import write_manifest, write_metadata, write_table
 
 MIXTRAL = ModelMetadata(id="made", moe_layers=list(range(32)), num_experts=8, top_k=2)
 TOKENS_PER_PROBLEM = 500
@@ -220,8 +220,8 @@ def measure(path: Path) -> None:
 
 
 def child(path: Path, workers: int) -> None:
-    from analysis.counting import count_trace
-    from analysis.statistics import Source, make_statistics
+    from analysis.counts.counting import count_trace
+    from analysis.statistics.compute import Source, make_statistics
 
     if workers == 1:
         one_core()

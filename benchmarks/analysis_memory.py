@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from profiler.reader import Trace
-from profiler.schema import (
+from profiler.trace.reader import Trace
+from profiler.trace.schema import (
     LOGITS_FOLDER,
     PROBLEMS_FILE,
     PROBLEMS_SCHEMA,
@@ -38,7 +38,7 @@ from profiler.schema import (
     routing_schema,
     values_schema,
 )
-from profiler.writer import TEXT_PER_GROUP, BlockWriter, write_manifest, write_metadata
+from profiler.trace.writer import TEXT_PER_GROUP, BlockWriter, write_manifest, write_metadata
 
 LIMIT_MIB = 1024
 # Runs the command and prints its own high-water mark: the kernel counts what a parent had into `getrusage` of a child.

@@ -18,14 +18,14 @@ from typing import Any
 # benchmarks/analysis.py has the name of a package, and this folder comes first.
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from profiler.reader import Trace
-from profiler.schema import HIDDEN_FOLDER
-from speculation.evaluate import evaluate
-from speculation.leaderboard import write_leaderboard
-from speculation.predictors import predictor_classes
-from speculation.runs import CONFIG_FILE, load_run
-from speculation.tasks import Task
-from speculation.train import train
+from profiler.trace.reader import Trace
+from profiler.trace.schema import HIDDEN_FOLDER
+from speculation.data.tasks import Task
+from speculation.evaluation.evaluate import evaluate
+from speculation.evaluation.leaderboard import write_leaderboard
+from speculation.predictors.registry import predictor_classes
+from speculation.training.fit import train
+from speculation.training.runs import CONFIG_FILE, load_run
 
 SHORT: dict[str, dict[str, Any]] = {
     "mlp": {"epochs": 3},

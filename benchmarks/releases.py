@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from install import COMPANIONS, TORCH
-from profiler.models import demo_model_folder
-from profiler.reader import Trace
+from profiler.models.resolve import demo_model_folder
+from profiler.trace.reader import Trace
 from vllm_patch import source
 from vllm_patch.releases import NEWEST, OLDEST, parse_release, resolve_hook
 

@@ -4,7 +4,7 @@
 
 Measured, one core, routing of Mixtral's shape (32 layers, 8 experts, top-2; uniform and independent, the worst case for
 compression), problems of 500 tokens, in shards of 8,192 problems as on Modal: capture, seal and tables of every shard; merging;
-reading everything back, checked. Estimated: `profiler.estimate`, for every model of the registry.
+reading everything back, checked. Estimated: `profiler.plan.estimate`, for every model of the registry.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ import numpy as np
 import pyarrow as pa
 from trace_io import MIXTRAL, TOKENS_PER_PROBLEM, made_blocks
 
-from profiler.capture import Sequence, finish_trace
-from profiler.capture_stream import RoutingWriter
-from profiler.devices import find_gpu
+from profiler.capture.finish import finish_trace
+from profiler.capture.requests import Sequence
+from profiler.capture.sealing import run_folder
 from profiler.errors import ModelError, TraceError
-from profiler.estimate import estimate_tokens
-from profiler.merge import merge_traces
-from profiler.model_registry import MODELS, preset
-from profiler.plan import DEFAULT_GPU, LARGE_SHARD
-from profiler.reader import Trace
-from profiler.schema import Metadata
-from profiler.sealing import run_folder
+from profiler.models.gpus import find_gpu
+from profiler.models.registry import MODELS, preset
+from profiler.plan.estimate import estimate_tokens
+from profiler.plan.job import DEFAULT_GPU, LARGE_SHARD
+from profiler.trace.merge import merge_traces
+from profiler.trace.reader import Trace
+from profiler.trace.schema import Metadata
+from profiler.trace.stream import RoutingWriter
 
 SIZES = [10**6, 10**8, 10**10]
 # Of 400 + 100 tokens, a question with a short answer; and texts that are only read.

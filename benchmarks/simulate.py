@@ -22,15 +22,15 @@ sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(
 
 import numpy as np
 
-from profiler.devices import find_gpu
-from profiler.model_registry import MODELS
-from profiler.reader import Trace
+from profiler.models.gpus import find_gpu
+from profiler.models.registry import MODELS
+from profiler.trace.reader import Trace
+from speculation.data.routes import load_routes
 from speculation.offload.costs import costs_of
 from speculation.offload.kernel import Count, Rule
 from speculation.offload.plans import oracle_plan, popularity_plan
 from speculation.offload.requests import Requests, requests_of
 from speculation.offload.simulate import Setting, Workload, simulate
-from speculation.routes import load_routes
 
 LAYERS, EXPERTS, TOP_K = 24, 32, 4
 ROUNDS = 3

@@ -24,12 +24,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from profiler.capture_stream import RoutingWriter
-from profiler.jsonl import write_jsonl
-from profiler.reader import Trace
-from profiler.schema import Metadata, ModelMetadata
-from profiler.sealing import run_folder, seal
-from profiler.writer import write_manifest, write_metadata
+from profiler.capture.sealing import run_folder, seal
+from profiler.trace.jsonl import write_jsonl
+from profiler.trace.reader import Trace
+from profiler.trace.schema import Metadata, ModelMetadata
+from profiler.trace.stream import RoutingWriter
+from profiler.trace.writer import write_manifest, write_metadata
 
 MIXTRAL = ModelMetadata(id="made", moe_layers=list(range(32)), num_experts=8, top_k=2)
 TOKENS_PER_PROBLEM = 500

@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from profiler.reader import Trace
-from speculation.predictors import find_predictor
-from speculation.predictors.neural import NeuralPredictor, mean_cross_entropy
-from speculation.predictors.token_identity import frequent_tokens
-from speculation.routes import Routes, load_routes
-from speculation.tasks import Shape
-from speculation.training import best_precision
+from profiler.trace.reader import Trace
+from speculation.data.routes import Routes, load_routes
+from speculation.data.tasks import Shape
+from speculation.predictors.features import frequent_tokens
+from speculation.predictors.neural.base import NeuralPredictor, mean_cross_entropy
+from speculation.predictors.neural.loop import best_precision
+from speculation.predictors.registry import find_predictor
 
 NAMES = ("recommended-small", "recommended", "mlp", "statistics-aware")
 ROUNDS = 3

@@ -13,13 +13,13 @@ from pathlib import Path
 import modal
 
 from analysis.cli import print_findings, write_analysis
-from analysis.statistics import make_statistics
+from analysis.statistics.compute import make_statistics
 from modal_jobs.analyzing import AnalysisJob, add_up, count_part, plan_analysis
 from modal_jobs.image import TRACE_VOLUME, TRACES, cpu_image, trace_volume
 from modal_jobs.running import one_line_errors
 from modal_jobs.uploading import upload_trace
 from profiler.errors import SpecmoeError, first_line
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 
 CORES, MEMORY_MIB = 4.0, 4096
 MAX_STORED_BYTES = 1 << 30

@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from analysis.counting import COUNTS_VERSION, TraceCounts, axes_of, count_trace
-from analysis.frames import EVERY_PROBLEM
-from analysis.statistics import Source
-from analysis.survey import Axes, Survey, survey_trace
+from analysis.counts.counting import COUNTS_VERSION, TraceCounts, axes_of, count_trace
+from analysis.counts.frames import EVERY_PROBLEM
+from analysis.counts.survey import Axes, Survey, survey_trace
+from analysis.statistics.compute import Source
 from modal_jobs.shards import finished_parts
 from profiler.errors import TraceError
-from profiler.merge import merged_metadata
-from profiler.reader import Trace
-from profiler.schema import MANIFEST_FILE, Metadata
-from profiler.writer import sha256_of
+from profiler.trace.merge import merged_metadata
+from profiler.trace.reader import Trace
+from profiler.trace.schema import MANIFEST_FILE, Metadata
+from profiler.trace.writer import sha256_of
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from profiler.collect.selection import Selection, select
 from profiler.engines import Sampling
 from profiler.errors import ModelError, SpecmoeError
-from profiler.sampling import Selection, select
 
 # AWQ's search for scales: points on the grid of exponents.
 GRID = 20
@@ -58,7 +58,7 @@ def quantize(
 ) -> QuantizeReport:
     """Quantise the checkpoint folder `source` into `target`: symmetric, 4 bits, one scale for `group_size` inputs.
 
-    Of the form of Qwen2-MoE or OLMoE; DeepSeek-MoE v1 after `profiler.deepseek_v1.as_qwen2_moe`. Layers whose inputs are no
+    Of the form of Qwen2-MoE or OLMoE; DeepSeek-MoE v1 after `as_qwen2_moe`. Layers whose inputs are no
     multiple of the group stay as they are. Raises `ModelError` on other models and if the result is not what it should be.
     """
     # A bar for every layer's search makes thousands of lines where there is no terminal.

@@ -5,7 +5,7 @@
     modal run modal_jobs/collect.py::download --run-id RUN  # fetch what a detached run made
     specmoe collect --plan ...                              # what it would do and cost, without an account
 
-The work is in `profiler.plan`, `modal_jobs.shards` and `modal_jobs.download`; this file carries it to Modal.
+The work is in `profiler.plan.job`, `modal_jobs.shards` and `modal_jobs.download`; this file carries it to Modal.
 """
 
 # No `from __future__ import annotations` here: Modal reads the types of class parameters as they are.
@@ -41,12 +41,13 @@ from modal_jobs.shards import (
     start_collector,
 )
 from modal_jobs.weights import fetch_checkpoint
-from profiler.capture import parse_layers
-from profiler.devices import device_name, find_gpu
+from profiler.capture.options import parse_layers
+from profiler.collect.selection import Selection
 from profiler.engines import Sampling
 from profiler.errors import EngineStoppedError, SpecmoeError, first_line
-from profiler.estimate import CORES, MEMORY_GIB
-from profiler.plan import (
+from profiler.models.gpus import device_name, find_gpu
+from profiler.plan.estimate import CORES, MEMORY_GIB
+from profiler.plan.job import (
     DEFAULT_GPU,
     DEFAULT_MODEL,
     FALLBACK_GPU,
@@ -57,8 +58,7 @@ from profiler.plan import (
     read_job,
     write_job,
 )
-from profiler.sampling import Selection
-from profiler.writer import write_text
+from profiler.trace.writer import write_text
 
 DAY = 24 * 60 * 60
 COMMIT_FILE = "commit.txt"

@@ -13,12 +13,11 @@ from pydantic import ValidationError
 
 from modal_jobs.shards import holds_shard
 from profiler.errors import TraceError
-from profiler.merge import merge_traces
-from profiler.plan import JOB_FILE, CollectJob, read_job
-from profiler.reader import Trace
-from profiler.resume import check_free
-from profiler.schema import MANIFEST_FILE, Manifest, ManifestEntry
-from profiler.writer import sha256_of
+from profiler.plan.job import JOB_FILE, CollectJob, read_job
+from profiler.trace.merge import merge_traces
+from profiler.trace.reader import Trace
+from profiler.trace.schema import MANIFEST_FILE, Manifest, ManifestEntry
+from profiler.trace.writer import check_free, sha256_of
 
 # A job or manifest is some kilobytes; what is longer than this is neither.
 MAX_DOCUMENT = 64 << 20

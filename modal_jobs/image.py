@@ -7,7 +7,7 @@ from pathlib import Path
 
 import modal
 
-from profiler.plan import VLLM
+from profiler.plan.job import VLLM
 
 ROOT = Path(__file__).resolve().parent.parent
 # vLLM's PyTorch, 2.13, is built for CUDA 13.0.

@@ -15,9 +15,9 @@ from modal_jobs.awq import calibration_texts, describe_report, quantize
 from modal_jobs.image import CACHE, cache_volume, cpu_image, quantize_image
 from modal_jobs.running import one_line_errors, say
 from modal_jobs.weights import fetch_checkpoint
-from profiler.devices import find_gpu
 from profiler.errors import ModelError, SpecmoeError, first_line
-from profiler.model_registry import MADE, MODELS, made_checkpoint
+from profiler.models.gpus import find_gpu
+from profiler.models.registry import MADE, MODELS, made_checkpoint
 
 app = modal.App("specmoe-quantize")
 
@@ -38,8 +38,8 @@ def make(model: str, revision: str | None, name: str, texts: list[str], group_si
     """Quantise; returns a line that says what was made, and an error's line, one of them empty."""
     from huggingface_hub import snapshot_download
 
-    from profiler.deepseek_v1 import local_rewriting
-    from profiler.models import resolve_model
+    from profiler.models.deepseek_v1 import local_rewriting
+    from profiler.models.resolve import resolve_model
 
     target = made_checkpoint(name, MADE)
     try:

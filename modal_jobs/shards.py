@@ -16,17 +16,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
-from profiler.capture import CaptureOptions
-from profiler.collection import Collection, CollectSummary, Progress, summarize
-from profiler.collector import TraceCollector
-from profiler.devices import Gpu, named_gpu
+from profiler.capture.options import CaptureOptions
+from profiler.collect.collection import Collection, CollectSummary, Progress, summarize
+from profiler.collect.collector import TraceCollector
+from profiler.collect.usage import Usage
 from profiler.engines import EngineOptions, Sampling
 from profiler.errors import TraceError, first_line
-from profiler.estimate import HOST_DOLLARS
-from profiler.plan import JOB_FILE, CollectJob, read_job, read_shard, shard_datasets
-from profiler.reader import Trace
-from profiler.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE
-from profiler.usage import Usage
+from profiler.models.gpus import Gpu, named_gpu
+from profiler.plan.estimate import HOST_DOLLARS
+from profiler.plan.job import JOB_FILE, CollectJob, read_job, read_shard, shard_datasets
+from profiler.trace.reader import Trace
+from profiler.trace.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE
 
 COMMIT_SECONDS = 10.0
 REPORT_SECONDS = 10.0

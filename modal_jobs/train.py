@@ -15,18 +15,18 @@ from typing import Any
 
 import modal
 
-from analysis.predictions import EVALUATION_FILE
+from analysis.documents.evaluation import EVALUATION_FILE
 from modal_jobs.download import fetch_trace
 from modal_jobs.image import CACHE, TRACE_VOLUME, TRACES, cache_volume, trace_volume, train_image
 from modal_jobs.running import one_line_errors, say
 from modal_jobs.training import TrainJob, train_on_volume
 from modal_jobs.uploading import upload_trace
-from profiler.devices import find_gpu
 from profiler.errors import SpecmoeError, first_line
-from profiler.reader import Trace
-from profiler.schema import MANIFEST_FILE
-from speculation.predictors import find_predictor
-from speculation.tasks import Task
+from profiler.models.gpus import find_gpu
+from profiler.trace.reader import Trace
+from profiler.trace.schema import MANIFEST_FILE
+from speculation.data.tasks import Task
+from speculation.predictors.registry import find_predictor
 
 DEFAULT_GPU = "A10"
 

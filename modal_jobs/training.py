@@ -9,17 +9,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from analysis.predictions import EVALUATION_FILE
+from analysis.documents.evaluation import EVALUATION_FILE
 from modal_jobs.shards import finished_parts
 from profiler.errors import SpecmoeError
-from profiler.merge import merge_traces
-from profiler.reader import Trace
-from profiler.schema import MANIFEST_FILE, Manifest, ManifestEntry
-from profiler.writer import sha256_of, write_text
-from speculation.evaluate import evaluate
-from speculation.options import TrainingOptions
-from speculation.tasks import Task
-from speculation.train import train
+from profiler.trace.merge import merge_traces
+from profiler.trace.reader import Trace
+from profiler.trace.schema import MANIFEST_FILE, Manifest, ManifestEntry
+from profiler.trace.writer import sha256_of, write_text
+from speculation.data.tasks import Task
+from speculation.evaluation.evaluate import evaluate
+from speculation.predictors.options import TrainingOptions
+from speculation.training.fit import train
 
 
 @dataclass(frozen=True, kw_only=True)

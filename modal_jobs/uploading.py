@@ -5,9 +5,9 @@ from __future__ import annotations
 import modal
 
 from profiler.errors import TraceError
-from profiler.reader import Trace
-from profiler.schema import MANIFEST_FILE
-from profiler.writer import sha256_of
+from profiler.trace.reader import Trace
+from profiler.trace.schema import MANIFEST_FILE
+from profiler.trace.writer import sha256_of
 
 
 def upload_trace(store: modal.Volume, trace: Trace) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from profiler.errors import DatasetError, EngineError, ModelError, SpecmoeError, TraceError
-from profiler.reader import Trace
-from profiler.schema import Metadata, RoutingChunk
+from profiler.trace.reader import Trace
+from profiler.trace.schema import Metadata, RoutingChunk
 
 if TYPE_CHECKING:
-    from profiler.collector import TraceCollector
+    from profiler.collect.collector import TraceCollector
 
 __all__ = [
     "DatasetError",
@@ -27,7 +27,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Reading a trace must not pay for what collecting one imports.
     if name == "TraceCollector":
-        from profiler.collector import TraceCollector
+        from profiler.collect.collector import TraceCollector
 
         return TraceCollector
     raise AttributeError(f"module 'profiler' has no attribute {name!r}")

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from profiler.errors import SpecmoeError, TraceError, printable
-from profiler.reader import Trace
-from profiler.schema import MAX_EXPERTS
-from profiler.tables import console, print_rows
+from profiler.terminal import console, print_rows
+from profiler.trace.reader import Trace
+from profiler.trace.schema import MAX_EXPERTS
 
 app = typer.Typer()
 messages = Console(stderr=True, highlight=False)
@@ -133,11 +133,11 @@ def collect(
 
     Example: specmoe collect --model demo --dataset demo-math --num-problems 20 --out traces/math
     """
-    from profiler.capture import CaptureOptions, parse_layers
-    from profiler.collect import CollectOptions
+    from profiler.capture.options import CaptureOptions, parse_layers
+    from profiler.collect.job import CollectOptions
+    from profiler.collect.selection import Selection
     from profiler.engines import EngineOptions, Sampling
-    from profiler.plan import DEFAULT_MODEL, make_plan
-    from profiler.sampling import Selection
+    from profiler.plan.job import DEFAULT_MODEL, make_plan
 
     if load_in_8bit and load_in_4bit:
         raise typer.BadParameter("choose one of --load-in-8bit and --load-in-4bit")
@@ -242,8 +242,8 @@ def collect(
 
 
 def collect_with_progress(options: Any) -> Any:
-    """`profiler.collect.collect` with a progress bar, or plain lines where there is no terminal."""
-    from profiler.collect import collect as run
+    """`profiler.collect.job.collect` with a progress bar, or plain lines where there is no terminal."""
+    from profiler.collect.job import collect as run
 
     if not messages.is_terminal:
 
@@ -331,8 +331,8 @@ def convert(
     """
     from profiler.importers import FORMATS, import_trace
     from profiler.importers.rows import ImportOptions
-    from profiler.jsonl import write_jsonl
-    from profiler.writer import public_command
+    from profiler.trace.jsonl import write_jsonl
+    from profiler.trace.writer import public_command
 
     if format_name is not None and format_name not in FORMATS:
         raise typer.BadParameter(f"{format_name!r}: expected one of {', '.join(FORMATS)}", param_hint="--from")
@@ -358,7 +358,7 @@ def convert(
         lines = write_jsonl(trace, target)
         typer.echo(f"{target}: {lines:,} rows, {_size(target.stat().st_size)}")
     else:
-        from profiler.hub import is_folder_of, push_folder, write_hub_folder
+        from profiler.trace.hub import is_folder_of, push_folder, write_hub_folder
 
         if not is_folder_of(trace, target):
             if target.exists() and (not target.is_dir() or any(target.iterdir())):

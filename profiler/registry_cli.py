@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from profiler.errors import ModelError
-from profiler.tables import console, print_rows
+from profiler.terminal import console, print_rows
 
 app = typer.Typer()
 
@@ -22,9 +22,9 @@ def models(
 
     Example: specmoe models mixtral-8x7b
     """
-    from profiler.devices import GPUS
-    from profiler.model_registry import MODELS, checkpoint, fits
-    from profiler.models import DEMO_MODEL, resolve_model
+    from profiler.models.gpus import GPUS
+    from profiler.models.registry import MODELS, checkpoint, fits
+    from profiler.models.resolve import DEMO_MODEL, resolve_model
 
     if name is None:
         facts = resolve_model(DEMO_MODEL).metadata
@@ -94,7 +94,7 @@ def datasets(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON
 
     Example: specmoe datasets
     """
-    from profiler.datasets import DATASETS
+    from profiler.datasets.registry import DATASETS
 
     rows = [
         {

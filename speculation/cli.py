@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from analysis.predictions import as_evaluation, table
+from analysis.documents.evaluation import as_evaluation, table
 from profiler.errors import SpecmoeError
-from profiler.reader import Trace
-from profiler.writer import write_text
-from speculation.tasks import Shape, Task
+from profiler.trace.reader import Trace
+from profiler.trace.writer import write_text
+from speculation.data.tasks import Shape, Task
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -87,7 +87,7 @@ def train(
 
     Example: specmoe train traces/math --predictor recommended --out runs/math
     """
-    from speculation.predictors import find_predictor
+    from speculation.predictors.registry import find_predictor
 
     given: dict[str, Any] = {
         "epochs": epochs,
@@ -118,14 +118,14 @@ def train(
         )
     )
     if push is not None:
-        from speculation.card import push_run
+        from speculation.training.card import push_run
 
         typer.echo(push_run(out, push, private=private))
 
 
 def train_with_progress(trace: Trace, predictor: str, out: Path, **settings: Any) -> Any:
-    """`speculation.train.train` with a progress bar, or plain lines where there is no terminal."""
-    from speculation.train import train as run
+    """`speculation.training.fit.train` with a progress bar, or plain lines where there is no terminal."""
+    from speculation.training.fit import train as run
 
     if not messages.is_terminal:
 
@@ -174,9 +174,9 @@ def evaluate(
 
     Example: specmoe evaluate runs/* --trace traces/math --leaderboard boards/math
     """
-    from speculation.evaluate import evaluate as judge
-    from speculation.leaderboard import write_leaderboard
-    from speculation.runs import load_run
+    from speculation.evaluation.evaluate import evaluate as judge
+    from speculation.evaluation.leaderboard import write_leaderboard
+    from speculation.training.runs import load_run
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise SpecmoeError(f"--json {json_file}: no such folder")
@@ -243,7 +243,7 @@ def _apart(document: dict[str, Any]) -> list[str]:
 
 
 def print_leaderboard(rows: list[dict[str, Any]], document: dict[str, Any]) -> None:
-    """The table of `speculation.leaderboard`, for people."""
+    """The table of `speculation.evaluation.leaderboard`, for people."""
     k_name = next(iter(document["results"].values()))["recall_at_k_name"]
     title = f"{document['task']}, {escape(document['model'])}; {document['problems']} problems, {document['tokens']:,} tokens"
     shown = Table(box=None, title=title, title_justify="left")
@@ -277,7 +277,7 @@ def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JS
 
     Example: specmoe predictors
     """
-    from speculation.predictors import predictor_classes
+    from speculation.predictors.registry import predictor_classes
 
     rows: list[dict[str, Any]] = [
         {

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_traces import Problems, write_made_trace
-from offline_hub import Hub
+from support.offline_hub import Hub
+from support.traces import Problems, write_made_trace
 
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # A core for each worker and all that it starts: engines whose threads wait for a shared core take several times as long.

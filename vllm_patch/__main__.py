@@ -117,7 +117,7 @@ def finish(
 
     Example: python -m vllm_patch finish traces/served/trace-00000
     """
-    from vllm_patch.serving import finish as finish_served
+    from vllm_patch.serving.server import finish as finish_served
 
     trace = finish_served(directory)
     typer.echo(f"{directory}: {trace.problems.num_rows} problems" if trace else f"{directory} held no request and was removed")

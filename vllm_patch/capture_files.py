@@ -10,8 +10,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from profiler.capture import REQUESTS_FILE, CapturedRequest
-from profiler.capture_stream import RoutingWriter, ValuesWriter
+from profiler.capture.requests import REQUESTS_FILE, CapturedRequest
+from profiler.trace.stream import RoutingWriter, ValuesWriter
 from vllm_patch.buffers import Arrays
 
 NO_END = np.iinfo(np.int32).max

@@ -16,12 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from profiler.capture import OWNER_VARIABLE, CaptureOptions, keep_compiled_code_apart
-from profiler.deepseek_v1 import register_config
-from profiler.models import resolve_model
-from profiler.schema import GATES_FILE, Metadata
+from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, keep_compiled_code_apart
+from profiler.models.deepseek_v1 import register_config
+from profiler.models.resolve import resolve_model
+from profiler.trace.schema import GATES_FILE, Metadata
 from vllm_patch.recorder import Recorder
-from vllm_patch.serving import (
+from vllm_patch.serving.server import (
     Sealer,
     be_patient_at_shutdown,
     begin_trace,

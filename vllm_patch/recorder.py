@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.capture import CapturedRequest
-from profiler.capture_stream import HIDDEN_STREAM, LOGITS_STREAM, RoutingWriter, ValuesWriter
-from profiler.pairs import check_ids, check_weights, refuse_repeats
-from profiler.schema import ModelMetadata
+from profiler.capture.requests import CapturedRequest
+from profiler.trace.rows import check_ids, check_weights, refuse_repeats
+from profiler.trace.schema import ModelMetadata
+from profiler.trace.stream import HIDDEN_STREAM, LOGITS_STREAM, RoutingWriter, ValuesWriter
 from vllm_patch.buffers import CaptureBuffers, Snapshot
 from vllm_patch.capture_files import CaptureFiles, Files, RotatingFiles, Rows
 from vllm_patch.steps import NewRequest, Step

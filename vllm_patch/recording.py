@@ -14,21 +14,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from profiler.capture import (
-    ABORTED,
-    CapturedRequest,
-    CaptureOptions,
-    Sequence,
-    finish_trace,
-    keep_compiled_code_apart,
-    read_requests,
-)
+from profiler.capture.finish import finish_trace
+from profiler.capture.options import CaptureOptions, keep_compiled_code_apart
+from profiler.capture.requests import ABORTED, CapturedRequest, Sequence, read_requests
+from profiler.capture.sealing import run_folder
 from profiler.errors import EngineError, TraceError
-from profiler.models import resolve_model
-from profiler.reader import Trace
-from profiler.schema import Metadata
-from profiler.sealing import run_folder
-from profiler.writer import write_metadata
+from profiler.models.resolve import resolve_model
+from profiler.trace.reader import Trace
+from profiler.trace.schema import Metadata
+from profiler.trace.writer import write_metadata
 
 DATASET = "own"
 # vLLM appends a dash and eight random characters to request ids from 0.14 on.

@@ -9,14 +9,14 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from analysis.agreement import Agreement
-from analysis.predictions import Evaluation
+from analysis.documents.evaluation import Evaluation
+from analysis.documents.simulation import Simulation
 from analysis.report.comparison import compared_facts, comparison_sections
 from analysis.report.figures import Section
 from analysis.report.sections import all_sections
-from analysis.simulations import Simulation
-from analysis.statistics import Statistics
-from profiler.writer import write_text
+from analysis.statistics.agreement import Agreement
+from analysis.statistics.compute import Statistics
+from profiler.trace.writer import write_text
 
 MADE_WITH = "Made by specmoe analyze. Everything is in this file: no network is needed."
 

@@ -6,11 +6,12 @@ from itertools import combinations
 
 import numpy as np
 
-from analysis.agreement import Agreement
-from analysis.domains import DomainDistance, distance_of
-from analysis.locality import DISTANCES, repetition_chance
+from analysis.counts.locality import DISTANCES
 from analysis.report.figures import CHANCE, CONTROL, Line, Section, heat_map, html, lines
-from analysis.statistics import Statistics, mean, show
+from analysis.statistics.agreement import Agreement
+from analysis.statistics.compute import Statistics, mean, show
+from analysis.statistics.domains import DomainDistance, distance_of
+from analysis.statistics.locality import repetition_chance
 
 
 def compared_facts(compared: dict[str, Statistics]) -> list[tuple[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.clusters import CONTROLS
 from analysis.report.figures import (
     CHANCE,
     COLOURS,
@@ -18,7 +17,8 @@ from analysis.report.figures import (
     lines,
     wrapped,
 )
-from analysis.statistics import Statistics, mean, show
+from analysis.statistics.clusters import CONTROLS
+from analysis.statistics.compute import Statistics, mean, show
 
 MAX_SPECIALISTS = 15
 MAX_PAIR_LINES = 3

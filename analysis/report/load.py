@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.counts.survey import ALL
 from analysis.report.figures import (
     CHANCE,
     Line,
@@ -15,8 +16,7 @@ from analysis.report.figures import (
     html,
     lines,
 )
-from analysis.statistics import Statistics, mean, show
-from analysis.survey import ALL
+from analysis.statistics.compute import Statistics, mean, show
 
 MAX_TOKENS = 10
 # Of all experts together: about a megabyte.

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.locality import DISTANCES, SEGMENT, repetition_chance
+from analysis.counts.locality import DISTANCES, SEGMENT
 from analysis.report.figures import (
     CHANCE,
     COLOURS,
@@ -18,7 +18,8 @@ from analysis.report.figures import (
     html,
     lines,
 )
-from analysis.statistics import Statistics, mean, show
+from analysis.statistics.compute import Statistics, mean, show
+from analysis.statistics.locality import repetition_chance
 
 
 def repetition_section(s: Statistics) -> Section:

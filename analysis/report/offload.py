@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from analysis.documents.simulation import BOUNDS, SimulatedRow, Simulation
 from analysis.report.figures import CONTROL, Line, Section, html, lines
-from analysis.simulations import BOUNDS, SimulatedRow, Simulation
 
 # What knows what comes: a policy, and a prefetcher.
 BOUND, ORACLE = "belady", "oracle"

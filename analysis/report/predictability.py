@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.contexts import TASKS
-from analysis.predictions import Evaluation, table
+from analysis.documents.evaluation import Evaluation, table
 from analysis.report.figures import (
     CHANCE,
     COLOURS,
@@ -19,8 +18,9 @@ from analysis.report.figures import (
     lines,
     wrapped,
 )
-from analysis.statistics import Statistics, mean, show
-from analysis.weights import QUANTILES
+from analysis.statistics.compute import Statistics, mean, show
+from analysis.statistics.contexts import TASKS
+from analysis.statistics.weights import QUANTILES
 
 
 def weights_section(s: Statistics) -> Section:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.predictions import Evaluation
+from analysis.documents.evaluation import Evaluation
+from analysis.documents.simulation import Simulation
 from analysis.report.figures import Section
 from analysis.report.groups import clusters_section, domains_section, pairs_section
 from analysis.report.load import load_section
@@ -12,8 +13,7 @@ from analysis.report.locality import repetition_section, reuse_section
 from analysis.report.offload import offload_section
 from analysis.report.predictability import predictability_section, predictions_section, weights_section
 from analysis.report.transitions import hops_section, transitions_section
-from analysis.simulations import Simulation
-from analysis.statistics import Statistics
+from analysis.statistics.compute import Statistics
 
 
 def all_sections(

@@ -17,7 +17,7 @@ from analysis.report.figures import (
     lines,
     packed,
 )
-from analysis.statistics import Statistics, mean, show
+from analysis.statistics.compute import Statistics, mean, show
 
 # Of the page's 8 MB Plotly takes 4.8; what the packed matrices may take is left out beyond that, longest hops first.
 MAX_MATRIX_TEXT = 2_000_000

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from profiler.capture import CaptureOptions
+from profiler.capture.options import CaptureOptions
 from profiler.errors import EngineError
-from profiler.models import ResolvedModel
+from profiler.models.resolve import ResolvedModel
 
 
 @dataclass(frozen=True)

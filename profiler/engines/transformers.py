@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from profiler.capture import REQUESTS_FILE, CapturedRequest
-from profiler.capture_stream import RoutingWriter
-from profiler.deepseek_v1 import local_rewriting
+from profiler.capture.requests import REQUESTS_FILE, CapturedRequest
 from profiler.engines import Completion, EngineOptions, Prompt, Sampling
 from profiler.engines.low_memory import place, quantize_experts
 from profiler.errors import EngineError, ModelError
-from profiler.models import ResolvedModel
+from profiler.models.deepseek_v1 import local_rewriting
+from profiler.models.resolve import ResolvedModel
+from profiler.trace.stream import RoutingWriter
 
 BATCH = 16
 _LAYER = re.compile(r"\.layers\.(\d+)\.")

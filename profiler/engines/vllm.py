@@ -18,12 +18,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-from profiler.capture import OWNER_VARIABLE, CaptureOptions, read_requests
-from profiler.deepseek_v1 import register_config
+from profiler.capture.options import OWNER_VARIABLE, CaptureOptions
+from profiler.capture.requests import read_requests
 from profiler.engines import Completion, EngineOptions, Prompt, Sampling
 from profiler.errors import EngineError, EngineStoppedError, ModelError
-from profiler.model_registry import USED_SHARE
-from profiler.models import ResolvedModel
+from profiler.models.deepseek_v1 import register_config
+from profiler.models.registry import USED_SHARE
+from profiler.models.resolve import ResolvedModel
 
 LOOK_EVERY_SECONDS = 5.0
 

@@ -26,8 +26,8 @@ from profiler.importers import (
 )
 from profiler.importers.rows import ImportOptions
 from profiler.importers.target import Target
-from profiler.reader import Trace
-from profiler.schema import MANIFEST_FILE
+from profiler.trace.reader import Trace
+from profiler.trace.schema import MANIFEST_FILE
 
 
 @dataclass(frozen=True)

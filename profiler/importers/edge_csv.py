@@ -21,7 +21,7 @@ from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers.reading import head
 from profiler.importers.rows import EMPTY, Rows
 from profiler.importers.target import Target
-from profiler.schema import DECODE, MAX_TOP_K, PREFILL
+from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "edge-csv"
 ABOUT = "route-trace CSV: turn, phase, step, layer, slot, expert, weight, ...; a line per expert"

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from profiler.errors import TraceError
 from profiler.importers.reading import batches, files_in, has_columns, id_lists, lists, whole_numbers
 from profiler.importers.target import Target
-from profiler.schema import PREFILL
+from profiler.trace.schema import PREFILL
 
 NAME = "flame-moe"
 ABOUT = "FLAME-MoE Parquet, a file or folder of layer_NN.parquet: scores list<float16>, indices list<int16>"

@@ -6,25 +6,25 @@ import shutil
 import stat
 from pathlib import Path
 
-from profiler.capture import (
+from profiler.capture.finish import finish_trace
+from profiler.capture.requests import (
     ABORTED,
     COMPLETIONS_FILE,
     PLANNED_FILE,
     REQUESTS_FILE,
     CapturedRequest,
     Sequence,
-    finish_trace,
     free_ids,
     read_completed,
     read_planned,
     read_requests,
 )
+from profiler.capture.sealing import STREAMS, run_folder, runs_of
 from profiler.errors import TraceError
 from profiler.importers.target import Target
-from profiler.reader import Trace
-from profiler.schema import CAPTURE_FOLDER, GATES_FILE, MANIFEST_FILE, METADATA_FILE
-from profiler.sealing import STREAMS, run_folder, runs_of
-from profiler.writer import exclusive
+from profiler.trace.reader import Trace
+from profiler.trace.schema import CAPTURE_FOLDER, GATES_FILE, MANIFEST_FILE, METADATA_FILE
+from profiler.trace.writer import exclusive
 
 NAME = "interrupted"
 ABOUT = "the folder of a collection that was interrupted"

@@ -23,7 +23,7 @@ from profiler.errors import TraceError
 from profiler.importers.reading import files_in, head, integers
 from profiler.importers.rows import EMPTY, Rows
 from profiler.importers.target import Target
-from profiler.schema import MAX_TOP_K, PREFILL
+from profiler.trace.schema import MAX_TOP_K, PREFILL
 
 NAME = "moe-beyond"
 ABOUT = "MoE-Beyond CSV, or a folder of them: Layer ID, Batch Number, Token, Activated Expert IDs; no weights"

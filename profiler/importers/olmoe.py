@@ -17,7 +17,7 @@ import numpy.typing as npt
 from profiler.errors import TraceError
 from profiler.importers.reading import head, integers, json_lines
 from profiler.importers.target import Target
-from profiler.schema import PREFILL
+from profiler.trace.schema import PREFILL
 
 NAME = "olmoe"
 ABOUT = "OLMoE analysis JSON lines: input_ids, exp_ids[T][K][L]; no weights"

@@ -17,7 +17,7 @@ from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers.reading import batches, column_names, files_in, has_columns, id_lists, is_text, lists, whole_numbers
 from profiler.importers.rows import ProblemFacts, Rows
 from profiler.importers.target import Target
-from profiler.schema import DECODE, METADATA_FILE, PREFILL, PROBLEMS_SCHEMA
+from profiler.trace.schema import DECODE, METADATA_FILE, PREFILL, PROBLEMS_SCHEMA
 
 NAME = "parquet"
 ABOUT = "Parquet with problem_id, layer, token_id, expert_ids[, weights]: a file, or a folder with routing.parquet"

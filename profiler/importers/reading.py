@@ -19,8 +19,8 @@ from pydantic_core import from_json
 
 from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers.rows import EMPTY, MAX_PIECE_BYTES
-from profiler.parquet_footer import read_row_groups
-from profiler.schema import MAX_TOP_K
+from profiler.trace.schema import MAX_TOP_K
+from profiler.trace.untrusted.parquet_footer import read_row_groups
 
 HEAD_BYTES = 1 << 16
 BLOCK_BYTES = 4 << 20

@@ -20,7 +20,7 @@ from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers.reading import files_in
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES
 from profiler.importers.target import Target
-from profiler.schema import MAX_TOP_K
+from profiler.trace.schema import MAX_TOP_K
 
 NAME = "routed-experts"
 ABOUT = "vLLM's routed_experts arrays [T, L, K]: .npy, .npz, or a folder of .npy; no weights"

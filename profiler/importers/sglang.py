@@ -29,7 +29,7 @@ from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers.reading import files_in, integers
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES
 from profiler.importers.target import Target
-from profiler.schema import DECODE, MAX_TOP_K, PREFILL
+from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "sglang"
 ABOUT = "SGLang expert-distribution dump of mode per_token: a .pt file, or a folder of them; no weights"

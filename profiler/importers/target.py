@@ -13,11 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import ipc
 
-from profiler.capture_stream import RoutingWriter
+from profiler.capture.sealing import Missing, run_folder, seal
 from profiler.errors import TraceError
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, ImportOptions, ProblemFacts, Rows
-from profiler.reader import Trace
-from profiler.schema import (
+from profiler.trace.reader import Trace
+from profiler.trace.schema import (
     MAX_EXPERTS,
     MAX_TOP_K,
     PROBLEMS_FILE,
@@ -29,8 +29,8 @@ from profiler.schema import (
     ModelMetadata,
     RecordMetadata,
 )
-from profiler.sealing import Missing, run_folder, seal
-from profiler.writer import write_manifest, write_metadata, write_table
+from profiler.trace.stream import RoutingWriter
+from profiler.trace.writer import write_manifest, write_metadata, write_table
 
 # Rows are sorted one bucket at a time; tokens of one problem may be spread over several, rows of one token are not.
 BUCKETS = 64

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from math import isfinite
 
-from profiler.devices import Gpu
 from profiler.errors import SpecmoeError
-from profiler.model_registry import MODELS, PRECISIONS, ModelEntry
+from profiler.models.gpus import Gpu
+from profiler.models.registry import MODELS, PRECISIONS, ModelEntry
 
 # Of a link's and a memory's data sheet figure, what large copies and matrix products reach; assumed.
 LINK_SHARE, MEMORY_SHARE, COMPUTE_SHARE = 0.8, 0.7, 0.4

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
+from speculation.data.routes import Routes
+from speculation.data.tasks import Shape, Task
 from speculation.offload.requests import Requests
-from speculation.predictors import Predictor
-from speculation.routes import Routes
-from speculation.tasks import Shape, Task
+from speculation.predictors.base import Predictor
 
 # Predictions are made for so many tokens at a time: E float32 for each layer and horizon.
 PREDICTED_NUMBERS = 1 << 25

@@ -12,14 +12,14 @@ import numpy.typing as npt
 import torch
 
 from profiler.errors import SpecmoeError
-from speculation.history import History
+from speculation.data.history import History
+from speculation.data.repeats import UNKNOWN_TOKEN
+from speculation.data.routes import Routes
+from speculation.data.tasks import Task
 from speculation.offload.costs import COPY_LATENCY, Costs
 from speculation.offload.devices import Cuda, Device, Processor, Ticket
 from speculation.offload.kernel import Rule
-from speculation.predictors import Predictor
-from speculation.repeats import UNKNOWN_TOKEN
-from speculation.routes import Routes
-from speculation.tasks import Task
+from speculation.predictors.base import Predictor
 
 KINDS: dict[str, type[Cuda] | type[Processor]] = {"cuda": Cuda, "cpu": Processor}
 # Timed repetitions of what is measured.

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from profiler.devices import find_gpu
 from profiler.errors import SpecmoeError
-from profiler.reader import Trace
-from speculation.evaluate import check_run
+from profiler.models.gpus import find_gpu
+from profiler.trace.reader import Trace
+from speculation.data.routes import Routes, load_routes
+from speculation.data.tasks import Shape, Task
+from speculation.evaluation.evaluate import check_run
 from speculation.offload.costs import MEMORY_SHARE, Costs, costs_of, find_entry
 from speculation.offload.kernel import Count, Rule
 from speculation.offload.replay import Sizes, measure, open_device
@@ -19,9 +21,7 @@ from speculation.offload.replay import replay as run_tokens
 from speculation.offload.requests import requests_of
 from speculation.offload.simulate import Setting, Workload, capacities, simulate
 from speculation.offload.sweep import NONE, Ahead, Prefetcher, popularity_of, prefetcher_of, simple_prefetcher
-from speculation.routes import Routes, load_routes
-from speculation.runs import load_run
-from speculation.tasks import Shape, Task
+from speculation.training.runs import load_run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from speculation.routes import Routes
+from speculation.data.routes import Routes
 
 # Prompt tokens that go through the model in one step, at most.
 PREFILL_TOKENS = 512

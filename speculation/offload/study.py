@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from profiler.devices import Gpu
 from profiler.errors import SpecmoeError
-from profiler.model_registry import USED_SHARE
-from profiler.reader import Trace
-from profiler.writer import write_text
-from speculation.evaluate import check_run
+from profiler.models.gpus import Gpu
+from profiler.models.registry import USED_SHARE
+from profiler.trace.reader import Trace
+from profiler.trace.writer import write_text
+from speculation.data.routes import Routes, load_routes, route_digests
+from speculation.data.tasks import Shape, Task
+from speculation.evaluation.evaluate import check_run
 from speculation.offload.costs import Costs, costs_of, find_entry
 from speculation.offload.kernel import Rule
 from speculation.offload.replay import here, measure
@@ -38,11 +40,9 @@ from speculation.offload.sweep import (
     simple_prefetcher,
     sweep,
 )
-from speculation.options import TrainingOptions
-from speculation.predictors import find_predictor, predictor_classes
-from speculation.routes import Routes, load_routes, route_digests
-from speculation.runs import CONFIG_FILE, Run, load_run
-from speculation.tasks import Shape, Task
+from speculation.predictors.options import TrainingOptions
+from speculation.predictors.registry import find_predictor, predictor_classes
+from speculation.training.runs import CONFIG_FILE, Run, load_run
 
 OnDone = Callable[[int, int], None]
 DEFINITIONS = {

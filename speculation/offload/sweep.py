@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from profiler.errors import EmptyPartError, SpecmoeError
-from profiler.reader import Trace
-from speculation.evaluate import microseconds_per_prediction
+from profiler.trace.reader import Trace
+from speculation.data.routes import Routes, load_routes
+from speculation.data.tasks import Shape, Task
+from speculation.evaluation.evaluate import microseconds_per_prediction
 from speculation.offload.costs import Costs
 from speculation.offload.kernel import Count, Rule
 from speculation.offload.plans import Plan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests
 from speculation.offload.simulate import QUEUE, Result, Setting, Workload, simulate
-from speculation.predictors import Predictor
-from speculation.predictors.popularity import expert_frequency
-from speculation.routes import Routes, load_routes
-from speculation.runs import Run
-from speculation.tasks import Shape, Task
+from speculation.predictors.base import Predictor
+from speculation.predictors.features import expert_frequency
+from speculation.training.runs import Run
 
 Row = dict[str, Any]
 NONE, ORACLE, POPULARITY = "none", "oracle", "popularity"

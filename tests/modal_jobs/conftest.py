@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from profiler.collect import CollectOptions, collect
+from profiler.collect.job import CollectOptions, collect
 from profiler.engines import EngineOptions, Sampling
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from offline_modal import OfflineModal, last_line, needs_modal
+from support.offline_modal import OfflineModal, last_line, needs_modal
 
 from analysis.cli import analyze_trace
 from modal_jobs.analyzing import AnalysisJob, add_up, count_part, plan_analysis
 from profiler.errors import TraceError
-from profiler.reader import Trace
-from profiler.schema import MANIFEST_FILE
+from profiler.trace.reader import Trace
+from profiler.trace.schema import MANIFEST_FILE
 
 ANALYZE = ["run", "modal_jobs/analyze.py"]
 
@@ -78,7 +78,7 @@ def volume(trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def test_parts_of_one_trace_add_up(volume: Path, trace: Trace) -> None:
-    from analysis.counting import TraceCounts
+    from analysis.counts.counting import TraceCounts
 
     job = plan_analysis(volume, "mine", pieces=3, hops=2)
     total = add_up(job, counted(volume, job))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 
-from offline_modal import ROOT
+from support.offline_modal import ROOT
 
 from profiler.cli import collect
 

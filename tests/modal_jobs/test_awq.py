@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from offline_modal import ROOT, OfflineModal, last_line, needs_modal
 from safetensors.torch import load_file, save_file
+from support.offline_modal import ROOT, OfflineModal, last_line, needs_modal
 
 from modal_jobs.awq import check_checkpoint
-from profiler.deepseek_v1 import as_qwen2_moe
 from profiler.engines.transformers import route
 from profiler.errors import ModelError
-from profiler.models import demo_model_folder
-from profiler.reader import Trace
+from profiler.models.deepseek_v1 import as_qwen2_moe
+from profiler.models.resolve import demo_model_folder
+from profiler.trace.reader import Trace
 from vllm_patch.check import families
 
 PYTHON = Path(os.environ.get("QUANTIZE_PYTHON", f"{sys.prefix}-quantize/bin/python"))

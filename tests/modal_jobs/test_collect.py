@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from offline_modal import OfflineModal, needs_modal
+from support.offline_modal import OfflineModal, needs_modal
 
-from profiler.collect import CollectOptions, collect
+from profiler.collect.job import CollectOptions, collect
 from profiler.engines import EngineOptions, Sampling
 from profiler.engines.vllm import is_installed
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 
 pytestmark = [pytest.mark.slow, needs_modal, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
 

@@ -6,14 +6,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from offline_modal import ROOT
+from setuptools import find_packages
+from support.offline_modal import ROOT
 
 pytest.importorskip("modal")
 
 from modal_jobs import collect
 from modal_jobs.image import PROJECT, not_ours
 from modal_jobs.shards import ShardReport
-from profiler.plan import CollectJob
+from profiler.plan.job import CollectJob
 
 JOB = CollectJob(run_id="x", model="demo", datasets=[], image="none", shards=[0, 1, 2, 3])
 
@@ -39,7 +40,8 @@ def test_containers_that_died_without_a_word_are_told_apart_in_the_end() -> None
 
 
 def test_the_image_holds_all_packages() -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = find_packages(str(ROOT), include=find["include"])
     ours = {path.parent.relative_to(ROOT) for name in PROJECT for path in (ROOT / name).rglob("__init__.py")}
     assert {str(path).replace("/", ".") for path in ours} == set(packages)
     assert {"pyproject.toml", "README.md", "LICENSE", "specmoe.py"} <= PROJECT

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from offline_modal import OfflineModal, last_line, needs_modal
+from support.offline_modal import OfflineModal, last_line, needs_modal
 
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 
 pytestmark = [pytest.mark.slow, needs_modal]
 

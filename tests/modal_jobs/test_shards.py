@@ -11,16 +11,16 @@ import pytest
 from modal_jobs import shards
 from modal_jobs.download import download_run, fetch_trace
 from modal_jobs.shards import collect_shard, dollars_per_hour, finished_attempt, shard_folder
-from profiler.collection import Progress
-from profiler.collector import TraceCollector
-from profiler.devices import find_gpu
+from profiler.collect.collection import Progress
+from profiler.collect.collector import TraceCollector
+from profiler.collect.selection import Selection
 from profiler.engines import EngineOptions, Sampling
 from profiler.errors import DatasetError, TraceError
-from profiler.estimate import HOST_DOLLARS
-from profiler.plan import CollectJob, make_plan, write_job
-from profiler.reader import Trace
-from profiler.sampling import Selection
-from profiler.schema import MANIFEST_FILE
+from profiler.models.gpus import find_gpu
+from profiler.plan.estimate import HOST_DOLLARS
+from profiler.plan.job import CollectJob, make_plan, write_job
+from profiler.trace.reader import Trace
+from profiler.trace.schema import MANIFEST_FILE
 
 
 class LocalVolume:
@@ -241,7 +241,7 @@ def test_what_a_machine_costs_follows_the_gpu_that_it_has() -> None:
 
 
 def test_progress_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, collector: TraceCollector) -> None:
-    from profiler.usage import Usage
+    from profiler.collect.usage import Usage
 
     said: list[str] = []
     with shards._reporting(collector, "shard 1 of 1", said.append, lambda: 1.25):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from offline_modal import OfflineModal, last_line, needs_modal
+from support.offline_modal import OfflineModal, last_line, needs_modal
 
-from profiler.reader import Trace
-from speculation.evaluate import evaluate
-from speculation.options import TrainingOptions
-from speculation.runs import load_run
-from speculation.train import train
+from profiler.trace.reader import Trace
+from speculation.evaluation.evaluate import evaluate
+from speculation.predictors.options import TrainingOptions
+from speculation.training.fit import train
+from speculation.training.runs import load_run
 
 pytestmark = [pytest.mark.slow, needs_modal]
 

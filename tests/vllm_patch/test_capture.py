@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from agreement import assert_agrees, assert_complete
+from support.agreement import assert_agrees, assert_complete
 
-from profiler.capture_stream import ROUTING_STREAM, read_index
 from profiler.engines.vllm import is_installed
 from profiler.errors import TraceError
-from profiler.models import demo_model_folder
-from profiler.reader import Trace
+from profiler.models.resolve import demo_model_folder
+from profiler.trace.reader import Trace
+from profiler.trace.stream import ROUTING_STREAM, read_index
 from vllm_patch.check.agreement import load_oracle
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]

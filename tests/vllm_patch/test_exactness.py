@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from agreement import assert_agrees, assert_complete
+from support.agreement import assert_agrees, assert_complete
 
 from profiler.engines.vllm import is_installed
-from profiler.models import demo_model_folder
-from profiler.reader import Trace
+from profiler.models.resolve import demo_model_folder
+from profiler.trace.reader import Trace
 from vllm_patch.check.agreement import load_oracle, vocabulary
 from vllm_patch.check.jobs import FAMILY_NAMES
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
 
-HERE = Path(__file__).parent
+PROGRAM = Path(__file__).parents[1] / "support" / "drive_vllm.py"
 # The first of layers 0 to 2 is dense in some families.
 FROM_LAYER_1 = ("deepseek_v1", "deepseek_v2", "deepseek_v3", "glm4_moe")
 # The chosen experts are those of the largest logits: no correction bias, no groups.
@@ -38,7 +38,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drive(scenario: str, out: Path, *models: Path, **environment: str) -> Path:
-    command = [sys.executable, str(HERE / "drive_vllm.py"), scenario, str(out), *map(str, models)]
+    command = [sys.executable, str(PROGRAM), scenario, str(out), *map(str, models)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr[-4000:]
     return out

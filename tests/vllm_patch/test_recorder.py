@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from profiler.capture import read_requests
-from profiler.capture_stream import HIDDEN_STREAM, LOGITS_STREAM, ROUTING_STREAM, gather, read_index
-from profiler.schema import ModelMetadata
-from profiler.sealing import run_folder, seal
+from profiler.capture.requests import read_requests
+from profiler.capture.sealing import run_folder, seal
+from profiler.trace.schema import ModelMetadata
+from profiler.trace.stream import HIDDEN_STREAM, LOGITS_STREAM, ROUTING_STREAM, gather, read_index
 from vllm_patch import recorder as recorder_module
 from vllm_patch.buffers import CaptureBuffers
 from vllm_patch.recorder import Recorder

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from agreement import assert_agrees, assert_complete
+from support.agreement import assert_agrees, assert_complete
 
 from profiler.engines.vllm import is_installed
-from profiler.models import demo_model_folder
-from profiler.reader import Trace
+from profiler.models.resolve import demo_model_folder
+from profiler.trace.reader import Trace
 from vllm_patch import source
 from vllm_patch.check.agreement import load_oracle
 from vllm_patch.source import BEGIN, PatchError, open_vllm

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.engines.transformers import route
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 
 # Recorded weights are float16, below 1 for most routers, and the engines round in their own way.
 WEIGHT_TOLERANCE = {"float32": 2**-12 + 1e-5, "bfloat16": 0.05, "float16": 0.01}

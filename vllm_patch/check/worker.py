@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from profiler.errors import first_line
-from profiler.models import demo_model_folder
+from profiler.models.resolve import demo_model_folder
 from vllm_patch.check.jobs import (
     CHUNK,
     LONGEST_PROMPT,

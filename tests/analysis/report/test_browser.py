@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_traces import write_made_trace
 from playwright.sync_api import Browser, Page, sync_playwright
+from support.traces import write_made_trace
 
 from analysis.cli import analyze_trace, compare_traces
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 
 Make = Callable[..., Trace]
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_frames import counted, make_axes, make_frame
+from support.frames import counted, make_axes, make_frame
 
-from analysis.counting import TraceCounts
+from analysis.counts.counting import TraceCounts
 from analysis.report import write_report
 from analysis.report.figures import COLOURS, DASHES, Line, lines
-from analysis.statistics import Source, Statistics, make_statistics
-from profiler.schema import Metadata, ModelMetadata
+from analysis.statistics.compute import Source, Statistics, make_statistics
+from profiler.trace.schema import Metadata, ModelMetadata
 
 
 def statistics_of(layers: int, experts: int, top_k: int, tokens: int, hops: int) -> Statistics:
@@ -47,7 +47,7 @@ def embedded(page: str, kind: str) -> dict[str, Any]:
 
 def test_48_layers_of_128_experts_are_below_8_mb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Clusters take half a minute and a few lines of the page.
-    monkeypatch.setattr("analysis.statistics.cluster_experts", lambda *arguments: [])
+    monkeypatch.setattr("analysis.statistics.compute.cluster_experts", lambda *arguments: [])
     statistics = statistics_of(48, 128, 8, 3000, 4)
     write_report(statistics, tmp_path / "report.html", [f"token {number}" for number in range(400)])
     assert (tmp_path / "report.html").stat().st_size < 8_000_000

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from profiler.collect import CollectOptions, collect
+from profiler.collect.job import CollectOptions, collect
 from profiler.engines import EngineOptions, Sampling
 from profiler.engines.low_memory import keep_on_host, layers_that_fit, quantize_experts
 from profiler.engines.transformers import find_routers, route
 from profiler.errors import EngineError
-from profiler.models import demo_model_folder
-from profiler.reader import Trace
+from profiler.models.resolve import demo_model_folder
+from profiler.trace.reader import Trace
 from vllm_patch.check import families
 
 pytest.importorskip("bitsandbytes")

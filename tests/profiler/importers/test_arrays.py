@@ -13,7 +13,7 @@ import torch
 from profiler.errors import TraceError
 from profiler.importers import find_format, import_trace
 from profiler.importers.rows import ImportOptions
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 
 # [T, L, K]: the first layer is dense; token 1 came from the prefix cache.
 ROUTED = np.array([[[0, 0], [3, 1], [2, 0]], [[-1, -1], [-1, -1], [-1, -1]], [[0, 0], [0, 2], [1, 3]]], dtype=np.int16)

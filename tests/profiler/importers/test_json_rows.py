@@ -12,8 +12,8 @@ import pytest
 from profiler.errors import TraceError
 from profiler.importers import find_format, import_trace
 from profiler.importers.rows import ImportOptions
-from profiler.jsonl import write_jsonl
-from profiler.reader import Trace
+from profiler.trace.jsonl import write_jsonl
+from profiler.trace.reader import Trace
 
 
 def line(problem_id: object = 0, layer: int = 0, token_id: int = 0, **changes: object) -> str:

@@ -14,7 +14,7 @@ import pytest
 from profiler.errors import TraceError
 from profiler.importers import find_format, import_trace
 from profiler.importers.rows import ImportOptions
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 
 
 def test_olmoes_nesting_has_the_layer_last(tmp_path: Path) -> None:
@@ -295,8 +295,8 @@ def test_bare_parquet_with_broken_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_later_command_copes_with_what_is_missing(tmp_path: Path) -> None:
-    from analysis.statistics import compute_statistics
-    from speculation.routes import load_routes
+    from analysis.statistics.compute import compute_statistics
+    from speculation.data.routes import load_routes
 
     random = np.random.default_rng(0)
     rows = [

@@ -9,7 +9,7 @@ import pytest
 
 from profiler.errors import TraceError
 from profiler.importers import find_format, import_trace
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 
 META = {"type": "meta", "model_id": "Qwen/Qwen1.5-MoE-A2.7B-Chat", "vllm_version": "0.15.1", "top_k": 2, "layers_logged": [0]}
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from profiler.devices import GPUS
 from profiler.errors import SpecmoeError
-from profiler.model_registry import MODELS, ModelEntry
+from profiler.models.gpus import GPUS
+from profiler.models.registry import MODELS, ModelEntry
 from speculation.offload.costs import costs_of, find_entry
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_requests import routes_of
+from support.routes import routes_of
 
 from profiler.errors import SpecmoeError
+from speculation.data.tasks import Shape, Task
 from speculation.offload.plans import Plan, Ranked, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests, requests_of
-from speculation.options import TrainingOptions
-from speculation.predictors.conditional_counts import ConditionalCounts
-from speculation.tasks import Shape, Task
+from speculation.predictors.counting.conditional_counts import ConditionalCounts
+from speculation.predictors.options import TrainingOptions
 
 
 def entries(plan: Plan, requests: Requests) -> dict[tuple[int, int], list[tuple[int, int]]]:

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_requests import routes_of
+from support.routes import routes_of
 
 from profiler.errors import SpecmoeError
+from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import Costs
 from speculation.offload.devices import Processor
 from speculation.offload.kernel import Count, Rule
 from speculation.offload.replay import Sizes, measure, open_device, replay
 from speculation.offload.requests import requests_of
 from speculation.offload.simulate import Setting, Workload, simulate
-from speculation.options import TrainingOptions
-from speculation.predictors.conditional_counts import ConditionalCounts
-from speculation.tasks import Shape, Task
+from speculation.predictors.counting.conditional_counts import ConditionalCounts
+from speculation.predictors.options import TrainingOptions
 
 SIZES = Sizes(expert_bytes=4096, rest_bytes=4096, width=64, layers=3, num_experts=8)
 ROUTES = routes_of([(0, 60), (0, 50)], layers=3)

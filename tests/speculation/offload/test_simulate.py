@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_requests import routes_of
+from support.routes import routes_of
 
 from profiler.errors import SpecmoeError
+from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import Costs
 from speculation.offload.kernel import Count, Rule
 from speculation.offload.plans import Plan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests, requests_of
 from speculation.offload.simulate import Result, Setting, Workload, capacities, simulate
-from speculation.options import TrainingOptions
-from speculation.predictors.previous_token import PreviousToken
-from speculation.tasks import Shape, Task
+from speculation.predictors.counting.previous_token import PreviousToken
+from speculation.predictors.options import TrainingOptions
 
 Steps = list[list[list[int]]]
 # Copies of 10 s, an expert used in 1 s, 2 s for the rest of a layer.

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from analysis.simulations import read_simulation
+from analysis.documents.simulation import read_simulation
 from profiler.errors import SpecmoeError, TraceError
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 from specmoe import app
-from speculation.options import TrainingOptions
-from speculation.train import train
+from speculation.predictors.options import TrainingOptions
+from speculation.training.fit import train
 
 Make = Callable[..., Trace]
 

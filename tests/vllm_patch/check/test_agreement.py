@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_traces import write_made_trace
+from support.traces import write_made_trace
 
 from profiler.engines.transformers import route
-from profiler.reader import Trace
+from profiler.trace.reader import Trace
 from vllm_patch.check.agreement import compare, load_oracle
 from vllm_patch.check.families import make
 

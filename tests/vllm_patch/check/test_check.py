@@ -15,7 +15,7 @@ from vllm_patch.check.jobs import EAGER, FAMILY_NAMES, Job, jobs_for
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict
 from vllm_patch.check.run import run_jobs
 
-HERE = Path(__file__).parent
+PROGRAM = Path(__file__).parents[2] / "support" / "faulty_recorder.py"
 needs_vllm = pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")
 
 
@@ -23,7 +23,7 @@ needs_vllm = pytest.mark.skipif(not is_installed(), reason="vLLM is not installe
 @needs_vllm
 def test_a_wrong_recorder_is_found(tmp_path: Path) -> None:
     faults = ["none", "shifted", "swapped", "unnormalized"]
-    command = [sys.executable, str(HERE / "faulty_recorder.py"), str(tmp_path), *faults]
+    command = [sys.executable, str(PROGRAM), str(tmp_path), *faults]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     answers = {}
     for line in done.stdout.splitlines():

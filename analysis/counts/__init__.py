@@ -1,0 +1,1 @@
+"""Counts of routing that add up over chunks, shards and threads, and their compiled loops."""

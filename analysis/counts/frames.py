@@ -1,0 +1,159 @@
+"""Chunks of routing with what the tables say of each token: dataset, phase, fold, and which token it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from analysis.counts.survey import Axes, dataset_indices, token_identity
+from profiler.errors import TraceError
+from profiler.trace.reader import Trace
+from profiler.trace.schema import DECODE, PREFILL, TOKENS_FILE, RoutingChunk
+from profiler.trace.splits import digest_of_number, iterate_digests
+from profiler.trace.untrusted.parquet_files import stream_table
+
+PHASES = (PREFILL, DECODE, "unknown")
+ROWS_AT_A_TIME = 1 << 16
+EVERY_PROBLEM = range(1 << 31)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A chunk and, for each of its tokens `[T]`, what is known of it.
+
+    dataset_T: place in `Axes.datasets`. phase_T: place in PHASES. fold_T: 0 or 1, by the problem's prompt: two halves of the
+    problems, of which each can judge what the other says. vocab_T: place in `Axes.vocabulary`; its length for every other
+    token, -1 if unknown.
+    """
+
+    chunk: RoutingChunk
+    dataset_T: npt.NDArray[np.int32]
+    phase_T: npt.NDArray[np.int32]
+    fold_T: npt.NDArray[np.int32]
+    vocab_T: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.chunk)
+
+    def take(self, tokens: slice) -> Frame:
+        """The frame with only these tokens (views)."""
+        return Frame(
+            self.chunk.take(tokens), self.dataset_T[tokens], self.phase_T[tokens], self.fold_T[tokens], self.vocab_T[tokens]
+        )
+
+
+@dataclass(frozen=True)
+class ProblemFacts:
+    """Of the problems in `problems.parquet`, by ascending id `[P]`: domain (-1 is left out) and fold; empty without a table."""
+
+    ids_P: npt.NDArray[np.int64]
+    dataset_P: npt.NDArray[np.int32]
+    fold_P: npt.NDArray[np.int8]
+
+
+def problem_facts(trace: Trace, axes: Axes) -> ProblemFacts:
+    """What the table says of each problem."""
+    ids_P, dataset_P = dataset_indices(trace, axes)
+    folds = (_fold(digest) for _, digest in iterate_digests(trace)) if trace.has_problems else ()
+    return ProblemFacts(ids_P, dataset_P, np.fromiter(folds, dtype=np.int8))
+
+
+def _fold(digest: int) -> int:
+    """Which half a problem is in; not by what decides on its part of the split of training and test."""
+    return digest // 100 & 1
+
+
+def read_frames(
+    trace: Trace, axes: Axes, problems: range = EVERY_PROBLEM, facts: ProblemFacts | None = None
+) -> Iterator[Frame]:
+    """The frames of the problems with ids in a range, in order, a row group at a time. Raises `TraceError` as `chunks` does.
+
+    facts: `problem_facts`, if they are at hand.
+    """
+    facts = facts or problem_facts(trace, axes)
+    tokens = _Tokens(trace, axes, problems.start) if trace.has_tokens else None
+    for chunk in trace.chunks(whole_problems=False, problems=None if problems == EVERY_PROBLEM else problems):
+        if trace.has_problems:
+            at_T = np.minimum(np.searchsorted(facts.ids_P, chunk.problem_ids_T), len(facts.ids_P) - 1)
+            unlisted_T = facts.ids_P[at_T] != chunk.problem_ids_T
+            if unlisted_T.any():
+                problem_id = chunk.problem_ids_T[unlisted_T][0]
+                raise TraceError(f"{trace.path}: routing rows of problem {problem_id}, which problems.parquet does not list")
+            dataset_T, fold_T = facts.dataset_P[at_T], facts.fold_P[at_T].astype(np.int32)
+            kept_T = dataset_T >= 0
+            if not kept_T.all():
+                chunk, dataset_T, fold_T = chunk.take(kept_T), dataset_T[kept_T], fold_T[kept_T]
+                if not len(chunk):
+                    continue
+        else:
+            ids_P, of_T = np.unique(chunk.problem_ids_T, return_inverse=True)
+            dataset_T = np.zeros(len(chunk), dtype=np.int32)
+            fold_T = np.array([_fold(digest_of_number(int(number))) for number in ids_P], dtype=np.int32)[of_T]
+        if tokens is None:
+            phase_T, vocab_T = np.full(len(chunk), 2, dtype=np.int32), np.full(len(chunk), -1, dtype=np.int32)
+        else:
+            phase_T, vocab_T = tokens.facts(chunk)
+        yield Frame(chunk, dataset_T, phase_T, fold_T, vocab_T)
+
+
+class _Tokens:
+    """`tokens.parquet` read alongside the routing: both are sorted by problem and position."""
+
+    def __init__(self, trace: Trace, axes: Axes, first_problem: int) -> None:
+        self._path = trace.path / TOKENS_FILE
+        identity = token_identity(trace)
+        fields = [("problem_id", pa.int32()), ("token_id", pa.int32()), ("phase", pa.string())]
+        self._tables = stream_table(
+            self._path, pa.schema([*fields, *([identity] if identity else [])]), ROWS_AT_A_TIME, first_problem
+        )
+        self._vocabulary = pa.array(axes.vocabulary, identity.type) if identity and axes.vocabulary else None
+        self._phases = pa.array(PHASES[:2])
+        self._keys: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._phase: npt.NDArray[np.int32] = np.empty(0, np.int32)
+        self._vocab: npt.NDArray[np.int32] = np.empty(0, np.int32)
+
+    def facts(self, chunk: RoutingChunk) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Phase and vocabulary place of each token `[T]`; chunks must come in order."""
+        wanted_T = chunk.problem_ids_T.astype(np.int64) << 32 | chunk.token_ids_T
+        keep = int(np.searchsorted(self._keys, wanted_T[0]))
+        keys, phases, vocabs = [self._keys[keep:]], [self._phase[keep:]], [self._vocab[keep:]]
+        last = int(self._keys[-1]) if len(self._keys) else -1
+        while last < wanted_T[-1]:
+            table = next(self._tables, None)
+            if table is None:
+                break
+            key = table.column("problem_id").to_numpy().astype(np.int64) << 32 | table.column("token_id").to_numpy()
+            if key[0] <= last or (np.diff(key) <= 0).any():
+                raise TraceError(f"{self._path} is not sorted by (problem_id, token_id)")
+            last = int(key[-1])
+            behind = int(np.searchsorted(key, wanted_T[0]))
+            keys.append(key[behind:])
+            phases.append(_places(table.column("phase"), self._phases, len(PHASES) - 1)[behind:])
+            vocabs.append(self._vocab_places(table)[behind:])
+        self._keys, self._phase, self._vocab = np.concatenate(keys), np.concatenate(phases), np.concatenate(vocabs)
+        phase_T, vocab_T = np.full(len(chunk), 2, dtype=np.int32), np.full(len(chunk), -1, dtype=np.int32)
+        if len(self._keys):
+            at_T = np.minimum(np.searchsorted(self._keys, wanted_T), len(self._keys) - 1)
+            known_T = self._keys[at_T] == wanted_T
+            phase_T[known_T], vocab_T[known_T] = self._phase[at_T[known_T]], self._vocab[at_T[known_T]]
+        return phase_T, vocab_T
+
+    def _vocab_places(self, table: pa.Table) -> npt.NDArray[np.int32]:
+        if self._vocabulary is None:
+            return np.full(table.num_rows, -1, dtype=np.int32)
+        column = table.column(3)
+        places = _places(column, self._vocabulary, len(self._vocabulary))
+        places[column.is_null().to_numpy()] = -1
+        return places
+
+
+def _places(column: Any, values: Any, otherwise: int) -> npt.NDArray[np.int32]:
+    """Place of each entry in `values`."""
+    found = pc.fill_null(pc.index_in(column, value_set=values), otherwise)
+    return np.array(found.to_numpy(), dtype=np.int32)

@@ -1,0 +1,1 @@
+"""Documents that commands write and others read, as typed models."""

@@ -1,0 +1,138 @@
+"""Do two traces route the same tokens alike? What a quantisation, or another engine, changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from analysis.counts.accumulator import Counts, Floats
+from analysis.counts.kernels import as_bits
+from analysis.counts.load import count_experts
+from analysis.counts.survey import EVERYTHING, Choice, chosen_problems
+from analysis.statistics.load import normalized
+from profiler.trace.reader import Trace
+from profiler.trace.schema import PREFILL, TOKENS_FILE
+from profiler.trace.splits import problem_digests, split_key
+from profiler.trace.untrusted.parquet_files import stream_table
+
+ROWS_AT_A_TIME = 1 << 16
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Routes of the same prompt tokens in two traces of one shape, per MoE layer `[L]`.
+
+    shared: experts in common, over K. same_set, same_first: the sets, the strongest experts, are equal. shared_shuffled:
+    experts in common of any two tokens, one of either trace, as both loads give it. problems, tokens: compared. Only prompts
+    count: what is generated differs as soon as one token does.
+    """
+
+    problems: int
+    tokens: int
+    shared: Floats
+    same_set: Floats
+    same_first: Floats
+    shared_shuffled: Floats
+
+
+def prompt_agreement(first: Trace, second: Trace, choice: Choice = EVERYTHING) -> Agreement | None:
+    """Compare two traces on the prompts that both have; None if their shapes differ or no prompt is in both.
+
+    Prompts are told by their text, or a hash that the source gave, and must have as many tokens. They are read in the order of
+    problem ids: of two that come in another order in the other trace, one is passed over. Memory: a row group of each.
+    """
+    a, b = first.metadata.model, second.metadata.model
+    if (len(a.moe_layers), a.num_experts, a.top_k) != (len(b.moe_layers), b.num_experts, b.top_k):
+        return None
+    if first.metadata.record.empty_slots or second.metadata.record.empty_slots:
+        return None
+    if split_key(first) != split_key(second) or split_key(first) in {"source key", "problem id"}:
+        return None
+    if not (first.has_tokens and second.has_tokens):
+        return None
+    layers, experts, top_k = len(a.moe_layers), a.num_experts, a.top_k
+    totals: Counts = np.zeros((3, layers), dtype=np.int64)
+    loads = [np.zeros((layers, experts), dtype=np.int64) for _ in range(2)]
+    problems = tokens = 0
+    for mine_TLK, theirs_TLK in _same_prompts(first, second, choice):
+        problems, tokens = problems + 1, tokens + len(mine_TLK)
+        bits = [as_bits(ids_TLK, top_k, experts) for ids_TLK in (mine_TLK, theirs_TLK)]
+        common_TL = np.bitwise_count(bits[0] & bits[1]).sum(-1, dtype=np.int64)
+        same_first_TL = mine_TLK[:, :, 0] == theirs_TLK[:, :, 0]
+        totals += np.stack([common_TL.sum(0), (common_TL == top_k).sum(0), same_first_TL.sum(0)])
+        for load, ids_TLK in zip(loads, (mine_TLK, theirs_TLK), strict=True):
+            load += count_experts(ids_TLK, experts)
+    if tokens == 0:
+        return None
+    shuffled = (normalized(loads[0]) * normalized(loads[1])).sum(1) * top_k
+    return Agreement(problems, tokens, totals[0] / tokens / top_k, totals[1] / tokens, totals[2] / tokens, shuffled)
+
+
+Ids = npt.NDArray[Any]
+
+
+def _same_prompts(first: Trace, second: Trace, choice: Choice) -> Iterator[tuple[Ids, Ids]]:
+    """Expert ids of the prompts that are in both `[T, L, K]`, in order."""
+    ours, theirs = _digests(first, choice), _digests(second, choice)
+    number_of = {digest: problem_id for problem_id, digest in sorted(theirs.items(), reverse=True)}
+    others = _prompts(second)
+    other = next(others, None)
+    for problem_id, mine_TLK in _prompts(first):
+        wanted = number_of.get(ours.get(problem_id, -1))
+        if wanted is None:
+            continue
+        while other is not None and other[0] < wanted:
+            other = next(others, None)
+        if other is None:
+            return
+        if other[0] == wanted and len(other[1]) == len(mine_TLK):
+            yield mine_TLK, other[1]
+
+
+def _digests(trace: Trace, choice: Choice) -> dict[int, int]:
+    """Digests of the prompts of the problems that are not left out."""
+    kept = {
+        problem_id
+        for problem_ids, names in chosen_problems(trace, choice)
+        for problem_id, name in zip(problem_ids.tolist(), names, strict=True)
+        if name is not None
+    }
+    return {problem_id: digest for problem_id, digest in problem_digests(trace).items() if problem_id in kept}
+
+
+def same_problems(first: Trace, second: Trace) -> bool:
+    """Whether two traces are of the same prompts under the same numbers, so that their problems can be paired."""
+    by = split_key(first)
+    return (
+        by == split_key(second) and by not in {"source key", "problem id"} and problem_digests(first) == problem_digests(second)
+    )
+
+
+def _prompts(trace: Trace) -> Iterator[tuple[int, Ids]]:
+    """Problem ids and the expert ids of their prompts `[T, L, K]`, in order; without those that have none."""
+    lengths = _prompt_lengths(trace)
+    for chunk in trace.chunks():
+        starts = np.flatnonzero(np.diff(chunk.problem_ids_T, prepend=-1))
+        for start, end in zip(starts, [*starts[1:], len(chunk)], strict=True):
+            problem_id = int(chunk.problem_ids_T[start])
+            prompt = chunk.take(slice(int(start), int(end)))
+            prompt = prompt.take(prompt.token_ids_T < lengths.get(problem_id, 0))
+            if len(prompt):
+                yield problem_id, prompt.expert_ids_TLK
+
+
+def _prompt_lengths(trace: Trace) -> dict[int, int]:
+    """Tokens of the prompt of each problem."""
+    lengths: dict[int, int] = {}
+    schema = pa.schema([("problem_id", pa.int32()), ("phase", pa.string())])
+    for table in stream_table(trace.path / TOKENS_FILE, schema, ROWS_AT_A_TIME):
+        prefill = table.column(1).to_numpy(zero_copy_only=False) == PREFILL
+        ids, counts = np.unique(table.column(0).to_numpy()[prefill], return_counts=True)
+        for problem_id, count in zip(ids.tolist(), counts.tolist(), strict=True):
+            lengths[problem_id] = lengths.get(problem_id, 0) + count
+    return lengths

@@ -1,0 +1,140 @@
+"""Groups of experts: by being used for the same tokens, and by what precedes and follows them; against shuffled controls."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.cluster.hierarchy import ClusterWarning
+from sklearn.cluster import AgglomerativeClustering, KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import pairwise_distances, silhouette_score
+
+from analysis.counts.accumulator import Counts, Floats
+from analysis.statistics.pairs import drawn_pairs, expected_pairs
+from analysis.statistics.transitions import shuffled_table
+
+CO_ACTIVATION, TRANSITIONS = "co-activation", "transitions"
+K_MEANS, AGGLOMERATIVE = "k-means", "agglomerative"
+CLUSTERS = (2, 3, 4, 6, 8)
+CONTROLS = 3
+MAX_EXPERTS = 256
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Clusters of one layer's experts. layer: place among the MoE layers; labels `[E]`, 0 for the cluster of expert 0.
+
+    silhouette: mean over experts of (b - a) / max(a, b), a the distance to the own cluster, b to the next (Rousseeuw, 1987),
+    for the number of clusters, of CLUSTERS, that gives most. shuffled: the most that any of CONTROLS shuffled tables gave,
+    its number of clusters chosen likewise. Clusters stand only where silhouette is above shuffled.
+    """
+
+    feature: str
+    method: str
+    layer: int
+    clusters: int
+    silhouette: float
+    shuffled: float
+    labels: npt.NDArray[np.int32]
+
+
+def co_activation_profile(together_EE: Counts) -> Floats:
+    """Rows to cluster `[E, E]`: which other experts each is used with more, or less, than independence gives."""
+    return _directions(together_EE, expected_pairs(together_EE.sum(1)))
+
+
+def transition_profile(before_EE: Counts | None, after_EE: Counts | None) -> Floats:
+    """Rows to cluster `[E, E or 2E]`: which experts of the next layer, and of the layer before, go with each expert.
+
+    before_EE: pairs of the layer before (rows) and this one (columns); after_EE: of this one and the next.
+    """
+    sides = [after_EE] if after_EE is not None else []
+    sides += [before_EE.T] if before_EE is not None else []
+    return np.concatenate(
+        [_directions(side, np.outer(side.sum(1), side.sum(0)) / max(side.sum(), 1)) for side in sides], axis=1
+    )
+
+
+def _directions(counts_EE: Counts, expected_EE: Floats) -> Floats:
+    """Pearson's residuals, (counted - expected) / sqrt(expected), each row of length 1.
+
+    Rows of relative frequencies would not do: those of rarely used experts are noisier, stand apart for that alone, and k-means
+    then finds a fine "cluster" of them in tables without any structure.
+    """
+    residuals = (counts_EE - expected_EE) / np.sqrt(np.where(expected_EE > 0, expected_EE, np.inf))
+    length = np.linalg.norm(residuals, axis=1, keepdims=True)
+    return np.asarray(np.divide(residuals, length, out=np.zeros_like(residuals), where=length > 0))
+
+
+def cluster_experts(
+    together_LEE: Counts | None, transitions_NEE: Counts | None, layers: int, seed: int = 0
+) -> list[Clustering]:
+    """Both features, both methods, every layer. Fewer than 4 experts make no clusters, nor do experts that are all alike.
+
+    More than MAX_EXPERTS are not clustered: it would take minutes.
+
+    together: co-activation counts `[L, E, E]`, None for K = 1; transitions: pair counts of adjacent layers `[L - 1, E, E]`.
+    """
+    random = np.random.default_rng(seed)
+    found: list[Clustering] = []
+    tables = [table for table in (together_LEE, transitions_NEE) if table is not None and len(table)]
+    if not tables or not 4 <= tables[0].shape[1] <= MAX_EXPERTS:
+        return found
+    for layer in range(layers):
+        if together_LEE is not None:
+            controls = [
+                co_activation_profile(drawn_pairs(expected_pairs(together_LEE[layer].sum(1)), random)) for _ in range(CONTROLS)
+            ]
+            found += _cluster(CO_ACTIVATION, layer, co_activation_profile(together_LEE[layer]), controls, seed)
+        if transitions_NEE is not None and layers > 1:
+            before = transitions_NEE[layer - 1] if layer > 0 else None
+            after = transitions_NEE[layer] if layer < layers - 1 else None
+            controls = [
+                transition_profile(*(None if side is None else shuffled_table(side, random) for side in (before, after)))
+                for _ in range(CONTROLS)
+            ]
+            found += _cluster(TRANSITIONS, layer, transition_profile(before, after), controls, seed)
+    return found
+
+
+def _cluster(feature: str, layer: int, profile: Floats, controls: list[Floats], seed: int) -> list[Clustering]:
+    made: list[Clustering] = []
+    if len(np.unique(profile.round(9), axis=0)) < 2 * CLUSTERS[0]:
+        return made
+    for method in (K_MEANS, AGGLOMERATIVE):
+        score, labels = _best(profile, method, seed)
+        shuffled = max(_best(control, method, seed)[0] for control in controls)
+        made.append(Clustering(feature, method, layer, len(np.unique(labels)), score, shuffled, _in_order(labels)))
+    return made
+
+
+def _best(profile: Floats, method: str, seed: int) -> tuple[float, npt.NDArray[np.int32]]:
+    """The clustering of the largest silhouette, and that."""
+    distances = pairwise_distances(profile)
+    best = (-1.0, np.zeros(len(profile), dtype=np.int32))
+    for clusters in CLUSTERS:
+        if clusters >= len(profile):
+            break
+        if method == K_MEANS:
+            with warnings.catch_warnings():
+                # Of a table with few different rows, in a control.
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                labels = KMeans(clusters, n_init=2, random_state=seed).fit_predict(profile)
+        else:
+            with warnings.catch_warnings():
+                # Co-activation is symmetric with an empty diagonal, and so are distances, which these are not.
+                warnings.simplefilter("ignore", ClusterWarning)
+                labels = AgglomerativeClustering(clusters).fit_predict(profile)
+        if len(np.unique(labels)) > 1:
+            score = float(silhouette_score(distances, labels, metric="precomputed"))
+            best = max(best, (score, labels), key=lambda pair: pair[0])
+    return best
+
+
+def _in_order(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Clusters numbered in order of their first expert."""
+    _, first, of = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[of].astype(np.int32)

@@ -1,0 +1,1 @@
+"""From a running capture to a trace: options, requests, sealing."""

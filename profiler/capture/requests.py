@@ -1,0 +1,165 @@
+"""What a run leaves beside its rows: its requests, the problems that it planned, and those that it completed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from profiler.capture.sealing import Source, run_folder
+from profiler.errors import TraceError
+
+REQUESTS_FILE, PLANNED_FILE, COMPLETIONS_FILE = "requests.jsonl", "planned.jsonl", "completions.jsonl"
+ABORTED = "abort"
+
+
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+"""A number that fits the tables' int32."""
+
+
+class _JsonLine:
+    """A record that is one line of a run's files; a line with other fields is none."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def to_json(self) -> str:
+        """The line, without its end."""
+        return json.dumps(vars(self), separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class CapturedRequest(_JsonLine):
+    """A request as the engine's worker saw it.
+
+    number: what its rows have as problem id. label: what the client gave as problem id. cached_tokens: from the prefix cache.
+    """
+
+    number: Count
+    request_id: str
+    label: int | str | None
+    prompt_token_ids: list[Count]
+    cached_tokens: Count
+
+
+def read_requests(run: Path) -> list[CapturedRequest]:
+    """The requests of a run's folder, in the order in which they started. Raises `TraceError` on a line that is none."""
+    return _records(run / REQUESTS_FILE, CapturedRequest)
+
+
+def problem_ids(requests: list[CapturedRequest]) -> dict[int, int]:
+    """Problem id by request number: the clients' own where they are numbers and not taken, else the smallest free ones."""
+    ids: dict[int, int] = {}
+    taken: set[int] = set()
+    for request in requests:
+        if isinstance(request.label, int) and 0 <= request.label < 2**31 and request.label not in taken:
+            ids[request.number] = request.label
+            taken.add(request.label)
+    free = free_ids(taken)
+    return ids | {request.number: next(free) for request in requests if request.number not in ids}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedProblem(_JsonLine):
+    """A problem that a run set out to do: one line of `planned.jsonl`, written before the engine begins."""
+
+    problem_id: Count
+    dataset: str
+    source_key: str
+    prompt: str
+    prompt_token_ids: list[Count]
+    truncated_tokens: Count
+
+    def sequence(self, source: Source | None, request: CapturedRequest | None = None) -> Sequence:
+        """As a sequence that was begun and not finished."""
+        cached = 0 if request is None else request.cached_tokens
+        return Sequence(
+            **vars(self), captured_as=source, output="", output_token_ids=[], cached_tokens=cached, finish_reason=ABORTED
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletedProblem(_JsonLine):
+    """A problem that a run finished: one line of `completions.jsonl`, written at once."""
+
+    problem_id: Count
+    output: str
+    output_token_ids: list[Count]
+    cached_tokens: Count
+    finish_reason: str
+
+
+def read_planned(run: Path) -> list[PlannedProblem]:
+    """What a run set out to do. Raises `TraceError` on a line that is no such record."""
+    return _records(run / PLANNED_FILE, PlannedProblem)
+
+
+def read_completed(directory: Path, run: int) -> dict[int, Sequence]:
+    """The problems that a run of the trace `directory` finished. Raises `TraceError` on a line that is no such record."""
+    folder = run_folder(directory, run)
+    planned = {problem.problem_id: problem for problem in read_planned(folder)}
+    requests = {request.label: request for request in read_requests(folder)}
+    completed = {}
+    for completion in _records(folder / COMPLETIONS_FILE, CompletedProblem):
+        problem_id = completion.problem_id
+        if problem_id not in planned:
+            raise TraceError(f"{folder / COMPLETIONS_FILE}: problem {problem_id}, which {PLANNED_FILE} does not have")
+        source = (run, requests[problem_id].number) if problem_id in requests else None
+        completed[problem_id] = replace(planned[problem_id].sequence(source), **vars(completion))
+    return completed
+
+
+def free_ids(taken: Container[int]) -> Iterator[int]:
+    """Whole numbers from 0 that are not taken, as long as there are."""
+    return (number for number in range(2**31) if number not in taken)
+
+
+_Record = TypeVar("_Record")
+
+
+def _records(path: Path, kind: type[_Record]) -> list[_Record]:
+    """JSON lines as `kind`; a last line without its end was cut off by a kill and is left out."""
+    if not path.is_file():
+        return []
+    adapter = TypeAdapter(kind)
+    records = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                records.append(adapter.validate_json(line, strict=True))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                raise TraceError(f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}") from error
+    return records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """One problem that was run: prompt and output tokens, and what the tables say of it.
+
+    captured_as: run, and the number of its rows there; None if no step ever routed it.
+    cached_tokens: prompt tokens taken from the prefix cache, which are not routed again.
+    """
+
+    problem_id: int
+    captured_as: Source | None
+    dataset: str
+    source_key: str
+    prompt: str | None
+    output: str
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    truncated_tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: str = "unknown"
+
+    @property
+    def tokens(self) -> int:
+        """N, prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)

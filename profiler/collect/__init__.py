@@ -1,0 +1,1 @@
+"""Collecting a trace: which problems, with which engine, resumed where it was interrupted."""

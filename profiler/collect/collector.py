@@ -1,0 +1,393 @@
+"""A model that is loaded once and collects one trace after another: problems -> engine with capture -> sealed directory.
+
+A collection that was killed is resumed: problems that an earlier run finished, and whose routing is all there, are kept; the
+others run again, in a run of their own.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from profiler.capture.finish import finish_trace
+from profiler.capture.requests import COMPLETIONS_FILE, PLANNED_FILE, CompletedProblem, PlannedProblem, Sequence, read_completed
+from profiler.capture.sealing import captured_positions, run_folder, runs_of
+from profiler.collect.collection import Collection, CollectSummary, Progress, check_sampling, summarize
+from profiler.collect.resume import finished_problems, hidden_tokens_used, refuse_other_settings
+from profiler.collect.selection import Selection, describe, select
+from profiler.collect.usage import UsageMonitor
+from profiler.datasets.problems import Problem
+from profiler.engines import Completion, Engine, EngineOptions, Prompt, Sampling, start_engine
+from profiler.errors import EngineError, TraceError
+from profiler.models.gpus import device_name, local_gpu
+from profiler.models.registry import MODELS, preset
+from profiler.models.resolve import resolve_model
+from profiler.trace.reader import Trace
+from profiler.trace.schema import CAPTURE_FOLDER, METADATA_FILE, Metadata
+from profiler.trace.stream import ROUTING_STREAM
+from profiler.trace.writer import check_free, exclusive, public_command, write_metadata
+
+
+@dataclass(frozen=True)
+class CollectedTrace:
+    """A trace in a folder of its own, which `save` moves to its place; what is not saved is left in that folder."""
+
+    summary: CollectSummary
+
+    def save(self, path: str | Path) -> Trace:
+        """Move the trace to `path`. Raises `TraceError` if that exists, or if it has been saved already."""
+        target = Path(path)
+        check_free(target)
+        if not self.summary.trace.is_dir():
+            raise TraceError(f"{self.summary.trace} is gone: it was saved before")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            target.rmdir()
+        shutil.move(self.summary.trace, target)
+        self.summary.trace.parent.rmdir()
+        return Trace.open(target)
+
+
+class TraceCollector:
+    """Collects traces of one model. The engine starts with the first one and stays until `close` (or the end of `with`).
+
+    model: a name of the registry, `demo`, a hub id or a folder. precision: which checkpoint of a name of the registry; `auto`
+    is the first one that fits on this machine's GPU, without one the published one.
+    Raises `ModelError` if the model is unknown or does not fit.
+
+        collector = TraceCollector("qwen1.5-moe")
+        collector.collect_from_datasets(["gsm8k", "imdb"], target_tokens=20000).save("traces/qwen")
+
+    In a script with vLLM, under `if __name__ == "__main__":`, since its processes import the script again.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        engine: str = "vllm",
+        precision: str = "auto",
+        revision: str | None = None,
+        engine_options: EngineOptions | None = None,
+        on_stage: Callable[[str], None] = lambda text: None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        options = engine_options or EngineOptions()
+        entry, gpu = MODELS.get(model), local_gpu()
+        chosen = preset(entry, gpu, precision) if engine == "vllm" and entry is not None and gpu is not None else None
+        precision = chosen.precision if chosen is not None else precision
+        self.model = resolve_model(model, dtype=options.dtype, revision=revision, precision=precision)
+        if chosen is not None:
+            # vLLM refuses a context that its keys and values have no room for.
+            longest = min(self.model.max_length, chosen.kv_tokens)
+            options = replace(options, batch=options.batch or chosen.batch, max_length=options.max_length or longest)
+        elif entry is not None and gpu is not None and gpu.name in entry.small_gpus:
+            options = replace(options, batch=options.batch or entry.small_gpus[gpu.name][1])
+        self.engine_name = engine
+        self.options = options
+        self.on_stage, self.on_progress = on_stage, on_progress
+        self._engine: Engine | None = None
+        self._start_seconds = 0.0
+        self._check_options()
+
+    def collect_from_datasets(
+        self,
+        datasets: list[str] | tuple[str, ...],
+        *,
+        num_problems: int = 100,
+        target_tokens: int | None = None,
+        max_tokens_per_problem: int | None = None,
+        data_files: Path | None = None,
+        sampling: Sampling | None = None,
+    ) -> CollectedTrace:
+        """Collect problems of several datasets, spread evenly, into a temporary folder; `save` it.
+
+        target_tokens: tokens in all, instead of a number of problems (`profiler.datasets.problems.take_tokens`).
+        """
+        selection = Selection(
+            datasets=tuple(datasets),
+            num_problems=num_problems,
+            target_tokens=target_tokens,
+            max_tokens_per_problem=max_tokens_per_problem,
+            data_files=data_files,
+            sampling=sampling or Sampling(),
+        )
+        check_sampling(selection.sampling)
+        problems = select(selection, self.model.location, self.model.metadata.revision)
+        capture = self.options.capture
+        hidden_tokens = capture.hidden_tokens if capture.hidden_layers else 0
+        folder = Path(tempfile.mkdtemp(prefix="specmoe-"))
+        try:
+            summary = self.collect(
+                Collection(out=folder / "trace", hidden_tokens=hidden_tokens, **describe(selection, problems))
+            )
+        except BaseException:
+            if not (folder / "trace").exists():
+                folder.rmdir()
+            raise
+        return CollectedTrace(summary)
+
+    def collect(self, collection: Collection) -> CollectSummary:
+        """Run the problems and leave a complete trace in `collection.out`.
+
+        Raises `SpecmoeError`; everything that can be checked before the engine starts is, and then nothing is written.
+        """
+        out = collection.out
+        check_free(out, resume=collection.resume)
+        created = not out.exists()
+        out.mkdir(parents=True, exist_ok=True)
+        with exclusive(out), UsageMonitor() as monitor:
+            # Another collector may have begun or finished it since the first look.
+            check_free(out, resume=collection.resume)
+            begun = (out / METADATA_FILE).exists()
+            try:
+                return self._collect(collection, monitor)
+            except BaseException:
+                if not begun:
+                    _discard_if_empty(out, created)
+                raise
+
+    def close(self) -> None:
+        """Stop the engine, if it was started."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def start(self) -> Engine:
+        """The running engine."""
+        if self._engine is None:
+            self.on_stage(f"starting {self.engine_name} with {self.model.metadata.id}")
+            began = time.monotonic()
+            self._engine = start_engine(self.engine_name, self.model, self.options)
+            self._start_seconds = time.monotonic() - began
+        return self._engine
+
+    def _check_options(self) -> None:
+        max_length = self.options.max_length
+        facts = self.model.metadata
+        if max_length is not None and max_length > self.model.max_length:
+            raise EngineError(f"--max-length {max_length}: {facts.id} was made for {self.model.max_length} tokens at most")
+        absent = sorted(set(self.options.capture.hidden_layers) - set(facts.moe_layers))
+        if absent:
+            layers = facts.moe_layers
+            raise EngineError(f"--capture-hidden {absent[0]}: not an MoE layer of {facts.id} ({layers[0]}..{layers[-1]})")
+
+    def _collect(self, collection: Collection, monitor: UsageMonitor) -> CollectSummary:
+        """As `collect`, in a folder that is held."""
+        out, problems = collection.out, collection.problems
+        earlier = Trace.open(out, allow_incomplete=True) if (out / METADATA_FILE).is_file() else None
+        sequences: dict[int, Sequence] = {}
+        if earlier is not None:
+            refuse_other_settings(earlier.metadata, self._settings(collection), out)
+            if earlier.manifest is not None:
+                self.on_stage(f"{out} is complete already")
+                trace = Trace.open(out)
+                # A kill may have come between the manifest and this.
+                shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
+                return summarize(trace, resumed=trace.problems.num_rows, usage=monitor.usage)
+            sequences = finished_problems(out, problems)
+            self.on_stage(f"resuming: {len(sequences)} of {len(problems)} problems are finished")
+        resumed = len(sequences)
+        start_seconds, generate_seconds = 0.0, 0.0
+        if earlier is not None and resumed == len(problems):
+            # Sealing says anew what is missing.
+            metadata = earlier.metadata.model_copy(update={"gaps": []})
+        else:
+            engine = self.start()
+            start_seconds = self._start_seconds
+            metadata = self._metadata(collection, engine)
+            if earlier is None:
+                write_metadata(out, metadata)
+            else:
+                now = metadata.model_dump(mode="json", exclude={"created", "command", "gaps"})
+                refuse_other_settings(earlier.metadata, now, out)
+                metadata = metadata.model_copy(update={"created": earlier.metadata.created})
+            prompts = _encode(engine, {number: p for number, p in problems.items() if number not in sequences})
+            for note in [*engine.notes, *self._size_estimates(collection, [prompt for prompt, _ in prompts])]:
+                self.on_stage(note)
+            self.on_stage(f"running {len(prompts)} problems")
+            began = time.monotonic()
+            ran, report = self._run(engine, collection, prompts, sequences, monitor)
+            generate_seconds = time.monotonic() - began
+            sequences |= ran
+            metadata = metadata.model_copy(update={"capture": metadata.capture | report})
+        self.on_stage("sealing the trace")
+        runs = len(runs_of(out))
+        cut = sum(sequence.truncated_tokens > 0 for sequence in sequences.values())
+        counts = {"truncated_problems": cut, "runs": runs, "device": device_name()}
+        metadata = metadata.model_copy(update={"capture": metadata.capture | counts})
+        trace = finish_trace(out, metadata, list(sequences.values()), jsonl=collection.jsonl, others_abandoned=runs > 1)
+        return summarize(
+            trace,
+            resumed=resumed,
+            usage=monitor.usage,
+            start_seconds=start_seconds,
+            generate_seconds=generate_seconds,
+        )
+
+    def _run(
+        self,
+        engine: Engine,
+        collection: Collection,
+        prompts: list[tuple[Prompt, int]],
+        finished: dict[int, Sequence],
+        monitor: UsageMonitor,
+    ) -> tuple[dict[int, Sequence], dict[str, Any]]:
+        """Run the prompts in a run of their own; returns their sequences and the engine's report."""
+        out = collection.out
+        hidden_tokens = collection.hidden_tokens
+        if self.options.capture.hidden_layers:
+            hidden_tokens = max(0, hidden_tokens - hidden_tokens_used(out, finished))
+        run = max(runs_of(out), default=-1) + 1
+        folder = run_folder(out, run)
+        folder.mkdir(parents=True)
+        with (folder / PLANNED_FILE).open("w", encoding="utf-8") as file:
+            for prompt, cut in prompts:
+                problem = collection.problems[prompt.problem_id]
+                planned = PlannedProblem(
+                    problem_id=prompt.problem_id,
+                    dataset=problem.dataset,
+                    source_key=problem.source_key,
+                    prompt=problem.prompt,
+                    prompt_token_ids=prompt.token_ids,
+                    truncated_tokens=cut,
+                )
+                file.write(planned.to_json() + "\n")
+        done = tokens = 0
+        began = time.monotonic()
+        lengths = {prompt.problem_id: len(prompt.token_ids) for prompt, _ in prompts}
+
+        def report_progress() -> None:
+            self.on_progress(
+                Progress(
+                    problems=len(finished) + done,
+                    total=len(collection.problems),
+                    tokens=tokens,
+                    seconds=time.monotonic() - began,
+                    usage=monitor.usage,
+                )
+            )
+
+        with (folder / COMPLETIONS_FILE).open("w", encoding="utf-8") as completions:
+
+            def on_finished(completion: Completion) -> None:
+                nonlocal done, tokens
+                record = CompletedProblem(
+                    problem_id=completion.problem_id,
+                    output=completion.text,
+                    output_token_ids=completion.token_ids,
+                    cached_tokens=completion.cached_tokens,
+                    finish_reason=completion.finish_reason,
+                )
+                completions.write(record.to_json() + "\n")
+                completions.flush()
+                done += 1
+                tokens += lengths[completion.problem_id] + len(completion.token_ids)
+                report_progress()
+
+            report_progress()
+            report = engine.generate([prompt for prompt, _ in prompts], collection.sampling, folder, on_finished, hidden_tokens)
+        return read_completed(out, run), report
+
+    def _settings(self, collection: Collection) -> dict[str, Any]:
+        """What the metadata says before an engine was started."""
+        sampling = collection.sampling
+        return {
+            "model": {"id": self.model.metadata.id, "revision": self.model.metadata.revision},
+            "engine": self.engine_name,
+            "datasets": [dataset.model_dump(mode="json") for dataset in collection.datasets],
+            "sampling": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "seed": sampling.seed,
+                "ignore_eos": sampling.ignore_eos,
+                **collection.recipe,
+            },
+        }
+
+    def _metadata(self, collection: Collection, engine: Engine) -> Metadata:
+        settings = self._settings(collection)
+        loaded = {name: getattr(engine, name) for name in ("moe_layers", "num_experts", "top_k", "dtype")}
+        if self.options.load_in is not None:
+            loaded["quantization"] = f"bitsandbytes {self.options.load_in}"
+        return Metadata(
+            model=self.model.metadata.model_copy(update=loaded),
+            datasets=settings["datasets"],
+            sampling=settings["sampling"],
+            engine=engine.name,
+            versions=engine.versions | {"speculative-moe": version("speculative-moe"), "python": platform.python_version()},
+            hook=engine.hook,
+            capture={
+                "dtype": self.options.dtype,
+                "compiled": engine.compiled,
+                "max_length": engine.max_length,
+                "logits": self.options.capture.logits,
+                "hidden_layers": list(self.options.capture.hidden_layers),
+                "hidden_tokens": collection.hidden_tokens,
+                "prefix_caching": self.options.prefix_caching,
+            },
+            command=public_command(),
+        )
+
+    def _size_estimates(self, collection: Collection, prompts: list[Prompt]) -> list[str]:
+        """What the optional recordings may take before compression, a line each."""
+        capture, facts = self.options.capture, self.model.metadata
+        lengths = [len(prompt.token_ids) + prompt.max_new_tokens - 1 for prompt in prompts]
+        tokens = sum(lengths)
+        estimates = []
+        if capture.logits:
+            values = tokens * len(facts.moe_layers) * facts.num_experts
+            estimates.append(
+                f"router logits: up to {tokens:,} tokens x {len(facts.moe_layers)} layers x {facts.num_experts} experts, "
+                f"{2 * values / 1e6:,.1f} MB"
+            )
+        if capture.hidden_layers:
+            # The problem that crosses the budget is still recorded whole.
+            some = min(tokens, collection.hidden_tokens + max(lengths) + 1)
+            values = some * len(capture.hidden_layers) * self.model.hidden_size
+            estimates.append(
+                f"router inputs: about {some:,} tokens x {len(capture.hidden_layers)} layers x {self.model.hidden_size} values"
+                f", {2 * values / 1e6:,.1f} MB (--hidden-tokens)"
+            )
+        return estimates
+
+
+def _encode(engine: Engine, problems: dict[int, Problem]) -> list[tuple[Prompt, int]]:
+    """Prompts, and how many tokens each lost: prompts that leave no room for the output keep their head."""
+    prompts = []
+    for problem_id, problem in problems.items():
+        room = engine.max_length - problem.max_new_tokens
+        if room < 1:
+            raise EngineError(
+                f"--max-new-tokens {problem.max_new_tokens} leaves no room for a prompt in {engine.max_length} tokens"
+            )
+        if problem.max_prompt_tokens is not None:
+            room = min(room, problem.max_prompt_tokens)
+        token_ids = engine.encode(problem.prompt)
+        prompts.append((Prompt(problem_id, token_ids[:room], problem.max_new_tokens), max(0, len(token_ids) - room)))
+    return prompts
+
+
+def _discard_if_empty(out: Path, created: bool) -> None:
+    """Leave no trace directory behind that holds no rows."""
+    if any(captured_positions(run_folder(out, run)).get(ROUTING_STREAM) for run in runs_of(out)):
+        return
+    shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
+    for name in (METADATA_FILE, Path(METADATA_FILE).with_suffix(".tmp").name):
+        (out / name).unlink(missing_ok=True)
+    if created:
+        out.rmdir()

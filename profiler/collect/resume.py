@@ -1,0 +1,71 @@
+"""Going on with a collection that was interrupted: where it may begin, which settings it needs, what need not run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from profiler.capture.requests import Sequence, read_completed
+from profiler.capture.sealing import captured_positions, run_folder, runs_of
+from profiler.datasets.problems import Problem
+from profiler.errors import TraceError
+from profiler.trace.schema import Metadata
+from profiler.trace.stream import HIDDEN_STREAM, ROUTING_STREAM
+
+
+def refuse_other_settings(before: Metadata, now: dict[str, Any], out: Path) -> None:
+    """Raise `TraceError`, naming the first difference, if a collection is resumed with other settings."""
+
+    def compare(old: Any, new: Any, name: str) -> None:
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in new:
+                compare(old.get(key), new[key], f"{name}.{key}" if name else key)
+        elif old != new:
+            raise TraceError(
+                f"{out} was begun with {name} {old!r}, now it is {new!r}: resume with the arguments of the first run"
+            )
+
+    compare(before.model_dump(mode="json"), now, "")
+
+
+def finished_problems(out: Path, problems: dict[int, Problem]) -> dict[int, Sequence]:
+    """What earlier runs finished: the output is known, and every position of it was written.
+
+    Raises `TraceError` if a finished problem is not the one that has this number now.
+    """
+    finished = {}
+    for run in runs_of(out):
+        positions = captured_positions(run_folder(out, run))
+        for problem_id, sequence in read_completed(out, run).items():
+            if problem_id not in problems or sequence.prompt != problems[problem_id].prompt:
+                raise TraceError(
+                    f"{out}: problem {problem_id} was another one before: the dataset has changed; choose another --out"
+                )
+            if _is_captured(sequence, positions):
+                finished[problem_id] = sequence
+    return finished
+
+
+def hidden_tokens_used(out: Path, finished: dict[int, Sequence]) -> int:
+    """Tokens of the finished problems whose router inputs earlier runs recorded."""
+    recorded = {run: captured_positions(run_folder(out, run)).get(HIDDEN_STREAM, {}) for run in runs_of(out)}
+    sources = [sequence.captured_as for sequence in finished.values() if sequence.captured_as is not None]
+    return sum(len(recorded[run].get(number, ())) for run, number in sources)
+
+
+def _is_captured(sequence: Sequence, positions: dict[str, dict[int, npt.NDArray[np.int32]]]) -> bool:
+    """Whether every routed position is in the streams of its run."""
+    if sequence.captured_as is None or ROUTING_STREAM not in positions:
+        return False
+    wanted = np.arange(sequence.cached_tokens, sequence.tokens - 1)
+    for stream, by_number in positions.items():
+        found = by_number.get(sequence.captured_as[1])
+        # Router inputs are recorded of some problems only, but then of all their positions.
+        if found is None and stream == HIDDEN_STREAM:
+            continue
+        if found is None or not np.isin(wanted, found).all():
+            return False
+    return True

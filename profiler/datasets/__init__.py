@@ -1,0 +1,1 @@
+"""Benchmark datasets by name, and their rows as prompts."""

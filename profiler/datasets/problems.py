@@ -1,0 +1,267 @@
+"""Problems: rows of a dataset as prompts, and which of them to take.
+
+Rows are read a few at a time and not held: memory is that of the problems taken. Where rows are shuffled it is also that of
+their numbers, and of the columns of a local Parquet file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from profiler.datasets.registry import Dataset
+from profiler.errors import DatasetError, UnreachableError, first_line
+
+MAX_JSONL_LINE = 16 << 20
+# Of the permutation of datasets that are sorted by class. Fixed, so that a dataset's first problems are the same for everybody.
+SHUFFLE_SEED = 0
+ROWS_AT_A_TIME = 256
+CONVERTED = "refs/convert/parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A prompt and where it came from. `source_key` identifies it inside its dataset.
+
+    max_new_tokens: generated at most. max_prompt_tokens: the prompt keeps so many tokens of its head; None for all.
+    """
+
+    dataset: str
+    source_key: str
+    prompt: str
+    max_new_tokens: int
+    max_prompt_tokens: int | None = None
+
+
+def read_problems(dataset: Dataset, *, data_files: Path | None = None, max_new_tokens: int | None = None) -> Iterator[Problem]:
+    """All problems, from `data_files` (.parquet, .jsonl) if given, else embedded or from the hub.
+
+    In the order of the file, or in a fixed shuffled order where the dataset is sorted by class.
+    Raises `DatasetError` on an unreadable file or a missing column.
+    """
+    if data_files is not None:
+        rows = _read_local(data_files, dataset)
+    elif dataset.embedded:
+        rows = _read_embedded(dataset)
+    else:
+        rows = _read_hub(dataset)
+    where = data_files or dataset.hub_id
+    for number, row in rows:
+        for column in dataset.columns:
+            if row.get(column) is None:
+                raise DatasetError(f"{where}, row {number}: column {column!r} is empty, and {dataset.name} needs it")
+            if column != dataset.key and not _is_text(row[column]):
+                raise DatasetError(f"{where}, row {number}: column {column!r} is {str(row[column])[:40]!r}, expected text")
+        prompt = dataset.template.format(**row)
+        if len(prompt.strip()) >= dataset.min_characters:
+            yield Problem(
+                dataset=dataset.name,
+                source_key=str(row[dataset.key]) if dataset.key else str(number),
+                prompt=prompt,
+                max_new_tokens=max_new_tokens or dataset.new_tokens,
+            )
+
+
+def typical_problems(dataset: Dataset, max_new_tokens: int | None = None) -> Iterator[Problem]:
+    """As many problems as the dataset has, of its mean length, without its text: for estimates."""
+    for row in range(dataset.rows):
+        yield Problem(
+            dataset=dataset.name,
+            source_key=str(row),
+            prompt=" " * dataset.prompt_characters,
+            max_new_tokens=max_new_tokens or dataset.new_tokens,
+        )
+
+
+def take_problems(sources: dict[str, Iterator[Problem]], num_problems: int) -> list[Problem]:
+    """`num_problems` in all, spread evenly over the datasets; fewer of those that hold fewer.
+
+    Raises `DatasetError` if a dataset holds none.
+    """
+    share, rest = divmod(num_problems, len(sources))
+    taken = []
+    for position, (name, problems) in enumerate(sources.items()):
+        count = share + (position < rest)
+        found = list(islice(problems, count))
+        if count and not found:
+            raise DatasetError(f"{name} holds no problems")
+        taken += found
+    return taken
+
+
+def take_tokens(
+    sources: dict[str, Iterator[Problem]],
+    target_tokens: int,
+    max_tokens_per_problem: int | None,
+    count_tokens: Callable[[str], int],
+) -> list[Problem]:
+    """Problems of `target_tokens` in all, spread evenly over the datasets, in the order of the datasets.
+
+    A problem counts the tokens of its prompt and those that may be generated; prompts lose their tail to stay within
+    `max_tokens_per_problem`. Each dataset gives until it has its share, so it may exceed it by less than one problem. What a
+    dataset lacks is spread over the others. Raises `DatasetError` if a dataset holds none.
+    """
+    taken: dict[str, list[Problem]] = {name: [] for name in sources}
+    open_sources, left = dict(sources), target_tokens
+    while left > 0 and open_sources:
+        # All of a round get the same, also where early ones gave a little more.
+        share = -(-left // len(open_sources))
+        for name, problems in list(open_sources.items()):
+            given = 0
+            while given < share:
+                problem = next(problems, None)
+                if problem is None:
+                    if not taken[name]:
+                        raise DatasetError(f"{name} holds no problems")
+                    del open_sources[name]
+                    break
+                problem, tokens = within(problem, max_tokens_per_problem, count_tokens)
+                taken[name].append(problem)
+                given += tokens
+            left -= given
+    return [problem for problems in taken.values() for problem in problems]
+
+
+def within(problem: Problem, limit: int | None, count_tokens: Callable[[str], int]) -> tuple[Problem, int]:
+    """The problem with its prompt cut to the limit, and its tokens, prompt and output."""
+    tokens = count_tokens(problem.prompt)
+    if limit is not None:
+        room = limit - problem.max_new_tokens
+        if room < 1:
+            raise DatasetError(
+                f"--max-tokens-per-problem {limit} leaves no room for a prompt of {problem.dataset} beside its "
+                f"{problem.max_new_tokens} new tokens: lower --max-new-tokens"
+            )
+        problem = replace(problem, max_prompt_tokens=room)
+        tokens = min(tokens, room)
+    return problem, tokens + problem.max_new_tokens
+
+
+def _order(dataset: Dataset, rows: int) -> Iterator[list[int]]:
+    """Row numbers in the order in which they are taken, some at a time."""
+    order_R = np.random.default_rng(SHUFFLE_SEED).permutation(rows) if dataset.sorted_by_class else np.arange(rows)
+    for start in range(0, rows, ROWS_AT_A_TIME):
+        yield order_R[start : start + ROWS_AT_A_TIME].tolist()
+
+
+def _read_embedded(dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = resources.files("profiler").joinpath("demo", "prompts", f"{dataset.name}.jsonl").read_text(encoding="utf-8")
+    return enumerate(json.loads(line) for line in text.splitlines())
+
+
+def _read_local(path: Path, dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not path.is_file():
+        raise DatasetError(f"data file {path}: no such file")
+    if path.suffix == ".parquet":
+        return _read_parquet(path, dataset)
+    if path.suffix in {".jsonl", ".ndjson"}:
+        return _read_json_lines(path, dataset)
+    raise DatasetError(f"data file {path}: expected a name ending in .parquet or .jsonl")
+
+
+def _read_parquet(path: Path, dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    columns = list(dict.fromkeys(dataset.columns))
+    try:
+        file = pq.ParquetFile(path)
+        _check_columns(file.schema_arrow.names, dataset, path)
+        if dataset.sorted_by_class:
+            # Taking rows from all over the file would decode a row group for each: these columns are held instead.
+            table = file.read(columns)
+            for numbers in _order(dataset, table.num_rows):
+                yield from zip(numbers, table.take(numbers).to_pylist(), strict=True)
+            return
+        first = 0
+        for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
+            yield from enumerate(batch.to_pylist(), start=first)
+            first += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"data file {path} is not readable Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _read_json_lines(path: Path, dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as file:
+        starts = [0]
+        if dataset.sorted_by_class:
+            starts += [file.tell() for _ in iter(lambda: file.readline(MAX_JSONL_LINE), b"")]
+            numbers = [number for some in _order(dataset, len(starts) - 1) for number in some]
+            lines = ((number, _line_at(file, starts[number])) for number in numbers)
+        else:
+            lines = ((number, line) for number, line in enumerate(iter(lambda: file.readline(MAX_JSONL_LINE), b"")))
+        for number, line in lines:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DatasetError(f"data file {path}, line {number + 1} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise DatasetError(f"data file {path}, line {number + 1}: expected an object with columns")
+            _check_columns(list(row), dataset, path)
+            yield number, row
+
+
+def _line_at(file: Any, start: int) -> bytes:
+    file.seek(start)
+    line: bytes = file.readline(MAX_JSONL_LINE)
+    return line
+
+
+def _is_text(value: Any) -> bool:
+    """A string that can be written as UTF-8 (JSON can spell lone surrogates)."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _check_columns(present: list[str], dataset: Dataset, path: Path) -> None:
+    for column in dataset.columns:
+        if column not in present:
+            raise DatasetError(
+                f"data file {path} lacks column {column!r}, which {dataset.name} needs; it has {', '.join(present)}"
+            )
+
+
+def _read_hub(dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Imported late: it takes a second, and only hub datasets need it.
+    import datasets as hub
+
+    # Its retries are no news to a user who is told in the end.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # Only what must be shuffled is downloaded whole; it is then a file of Arrow data that stays on disk.
+    streaming = not dataset.sorted_by_class
+    try:
+        try:
+            rows = hub.load_dataset(dataset.hub_id, dataset.config, split=dataset.split, streaming=streaming)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            # The hub's own conversion of what would otherwise be code.
+            rows = hub.load_dataset(
+                dataset.hub_id, dataset.config, split=dataset.split, revision=CONVERTED, streaming=streaming
+            )
+    except Exception as error:  # its failures share no base class: connection, missing repository, bad file
+        reason = first_line(error)
+        raise UnreachableError(
+            f"cannot load {dataset.hub_id} from the Hugging Face hub ({reason}); without a network use --data-files FILE"
+        ) from error
+    if rows.column_names is not None:
+        _check_columns(list(rows.column_names), dataset, Path(str(dataset.hub_id)))
+    columns = list(dict.fromkeys(dataset.columns))
+    if streaming:
+        try:
+            yield from enumerate({name: row.get(name) for name in columns} for row in rows)
+        except Exception as error:  # as above, in the middle of a download
+            raise UnreachableError(f"{dataset.hub_id}: the hub stopped giving rows ({first_line(error)})") from error
+        return
+    for numbers in _order(dataset, len(rows)):
+        some = rows[numbers]
+        for at, number in enumerate(numbers):
+            yield number, {name: some[name][at] for name in columns}

@@ -1,0 +1,305 @@
+"""Models by short name: facts, checkpoints for each precision, and what fits on which GPU.
+
+The facts are those of each model's `config.json`; `resolve_model` compares them with the config that is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from profiler.errors import ModelError
+from profiler.models.gpus import GPUS, Gpu
+
+# Bytes in memory for each parameter, scales, zero points and what stays in 16 bits included. AWQ and GPTQ with groups of 128
+# have 4.2 bits for most: Mixtral's AWQ files are 24.7 GB of 46.7 billion.
+PRECISIONS = {"bf16": 2.0, "mxfp4": 0.66, "int8": 1.06, "int4": 0.56, "gptq": 0.54, "awq": 0.53}
+# What vLLM may take of a GPU, and what a step needs besides weights and keys and values, GB.
+USED_SHARE = 0.90
+WORKSPACE = 2.0
+# Tokens of a sequence that the batch is planned for, and the batches that are worth planning.
+PLANNED_LENGTH = 1024
+MAX_BATCH = 256
+# What `modal_jobs/quantize.py` makes.
+MADE = "awq"
+CHECKPOINTS_VARIABLE = "SPECMOE_CHECKPOINTS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """One entry of the registry.
+
+    checkpoints: precision -> hub id, the one as published first. quantizable: precisions that `modal_jobs/quantize.py` makes.
+    parameters, active: billions, in all and for one token. context: tokens of a sequence. hidden: D.
+    kv_bytes: keys and values of one token, 16 bits.
+    expert_width: of a routed expert's hidden layer. shared: experts that every token uses; they are not routed.
+    renormalized: None where the config does not say.
+    gated: precisions whose repository wants an account that accepted the model's terms (Mixtral's did in 2024).
+    remote_code: its config is Python code of the repository.
+    small_gpus: GPU -> (precision of bitsandbytes, batch), for the transformers engine.
+    """
+
+    name: str
+    checkpoints: dict[str, str]
+    layers: int
+    dense_layers: int = 0
+    experts: int
+    top_k: int
+    shared: int = 0
+    renormalized: bool | None
+    context: int
+    hidden: int
+    expert_width: int
+    parameters: float
+    active: float
+    kv_bytes: int
+    gated: tuple[str, ...] = ()
+    remote_code: bool = False
+    quantizable: tuple[str, ...] = ()
+    small_gpus: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Decoder layers with experts: all but the first `dense_layers`."""
+        return list(range(self.dense_layers, self.layers))
+
+    @property
+    def precisions(self) -> list[str]:
+        """What vLLM can load, the published one first."""
+        return [*self.checkpoints, *(precision for precision in self.quantizable if precision not in self.checkpoints)]
+
+    def weights_gb(self, precision: str) -> float:
+        """Memory of the weights."""
+        return self.parameters * PRECISIONS[precision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """How a model runs on a GPU. batch: sequences at a time, of `PLANNED_LENGTH` tokens. weights_gb: memory of the weights.
+
+    kv_tokens: tokens whose keys and values have room, and so the longest sequence.
+    """
+
+    precision: str
+    weights_gb: float
+    batch: int
+    kv_tokens: int
+
+
+_MIXTRAL = ModelEntry(
+    name="mixtral-8x7b",
+    checkpoints={"bf16": "mistralai/Mixtral-8x7B-v0.1", "awq": "TheBloke/Mixtral-8x7B-v0.1-AWQ"},
+    layers=32,
+    experts=8,
+    top_k=2,
+    renormalized=True,
+    context=32768,
+    hidden=4096,
+    expert_width=14336,
+    parameters=46.7,
+    active=12.9,
+    kv_bytes=2 * 32 * 8 * 128 * 2,
+    gated=("bf16",),
+)
+_QWEN = ModelEntry(
+    name="qwen1.5-moe",
+    checkpoints={"bf16": "Qwen/Qwen1.5-MoE-A2.7B"},
+    quantizable=("awq",),
+    layers=24,
+    experts=60,
+    top_k=4,
+    shared=1,
+    renormalized=False,
+    context=8192,
+    hidden=2048,
+    expert_width=1408,
+    parameters=14.3,
+    active=2.7,
+    kv_bytes=2 * 24 * 16 * 128 * 2,
+    small_gpus={
+        "RTX 3090": ("int8", 16),
+        "RTX 4090": ("int8", 16),
+        "A6000": ("int8", 20),
+        "A100-40GB": ("int8", 24),
+        "A100-80GB": ("int8", 24),
+    },
+)
+
+MODELS: dict[str, ModelEntry] = {
+    entry.name: entry
+    for entry in (
+        _MIXTRAL,
+        replace(
+            _MIXTRAL,
+            name="mixtral-8x7b-instruct",
+            # Not TheBloke's AWQ files of the instruct model: reports of empty text and NaN log probabilities.
+            checkpoints={"bf16": "mistralai/Mixtral-8x7B-Instruct-v0.1", "awq": "casperhansen/mixtral-instruct-awq"},
+        ),
+        _QWEN,
+        replace(
+            _QWEN,
+            name="qwen1.5-moe-chat",
+            checkpoints={"bf16": "Qwen/Qwen1.5-MoE-A2.7B-Chat", "gptq": "Qwen/Qwen1.5-MoE-A2.7B-Chat-GPTQ-Int4"},
+        ),
+        ModelEntry(
+            name="deepseek-moe-16b",
+            checkpoints={"bf16": "deepseek-ai/deepseek-moe-16b-base"},
+            quantizable=("awq",),
+            layers=28,
+            dense_layers=1,
+            experts=64,
+            top_k=6,
+            shared=2,
+            renormalized=False,
+            context=4096,
+            hidden=2048,
+            expert_width=1408,
+            parameters=16.4,
+            active=2.8,
+            kv_bytes=2 * 28 * 16 * 128 * 2,
+            remote_code=True,
+            small_gpus={
+                "RTX 3090": ("int4", 8),
+                "RTX 4090": ("int4", 8),
+                "A6000": ("int4", 12),
+                "A100-40GB": ("int4", 16),
+                "A100-80GB": ("int4", 20),
+            },
+        ),
+        ModelEntry(
+            name="deepseek-v2-lite",
+            checkpoints={"bf16": "deepseek-ai/DeepSeek-V2-Lite", "awq": "TechxGenus/DeepSeek-V2-Lite-AWQ"},
+            layers=27,
+            dense_layers=1,
+            experts=64,
+            top_k=6,
+            shared=2,
+            renormalized=False,
+            context=32768,
+            hidden=2048,
+            expert_width=1408,
+            parameters=15.7,
+            active=2.4,
+            # Multi-head latent attention: a latent of 512 and a rotary key of 64 for each layer.
+            kv_bytes=27 * (512 + 64) * 2,
+        ),
+        ModelEntry(
+            name="olmoe",
+            checkpoints={"bf16": "allenai/OLMoE-1B-7B-0125"},
+            quantizable=("awq",),
+            layers=16,
+            experts=64,
+            top_k=8,
+            renormalized=False,
+            context=4096,
+            hidden=2048,
+            expert_width=1024,
+            parameters=6.9,
+            active=1.3,
+            kv_bytes=2 * 16 * 16 * 128 * 2,
+        ),
+        ModelEntry(
+            name="qwen3-30b-a3b",
+            checkpoints={
+                "bf16": "Qwen/Qwen3-30B-A3B",
+                "awq": "cognitivecomputations/Qwen3-30B-A3B-AWQ",
+                "gptq": "Qwen/Qwen3-30B-A3B-GPTQ-Int4",
+            },
+            layers=48,
+            experts=128,
+            top_k=8,
+            renormalized=True,
+            context=40960,
+            hidden=2048,
+            expert_width=768,
+            parameters=30.5,
+            active=3.3,
+            kv_bytes=2 * 48 * 4 * 128 * 2,
+        ),
+        ModelEntry(
+            name="phi-3.5-moe",
+            checkpoints={
+                "bf16": "microsoft/Phi-3.5-MoE-instruct",
+                "awq": "danieldk/Phi-3.5-MoE-instruct-AWQ-INT4",
+            },
+            layers=32,
+            experts=16,
+            top_k=2,
+            renormalized=None,
+            context=131072,
+            hidden=4096,
+            expert_width=6400,
+            parameters=41.9,
+            active=6.6,
+            kv_bytes=2 * 32 * 8 * 128 * 2,
+        ),
+        ModelEntry(
+            name="gpt-oss-20b",
+            checkpoints={"mxfp4": "openai/gpt-oss-20b"},
+            layers=24,
+            experts=32,
+            top_k=4,
+            renormalized=True,
+            context=131072,
+            hidden=2880,
+            expert_width=2880,
+            parameters=20.9,
+            active=3.6,
+            kv_bytes=2 * 24 * 8 * 64 * 2,
+        ),
+    )
+}
+
+
+def fits(entry: ModelEntry, gpu: Gpu, precision: str) -> Preset | None:
+    """How the model runs on one such GPU through vLLM in this precision; None if it does not fit."""
+    weights = entry.weights_gb(precision)
+    room = USED_SHARE * gpu.memory - weights - WORKSPACE
+    tokens = int(room * 1e9 / entry.kv_bytes)
+    batch = min(tokens // PLANNED_LENGTH, MAX_BATCH)
+    return Preset(precision=precision, weights_gb=weights, batch=batch, kv_tokens=tokens) if batch >= 1 else None
+
+
+def preset(entry: ModelEntry, gpu: Gpu, precision: str = "auto") -> Preset:
+    """How to run the model on one such GPU; `auto` is the first precision of `entry.checkpoints` that fits.
+
+    Raises `ModelError` if there is no such checkpoint, or if it does not fit, naming what does.
+    """
+    if precision != "auto" and precision not in entry.precisions:
+        raise ModelError(f"{entry.name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")
+    # What must first be quantised is taken only if asked for.
+    for candidate in entry.checkpoints if precision == "auto" else [precision]:
+        found = fits(entry, gpu, candidate)
+        if found is not None:
+            return found
+    sizes = ", ".join(
+        f"{entry.weights_gb(p):.0f} GB in {p}" for p in (entry.precisions if precision == "auto" else [precision])
+    )
+    others = [
+        f"{other.name} ({p})"
+        for other in GPUS.values()
+        if other.dollars_per_hour is not None
+        for p in entry.precisions
+        if precision in {"auto", p} and fits(entry, other, p)
+    ]
+    raise ModelError(
+        f"{entry.name} does not fit on {gpu.name} with {gpu.memory} GB: its weights take {sizes}; "
+        f"choose one of {', '.join(others) or 'no single GPU'}"
+    )
+
+
+def checkpoint(entry: ModelEntry, precision: str) -> str:
+    """Hub id of a checkpoint; of one that is not public, the folder in which `modal_jobs/quantize.py` leaves it."""
+    return entry.checkpoints.get(precision) or str(made_checkpoint(entry.name, precision))
+
+
+def made_checkpoint(name: str, precision: str) -> Path:
+    """The folder of a checkpoint that was made here, of a name of the registry or a hub id."""
+    return checkpoints_folder() / f"{name.replace('/', '--')}-{precision}"
+
+
+def checkpoints_folder() -> Path:
+    """Where checkpoints made here are: $SPECMOE_CHECKPOINTS, else in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get(CHECKPOINTS_VARIABLE) or cache / "specmoe" / "checkpoints")

@@ -1,0 +1,199 @@
+"""Models by short name, and the MoE facts of any model read from its own `config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from profiler.errors import ModelError
+from profiler.models.registry import MADE, MODELS, ModelEntry, checkpoint, made_checkpoint
+from profiler.trace.schema import ModelMetadata
+
+DEMO_MODEL = "demo"
+MAX_LAYERS = 10_000
+
+# Architectures without a `norm_topk_prob` entry whose code renormalises the top-k weights to sum 1.
+_ALWAYS_RENORMALIZED = {"mixtral", "gpt_oss"}
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """What an engine loads (`location`: a folder or hub id) and what its config says.
+
+    max_length: tokens per sequence. hidden_size: D, 0 if the config does not say.
+    """
+
+    location: str
+    metadata: ModelMetadata
+    max_length: int
+    hidden_size: int
+
+
+def demo_model_folder() -> Path:
+    """The folder of the embedded demo model inside the installed package."""
+    return Path(str(resources.files("profiler").joinpath("demo", "model")))
+
+
+def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None, precision: str = "auto") -> ResolvedModel:
+    """Find a model by short name, local folder or hub id, and read its MoE facts.
+
+    precision: which checkpoint of a short name; `auto` is the one as published.
+    Raises `ModelError` if it is unknown, its config cannot be read, has no routed experts, or contradicts the registry.
+    """
+    entry = MODELS.get(name)
+    location, is_made = str(demo_model_folder()) if name == DEMO_MODEL else name, False
+    if entry is not None:
+        if precision != "auto" and precision not in entry.precisions:
+            raise ModelError(f"{name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")
+        precision = entry.precisions[0] if precision == "auto" else precision
+        location, is_made = checkpoint(entry, precision), precision not in entry.checkpoints
+    elif precision == MADE and "/" in name and not Path(name).is_dir():
+        location, is_made = str(made_checkpoint(name, precision)), True
+    elif precision != "auto":
+        raise ModelError(f"--precision chooses among the checkpoints of a short name; {name!r} is none (see 'specmoe models')")
+    if is_made and not Path(location).is_dir():
+        raise ModelError(
+            f"no {precision} checkpoint of {name} is public, and {location} does not exist: make one with "
+            f"modal run modal_jobs/quantize.py --model {name}"
+        )
+    is_folder = Path(location).is_dir()
+    if not is_folder and "/" not in location:
+        known = ", ".join([DEMO_MODEL, *MODELS])
+        raise ModelError(f"unknown model {name!r}: expected one of {known}, a local folder, or a hub id like org/name")
+    if is_folder and not (Path(location) / "config.json").is_file():
+        raise ModelError(f"{location} is not a model folder: it has no config.json")
+    config = _read_config(location, revision)
+    if not is_folder:
+        revision = _commit(location, revision) or revision
+    facts = moe_facts(config)
+    try:
+        model = _resolved(name, location, config, facts, dtype, revision)
+        if is_made:
+            # Not the folder: it means nothing to others.
+            named = model.metadata.model_copy(update={"id": f"{name}-{precision}"})
+            model = replace(model, metadata=named)
+    except (ValidationError, TypeError, ValueError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise ModelError(f"the config of {location} makes no sense: {reason}") from error
+    if entry is not None:
+        check_facts(entry, model)
+    return model
+
+
+def check_facts(entry: ModelEntry, model: ResolvedModel) -> None:
+    """Raise `ModelError`, naming the first difference, if the registry and a loaded config disagree."""
+    said = {
+        "layers": (entry.layers, model.metadata.num_layers),
+        "MoE layers": (entry.moe_layers, model.metadata.moe_layers),
+        "experts": (entry.experts, model.metadata.num_experts),
+        "experts per token": (entry.top_k, model.metadata.top_k),
+        "renormalized": (entry.renormalized, model.metadata.renormalized),
+        "hidden size": (entry.hidden, model.hidden_size or None),
+    }
+    for fact, (expected, found) in said.items():
+        if expected != found and expected is not None and found is not None:
+            raise ModelError(
+                f"{model.location}: its config says {fact} {found}, the registry has {expected} for {entry.name}: this is "
+                "another model than the registry's; give its hub id or folder as --model to take it as it is"
+            )
+
+
+def _resolved(
+    name: str, location: str, config: dict[str, Any], facts: dict[str, Any], dtype: str, revision: str | None
+) -> ResolvedModel:
+    metadata = ModelMetadata(
+        id=name if name == DEMO_MODEL else location,
+        revision=revision,
+        architecture=(config.get("architectures") or [None])[0],
+        dtype=config.get("dtype") or config.get("torch_dtype") if dtype == "auto" else dtype,
+        quantization=(config.get("quantization_config") or {}).get("quant_method"),
+        **facts,
+    )
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
+    return ResolvedModel(location, metadata, int(text.get("max_position_embeddings") or 2048), _first(text, "hidden_size") or 0)
+
+
+def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """MoE facts from the content of a `config.json`, under the names of `ModelMetadata`.
+
+    Entry names as used by Mixtral, Phi-MoE, gpt-oss, Qwen2/3-MoE, OLMoE and DeepSeek v1 to v3.
+    Raises `ModelError` for a dense model and for a config that lacks what it needs.
+    """
+    if isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
+    top_k = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
+    layers = _first(config, "num_hidden_layers")
+    architecture = (config.get("architectures") or [config.get("model_type", "this model")])[0]
+    if experts is None or experts < 2:
+        raise ModelError(f"{architecture} has no routed experts (a dense model): choose a mixture-of-experts model")
+    if not top_k or not layers:
+        raise ModelError(f"{architecture}: its config.json lacks num_experts_per_tok or num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise ModelError(f"{architecture}: its config.json says {layers} layers, expected at most {MAX_LAYERS}")
+    # Qwen: every `decoder_sparse_step`-th layer, counted from 1, except `mlp_only_layers`.
+    # DeepSeek: from `first_k_dense_replace` on, every `moe_layer_freq`-th layer, counted from 0.
+    sparse_step = _first(config, "decoder_sparse_step") or 1
+    frequency = _first(config, "moe_layer_freq") or 1
+    first = _first(config, "first_k_dense_replace") or 0
+    dense = set(config.get("mlp_only_layers") or [])
+    moe_layers = [
+        layer
+        for layer in range(layers)
+        if layer not in dense and (layer + 1) % sparse_step == 0 and layer >= first and layer % frequency == 0
+    ]
+    if not moe_layers:
+        raise ModelError(f"{architecture}: its config.json leaves no MoE layer among {layers} layers")
+    renormalized = True if config.get("model_type") in _ALWAYS_RENORMALIZED else config.get("norm_topk_prob")
+    return {
+        "num_layers": layers,
+        "moe_layers": moe_layers,
+        "num_experts": experts,
+        "top_k": top_k,
+        "renormalized": renormalized,
+        "routed_scaling_factor": _factor(config),
+    }
+
+
+def _factor(config: dict[str, Any]) -> float | None:
+    """The factor of all routing weights, where the config names one."""
+    value = config.get("routed_scaling_factor")
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+
+
+def _first(config: dict[str, Any], *names: str) -> int | None:
+    """The first entry of these names that is there. Raises `ModelError` unless it is a whole number, not negative."""
+    for name in names:
+        value = config.get(name)
+        if value is not None:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ModelError(f"config.json: {name} is {str(value)[:40]!r}, expected a whole number")
+            return value
+    return None
+
+
+def _read_config(location: str, revision: str | None) -> dict[str, Any]:
+    # transformers takes a second to import; reading a trace must not pay for it.
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(location, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"cannot read the config of model {location!r}: {reason}") from error
+    if not config:
+        raise ModelError(f"model {location!r} has no config.json: expected a local folder or an existing hub id")
+    return dict(config)
+
+
+def _commit(hub_id: str, revision: str | None) -> str | None:
+    """The commit that the config of a hub model was read from: the name of its folder in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None

@@ -1,0 +1,1 @@
+"""A job on rented GPUs before it runs: shards, time and cost."""

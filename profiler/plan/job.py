@@ -1,0 +1,335 @@
+"""A collection on rented GPUs before it runs: what it is, in which shards, and what it may take.
+
+`CollectJob` and its problems are all that the machines need to know; `modal_jobs` carries them there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from profiler.collect.collection import check_sampling
+from profiler.collect.selection import Selection, describe, guess, select
+from profiler.datasets.problems import Problem
+from profiler.engines import ENGINES, Sampling
+from profiler.errors import DatasetError, EngineError, ModelError, TraceError, UnreachableError
+from profiler.models.gpus import Gpu, find_gpu
+from profiler.models.registry import MADE, MODELS, ModelEntry, checkpoint, made_checkpoint, preset
+from profiler.models.resolve import DEMO_MODEL, demo_model_folder, resolve_model
+from profiler.plan.estimate import Estimate, estimate
+from profiler.trace.schema import DatasetMetadata
+from profiler.trace.writer import write_text
+
+DEFAULT_GPU, FALLBACK_GPU = "A100-80GB", "H100"
+DEFAULT_MODEL = "mixtral-8x7b"
+# What rented machines run: the release that the tests run on CPU.
+VLLM = "vllm==0.32.0"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+JOB_FILE, JOB_PROBLEMS_FILE = "job.json", "problems.jsonl"
+# A failure costs a shard at most, and a shard's last sequences leave the GPU half empty: a few per container, none smaller than
+# two full batches, none so large that an hour is lost.
+SHARDS_PER_CONTAINER = 4
+SMALL_SHARD, LARGE_SHARD = 512, 8192
+MAX_CONTAINERS = 100
+# Their numbers have five digits.
+MAX_SHARDS = 99_999
+# Tokens of a sequence unless told otherwise: the same on every GPU, so that a run may go on with another.
+PLANNED_CONTEXT = 8192
+
+
+class CollectJob(BaseModel):
+    """What to collect, as the machines that do it read it (`job.json`).
+
+    shards: first problem of each, and the number of problems behind the last. image: what the machines run. run_id: a readable
+    name with a hash of everything that decides which rows are recorded, the problems included; not of the GPU or the shards.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")
+    model: str
+    precision: str = "auto"
+    revision: str | None = None
+    engine: str = "vllm"
+    dtype: str = "auto"
+    max_length: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    logits: bool = False
+    hidden_layers: list[int] = []
+    hidden_tokens: int = 0
+    datasets: list[DatasetMetadata]
+    recipe: dict[str, Any] = {}
+    image: str
+    shards: list[int] = Field(min_length=2)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards) - 1
+
+    @property
+    def entry(self) -> ModelEntry | None:
+        """Of the registry, if the model is in it."""
+        return MODELS.get(self.model)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """What must be there before an engine starts: a hub id or a folder; None for what is in this package."""
+        if self.entry is not None:
+            return checkpoint(self.entry, self.precision)
+        if self.precision == MADE:
+            return str(made_checkpoint(self.model, MADE))
+        return None if self.model == DEMO_MODEL else self.model
+
+    @property
+    def is_gated(self) -> bool:
+        return self.entry is not None and self.precision in self.entry.gated
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job, its problems, where it runs, and what it may take (None for models of unknown size).
+
+    guessed: why the problems are none of the dataset's but only of typical length; empty if they are its own.
+    """
+
+    job: CollectJob
+    problems: list[Problem]
+    gpu: Gpu
+    fallback: bool
+    containers: int
+    estimate: Estimate | None
+    guessed: str = ""
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        job = self.job
+        datasets = ", ".join(f"{dataset.problems} of {dataset.name}" for dataset in job.datasets)
+        where = f"{self.gpu.name}{f' (else {FALLBACK_GPU})' if self.fallback else ''}, {self.gpu.dollars_per_hour:.2f} $/h"
+        place = job.checkpoint or "embedded"
+        if Path(place).is_absolute():
+            place = "made by modal_jobs/quantize.py"
+        lines = [
+            f"run {job.run_id}" if not self.guessed else f"prompts of typical length, since {self.guessed}",
+            f"  problems    {len(self.problems):,} ({datasets}) in {job.num_shards} shards",
+            f"  model       {job.model}{f', {job.precision}' if job.precision != 'auto' else ''}: {place}",
+            f"  where       Modal, up to {self.containers} x {where}; {job.image}",
+        ]
+        found = self.estimate
+        if found is None:
+            return [*lines, "  takes       unknown: the model is not in the registry (specmoe models)"]
+        return [
+            *lines,
+            f"  tokens      about {found.prompt_tokens:,} prompt and up to {found.new_tokens:,} generated",
+            f"  time        about {_duration(found.wall_seconds)}, {found.gpu_hours:.2f} GPU hours",
+            f"  cost        about ${found.dollars:.2f} (GPU, 4 cores and 32 GiB by the hour)",
+            f"  trace       about {found.trace_bytes / 1e6:,.0f} MB",
+            "  These are estimates by a roofline, not measured: docs/scaling.md says how.",
+        ]
+
+    def document(self) -> dict[str, Any]:
+        """The plan for programs."""
+        return {
+            **self.job.model_dump(mode="json"),
+            **({"run_id": None, "guessed": self.guessed} if self.guessed else {}),
+            "checkpoint": self.job.checkpoint,
+            "problems": len(self.problems),
+            "gpu": self.gpu.name,
+            "containers": self.containers,
+            "estimate": asdict(self.estimate) if self.estimate else None,
+        }
+
+
+def make_plan(
+    *,
+    model: str,
+    selection: Selection,
+    gpu: str | None = None,
+    containers: int = 1,
+    shard_size: int | None = None,
+    precision: str = "auto",
+    revision: str | None = None,
+    engine: str = "vllm",
+    dtype: str = "auto",
+    max_length: int | None = None,
+    logits: bool = False,
+    hidden_layers: tuple[int, ...] = (),
+    hidden_tokens: int = 0,
+    may_guess: bool = False,
+) -> Plan:
+    """Choose problems, checkpoint and shards. Needs no account, and the hub only for the dataset (and token counts).
+
+    may_guess: plan with prompts of typical length if the dataset cannot be reached; such a plan is not to be run.
+    Raises `SpecmoeError` if anything that was asked for does not exist or does not fit.
+    """
+    rented = find_gpu(gpu or DEFAULT_GPU, rented=True)
+    check_sampling(selection.sampling)
+    if not 1 <= containers <= MAX_CONTAINERS:
+        raise EngineError(f"--containers {containers}: expected 1 to {MAX_CONTAINERS}")
+    if engine not in ENGINES:
+        raise EngineError(f"unknown engine {engine!r}: expected one of {', '.join(ENGINES)}")
+    if dtype not in DTYPES:
+        raise EngineError(f"unknown --dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if shard_size is not None and shard_size < 1:
+        raise EngineError(f"--shard-size {shard_size}: expected 1 or more")
+    if hidden_layers and hidden_tokens < 1:
+        raise EngineError(f"--hidden-tokens {hidden_tokens}: expected 1 or more")
+    if engine == "transformers" and (logits or hidden_layers):
+        raise EngineError("--capture-logits and --capture-hidden need --engine vllm")
+    entry = MODELS.get(model)
+    moe_layers: list[int] | None = None
+    context: int | None = None
+    if entry is not None:
+        moe_layers, context = entry.moe_layers, entry.context
+        precision = preset(entry, rented, precision).precision
+        location = entry.checkpoints.get(precision) or next(iter(entry.checkpoints.values()))
+    elif precision == MADE and "/" in model:
+        location = model
+    elif precision != "auto":
+        raise ModelError(f"--precision chooses among the checkpoints of a short name; {model!r} is none (see 'specmoe models')")
+    elif model == DEMO_MODEL:
+        location = str(demo_model_folder())
+        facts = resolve_model(DEMO_MODEL)
+        moe_layers, context = facts.metadata.moe_layers, facts.max_length
+    else:
+        if Path(model).is_dir():
+            raise ModelError(f"{model} is a folder of this machine: rented ones take short names and hub ids")
+        facts = resolve_model(model, revision=revision)
+        location, moe_layers, context = facts.location, facts.metadata.moe_layers, facts.max_length
+    _check_lengths(model, max_length, context, selection)
+    absent = sorted(set(hidden_layers) - set(moe_layers)) if moe_layers is not None else []
+    if absent and moe_layers:
+        raise EngineError(f"--capture-hidden {absent[0]}: not an MoE layer of {model} ({moe_layers[0]}..{moe_layers[-1]})")
+    guessed = ""
+    try:
+        problems = select(selection, location, revision)
+    except (UnreachableError, ModelError) as error:
+        # The dataset, or the tokenizer that tokens are counted with.
+        if not may_guess:
+            raise
+        problems, guessed = guess(selection), str(error)
+    about = describe(selection, problems)
+    sampling: Sampling = about["sampling"]
+    job = CollectJob(
+        run_id="unnamed",
+        model=model,
+        precision=precision,
+        revision=revision,
+        engine=engine,
+        dtype=dtype,
+        max_length=max_length or (min(context, PLANNED_CONTEXT) if context is not None else None),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        logits=logits,
+        hidden_layers=sorted(hidden_layers),
+        hidden_tokens=hidden_tokens if hidden_layers else 0,
+        datasets=about["datasets"],
+        recipe=about["recipe"],
+        image=VLLM,
+        shards=cut_into_shards(len(problems), containers, shard_size),
+    )
+    containers = min(containers, job.num_shards)
+    job = job.model_copy(update={"run_id": _run_id(job, problems)})
+    takes = None
+    if entry is not None:
+        largest = max(end - start for start, end in pairwise(job.shards))
+        takes = estimate(entry, rented, preset(entry, rented, precision), problems, largest, containers)
+    return Plan(job, problems, rented, gpu is None, containers, takes, guessed)
+
+
+def cut_into_shards(problems: int, containers: int, shard_size: int | None = None) -> list[int]:
+    """First problem of each shard, and the number of problems. Shards differ by one problem at most."""
+    if shard_size is None:
+        share = -(-problems // containers)
+        shard_size = min(share, max(SMALL_SHARD, -(-share // SHARDS_PER_CONTAINER)), LARGE_SHARD)
+    count = -(-problems // shard_size)
+    if count > MAX_SHARDS:
+        raise EngineError(
+            f"--shard-size {shard_size} makes {count:,} shards, expected at most {MAX_SHARDS:,}: choose a larger one"
+        )
+    return [problems * shard // count for shard in range(count + 1)]
+
+
+def write_job(folder: Path, job: CollectJob, problems: list[Problem]) -> None:
+    """Write the two files of a job into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / JOB_PROBLEMS_FILE).open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in _problem_lines(problems))
+    write_text(folder / JOB_FILE, job.model_dump_json(indent=1) + "\n")
+
+
+def read_job(text: str | bytes, where: str) -> CollectJob:
+    """A job from its file's content. Raises `TraceError` if it is none."""
+    try:
+        return CollectJob.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise TraceError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def read_shard(folder: Path, job: CollectJob, shard: int) -> dict[int, Problem]:
+    """The problems of one shard, by id. Raises `DatasetError` on a line that is no problem, and if there are too few."""
+    adapter = TypeAdapter(Problem)
+    problems = {}
+    path = folder / JOB_PROBLEMS_FILE
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines):
+            if number >= job.shards[shard + 1]:
+                break
+            if number >= job.shards[shard]:
+                try:
+                    problems[number] = adapter.validate_json(line)
+                except ValidationError as error:
+                    raise DatasetError(f"{path}, line {number + 1} is no problem: {error.errors()[0]['msg']}") from error
+    if len(problems) < job.shards[shard + 1] - job.shards[shard]:
+        raise DatasetError(f"{path} ends before problem {job.shards[shard + 1]}")
+    return problems
+
+
+def shard_datasets(job: CollectJob, problems: dict[int, Problem]) -> list[DatasetMetadata]:
+    """The job's datasets, with the numbers of problems that a shard has."""
+    return [
+        dataset.model_copy(update={"problems": sum(problem.dataset == dataset.name for problem in problems.values())})
+        for dataset in job.datasets
+    ]
+
+
+def _check_lengths(model: str, max_length: int | None, context: int | None, selection: Selection) -> None:
+    """Raise `EngineError` on lengths that an engine would refuse, after it was paid for."""
+    if max_length is not None and (max_length < 2 or (context is not None and max_length > context)):
+        raise EngineError(f"--max-length {max_length}: expected 2 to {context or 'the length'} of {model}")
+    longest = max_length or (min(context, PLANNED_CONTEXT) if context is not None else None)
+    new_tokens = selection.sampling.max_new_tokens
+    if longest is not None and new_tokens is not None and new_tokens >= longest:
+        raise EngineError(f"--max-new-tokens {new_tokens} leaves no room for a prompt in {longest} tokens")
+
+
+def _run_id(job: CollectJob, problems: list[Problem]) -> str:
+    settings = job.model_dump(mode="json", exclude={"run_id", "shards"}) | {"version": version("speculative-moe")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for line in _problem_lines(problems):
+        digest.update(line.encode())
+    names = "-".join(dataset.name for dataset in job.datasets)
+    precision = f"-{job.precision}" if job.precision != "auto" else ""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{job.model}{precision}-{names}-{len(problems)}").lstrip("._-")
+    return f"{name[:120]}-{digest.hexdigest()[:10]}"
+
+
+def _problem_lines(problems: list[Problem]) -> Iterator[str]:
+    return (json.dumps(vars(problem), separators=(",", ":"), sort_keys=True) for problem in problems)
+
+
+def _duration(seconds: float) -> str:
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,174 @@
+"""Put parts of one collection, each a complete trace of other problems, together to one trace.
+
+Rows are not rewritten: since problems are in order, the parts' files are linked (or copied, where links do not go) under new
+numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from profiler.errors import TraceError
+from profiler.trace.reader import Trace
+from profiler.trace.schema import (
+    GATES_FILE,
+    HIDDEN_FOLDER,
+    LOGITS_FOLDER,
+    PROBLEMS_FILE,
+    ROUTING_FOLDER,
+    TOKENS_FILE,
+    DatasetMetadata,
+    Metadata,
+)
+from profiler.trace.writer import check_free, public_command, sha256_of, write_manifest, write_metadata
+
+# Of the metadata's `capture`: what is added up. Everything else must be the same in all parts.
+COUNTED = {"truncated_problems", "runs", "hidden_tokens", "writer_waits", "writer_wait_seconds"}
+# On what and with what, which may differ between parts that were recorded in the same way.
+OWN = {"created", "command", "gaps", "datasets", "capture", "versions"}
+
+
+def merge_traces(
+    parts: list[Path],
+    out: Path,
+    *,
+    about: dict[str, Any] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Trace:
+    """Make the trace `out` of `parts`, which stay as they are. Memory: one table of tokens of one part.
+
+    about: entries for the metadata's `capture`. Raises `TraceError` if a part is incomplete, if the problems of two overlap, or
+    if they were not recorded in the same way; then there is no `out`.
+    """
+    check_free(out)
+    if not parts:
+        raise TraceError(f"{out}: no parts to merge")
+    ranges = {part: _problem_range(part) for part in parts}
+    traces = [Trace.open(part) for part in sorted(parts, key=lambda part: ranges[part])]
+    metadata = merged_metadata(traces, about or {})
+    for before, after in pairwise(trace.path for trace in traces):
+        last = ranges[before][1]
+        if last >= ranges[after][0]:
+            raise TraceError(f"{before} and {after} overlap: {before.name} has problem {last}")
+    building = out.with_name(out.name + ".part")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    for folder in (ROUTING_FOLDER, LOGITS_FOLDER, HIDDEN_FOLDER):
+        # Only what the manifest lists: other files are none of the trace's.
+        files = [trace.path / name for trace in traces for name in _listed(trace) if name.startswith(f"{folder}/")]
+        for number, path in enumerate(files):
+            (building / folder).mkdir(exist_ok=True)
+            _link(path, building / folder / f"part-{number:05d}.parquet")
+    _link_gates(traces, building)
+    for name in (PROBLEMS_FILE, TOKENS_FILE):
+        _append_tables(traces, name, building / name, on_progress)
+    write_metadata(building, metadata)
+    write_manifest(building)
+    if out.is_dir():
+        out.rmdir()
+    building.rename(out)
+    return Trace.open(out)
+
+
+def _listed(trace: Trace) -> list[str]:
+    return sorted(trace.manifest.files) if trace.manifest is not None else []
+
+
+def _problem_range(part: Path) -> tuple[int, int]:
+    """First and last problem. The table, which a trace keeps, goes with the trace."""
+    ids = Trace.open(part).problems.column("problem_id")
+    return int(ids[0].as_py()), int(ids[-1].as_py())
+
+
+def merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
+    """What the parts say alike, with their counts added up. Raises `TraceError`, naming the first difference."""
+    first = traces[0]
+    counts: dict[str, Any] = {}
+    datasets: dict[str, DatasetMetadata] = {}
+    gaps: dict[str, None] = {}
+    versions: dict[str, list[str]] = {}
+    devices = Counter(trace.metadata.capture.get("device", "unknown") for trace in traces)
+    for trace in traces:
+        for name, found in trace.metadata.versions.items():
+            versions[name] = sorted({*versions.get(name, []), found})
+        for name, expected, found in _compared(first.metadata, trace.metadata):
+            if found != expected:
+                raise TraceError(
+                    f"{trace.path} was recorded with {name} {found!r}, {first.path} with {expected!r}: "
+                    "they are no parts of one trace"
+                )
+        for name, value in trace.metadata.capture.items():
+            if name in COUNTED:
+                counts[name] = counts.get(name, 0) + value
+        for dataset in trace.metadata.datasets:
+            before = datasets.get(dataset.name)
+            if before is not None and before.model_copy(update={"problems": dataset.problems}) != dataset:
+                raise TraceError(f"{trace.path}: dataset {dataset.name} is another one than in {first.path}")
+            total = dataset.problems + (before.problems if before else 0)
+            datasets[dataset.name] = dataset.model_copy(update={"problems": total})
+        gaps |= dict.fromkeys(trace.metadata.gaps)
+    return first.metadata.model_copy(
+        update={
+            "datasets": list(datasets.values()),
+            "gaps": list(gaps),
+            "versions": {name: ", ".join(found) for name, found in versions.items()},
+            "capture": {name: value for name, value in first.metadata.capture.items() if name != "device"}
+            | counts
+            | {"parts": len(traces), "devices": dict(devices)}
+            | about,
+            "created": min(trace.metadata.created for trace in traces),
+            "command": public_command(),
+        }
+    )
+
+
+def _compared(first: Metadata, other: Metadata) -> list[tuple[str, Any, Any]]:
+    """Name and both values of everything that parts must have in common."""
+    ours, theirs = (metadata.model_dump(mode="json", exclude=OWN) for metadata in (first, other))
+    names = sorted((first.capture.keys() | other.capture.keys()) - COUNTED - {"device"})
+    captured = [(f"capture.{name}", first.capture.get(name), other.capture.get(name)) for name in names]
+    return [(name, ours[name], theirs[name]) for name in ours] + captured
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system cannot do that."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _link_gates(traces: list[Trace], building: Path) -> None:
+    paths = [trace.path / GATES_FILE for trace in traces if GATES_FILE in _listed(trace)]
+    if len({sha256_of(path) for path in paths}) > 1:
+        raise TraceError(f"{building}: the parts have different {GATES_FILE}: their models differ")
+    if paths:
+        _link(paths[0], building / GATES_FILE)
+
+
+def _append_tables(traces: list[Trace], name: str, target: Path, on_progress: Callable[[int, int], None]) -> None:
+    temporary = target.with_suffix(".tmp")
+    writer: pq.ParquetWriter | None = None
+    try:
+        for done, trace in enumerate(traces):
+            on_progress(done, len(traces))
+            # A fresh handle: tables are kept by the trace that read them.
+            opened = Trace.open(trace.path)
+            table = opened.problems if name == PROBLEMS_FILE else opened.tokens
+            if writer is None:
+                writer = pq.ParquetWriter(temporary, table.schema, compression="zstd", write_page_checksum=True)
+            if table.schema != writer.schema:
+                raise TraceError(f"{trace.path / name}: other columns than in {traces[0].path / name}")
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
+    temporary.rename(target)

@@ -1,0 +1,498 @@
+"""Read a trace: metadata, problems, tokens, and routing as `[T, L, K]` arrays in chunks of whole problems.
+
+A trace may come from a stranger: whatever is read is checked, and sizes before anything is allocated for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
+
+from profiler.errors import TraceError
+from profiler.trace.rows import INFINITY_BITS, has_repeats
+from profiler.trace.schema import (
+    CAPTURE_FOLDER,
+    MANIFEST_FILE,
+    MAX_HIDDEN_SIZE,
+    METADATA_FILE,
+    PROBLEMS_FILE,
+    PROBLEMS_SCHEMA,
+    ROUTING_FOLDER,
+    SCHEMA_VERSION,
+    TOKENS_FILE,
+    TOKENS_SCHEMA,
+    Manifest,
+    Metadata,
+    RoutingChunk,
+    expert_dtype,
+    routing_schema,
+    values_schema,
+)
+from profiler.trace.stream import ROUTING_STREAM, read_index
+from profiler.trace.untrusted.parquet_files import (
+    check_sizes,
+    count_rows,
+    open_parquet,
+    problems_of_groups,
+    read_row_group,
+    read_table,
+    same_columns,
+)
+from profiler.trace.writer import sha256_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Parsed, JSON of nothing but empty objects takes thirty times its length.
+MAX_DOCUMENT_BYTES = 16 << 20
+MAX_PROBLEM_ID = (1 << 31) - 1
+# Of logits and router inputs.
+ROWS_AT_A_TIME = 1 << 14
+
+_DocumentType = TypeVar("_DocumentType", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An opened trace directory. Nothing but `metadata.json` and `manifest.json` is read until asked for."""
+
+    path: Path
+    metadata: Metadata
+    manifest: Manifest | None
+
+    @classmethod
+    def open(cls, path: str | Path, *, allow_incomplete: bool = False) -> Self:
+        """Open the trace directory `path`.
+
+        Raises `TraceError` if it is no trace, or if it is incomplete (no manifest, a file missing or of another size) and
+        `allow_incomplete` is false.
+        """
+        directory = Path(path)
+        if not directory.is_dir():
+            raise TraceError(f"{directory}: no such trace directory")
+        if not (directory / METADATA_FILE).is_file():
+            raise TraceError(f"{directory} is not a trace: it has no {METADATA_FILE}")
+        metadata = _read_document(directory / METADATA_FILE, Metadata)
+        if metadata.schema_version != SCHEMA_VERSION:
+            raise TraceError(f"{directory}: schema version {metadata.schema_version}, this release reads {SCHEMA_VERSION}")
+        has_manifest = (directory / MANIFEST_FILE).is_file()
+        manifest = _read_document(directory / MANIFEST_FILE, Manifest) if has_manifest else None
+        trace = cls(directory, metadata, manifest)
+        if not allow_incomplete:
+            faults = trace.faults()
+            if faults:
+                raise TraceError(f"{directory} is incomplete: {faults[0]}; 'specmoe inspect' tells more")
+        return trace
+
+    def faults(self, *, verify: bool = False) -> list[str]:
+        """What keeps the trace from being complete, one line each; empty if it is. `verify` compares every hash."""
+        if self.manifest is None:
+            return [f"no {MANIFEST_FILE} (the collection did not finish){self._unsealed()}"]
+        faults = []
+        if self.manifest.schema_version != SCHEMA_VERSION:
+            faults.append(f"{MANIFEST_FILE} has schema version {self.manifest.schema_version}, expected {SCHEMA_VERSION}")
+        if METADATA_FILE not in self.manifest.files or not self.routing_files:
+            faults.append(f"{MANIFEST_FILE} does not list {METADATA_FILE} and at least one routing file")
+        for name, entry in self.manifest.files.items():
+            file = self.path / name
+            if not file.is_file():
+                faults.append(f"{name} is missing")
+            elif file.stat().st_size != entry.bytes:
+                faults.append(f"{name} has {file.stat().st_size} bytes, expected {entry.bytes}")
+            elif name.endswith(".parquet") and (rows := count_rows(file)) != entry.rows:
+                faults.append(f"{name} {'is not readable' if rows is None else f'has {rows} rows'}, expected {entry.rows} rows")
+            elif verify and sha256_of(file) != entry.sha256:
+                faults.append(f"{name} does not match its sha256")
+        return faults
+
+    @property
+    def routing_files(self) -> list[Path]:
+        """The Parquet parts in order: those that the manifest lists, or all if there is none yet."""
+        if self.manifest is not None:
+            return [self.path / name for name in sorted(self.manifest.files) if name.startswith(f"{ROUTING_FOLDER}/")]
+        return sorted((self.path / ROUTING_FOLDER).glob("part-*.parquet"))
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Routing rows: one per (problem, token, MoE layer)."""
+        return sum(open_parquet(path).metadata.num_rows for path in self.routing_files)
+
+    @property
+    def has_problems(self) -> bool:
+        """Whether problems have names at all; a trace converted from bare routing rows has no such table."""
+        return (self.path / PROBLEMS_FILE).is_file()
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether vocabulary ids, or at least phases, are known."""
+        return (self.path / TOKENS_FILE).is_file()
+
+    @cached_property
+    def problems(self) -> pa.Table:
+        """`problems.parquet`, sorted by problem_id; columns as in `profiler.trace.schema.PROBLEMS_SCHEMA`, and further ones.
+
+        What a converted trace does not know, such as the prompt, is null.
+        """
+        return read_table(self.path / PROBLEMS_FILE, PROBLEMS_SCHEMA)
+
+    @cached_property
+    def tokens(self) -> pa.Table:
+        """`tokens.parquet`: every token of every problem, sorted by (problem_id, token_id)."""
+        return read_table(self.path / TOKENS_FILE, TOKENS_SCHEMA)
+
+    def chunks(self, *, whole_problems: bool = True, problems: range | None = None) -> Iterator[RoutingChunk]:
+        """Routing in order, in chunks of whole problems of about one row group (some MB) or one problem, if that is more.
+
+        whole_problems: if false, a chunk is a row group, whatever problems it cuts: memory is bounded even for a giant problem.
+        problems: only those with ids in this range. Raises `TraceError`, naming the file and row, on rows that break the
+        format.
+        """
+        pending: list[RoutingChunk] = []
+        last_key = -1
+        for path, file, group in self._groups(problems):
+            chunk = self._decode(read_row_group(file, group, path), path, group)
+            if _key(chunk, 0) <= last_key:
+                raise TraceError(f"{path}, row group {group}: its first row does not come after the row before it")
+            last_key = _key(chunk, -1)
+            if problems is not None:
+                first, end = np.searchsorted(chunk.problem_ids_T, [problems.start, problems.stop])
+                if first == end:
+                    continue
+                chunk = chunk.take(slice(int(first), int(end)))
+            if not whole_problems:
+                yield chunk
+                continue
+            # The last problem may go on in the next row group.
+            last = int(np.searchsorted(chunk.problem_ids_T, chunk.problem_ids_T[-1]))
+            if last or (pending and pending[-1].problem_ids_T[-1] != chunk.problem_ids_T[0]):
+                pending.append(chunk.take(slice(0, last)))
+                yield concatenate([piece for piece in pending if len(piece)])
+                pending = []
+            pending.append(chunk.take(slice(last, None)))
+        if pending:
+            yield concatenate(pending)
+
+    def spans(self, parts: int) -> list[range]:
+        """At most `parts` ranges of problem ids that together have all problems, of about as many rows each.
+
+        Raises `TraceError` if row groups are not in order.
+        """
+        ends: list[tuple[int, int]] = []
+        for path, file, group in self._groups():
+            first = self._problems_of(path, file)[group][0]
+            if ends and first < ends[-1][0]:
+                raise TraceError(f"{path}, row group {group}: its first row does not come after the row before it")
+            ends.append((first, file.metadata.row_group(group).num_rows))
+        if not ends:
+            return []
+        rows = np.cumsum([0, *(rows for _, rows in ends[:-1])])
+        wanted = np.arange(1, parts) * self.num_rows / parts
+        starts = sorted({ends[0][0], *(ends[int(np.abs(rows - at).argmin())][0] for at in wanted)})
+        return [range(start, end) for start, end in pairwise([*starts, MAX_PROBLEM_ID + 1])]
+
+    def load(self) -> RoutingChunk:
+        """All routing in memory: 3 to 4 bytes per (token, layer, expert)."""
+        return concatenate(list(self.chunks(whole_problems=False)))
+
+    def arrays(self, problem_id: int) -> RoutingChunk:
+        """Routing of one problem: views on the decoded row group, unless the problem lies in several.
+
+        Raises `TraceError` if the trace has none of it.
+        """
+        pieces = []
+        for path, file, group in self._groups(range(problem_id, problem_id + 1)):
+            chunk = self._decode(read_row_group(file, group, path), path, group)
+            first, end = np.searchsorted(chunk.problem_ids_T, [problem_id, problem_id + 1])
+            if first < end:
+                pieces.append(chunk.take(slice(int(first), int(end))))
+        if not pieces:
+            raise TraceError(f"{self.path}: no routing of problem {problem_id}")
+        whole = concatenate(pieces)
+        if (np.diff(whole.token_ids_T) <= 0).any():
+            raise TraceError(f"{self.path}: rows of problem {problem_id} are not sorted by token_id over the row groups")
+        return whole
+
+    def to_arrow(self) -> pa.Table:
+        """All routing rows, one per (problem, token, layer), as they are in the files. Raises `TraceError` as `chunks` does."""
+        tables = []
+        for path, file, group in self._groups():
+            table = read_row_group(file, group, path)
+            self._decode(table, path, group)
+            tables.append(table)
+        if not tables:
+            raise TraceError(f"{self.path} has no routing rows")
+        return pa.concat_tables(tables)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """As `to_arrow`, as a data frame: 200 bytes per row and more, so for millions of rows prefer `to_arrow` or `chunks`."""
+        return self.to_arrow().to_pandas()
+
+    def caveats(self) -> list[str]:
+        """What a reader of any number from this trace must know, a line each."""
+        record = self.metadata.record
+        lines = []
+        if not record.weights:
+            lines.append("no weights were recorded: 'strongest' means the expert that the source lists first")
+        if record.empty_slots:
+            lines.append(f"{record.empty_slots:,} slots have no expert: some tokens went to fewer than K")
+        return lines
+
+    def values(self, folder: str, problem_id: int) -> tuple[npt.NDArray[np.int32], list[int], npt.NDArray[np.float16]]:
+        """Router logits (`folder` "logits", W = E) or router inputs ("hidden", W = D) of one problem.
+
+        Returns positions `[T]`, decoder layers (L of them) and float16 values `[T, L, W]`. Raises `TraceError` if the trace has
+        none of this problem.
+        """
+        tables = []
+        for path, file in self._value_files(folder):
+            for group, (first, last) in enumerate(problems_of_groups(file, path)):
+                if first <= problem_id <= last:
+                    table = _read_values(file, group, path)
+                    tables.append(table.filter(pc.equal(table.column("problem_id"), problem_id)))
+        if not sum(table.num_rows for table in tables):
+            raise TraceError(f"{self.path}: no {folder} of problem {problem_id}")
+        whole = pa.concat_tables(tables)
+        token_ids, layers = whole.column("token_id").to_numpy(), whole.column("layer").to_numpy()
+        count = len(np.unique(layers))
+        if len(layers) % count or (layers.reshape(-1, count) != layers[:count]).any():
+            raise TraceError(f"{self.path}: {folder} of problem {problem_id} lacks layers for some tokens")
+        return token_ids[::count], layers[:count].tolist(), decode_lists(whole.column(3), count)
+
+    def value_rows(
+        self, folder: str, problems: range | None = None
+    ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int16], npt.NDArray[np.float16]]]:
+        """All router logits or router inputs, some rows at a time: problem ids `[N]`, decoder layers `[N]`, values `[N, W]`.
+
+        problems: row groups without any of these are passed over.
+        """
+        for path, file in self._value_files(folder):
+            found = None if problems is None else problems_of_groups(file, path)
+            for group in range(file.num_row_groups):
+                if found is not None and problems is not None:
+                    first, last = found[group]
+                    if last < problems.start or first >= problems.stop:
+                        continue
+                whole = _read_values(file, group, path)
+                for start in range(0, whole.num_rows, ROWS_AT_A_TIME):
+                    table = whole.slice(start, ROWS_AT_A_TIME)
+                    values = decode_lists(table.column(3), 1)[:, 0]
+                    yield table.column("problem_id").to_numpy(), table.column("layer").to_numpy(), values
+
+    def _value_files(self, folder: str) -> Iterator[tuple[Path, pq.ParquetFile]]:
+        """The files of `logits/` or `hidden/`, after a look at their columns."""
+        for path in sorted((self.path / folder).glob("part-*.parquet")):
+            with open_parquet(path) as file:
+                names = file.schema_arrow.names
+                if len(names) != 4 or not same_columns(file.schema_arrow, _values_schema(file.schema_arrow, path)):
+                    raise TraceError(f"{path}: columns {names}, expected problem_id, layer, token_id and one list of float16")
+                check_sizes(file, path)
+                yield path, file
+
+    def _unsealed(self) -> str:
+        """What an unfinished collection has: counts of whole lines and blocks, whatever else is in the files."""
+        capture = self.path / CAPTURE_FOLDER
+        tokens = 0
+        for path in sorted(capture.glob(f"run-*/{ROUTING_STREAM}")):
+            try:
+                index = read_index(path)
+                tokens += 0 if index is None else len(index.token_ids_N)
+            except TraceError as error:
+                return f"; {error}"
+        finished = sum(path.read_bytes().count(b"\n") for path in capture.glob("run-*/completions.jsonl"))
+        if not tokens:
+            return "; nothing was recorded yet"
+        outputs = f" and the outputs of {finished} problems" if finished else ""
+        if self.metadata.capture.get("server"):
+            how = "'python -m vllm_patch finish' seals them"
+        else:
+            how = "'specmoe collect --resume' goes on, 'specmoe convert' takes what there is"
+        return f"; {tokens:,} tokens{outputs} wait in {CAPTURE_FOLDER}/: {how}"
+
+    def _groups(self, problems: range | None = None) -> Iterator[tuple[Path, pq.ParquetFile, int]]:
+        """Every row group of the routing, or those that may have some of `problems`, after a look at its file's columns."""
+        model, record = self.metadata.model, self.metadata.record
+        expected = routing_schema(model.num_experts, model.top_k, weights=record.weights)
+        for path in self.routing_files:
+            with open_parquet(path) as file:
+                if path not in self._checked:
+                    if not same_columns(file.schema_arrow, expected):
+                        names = file.schema_arrow.names
+                        raise TraceError(f"{path}: columns {names} of other names or types than the metadata says")
+                    check_sizes(file, path)
+                    self._checked[path] = None
+                for group in range(file.num_row_groups):
+                    first, last = (0, 0) if problems is None else self._problems_of(path, file)[group]
+                    if problems is None or (first < problems.stop and problems.start <= last):
+                        yield path, file, group
+
+    def _problems_of(self, path: Path, file: pq.ParquetFile) -> list[tuple[int, int]]:
+        """First and last problem of each row group of a file that was checked."""
+        found = self._checked[path]
+        if found is None:
+            found = self._checked[path] = problems_of_groups(file, path)
+        return found
+
+    @cached_property
+    def _checked(self) -> dict[Path, list[tuple[int, int]] | None]:
+        """Files whose columns and sizes are as they should be; first and last problem of their row groups, once asked for."""
+        return {}
+
+    def _decode(self, table: pa.Table, path: Path, group: int) -> RoutingChunk:
+        model, record = self.metadata.model, self.metadata.record
+        layers = len(model.moe_layers)
+        if table.num_rows == 0 or table.num_rows % layers:
+            raise TraceError(f"{path}, row group {group}: {table.num_rows} rows, expected a multiple of {layers} layers")
+        entries = (
+            [] if record.empty_slots else [array for name in table.column_names[3:] for array in _entries(table.column(name))]
+        )
+        if any(column.null_count for column in [*table.columns, *entries]):
+            raise TraceError(f"{path}, row group {group}: nulls, expected none")
+        chunk = decode_rows(table, layers, model.num_experts if record.empty_slots else None)
+        if not self._is_sound(table, chunk):
+            row = self._first_broken_row(table, chunk)
+            raise TraceError(
+                f"{path}, row group {group}, row {row}: expected rows sorted by (problem_id, token_id, layer), every MoE layer "
+                f"once, different expert ids below {model.num_experts}, and finite weights, not negative, in descending order"
+            )
+        return chunk
+
+    def _is_sound(self, table: pa.Table, chunk: RoutingChunk) -> bool:
+        """Whether every row is as the format wants it; without saying which is not, this takes a fraction of the decoding."""
+        layers_L = np.asarray(self.metadata.model.moe_layers, dtype=np.int16)
+        layers, experts = len(layers_L), self.metadata.model.num_experts
+        for name, first_T in (("problem_id", chunk.problem_ids_T), ("token_id", chunk.token_ids_T)):
+            if first_T.min() < 0 or (table.column(name).to_numpy().reshape(-1, layers) != first_T[:, None]).any():
+                return False
+        if (table.column("layer").to_numpy().reshape(-1, layers) != layers_L).any():
+            return False
+        if (np.diff(chunk.problem_ids_T.astype(np.int64) << 32 | chunk.token_ids_T) <= 0).any():
+            return False
+        ids_TLK, weights_TLK = chunk.expert_ids_TLK, chunk.weights_TLK
+        if self.metadata.record.empty_slots:
+            return not self._broken_pairs(chunk).any()
+        if ids_TLK.max() >= experts or has_repeats(ids_TLK).any():
+            return False
+        if weights_TLK is None:
+            return True
+        bits_TLK = weights_TLK.view(np.uint16)
+        if bits_TLK.max() >= INFINITY_BITS:
+            return not self._broken_pairs(chunk).any()
+        return not (bits_TLK[..., 1:] > bits_TLK[..., :-1]).any()
+
+    def _broken_pairs(self, chunk: RoutingChunk) -> npt.NDArray[np.bool_]:
+        """Which tokens `[T]` have pairs that break the format."""
+        experts, ids_TLK, weights_TLK = self.metadata.model.num_experts, chunk.expert_ids_TLK, chunk.weights_TLK
+        empty = experts if self.metadata.record.empty_slots else None
+        is_empty_TLK = ids_TLK == experts if empty is not None else np.zeros_like(ids_TLK, dtype=np.bool_)
+        broken_T = (ids_TLK > (experts if empty is not None else experts - 1)).any((1, 2)) | has_repeats(ids_TLK, empty).any(1)
+        # Empty slots come last, and have no weight.
+        broken_T |= (is_empty_TLK[..., :-1] & ~is_empty_TLK[..., 1:]).any((1, 2))
+        if weights_TLK is not None:
+            with np.errstate(invalid="ignore"):
+                known_TLK = np.where(is_empty_TLK, np.float16(0), weights_TLK)
+                broken_T |= ~((known_TLK >= 0) & np.isfinite(known_TLK)).all((1, 2))
+                broken_T |= (known_TLK[..., 1:] > known_TLK[..., :-1]).any((1, 2))
+            broken_T |= (np.isnan(weights_TLK) != is_empty_TLK).any((1, 2))
+        return np.asarray(broken_T)
+
+    def _first_broken_row(self, table: pa.Table, chunk: RoutingChunk) -> int:
+        layers_L = np.asarray(self.metadata.model.moe_layers)
+        layers = len(layers_L)
+        broken_T = self._broken_pairs(chunk) | (chunk.problem_ids_T < 0) | (chunk.token_ids_T < 0)
+        for name, expected in (
+            ("problem_id", chunk.problem_ids_T[:, None]),
+            ("token_id", chunk.token_ids_T[:, None]),
+            ("layer", layers_L),
+        ):
+            broken_T |= (table.column(name).to_numpy().reshape(-1, layers) != expected).any(1)
+        broken_T[1:] |= np.diff(chunk.problem_ids_T.astype(np.int64) << 32 | chunk.token_ids_T) <= 0
+        return int(np.flatnonzero(broken_T)[0]) * layers
+
+
+def concatenate(chunks: list[RoutingChunk]) -> RoutingChunk:
+    """Join chunks in order. Raises `TraceError` if there is none (a trace without rows)."""
+    if not chunks:
+        raise TraceError("the trace has no routing rows")
+    if len(chunks) == 1:
+        return chunks[0]
+    weights = [chunk.weights_TLK for chunk in chunks if chunk.weights_TLK is not None]
+    return RoutingChunk(
+        problem_ids_T=np.concatenate([chunk.problem_ids_T for chunk in chunks]),
+        token_ids_T=np.concatenate([chunk.token_ids_T for chunk in chunks]),
+        expert_ids_TLK=np.concatenate([chunk.expert_ids_TLK for chunk in chunks]),
+        weights_TLK=np.concatenate(weights) if weights else None,
+    )
+
+
+def decode_rows(table: pa.Table, layers: int, empty: int | None = None) -> RoutingChunk:
+    """Rows sorted by token and layer as `[T, L, K]` views on the table's own buffers (no copy beyond joining chunks).
+
+    The caller has checked that every token has all layers. empty: the id that stands for null; then the ids are copied.
+    """
+    has_weights = "weights" in table.column_names
+    return RoutingChunk(
+        problem_ids_T=table.column("problem_id").to_numpy()[::layers],
+        token_ids_T=table.column("token_id").to_numpy()[::layers],
+        expert_ids_TLK=decode_lists(table.column("expert_ids"), layers, empty),
+        weights_TLK=decode_lists(table.column("weights"), layers, None if empty is None else np.nan) if has_weights else None,
+    )
+
+
+def decode_lists(column: pa.ChunkedArray, layers: int, null: float | None = None) -> npt.NDArray[Any]:
+    """A fixed-size list column, rows sorted by token and layer, as `[T, L, W]`: a view unless it has several chunks.
+
+    null: what stands for null entries; an expert id that the column's type cannot hold widens it.
+    """
+    array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
+    entries = array.flatten()
+    if null is not None:
+        if pa.types.is_integer(entries.type):
+            entries = entries.cast(pa.from_numpy_dtype(expert_dtype(int(null) + 1)))
+        entries = pc.fill_null(
+            entries, pa.scalar(np.float16(null) if pa.types.is_floating(entries.type) else null, entries.type)
+        )
+    return np.asarray(entries.to_numpy(zero_copy_only=True).reshape(-1, layers, column.type.list_size))
+
+
+def _read_values(file: pq.ParquetFile, group: int, path: Path) -> pa.Table:
+    table = read_row_group(file, group, path)
+    if any(column.null_count for column in [*table.columns, *_entries(table.column(3))]):
+        raise TraceError(f"{path}, row group {group}: nulls, expected none")
+    return table
+
+
+def _entries(column: pa.ChunkedArray) -> list[pa.Array]:
+    return [chunk.flatten() for chunk in column.chunks]
+
+
+def _values_schema(schema: pa.Schema, path: Path) -> pa.Schema:
+    kind = schema.field(3).type
+    if not pa.types.is_fixed_size_list(kind) or not 1 <= kind.list_size <= MAX_HIDDEN_SIZE:
+        raise TraceError(f"{path}: column {schema.names[3]!r} is {kind}, expected a fixed-size list of float16")
+    return values_schema(schema.names[3], kind.list_size)
+
+
+def _key(chunk: RoutingChunk, token: int) -> int:
+    return int(chunk.problem_ids_T[token]) << 32 | int(chunk.token_ids_T[token])
+
+
+def _read_document(path: Path, kind: type[_DocumentType]) -> _DocumentType:
+    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        raise TraceError(f"{path} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB, which no trace needs")
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise TraceError(f"{path} is not valid: {where}: {first['msg']}") from error

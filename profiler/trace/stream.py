@@ -1,0 +1,333 @@
+"""The rows of a running capture: Arrow IPC streams, which stay readable up to the last block if the process is killed.
+
+One row per token, its `[L, W]` values packed as bytes; no compression and no order, since an engine waits for the writer.
+`profiler.capture.sealing` makes the trace's own files of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import ipc
+
+from profiler.errors import UNREADABLE, TraceError, first_line
+from profiler.trace.rows import check_ids, check_weights
+from profiler.trace.schema import MAX_HIDDEN_SIZE, MAX_TOP_K, ModelMetadata, RecordMetadata, expert_dtype
+
+ROUTING_STREAM, LOGITS_STREAM, HIDDEN_STREAM = "routing.arrows", "logits.arrows", "hidden.arrows"
+# Under this key, a stream's schema tells layers, element types and widths.
+FORM_KEY = b"specmoe.capture"
+MAPPED_BYTES = 64 << 20
+ELEMENT_TYPES = ("|u1", "<u2", "<f2")
+
+Problems = int | npt.NDArray[np.integer[Any]]
+"""The problem of a block of tokens: one for all `[]`, or one per token `[T]`."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the tokens of a stream hold: L layers, and element type and width W of each column."""
+
+    layers: list[int]
+    types: dict[str, tuple[np.dtype[Any], int]]
+
+    def schema(self) -> pa.Schema:
+        """Arrow schema of the stream; explains itself in its metadata."""
+        document = {"layers": self.layers, "types": {name: [kind.str, width] for name, (kind, width) in self.types.items()}}
+        columns = [(name, pa.binary(self.row_bytes(name))) for name in self.types]
+        keys = [("problem_id", pa.int32()), ("token_id", pa.int32())]
+        return pa.schema([*keys, *columns], metadata={FORM_KEY: json.dumps(document)})
+
+    def row_bytes(self, column: str) -> int:
+        """Bytes of one token in `column`."""
+        kind, width = self.types[column]
+        return len(self.layers) * width * kind.itemsize
+
+    @classmethod
+    def of(cls, schema: pa.Schema) -> Self:
+        """The form that a stream's schema tells. Raises `ValueError` if it is not ours."""
+        document = json.loads((schema.metadata or {})[FORM_KEY])
+        layers = [int(layer) for layer in document["layers"]]
+        types = {}
+        for name, (kind, width) in document["types"].items():
+            if kind not in ELEMENT_TYPES or not 1 <= int(width) <= max(MAX_TOP_K, MAX_HIDDEN_SIZE):
+                raise ValueError(f"column {name!r} of {width} {kind}")
+            types[str(name)] = (np.dtype(kind), int(width))
+        form = cls(layers, types)
+        if not layers or not types or schema.remove_metadata() != form.schema().remove_metadata():
+            raise ValueError("columns differ from its own description")
+        return form
+
+
+class CaptureWriter:
+    """Append blocks of tokens to the stream `path`; every block is readable as soon as `add_tokens` returns.
+
+    Raises `TraceError` if the file exists. After an `OSError` (a full disk) the blocks before it stay readable.
+    """
+
+    def __init__(self, path: Path, form: Form) -> None:
+        if path.exists():
+            raise TraceError(f"{path} exists already: a capture needs a new folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._form = form
+        self._schema = form.schema()
+        self._file = pa.OSFile(str(path), "wb")
+        self._stream: Any = ipc.new_stream(self._file, self._schema)
+
+    def add_tokens(
+        self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], values: dict[str, npt.NDArray[Any]]
+    ) -> None:
+        """Append tokens of one problem or of several; `values` maps each column to `[T, L, W]`.
+
+        Raises `TraceError` on another shape, or if a problem or token id is negative or not an int32.
+        """
+        form = self._form
+        for name, (_, width) in form.types.items():
+            expected = (len(token_ids_T), len(form.layers), width)
+            if values[name].shape != expected:
+                raise TraceError(f"{name_of(problems)}: {name} of shape {values[name].shape}, expected {expected}")
+        if len(token_ids_T) == 0:
+            return
+        for ids in (problems, token_ids_T):
+            if np.min(ids) < 0 or np.max(ids) >= 2**31:
+                raise TraceError(f"{name_of(problems)}: negative problem_id or token_id, or one that is no int32")
+        problem_ids_T = np.ascontiguousarray(np.broadcast_to(np.asarray(problems, dtype=np.int32), token_ids_T.shape))
+        arrays = [pa.array(problem_ids_T), pa.array(token_ids_T.astype(np.int32, copy=False))]
+        for name, (kind, _) in form.types.items():
+            packed = pa.py_buffer(np.ascontiguousarray(values[name], dtype=kind).reshape(-1))
+            arrays.append(pa.Array.from_buffers(self._schema.field(name).type, len(token_ids_T), [None, packed]))
+        whole = self._file.tell()
+        try:
+            self._stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        except OSError:
+            # The half block would hold the disk, and no reader takes it.
+            self._stream = None
+            self._file.close()
+            os.truncate(self._path, whole)
+            raise
+
+    def close(self) -> None:
+        """End the stream."""
+        if self._stream is not None:
+            self._stream.close()
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+class RoutingWriter(CaptureWriter):
+    """Capture routing in `folder`: K pairs of expert id and weight of every token in each of the L MoE layers, in any order."""
+
+    def __init__(self, folder: Path, model: ModelMetadata, record: RecordMetadata | None = None) -> None:
+        record = record or RecordMetadata()
+        # Empty slots hold the id E.
+        self._ids = model.num_experts + bool(record.empty_slots)
+        types = {"expert_ids": (expert_dtype(self._ids), model.top_k)}
+        if record.weights:
+            types["weights"] = (np.dtype(np.float16), model.top_k)
+        super().__init__(folder / ROUTING_STREAM, Form(model.moe_layers, types))
+
+    def add(
+        self,
+        problems: Problems,
+        token_ids_T: npt.NDArray[np.integer[Any]],
+        expert_ids_TLK: npt.NDArray[np.integer[Any]],
+        weights_TLK: npt.NDArray[np.floating[Any]] | None = None,
+    ) -> None:
+        """Append tokens of one problem, or of one problem per token; weights of empty slots are 0.
+
+        Raises `TraceError` if shapes disagree, an id is negative, an expert id is not in 0..E-1, or a weight is negative or not
+        a finite float16. Repeated experts are found when the trace is sealed.
+        """
+        check_ids(expert_ids_TLK, self._ids, name_of(problems))
+        values: dict[str, npt.NDArray[Any]] = {"expert_ids": expert_ids_TLK}
+        if weights_TLK is not None:
+            values["weights"] = check_weights(weights_TLK, name_of(problems))
+        self.add_tokens(problems, token_ids_T, values)
+
+
+class ValuesWriter(CaptureWriter):
+    """Capture float16 vectors of width W, router logits or inputs, of tokens in each of the L layers."""
+
+    def __init__(self, path: Path, layers: list[int], column: str, width: int) -> None:
+        super().__init__(path, Form(layers, {column: (np.dtype(np.float16), width)}))
+        self._column = column
+
+    def add(self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], values_TLW: npt.NDArray[np.float16]) -> None:
+        """Append tokens of one problem, or of one problem per token.
+
+        Raises `TraceError` on another shape or type, or on a value that is not a finite number.
+        """
+        if values_TLW.dtype != np.float16:
+            raise TraceError(f"{name_of(problems)}: {self._column} of {values_TLW.dtype}, expected float16")
+        if not np.isfinite(values_TLW).all():
+            raise TraceError(f"{name_of(problems)}: {self._column} hold a value that float16 cannot")
+        self.add_tokens(problems, token_ids_T, {self._column: values_TLW})
+
+
+def name_of(problems: Problems) -> str:
+    """How messages call the problems of a block."""
+    # Not np.unique: this runs for every block, and the engine may wait.
+    first, last = (np.min(problems), np.max(problems)) if np.size(problems) else (0, -1)
+    return f"problem {first}" if first == last else f"problems {first}..{last}"
+
+
+@dataclass(frozen=True)
+class CaptureIndex:
+    """Where the tokens of a stream are: all arrays `[N]`, in the order in which they came.
+
+    problem_ids_N, token_ids_N: int32. block_N: which of `offsets` holds the token; row_N: its row in that block.
+    """
+
+    path: Path
+    form: Form
+    offsets: list[int]
+    problem_ids_N: npt.NDArray[np.int32]
+    token_ids_N: npt.NDArray[np.int32]
+    block_N: npt.NDArray[np.int32]
+    row_N: npt.NDArray[np.int32]
+
+
+def read_index(path: Path) -> CaptureIndex | None:
+    """Find the tokens of a stream, up to its last whole block; None if there is no such file, or no whole block in it.
+
+    Raises `TraceError` if the file is a stream of something else.
+    """
+    if not path.is_file() or path.stat().st_size == 0:
+        return None
+    with _mapped(path) as file:
+        try:
+            schema = ipc.read_schema(file)
+        except UNREADABLE:
+            # Killed before the first block.
+            return None
+        offset = file.tell()
+    try:
+        form = Form.of(schema)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TraceError(f"{path} is no capture of routing: {first_line(error)}") from error
+    offsets: list[int] = []
+    problems: list[npt.NDArray[np.int32]] = []
+    tokens: list[npt.NDArray[np.int32]] = []
+    while offset is not None:
+        offset = _read_keys(path, schema, offset, offsets, problems, tokens)
+    if not offsets:
+        return None
+    counts = np.array([len(block) for block in problems], dtype=np.int32)
+    return CaptureIndex(
+        path=path,
+        form=form,
+        offsets=offsets,
+        problem_ids_N=np.concatenate(problems),
+        token_ids_N=np.concatenate(tokens),
+        block_N=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
+        row_N=np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
+    )
+
+
+def _read_keys(
+    path: Path,
+    schema: pa.Schema,
+    start: int,
+    offsets: list[int],
+    problems: list[npt.NDArray[np.int32]],
+    tokens: list[npt.NDArray[np.int32]],
+) -> int | None:
+    """Append the keys of the blocks from byte `start` on; returns where to go on, or None at the end.
+
+    The file is mapped anew every `MAPPED_BYTES`: pages that were looked at count as this process's memory until then.
+    """
+    with _mapped(path) as file:
+        file.seek(start)
+        while (offset := file.tell()) < start + MAPPED_BYTES:
+            batch = _read_block(file, schema)
+            if batch is None:
+                return None
+            # Copies: the file is not to stay mapped.
+            problem_ids_T, token_ids_T = (batch.column(key).to_numpy().copy() for key in (0, 1))
+            if min(problem_ids_T.min(), token_ids_T.min()) < 0:
+                raise TraceError(f"{path}, at byte {offset}: negative problem_id or token_id")
+            offsets.append(offset)
+            problems.append(problem_ids_T)
+            tokens.append(token_ids_T)
+    return int(offset)
+
+
+def gather(
+    index: CaptureIndex, tokens: npt.NDArray[np.integer[Any]], into: dict[str, npt.NDArray[Any]], at: npt.NDArray[Any]
+) -> None:
+    """Copy tokens of a stream (indices into its `[N]`) to the places `at` of the arrays `into`, each `[T, L, W]`.
+
+    The file is mapped for the length of the call: a window of tokens costs the pages that it touches.
+    """
+    block_T, row_T = index.block_N[tokens], index.row_N[tokens]
+    order_T = np.argsort(block_T, kind="stable")
+    starts = np.flatnonzero(np.diff(block_T[order_T], prepend=-1))
+    with _mapped(index.path) as file:
+        schema = ipc.read_schema(file)
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order_T)], strict=True):
+            here = order_T[start:end]
+            file.seek(index.offsets[block_T[here[0]]])
+            batch = _read_block(file, schema)
+            if batch is None:
+                raise TraceError(f"{index.path}: shorter than a moment ago")
+            for name, values in into.items():
+                kind = np.void(index.form.row_bytes(name)).dtype
+                raw = np.frombuffer(batch.column(name).buffers()[1], dtype=kind, count=batch.num_rows)
+                values.reshape(len(values), -1).view(raw.dtype)[at[here], 0] = raw[row_T[here]]
+
+
+def _mapped(path: Path) -> pa.NativeFile:
+    """The file as memory; as a plain file on file systems that cannot map (some networks')."""
+    try:
+        return pa.memory_map(str(path))
+    except OSError:
+        return pa.OSFile(str(path), "rb")
+
+
+def _read_block(file: pa.NativeFile, schema: pa.Schema) -> pa.RecordBatch | None:
+    """The next block, None at the end or where the rest is torn."""
+    try:
+        message = ipc.read_message(file)
+        if _is_compressed(message.metadata.to_pybytes()):
+            return None
+        batch = ipc.read_record_batch(message, schema)
+        batch.validate(full=True)
+    except (*UNREADABLE, struct.error):
+        return None
+    torn = any(column.null_count or column.offset for column in batch.columns)
+    return None if torn or batch.num_rows == 0 else batch
+
+
+def _is_compressed(message: bytes) -> bool:
+    """Whether a block's header announces compression. Ours are never: a few bytes of a stranger's could become gigabytes.
+
+    It is a flatbuffer (apache/arrow, Message.fbs): field 2 of Message is the RecordBatch, field 3 of that the compression.
+    """
+
+    def field(table: int, number: int) -> int | None:
+        vtable = table - struct.unpack_from("<i", message, table)[0]
+        (size,) = struct.unpack_from("<H", message, vtable)
+        entry = 4 + 2 * number
+        (offset,) = struct.unpack_from("<H", message, vtable + entry) if entry < size else (0,)
+        return table + offset if offset else None
+
+    (root,) = struct.unpack_from("<I", message, 0)
+    header = field(root, 2)
+    if header is None:
+        return False
+    return field(header + struct.unpack_from("<I", message, header)[0], 3) is not None

@@ -1,0 +1,1 @@
+"""What predictors learn from: routes of a trace, tasks, histories, repeated tokens, router inputs."""

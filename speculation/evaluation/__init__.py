@@ -1,0 +1,1 @@
+"""How good predictors are, on problems that they were not trained on."""

@@ -1,0 +1,241 @@
+"""Judge predictors on problems that they were not trained on, beside chance, the baselines and a shuffled control."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from threadpoolctl import threadpool_limits
+
+from profiler.errors import SpecmoeError, TraceError
+from profiler.trace.reader import Trace
+from profiler.trace.splits import split_key
+from speculation.data.history import History
+from speculation.data.repeats import UNKNOWN_TOKEN
+from speculation.data.routes import Routes, load_routes, route_digests
+from speculation.data.tasks import Shape, Task, targets
+from speculation.evaluation.metrics import DEFINITIONS, ConfidenceCounts, RankCounts, chance, true_ranks
+from speculation.predictors.base import Predictor
+from speculation.training.runs import Run, count_parameters, manifest_sha256
+
+# Bytes of the probabilities of one chunk of tokens.
+CHUNK_BYTES = 32 << 20
+# Lower ends of the reported ranges of positions in the sequence.
+POSITION_STARTS = (0, 16, 64, 256, 1024)
+PHASES = ("prefill", "decode")
+BOOTSTRAPS = 1000
+TIMED_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A way to group tokens: group_T `[T]`, the number of each token's group; -1 is in none."""
+
+    names: tuple[str, ...]
+    group_T: npt.NDArray[np.int64]
+
+
+def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_baselines: bool = True) -> dict[str, Any]:
+    """Evaluate the run's predictor and its baselines on one part of the split of `trace`.
+
+    The shuffled control scores the predictor against the routes of other, randomly chosen tokens at the same layer: it
+    must fall to popularity or below, or the evaluation leaks. with_baselines: judge those too. Raises `TraceError` if the
+    trace's model has another shape, or if it cannot be told which of its problems the run was trained on.
+    """
+    shape = run.predictor.shape
+    check_run(run, trace)
+    routes = load_routes(trace, part, router_inputs=run.predictor.takes_router_inputs)
+    groups = token_groups(trace, routes)
+    predictors = {name: baseline for name, baseline in run.baselines.items() if with_baselines and name != run.name}
+    predictors[run.name] = run.predictor
+    results = {name: judge(predictor, routes, groups) for name, predictor in predictors.items()}
+    results[f"{run.name}, shuffled control"] = judge(run.predictor, shuffled(routes, seed), groups, routes)
+    return {
+        "run": run.path.name,
+        "predictor": run.name,
+        "task": str(shape.task),
+        "trace": trace.path.name,
+        "model": trace.metadata.model.id,
+        "split": f"by problem (hash of the {run.split})",
+        "part": part,
+        "problems": len(routes.problem_ids),
+        "trained_on": int(np.isin(route_digests(trace, routes), run.trained_on).sum()),
+        "tokens": len(routes),
+        "definitions": DEFINITIONS,
+        "caveats": trace.caveats(),
+        "train_seconds": run.train_seconds,
+        "chance": chance(shape.experts, shape.top_k),
+        "results": results,
+    }
+
+
+def check_run(run: Run, trace: Trace) -> None:
+    """Raise `TraceError` if the trace's model has another shape than the run's, or if their splits cannot be compared: prompts
+    can be, everywhere; numbers of problems within one trace only.
+    """
+    shape = run.predictor.shape
+    if Shape.of(trace.metadata.model, shape.horizon, shape.task) != shape:
+        raise TraceError(f"{trace.path}: its model has another number of layers, experts or top-k than {run.path} ({shape})")
+    if split_key(trace) != run.split:
+        raise TraceError(
+            f"{run.path} was trained on a split by {run.split}, and {trace.path} can only be split by {split_key(trace)}: "
+            "training problems could not be told apart"
+        )
+    if run.split in {"problem id", "source key"} and manifest_sha256(trace) != run.trace_sha256:
+        raise TraceError(f"{trace.path} has no prompts and is not the trace that {run.path} was trained on: expected that one")
+
+
+def token_groups(trace: Trace, routes: Routes) -> dict[str, Groups]:
+    """By phase, position and dataset, and by every true-or-false column of `problems.parquet` (such as `looping`)."""
+    position_T = np.searchsorted(POSITION_STARTS, routes.token_ids_T, side="right") - 1
+    groups = {
+        "phase": Groups(PHASES, routes.is_decode_T.astype(np.int64)),
+        "position": Groups(tuple(f"from {first}" for first in POSITION_STARTS), position_T),
+    }
+    if not trace.has_problems:
+        return groups
+    problems = trace.problems
+    ids_P = problems.column("problem_id").to_numpy()
+    order_P = np.argsort(ids_P, kind="stable")
+    row_T = order_P[np.minimum(np.searchsorted(ids_P, routes.problem_ids_T, sorter=order_P), len(ids_P) - 1)]
+    is_known_T = ids_P[row_T] == routes.problem_ids_T
+    columns = ["dataset", *(field.name for field in problems.schema if pa.types.is_boolean(field.type))]
+    for name in columns:
+        coded = problems.column(name).cast(pa.string()).combine_chunks().dictionary_encode()
+        code_P = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        groups[name] = Groups(tuple(coded.dictionary.to_pylist()), np.where(is_known_T, code_P[row_T], -1))
+    return groups
+
+
+def judge(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: Routes | None = None) -> dict[str, Any]:
+    """Every metric of one predictor by horizon (`h=1`, ...), and breakdowns, as plain values for JSON.
+
+    seen: what the predictor is shown, if that differs from the truth (the shuffled control).
+    """
+    shape, seen = predictor.shape, seen or truth
+    experts, top_k = shape.experts, shape.top_k
+    by_layer = [RankCounts(experts, top_k, shape.layers) for _ in range(shape.horizon)]
+    by_group = {name: RankCounts(experts, top_k, len(group.names)) for name, group in groups.items()}
+    confidence = ConfidenceCounts()
+    problem_T = np.unique(truth.problem_ids_T, return_inverse=True)[1]
+    sums = [np.zeros((4, int(problem_T.max()) + 1)) for _ in range(shape.horizon)]
+    for tokens_T, probabilities_TLHE in predictions(predictor, seen):
+        for hop in range(1, shape.horizon + 1):
+            true = targets(truth, shape, tokens_T, hop)
+            token_N, layer_N = np.nonzero(true.is_valid_TL)
+            scores_NE = probabilities_TLHE[token_N, layer_N, hop - 1]
+            if not np.isfinite(scores_NE).all():
+                raise SpecmoeError(
+                    f"{predictor.name} predicts what is no number: it was trained on something else, or diverged"
+                )
+            true_NK = true.ids_TLK[token_N, layer_N]
+            ranks_NK = true_ranks(scores_NE, true_NK)
+            by_layer[hop - 1].add(ranks_NK, shape.target_layers(hop)[layer_N])
+            is_found_NK = ranks_NK < top_k
+            of_example = (is_found_NK.mean(1), ranks_NK[:, 0] == 0, is_found_NK.all(1), np.ones(len(ranks_NK)))
+            for total_P, values_N in zip(sums[hop - 1], of_example, strict=True):
+                total_P += np.bincount(problem_T[tokens_T[token_N]], values_N, len(total_P))
+            if hop == 1:
+                confidence.add(scores_NE, true_NK, ranks_NK)
+                for name, group in groups.items():
+                    group_N = group.group_T[true.tokens_T[token_N]]
+                    by_group[name].add(ranks_NK[group_N >= 0], group_N[group_N >= 0])
+    arrays = predictor.arrays()
+    return {
+        "metrics": {f"h={hop}": counts.metrics() for hop, counts in enumerate(by_layer, start=1)},
+        "recall_at_k_name": f"recall@{top_k}",
+        "intervals": {f"h={hop}": _bootstrap(each, top_k) for hop, each in enumerate(sums, start=1)},
+        "by_target_layer": {
+            f"h={hop}": [counts.metrics(layer) or None for layer in range(shape.layers)]
+            for hop, counts in enumerate(by_layer, start=1)
+        },
+        **{
+            f"by_{name}": {each: by_group[name].metrics(number) for number, each in enumerate(group.names)}
+            for name, group in groups.items()
+        },
+        "calibration_error": confidence.calibration_error(),
+        "precision_by_coverage": confidence.precision_by_coverage(),
+        "parameters": count_parameters(arrays),
+        "bytes": int(sum(array.nbytes for array in arrays.values())),
+        "microseconds_per_prediction": microseconds_per_prediction(predictor, truth),
+    }
+
+
+def predictions(predictor: Predictor, routes: Routes) -> Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+    """Indices of tokens `[T]` and their probabilities `[T, L, H, E]`, chunk by chunk."""
+    shape = predictor.shape
+    size = max(1, CHUNK_BYTES // (4 * shape.layers * shape.horizon * shape.experts))
+    for start in range(0, len(routes), size):
+        tokens = slice(start, min(start + size, len(routes)))
+        yield np.arange(tokens.start, tokens.stop), predictor.probabilities(routes, tokens)
+
+
+def _bootstrap(sums_4P: npt.NDArray[np.float64], top_k: int) -> dict[str, tuple[float, float]]:
+    """95 % intervals, resampling problems with replacement. sums: of found shares, first hits, exact sets, and examples."""
+    random = np.random.default_rng(0)
+    problems = sums_4P.shape[1]
+    drawn_4B = np.stack([sums_4P[:, random.integers(problems, size=problems)].sum(1) for _ in range(BOOTSTRAPS)], axis=1)
+    low_3, high_3 = np.quantile(drawn_4B[:3] / np.maximum(drawn_4B[3], 1), [0.025, 0.975], axis=1).tolist()
+    return dict(zip((f"recall@{top_k}", "top-1", "exact"), zip(low_3, high_3, strict=True), strict=True))
+
+
+def microseconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
+    """Mean time of `predict`, and `begin` of the history, for one token at one layer: batch 1, one CPU thread (or the GPU).
+
+    Tasks about all layers at once: of one call over L. Over the first tokens of the longest stretch; a first call is not timed.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            return round(1e6 * _seconds_per_prediction(predictor, routes), 1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
+    shape = predictor.shape
+    first = int(routes.first_T[np.argmax(np.arange(len(routes)) - routes.first_T)])
+    history = History(shape, int(routes.token_ids_T[first]))
+    made, seconds = 0, 0.0
+    for token in range(first, min(first + TIMED_TOKENS, len(routes))):
+        if routes.first_T[token] != first:
+            break
+        began = time.perf_counter()
+        key = int(routes.token_keys_T[token])
+        history.begin(None if key == UNKNOWN_TOKEN else key, is_decode=bool(routes.is_decode_T[token]))
+        took = time.perf_counter() - began
+        for layer in range(shape.layers):
+            if shape.task == Task.WHOLE_PATH and layer == 0:
+                took += _time_of(predictor, history)
+            given = None if routes.router is None else routes.router.hidden_TLD[token, layer]
+            history.add(routes.expert_ids_TLK[token, layer], routes.weights_TLK[token, layer], given)
+            is_asked = layer < shape.layers - 1 if shape.task == Task.NEXT_LAYER else layer == shape.layers - 1
+            if is_asked and shape.task != Task.WHOLE_PATH:
+                took += _time_of(predictor, history)
+        is_only = token + 1 == len(routes) or routes.first_T[token + 1] != first
+        if token > first or is_only:
+            made += shape.layers - (shape.task == Task.NEXT_LAYER)
+            seconds += took
+    return seconds / max(made, 1)
+
+
+def _time_of(predictor: Predictor, history: History) -> float:
+    began = time.perf_counter()
+    predictor.predict(history)
+    return time.perf_counter() - began
+
+
+def shuffled(routes: Routes, seed: int) -> Routes:
+    """The same tokens with, layer by layer, the experts of other tokens."""
+    random = np.random.default_rng(seed)
+    layers = range(routes.expert_ids_TLK.shape[1])
+    ids_TLK = np.stack([routes.expert_ids_TLK[random.permutation(len(routes)), layer] for layer in layers], axis=1)
+    return replace(routes, expert_ids_TLK=ids_TLK)

@@ -1,0 +1,237 @@
+"""Commands over offloading: simulate."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from profiler.errors import SpecmoeError
+from profiler.models.gpus import find_gpu
+from profiler.models.registry import PRECISIONS
+from profiler.trace.reader import Trace
+from profiler.trace.writer import write_text
+from speculation.cli import PartName
+
+app = typer.Typer()
+BOUNDS = ("on demand", "all resident")
+console = Console(highlight=False)
+messages = Console(stderr=True, highlight=False)
+
+
+class Policy(StrEnum):
+    """Which expert a full cache gives up."""
+
+    lru = "lru"
+    lfu = "lfu"
+    lfru = "lfru"
+    fifo = "fifo"
+    popularity = "popularity"
+    belady = "belady"
+
+
+@app.command()
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="A trace directory.")],
+    predictor: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|RUN",
+            help="What is fetched ahead, several times if wanted: none, popularity, oracle, a counting predictor by name, or a "
+            "run of 'specmoe train'. Default: none and oracle.",
+        ),
+    ] = None,
+    policy: Annotated[list[Policy] | None, typer.Option(help="Several times if wanted. Default: lru, lfu and belady.")] = None,
+    cache_fraction: Annotated[
+        list[float] | None, typer.Option(help="Share of all experts that the cache holds. Default: .1, .25 and .5.")
+    ] = None,
+    cache_gb: Annotated[list[float] | None, typer.Option(help="... or GB, where the size of an expert is known.")] = None,
+    global_cache: Annotated[
+        bool, typer.Option("--global-cache", help="One cache for all layers, not the same for each.")
+    ] = False,
+    device: Annotated[
+        list[str] | None, typer.Option(help="A GPU by name, several times if wanted. Default: RTX 4090. See 'specmoe models'.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine's copies and products, and use these.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Whose sizes; default: the trace's. See 'specmoe models'.")] = None,
+    precision: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}; default: as published.")] = None,
+    link: Annotated[
+        float | None, typer.Option(min=0, help="GB/s to the device that large copies reach; default: 80 % of PCIe.")
+    ] = None,
+    horizon: Annotated[int, typer.Option(min=1, help="Layers ahead, of popularity and the oracle; runs have their own.")] = 1,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts fetched per prediction. Default: the model's top-k.")
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Fetch only what is at least as likely.")] = 0.0,
+    queue: Annotated[int, typer.Option(min=1, help="Predicted copies that may wait; further ones are dropped.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    part: Annotated[PartName, typer.Option(help="Part of the split by problem.")] = PartName.test,
+    out: Annotated[Path | None, typer.Option(help="A folder for simulation.json, .csv and a plot (.html).")] = None,
+) -> None:
+    """Replay a trace against a cache of experts: hit rates, and what prefetching makes of tokens per second.
+
+    Example: specmoe simulate traces/math --predictor none --predictor runs/math --predictor oracle --cache-fraction .25
+
+    Example: specmoe simulate traces/math --device H100 --device "RTX 3090" --cache-gb 8 --out simulations/math
+    """
+    from speculation.offload.kernel import Rule
+    from speculation.offload.study import Study, run_study, write_study
+
+    study = Study(
+        trace=Trace.open(trace),
+        part=part.value,
+        predictors=tuple(predictor or ("none", "oracle")),
+        policies=tuple(Rule[name.value.upper()] for name in policy or (Policy.lru, Policy.lfu, Policy.belady)),
+        fractions=tuple(cache_fraction or (() if cache_gb else (0.1, 0.25, 0.5))),
+        gigabytes=tuple(cache_gb or ()),
+        is_global=global_cache,
+        devices=tuple(find_gpu(name) for name in device or (() if measure else ("RTX 4090",))),
+        measure=measure,
+        model=model,
+        precision=precision,
+        link=link,
+        horizon=horizon,
+        experts=experts,
+        threshold=threshold,
+        queue=queue,
+        batch=batch,
+    )
+    if out is not None and out.exists() and not out.is_dir():
+        raise SpecmoeError(f"--out {out} is not a folder")
+    document = run_with_progress(study, run_study)
+    print_study(document)
+    if out is not None:
+        write_study(document, out)
+        typer.echo(f"{out}: simulation.json, simulation.csv, simulation.html")
+
+
+class On(StrEnum):
+    """Where to replay."""
+
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="A trace directory.")],
+    predictor: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="A run for next-layer, asked after every layer.")
+    ] = None,
+    policy: Annotated[Policy, typer.Option(help="Any but belady.")] = Policy.lru,
+    cache_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of all experts that the cache holds.")] = 0.25,
+    on: Annotated[On | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
+    model: Annotated[str | None, typer.Option(help="Whose sizes; default: the trace's. See 'specmoe models'.")] = None,
+    precision: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}; default: as published.")] = None,
+    expert_mb: Annotated[float | None, typer.Option(min=0.001, help="MB of an expert, instead of the model's.")] = None,
+    rest_mb: Annotated[float | None, typer.Option(min=0.001, help="MB of what is not experts, per layer.")] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Experts fetched per prediction. Default: the model's top-k.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many to replay.")] = 500,
+    part: Annotated[PartName, typer.Option(help="Part of the split by problem.")] = PartName.test,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+) -> None:
+    """Replay a trace with real copies and products of dummy experts, one token at a time, and compare with the simulation.
+
+    Example: specmoe replay traces/math --model gpt-oss-20b --predictor runs/math --cache-fraction .25
+    """
+    from speculation.offload.kernel import Rule
+    from speculation.offload.replay import here
+    from speculation.offload.replay_study import Replay, run_replay
+
+    document = run_replay(
+        Replay(
+            trace=Trace.open(trace),
+            part=part.value,
+            run=predictor,
+            policy=Rule[policy.value.upper()],
+            fraction=cache_fraction,
+            kind=here() if on is None else on.value,
+            model=model,
+            precision=precision,
+            expert_bytes=None if expert_mb is None else int(expert_mb * 1e6),
+            rest_bytes=None if rest_mb is None else int(rest_mb * 1e6),
+            experts=experts,
+            tokens=tokens,
+        )
+    )
+    if json_file is not None:
+        write_text(json_file, json.dumps(document, indent=1) + "\n")
+    shown = Table(box=None, title=f"{document['device']}, {document['tokens']:,} tokens", title_justify="left")
+    for column in ("case", "tokens/s", "simulated", "ratio", "hits", "simulated", "late", "simulated"):
+        shown.add_column(column, justify="left" if column == "case" else "right", no_wrap=column != "case")
+    for row in document["rows"]:
+        shown.add_row(
+            escape(row["case"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['estimated']:.1f}",
+            f"{row['tokens_per_second'] / row['estimated']:.2f}",
+            *(f"{row[name]:.3f}" for name in ("hit_rate", "estimated_hit_rate", "late", "estimated_late")),
+        )
+    console.print(shown)
+    for line in document["assumptions"]:
+        typer.echo(line)
+
+
+def run_with_progress(study: Any, run: Any) -> dict[str, Any]:
+    """With a bar where there is a terminal."""
+    if not messages.is_terminal:
+        found: dict[str, Any] = run(study)
+        return found
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=messages, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
+        bar = progress.add_task("predicting", total=None)
+
+        def on_done(done: int, total: int) -> None:
+            progress.update(bar, description="simulating", completed=done, total=total)
+
+        with_bar: dict[str, Any] = run(study, on_done)
+        return with_bar
+
+
+def print_study(document: dict[str, Any]) -> None:
+    """A table for each device, hit rates and tokens per second by the size of the cache; the best, and what was assumed."""
+    for device in document["devices"]:
+        rows = [row for row in document["rows"] if row["device"] == device["name"]]
+        is_timed = device["name"] is not None
+        sizes = {row["capacity"]: row for row in rows if row["policy"] not in BOUNDS}
+        title = f"{escape(document['model'])}, {device['name'] or 'copies that take no time'}: hit rate"
+        shown = Table(box=None, title=title + (", tokens/s" if is_timed else ""), title_justify="left")
+        shown.add_column("policy", no_wrap=True)
+        shown.add_column("fetched ahead")
+        for row in sizes.values():
+            size = f", {row['gigabytes']:.1f} GB" if is_timed else ""
+            shown.add_column(f"{row['share']:.0%} ({row['capacity']}{size})", justify="right", no_wrap=True)
+        for policy, prefetch in dict.fromkeys((row["policy"], row["prefetch"]) for row in rows if row["policy"] not in BOUNDS):
+            found = {row["capacity"]: row for row in rows if (row["policy"], row["prefetch"]) == (policy, prefetch)}
+            shown.add_row(policy, escape(prefetch), *(_cell(found[size]) for size in sizes))
+        console.print(shown)
+        for row in rows:
+            if row["policy"] in BOUNDS and is_timed:
+                typer.echo(f"{row['policy']}: {row['tokens_per_second']:.1f} tokens/s")
+        for row in document["best"]:
+            if row["device"] == device["name"] and is_timed:
+                typer.echo(
+                    f"With {row['gigabytes']:.1f} GB for experts: {row['policy']} and {row['prefetch']}, "
+                    f"{row['tokens_per_second']:.1f} tokens/s, {row['times_on_demand']:.1f} x on demand"
+                    + (f", {row['gain']:.2f} x the best that fetches nothing ahead" if row["gain"] else "")
+                )
+        for line in device["assumptions"]:
+            typer.echo(f"Assumed: {line}")
+    for line in document["notes"]:
+        typer.echo(line)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    speed = row["tokens_per_second"]
+    return f"{row['hit_rate']:.3f}" + ("" if speed is None else f" {speed:6.1f}")

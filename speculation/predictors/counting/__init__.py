@@ -1,0 +1,1 @@
+"""Predictors that count: one file each."""

@@ -1,0 +1,281 @@
+"""What neural predictors share: tokens with rows of their own, training, and weights stored in half precision."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from profiler.errors import SpecmoeError
+from profiler.trace.schema import MAX_HIDDEN_SIZE
+from speculation.data.routes import Routes, RouteSource, router_input_scale, router_inputs_of
+from speculation.data.tasks import Shape, Task, targets
+from speculation.predictors.base import Arrays, Predictor, expected_array
+from speculation.predictors.features import at_targets, expert_frequency, frequent_tokens, stored_keys
+from speculation.predictors.neural.loop import fit_network
+from speculation.predictors.options import Epochs, Progress, TrainingOptions
+
+PREFIX = "network."
+MAX_SETTING = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What a network is built by, besides the shape: kept in config.json.
+
+    width: of its states. context: tokens whose routes it sees in order; 1 if it has no such context. uncertain_above: it sees
+    all of these only where the last known token's routing is less certain than this, else two; None for always all.
+    shared_layers: one head for all layers. hidden: D, of the router inputs that it sees besides routes; 0 if none. Raises
+    `SpecmoeError` for what no network has.
+    """
+
+    width: int
+    context: int = 1
+    uncertain_above: float | None = None
+    shared_layers: bool = False
+    hidden: int = 0
+
+    def __post_init__(self) -> None:
+        for name, size in (("width", self.width), ("context", self.context)):
+            if type(size) is not int or not 1 <= size <= MAX_SETTING:
+                raise SpecmoeError(f"{name} {size!r}, expected 1 to {MAX_SETTING:,}")
+        limit = self.uncertain_above
+        if limit is not None and not (isinstance(limit, int | float) and 0 <= limit <= 1):
+            raise SpecmoeError(f"uncertain_above {limit!r}, expected 0 to 1")
+        if type(self.hidden) is not int or not 0 <= self.hidden <= MAX_HIDDEN_SIZE:
+            raise SpecmoeError(f"hidden {self.hidden!r}, expected 0 to {MAX_HIDDEN_SIZE:,}")
+        if type(self.shared_layers) is not bool:
+            raise SpecmoeError(f"shared_layers {self.shared_layers!r}, expected true or false")
+
+
+class NeuralPredictor(Predictor):
+    """A network from arrays of routes to logits `[T, L, H, E]`, trained with binary cross-entropy on membership in the set.
+
+    max_kinds: tokens with an embedding of their own: the most frequent that occur twice, as one cannot teach; row 0 is shared
+    by all others.
+    """
+
+    max_kinds: ClassVar[int] = 8192
+    default_width: ClassVar[int]
+
+    # Whether one head can serve all layers; what the width must be a multiple of, as attention's heads share it.
+    can_share: ClassVar[bool] = False
+    width_multiple: ClassVar[int] = 1
+
+    def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, form: Form | None = None) -> None:
+        super().__init__(shape)
+        self.keys = np.zeros(0, dtype=np.int64) if keys is None else keys
+        self.form = form or Form(width=self.default_width, context=self.default_context())
+        if self.form.width % self.width_multiple:
+            raise SpecmoeError(f"width {self.form.width}: expected a multiple of {self.width_multiple} for {self.name}")
+        self.network = self.build(len(self.keys) + 1)
+
+    def default_context(self) -> int:
+        """C, the tokens whose routes the network sees in order; 1 if it has no such context."""
+        return 1
+
+    def form_by(self, options: TrainingOptions, train: RouteSource) -> Form:
+        """The form that these options ask for. Raises `SpecmoeError` if this predictor has no such choice."""
+        if options.shared_layers and not self.can_share:
+            raise SpecmoeError(f"{self.name} has no head that could be shared: leave out --shared-layers")
+        if self.form.context == 1 and (options.context or options.adaptive_context):
+            raise SpecmoeError(f"{self.name} has no context to choose: leave out --context and --adaptive-context")
+        chosen = {"width": options.width, "context": options.context}
+        sizes = {name: size for name, size in chosen.items() if size is not None}
+        if options.router_inputs:
+            if self.shape.task == Task.WHOLE_PATH:
+                raise SpecmoeError("whole-path knows nothing of the token's routers: leave out --router-inputs")
+            sizes["hidden"] = router_inputs_of(train.group(0), self.name).hidden_TLD.shape[2]
+        return type(self)(self.shape, form=replace(self.form, **sizes, shared_layers=options.shared_layers)).form
+
+    @abstractmethod
+    def build(self, kinds: int) -> nn.Module:
+        """A new network for `kinds` rows of tokens, with a parameter `bias_LHE` that is added to its logits."""
+
+    @abstractmethod
+    def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        """What the network's `forward` takes for these tokens, by name."""
+
+    def fit(
+        self,
+        train: RouteSource,
+        validation: RouteSource | None,
+        options: TrainingOptions,
+        on_progress: Progress,
+        out: Path | None = None,
+    ) -> Epochs:
+        torch.manual_seed(options.seed)
+        self.keys = frequent_tokens(train, self.max_kinds, at_least=2)
+        self.form = self.form_by(options, train)
+        self.network = self.build(len(self.keys) + 1)
+        for module in self.network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = options.dropout
+            if isinstance(module, nn.MultiheadAttention):
+                module.dropout = options.dropout
+        self.prepare(train)
+        return fit_network(self, train, validation, options, on_progress, out)
+
+    def prepare(self, train: RouteSource) -> None:
+        """Set what the new network takes from the training routes before it is trained: where it starts from.
+
+        That is the popularity baseline: the log-odds of each expert's frequency.
+        """
+        log_odds_LE = torch.logit(torch.from_numpy(expert_frequency(train, self.shape)), eps=1e-4).numpy()
+        bias: Any = self.network.bias_LHE
+        bias.data.copy_(torch.from_numpy(at_targets(log_odds_LE, self.shape)))
+        for module in self.network.modules():
+            if isinstance(module, RouterInputEmbedding):
+                module.scale.copy_(torch.from_numpy(router_input_scale(train, self.name)))
+
+    @property
+    def takes_router_inputs(self) -> bool:
+        return self.needs_router_inputs or self.form.hidden > 0
+
+    def hidden_of(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        """The router inputs of these tokens as the network's input `hidden` `[T, L, D]`, if it takes them."""
+        if not self.form.hidden:
+            return {}
+        return {"hidden": router_inputs_of(routes, self.name, self.form.hidden).hidden_TLD[tokens_T].astype(np.float32)}
+
+    def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Mean binary cross-entropy over the experts of all valid predictions."""
+        logits_TLHE = network(**self.tensors(routes, tokens_T))
+        return mean_cross_entropy(logits_TLHE, *self.truth(routes, tokens_T))
+
+    @torch.inference_mode()
+    def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
+        self.network.eval()
+        tokens_T = np.arange(*tokens.indices(len(routes)))
+        # Of what a network holds in between, its batches in training are the measure.
+        parts = [tokens_T[start : start + self._at_once] for start in range(0, len(tokens_T), self._at_once)] or [tokens_T]
+        made = [self.network(**self.tensors(routes, part)).sigmoid().float().cpu().numpy() for part in parts]
+        return np.concatenate(made)
+
+    @property
+    def _at_once(self) -> int:
+        return 2 * self.defaults.batch_tokens
+
+    def arrays(self) -> Arrays:
+        weights = self.network.state_dict().items()
+        return {f"{PREFIX}{name}": tensor.cpu().numpy().astype(np.float16) for name, tensor in weights} | {"keys": self.keys}
+
+    @classmethod
+    def parameters_for(cls, shape: Shape) -> int | None:
+        with torch.device("meta"):
+            network = cls(shape, np.arange(cls.max_kinds)).network
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self.form)
+
+    @classmethod
+    def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
+        keys = stored_keys(arrays, cls.max_kinds)
+        try:
+            form = Form(**settings)
+        except (SpecmoeError, TypeError) as error:
+            raise SpecmoeError(f"stored predictor: settings: {error}") from error
+        weights = {
+            name.removeprefix(PREFIX): torch.from_numpy(expected_array(arrays, name, array.shape))
+            for name, array in arrays.items()
+            if name.startswith(PREFIX)
+        }
+        try:
+            # Without memory first: only weights that are there may take any.
+            with torch.device("meta"):
+                expected = cls(shape, keys, form).network.state_dict()
+            for name in sorted(expected.keys() | weights.keys()):
+                sides = [tuple(side[name].shape) if name in side else "nothing" for side in (weights, expected)]
+                if sides[0] != sides[1]:
+                    raise SpecmoeError(f"stored predictor: weights {name!r} are {sides[0]}, expected {sides[1]}")
+            predictor = cls(shape, keys, form)
+            predictor.network.load_state_dict(weights)
+        except (RuntimeError, AssertionError) as error:
+            raise SpecmoeError(f"stored predictor: weights do not fit: {' '.join(str(error).split())[:500]}") from error
+        if torch.cuda.is_available():
+            predictor.network.cuda()
+        return predictor
+
+    def tensors(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """`inputs` on the network's device."""
+        device = next(self.network.parameters()).device
+        return {name: torch.from_numpy(array).to(device) for name, array in self.inputs(routes, tokens_T).items()}
+
+    def truth(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """1 where an expert is in the true set `[T, L, H, E]`, and which predictions are about something `[T, L, H]`."""
+        shape, device = self.shape, next(self.network.parameters()).device
+        true_TLHE = torch.zeros(len(tokens_T), shape.layers, shape.horizon, shape.experts, device=device)
+        is_valid_TLH = np.zeros(true_TLHE.shape[:3], dtype=np.float32)
+        for hop in range(1, shape.horizon + 1):
+            true = targets(routes, shape, tokens_T, hop)
+            ids_TLK = torch.from_numpy(true.ids_TLK.astype(np.int64)).to(device)
+            true_TLHE[:, :, hop - 1].scatter_(2, ids_TLK, 1.0)
+            is_valid_TLH[:, :, hop - 1] = true.is_valid_TL
+        return true_TLHE, torch.from_numpy(is_valid_TLH).to(device)
+
+
+def mean_cross_entropy(logits_TLHE: torch.Tensor, true_TLHE: torch.Tensor, is_valid_TLH: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of membership in the set, over the experts of all valid predictions."""
+    losses = nn.functional.binary_cross_entropy_with_logits(logits_TLHE.float(), true_TLHE, reduction="none").mean(-1)
+    return (losses * is_valid_TLH).sum() / is_valid_TLH.sum().clamp(min=1)
+
+
+def relative_weights(weights_TLK: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
+    """Weights over their sum within each (token, layer): comparable between models that renormalise and those that do not."""
+    weights = weights_TLK.astype(np.float32)
+    return np.asarray(weights / np.maximum(weights.sum(-1, keepdims=True), 1e-6))
+
+
+class PairEmbedding(nn.Module):
+    """Sum over a route's K experts of an embedding of (layer, expert), times weight: `[T, L, K]` twice to `[T, L, D]`."""
+
+    offset_L1: torch.Tensor
+
+    def __init__(self, layers: int, experts: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(layers * experts, width) * 0.3)
+        self.register_buffer("offset_L1", torch.arange(layers)[:, None] * experts, persistent=False)
+
+    def forward(self, ids_TLK: torch.Tensor, weights_TLK: torch.Tensor) -> torch.Tensor:
+        tokens, layers, top_k = ids_TLK.shape
+        rows = (ids_TLK + self.offset_L1).view(-1, top_k)
+        weights = weights_TLK.reshape(-1, top_k).to(self.table.dtype)
+        return nn.functional.embedding_bag(rows, self.table, per_sample_weights=weights, mode="sum").view(tokens, layers, -1)
+
+
+class RouterInputEmbedding(nn.Module):
+    """Router inputs `[T, L, D]`, each in the units of the training tokens, to states of all layers alike."""
+
+    scale: torch.Tensor
+
+    def __init__(self, layers: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(layers, hidden))
+        self.rise = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, hidden_TLD: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.rise(hidden_TLD * self.scale)
+        return states
+
+
+class Block(nn.Module):
+    """Norm, a hidden layer `times` as wide, dropout: what is added to a state `[..., D]`."""
+
+    def __init__(self, width: int, times: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.rise = nn.Linear(width, times * width)
+        self.dropout = nn.Dropout(0.1)
+        self.fall = nn.Linear(times * width, width)
+        nn.init.normal_(self.fall.weight, std=0.3 / (times * width) ** 0.5)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = self.fall(self.dropout(nn.functional.gelu(self.rise(self.norm(state)))))
+        return added.float()

@@ -1,0 +1,132 @@
+"""`recommended` one layer at a time: the same numbers as the network's, without its overhead for one token."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from speculation.data.history import History
+
+Array = npt.NDArray[np.float32]
+EPSILON = 1e-5
+
+
+class Stream:
+    """Carries the state of one sequence's current token from layer to layer. of: the predictor whose weights these are."""
+
+    def __init__(self, of: Any) -> None:
+        weights = of.network.state_dict().items()
+        arrays = {name: np.ascontiguousarray(tensor.detach().cpu().float().numpy()) for name, tensor in weights}
+        self.of = of
+        self._arrays = arrays
+        self._experts, self._horizon = of.shape.experts, of.shape.horizon
+        self._context = _stacked(arrays, "context", 2)
+        self._blocks = _stacked(arrays, "blocks", of.shape.layers - 1)
+        self._all = np.concatenate(
+            [arrays["tokens.weight"], arrays["last_all.weight"], arrays["match_all.weight"], 5 * arrays["recent_all.weight"]],
+            axis=1,
+        )
+        names = ("tokens", "last_all", "match_all", "recent_all")
+        self._all_bias = np.sum([arrays[f"{name}.bias"] for name in names], axis=0)
+        self.token, self.layer = -1, -1
+
+    def logits(self, history: History, inputs: dict[str, npt.NDArray[Any]] | None) -> Array:
+        """Logits `[H, E]` at the history's last layer; inputs: of the token, needed if it is a new one."""
+        if inputs is not None:
+            self._begin(inputs)
+            self.token, self.layer = history.tokens - 1, -1
+        arrays = self._arrays
+        routes = history.routes
+        ids_LK, weights_LK = routes.expert_ids_TLK[self.token], routes.weights_TLK[self.token].astype(np.float32)
+        while self.layer < history.layer:
+            self.layer += 1
+            out = _step(
+                self.layer,
+                self._state,
+                self._hints,
+                ids_LK[self.layer].astype(np.int64) + self.layer * self._experts,
+                weights_LK[self.layer],
+                arrays["now.table"],
+                *self._blocks,
+                arrays["norm_scale"],
+                arrays["head"],
+            )
+        return np.asarray(out.reshape(self._horizon, self._experts) + arrays["bias_LHE"][self.layer])
+
+    def _begin(self, inputs: dict[str, npt.NDArray[Any]]) -> None:
+        arrays = self._arrays
+        order = int(inputs["order"][0])
+        last_LD = _embedded(inputs["last_ids"][0], inputs["last_weights"][0], arrays["last.table"], self._experts)
+        match_LD = _embedded(inputs["match_ids"][0, 0], inputs["match_weights"][0, 0], arrays["matches.0.table"], self._experts)
+        match_LD *= arrays["trust"][order]
+        recent = inputs["recent"][0]
+        by_layer = np.ascontiguousarray(recent.transpose(1, 0, 2)).reshape(recent.shape[1], 1, -1)
+        hints_LD = last_LD + match_LD + np.matmul(by_layer, arrays["recent_layer"])[:, 0]
+        known = [arrays["token.weight"][inputs["rows"][0]].ravel(), last_LD.sum(0), match_LD.sum(0), recent.ravel()]
+        state = self._all @ np.concatenate(known) + self._all_bias
+        state += arrays["order.weight"][order] + arrays["position.weight"][int(inputs["position"][0])]
+        for number in range(len(self._context[0])):
+            _add_block(state, state, number, *self._context)
+        self._state, self._hints = state, np.ascontiguousarray(hints_LD[1:])
+
+
+def _stacked(arrays: dict[str, Array], name: str, count: int) -> tuple[Array, ...]:
+    parts = ("norm.weight", "norm.bias", "rise.weight", "rise.bias", "fall.weight", "fall.bias")
+    return tuple(np.stack([arrays[f"{name}.{number}.{part}"] for number in range(count)]) for part in parts)
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _embedded(ids_LK: npt.NDArray[np.int64], weights_LK: Array, table: Array, experts: int) -> Array:
+    layers, top_k = ids_LK.shape
+    out = np.zeros((layers, table.shape[1]), dtype=np.float32)
+    for layer in range(layers):
+        for k in range(top_k):
+            out[layer] += weights_LK[layer, k] * table[layer * experts + ids_LK[layer, k]]
+    return out
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _normalised(values: Array) -> Array:
+    centred = values - np.float32(values.mean())
+    deviation = math.sqrt((centred * centred).mean() + EPSILON)
+    normalised: Array = centred * np.float32(1 / deviation)
+    return normalised
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _add_block(
+    state: Array, seen: Array, n: int, scale: Array, shift: Array, rise: Array, rise_b: Array, fall: Array, fall_b: Array
+) -> None:
+    hidden = np.dot(rise[n], _normalised(seen) * scale[n] + shift[n]) + rise_b[n]
+    for i in range(len(hidden)):
+        hidden[i] *= np.float32(0.5) * (np.float32(1) + np.float32(math.erf(hidden[i] * np.float32(math.sqrt(0.5)))))
+    state += np.dot(fall[n], hidden) + fall_b[n]
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _step(
+    layer: int,
+    state: Array,
+    hints: Array,
+    rows: npt.NDArray[np.int64],
+    weights: Array,
+    now: Array,
+    scale: Array,
+    shift: Array,
+    rise: Array,
+    rise_b: Array,
+    fall: Array,
+    fall_b: Array,
+    norm_scale: Array,
+    head: Array,
+) -> Array:
+    total = max(weights.sum(), np.float32(1e-6))
+    for k in range(len(rows)):
+        state += weights[k] / total * now[rows[k]]
+    _add_block(state, state + hints[layer], layer, scale, shift, rise, rise_b, fall, fall_b)
+    logits: Array = np.dot(_normalised(state + hints[layer]) * norm_scale[layer, 0], head[layer])
+    return logits

@@ -1,0 +1,1 @@
+"""Fitting a predictor to a trace and storing it as a run."""

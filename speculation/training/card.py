@@ -1,0 +1,75 @@
+"""The model card of a run, and the run on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from profiler.trace.hub import plain_text, push_folder
+from profiler.trace.reader import Trace
+from speculation.data.tasks import Task
+from speculation.predictors.base import Predictor
+from speculation.predictors.options import Epochs, TrainingOptions
+
+CARD_FILE = "README.md"
+# What a run is; logs and checkpoints stay.
+PUSHED = ["config.json", "*.safetensors", "metrics.json", "provenance.json", "training.csv", CARD_FILE]
+
+
+def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, facts: dict[str, Any], trace: Trace) -> str:
+    """Markdown: what is predicted from what, for which model, what it was trained on, and how to use it."""
+    shape, model = predictor.shape, trace.metadata.model
+    judged = facts["validation_problems"] > 0
+    told = "expert_ids, weights, router_input" if predictor.takes_router_inputs else "expert_ids, weights"
+    when = {Task.NEXT_LAYER: "after each layer but the last", Task.NEXT_TOKEN: "after all layers"}.get(
+        shape.task, "after begin"
+    )
+    data = ", ".join(dataset.name for dataset in trace.metadata.datasets) or "unknown data"
+    last = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in (history[-1] if history else {}).items())
+    lines = [
+        "---",
+        "tags:",
+        "- mixture-of-experts",
+        "- expert-prediction",
+        "library_name: speculative-moe",
+        "---",
+        "",
+        f"# {predictor.name} for {plain_text(model.id)}",
+        "",
+        f"Predicts which experts a mixture-of-experts model will select: {predictor.about}.",
+        "",
+        f"- **task**: {shape.task}, h = 1 to {shape.horizon}; sees {predictor.sees}",
+        f"- **model**: {plain_text(model.id)}, {shape.layers} MoE layers, {shape.experts} experts, top-{shape.top_k}",
+        f"- **size**: {facts['parameters']:,} parameters, {facts['bytes']:,} bytes",
+        f"- **trained on**: {facts['train_problems']} problems, {facts['train_tokens']:,} tokens of "
+        f"{plain_text(trace.path.name)} ({plain_text(data)}), in {facts['train_seconds']:.0f} s",
+        *([f"- **stopped early on**: {facts['validation_problems']} other problems"] if history and judged else []),
+        *([f"- **last epoch**: {last}"] if last else []),
+        f"- **source**: {plain_text(predictor.source)}",
+        "",
+        "How good it is, beside chance, popularity and a shuffled control, on problems that it was not trained on:",
+        "",
+        "    specmoe evaluate RUN --trace TRACE",
+        "",
+        "```python",
+        "from speculation import History, load_predictor",
+        "",
+        'predictor = load_predictor("RUN")',
+        "history = History(predictor.shape)",
+        "history.begin(vocab_id)              # a token",
+        f"history.add({told})     # its experts at the first MoE layer, then the second, ...",
+        f"predictor.predict(history)           # {when}: expert ids and scores",
+        "```",
+        "",
+        "| option | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in asdict(options).items() if value is not None),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def push_run(run: Path, repository: str, *, private: bool = False) -> str:
+    """Upload a run as the model `repository` and return its address. Raises `TraceError` with the hub's words if it refuses."""
+    return push_folder(run, repository, kind="model", message="Expert predictor", patterns=PUSHED, private=private)

@@ -1,0 +1,113 @@
+"""Train a predictor, and the counting baselines beside it, on the training problems of a trace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from profiler.errors import EmptyPartError, SpecmoeError
+from profiler.trace.reader import Trace
+from profiler.trace.splits import split_key
+from speculation.data.groups import RouteGroups
+from speculation.data.routes import RouteSource, load_routes, route_digests
+from speculation.data.tasks import Shape, Task
+from speculation.predictors.neural.loop import CHECKPOINTS
+from speculation.predictors.options import Progress, TrainingOptions
+from speculation.predictors.registry import find_predictor
+from speculation.training.runs import BASELINES, CONFIG_FILE, Run, load_run, save_run
+
+Load = Callable[[Trace, str], RouteSource]
+"""Reads a part of a trace, in the groups that were asked for."""
+
+
+def train(
+    trace: Trace,
+    predictor_name: str,
+    out: Path,
+    *,
+    task: Task = Task.NEXT_LAYER,
+    horizon: int = 1,
+    validation: Trace | None = None,
+    options: TrainingOptions | None = None,
+    resume: bool = False,
+    on_progress: Progress = lambda done, total, entry: None,
+) -> Run:
+    """Fit on the training part of the split, stop early on the validation part, and write the run directory `out`.
+
+    validation: another trace to stop early on; then all of `trace` is trained on, and the two must share no problem. options:
+    None for the predictor's own defaults. resume: go on where a training into `out` was cut off. Raises `SpecmoeError` for an
+    unknown predictor or horizon, if `out` is taken, or if no problem is left to train on.
+    """
+    predictor_class = find_predictor(predictor_name)
+    _check_out(out, resume)
+    shape = Shape.of(trace.metadata.model, horizon, task)
+    predictor = predictor_class(shape)
+    options = options or predictor_class.defaults
+    if options.router_inputs and not (predictor_class.can_take_router_inputs or predictor_class.needs_router_inputs):
+        raise SpecmoeError(f"{predictor_name} has no use for router inputs: leave out --router-inputs")
+    needs = predictor_class.needs_router_inputs or options.router_inputs
+
+    def load(of: Trace, part: str) -> RouteSource:
+        if options.shards_per_group is None:
+            return load_routes(of, part, router_inputs=needs)
+        return RouteGroups(of, part, options.shards_per_group, router_inputs=needs)
+
+    train_routes = load(trace, "train" if validation is None else "all")
+    validation_routes = (
+        _validation_part(trace, load) if validation is None else _other_trace(trace, train_routes, validation, load)
+    )
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        history = predictor.fit(train_routes, validation_routes, options, on_progress, out)
+    except SpecmoeError:
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise
+    seconds = time.monotonic() - began
+    baselines = {}
+    for name in BASELINES:
+        baselines[name] = find_predictor(name)(shape)
+        baselines[name].fit(train_routes, None, options, on_progress)
+    facts = {
+        "train_seconds": round(seconds, 2),
+        "train_problems": len(train_routes.problem_ids),
+        "train_tokens": len(train_routes),
+        "validation_problems": len(validation_routes.problem_ids) if validation_routes else 0,
+    }
+    save_run(out, predictor, baselines, options, history, facts, trace, route_digests(trace, train_routes))
+    return load_run(out)
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if resume and (out / CONFIG_FILE).is_file():
+        raise SpecmoeError(f"{out} is finished: nothing to resume")
+    if resume and not is_empty and not (out / CHECKPOINTS).is_dir():
+        raise SpecmoeError(f"{out} has no {CHECKPOINTS}/: nothing to resume")
+    if not resume and not is_empty:
+        hint = ", or --resume" if (out / CHECKPOINTS).is_dir() and not (out / CONFIG_FILE).is_file() else ""
+        raise SpecmoeError(f"{out} exists and is not an empty folder: choose another --out{hint}")
+
+
+def _validation_part(trace: Trace, load: Load) -> RouteSource | None:
+    try:
+        return load(trace, "validation")
+    except EmptyPartError:
+        # Few problems: none fell into the validation part, so there is no early stopping.
+        return None
+
+
+def _other_trace(trace: Trace, train_routes: RouteSource, validation: Trace, load: Load) -> RouteSource:
+    if Shape.of(validation.metadata.model, 1) != Shape.of(trace.metadata.model, 1):
+        raise SpecmoeError(f"{validation.path}: its model has another number of layers, experts or top-k than {trace.path}")
+    if split_key(validation) != split_key(trace) or split_key(trace) in {"source key", "problem id"}:
+        raise SpecmoeError(f"{trace.path} and {validation.path} do not both tell prompts: shared ones could not be found out")
+    routes = load(validation, "all")
+    shared = np.intersect1d(route_digests(trace, train_routes), route_digests(validation, routes))
+    if len(shared):
+        raise SpecmoeError(f"{len(shared)} problems of {validation.path} are in {trace.path} too: choose another --validation")
+    return routes

@@ -1,0 +1,208 @@
+"""A run directory: a trained predictor, the popularity baseline fitted on the same problems, and where they came from.
+
+config.json              predictor, task, shape, settings, options
+model.safetensors        what the predictor learned
+baselines.safetensors    the counting baselines, so that every evaluation stands beside them
+problems.safetensors     digests of the problems that it was trained on: no evaluation takes them for held out
+metrics.json             training history and sizes
+README.md                the model card
+training.csv             losses by epoch, while it trains
+tensorboard/             the same, for TensorBoard
+checkpoints/             of a training that is not finished
+provenance.json          trace, versions, command line, git commit, seed
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from profiler.errors import SpecmoeError
+from profiler.trace.reader import Trace
+from profiler.trace.schema import MANIFEST_FILE
+from profiler.trace.splits import split_key
+from profiler.trace.writer import sha256_of, write_text
+from speculation.data.tasks import Shape, Task
+from speculation.predictors.base import Arrays, Predictor
+from speculation.predictors.neural.loop import CHECKPOINTS
+from speculation.predictors.options import Epochs, TrainingOptions
+from speculation.predictors.registry import find_predictor
+from speculation.training.card import CARD_FILE, model_card
+
+CONFIG_FILE = "config.json"
+BASELINES = ("popularity", "previous-token", "conditional-counts")
+MAX_FILE_BYTES = 4 << 30
+MAX_DOCUMENT_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loaded run: the predictor, and the baselines by name.
+
+    split: what decided which problems it was trained on (see `splits.split_key`). trace_sha256: of that trace's manifest.
+    trained_on: digests of those problems, ascending. train_seconds: of the training.
+    """
+
+    path: Path
+    name: str
+    predictor: Predictor
+    baselines: dict[str, Predictor]
+    split: str
+    trace_sha256: str | None
+    trained_on: npt.NDArray[np.uint64]
+    train_seconds: float
+
+
+def save_run(
+    path: Path,
+    predictor: Predictor,
+    baselines: dict[str, Predictor],
+    options: TrainingOptions,
+    history: Epochs,
+    facts: dict[str, Any],
+    trace: Trace,
+    trained_on: npt.NDArray[np.uint64],
+) -> None:
+    """Write the run directory; `config.json` last, so that a run that has one is whole. Checkpoints go then."""
+    path.mkdir(parents=True, exist_ok=True)
+    arrays = predictor.arrays()
+    _save_arrays(path / "model.safetensors", arrays)
+    stored = {f"{name}/{key}": a for name, baseline in baselines.items() for key, a in baseline.arrays().items()}
+    _save_arrays(path / "baselines.safetensors", stored)
+    _save_arrays(path / "problems.safetensors", {"digests": trained_on})
+    sizes = {
+        "parameters": count_parameters(arrays),
+        "bytes": (path / "model.safetensors").stat().st_size,
+    }
+    _write_json(path / "metrics.json", {**sizes, **facts, "history": history})
+    write_text(path / CARD_FILE, model_card(predictor, options, history, {**sizes, **facts}, trace))
+    _write_json(path / "provenance.json", _provenance(trace))
+    config = {
+        "predictor": predictor.name,
+        "task": predictor.shape.task,
+        "split": split_key(trace),
+        "trace_sha256": manifest_sha256(trace),
+        "shape": {name: value for name, value in asdict(predictor.shape).items() if name != "task"},
+        "settings": predictor.settings(),
+        "options": asdict(options),
+    }
+    _write_json(path / CONFIG_FILE, config)
+    shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+
+
+def load_predictor(path: str | Path) -> Predictor:
+    """The fitted predictor of a run directory. Raises `SpecmoeError` if it is none. Nothing is unpickled.
+
+    >>> predictor = load_predictor("runs/math")  # doctest: +SKIP
+    """
+    return load_run(Path(path)).predictor
+
+
+def load_run(path: Path) -> Run:
+    """Load a run. Raises `SpecmoeError` if it is none, or if its files do not fit together. Nothing is unpickled."""
+    if not (path / "config.json").is_file():
+        raise SpecmoeError(f"{path} is not a run: it has no config.json (made by 'specmoe train')")
+    try:
+        config = _read_json(path / "config.json")
+        if config["task"] not in set(Task):
+            raise SpecmoeError(f"task {config['task']!r}, expected one of {', '.join(Task)}")
+        shape = Shape(**config["shape"], task=Task(config["task"]))
+        name, settings = str(config["predictor"]), dict(config["settings"])
+        split, trace_sha256 = str(config["split"]), config["trace_sha256"]
+    except SpecmoeError as error:
+        raise SpecmoeError(f"{path}/config.json: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SpecmoeError(f"{path}/config.json is not valid: {type(error).__name__} {error}") from error
+    predictor = find_predictor(name).restore(shape, settings, _load_arrays(path / "model.safetensors"))
+    stored = _load_arrays(path / "baselines.safetensors")
+    baselines = {}
+    for baseline in BASELINES:
+        own = {key.split("/", 1)[1]: array for key, array in stored.items() if key.startswith(f"{baseline}/")}
+        baselines[baseline] = find_predictor(baseline).restore(shape, {}, own)
+    trained_on = _load_arrays(path / "problems.safetensors").get("digests")
+    if trained_on is None or trained_on.ndim != 1 or trained_on.dtype != np.uint64:
+        raise SpecmoeError(f"{path}/problems.safetensors: expected 'digests' of problems")
+    return Run(path, name, predictor, baselines, split, trace_sha256, trained_on, _train_seconds(path / "metrics.json"))
+
+
+def _train_seconds(path: Path) -> float:
+    try:
+        seconds = float(_read_json(path)["train_seconds"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise SpecmoeError(f"{path} is not valid: {type(error).__name__} {error}") from error
+    if not math.isfinite(seconds):
+        raise SpecmoeError(f"{path} is not valid: train_seconds {seconds}")
+    return seconds
+
+
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        raise SpecmoeError(f"{path} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB, which no run needs")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def count_parameters(arrays: Arrays) -> int:
+    """Learned numbers: floating-point arrays, not vocabularies."""
+    return int(sum(array.size for array in arrays.values() if np.issubdtype(array.dtype, np.floating)))
+
+
+def manifest_sha256(trace: Trace) -> str | None:
+    """Identifies the content of a complete trace."""
+    manifest = trace.path / MANIFEST_FILE
+    return sha256_of(manifest) if manifest.is_file() else None
+
+
+def _save_arrays(path: Path, arrays: Arrays) -> None:
+    temporary = path.with_suffix(".tmp")
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+    temporary.rename(path)
+
+
+def _load_arrays(path: Path) -> Arrays:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise SpecmoeError(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB, which no predictor needs")
+        return dict(load_file(path))
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise SpecmoeError(f"{path} cannot be read: {error}") from error
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def _provenance(trace: Trace) -> dict[str, Any]:
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "trace": trace.path.name,
+        "trace_manifest_sha256": manifest_sha256(trace),
+        "model": trace.metadata.model.model_dump(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": _git_commit(),
+        "versions": {name: version(name) for name in ("speculative-moe", "torch", "numpy")}
+        | {"python": platform.python_version()},
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

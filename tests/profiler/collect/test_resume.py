@@ -1,0 +1,335 @@
+"""Collections that are killed: what was written stays readable, and --resume ends where an uninterrupted run does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from profiler.capture.requests import COMPLETIONS_FILE, PLANNED_FILE
+from profiler.capture.sealing import captured_positions, run_folder, runs_of
+from profiler.collect.job import CollectOptions, collect
+from profiler.engines import EngineOptions, Sampling
+from profiler.engines.vllm import is_installed
+from profiler.errors import EngineError, TraceError
+from profiler.importers import find_format, import_trace
+from profiler.trace.reader import Trace
+from profiler.trace.stream import ROUTING_STREAM, read_index
+from profiler.trace.writer import exclusive
+
+KILLS = 20
+SETTINGS = {"problems": 60, "new_tokens": 24}
+
+
+def options(out: Path, **changes: object) -> CollectOptions:
+    settings: dict[str, Any] = {
+        "model": "demo",
+        "datasets": ("demo-math",),
+        "out": out,
+        "num_problems": 3,
+        "engine": "transformers",
+        "sampling": Sampling(max_new_tokens=4),
+        "engine_options": EngineOptions(dtype="float32"),
+    }
+    return CollectOptions(**(settings | changes))
+
+
+def assert_same(first: Trace, second: Trace) -> None:
+    """Same problems, tokens and routing, to the bit."""
+    assert second.faults(verify=True) == []
+    assert first.metadata.gaps == second.metadata.gaps == []
+    assert first.problems.equals(second.problems)
+    assert first.tokens.equals(second.tokens)
+    assert first.to_arrow().equals(second.to_arrow())
+
+
+class Collector:
+    """Starts collectors that can be killed at any moment."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).parents[2] / "support" / "collect_on_demand.py"
+        self._process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def run(self, out: Path, seconds: float | None) -> int:
+        """Collect into `out`, kill after `seconds`, and return the exit code."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(SETTINGS | {"out": str(out), "resume": True}) + "\n")
+        self._process.stdin.flush()
+        child = int(self._process.stdout.readline())
+        if seconds is not None:
+            time.sleep(seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    yield made
+    made.close()
+
+
+def captured_tokens(out: Path) -> int:
+    found = [read_index(run_folder(out, run) / ROUTING_STREAM) for run in runs_of(out)]
+    return sum(len(index.token_ids_N) for index in found if index is not None)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing_and_repeat_nothing(collector: Collector, tmp_path: Path) -> None:
+    assert collector.run(tmp_path / "whole", None) == 0
+    began = time.monotonic()
+    assert collector.run(tmp_path / "again", None) == 0
+    takes = time.monotonic() - began
+    whole = Trace.open(tmp_path / "whole")
+    assert_same(whole, Trace.open(tmp_path / "again"))
+    moments = random.Random(4)
+    kills, traces, resumed = 0, 0, 0
+    while kills < KILLS:
+        out = tmp_path / f"killed-{traces}"
+        traces += 1
+        before = 0
+        while not (out / "manifest.json").exists():
+            if kills < KILLS:
+                code = collector.run(out, moments.uniform(0.0, takes))
+                kills += code == -signal.SIGKILL
+            else:
+                code = collector.run(out, None)
+            assert code in (0, -signal.SIGKILL)
+            if code and (out / "metadata.json").exists() and not (out / "manifest.json").exists():
+                # Whatever was readable stays readable, and the trace says that it is not whole.
+                now = captured_tokens(out)
+                assert now >= before
+                before = now
+                (fault,) = Trace.open(out, allow_incomplete=True).faults()
+                assert fault.startswith("no manifest.json")
+                assert (f"{now:,} tokens" in fault) == (now > 0)
+        trace = Trace.open(out)
+        resumed += trace.metadata.capture["runs"] > 1
+        assert_same(whole, trace)
+    assert kills == KILLS
+    # The kills did hit collections that had something to resume.
+    assert resumed >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")
+def test_a_killed_vllm_run_ends_with_its_engine_and_is_resumed(tmp_path: Path) -> None:
+    def command(out: Path) -> list[str]:
+        return [
+            *(sys.executable, "-m", "specmoe", "collect", "--model", "demo", "--dataset", "demo-math,demo-code,demo-reviews"),
+            *("--num-problems", "120", "--max-new-tokens", "200", "--dtype", "float32", "--resume", "--out", str(out)),
+        ]
+
+    out = tmp_path / "killed"
+    killed = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out.is_dir() and runs_of(out) and captured_tokens(out)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    engine = psutil.Process(killed.pid).children(recursive=True)
+    killed.kill()
+    killed.wait()
+    _, alive = psutil.wait_procs(engine, timeout=20)
+    assert alive == []
+    assert not (out / "manifest.json").exists()
+    there = captured_tokens(out)
+    assert there > 0
+    # What there is can also be taken as it is.
+    assert find_format(out).name == "interrupted"
+    salvaged = import_trace(out, tmp_path / "salvaged")
+    assert 0 < len(salvaged.load()) <= there
+    assert "the collection was interrupted" in salvaged.metadata.gaps[0]
+    done = subprocess.run(command(out), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "problems were finished before" in done.stdout
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    assert_same(Trace.open(tmp_path / "whole"), Trace.open(out))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "trace"
+    collect(options(out))
+    return out
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A collection that ran to its end but was killed before it was sealed."""
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("profiler.collect.collector.finish_trace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            collect(options(tmp_path / "trace"))
+    return tmp_path / "trace"
+
+
+def test_what_is_finished_needs_no_engine(unfinished: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_engine(*_: object) -> None:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr("profiler.collect.collector.start_engine", no_engine)
+    assert collect(options(unfinished, resume=True)).resumed == 3
+    assert_same(Trace.open(finished), Trace.open(unfinished))
+    # And what is complete stays as it is, but for what a kill just before the end had left.
+    before = (unfinished / "manifest.json").read_bytes()
+    (unfinished / "capture" / "run-00000").mkdir(parents=True)
+    assert collect(options(unfinished, resume=True)).resumed == 3
+    assert (unfinished / "manifest.json").read_bytes() == before
+    assert not (unfinished / "capture").exists()
+
+
+def test_gaps_are_said_once_though_sealing_was_cut_short(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    completions = run_folder(unfinished, 0) / COMPLETIONS_FILE
+    # One position came from a prefix cache.
+    completions.write_text(completions.read_text().replace('"cached_tokens":0', '"cached_tokens":1'))
+    for _ in range(2):
+        with monkeypatch.context() as context:
+            context.setattr("profiler.capture.finish.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                collect(options(unfinished, resume=True))
+    collect(options(unfinished, resume=True))
+    (gap,) = Trace.open(unfinished).metadata.gaps
+    assert "came from the prefix cache: problem 0, 1, 2" in gap
+
+
+def test_a_problem_whose_last_rows_are_missing_runs_again(unfinished: Path, finished: Path) -> None:
+    stream = run_folder(unfinished, 0) / ROUTING_STREAM
+    # The last block of rows is torn, as a kill in the middle of a write leaves it.
+    os.truncate(stream, stream.stat().st_size - 100)
+    positions = captured_positions(run_folder(unfinished, 0))
+    assert len(positions[ROUTING_STREAM]) == 2
+    assert collect(options(unfinished, resume=True)).resumed == 2
+    assert_same(Trace.open(finished), Trace.open(unfinished))
+    assert Trace.open(unfinished).metadata.capture["runs"] == 2
+
+
+def test_a_torn_completion_runs_again(unfinished: Path, finished: Path) -> None:
+    completions = run_folder(unfinished, 0) / COMPLETIONS_FILE
+    os.truncate(completions, completions.stat().st_size - 10)
+    assert collect(options(unfinished, resume=True)).resumed == 2
+    assert_same(Trace.open(finished), Trace.open(unfinished))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sampling": Sampling(max_new_tokens=5)}, "was begun with sampling.max_new_tokens 4, now it is 5"),
+        ({"num_problems": 2}, "was begun with datasets"),
+        ({"engine": "vllm"}, "was begun with engine 'transformers', now it is 'vllm'"),
+        ({"engine_options": EngineOptions(dtype="bfloat16")}, None),
+    ],
+)
+def test_a_collection_is_not_resumed_with_other_settings(unfinished: Path, changes: dict, reason: str | None) -> None:
+    if reason is None:
+        # What only the engine knows is found out when it has to run.
+        (run_folder(unfinished, 0) / COMPLETIONS_FILE).write_text("")
+        reason = "was begun with model.dtype 'float32', now it is 'bfloat16'"
+    with pytest.raises(TraceError, match=reason):
+        collect(options(unfinished, resume=True, **changes))
+    assert captured_tokens(unfinished) > 0
+
+
+def test_a_changed_dataset_is_found_out(unfinished: Path) -> None:
+    planned = run_folder(unfinished, 0) / PLANNED_FILE
+    lines = planned.read_text().splitlines()
+    record = json.loads(lines[0]) | {"prompt": "another one"}
+    planned.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
+    with pytest.raises(TraceError, match="problem 0 was another one before"):
+        collect(options(unfinished, resume=True))
+
+
+def test_without_resume_an_unfinished_collection_is_left_alone(unfinished: Path) -> None:
+    with pytest.raises(TraceError, match="holds an unfinished collection: add --resume"):
+        collect(options(unfinished))
+    assert captured_tokens(unfinished) > 0
+
+
+def test_a_second_collector_is_refused_and_touches_nothing(unfinished: Path, tmp_path: Path) -> None:
+    with exclusive(unfinished), pytest.raises(TraceError, match="another process is collecting into it"):
+        collect(options(unfinished, resume=True))
+    assert captured_tokens(unfinished) > 0
+    (tmp_path / "new").mkdir()
+    with exclusive(tmp_path / "new"), pytest.raises(TraceError, match="another process is collecting into it"):
+        collect(options(tmp_path / "new"))
+
+
+def test_what_a_kill_leaves_before_the_first_file_is_no_obstacle(tmp_path: Path, finished: Path) -> None:
+    out = tmp_path / "trace"
+    out.mkdir()
+    (out / "metadata.tmp").write_text("{")
+    assert collect(options(out, resume=True)).resumed == 0
+    assert_same(Trace.open(finished), Trace.open(out))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(TraceError, match="is not an empty folder"):
+        collect(options(tmp_path / "mine", resume=True))
+
+
+def test_an_engine_that_fails_keeps_what_there_is_and_says_how_to_go_on(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from profiler.engines import transformers
+
+    route, calls = transformers.route, 0
+
+    def fails(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # the engine tries one while it starts
+            raise EngineError("out of memory")
+        return route(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(transformers, "route", fails)
+        with pytest.raises(EngineError, match="out of memory; what was recorded before stays: --resume goes on"):
+            collect(options(tmp_path / "trace"))
+    assert collect(options(tmp_path / "trace", resume=True)).resumed == 2
+    assert_same(Trace.open(finished), Trace.open(tmp_path / "trace"))
+
+
+@pytest.mark.parametrize("name", ["gates.safetensors", "routing.arrows"])
+def test_links_in_a_strangers_collection_are_not_followed(unfinished: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.key").write_text("secret")
+    path = run_folder(unfinished, 0) / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "secret.key")
+    with pytest.raises(TraceError, match="is no plain file"):
+        import_trace(unfinished, tmp_path / "taken")
+    assert not (tmp_path / "taken").exists()
+
+
+def test_an_unfinished_collection_can_be_taken_as_it_is(unfinished: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(unfinished, tmp_path / "copy")
+    completions = run_folder(tmp_path / "copy", 0) / COMPLETIONS_FILE
+    completions.write_text("".join(completions.read_text().splitlines(keepends=True)[:2]))
+    trace = import_trace(tmp_path / "copy", tmp_path / "taken")
+    assert trace.problems.column("finish_reason").to_pylist()[2] == "abort"
+    assert trace.problems.column("prompt").equals(Trace.open(finished).problems.column("prompt"))
+    assert trace.metadata.gaps[0] == "the collection was interrupted: 3 of 3 problems had begun"
+    assert np.unique(trace.load().problem_ids_T).tolist() == [0, 1, 2]
+    assert captured_tokens(tmp_path / "copy") == captured_tokens(unfinished)

@@ -1,0 +1,106 @@
+"""Training: cut off and resumed it ends where it would have; another trace to stop early on must be another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from profiler.errors import SpecmoeError
+from profiler.trace.reader import Trace
+from speculation.data.routes import load_routes
+from speculation.evaluation.evaluate import evaluate
+from speculation.predictors.registry import find_predictor
+from speculation.training.fit import train
+
+Make = Callable[..., Trace]
+OPTIONS = replace(find_predictor("mlp").defaults, epochs=4, batch_tokens=64)
+
+
+@pytest.fixture
+def trace(make_trace: Make, random_problems: Make) -> Trace:
+    return make_trace(random_problems(count=40, tokens=20, layers=3, num_experts=8, top_k=2), 8)
+
+
+class KilledError(Exception):
+    pass
+
+
+def cut_off_at(epoch: int) -> Callable[[int, int, dict[str, float]], None]:
+    def progress(done: int, total: int, entry: dict[str, float]) -> None:
+        if done == epoch:
+            raise KilledError
+
+    return progress
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "model.safetensors")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_resumed_training_ends_with_the_very_same_weights(accumulate: int, trace: Trace, tmp_path: Path) -> None:
+    # A checkpoint at every step: the last one is from the middle of an epoch's end, before it was judged.
+    options = replace(OPTIONS, checkpoint_seconds=0.0, accumulate=accumulate)
+    whole = train(trace, "mlp", tmp_path / "whole", options=options)
+    with pytest.raises(KilledError):
+        train(trace, "mlp", tmp_path / "cut", options=options, on_progress=cut_off_at(2))
+    with pytest.raises(SpecmoeError, match="choose another --out, or --resume"):
+        train(trace, "mlp", tmp_path / "cut", options=options)
+    with pytest.raises(SpecmoeError, match="of a training with other options or data: resume with those, or remove it"):
+        train(trace, "mlp", tmp_path / "cut", options=replace(options, learning_rate=1e-4), resume=True)
+    with pytest.raises(SpecmoeError, match="of a training with other options or data"):
+        train(trace, "mlp", tmp_path / "cut", horizon=2, options=options, resume=True)
+    resumed = train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
+    expected, found = weights(whole.path), weights(resumed.path)
+    assert expected.keys() == found.keys()
+    assert all((expected[name] == found[name]).all() for name in expected)
+    assert not (resumed.path / "checkpoints").exists()
+    lines = (resumed.path / "training.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["epoch", "1", "2", "3", "4"]
+    with pytest.raises(SpecmoeError, match="is finished: nothing to resume"):
+        train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
+
+
+def test_more_steps_per_update_than_there_are(trace: Trace, tmp_path: Path) -> None:
+    steps = OPTIONS.epochs * -(-len(load_routes(trace, "train")) // OPTIONS.batch_tokens)
+    with pytest.raises(SpecmoeError, match=f"--accumulate 1000: the training has only {steps} steps"):
+        train(trace, "mlp", tmp_path / "run", options=replace(OPTIONS, accumulate=1000))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_checkpoint_is_named(trace: Trace, tmp_path: Path) -> None:
+    options = replace(OPTIONS, checkpoint_seconds=0.0)
+    with pytest.raises(KilledError):
+        train(trace, "mlp", tmp_path / "cut", options=options, on_progress=cut_off_at(1))
+    next((tmp_path / "cut" / "checkpoints").glob("step-*/average.safetensors")).write_bytes(b"nothing")
+    with pytest.raises(SpecmoeError, match=r"checkpoints cannot be resumed: .*; remove it to start again"):
+        train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
+
+
+def test_all_of_a_trace_is_trained_on_with_another_to_stop_early_on(
+    trace: Trace, make_trace: Make, random_problems: Make, tmp_path: Path
+) -> None:
+    problems = random_problems(count=9, tokens=20, layers=3, num_experts=8, top_k=2, seed=1)
+    other = make_trace(problems, 8, name="other", prompts=[f"another {number}" for number in range(9)])
+    run = train(trace, "popularity", tmp_path / "run", validation=other)
+    assert len(run.trained_on) == 40
+    assert evaluate(run, other, part="all")["trained_on"] == 0
+    assert evaluate(run, trace, part="test")["trained_on"] == evaluate(run, trace, part="test")["problems"]
+    shared = make_trace(problems, 8, name="shared", prompts=[f"prompt {number}" for number in range(4, 13)])
+    with pytest.raises(SpecmoeError, match=r"9 problems of .*shared are in .*trace too"):
+        train(trace, "popularity", tmp_path / "leaky", validation=shared)
+    assert not (tmp_path / "leaky").exists()
+
+
+def test_by_itself_a_trace_is_split(trace: Trace, tmp_path: Path) -> None:
+    run = train(trace, "popularity", tmp_path / "run")
+    document = evaluate(run, trace)
+    assert document["trained_on"] == 0
+    assert (
+        evaluate(run, trace, part="all")["trained_on"] == len(run.trained_on) == evaluate(run, trace, part="train")["problems"]
+    )

@@ -1,0 +1,96 @@
+"""What `recommended` is told, by hand; and that it uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from profiler.trace.schema import RoutingChunk
+from speculation.data.routes import Routes, make_routes
+from speculation.data.tasks import Shape, Task
+from speculation.evaluation.evaluate import judge, shuffled
+from speculation.predictors.features import recent_use
+from speculation.predictors.neural.recommended import Recommended
+
+Make = Callable[..., object]
+
+
+def routes_of(ids_TLK: np.ndarray, keys: np.ndarray, problem_T: np.ndarray | None = None) -> Routes:
+    count = len(ids_TLK)
+    problem_T = np.zeros(count, np.int32) if problem_T is None else problem_T
+    position_T = np.arange(count) - np.searchsorted(problem_T, problem_T)
+    weights = np.broadcast_to(np.array([0.75, 0.25], np.float16), ids_TLK.shape)
+    chunk = RoutingChunk(problem_T.astype(np.int32), position_T.astype(np.int32), ids_TLK.astype(np.uint8), weights.copy())
+    return replace(make_routes(chunk), token_keys_T=keys.astype(np.int64))
+
+
+def test_recent_use_by_hand() -> None:
+    ids = np.array([[[0, 1]], [[2, 3]], [[0, 2]], [[1, 0]], [[3, 2]], [[3, 0]]])
+    routes = routes_of(ids, np.arange(6), np.array([0, 0, 0, 0, 0, 1]))
+    tokens = np.array([0, 2, 4, 5])
+    found = recent_use(routes, tokens, routes.previous_T[tokens], 4, Recommended.windows)
+    assert found.shape == (4, len(Recommended.windows), 1, 4)
+    assert (found[[0, 3]] == 0).all()
+    # Two tokens are known at place 2, in every window; at 4 four are, just what the shortest window holds.
+    assert found[1, :, 0] == pytest.approx(np.tile(np.array([0.75, 0.25, 0.75, 0.25]) / 2, (3, 1)), abs=1e-4)
+    assert found[2, :, 0] == pytest.approx(np.tile(np.array([1.75, 1.0, 1.0, 0.25]) / 4, (3, 1)), abs=1e-4)
+
+
+def test_windows_end_where_they_should() -> None:
+    random = np.random.default_rng(0)
+    ids = random.random((200, 2, 5)).argsort(-1)[:, :, :2]
+    routes = routes_of(ids, np.arange(200))
+    tokens = np.array([3, 17, 150, 199])
+    found = recent_use(routes, tokens, tokens, 5, Recommended.windows)
+    weight = np.zeros((200, 2, 5))
+    np.put_along_axis(weight, ids, np.array([0.75, 0.25]), axis=2)
+    for row, token in enumerate(tokens):
+        for window, size in enumerate(Recommended.windows):
+            assert found[row, window] == pytest.approx(weight[max(0, token + 1 - size) : token + 1].mean(0), abs=1e-4)
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_inputs_by_hand(task: Task) -> None:
+    """Tokens a b c a b: the last two repeat the first two."""
+    ids = np.arange(5)[:, None, None] + np.array([[[0, 1], [2, 3]]])
+    routes = routes_of(ids, np.array([7, 8, 9, 7, 8]))
+    horizon = 3 if task == Task.NEXT_TOKEN else 1
+    predictor = Recommended(Shape(layers=2, experts=8, top_k=2, horizon=horizon, task=task), np.array([7, 8]))
+    found = predictor.inputs(routes, np.array([0, 4]))
+    assert found["rows"].tolist() == [[1, 0, 0], [2, 1, 0]]
+    assert found["order"].tolist() == [0, 2]
+    assert (found["match_weights"][0] == 0).all()
+    # b came before at place 1; after it c, a, b, and so on: beyond what is known the run is taken to go round.
+    places = [2, 3, 4] if task == Task.NEXT_TOKEN else [1]
+    assert (found["match_ids"][1] == ids[places]).all()
+    last = 4 if task == Task.NEXT_TOKEN else 3
+    assert (found["last_ids"][1] == ids[last]).all()
+    assert found["last_weights"][0].sum() == (2 if task == Task.NEXT_TOKEN else 0)
+    assert ("now_ids" in found) == (task == Task.NEXT_LAYER)
+
+
+def test_it_learns_what_repeats_and_falls_to_chance_on_shuffled_experts() -> None:
+    """Every problem is a random run of 12 tokens said four times: nothing but the earlier place tells the routes."""
+    random = np.random.default_rng(0)
+
+    def made(problems: int) -> Routes:
+        ids, keys, owner = [], [], []
+        for problem in range(problems):
+            once = random.random((12, 3, 8)).argsort(-1)[:, :, :2]
+            ids.append(np.tile(once, (4, 1, 1)))
+            keys.append(np.tile(random.permutation(500)[:12], 4))
+            owner.append(np.full(48, problem))
+        return routes_of(np.concatenate(ids), np.concatenate(keys), np.concatenate(owner))
+
+    predictor = Recommended(Shape(layers=3, experts=8, top_k=2, horizon=1, task=Task.WHOLE_PATH))
+    options = replace(Recommended.defaults, epochs=12, batch_tokens=128)
+    predictor.fit(made(100), made(15), options, lambda *_: None)
+    test = made(20)
+    recall = judge(predictor, test, {})["metrics"]["h=1"]["recall@2"]
+    # Three quarters are repetitions; the rest is chance, a quarter.
+    assert recall == pytest.approx(0.75 + 0.25 * 0.25, abs=0.04)
+    control = judge(predictor, shuffled(test, seed=0), {}, test)["metrics"]["h=1"]["recall@2"]
+    assert control == pytest.approx(0.25, abs=0.04)

@@ -1,0 +1,82 @@
+"""The model card, and a run on a hub: its own files and no others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from profiler.trace.reader import Trace
+from speculation.predictors.options import TrainingOptions
+from speculation.training.fit import train
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def trace(make_trace: Make, random_problems: Make) -> Trace:
+    made = make_trace(random_problems(count=20, tokens=10, layers=3, num_experts=8, top_k=2), 8)
+    assert isinstance(made, Trace)
+    return made
+
+
+def test_the_card_says_what_it_is_and_trusts_no_name(trace: Trace, tmp_path: Path) -> None:
+    metadata = json.loads((trace.path / "metadata.json").read_text())
+    metadata["model"]["id"] = "evil/<script>\n# model"
+    (trace.path / "metadata.json").write_text(json.dumps(metadata))
+    renamed = Trace.open(trace.path, allow_incomplete=True)
+    run = train(renamed, "mlp", tmp_path / "run", options=TrainingOptions(epochs=1, width=8))
+    card = (run.path / "README.md").read_text()
+    assert "# mlp for evil/\\<script\\> \\# model" in card
+    assert "next-layer, h = 1 to 1" in card
+    assert "| epochs | 1 |" in card
+    facts = json.loads((run.path / "metrics.json").read_text())
+    assert f"{facts['parameters']:,} parameters" in card
+
+
+def test_losses_are_logged_for_tensorboard(trace: Trace, tmp_path: Path) -> None:
+    run = train(trace, "mlp", tmp_path / "run", options=TrainingOptions(epochs=3, width=8))
+    logged = {}
+    for path in sorted((run.path / "tensorboard").iterdir()):
+        content = path.read_bytes()
+        while content:
+            # A record: its length, a checksum, the event, a checksum.
+            size = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + size])
+            logged |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            content = content[16 + size :]
+    history = json.loads((run.path / "metrics.json").read_text())["history"]
+    for entry in history:
+        assert logged["train_loss", entry["epoch"]] == pytest.approx(entry["train_loss"], rel=1e-5)
+
+
+def pushed(trace: Trace, out: Path, address: str, *more: str) -> subprocess.CompletedProcess[str]:
+    command = ["train", str(trace.path), "--predictor", "mlp", "--epochs", "1", "--width", "8", "--out", str(out), *more]
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": address, "HF_TOKEN": "good", "HF_HUB_DISABLE_XET": "1", "HOME": str(out.parent)}
+    return subprocess.run([sys.executable, "-m", "specmoe", *command], capture_output=True, text=True, env=environment)
+
+
+def test_a_run_is_pushed_as_a_model(trace: Trace, tmp_path: Path, hub: tuple[str, dict[str, dict[str, Any]]]) -> None:
+    address, repositories = hub
+    done = pushed(trace, tmp_path / "run", address, "--push", "me/predictor", "--private")
+    assert done.returncode == 0, done.stderr
+    repository = repositories["me/predictor"]
+    # A model is what the hub takes a repository for whose type is not told.
+    assert repository["asked"].get("type", "model") == "model"
+    assert repository["private"]
+    files = repository["files"]
+    names = {"config.json", "metrics.json", "provenance.json", "README.md", "training.csv"}
+    assert files.keys() == names | {f"{name}.safetensors" for name in ("model", "baselines", "problems")}
+    assert all(files[name] == (tmp_path / "run" / name).read_bytes() for name in files)
+    done = pushed(trace, tmp_path / "other", address, "--private")
+    assert done.returncode == 2
+    assert "goes with --push" in done.stderr
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,232 @@
+"""Capture of online traffic: a server's engine records into `OUT/trace-00000`, `trace-00001`, ... by itself.
+
+    SPECMOE_CAPTURE=1 SPECMOE_CAPTURE_OUT=traces/served vllm serve MODEL
+
+The worker writes rows; the process with the scheduler writes what each finished request said (`OUT/finished.jsonl`). A
+process of its own (`sealer`) joins both when a trace is full or the server is gone, so that no request waits for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from profiler.capture.finish import finish_trace
+from profiler.capture.requests import ABORTED, Sequence, problem_ids, read_requests
+from profiler.capture.sealing import run_folder
+from profiler.errors import TraceError
+from profiler.trace.reader import Trace
+from profiler.trace.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE, Metadata
+from profiler.trace.writer import write_metadata
+from vllm_patch.serving import sealer
+
+DATASET = "served"
+FINISHED_FILE = "finished.jsonl"
+# How long a stopping server waits for its last trace to be sealed; the sealing goes on without it.
+SEAL_SECONDS = 3.0
+# How long the engine may take to write what is left; it is not waited for once it has gone.
+SHUTDOWN_SECONDS = 15.0
+
+log = logging.getLogger("vllm.specmoe")
+
+
+def log_finished_requests(out: Path) -> None:
+    """Have vLLM's scheduler, where this process has one, append each request that ends to `out/finished.jsonl`. Idempotent."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    # mypy: vLLM is not typed here, and a function's attributes never are.
+    free: Any = Scheduler._free_request
+    if hasattr(free, "specmoe_original"):
+        return
+
+    @functools.wraps(free)
+    def log_and_free(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        reason = request.get_finished_reason()
+        record = {
+            "request_id": request.request_id,
+            "output_token_ids": list(request.output_token_ids),
+            # Not `or`: vLLM's STOP is number 0.
+            "finish_reason": ABORTED if reason is None else str(reason),
+        }
+        _append(out, record)
+        return free(self, request, *args, **kwargs)
+
+    log_and_free.specmoe_original = free  # type: ignore[attr-defined]
+    Scheduler._free_request = log_and_free
+
+
+def log_stop_strings(out: Path) -> None:
+    """Have vLLM's front process, if this is it, note which requests it ended at a stop string. Idempotent.
+
+    The scheduler only learns that such a request is to be aborted.
+    """
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    # mypy: as above.
+    process: Any = OutputProcessor.process_outputs
+    if hasattr(process, "specmoe_original"):
+        return
+
+    @functools.wraps(process)
+    def process_and_log(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = process(self, *args, **kwargs)
+        for request_id in result.reqs_to_abort:
+            _append(out, {"request_id": request_id, "stopped": True})
+        return result
+
+    process_and_log.specmoe_original = process  # type: ignore[attr-defined]
+    OutputProcessor.process_outputs = process_and_log
+
+
+def _append(out: Path, record: dict[str, Any]) -> None:
+    """Add a line; a full disk costs the record, not the request."""
+    try:
+        with (out / FINISHED_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+    except OSError as error:
+        log.error("specmoe: a finished request is not recorded: %s", error)
+
+
+def be_patient_at_shutdown() -> None:
+    """Have the server's front process give its engine time to close the trace; by default vLLM kills it at once. Idempotent."""
+    from vllm.v1.engine import utils
+
+    # mypy: as above.
+    stop: Any = utils.shutdown
+    if hasattr(stop, "specmoe_original") or "timeout" not in inspect.signature(stop).parameters:
+        return
+
+    @functools.wraps(stop)
+    def stop_patiently(processes: Any, timeout: float | None = None) -> Any:
+        return stop(processes, timeout=max(timeout or 0.0, SHUTDOWN_SECONDS))
+
+    stop_patiently.specmoe_original = stop  # type: ignore[attr-defined]
+    utils.shutdown = stop_patiently
+
+
+def next_trace(out: Path) -> Path:
+    """The first `trace-NNNNN` under `out` that does not exist."""
+    taken = [int(match.group(1)) for path in out.glob("trace-*") if (match := re.fullmatch(r"trace-(\d{5})", path.name))]
+    return out / f"trace-{max(taken, default=-1) + 1:05d}"
+
+
+def begin_trace(directory: Path, metadata: Metadata) -> Path:
+    """Make a trace directory and return the folder that its rows go to."""
+    directory.mkdir(parents=True)
+    write_metadata(directory, metadata)
+    return run_folder(directory, 0)
+
+
+class Sealer:
+    """A process apart that finishes traces: those that are closed, and those still open when this process is gone.
+
+    It hangs on a pipe, not in this process's tree: vLLM may kill an engine that is slow to stop, with all its children.
+    """
+
+    def __init__(self) -> None:
+        reader, writer = os.pipe()
+        try:
+            # Returns at once: what stays is a child of nobody. As a file: the package's imports would stay in memory with it.
+            subprocess.run([sys.executable, "-I", sealer.__file__], stdin=reader, stdout=subprocess.DEVNULL, check=True)
+        finally:
+            os.close(reader)
+        self._pipe = os.fdopen(writer, "w", encoding="utf-8", buffering=1)
+        self._last: Path | None = None
+
+    def opened(self, directory: Path) -> None:
+        """To be sealed when this process is gone, if not before."""
+        self._say("open", directory)
+
+    def closed(self, directory: Path) -> None:
+        """To be sealed now."""
+        self._last = directory
+        self._say("close", directory)
+
+    def wait(self) -> None:
+        """Give the sealing of the trace that was closed last a little time."""
+        deadline = time.monotonic() + SEAL_SECONDS
+        while self._last is not None and self._last.exists() and not (self._last / MANIFEST_FILE).exists():
+            if time.monotonic() > deadline:
+                log.warning("%s is still being sealed; it is complete when its %s appears", self._last, MANIFEST_FILE)
+                break
+            time.sleep(0.1)
+
+    def _say(self, what: str, directory: Path) -> None:
+        try:
+            self._pipe.write(json.dumps([what, str(directory.absolute())]) + "\n")
+        except OSError as error:
+            log.error("nothing seals %s (%s): run 'python -m vllm_patch finish' on it", directory, error)
+
+
+def finish(directory: Path) -> Trace | None:
+    """Seal the trace of a server that has stopped or moved on; None if it held no request, and then it is removed.
+
+    A problem's id is what its client gave as `vllm_xargs={"problem_id": N}`; requests that gave none, text, or a number that
+    another request has, get the smallest free numbers, and their request id (or text) is their source key.
+    Raises `TraceError` if `directory` is no unfinished trace.
+    """
+    if not (directory / METADATA_FILE).is_file() or not (directory / CAPTURE_FOLDER).is_dir():
+        raise TraceError(f"{directory} is no unfinished trace: expected {METADATA_FILE} and {CAPTURE_FOLDER}/")
+    requests = read_requests(run_folder(directory, 0))
+    if not requests:
+        shutil.rmtree(directory)
+        return None
+    # What is missing is said anew, should an earlier sealing have been cut short.
+    metadata = Trace.open(directory, allow_incomplete=True).metadata.model_copy(update={"gaps": []})
+    finished = _read_finished(directory.parent / FINISHED_FILE, {request.request_id for request in requests})
+    decode = _decoder(metadata)
+    ids = problem_ids(requests)
+    sequences = [
+        Sequence(
+            problem_id=ids[request.number],
+            captured_as=(0, request.number),
+            dataset=DATASET,
+            source_key=request.label if isinstance(request.label, str) else request.request_id,
+            prompt=decode(request.prompt_token_ids),
+            output=decode(found["output_token_ids"]),
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=found["output_token_ids"],
+            cached_tokens=request.cached_tokens,
+            finish_reason=found["finish_reason"],
+        )
+        for request in requests
+        for found in [finished.get(request.request_id, {"output_token_ids": [], "finish_reason": ABORTED})]
+    ]
+    return finish_trace(directory, metadata, sequences)
+
+
+def _read_finished(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+    mine = [record for record in records if record["request_id"] in wanted]
+    stopped = {record["request_id"] for record in mine if "stopped" in record}
+    finished = {record["request_id"]: record for record in mine if "stopped" not in record}
+    for request_id in stopped & finished.keys():
+        finished[request_id]["finish_reason"] = "stop"
+    return finished
+
+
+def _decoder(metadata: Metadata) -> Any:
+    """Token ids to text; to the ids themselves as text where there is no tokenizer."""
+    from transformers import AutoTokenizer
+
+    name = metadata.capture.get("tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name) if name else None
+    except (OSError, ValueError):
+        tokenizer = None
+    if tokenizer is None:
+        return lambda token_ids: " ".join(map(str, token_ids))
+    return tokenizer.decode
