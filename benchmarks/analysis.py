@@ -1,6 +1,6 @@
 """Counting load and transitions against pandas and against a loop with Counter; then the whole analysis, as traces grow.
 
-    python benchmarks/analysis.py [--trace DIR ...] [--rows 100000000]
+    python -m benchmarks.analysis [--trace DIR ...] [--rows 100000000]
 
 First, one core, data in memory for all three: expert load and all K x K pairs of adjacent layers. The results are compared.
 Then the one pass of `specmoe analyze` over files with every statistic, in a process of its own, on made traces of 1/100, 1/10
@@ -22,9 +22,6 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-# This file has the name of the package that it measures, and its folder comes first.
-sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import numpy as np
 import pandas as pd
@@ -210,7 +207,10 @@ def measure(path: Path) -> None:
     shown = []
     for workers in sorted({1, os.cpu_count() or 1}):
         done = subprocess.run(
-            [sys.executable, __file__, "--child", str(path), str(workers)], check=True, capture_output=True, text=True
+            [sys.executable, "-m", "benchmarks.analysis", "--child", str(path), str(workers)],
+            check=True,
+            capture_output=True,
+            text=True,
         )
         found = json.loads(done.stdout.splitlines()[-1])
         speed = f"{rows / found['count'] / 1e6:5.2f} M rows/s ({found['count']:.1f} s)"

@@ -1,6 +1,6 @@
 """Peak memory of `specmoe analyze`, files to report, on traces of hard shapes.
 
-    python benchmarks/analysis_memory.py [--only NAME] [--trace DIR ...]
+    python -m benchmarks.analysis_memory [--only NAME] [--trace DIR ...]
 
 Each trace is made, analysed by the command in a process of its own with as many threads as it likes, and deleted. The report is
 written too. Routing is random: what is measured does not depend on it. 8 GB of disk and half an hour.
@@ -16,9 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-# benchmarks/analysis.py has the name of a package, and this folder comes first.
-sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import numpy as np
 import pyarrow as pa

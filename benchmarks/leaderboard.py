@@ -1,6 +1,6 @@
 """Train every predictor on one trace, judge them on another, and write the leaderboard.
 
-    python benchmarks/leaderboard.py TRACE --validation OTHER --out DIR [--only NAME ...]
+    python -m benchmarks.leaderboard TRACE --validation OTHER --out DIR [--only NAME ...]
 
 Runs that are finished in DIR are kept, so that a call that was cut off goes on. Training is cut short for the larger
 networks (SHORT): about five minutes each on two cores, which is far from what they need. An hour in all.
@@ -9,14 +9,10 @@ networks (SHORT): about five minutes each on two cores, which is far from what t
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-# benchmarks/analysis.py has the name of a package, and this folder comes first.
-sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from profiler.trace.reader import Trace
 from profiler.trace.schema import HIDDEN_FOLDER
@@ -48,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     trace, validation = Trace.open(arguments.trace), Trace.open(arguments.validation)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    documents = []
+    documents: list[dict[str, Any]] = []
     for name, cls in predictor_classes().items():
         if Task.NEXT_LAYER not in cls.tasks or (arguments.only and name not in arguments.only):
             continue

@@ -1,6 +1,6 @@
 """What needs a GPU and no vLLM: training, evaluation and replay on real routing, each as a user would run it.
 
-    python benchmarks/on_gpu.py TRAIN_TRACE VALIDATION_TRACE --out FOLDER [--seconds 200] [--model gpt-oss-20b]
+    python -m benchmarks.on_gpu TRAIN_TRACE VALIDATION_TRACE --out FOLDER [--seconds 200] [--model gpt-oss-20b]
 
 Every step is a `specmoe` command in a process of its own. `FOLDER/on_gpu.json` is rewritten after each, so that a run that is
 cut keeps what it has.

@@ -1,6 +1,6 @@
 """What many tokens cost: measured on this machine for the parts that run on a CPU, estimated for the GPU.
 
-    python benchmarks/scaling.py [--tokens 100000 1000000 10000000] [--folder DIR]
+    python -m benchmarks.scaling [--tokens 100000 1000000 10000000] [--folder DIR]
 
 Measured, one core, routing of Mixtral's shape (32 layers, 8 experts, top-2; uniform and independent, the worst case for
 compression), problems of 500 tokens, in shards of 8,192 problems as on Modal: capture, seal and tables of every shard; merging;
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from trace_io import MIXTRAL, TOKENS_PER_PROBLEM, made_blocks
 
+from benchmarks.trace_io import MIXTRAL, TOKENS_PER_PROBLEM, made_blocks
 from profiler.capture.finish import finish_trace
 from profiler.capture.requests import Sequence
 from profiler.capture.sealing import run_folder
@@ -54,7 +54,7 @@ def main() -> None:
     print("measured: tokens; seconds to capture and seal, merge, read; M rows/s of each; bytes per token; peak MiB of each")
     for tokens in arguments.tokens:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            command = [sys.executable, __file__, "--child", str(tokens), folder]
+            command = [sys.executable, "-m", "benchmarks.scaling", "--child", str(tokens), folder]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         rows = tokens * len(MIXTRAL.moe_layers) / 1e6
         steps = ("write", "merge", "read")

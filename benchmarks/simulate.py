@@ -1,6 +1,6 @@
 """Speed of the simulation: requests per second of every policy, with and without prefetching, against a plain Python LRU.
 
-    python benchmarks/simulate.py [--trace DIR] [--requests N]
+    python -m benchmarks.simulate [--trace DIR] [--requests N]
 
 A request is one token at one layer: K experts at once. On one core, compiled code warm; a made trace of gpt-oss-20b's shape
 (24 layers of 32 experts, top-4), in which a token's experts resemble those of the token before. Medians of three.
@@ -9,16 +9,13 @@ A request is one token at one layer: K experts at once. On one core, compiled co
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-
-# benchmarks/analysis.py has the name of a package, and this folder comes first.
-sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import numpy as np
 
@@ -62,7 +59,7 @@ def main() -> None:
     for is_global in (False, True):
         size = capacity * requests.layers if is_global else capacity
         for rule in Rule:
-            took = seconds(lambda rule=rule, size=size, is_global=is_global: simulate(workload, Setting(rule, size, is_global)))
+            took = seconds(partial(simulate, workload, Setting(rule, size, is_global)))
             where = "one cache for all layers" if is_global else "a cache per layer"
             print(f"{rule.name.lower()}, {where}: {count / took / 1e6:.2f} M requests/s, {plain / took:.0f} x plain LRU")
     costs = costs_of(MODELS["gpt-oss-20b"], find_gpu("RTX 4090"))
@@ -72,13 +69,13 @@ def main() -> None:
         ("oracle, 4 layers ahead", oracle_plan(requests, 4)),
     ):
         for rule in (Rule.LRU, Rule.BELADY):
-            took = seconds(lambda rule=rule, plan=plan: simulate(workload, Setting(rule, capacity), plan, costs))
+            took = seconds(partial(simulate, workload, Setting(rule, capacity), plan, costs))
             print(f"{rule.name.lower()}, {name} fetched ahead, with times: {count / took / 1e6:.2f} M requests/s")
     if not arguments.trace:
         for part in (10, 3, 1):
             some = made(arguments.requests // LAYERS // part)
             work = Workload(some, workload.popularity_LE)
-            took = seconds(lambda work=work: simulate(work, Setting(Rule.LRU, capacity)))
+            took = seconds(partial(simulate, work, Setting(Rule.LRU, capacity)))
             print(f"lru, {some.steps * LAYERS:,} requests: {took / (some.steps * LAYERS) * 1e9:.0f} ns per request")
 
 

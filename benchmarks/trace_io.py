@@ -1,6 +1,6 @@
 """Writing, reading and size of traces, against a logger that writes one `json.dumps` per row, side by side in one run.
 
-    python benchmarks/trace_io.py [--trace DIR ...] [--tokens 100000] [--encodings] [--rows 100000000]
+    python -m benchmarks.trace_io [--trace DIR ...] [--tokens 100000] [--encodings] [--rows 100000000]
 
 Made routing is uniform and independent, Mixtral-shaped (32 layers, 8 experts, top-2): the worst case for compression. --trace
 adds real ones. --encodings: size and speed of other encodings of the rows. --rows: how time and memory grow up to so many made
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def compare(data: Data) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # The best of three of everything: a machine that does other things besides is measured otherwise.
         directories = [Path(folder) / f"trace-{attempt}" for attempt in range(REPEATS)]
-        write = min(timed(lambda path=path: write_trace(path, data.model, iter(data.blocks))) for path in directories)
+        write = min(timed(partial(write_trace, path, data.model, iter(data.blocks))) for path in directories)
         trace = Trace.open(directories[0])
         read = min(timed(lambda: sum(len(chunk) for chunk in trace.chunks())) for _ in range(REPEATS))
         scan = min(timed(lambda: scan_groups(trace)) for _ in range(REPEATS))
@@ -230,7 +231,7 @@ def grow(most: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for rows in (most // 10, most // 3, most):
             for work in ("write", "scan"):
-                command = [sys.executable, __file__, "--child", work, str(rows), f"{folder}/{rows}"]
+                command = [sys.executable, "-m", "benchmarks.trace_io", "--child", work, str(rows), f"{folder}/{rows}"]
                 print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="", flush=True)
             for path in (Path(folder) / str(rows) / "routing").iterdir():
                 path.unlink()

@@ -1,6 +1,6 @@
 """Training throughput: batches built from whole routes, against a plain loop over a per-sample DataLoader, same networks.
 
-    python benchmarks/training.py [--trace DIR] [--seconds S]
+    python -m benchmarks.training [--trace DIR] [--seconds S]
 
 The plain loop is what a first version does: a Dataset whose `__getitem__` makes the inputs and the target of one sample, joined
 by the default collate function; without workers, and with two. Its sample is one prediction (a token at a layer), as its
@@ -13,16 +13,12 @@ Tokens per second, one run, alternating, medians of three.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-# benchmarks/analysis.py has the name of a package, and this folder comes first.
-sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import numpy as np
 import torch
@@ -93,9 +89,7 @@ def main() -> None:
 
 def made(folder: Path) -> Trace:
     """40,000 tokens of random routing."""
-    # Last, so that the package keeps its name.
-    sys.path.append(str(Path(__file__).parent))
-    from analysis_memory import Case, make
+    from benchmarks.analysis_memory import Case, make
 
     return Trace.open(make(folder / "made", Case(24, 32, 4, 100, 400)))
 
@@ -157,7 +151,7 @@ def trainer(predictor: NeuralPredictor) -> Callable[[dict[str, Any]], None]:
                 loss = torch.nn.functional.binary_cross_entropy_with_logits(logits_BE, batch["true"])
             else:
                 loss = mean_cross_entropy(logits, batch["true"], batch["is_valid"])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call] # PyTorch leaves it without annotations
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -73,18 +73,19 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What all arms run. settings: of `vllm.LLM`, without the model. config: of the dummy model."""
+    """What all arms run. settings: of `vllm.LLM`, without the model. config: of the dummy model; folder: a real one instead."""
 
     model: str
     config: dict[str, Any]
     settings: dict[str, Any]
     workloads: tuple[Workload, ...]
     rounds: int = ROUNDS
+    folder: str = ""
 
 
-def plan_for(gpu_bytes: int) -> Plan:
+def plan_for(memory: int) -> Plan:
     """Sized to the device: on a GPU three engines side by side, with CUDA graphs; on a CPU a small model, eager."""
-    if not gpu_bytes:
+    if not memory:
         return Plan(
             model="Mixtral's shape, 8 layers, hidden size 512, dummy weights",
             config=MIXTRAL | SMALL,
@@ -95,9 +96,9 @@ def plan_for(gpu_bytes: int) -> Plan:
             ),
         )
     cache = 5 << 30
-    layers = int((0.92 * gpu_bytes / len(ARMS) - cache - OTHER_BYTES) // LAYER_BYTES)
+    layers = int((0.92 * memory / len(ARMS) - cache - OTHER_BYTES) // LAYER_BYTES)
     if layers < 1:
-        raise EngineError(f"{gpu_bytes / 1e9:.0f} GB of GPU memory do not hold three engines with a layer of Mixtral each")
+        raise EngineError(f"{memory / 1e9:.0f} GB of GPU memory do not hold three engines with a layer of Mixtral each")
     layers = min(MOST_LAYERS, layers)
     return Plan(
         model=f"Mixtral 8x7B's shape, {layers} layers, dummy weights",
@@ -115,13 +116,13 @@ def measure_overhead(folder: Path, deadline: float | None = None) -> Iterator[Ov
 
     Raises `EngineError` if an arm does not start or ends.
     """
-    gpu_bytes = _gpu_bytes()
-    plan = plan_for(gpu_bytes)
+    memory = gpu_bytes()
+    plan = plan_for(memory)
     with contextlib.ExitStack() as stack:
         arms = [Arm(name, [sys.executable, "-m", "vllm_patch.check.overhead", name], plan, folder) for name in ARMS]
         for arm in arms:
             stack.enter_context(arm)
-            if not gpu_bytes:
+            if not memory:
                 # Side by side, starts would share the cores.
                 arm.wait_until_ready()
         for arm in arms:
@@ -235,8 +236,17 @@ class Arm:
         os.killpg(self._process.pid, number)
 
 
-def serve(arm: str, plan: Plan, **settings: Any) -> None:
-    """An arm: start the engine, then run a workload for every line on standard input and answer with seconds and rows."""
+def parse_plan(text: str) -> Plan:
+    """A plan as `Arm` hands it to its process."""
+    values = json.loads(text)
+    return Plan(**{**values, "workloads": tuple(Workload(**each) for each in values["workloads"])})
+
+
+def serve(arm: str, plan: Plan, prepare: Callable[[Any], object] | None = None, **settings: Any) -> None:
+    """An arm: start the engine, then run a workload for every line on standard input and answer with seconds and rows.
+
+    prepare: called with the `LLM` once it has started. settings: of `vllm.LLM`, besides the plan's.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from vllm import LLM, SamplingParams
@@ -244,21 +254,23 @@ def serve(arm: str, plan: Plan, **settings: Any) -> None:
     folder = Path(tempfile.mkdtemp(prefix="specmoe-overhead-"))
     try:
         (folder / "config.json").write_text(json.dumps(plan.config), encoding="utf-8")
+        model = {"model": plan.folder} if plan.folder else {"model": str(folder), "load_format": "dummy"}
         llm = LLM(
-            model=str(folder),
-            load_format="dummy",
+            **model,
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
             disable_log_stats=True,
             **(plan.settings | settings),
         )
+        if prepare is not None:
+            prepare(llm)
         print("ready", file=answers, flush=True)
         for number, line in enumerate(sys.stdin):
             workload = Workload(**json.loads(line))
             random = np.random.default_rng(0)
             sampling = SamplingParams(max_tokens=workload.new_tokens, temperature=0, ignore_eos=True, detokenize=False)
             shape = workload.requests, workload.prompt_tokens
-            prompts = [{"prompt_token_ids": tokens} for tokens in random.integers(3, 4000, shape).tolist()]
+            prompts = [{"prompt_token_ids": tokens} for tokens in random.integers(3, 500, shape).tolist()]
             # Pages and caches are cold after the stop.
             llm.generate(prompts[:WARM_REQUESTS], sampling, use_tqdm=False)
             began = time.perf_counter()
@@ -275,7 +287,7 @@ def serve(arm: str, plan: Plan, **settings: Any) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _gpu_bytes() -> int:
+def gpu_bytes() -> int:
     """Memory of the GPU, 0 without one; in a process of its own, so that this one does not hold it."""
     code = "import torch; print(torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -283,5 +295,4 @@ def _gpu_bytes() -> int:
 
 
 if __name__ == "__main__":
-    values = json.loads(sys.argv[2])
-    serve(sys.argv[1], Plan(**{**values, "workloads": tuple(Workload(**each) for each in values["workloads"])}))
+    serve(sys.argv[1], parse_plan(sys.argv[2]))
