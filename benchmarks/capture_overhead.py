@@ -2,7 +2,7 @@
 
     python -m benchmarks.capture_overhead [--model demo|dummy] [--rounds 7] [--compiled] [--routed-experts]
 
-The arms `off`, `on` and `writing` are those of `python -m vllm_patch check --overhead`, where it is explained how they take turns.
+The arms `off`, `on` and `writing` are those of `python -m vllm_patch check --overhead`, which explains how they take turns.
 Further ones:
 
     again      vLLM without a plugin in a second engine: how far from 1 the ratio of equals is

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +25,8 @@ from speculation.data.tasks import Shape, Task
 app = typer.Typer()
 console = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
+# Between two lines of progress where there is no terminal.
+SAY_SECONDS = 10.0
 # gpt-oss-20b, for which sizes are told.
 SIZED = Shape(layers=24, experts=32, top_k=4, horizon=1)
 
@@ -123,14 +127,26 @@ def train(
         typer.echo(push_run(out, push, private=private))
 
 
+def wait_passively() -> None:
+    """Have threads that wait for each other sleep instead of spin, if PyTorch is not loaded yet.
+
+    OpenMP spins by default: as soon as another process takes a core, a step takes several times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def train_with_progress(trace: Trace, predictor: str, out: Path, **settings: Any) -> Any:
     """`speculation.training.fit.train` with a progress bar, or plain lines where there is no terminal."""
+    wait_passively()
     from speculation.training.fit import train as run
 
     if not messages.is_terminal:
+        messages.print(f"training {predictor} on {trace.path}")
+        said = [time.monotonic()]
 
         def report(done: int, total: int, entry: dict[str, float]) -> None:
-            if done == 1 or done % 5 == 0:
+            if done == 1 or time.monotonic() - said[0] > SAY_SECONDS or done == total:
+                said[0] = time.monotonic()
                 messages.print(f"epoch {done} of {total}: {_losses(entry)}")
 
         return run(trace, predictor, out, on_progress=report, **settings)

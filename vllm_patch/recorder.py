@@ -103,6 +103,7 @@ class Recorder:
         self.moe_layers, self.num_experts, self.top_k = moe_layers, num_experts, top_k
         self._hidden_layers, self._hidden_budget = hidden_layers, hidden_tokens
         self._thread: threading.Thread | None = None
+        self._files: Files | None = None
 
     @property
     def recording(self) -> bool:
@@ -202,8 +203,10 @@ class Recorder:
     def status(self) -> dict[str, Any]:
         """Answers `rows`, `requests` and `unlabelled` ones, how often and long the engine waited; `error` if there is one.
 
-        Rows that came after the error were dropped.
+        Rows that came after the error were dropped. Before the first `start` nothing was recorded, and all are 0.
         """
+        if self._files is None:
+            return {"rows": 0, "requests": 0, "unlabelled": 0, "waits": 0, "wait_seconds": 0.0}
         answer = {
             "rows": self._files.rows,
             "requests": self._numbering.requests,
@@ -252,6 +255,8 @@ class Recorder:
             self._error = RuntimeError(f"{reason}: this vLLM or its MoE kernel routes past the hook; nothing was recorded")
 
     def _write(self) -> None:
+        files = self._files
+        assert files is not None
         try:
             while True:
                 with self._change:
@@ -260,14 +265,14 @@ class Recorder:
                     stopping = self._stopping
                     self._change.notify_all()
                 if self._error is None:
-                    self._files.write(self._numbering.rows(batch))
+                    files.write(self._numbering.rows(batch))
                 if stopping:
                     break
-            self._files.close()
+            files.close()
         except BaseException as error:
             # What had been written before stays and is readable.
             with contextlib.suppress(Exception):
-                self._files.close()
+                files.close()
             # Read by record(), status() and stop(): the engine goes on, the collection fails with this reason.
             with self._change:
                 self._error = error

@@ -8,7 +8,6 @@ from analysis.statistics.locality import Repetition
 from profiler.trace.schema import ModelMetadata
 
 LAYERS = (0, 15, 31)
-RANDOM = (12.5, 46.0)
 TABLE_5: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "ArXiv": ((14.0, 27.9, 22.7), (46.5, 62.3, 52.9)),
     "DM Mathematics": ((14.1, 28.4, 19.7), (44.9, 67.0, 44.5)),

@@ -12,6 +12,7 @@ from profiler.errors import EngineError
 
 _VARIABLE = "SPECMOE_CAPTURE"
 # The process that started an engine only to collect with it: the engine ends when that process does.
+OWN_CACHE = "specmoe"
 OWNER_VARIABLE = f"{_VARIABLE}_OWNER"
 
 
@@ -69,6 +70,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def keep_compiled_code_apart() -> None:
-    """Give vLLM a cache folder of its own, unless one is set: captured and plain runs share its key for compiled code."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm" / "specmoe"
-    os.environ.setdefault("VLLM_CACHE_ROOT", str(cache))
+    """Give vLLM a folder `specmoe` of its own inside its cache: captured and plain runs share its key for compiled code.
+
+    Does nothing in processes that inherit the folder.
+    """
+    plain = os.environ.get("VLLM_CACHE_ROOT") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm"
+    if Path(plain).name != OWN_CACHE:
+        os.environ["VLLM_CACHE_ROOT"] = str(Path(plain) / OWN_CACHE)

@@ -185,7 +185,7 @@ def _read_parquet(path: Path, dataset: Dataset) -> Iterator[tuple[int, dict[str,
             yield from enumerate(batch.to_pylist(), start=first)
             first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"data file {path} is not readable Parquet: {str(error).splitlines()[0]}") from error
+        raise DatasetError(f"data file {path} is not readable Parquet: {first_line(error)}") from error
 
 
 def _read_json_lines(path: Path, dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -14,7 +14,6 @@ from torch import nn
 
 from profiler.errors import EngineError
 
-LOAD_IN = ("8bit", "4bit")
 # Of the GPU's free memory: the rest is for activations, keys and values.
 USED_SHARE = 0.8
 INSTALL = "pip install 'speculative-moe[lowmem]'"

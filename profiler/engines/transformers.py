@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from profiler.capture.requests import REQUESTS_FILE, CapturedRequest
 from profiler.engines import Completion, EngineOptions, Prompt, Sampling
 from profiler.engines.low_memory import place, quantize_experts
-from profiler.errors import EngineError, ModelError
+from profiler.errors import EngineError, ModelError, first_line
 from profiler.models.deepseek_v1 import local_rewriting
 from profiler.models.resolve import ResolvedModel
 from profiler.trace.stream import RoutingWriter
@@ -46,7 +46,7 @@ class TransformersEngine:
                 location, revision=revision, dtype="auto" if options.dtype == "auto" else getattr(torch, options.dtype)
             ).eval()
         except (OSError, ValueError) as error:
-            raise ModelError(f"transformers cannot load {model.location}: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"transformers cannot load {model.location}: {first_line(error)}") from error
         self.notes: list[str] = []
         if options.load_in is not None:
             layers = quantize_experts(self._model, options.load_in)

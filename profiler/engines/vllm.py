@@ -18,10 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-from profiler.capture.options import OWNER_VARIABLE, CaptureOptions
+from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, keep_compiled_code_apart
 from profiler.capture.requests import read_requests
 from profiler.engines import Completion, EngineOptions, Prompt, Sampling
-from profiler.errors import EngineError, EngineStoppedError, ModelError
+from profiler.errors import EngineError, EngineStoppedError, ModelError, first_line
 from profiler.models.deepseek_v1 import register_config
 from profiler.models.registry import USED_SHARE
 from profiler.models.resolve import ResolvedModel
@@ -53,7 +53,7 @@ class VllmEngine:
             import torch
             from vllm import LLM
         except Exception as error:  # a broken installation fails in whatever way it is broken
-            raise EngineError(f"the installed vLLM does not import: {_first_line(error)}") from error
+            raise EngineError(f"the installed vLLM does not import: {first_line(error)}") from error
 
         register_config()
         on_gpu = torch.cuda.is_available()
@@ -74,7 +74,7 @@ class VllmEngine:
                 **({"gpu_memory_utilization": USED_SHARE} if on_gpu else {}),
             )
         except Exception as error:  # vLLM raises whatever its loader met
-            reason = _root_cause(self._log) or _first_line(error)
+            reason = _root_cause(self._log) or first_line(error)
             raise ModelError(f"vLLM cannot load {model.location}: {reason}{self._keep_log()}") from error
         if self._log is not None:
             # What vLLM says in this process while it runs and stops; its workers write to the log file.
@@ -149,7 +149,7 @@ class VllmEngine:
                 outputs = engine.step()
             except Exception as error:
                 # What the engine printed tells more than its client's error.
-                reason = _root_cause(self._log) or _first_line(error)
+                reason = _root_cause(self._log) or first_line(error)
                 raise EngineStoppedError(f"vLLM stopped while it ran: {reason}{self._keep_log()}") from error
             if time.monotonic() > next_look:
                 # A writer that failed (a full disk) must not be found out at the end of a long run.
@@ -193,7 +193,7 @@ class VllmEngine:
                 plugins = os.environ.get("VLLM_PLUGINS")
                 reason = f"VLLM_PLUGINS={plugins} leaves it out" if plugins is not None else "install speculative-moe there"
                 raise EngineError(f"vLLM did not load the plugin 'specmoe' in its workers: {reason}") from error
-            raise EngineError(f"vLLM's worker does not answer {method!r}: {_first_line(error)}") from error
+            raise EngineError(f"vLLM's worker does not answer {method!r}: {first_line(error)}") from error
         for answer in answers:
             if "error" in answer:
                 raise EngineError(f"capture failed: {answer['error']}")
@@ -226,9 +226,7 @@ def _set_environment(capture: CaptureOptions) -> dict[str, str | None]:
     switches = capture.to_environment() | {OWNER_VARIABLE: str(os.getpid())}
     before = {name: os.environ.get(name) for name in (*switches, "VLLM_CACHE_ROOT")}
     os.environ.update(switches)
-    # Captured and plain runs share vLLM's key for compiled code: keep ours apart.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm"
-    os.environ["VLLM_CACHE_ROOT"] = str(Path(before["VLLM_CACHE_ROOT"] or cache) / "specmoe")
+    keep_compiled_code_apart()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # GiB of key-value cache on CPU, where vLLM would otherwise take half of the memory.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -317,11 +315,6 @@ def _root_cause(log: Path | None) -> str | None:
     text = log.read_text(encoding="utf-8", errors="replace")
     found = re.search(r"\b((?:\w+\.)*\w*(?:Error|Exception): .+)", text)
     return found.group(1).strip() if found else None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _vllm_version() -> str:

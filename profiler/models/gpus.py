@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from profiler.errors import ModelError
 
-PRICES_OF = "November 2026"
+# Prices are of November 2026.
 
 
 @dataclass(frozen=True, kw_only=True)

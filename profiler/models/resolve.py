@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from profiler.errors import ModelError
+from profiler.errors import ModelError, first_line
 from profiler.models.registry import MADE, MODELS, ModelEntry, checkpoint, made_checkpoint
 from profiler.trace.schema import ModelMetadata
 
@@ -184,7 +184,7 @@ def _read_config(location: str, revision: str | None) -> dict[str, Any]:
     try:
         config, _ = PretrainedConfig.get_config_dict(location, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"cannot read the config of model {location!r}: {reason}") from error
     if not config:
         raise ModelError(f"model {location!r} has no config.json: expected a local folder or an existing hub id")

@@ -22,7 +22,6 @@ from speculation.data.router_inputs import RouterInputs, with_router_inputs
 
 TOKEN_FIELDS = [("problem_id", pa.int32()), ("token_id", pa.int32()), ("phase", pa.string())]
 TOKEN_ROWS = 1 << 16
-PARTS = ("train", "validation", "test")
 # Shares of the hash space in percent. A problem's side depends on its prompt alone, so it never changes when a trace grows.
 _UP_TO = {"train": 70, "validation": 80, "test": 100}
 

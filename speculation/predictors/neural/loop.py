@@ -1,6 +1,7 @@
 """The training loop of neural predictors: AdamW, cosine schedule, averaged weights, early stopping, checkpoints, exact resume.
 
-Accelerate does devices, precision, several GPUs and the state on disk; batches are built from whole routes by the predictor.
+Accelerate does devices, precision and several GPUs; batches are built from whole routes by the predictor. Checkpoints are
+safetensors and JSON: a folder may come from somebody else, so nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from profiler.errors import SpecmoeError, first_line
 from profiler.trace.writer import write_text
@@ -87,23 +90,24 @@ def fit_network(
         _decay_groups(model.network, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98)
     )
     updates = math.ceil(steps / options.accumulate) * options.epochs
-    average = copy.deepcopy(model.network).to(accelerator.device).requires_grad_(False)
+    averaged = AveragedModel(model.network, accelerator.device, multi_avg_fn=_following(options.average))
+    average = averaged.module.requires_grad_(False)
     network, optimizer = accelerator.prepare(model.network, optimizer)
     best = copy.deepcopy(average)
-    kept = {"average": average, "best": best}
+    kept = {"network": accelerator.unwrap_model(network), "average": average, "best": best}
     what = _lasting(options) | {"data": _identity(model, train)}
-    state = _resume(accelerator, folder, kept, what)
+    state = _resume(accelerator, folder, kept, optimizer, what)
+    averaged.n_averaged.fill_((state.epoch * steps + state.step) // options.accumulate)
+    schedule = _schedule(optimizer, options, updates, done=int(averaged.n_averaged))
     history = state.history or []
     began = time.monotonic() - state.seconds
     saved = time.monotonic()
+    board: Any = None
     while state.epoch < options.epochs:
         network.train()
         # Stays on the device: asking for it would wait for every step.
         total = torch.tensor(state.total, device=accelerator.device)
         for routes, tokens_T in _batches(train, tokens_G, options, state, accelerator):
-            updates_done = (state.epoch * steps + state.step) // options.accumulate
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * _cosine(updates_done, updates, options.warm_up)
             with accelerator.accumulate(network), accelerator.autocast():
                 loss = model.loss(network, routes, tokens_T)
                 accelerator.backward(loss)
@@ -114,13 +118,13 @@ def fit_network(
             total += loss.detach()
             state.step += 1
             if accelerator.sync_gradients:
-                # At first over the last tenth of what there is: the first weights are of no use.
-                _follow(average, accelerator.unwrap_model(network), max(1 / options.average, 10 / (10 + updates_done)))
+                averaged.update_parameters(accelerator.unwrap_model(network))
+                schedule.step()
             is_due = time.monotonic() - saved > options.checkpoint_seconds
             # Between updates there are gradients that no checkpoint holds.
             if folder is not None and is_due and accelerator.sync_gradients:
                 state.total, state.seconds, state.history = float(total), time.monotonic() - began, history
-                _save(accelerator, folder, state, kept, what)
+                _save(accelerator, folder, state, kept, optimizer, what)
                 saved = time.monotonic()
         entry = {"epoch": state.epoch + 1, "train_loss": float(total) / steps, "seconds": round(time.monotonic() - began, 1)}
         if validation is not None:
@@ -133,12 +137,16 @@ def fit_network(
             best.load_state_dict(average.state_dict())
         history.append(entry)
         if folder is not None and accelerator.is_main_process:
-            _log(folder, history)
+            _write_log(folder, history)
+            board = board or _open_board(folder, state.epoch + 1)
+            _add_to_board(board, entry)
         on_progress(state.epoch + 1, options.epochs, entry)
         out_of_time = options.max_seconds is not None and time.monotonic() - began > options.max_seconds
         if out_of_time or state.epoch - state.best_epoch >= options.patience:
             break
         state.epoch, state.step, state.total = state.epoch + 1, 0, 0.0
+    if board is not None:
+        board.close()
     # Accelerate wraps the network's `forward` in mixed precision.
     model.network = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     model.network.load_state_dict(best.state_dict())
@@ -211,15 +219,28 @@ def _cosine(update: int, updates: int, warm_up: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (update - rising) / max(1, updates - rising))))
 
 
-@torch.no_grad()
-def _follow(average: nn.Module, network: nn.Module, share: float) -> None:
-    """Move the average towards the network by this share."""
-    theirs = dict(network.named_parameters())
-    names = [name for name, _ in average.named_parameters()]
-    torch._foreach_lerp_([own for _, own in average.named_parameters()], [theirs[name] for name in names], share)
+def _schedule(optimizer: Any, options: TrainingOptions, updates: int, done: int) -> LambdaLR:
+    """The learning rate by update, after `done` of them. On the plain optimizer: Accelerate's would step once per process."""
+    plain = getattr(optimizer, "optimizer", optimizer)
+    for group in plain.param_groups:
+        group["initial_lr"] = options.learning_rate
+    return LambdaLR(plain, lambda update: _cosine(update, updates, options.warm_up), last_epoch=done - 1)
 
 
-def _resume(accelerator: Any, folder: Path | None, kept: dict[str, nn.Module], what: dict[str, Any]) -> _State:
+def _following(most: float) -> Callable[[Any, Any, Any], None]:
+    """How averaged weights follow the network: by 1 / `most` of the way, at first by more.
+
+    At first over the last tenth of what there is: the first weights are of no use.
+    """
+
+    @torch.no_grad()
+    def follow(average: Any, network: Any, updates: Any) -> None:
+        torch._foreach_lerp_(list(average), list(network), max(1 / most, 10 / (10 + int(updates))))
+
+    return follow
+
+
+def _resume(accelerator: Any, folder: Path | None, kept: dict[str, nn.Module], optimizer: Any, what: dict[str, Any]) -> _State:
     if folder is None or not (folder / CHECKPOINTS / STATE_FILE).is_file():
         return _State()
     try:
@@ -230,9 +251,13 @@ def _resume(accelerator: Any, folder: Path | None, kept: dict[str, nn.Module], w
             )
         state = _State(**{**document["state"], "best_loss": float(document["state"]["best_loss"])})
         checkpoint = folder / CHECKPOINTS / Path(document["folder"]).name
-        accelerator.load_state(str(checkpoint))
+        device = str(accelerator.device)
         for name, network in kept.items():
-            network.load_state_dict(load_file(checkpoint / f"{name}.safetensors", device=str(accelerator.device)))
+            network.load_state_dict(load_file(checkpoint / f"{name}.safetensors", device=device))
+        _load_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors", device=device))
+        _load_random(load_file(checkpoint / f"random-{accelerator.process_index}.safetensors"))
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(document["scaler"])
     except SpecmoeError:
         raise
     except Exception as error:  # whatever a broken checkpoint causes
@@ -256,33 +281,72 @@ def _identity(model: Trainable, train: RouteSource) -> str:
     return digest.hexdigest()
 
 
-def _save(accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Module], what: dict[str, Any]) -> None:
-    """Write a checkpoint beside the last, then name it: a kill in between leaves the last one."""
+def _save(
+    accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Module], optimizer: Any, what: dict[str, Any]
+) -> None:
+    """Write a checkpoint next to the last, then name it: a kill in between leaves the last one."""
     checkpoint = folder / CHECKPOINTS / f"step-{state.epoch}-{state.step}"
-    accelerator.save_state(str(checkpoint))
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    save_file(_random_state(), checkpoint / f"random-{accelerator.process_index}.safetensors")
+    accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
     for name, network in kept.items():
         save_file(network.state_dict(), checkpoint / f"{name}.safetensors")
+    save_file(_optimizer_state(optimizer), checkpoint / "optimizer.safetensors")
     progress = {**vars(state), "best_loss": str(state.best_loss)}
-    document = {"folder": checkpoint.name, "state": progress, "of": what}
+    scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+    document = {"folder": checkpoint.name, "state": progress, "scaler": scaler, "of": what}
     write_text(folder / CHECKPOINTS / STATE_FILE, json.dumps(document) + "\n")
     for old in (folder / CHECKPOINTS).glob("step-*"):
         if old != checkpoint:
             shutil.rmtree(old)
 
 
-def _log(folder: Path, history: Epochs) -> None:
-    """All epochs as CSV, the last one for TensorBoard."""
-    from tensorboardX import SummaryWriter
+def _optimizer_state(optimizer: Any) -> dict[str, torch.Tensor]:
+    """AdamW's tensors by the parameter's number: `3.exp_avg`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": tensor for number, tensors in state.items() for name, tensor in tensors.items()}
 
+
+def _load_optimizer(optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        # Where PyTorch counts the updates: on the host, whatever the device.
+        state.setdefault(int(number), {})[name] = tensor.cpu() if name == "step" else tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """State of PyTorch's generators; NumPy's are made anew from the seed in every epoch."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def _load_random(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _write_log(folder: Path, history: Epochs) -> None:
+    """All epochs as CSV."""
     with (folder / LOG).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[-1]))
         writer.writeheader()
         writer.writerows(history)
-    epoch = int(history[-1]["epoch"])
-    # A file per epoch. What a cut-off training logged beyond its last checkpoint is replaced.
-    with SummaryWriter(str(folder / BOARD), purge_step=epoch, filename_suffix=f".{epoch:05d}") as board:
-        for name, value in history[-1].items():
-            if name != "epoch":
-                board.add_scalar(name, value, epoch)
+
+
+def _open_board(folder: Path, epoch: int) -> Any:
+    """TensorBoard's log from `epoch` on. What a cut-off training logged beyond its last checkpoint is replaced."""
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder / BOARD), purge_step=epoch, filename_suffix=f".{epoch:05d}")
+
+
+def _add_to_board(board: Any, entry: dict[str, float]) -> None:
+    for name, value in entry.items():
+        if name != "epoch":
+            board.add_scalar(name, value, int(entry["epoch"]))
+    board.flush()

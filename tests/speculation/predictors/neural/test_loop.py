@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +82,44 @@ def test_a_broken_checkpoint_is_named(trace: Trace, tmp_path: Path) -> None:
     next((tmp_path / "cut" / "checkpoints").glob("step-*/average.safetensors")).write_bytes(b"nothing")
     with pytest.raises(SpecmoeError, match=r"checkpoints cannot be resumed: .*; remove it to start again"):
         train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
+
+
+class Hostile:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.marker, "unpickled")
+
+
+def test_nothing_in_a_checkpoint_is_unpickled(trace: Trace, tmp_path: Path) -> None:
+    """Every file is replaced by a pickle that would act, and such are added under the names that Accelerate and PyTorch know."""
+    options = replace(OPTIONS, checkpoint_seconds=0.0)
+    with pytest.raises(KilledError):
+        train(trace, "mlp", tmp_path / "cut", options=options, on_progress=cut_off_at(1))
+    checkpoints, marker = tmp_path / "cut" / "checkpoints", tmp_path / "marker"
+    (folder,) = checkpoints.glob("step-*")
+    files = sorted(path.name for path in folder.iterdir())
+    assert {Path(name).suffix for name in files} == {".safetensors"}
+    hostile = pickle.dumps(Hostile(marker))
+    for known in ("random_states_0.pkl", "optimizer.bin", "scheduler.bin", "scaler.pt", "pytorch_model.bin"):
+        (folder / known).write_bytes(hostile)
+    for name in files:
+        original = (folder / name).read_bytes()
+        (folder / name).write_bytes(hostile)
+        with pytest.raises(SpecmoeError, match="cannot be resumed"):
+            train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
+        (folder / name).write_bytes(original)
+    assert not marker.exists()
+    assert pickle.loads(hostile)
+    assert marker.read_text() == "unpickled"
+
+
+def test_training_writes_one_tensorboard_file(trace: Trace, tmp_path: Path) -> None:
+    run = train(trace, "mlp", tmp_path / "run", options=OPTIONS)
+    assert len(list((run.path / "tensorboard").iterdir())) == 1
 
 
 def test_all_of_a_trace_is_trained_on_with_another_to_stop_early_on(
