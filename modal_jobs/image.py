@@ -33,11 +33,11 @@ ENVIRONMENT = {
 }
 
 
-def with_project(image: modal.Image, extra: str = "") -> modal.Image:
+def with_project(image: modal.Image, extras: str) -> modal.Image:
     """The image with this project installed, so that vLLM finds the plugin by its entry point."""
     return (
         image.add_local_dir(ROOT, SOURCE, copy=True, ignore=not_ours(ROOT))
-        .run_commands(f"python -m pip install '{SOURCE}{extra}'")
+        .run_commands(f"python -m pip install '{SOURCE}{extras}'")
         .env(ENVIRONMENT)
     )
 
@@ -51,7 +51,7 @@ def not_ours(root: Path) -> modal.FilePatternMatcher:
 def gpu_image() -> modal.Image:
     """vLLM with CUDA's compiler, which some kernels need at their first run."""
     base = modal.Image.from_registry(CUDA_IMAGE, add_python=PYTHON).entrypoint([])
-    return with_project(base.uv_pip_install(VLLM))
+    return with_project(base.uv_pip_install(VLLM), "[collect]")
 
 
 def quantize_image() -> modal.Image:
@@ -61,12 +61,13 @@ def quantize_image() -> modal.Image:
 
 def train_image() -> modal.Image:
     """PyTorch for GPUs, as it comes from the package index."""
-    return with_project(modal.Image.debian_slim(python_version=PYTHON))
+    return with_project(modal.Image.debian_slim(python_version=PYTHON), "[collect,train]")
 
 
 def cpu_image() -> modal.Image:
     """Without vLLM: what downloads, watches and merges."""
-    return with_project(modal.Image.debian_slim(python_version=PYTHON).uv_pip_install("torch", index_url=TORCH_CPU))
+    base = modal.Image.debian_slim(python_version=PYTHON).uv_pip_install("torch", index_url=TORCH_CPU)
+    return with_project(base, "[analysis,collect]")
 
 
 cache_volume = modal.Volume.from_name(CACHE_VOLUME, create_if_missing=True)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from profiler.errors import SpecmoeError, TraceError, printable
+from profiler.errors import SpecmoeError, TraceError, missing_extra, printable
 from profiler.terminal import console, print_rows
 from profiler.trace.reader import Trace
 from profiler.trace.schema import MAX_EXPERTS
@@ -35,6 +35,8 @@ def run_app(app: typer.Typer, name: str) -> None:
         _fail(name, error.format_message(), error.exit_code)
     except (SpecmoeError, OSError) as error:
         _fail(name, str(error), 1)
+    except ModuleNotFoundError as error:
+        _fail(name, missing_extra(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail(name, "interrupted", INTERRUPTED)
     except Exception as error:

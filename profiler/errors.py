@@ -50,6 +50,27 @@ class EngineStoppedError(EngineError):
     """An engine ended while it ran: for want of memory, say. Another one may do better."""
 
 
+# Packages that are not always installed, by the extra that brings them.
+EXTRAS = {
+    "collect": ("datasets", "huggingface_hub", "psutil", "pynvml", "safetensors", "torch", "transformers"),
+    "analysis": ("jinja2", "numba", "plotly", "scipy", "sklearn", "tokenizers"),
+    "train": ("accelerate", "numba", "safetensors", "tensorboardX", "threadpoolctl", "torch"),
+    "lowmem": ("bitsandbytes",),
+    "modal": ("modal",),
+    "quantize": ("llmcompressor",),
+}
+
+
+def missing_extra(error: ModuleNotFoundError) -> str:
+    """What to install for a package that is not there, as one line."""
+    package = (error.name or "").partition(".")[0]
+    extras = [extra for extra, packages in EXTRAS.items() if package in packages]
+    if not extras:
+        return f"the Python package {package or '?'} is not installed: {error}"
+    commands = " or ".join(f"pip install 'speculative-moe[{extra}]'" for extra in extras)
+    return f"this needs the Python package {package}, which is not installed: {commands}"
+
+
 def first_line(error: BaseException) -> str:
     """An exception as one line."""
     text = str(error).strip()

@@ -73,8 +73,24 @@ def test_a_processor_without_avx2(install: ModuleType, monkeypatch: pytest.Monke
     assert install.why_no_vllm() == "this processor has no AVX2"
 
 
-def test_nothing_happens_the_second_time(install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "installed-from").write_text(install.fingerprint())
-    monkeypatch.setattr(sys, "argv", ["install.py", str(tmp_path)])
-    monkeypatch.setattr(install, "check_machine", lambda _: pytest.fail("it began to install"))
-    install.main()
+@pytest.mark.parametrize(
+    ("installed", "asked", "begins"),
+    [("--use", "", False), ("--tests", "", False), ("--tests", "--tests", False), ("--use", "--tests", True)],
+)
+def test_what_is_installed_is_not_installed_again(
+    installed: str, asked: str, begins: bool, install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class BeganError(Exception):
+        pass
+
+    def begin(_: Path) -> None:
+        raise BeganError
+
+    (tmp_path / "installed-from").write_text(f"{install.fingerprint()} {installed}")
+    monkeypatch.setattr(sys, "argv", ["install.py", str(tmp_path), *asked.split()])
+    monkeypatch.setattr(install, "check_machine", begin)
+    if begins:
+        with pytest.raises(BeganError):
+            install.main()
+    else:
+        install.main()

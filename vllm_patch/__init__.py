@@ -6,6 +6,20 @@ the hooks copy, `steps` labels rows with their requests, `recorder` queues and `
 programs with an `LLM` of their own, `serving` for servers, `source` for the patch of a local vLLM.
 """
 
-from vllm_patch.recording import Recording, enable
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_patch.recording import Recording, enable
 
 __all__ = ["Recording", "enable"]
+
+
+def __getattr__(name: str) -> Any:
+    # vLLM imports this package for its plugin, in every process: that must cost nothing where nothing is recorded.
+    if name in __all__:
+        from vllm_patch import recording
+
+        return getattr(recording, name)
+    raise AttributeError(f"module 'vllm_patch' has no attribute {name!r}")

@@ -95,7 +95,7 @@ class Hostile:
 
 
 def test_nothing_in_a_checkpoint_is_unpickled(trace: Trace, tmp_path: Path) -> None:
-    """Every file is replaced by a pickle that would act, and such are added under the names that Accelerate and PyTorch know."""
+    """Every file is replaced by a pickle that would act; more are added under names that Accelerate and PyTorch know."""
     options = replace(OPTIONS, checkpoint_seconds=0.0)
     with pytest.raises(KilledError):
         train(trace, "mlp", tmp_path / "cut", options=options, on_progress=cut_off_at(1))

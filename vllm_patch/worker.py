@@ -1,0 +1,227 @@
+"""Capture in one vLLM worker: attach a recorder when the model is loaded, record its steps, answer the collector's calls."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from profiler.capture.options import CaptureOptions
+from profiler.models.resolve import resolve_model
+from profiler.trace.schema import GATES_FILE, Metadata
+from vllm_patch.recorder import Recorder
+from vllm_patch.serving.server import Sealer, begin_trace, next_trace
+
+log = logging.getLogger("vllm.specmoe")
+
+
+class WorkerCapture:
+    """Capture in one vLLM worker: wraps the worker's `load_model` and `execute_model`, and answers its calls.
+
+    Warm-up and profiling runs go past `Worker.execute_model` and so are never recorded. A model or setting that cannot be
+    recorded does not stop the engine: the reason is kept and answered by every call.
+    """
+
+    def __init__(self, worker: Any, options: CaptureOptions) -> None:
+        self._worker = worker
+        self._options = options
+        self._recorder: Recorder | None = None
+        self._facts: dict[str, Any] = {}
+        self._refusal: str | None = None
+        self._sealer: Sealer | None = None
+        self._load_model = worker.load_model
+        self._execute_model = worker.execute_model
+        self._shutdown = worker.shutdown
+        worker.load_model = self.load_model
+        worker.execute_model = self.execute_model
+        worker.shutdown = self.shutdown
+        worker.specmoe_start = self.start
+        worker.specmoe_status = self.status
+        worker.specmoe_stop = self.stop
+
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Load, then allocate buffers and wrap the routers: before memory profiling and compilation."""
+        from vllm_patch.hook import UnsupportedModelError
+        from vllm_patch.releases import UnsupportedReleaseError
+
+        result = self._load_model(*args, **kwargs)
+        # With tensor parallelism every rank computes the same routing.
+        if self._worker.vllm_config.parallel_config.rank == 0:
+            try:
+                self._attach()
+            except (UnsupportedModelError, UnsupportedReleaseError) as refusal:
+                self._refusal = str(refusal)
+            except Exception as error:
+                # A model of a form that nobody foresaw must not stop somebody's server.
+                self._refusal = f"the recorder does not fit this model: {type(error).__name__}: {error}"
+            if self._options.out:
+                self._serve()
+        return result
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the step, then hand its rows to the recorder."""
+        from vllm_patch.steps import label_rows
+
+        result = self._execute_model(scheduler_output, *args, **kwargs)
+        if self._recorder is not None and self._recorder.recording:
+            try:
+                self._recorder.record(label_rows(self._worker.model_runner, scheduler_output))
+            except Exception as error:
+                # Whatever it is, the engine's requests must not suffer from being watched.
+                self._recorder.fail(error)
+        return result
+
+    def shutdown(self, *args: Any, **kwargs: Any) -> Any:
+        """Close what a server records by itself, then shut down."""
+        if self._options.out and self._recorder is not None and self._recorder.recording:
+            answer = self._recorder.stop()
+            if "error" in answer:
+                log.error("capture failed: %s", answer["error"])
+            elif self._sealer is not None:
+                self._sealer.wait()
+        return self._shutdown(*args, **kwargs)
+
+    def start(self, directory: str, hidden_tokens: int | None = None) -> dict[str, Any]:
+        """Begin recording into `directory`, router inputs of `hidden_tokens` (default: as the engine was started).
+
+        Answers facts of the loaded model, or `error`.
+        """
+        if self._refusal is not None:
+            return {"error": self._refusal}
+        if self._recorder is None:
+            return {"rank": self._worker.rank}
+        answer = self._recorder.start(Path(directory), hidden_tokens)
+        if "error" in answer:
+            return answer
+        try:
+            self._save_gates(Path(directory))
+        except Exception as error:
+            self._recorder.stop()
+            return {"error": f"the routers' weights cannot be saved: {error}"}
+        return {**answer, **self._facts}
+
+    def status(self) -> dict[str, Any]:
+        """Answers the facts while nothing is recorded, else the recorder's status; `error` if there is one."""
+        if self._refusal is not None:
+            return {"error": self._refusal}
+        if self._recorder is None:
+            return {"rank": self._worker.rank}
+        return self._recorder.status() if self._recorder.recording else {**self._recorder.facts(), **self._facts}
+
+    def stop(self) -> dict[str, Any]:
+        """Write everything out. Answers the final status."""
+        return self._recorder.stop() if self._recorder is not None else {}
+
+    def _serve(self) -> None:
+        """Record from now on until shutdown. What cannot be recorded is said in the log, and the server goes on."""
+        out, options = Path(self._options.out), self._options
+        error = self._refusal
+        if error is None and self._recorder is not None:
+            try:
+                # Made once, here: a later trace must not depend on a hub, nor run gates beside the engine's own steps.
+                metadata = self._metadata()
+                self._save_gates(out)
+                sealer = self._sealer = Sealer()
+
+                def begin() -> Path:
+                    directory = next_trace(out)
+                    capture = begin_trace(directory, metadata)
+                    sealer.opened(directory)
+                    capture.mkdir(parents=True)
+                    if options.logits or options.hidden_layers:
+                        shutil.copyfile(out / GATES_FILE, capture / GATES_FILE)
+                    return capture
+
+                def end(capture: Path) -> None:
+                    sealer.closed(capture.parent.parent)
+
+                error = self._recorder.start_rotating(begin, end, options.rotate_megabytes << 20).get("error")
+            except Exception as reason:
+                error = f"{type(reason).__name__}: {reason}"
+        if error is not None:
+            log.error("routing is not recorded: %s", error)
+        elif self._recorder is not None:
+            sizes = [self._recorder.facts()[name] / 1e6 for name in ("device_bytes", "host_bytes")]
+            log.warning("recording routing into %s: buffers of %.1f MB on the device, at most %.0f MB on the host", out, *sizes)
+
+    def _metadata(self) -> Metadata:
+        import vllm
+
+        assert self._recorder is not None
+        config = self._worker.vllm_config.model_config
+        model = resolve_model(config.model, revision=config.revision).metadata
+        facts = {name: getattr(self._recorder, name) for name in ("moe_layers", "num_experts", "top_k")}
+        return Metadata(
+            model=model.model_copy(update={**facts, "dtype": str(config.dtype).removeprefix("torch.")}),
+            engine="vllm",
+            versions={"vllm": vllm.__version__, "speculative-moe": version("speculative-moe")},
+            hook=self._facts["hook"],
+            capture={
+                "server": True,
+                "prefix_caching": bool(self._worker.vllm_config.cache_config.enable_prefix_caching),
+                "tokenizer": None if config.skip_tokenizer_init else config.tokenizer,
+                "logits": self._options.logits,
+                "hidden_layers": list(self._options.hidden_layers),
+            },
+        )
+
+    def _save_gates(self, directory: Path) -> None:
+        """The routers' weights, where router inputs or logits are recorded too."""
+        if self._options.logits or self._options.hidden_layers:
+            from vllm_patch.gates import save_gates
+
+            size = self._worker.vllm_config.model_config.get_hidden_size()
+            save_gates(self._worker.model_runner.get_model(), self._layers, size, directory / GATES_FILE)
+
+    def _attach(self) -> None:
+        import vllm
+        from vllm.platforms import current_platform
+
+        from vllm_patch.buffers import CaptureBuffers
+        from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, refuse_unsupported, source_is_patched
+        from vllm_patch.releases import is_known, resolve_hook
+
+        config, options = self._worker.vllm_config, self._options
+        refuse_unsupported(config)
+        hook = resolve_hook(vllm.__version__, cpu=current_platform.is_cpu())
+        self._layers = layers = find_moe_layers(self._worker.model_runner.get_model(), hook)
+        indices = [layer.index for layer in layers]
+        absent = sorted(set(options.hidden_layers) - set(indices))
+        if absent:
+            raise UnsupportedModelError(f"--capture-hidden {absent[0]}: expected MoE layers, of {indices[0]}..{indices[-1]}")
+        if options.hidden_layers and any(getattr(x.module, "routed_input_transform", None) is not None for x in layers):
+            raise UnsupportedModelError("--capture-hidden: this model's experts see another input than its router")
+        buffers = CaptureBuffers(
+            max_tokens=_most_tokens(config),
+            layers=len(layers),
+            num_experts=layers[0].num_experts,
+            top_k=layers[0].top_k,
+            device=self._worker.device,
+            logits=options.logits,
+            hidden_layers=tuple(indices.index(layer) for layer in options.hidden_layers),
+            hidden_size=config.model_config.get_hidden_size(),
+        )
+        for position, layer in enumerate(layers):
+            attach(hook, layer, buffers.copy_of_layer(position, layer.output_scale))
+        how = "vLLM's patched source" if source_is_patched(hook) else "wrapped when loaded"
+        if not is_known(vllm.__version__):
+            how += f", release {vllm.__version__} unknown, checked on its first step"
+        self._facts = {"hook": f"{hook.name}, {how}", "known_release": is_known(vllm.__version__)}
+        self._recorder = Recorder(
+            buffers,
+            moe_layers=indices,
+            num_experts=layers[0].num_experts,
+            top_k=layers[0].top_k,
+            hidden_layers=options.hidden_layers,
+            hidden_tokens=options.hidden_tokens,
+        )
+
+
+def _most_tokens(config: Any) -> int:
+    """Most rows of one forward pass: what a step can schedule, or its padding for CUDA graphs or tensor parallelism."""
+    graphs = getattr(config.compilation_config, "cudagraph_capture_sizes", None) or [0]
+    most = int(max(config.scheduler_config.max_num_batched_tokens, *graphs))
+    ranks = int(config.parallel_config.tensor_parallel_size)
+    return -(-most // ranks) * ranks
