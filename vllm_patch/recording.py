@@ -9,16 +9,17 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from profiler.capture.finish import finish_trace
+from profiler.capture.metadata import captured_metadata
 from profiler.capture.options import CaptureOptions, keep_compiled_code_apart
+from profiler.capture.protocol import Workers
 from profiler.capture.requests import ABORTED, CapturedRequest, Sequence, read_requests
 from profiler.capture.sealing import run_folder
-from profiler.errors import EngineError, TraceError
+from profiler.errors import TraceError
 from profiler.models.resolve import resolve_model
 from profiler.trace.reader import Trace
 from profiler.trace.schema import Metadata
@@ -47,6 +48,7 @@ class Recording:
     def __init__(self, llm: Any, out: str | Path) -> None:
         self.out = Path(out)
         self._llm = llm
+        self._workers = Workers(llm, "call vllm_patch.enable() before starting the engine")
         self._outputs: list[Any] = []
         self.trace: Trace | None = None
 
@@ -57,13 +59,13 @@ class Recording:
     def __enter__(self) -> Self:
         if self.out.exists() and any(self.out.iterdir()):
             raise TraceError(f"{self.out} exists and is not an empty folder: choose another one")
-        self._facts = self._call("specmoe_start", str(run_folder(self.out, 0).resolve()))
+        self._facts = self._workers.start(run_folder(self.out, 0))
         # For what is left of it, should this process be killed.
         write_metadata(self.out, self._metadata())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        answer = self._call("specmoe_stop")
+        answer = self._workers.stop()
         if kind is not None:
             return
         requests = read_requests(run_folder(self.out, 0))
@@ -130,22 +132,16 @@ class Recording:
 
         config = self._llm.llm_engine.vllm_config
         model = resolve_model(config.model_config.model, revision=config.model_config.revision).metadata
-        facts = {name: self._facts[name] for name in ("moe_layers", "num_experts", "top_k")}
-        dtype = str(config.model_config.dtype).removeprefix("torch.")
-        return Metadata(
-            model=model.model_copy(update={**facts, "dtype": dtype}),
+        return captured_metadata(
+            model,
+            {
+                "moe_layers": self._facts["moe_layers"],
+                "num_experts": self._facts["num_experts"],
+                "top_k": self._facts["top_k"],
+                "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            },
             engine="vllm",
-            versions={"vllm": vllm.__version__, "speculative-moe": version("speculative-moe")},
+            versions={"vllm": vllm.__version__},
             hook=self._facts["hook"],
             capture={"prefix_caching": bool(config.cache_config.enable_prefix_caching)},
         )
-
-    def _call(self, method: str, *args: str) -> dict[str, Any]:
-        try:
-            answers: list[dict[str, Any]] = self._llm.collective_rpc(method, args=args)
-        except Exception as error:
-            raise EngineError(f"this engine cannot record ({error}): call vllm_patch.enable() before starting it") from error
-        for answer in answers:
-            if "error" in answer:
-                raise EngineError(f"capture failed: {answer['error']}")
-        return answers[0]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from profiler.capture.metadata import captured_metadata
 from profiler.capture.options import CaptureOptions
+from profiler.capture.protocol import START, STATUS, STOP
 from profiler.models.resolve import resolve_model
 from profiler.trace.schema import GATES_FILE, Metadata
 from vllm_patch.recorder import Recorder
@@ -37,9 +38,9 @@ class WorkerCapture:
         worker.load_model = self.load_model
         worker.execute_model = self.execute_model
         worker.shutdown = self.shutdown
-        worker.specmoe_start = self.start
-        worker.specmoe_status = self.status
-        worker.specmoe_stop = self.stop
+        setattr(worker, START, self.start)
+        setattr(worker, STATUS, self.status)
+        setattr(worker, STOP, self.stop)
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Load, then allocate buffers and wrap the routers: before memory profiling and compilation."""
@@ -153,10 +154,11 @@ class WorkerCapture:
         config = self._worker.vllm_config.model_config
         model = resolve_model(config.model, revision=config.revision).metadata
         facts = {name: getattr(self._recorder, name) for name in ("moe_layers", "num_experts", "top_k")}
-        return Metadata(
-            model=model.model_copy(update={**facts, "dtype": str(config.dtype).removeprefix("torch.")}),
+        return captured_metadata(
+            model,
+            {**facts, "dtype": str(config.dtype).removeprefix("torch.")},
             engine="vllm",
-            versions={"vllm": vllm.__version__, "speculative-moe": version("speculative-moe")},
+            versions={"vllm": vllm.__version__},
             hook=self._facts["hook"],
             capture={
                 "server": True,

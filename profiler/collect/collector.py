@@ -12,12 +12,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from profiler.capture.finish import finish_trace
+from profiler.capture.metadata import captured_metadata
 from profiler.capture.requests import COMPLETIONS_FILE, PLANNED_FILE, CompletedProblem, PlannedProblem, Sequence, read_completed
 from profiler.capture.sealing import captured_positions, run_folder, runs_of
 from profiler.collect.collection import Collection, CollectSummary, Progress, check_sampling, summarize
@@ -324,12 +324,13 @@ class TraceCollector:
         loaded = {name: getattr(engine, name) for name in ("moe_layers", "num_experts", "top_k", "dtype")}
         if self.options.load_in is not None:
             loaded["quantization"] = f"bitsandbytes {self.options.load_in}"
-        return Metadata(
-            model=self.model.metadata.model_copy(update=loaded),
+        return captured_metadata(
+            self.model.metadata,
+            loaded,
             datasets=settings["datasets"],
             sampling=settings["sampling"],
             engine=engine.name,
-            versions=engine.versions | {"speculative-moe": version("speculative-moe"), "python": platform.python_version()},
+            versions=engine.versions | {"python": platform.python_version()},
             hook=engine.hook,
             capture={
                 "dtype": self.options.dtype,

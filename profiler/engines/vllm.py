@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, keep_compiled_code_apart
+from profiler.capture.protocol import LoadedFacts, Workers
 from profiler.capture.requests import read_requests
 from profiler.engines import Completion, EngineOptions, Prompt, Sampling
 from profiler.errors import EngineError, EngineStoppedError, ModelError, first_line
@@ -86,9 +87,12 @@ class VllmEngine:
         self.moe_layers = model.metadata.moe_layers
         self.num_experts = model.metadata.num_experts
         self.top_k = model.metadata.top_k
-        facts = self._call("specmoe_status")
+        plugins = os.environ.get("VLLM_PLUGINS")
+        reason = f"VLLM_PLUGINS={plugins} leaves it out" if plugins is not None else "install speculative-moe there"
+        self._workers = Workers(self._llm, reason)
+        facts = self._workers.facts()
         self.hook = facts["hook"]
-        megabytes = [round(facts[name] / 1e6, 1) for name in ("device_bytes", "host_bytes")]
+        megabytes = [round(size / 1e6, 1) for size in (facts["device_bytes"], facts["host_bytes"])]
         self.notes = [f"capture buffers: {megabytes[0]} MB on the device, at most {megabytes[1]:.0f} MB on the host"]
         if not facts["known_release"]:
             self.notes.append(f"vLLM {self.versions['vllm']} is newer than all known ones: its first step is checked")
@@ -107,10 +111,10 @@ class VllmEngine:
         try:
             # Every wait for the engine is inside: a dead one answers neither steps nor calls.
             with _Watchdog():
-                self._check_facts(self._call("specmoe_start", str(run.resolve()), hidden_tokens))
+                self._check_facts(self._workers.start(run, hidden_tokens))
                 requests = self._add_requests(prompts, sampling)
                 self._run(requests, on_finished)
-                answer = self._call("specmoe_stop")
+                answer = self._workers.stop()
         except _EngineDiedError as error:
             raise EngineStoppedError(f"vLLM stopped while it ran: {error}{self._keep_log()}") from error
         labels = {request.label for request in read_requests(run)}
@@ -153,7 +157,7 @@ class VllmEngine:
                 raise EngineStoppedError(f"vLLM stopped while it ran: {reason}{self._keep_log()}") from error
             if time.monotonic() > next_look:
                 # A writer that failed (a full disk) must not be found out at the end of a long run.
-                self._call("specmoe_status")
+                self._workers.check()
                 next_look = time.monotonic() + LOOK_EVERY_SECONDS
             for output in outputs:
                 if output.finished:
@@ -185,21 +189,7 @@ class VllmEngine:
         self._log_is_wanted = True
         return f" (its log is {self._log})" if self._log is not None else ""
 
-    def _call(self, method: str, *args: str | int) -> dict[str, Any]:
-        try:
-            answers: list[dict[str, Any]] = self._llm.collective_rpc(method, args=args)
-        except Exception as error:
-            if f"no attribute '{method}'" in str(error):
-                plugins = os.environ.get("VLLM_PLUGINS")
-                reason = f"VLLM_PLUGINS={plugins} leaves it out" if plugins is not None else "install speculative-moe there"
-                raise EngineError(f"vLLM did not load the plugin 'specmoe' in its workers: {reason}") from error
-            raise EngineError(f"vLLM's worker does not answer {method!r}: {first_line(error)}") from error
-        for answer in answers:
-            if "error" in answer:
-                raise EngineError(f"capture failed: {answer['error']}")
-        return answers[0]
-
-    def _check_facts(self, loaded: dict[str, Any]) -> None:
+    def _check_facts(self, loaded: LoadedFacts) -> None:
         for name in ("moe_layers", "num_experts", "top_k"):
             if loaded[name] != getattr(self, name):
                 raise EngineError(f"the loaded model has {name} {loaded[name]}, its config.json says {getattr(self, name)}")

@@ -27,6 +27,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from profiler.capture.protocol import Workers
 from profiler.errors import EngineError
 from vllm_patch.check.results import OverheadResult, Ratio
 
@@ -262,6 +263,7 @@ def serve(arm: str, plan: Plan, prepare: Callable[[Any], object] | None = None, 
             disable_log_stats=True,
             **(plan.settings | settings),
         )
+        workers = Workers(llm, "install speculative-moe there")
         if prepare is not None:
             prepare(llm)
         print("ready", file=answers, flush=True)
@@ -275,12 +277,10 @@ def serve(arm: str, plan: Plan, prepare: Callable[[Any], object] | None = None, 
             llm.generate(prompts[:WARM_REQUESTS], sampling, use_tqdm=False)
             began = time.perf_counter()
             if arm == "writing":
-                llm.collective_rpc("specmoe_start", args=(str(folder / str(number)),))
+                workers.start(folder / str(number))
             llm.generate(prompts, sampling, use_tqdm=False)
-            status = llm.collective_rpc("specmoe_stop")[0] if arm == "writing" else {}
+            status: dict[str, Any] = {**workers.stop()} if arm == "writing" else {}
             seconds = time.perf_counter() - began
-            if "error" in status:
-                raise EngineError(f"capture failed: {status['error']}")
             shutil.rmtree(folder / str(number), ignore_errors=True)
             print(json.dumps({"seconds": seconds, **status}), file=answers, flush=True)
     finally:
