@@ -15,6 +15,7 @@ import profiler.registry_cli
 import profiler.terminal
 import speculation.cli
 import speculation.offload_cli
+from profiler.collect.options import EngineName
 
 app = typer.Typer(
     help="Record how mixture-of-experts models route tokens, analyse it, and learn to predict it.",
@@ -40,9 +41,7 @@ def main() -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the trace, the run and the report.")] = Path("specmoe-demo"),
     num_problems: Annotated[int, typer.Option(min=30, max=120, help="Of the 120 embedded prompts.")] = 120,
-    engine: Annotated[
-        profiler.cli.EngineName | None, typer.Option(help="Default: vllm if it is installed, else transformers.")
-    ] = None,
+    engine: Annotated[EngineName | None, typer.Option(help="Default: vllm if it is installed, else transformers.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's own log.")] = False,
 ) -> None:
     """Collect, analyse, train and evaluate on the embedded model and prompts, offline, in about a minute.
@@ -50,9 +49,8 @@ def demo(
     Example: specmoe demo --out specmoe-demo
     """
     from analysis.documents.evaluation import as_evaluation
-    from profiler.collect.job import CollectOptions
+    from profiler.collect.options import LocalOptions
     from profiler.datasets.registry import DEMO_DATASETS
-    from profiler.engines import EngineOptions, Sampling
     from profiler.engines.vllm import is_installed
     from profiler.models.resolve import DEMO_MODEL
     from profiler.trace.reader import Trace
@@ -64,17 +62,17 @@ def demo(
     check_free(out)
     if engine is None and not is_installed():
         typer.echo("vLLM is not installed: the demo runs on transformers instead: same model, same record")
-    name = engine.value if engine else ("vllm" if is_installed() else "transformers")
+    name: EngineName = engine or ("vllm" if is_installed() else "transformers")
 
     console.rule("1 of 4: collect", align="left")
-    options = CollectOptions(
+    options = LocalOptions(
         model=DEMO_MODEL,
-        datasets=DEMO_DATASETS,
+        dataset=",".join(DEMO_DATASETS),
         out=out / "trace",
         num_problems=num_problems,
         engine=name,
-        sampling=Sampling(max_new_tokens=DEMO_NEW_TOKENS),
-        engine_options=EngineOptions(verbose=verbose),
+        max_new_tokens=DEMO_NEW_TOKENS,
+        verbose=verbose,
     )
     profiler.cli.print_summary(profiler.cli.collect_with_progress(options))
     trace = Trace.open(out / "trace")

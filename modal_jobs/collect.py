@@ -3,7 +3,7 @@
     modal run modal_jobs/collect.py --dataset gsm8k --model mixtral-8x7b --num-problems 100
     modal run --detach modal_jobs/collect.py ...            # goes on when this machine is gone
     modal run modal_jobs/collect.py::download --run-id RUN  # fetch what a detached run made
-    specmoe collect --plan ...                              # what it would do and cost, without an account
+    specmoe plan ...                                        # what it would do and cost, without an account
 
 The work is in `profiler.plan.job`, `modal_jobs.shards` and `modal_jobs.download`; this file carries it to Modal.
 """
@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import modal
 import modal.experimental
@@ -41,15 +41,12 @@ from modal_jobs.shards import (
     start_collector,
 )
 from modal_jobs.weights import fetch_checkpoint
-from profiler.capture.options import parse_layers
-from profiler.collect.selection import Selection
-from profiler.engines import Sampling
+from profiler.collect.options import RentedJobOptions
 from profiler.errors import EngineStoppedError, SpecmoeError, first_line
 from profiler.models.gpus import device_name, find_gpu
 from profiler.plan.estimate import CORES, MEMORY_GIB
 from profiler.plan.job import (
     DEFAULT_GPU,
-    DEFAULT_MODEL,
     FALLBACK_GPU,
     JOB_FILE,
     CollectJob,
@@ -58,6 +55,7 @@ from profiler.plan.job import (
     read_job,
     write_job,
 )
+from profiler.terminal_options import plain_signature
 from profiler.trace.writer import write_text
 
 DAY = 24 * 60 * 60
@@ -212,64 +210,19 @@ def _failed(error: BaseException) -> ShardReport | None:
     return None if named is None else ShardReport(shard=int(named.group(1)), error=named.group(2))
 
 
-@app.local_entrypoint()
-def main(
-    dataset: str,
-    model: str = DEFAULT_MODEL,
-    num_problems: int = 100,
-    gpu: str | None = None,
-    containers: int = 1,
-    max_new_tokens: int | None = None,
-    out: str | None = None,
-    precision: str = "auto",
-    revision: str | None = None,
-    data_files: str | None = None,
-    target_tokens: int | None = None,
-    max_tokens_per_problem: int | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    dtype: str = "auto",
-    max_length: int | None = None,
-    engine: str = "vllm",
-    capture_logits: bool = False,
-    capture_hidden: str = "",
-    hidden_tokens: int = 20_000,
-    shard_size: int | None = None,
-    hf_secret: str | None = None,
-) -> None:
+def collect_here(**arguments: Any) -> None:
     """Collect a trace and bring it here."""
     with one_line_errors("collect"):
-        plan = make_plan(
-            model=model,
-            selection=Selection(
-                datasets=tuple(name.strip() for name in dataset.split(",")),
-                num_problems=num_problems,
-                target_tokens=target_tokens,
-                max_tokens_per_problem=max_tokens_per_problem,
-                data_files=Path(data_files) if data_files else None,
-                sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
-            ),
-            gpu=gpu,
-            containers=containers,
-            shard_size=shard_size,
-            precision=precision,
-            revision=revision,
-            engine=engine,
-            dtype=dtype,
-            max_length=max_length,
-            logits=capture_logits,
-            hidden_layers=parse_layers(capture_hidden),
-            hidden_tokens=hidden_tokens,
-        )
-        target = Path(out or f"traces/{plan.job.run_id}")
+        options = RentedJobOptions(**{**arguments, "data_files": _path(arguments.get("data_files"))})
+        plan = make_plan(options)
+        target = Path(options.out or f"traces/{plan.job.run_id}")
         if target.exists():
             raise SpecmoeError(f"{target} exists: choose another --out, or move it away")
-        secret = _secret(plan.job, hf_secret)
+        secret = _secret(plan.job, options.hf_secret)
         job = _upload(plan)
         print("\n".join(plan.lines()), flush=True)
         began = time.monotonic()
-        call = orchestrate.spawn(job.run_id, gpu, containers, secret)
+        call = orchestrate.spawn(job.run_id, options.gpu, options.containers, secret)
         print(f"  with --detach it goes on without this machine; then: ...::download --run-id {job.run_id}", flush=True)
         reports = call.get()
         failed = [report for report in reports if report.error]
@@ -279,6 +232,19 @@ def main(
             raise SpecmoeError(f"{len(failed)} of {job.num_shards} shards failed: run again to resume; finished ones are kept")
         _bring(trace_volume, job.run_id, target)
         _print_end(reports, time.monotonic() - began)
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
+# Modal reads a command line's arguments from the function's signature and annotations.
+main_signature, main_annotations = plain_signature(RentedJobOptions)
+collect_here.__name__ = "main"
+collect_here.__annotations__ = main_annotations
+# A function takes attributes, which its type does not say.
+collect_here.__signature__ = main_signature  # type: ignore[attr-defined]
+main = app.local_entrypoint(name="main")(collect_here)
 
 
 def fetch_run(run_id: str, out: str | None = None, volume: str = TRACE_VOLUME) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from profiler.capture.options import CaptureOptions
-from profiler.collect.collection import Collection, CollectSummary, Progress, summarize
+from profiler.collect.collection import Collection, CollectProgress, CollectSummary, summarize
 from profiler.collect.collector import TraceCollector
 from profiler.collect.usage import Usage
 from profiler.engines import EngineOptions, Sampling
@@ -210,7 +210,7 @@ def _reporting(collector: TraceCollector, name: str, say: Callable[[str], None],
     """Have the collector say how far it is, every `REPORT_SECONDS`."""
     last = -REPORT_SECONDS
 
-    def progress(now: Progress) -> None:
+    def progress(now: CollectProgress) -> None:
         nonlocal last
         if now.problems < now.total and now.seconds < last + REPORT_SECONDS:
             return

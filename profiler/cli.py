@@ -8,14 +8,17 @@ import re
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from profiler.collect.collection import CollectProgress, CollectSummary
+from profiler.collect.options import LocalOptions, RentedOptions
 from profiler.errors import SpecmoeError, TraceError, missing_extra, printable
 from profiler.terminal import console, print_rows
+from profiler.terminal_options import switch, typer_command
 from profiler.trace.reader import Trace
 from profiler.trace.schema import MAX_EXPERTS
 
@@ -56,180 +59,18 @@ def _fail(name: str, text: str, code: int) -> None:
     sys.exit(code)
 
 
-class EngineName(StrEnum):
-    """Engines by name."""
-
-    vllm = "vllm"
-    transformers = "transformers"
-
-
-class DtypeName(StrEnum):
-    """Precisions by name."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+AS_JSON = switch("as_json", "--json", "Print the result as JSON.")
 
 
 @app.command()
-def collect(
-    dataset: Annotated[str, typer.Option(help="One name, or several with commas (see 'specmoe datasets').")],
-    model: Annotated[str | None, typer.Option(help="demo, a short name (see 'specmoe models'), a hub id, or a folder.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The trace directory to make.")] = None,
-    num_problems: Annotated[int, typer.Option(min=1, help="Total, spread evenly over the datasets.")] = 100,
-    target_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in all, prompt and output, instead of a number of problems.")
-    ] = None,
-    max_tokens_per_problem: Annotated[
-        int | None, typer.Option(min=2, help="Prompt and output; prompts lose their tail to stay within it.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Generated tokens per problem, at most; default: the dataset's.")
-    ] = None,
-    data_files: Annotated[Path | None, typer.Option(help="Local .parquet or .jsonl instead of the hub.")] = None,
-    engine: Annotated[EngineName, typer.Option()] = EngineName.vllm,
-    dtype: Annotated[
-        DtypeName, typer.Option(help="auto: the engine's choice for this checkpoint and device.")
-    ] = DtypeName.auto,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    precision: Annotated[
-        str, typer.Option(help="Which checkpoint of a short name (see 'specmoe models NAME'); auto: the first that fits.")
-    ] = "auto",
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time; default: the preset of model and GPU.")] = None,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="transformers: quantise while loading.")] = False,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="transformers: quantise while loading.")] = False,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="transformers: keep in the host's memory what the GPU has no room for.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence; default: the model's.")] = None,
-    compiled: Annotated[
-        bool | None, typer.Option("--compiled/--eager", help="vLLM: torch.compile or not; default: only on a GPU.")
-    ] = None,
-    capture_logits: Annotated[bool, typer.Option("--capture-logits", help="Also record all router logits (float16).")] = False,
-    capture_hidden: Annotated[
-        str, typer.Option(metavar="LAYERS", help="Also record the router inputs of these layers, with commas (float16).")
-    ] = "",
-    hidden_tokens: Annotated[int, typer.Option(min=1, help="Start no further problem's router inputs after these.")] = 20_000,
-    prefix_caching: Annotated[
-        bool, typer.Option("--prefix-caching", help="Let vLLM reuse shared prefixes; they are missing from the routing.")
-    ] = False,
-    jsonl: Annotated[bool, typer.Option("--jsonl", help="Also write routing.jsonl.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted collection in --out; begin it if there is none.")
-    ] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Only say what 'modal run modal_jobs/collect.py' would do with these arguments.")
-    ] = False,
-    gpu: Annotated[str | None, typer.Option(help="--plan: the GPU to rent.", show_default="A100-80GB")] = None,
-    containers: Annotated[int, typer.Option(min=1, help="--plan: machines at a time.")] = 1,
-    shard_size: Annotated[int | None, typer.Option(min=1, help="--plan: problems in a shard.")] = None,
-    hf_secret: Annotated[str | None, typer.Option(help="--plan: as for the job; not looked up.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's own log.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-) -> None:
+@typer_command(LocalOptions, AS_JSON)
+def collect(options: LocalOptions, *, as_json: bool) -> None:
     """Run a model over a dataset and record which experts every token uses.
 
     Example: specmoe collect --model demo --dataset demo-math --num-problems 20 --out traces/math
     """
-    from profiler.capture.options import CaptureOptions, parse_layers
-    from profiler.collect.job import CollectOptions
-    from profiler.collect.selection import Selection
-    from profiler.engines import EngineOptions, Sampling
-    from profiler.plan.job import DEFAULT_MODEL, make_plan
-
-    if load_in_8bit and load_in_4bit:
+    if options.load_in_8bit and options.load_in_4bit:
         raise typer.BadParameter("choose one of --load-in-8bit and --load-in-4bit")
-    names = tuple(name.strip() for name in dataset.split(","))
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    if plan:
-        local_only = {
-            "--batch": batch is not None,
-            "--load-in-8bit or --load-in-4bit": load_in_8bit or load_in_4bit,
-            "--offload": offload,
-            "--compiled or --eager": compiled is not None,
-            "--prefix-caching": prefix_caching,
-            "--jsonl": jsonl,
-            "--resume": resume,
-            "--verbose": verbose,
-        }
-        for name, given in local_only.items():
-            if given:
-                raise typer.BadParameter("is for collecting here; the jobs on rented GPUs do not have it", param_hint=name)
-        planned = make_plan(
-            model=model or DEFAULT_MODEL,
-            selection=Selection(
-                datasets=names,
-                num_problems=num_problems,
-                target_tokens=target_tokens,
-                max_tokens_per_problem=max_tokens_per_problem,
-                data_files=data_files,
-                sampling=sampling,
-            ),
-            gpu=gpu,
-            containers=containers,
-            shard_size=shard_size,
-            precision=precision,
-            revision=revision,
-            engine=engine.value,
-            dtype=dtype.value,
-            max_length=max_length,
-            logits=capture_logits,
-            hidden_layers=parse_layers(capture_hidden),
-            hidden_tokens=hidden_tokens,
-            may_guess=True,
-        )
-        if as_json:
-            console.print_json(json.dumps(planned.document()))
-        else:
-            typer.echo("\n".join(planned.lines()))
-        return
-    for name, value in {
-        "--gpu": gpu,
-        "--shard-size": shard_size,
-        "--containers": None if containers == 1 else containers,
-        "--hf-secret": hf_secret,
-    }.items():
-        if value is not None:
-            raise typer.BadParameter("goes with --plan; rented GPUs: modal run modal_jobs/collect.py", param_hint=name)
-    if model is None or out is None:
-        raise typer.BadParameter("needed unless --plan is given", param_hint="--model" if model is None else "--out")
-    load_in = "8bit" if load_in_8bit else "4bit" if load_in_4bit else None
-    capture = CaptureOptions(
-        logits=capture_logits,
-        hidden_layers=parse_layers(capture_hidden),
-        hidden_tokens=hidden_tokens,
-    )
-    options = CollectOptions(
-        model=model,
-        datasets=names,
-        out=out,
-        num_problems=num_problems,
-        target_tokens=target_tokens,
-        max_tokens_per_problem=max_tokens_per_problem,
-        data_files=data_files,
-        revision=revision,
-        precision=precision,
-        engine=engine.value,
-        sampling=sampling,
-        engine_options=EngineOptions(
-            dtype=dtype.value,
-            compiled=compiled,
-            max_length=max_length,
-            prefix_caching=prefix_caching,
-            capture=capture,
-            seed=seed,
-            batch=batch,
-            load_in=load_in,
-            offload=offload,
-            verbose=verbose,
-        ),
-        jsonl=jsonl,
-        resume=resume,
-    )
     summary = collect_with_progress(options)
     if as_json:
         fields = {
@@ -243,13 +84,29 @@ def collect(
         print_summary(summary)
 
 
-def collect_with_progress(options: Any) -> Any:
+@app.command()
+@typer_command(RentedOptions, AS_JSON)
+def plan(options: RentedOptions, *, as_json: bool) -> None:
+    """Say what 'modal run modal_jobs/collect.py' would do with these arguments: where, in what time, at what cost.
+
+    Needs no account. Example: specmoe plan --model mixtral-8x7b --dataset gsm8k --num-problems 1000
+    """
+    from profiler.plan.job import make_plan
+
+    planned = make_plan(options, may_guess=True)
+    if as_json:
+        console.print_json(json.dumps(planned.document()))
+    else:
+        typer.echo("\n".join(planned.lines()))
+
+
+def collect_with_progress(options: LocalOptions) -> CollectSummary:
     """`profiler.collect.job.collect` with a progress bar, or plain lines where there is no terminal."""
     from profiler.collect.job import collect as run
 
     if not messages.is_terminal:
 
-        def report(progress: Any) -> None:
+        def report(progress: CollectProgress) -> None:
             if progress.problems in {max(1, round(share / 4 * progress.total)) for share in range(1, 5)}:
                 messages.print(f"{progress.problems} of {progress.total} problems, {progress.usage}")
 
@@ -273,7 +130,7 @@ def collect_with_progress(options: Any) -> Any:
         )
 
 
-def print_summary(summary: Any) -> None:
+def print_summary(summary: CollectSummary) -> None:
     """The end of `collect`, for people."""
     typer.echo(
         f"{summary.trace}: {summary.problems} problems, {summary.prompt_tokens:,} prompt and "

@@ -37,7 +37,7 @@ class Collection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class CollectProgress:
     """How far a run is. tokens: prompt and output of the problems that this run finished, in `seconds` of running."""
 
     problems: int

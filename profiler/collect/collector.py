@@ -20,7 +20,7 @@ from profiler.capture.finish import finish_trace
 from profiler.capture.metadata import captured_metadata
 from profiler.capture.requests import COMPLETIONS_FILE, PLANNED_FILE, CompletedProblem, PlannedProblem, Sequence, read_completed
 from profiler.capture.sealing import captured_positions, run_folder, runs_of
-from profiler.collect.collection import Collection, CollectSummary, Progress, check_sampling, summarize
+from profiler.collect.collection import Collection, CollectProgress, CollectSummary, check_sampling, summarize
 from profiler.collect.resume import finished_problems, hidden_tokens_used, refuse_other_settings
 from profiler.collect.selection import Selection, describe, select
 from profiler.collect.usage import UsageMonitor
@@ -78,7 +78,7 @@ class TraceCollector:
         revision: str | None = None,
         engine_options: EngineOptions | None = None,
         on_stage: Callable[[str], None] = lambda text: None,
-        on_progress: Callable[[Progress], None] = lambda progress: None,
+        on_progress: Callable[[CollectProgress], None] = lambda progress: None,
     ) -> None:
         options = engine_options or EngineOptions()
         entry, gpu = MODELS.get(model), local_gpu()
@@ -273,7 +273,7 @@ class TraceCollector:
 
         def report_progress() -> None:
             self.on_progress(
-                Progress(
+                CollectProgress(
                     problems=len(finished) + done,
                     total=len(collection.problems),
                     tokens=tokens,

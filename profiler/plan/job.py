@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from profiler.collect.collection import check_sampling
+from profiler.collect.options import RentedOptions
 from profiler.collect.selection import Selection, describe, guess, select
 from profiler.datasets.problems import Problem
 from profiler.engines import ENGINES, Sampling
@@ -30,7 +31,6 @@ from profiler.trace.schema import DatasetMetadata
 from profiler.trace.writer import write_text
 
 DEFAULT_GPU, FALLBACK_GPU = "A100-80GB", "H100"
-DEFAULT_MODEL = "mixtral-8x7b"
 # What rented machines run: the release that the tests run on CPU.
 VLLM = "vllm==0.32.0"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -150,29 +150,22 @@ class Plan:
         }
 
 
-def make_plan(
-    *,
-    model: str,
-    selection: Selection,
-    gpu: str | None = None,
-    containers: int = 1,
-    shard_size: int | None = None,
-    precision: str = "auto",
-    revision: str | None = None,
-    engine: str = "vllm",
-    dtype: str = "auto",
-    max_length: int | None = None,
-    logits: bool = False,
-    hidden_layers: tuple[int, ...] = (),
-    hidden_tokens: int = 0,
-    may_guess: bool = False,
-) -> Plan:
+def make_plan(options: RentedOptions, *, may_guess: bool = False) -> Plan:
     """Choose problems, checkpoint and shards. Needs no account, and the hub only for the dataset (and token counts).
 
     may_guess: plan with prompts of typical length if the dataset cannot be reached; such a plan is not to be run.
     Raises `SpecmoeError` if anything that was asked for does not exist or does not fit.
     """
-    rented = find_gpu(gpu or DEFAULT_GPU, rented=True)
+    model, precision, engine, dtype = options.model, options.precision, options.engine, options.dtype
+    containers, shard_size, max_length, revision = (
+        options.containers,
+        options.shard_size,
+        options.max_length,
+        options.revision,
+    )
+    selection, capture = options.selection, options.capture
+    hidden_layers = capture.hidden_layers
+    rented = find_gpu(options.gpu or DEFAULT_GPU, rented=True)
     check_sampling(selection.sampling)
     if not 1 <= containers <= MAX_CONTAINERS:
         raise EngineError(f"--containers {containers}: expected 1 to {MAX_CONTAINERS}")
@@ -182,9 +175,9 @@ def make_plan(
         raise EngineError(f"unknown --dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if shard_size is not None and shard_size < 1:
         raise EngineError(f"--shard-size {shard_size}: expected 1 or more")
-    if hidden_layers and hidden_tokens < 1:
-        raise EngineError(f"--hidden-tokens {hidden_tokens}: expected 1 or more")
-    if engine == "transformers" and (logits or hidden_layers):
+    if hidden_layers and capture.hidden_tokens < 1:
+        raise EngineError(f"--hidden-tokens {capture.hidden_tokens}: expected 1 or more")
+    if engine == "transformers" and (capture.logits or hidden_layers):
         raise EngineError("--capture-logits and --capture-hidden need --engine vllm")
     entry = MODELS.get(model)
     moe_layers: list[int] | None = None
@@ -231,9 +224,9 @@ def make_plan(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sampling.seed,
-        logits=logits,
+        logits=capture.logits,
         hidden_layers=sorted(hidden_layers),
-        hidden_tokens=hidden_tokens if hidden_layers else 0,
+        hidden_tokens=capture.hidden_tokens if hidden_layers else 0,
         datasets=about["datasets"],
         recipe=about["recipe"],
         image=VLLM,
@@ -245,7 +238,7 @@ def make_plan(
     if entry is not None:
         largest = max(end - start for start, end in pairwise(job.shards))
         takes = estimate(entry, rented, preset(entry, rented, precision), problems, largest, containers)
-    return Plan(job, problems, rented, gpu is None, containers, takes, guessed)
+    return Plan(job, problems, rented, options.gpu is None, containers, takes, guessed)
 
 
 def cut_into_shards(problems: int, containers: int, shard_size: int | None = None) -> list[int]:

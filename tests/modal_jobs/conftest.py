@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from profiler.collect.job import CollectOptions, collect
-from profiler.engines import EngineOptions, Sampling
+from profiler.collect.job import collect
+from profiler.collect.options import LocalOptions
 from profiler.trace.reader import Trace
 
 
@@ -13,14 +13,14 @@ from profiler.trace.reader import Trace
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     """A trace that was collected on this machine."""
     out = tmp_path_factory.mktemp("local") / "trace"
-    options = CollectOptions(
+    options = LocalOptions(
         model="demo",
-        datasets=("demo-math", "demo-code"),
+        dataset="demo-math,demo-code",
         out=out,
         num_problems=40,
         engine="transformers",
-        sampling=Sampling(max_new_tokens=4),
-        engine_options=EngineOptions(dtype="float32"),
+        max_new_tokens=4,
+        dtype="float32",
     )
     collect(options)
     return Trace.open(out)

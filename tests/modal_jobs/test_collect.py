@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from support.offline_modal import OfflineModal, needs_modal
 
-from profiler.collect.job import CollectOptions, collect
-from profiler.engines import EngineOptions, Sampling
+from profiler.collect.job import collect
+from profiler.collect.options import LocalOptions
 from profiler.engines.vllm import is_installed
 from profiler.trace.reader import Trace
 
@@ -36,14 +36,14 @@ def local(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     """The same problems, collected in one go on this machine."""
     out = tmp_path_factory.mktemp("local") / "trace"
     collect(
-        CollectOptions(
+        LocalOptions(
             model="demo",
-            datasets=("gsm8k",),
+            dataset="gsm8k",
             out=out,
             num_problems=PROBLEMS,
             data_files=questions,
-            sampling=Sampling(max_new_tokens=NEW_TOKENS),
-            engine_options=EngineOptions(dtype="float32"),
+            max_new_tokens=NEW_TOKENS,
+            dtype="float32",
         )
     )
     return Trace.open(out)

@@ -22,7 +22,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[OfflineModal, Pa
     """An account with a run of three shards, one of which failed at first; the trace; and the run's id."""
     folder = tmp_path_factory.mktemp("modal")
     account = OfflineModal(folder / "account")
-    plan = account.command("specmoe", "collect", "--plan", "--json", *JOB[2:])
+    plan = account.command("specmoe", "plan", "--json", *JOB[2:])
     run_id = json.loads(plan.stdout)["run_id"]
     # Something in the way of the second shard's folder.
     (folder / "obstacle").write_text("in the way")
@@ -106,7 +106,7 @@ def test_preempted_shards_are_collected_elsewhere(finished: tuple[OfflineModal, 
 
 def test_a_detached_run_outlives_its_client(tmp_path: Path) -> None:
     account = OfflineModal(tmp_path / "account")
-    plan = account.command("specmoe", "collect", "--plan", "--json", *JOB[2:])
+    plan = account.command("specmoe", "plan", "--json", *JOB[2:])
     run_id = json.loads(plan.stdout)["run_id"]
     # The client is killed as soon as the first container works; then only the Volume tells.
     script = tmp_path / "detach.sh"

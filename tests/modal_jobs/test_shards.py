@@ -11,10 +11,10 @@ import pytest
 from modal_jobs import shards
 from modal_jobs.download import download_run, fetch_trace
 from modal_jobs.shards import collect_shard, dollars_per_hour, finished_attempt, shard_folder
-from profiler.collect.collection import Progress
+from profiler.collect.collection import CollectProgress
 from profiler.collect.collector import TraceCollector
-from profiler.collect.selection import Selection
-from profiler.engines import EngineOptions, Sampling
+from profiler.collect.options import RentedOptions
+from profiler.engines import EngineOptions
 from profiler.errors import DatasetError, TraceError
 from profiler.models.gpus import find_gpu
 from profiler.plan.estimate import HOST_DOLLARS
@@ -52,8 +52,16 @@ def collector() -> Iterator[TraceCollector]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[CollectJob, Path]:
     """Ten problems in two shards, as they are uploaded."""
-    selection = Selection(datasets=("demo-math", "demo-code"), num_problems=10, sampling=Sampling(max_new_tokens=4))
-    plan = make_plan(model="demo", selection=selection, engine="transformers", dtype="float32", shard_size=5)
+    options = RentedOptions(
+        model="demo",
+        dataset="demo-math,demo-code",
+        num_problems=10,
+        max_new_tokens=4,
+        engine="transformers",
+        dtype="float32",
+        shard_size=5,
+    )
+    plan = make_plan(options)
     folder = tmp_path_factory.mktemp("volume") / plan.job.run_id
     write_job(folder, plan.job, plan.problems)
     return plan.job, folder
@@ -246,7 +254,7 @@ def test_progress_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, collecto
     said: list[str] = []
     with shards._reporting(collector, "shard 1 of 1", said.append, lambda: 1.25):
         for second in range(60):
-            now = Progress(
+            now = CollectProgress(
                 problems=second, total=60, tokens=100 * second, seconds=float(second), usage=Usage(host_bytes=2 * 10**9)
             )
             collector.on_progress(now)

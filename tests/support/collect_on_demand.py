@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import transformers.models.mixtral.modeling_mixtral
 
-from profiler.collect.job import CollectOptions, collect
-from profiler.engines import EngineOptions, Sampling
+from profiler.collect.job import collect
+from profiler.collect.options import LocalOptions
 from profiler.engines import transformers as engine
 
 assert transformers.models.mixtral
@@ -31,14 +31,14 @@ def main() -> None:
             torch.set_num_threads(1)
             try:
                 collect(
-                    CollectOptions(
+                    LocalOptions(
                         model="demo",
-                        datasets=("demo-math", "demo-code", "demo-reviews"),
+                        dataset="demo-math,demo-code,demo-reviews",
                         out=Path(settings["out"]),
                         num_problems=settings["problems"],
                         engine="transformers",
-                        sampling=Sampling(max_new_tokens=settings["new_tokens"]),
-                        engine_options=EngineOptions(dtype="float32"),
+                        max_new_tokens=settings["new_tokens"],
+                        dtype="float32",
                         resume=settings["resume"],
                     )
                 )

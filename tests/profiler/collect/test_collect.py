@@ -10,23 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiler.collect.job import CollectOptions, collect
-from profiler.engines import EngineOptions, Sampling
+from profiler.collect.job import collect
+from profiler.collect.options import LocalOptions
 from profiler.errors import EngineError, SpecmoeError, TraceError
 from profiler.trace.reader import Trace
 
 
-def options(out: Path, **changes: object) -> CollectOptions:
+def options(out: Path, **changes: object) -> LocalOptions:
     settings = {
         "model": "demo",
-        "datasets": ("demo-math", "demo-code"),
+        "dataset": "demo-math,demo-code",
         "out": out,
         "num_problems": 5,
         "engine": "transformers",
-        "sampling": Sampling(max_new_tokens=6),
-        "engine_options": EngineOptions(dtype="float32"),
+        "max_new_tokens": 6,
+        "dtype": "float32",
     }
-    return CollectOptions(**(settings | changes))
+    return LocalOptions(**(settings | changes))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_jsonl_beside_the_trace_has_the_same_rows(collected: Trace) -> None:
 
 
 def test_a_prompt_that_is_too_long_keeps_its_head_and_says_so(tmp_path: Path) -> None:
-    changed = options(tmp_path / "t", datasets=("demo-reviews",), num_problems=2, engine_options=EngineOptions(max_length=26))
+    changed = options(tmp_path / "t", dataset="demo-reviews", num_problems=2, max_length=26)
     assert collect(changed).truncated_problems == 2
     trace = Trace.open(tmp_path / "t")
     assert trace.problems.column("prompt_tokens").to_pylist() == [20, 20]
@@ -98,7 +98,7 @@ def test_a_prompt_that_is_too_long_keeps_its_head_and_says_so(tmp_path: Path) ->
 
 def test_no_room_for_a_prompt_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="leaves no room"):
-        collect(options(tmp_path / "t", engine_options=EngineOptions(max_length=6)))
+        collect(options(tmp_path / "t", max_length=6))
     assert not (tmp_path / "t").exists()
 
 

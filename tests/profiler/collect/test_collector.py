@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from profiler import TraceCollector
-from profiler.collect.collection import Progress
+from profiler.collect.collection import CollectProgress
 from profiler.engines import EngineOptions, Sampling
 from profiler.errors import ModelError, TraceError
 from profiler.trace.reader import Trace
@@ -21,7 +21,7 @@ def collector() -> Iterator[TraceCollector]:
 
 
 def test_a_budget_over_datasets_is_collected_and_saved(collector: TraceCollector, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[CollectProgress] = []
     collector.on_progress = seen.append
     collected = collector.collect_from_datasets(
         ["demo-math", "demo-code"], target_tokens=600, max_tokens_per_problem=40, sampling=Sampling(max_new_tokens=4)

@@ -21,8 +21,8 @@ import pytest
 
 from profiler.capture.requests import COMPLETIONS_FILE, PLANNED_FILE
 from profiler.capture.sealing import captured_positions, run_folder, runs_of
-from profiler.collect.job import CollectOptions, collect
-from profiler.engines import EngineOptions, Sampling
+from profiler.collect.job import collect
+from profiler.collect.options import LocalOptions
 from profiler.engines.vllm import is_installed
 from profiler.errors import EngineError, TraceError
 from profiler.importers import find_format, import_trace
@@ -34,17 +34,17 @@ KILLS = 20
 SETTINGS = {"problems": 60, "new_tokens": 24}
 
 
-def options(out: Path, **changes: object) -> CollectOptions:
+def options(out: Path, **changes: object) -> LocalOptions:
     settings: dict[str, Any] = {
         "model": "demo",
-        "datasets": ("demo-math",),
+        "dataset": "demo-math",
         "out": out,
         "num_problems": 3,
         "engine": "transformers",
-        "sampling": Sampling(max_new_tokens=4),
-        "engine_options": EngineOptions(dtype="float32"),
+        "max_new_tokens": 4,
+        "dtype": "float32",
     }
-    return CollectOptions(**(settings | changes))
+    return LocalOptions(**(settings | changes))
 
 
 def assert_same(first: Trace, second: Trace) -> None:
@@ -238,10 +238,10 @@ def test_a_torn_completion_runs_again(unfinished: Path, finished: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"sampling": Sampling(max_new_tokens=5)}, "was begun with sampling.max_new_tokens 4, now it is 5"),
+        ({"max_new_tokens": 5}, "was begun with sampling.max_new_tokens 4, now it is 5"),
         ({"num_problems": 2}, "was begun with datasets"),
         ({"engine": "vllm"}, "was begun with engine 'transformers', now it is 'vllm'"),
-        ({"engine_options": EngineOptions(dtype="bfloat16")}, None),
+        ({"dtype": "bfloat16"}, None),
     ],
 )
 def test_a_collection_is_not_resumed_with_other_settings(unfinished: Path, changes: dict, reason: str | None) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from profiler.collect.job import CollectOptions, collect
-from profiler.engines import EngineOptions, Sampling
+from profiler.collect.job import collect
+from profiler.collect.options import LocalOptions
 from profiler.engines.low_memory import keep_on_host, layers_that_fit, quantize_experts
 from profiler.engines.transformers import find_routers, route
 from profiler.errors import EngineError
@@ -76,14 +76,14 @@ def test_experts_of_another_form_are_refused_untouched() -> None:
 
 
 def test_collecting_with_experts_in_4_bits_says_so(tmp_path: Path) -> None:
-    options = CollectOptions(
+    options = LocalOptions(
         model="demo",
-        datasets=("demo-math",),
+        dataset="demo-math",
         out=tmp_path / "trace",
         num_problems=2,
         engine="transformers",
-        sampling=Sampling(max_new_tokens=4),
-        engine_options=EngineOptions(load_in="4bit"),
+        max_new_tokens=4,
+        load_in_4bit=True,
     )
     stages: list[str] = []
     collect(options, on_stage=stages.append)

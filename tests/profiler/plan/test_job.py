@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.collect.selection import Selection
-from profiler.engines import Sampling
+from profiler.collect.options import RentedOptions
 from profiler.errors import DatasetError, EngineError, ModelError, TraceError
 from profiler.models.gpus import find_gpu, named_gpu
 from profiler.models.registry import MODELS, Preset, preset
 from profiler.plan.estimate import estimate_tokens
 from profiler.plan.job import Plan, cut_into_shards, make_plan, read_job, read_shard, write_job
 
-SELECTION = Selection(datasets=("demo-math", "demo-code"), num_problems=9, sampling=Sampling(max_new_tokens=4))
+OPTIONS = {"model": "demo", "dataset": "demo-math,demo-code", "num_problems": 9, "max_new_tokens": 4}
 
 
-def plan(**changes: Any) -> Plan:
-    return make_plan(**({"model": "demo", "selection": SELECTION} | changes))
+def plan(*, may_guess: bool = False, **changes: Any) -> Plan:
+    return make_plan(RentedOptions(**(OPTIONS | changes)), may_guess=may_guess)
 
 
 def test_a_run_is_named_by_what_decides_its_rows() -> None:
@@ -35,12 +33,12 @@ def test_a_run_is_named_by_what_decides_its_rows() -> None:
     others = [
         plan(dtype="float32"),
         plan(engine="transformers"),
-        plan(logits=True),
+        plan(capture_logits=True),
         plan(revision="abc"),
-        plan(selection=replace(SELECTION, num_problems=8)),
-        plan(selection=replace(SELECTION, sampling=Sampling(max_new_tokens=5))),
-        plan(selection=replace(SELECTION, sampling=Sampling(max_new_tokens=4, temperature=0.5))),
-        plan(selection=replace(SELECTION, datasets=("demo-code", "demo-math"))),
+        plan(num_problems=8),
+        plan(max_new_tokens=5),
+        plan(temperature=0.5),
+        plan(dataset="demo-code,demo-math"),
     ]
     assert len({first.run_id, *(other.job.run_id for other in others)}) == 1 + len(others)
 
@@ -50,8 +48,7 @@ def test_a_changed_problem_is_another_run(tmp_path: Path) -> None:
     ids = set()
     for text in ("one", "two"):
         path.write_text(json.dumps({"question": text}) + "\n")
-        selection = replace(SELECTION, datasets=("gsm8k",), data_files=path)
-        ids.add(plan(selection=selection).job.run_id)
+        ids.add(plan(dataset="gsm8k", data_files=path).job.run_id)
     assert len(ids) == 2
 
 
@@ -71,7 +68,7 @@ def test_shards_cover_the_problems_evenly(problems: int, containers: int, size: 
 
 
 def test_more_containers_than_shards_are_not_planned() -> None:
-    alone = plan(model="qwen1.5-moe", selection=replace(SELECTION, num_problems=2), containers=50)
+    alone = plan(model="qwen1.5-moe", num_problems=2, containers=50)
     assert alone.containers == 2
     with pytest.raises(EngineError, match="makes 100,000 shards, expected at most 99,999"):
         cut_into_shards(100_000, 1, 1)
@@ -111,11 +108,11 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"shard_size": 0}, EngineError, "--shard-size 0: expected 1 or more"),
         ({"max_length": 4096}, EngineError, "--max-length 4096: expected 2 to 1024 of demo"),
         ({"max_length": 4}, EngineError, "--max-new-tokens 4 leaves no room for a prompt in 4 tokens"),
-        ({"hidden_layers": (9,), "hidden_tokens": 5}, EngineError, r"--capture-hidden 9: not an MoE layer of demo \(0..7\)"),
-        ({"hidden_layers": (1,), "hidden_tokens": 0}, EngineError, "--hidden-tokens 0: expected 1 or more"),
-        ({"engine": "transformers", "logits": True}, EngineError, "need --engine vllm"),
-        ({"model": "deepseek-moe-16b", "hidden_layers": (0,), "hidden_tokens": 5}, EngineError, "not an MoE layer of deepseek"),
-        ({"selection": replace(SELECTION, datasets=("x",))}, DatasetError, "unknown dataset 'x'"),
+        ({"capture_hidden": "9", "hidden_tokens": 5}, EngineError, r"--capture-hidden 9: not an MoE layer of demo \(0..7\)"),
+        ({"capture_hidden": "1", "hidden_tokens": 0}, EngineError, "--hidden-tokens 0: expected 1 or more"),
+        ({"engine": "transformers", "capture_logits": True}, EngineError, "need --engine vllm"),
+        ({"model": "deepseek-moe-16b", "capture_hidden": "0", "hidden_tokens": 5}, EngineError, "not an MoE layer of deepseek"),
+        ({"dataset": "x"}, DatasetError, "unknown dataset 'x'"),
     ],
 )
 def test_what_cannot_run_is_refused(changes: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -185,7 +182,7 @@ def test_the_command_line_says_what_would_run(tmp_path: Path) -> None:
     from profiler.cli import app
 
     runner = CliRunner()
-    arguments = ["collect", "--plan", "--dataset", "demo-math", "--num-problems", "40", "--containers", "2"]
+    arguments = ["plan", "--dataset", "demo-math", "--num-problems", "40", "--containers", "2"]
     shown = runner.invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
     assert "mixtral-8x7b, awq: TheBloke/Mixtral-8x7B-v0.1-AWQ" in shown.output
@@ -199,19 +196,19 @@ def test_the_command_line_says_what_would_run(tmp_path: Path) -> None:
 
 
 def test_a_dataset_out_of_reach_is_planned_with_typical_prompts() -> None:
-    selection = Selection(datasets=("gsm8k", "squad"), num_problems=2000, sampling=Sampling())
+    far = {"model": "mixtral-8x7b", "dataset": "gsm8k,squad", "num_problems": 2000, "max_new_tokens": None}
     with pytest.raises(DatasetError, match="cannot load openai/gsm8k"):
-        plan(model="mixtral-8x7b", selection=selection)
-    guessed = plan(model="mixtral-8x7b", selection=selection, may_guess=True)
+        plan(**far)
+    guessed = plan(**far, may_guess=True)
     assert guessed.lines()[0].startswith("prompts of typical length, since cannot load openai/gsm8k from the Hugging Face hub")
     # 258 and 874 characters.
     assert guessed.estimate is not None
     assert guessed.estimate.prompt_tokens == pytest.approx(1000 * 258 / 4 + 1000 * 874 / 4, rel=0.02)
     assert guessed.document()["run_id"] is None
-    with_embedded = replace(selection, datasets=("gsm8k", "demo-math"), num_problems=20)
-    assert len(plan(model="mixtral-8x7b", selection=with_embedded, may_guess=True).problems) == 20
-    short = replace(selection, max_tokens_per_problem=300)
-    assert all(problem.max_prompt_tokens for problem in plan(model="mixtral-8x7b", selection=short, may_guess=True).problems)
-    by_tokens = replace(selection, target_tokens=20_000, max_tokens_per_problem=150)
+    with_embedded = far | {"dataset": "gsm8k,demo-math", "num_problems": 20}
+    assert len(plan(**with_embedded, may_guess=True).problems) == 20
+    short = far | {"max_tokens_per_problem": 300}
+    assert all(problem.max_prompt_tokens for problem in plan(**short, may_guess=True).problems)
+    by_tokens = far | {"target_tokens": 20_000, "max_tokens_per_problem": 150}
     with pytest.raises(DatasetError, match="leaves no room for a prompt of gsm8k"):
-        plan(model="mixtral-8x7b", selection=by_tokens, may_guess=True)
+        plan(**by_tokens, may_guess=True)
