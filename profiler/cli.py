@@ -8,19 +8,21 @@ import re
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from profiler.collect.collection import CollectProgress, CollectSummary
 from profiler.collect.options import LocalOptions, RentedOptions
 from profiler.errors import SpecmoeError, TraceError, missing_extra, printable
 from profiler.terminal import console, print_rows
 from profiler.terminal_options import switch, typer_command
 from profiler.trace.reader import Trace
 from profiler.trace.schema import MAX_EXPERTS
+
+if TYPE_CHECKING:
+    from profiler.collect.collection import CollectProgress, CollectSummary
 
 app = typer.Typer()
 messages = Console(stderr=True, highlight=False)
