@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +47,6 @@ def demo(
 
     Example: specmoe demo --out specmoe-demo
     """
-    from analysis.documents.evaluation import as_evaluation
     from profiler.collect.options import LocalOptions
     from profiler.datasets.registry import DEMO_DATASETS
     from profiler.engines.vllm import is_installed
@@ -82,16 +80,16 @@ def demo(
     speculation.cli.print_run(run)
 
     console.rule("3 of 4: evaluate", align="left")
-    document = evaluate(run, trace)
-    write_text(out / "evaluation.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
+    evaluation = evaluate(run, trace)
+    write_text(out / "evaluation.json", evaluation.to_json())
 
     console.rule("4 of 4: analyse", align="left")
-    statistics, findings = analysis.cli.analyze_trace(trace, out / "report", evaluations=[as_evaluation(document)])
+    statistics, findings = analysis.cli.analyze_trace(trace, out / "report", evaluations=[evaluation])
     analysis.cli.print_statistics(statistics)
     analysis.cli.print_findings(findings)
 
     console.rule("Result", align="left")
-    speculation.cli.print_evaluation(document)
+    speculation.cli.print_evaluation(evaluation)
     typer.echo(f"Report: {out / 'report' / 'report.html'} ({time.monotonic() - began:.0f} s in all)")
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from analysis.documents.evaluation import Evaluation
 from profiler.trace.reader import Trace
 from profiler.trace.schema import HIDDEN_FOLDER
 from speculation.data.tasks import Task
@@ -44,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     trace, validation = Trace.open(arguments.trace), Trace.open(arguments.validation)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    documents: list[dict[str, Any]] = []
+    documents: list[Evaluation] = []
     for name, cls in predictor_classes().items():
         if Task.NEXT_LAYER not in cls.tasks or (arguments.only and name not in arguments.only):
             continue

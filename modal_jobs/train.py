@@ -8,14 +8,13 @@ The work is in `modal_jobs.training`.
 
 # No `from __future__ import annotations` here, as in collect.py.
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import modal
 
-from analysis.documents.evaluation import EVALUATION_FILE
+from analysis.documents.evaluation import EVALUATION_FILE, read_evaluation
 from modal_jobs.download import fetch_trace
 from modal_jobs.image import CACHE, TRACE_VOLUME, TRACES, cache_volume, trace_volume, train_image
 from modal_jobs.running import one_line_errors, say
@@ -105,4 +104,4 @@ def _print_evaluation(run: Path) -> None:
     from speculation.cli import print_evaluation
 
     if (run / EVALUATION_FILE).is_file():
-        print_evaluation(json.loads((run / EVALUATION_FILE).read_text(encoding="utf-8")))
+        print_evaluation(read_evaluation(run))

@@ -74,12 +74,12 @@ def train_on_volume(volume: Path, job: TrainJob, work: Path, *, say: Callable[[s
 
     run = train(trace, job.predictor, result, task=job.task, horizon=job.horizon, options=job.options, on_progress=progress)
     try:
-        document = evaluate(run, trace)
+        evaluation = evaluate(run, trace)
     except SpecmoeError as error:
         # Too few problems for a test part: the run is of use on another trace.
         say(f"not judged: {error}")
     else:
-        write_text(result / EVALUATION_FILE, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_text(result / EVALUATION_FILE, evaluation.to_json())
     files = {
         path.relative_to(result).as_posix(): ManifestEntry(rows=0, bytes=path.stat().st_size, sha256=sha256_of(path))
         for path in sorted(result.rglob("*"))

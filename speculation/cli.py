@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,11 +16,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from analysis.documents.evaluation import as_evaluation, table
+from analysis.documents.evaluation import Evaluation, table
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
 from profiler.trace.writer import write_text
 from speculation.data.tasks import Shape, Task
+
+if TYPE_CHECKING:
+    from speculation.evaluation.leaderboard import Row
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -200,7 +203,7 @@ def evaluate(
         raise SpecmoeError("--json is for one run: for several, --leaderboard writes leaderboard.json")
     opened_runs = [load_run(run) for run in runs]
     opened = Trace.open(trace)
-    documents: list[dict[str, Any]] = []
+    documents: list[Evaluation] = []
     judged: set[Any] = set()
     for loaded in opened_runs:
         # Baselines of the same training problems and horizon are the same.
@@ -212,69 +215,67 @@ def evaluate(
         else:
             messages.print(f"judged {escape(str(loaded.path))}")
     if json_file is not None:
-        write_text(json_file, json.dumps(documents[0], indent=1, allow_nan=False) + "\n")
+        write_text(json_file, documents[0].to_json())
     if leaderboard is not None:
         print_leaderboard(write_leaderboard(documents, leaderboard), documents[0])
         typer.echo(f"{leaderboard}: leaderboard.md, .csv, .json, .html")
 
 
-def print_evaluation(document: dict[str, Any]) -> None:
+def print_evaluation(evaluation: Evaluation) -> None:
     """One table per horizon, with what the numbers mean."""
-    evaluation = as_evaluation(document)
-    horizons = len(next(iter(document["results"].values()))["metrics"])
+    horizons = len(next(iter(evaluation.results.values())).metrics)
     for horizon in range(1, horizons + 1):
         rows = table(evaluation, horizon)
         shown = Table(
-            box=None, title=f"{_predicted(evaluation.task, horizon)}, {escape(document['model'])}", title_justify="left"
+            box=None, title=f"{_predicted(evaluation.task, horizon)}, {escape(evaluation.model)}", title_justify="left"
         )
         for column in rows[0]:
             shown.add_column(column, justify="left" if column == "predictor" else "right", no_wrap=True)
         for row in rows:
             shown.add_row(*row.values())
         console.print(shown)
-    trained_on = document["trained_on"]
+    trained_on = evaluation.trained_on
     what = f"Not held out (the run was trained on {trained_on} of them)" if trained_on else "Held out"
-    part = f"{document['part']} part of a split {document['split']}" if document["part"] != "all" else "the whole trace"
+    part = f"{evaluation.part} part of a split {evaluation.split}" if evaluation.part != "all" else "the whole trace"
     typer.echo(
-        f"{what}: {document['problems']} problems, {document['tokens']:,} tokens; {part}. "
+        f"{what}: {evaluation.problems} problems, {evaluation.tokens:,} tokens; {part}. "
         "In brackets: 95 % interval over problems."
     )
-    for line in _apart(document):
+    for line in _apart(evaluation):
         typer.echo(line)
-    for caveat in document["caveats"]:
+    for caveat in evaluation.caveats:
         typer.echo(f"Note: {caveat}")
 
 
-def _apart(document: dict[str, Any]) -> list[str]:
+def _apart(evaluation: Evaluation) -> list[str]:
     """The predictor with and without the problems of each kind that the trace tells apart, such as looping answers."""
-    result = document["results"][document["predictor"]]
-    k_name = result["recall_at_k_name"]
+    result = evaluation.results[evaluation.predictor]
+    k_name = result.recall_at_k_name
     lines = []
-    for name, groups in result.items():
-        if name.startswith("by_") and set(groups) == {"false", "true"} and all(groups.values()):
+    for name, groups in result.groupings.items():
+        if set(groups) == {"false", "true"} and all(groups.values()):
             without, only = (f"{groups[side][k_name]:.3f} (exact {groups[side]['exact']:.3f})" for side in ("false", "true"))
-            what = name.removeprefix("by_")
-            lines.append(f"{document['predictor']}, {k_name}: {without} without {what} problems, {only} on these.")
+            lines.append(f"{evaluation.predictor}, {k_name}: {without} without {name} problems, {only} on these.")
     return lines
 
 
-def print_leaderboard(rows: list[dict[str, Any]], document: dict[str, Any]) -> None:
+def print_leaderboard(rows: list[Row], document: Evaluation) -> None:
     """The table of `speculation.evaluation.leaderboard`, for people."""
-    k_name = next(iter(document["results"].values()))["recall_at_k_name"]
-    title = f"{document['task']}, {escape(document['model'])}; {document['problems']} problems, {document['tokens']:,} tokens"
+    k_name = document.recall_at_k_name
+    title = f"{document.task}, {escape(document.model)}; {document.problems} problems, {document.tokens:,} tokens"
     shown = Table(box=None, title=title, title_justify="left")
     for column in ("run", "h", k_name, "exact", "control", "parameters", "µs"):
         shown.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
-    shown.add_row("chance", "", f"{document['chance'][k_name]:.3f}", f"{document['chance']['exact']:.3f}", "", "", "")
+    shown.add_row("chance", "", f"{document.chance[k_name]:.3f}", f"{document.chance['exact']:.3f}", "", "", "")
     for row in rows:
         shown.add_row(
-            escape(row["run"]),
-            row["horizon"].removeprefix("h="),
-            f"{row['recall']:.3f} ({row['low']:.3f}-{row['high']:.3f})",
-            f"{row['exact']:.3f}",
-            "" if row["control"] is None else f"{row['control']:.3f}",
-            f"{row['parameters']:,}",
-            f"{row['microseconds_per_prediction']:,.0f}",
+            escape(row.run),
+            str(row.horizon),
+            f"{row.recall:.3f} ({row.low:.3f}-{row.high:.3f})",
+            f"{row.exact:.3f}",
+            "" if row.control is None else f"{row.control:.3f}",
+            "" if row.parameters is None else f"{row.parameters:,}",
+            "" if row.microseconds_per_prediction is None else f"{row.microseconds_per_prediction:,.0f}",
         )
     console.print(shown)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,7 +148,7 @@ def replay(
     from speculation.offload.replay import here
     from speculation.offload.replay_study import Replay, run_replay
 
-    document = run_replay(
+    result = run_replay(
         Replay(
             trace=Trace.open(trace),
             part=part.value,
@@ -166,20 +165,20 @@ def replay(
         )
     )
     if json_file is not None:
-        write_text(json_file, json.dumps(document, indent=1) + "\n")
-    shown = Table(box=None, title=f"{document['device']}, {document['tokens']:,} tokens", title_justify="left")
+        write_text(json_file, result.to_json())
+    shown = Table(box=None, title=f"{result.device}, {result.tokens:,} tokens", title_justify="left")
     for column in ("case", "tokens/s", "simulated", "ratio", "hits", "simulated", "late", "simulated"):
         shown.add_column(column, justify="left" if column == "case" else "right", no_wrap=column != "case")
-    for row in document["rows"]:
+    for row in result.rows:
         shown.add_row(
-            escape(row["case"]),
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['estimated']:.1f}",
-            f"{row['tokens_per_second'] / row['estimated']:.2f}",
-            *(f"{row[name]:.3f}" for name in ("hit_rate", "estimated_hit_rate", "late", "estimated_late")),
+            escape(row.case),
+            f"{row.tokens_per_second:.1f}",
+            f"{row.estimated:.1f}",
+            f"{row.tokens_per_second / row.estimated:.2f}",
+            *(f"{value:.3f}" for value in (row.hit_rate, row.estimated_hit_rate, row.late, row.estimated_late)),
         )
     console.print(shown)
-    for line in document["assumptions"]:
+    for line in result.assumptions:
         typer.echo(line)
 
 

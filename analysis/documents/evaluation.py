@@ -1,11 +1,11 @@
-"""What `specmoe evaluate --json` wrote, read for tables and the report."""
+"""The document of `specmoe evaluate`: written by `--json`, printed as a table, shown in the report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from analysis.documents.reading import read_document
 
@@ -15,27 +15,71 @@ OTHER_METRICS = ("top-1", "exact", "any")
 # The end of a control's name.
 CONTROL = "shuffled control"
 
+Metrics = dict[str, float]
+"""Values by the metric's name (`recall@4`, `exact`, ...); empty where there was nothing to predict."""
+
+
+class Coverage(BaseModel):
+    """Predictions that are kept at a threshold of confidence: their share, and recall@K among them."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    threshold: float
+    coverage: float
+    recall_at_k: float = Field(alias="recall@K")
+
 
 class Result(BaseModel):
-    """One predictor: metrics by horizon (`h=1`, ...), 95 % intervals of some of them, metrics by layer `[L]` or null."""
+    """One predictor: metrics by horizon (`h=1`, ...), 95 % intervals of some of them, metrics by layer `[L]` or null.
 
-    metrics: dict[str, dict[str, float]]
+    Breakdowns by groups of tokens stand under `by_` and the name of the grouping (phase, position, dataset, and columns of the
+    trace that are true or false): see `groupings`. bytes: of the stored arrays. Older files lack the last fields.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    metrics: dict[str, Metrics]
     recall_at_k_name: str
     intervals: dict[str, dict[str, tuple[float, float]]]
-    by_target_layer: dict[str, list[dict[str, float] | None]] = {}
+    by_target_layer: dict[str, list[Metrics | None]] = {}
+    calibration_error: float | None = None
+    precision_by_coverage: list[Coverage] = []
+    parameters: int | None = None
+    bytes: int | None = None
+    microseconds_per_prediction: float | None = None
+
+    @property
+    def groupings(self) -> dict[str, dict[str, Metrics]]:
+        """Metrics of the nearest horizon by group, for each grouping by name."""
+        found = {}
+        for name, value in (self.model_extra or {}).items():
+            if name.startswith("by_"):
+                found[name.removeprefix("by_")] = cast("dict[str, Metrics]", value)
+        return found
 
 
 class Evaluation(BaseModel):
-    """An evaluation: its data, chance, and the results of predictors by name."""
+    """An evaluation: its data, chance, and the results of predictors by name. `predictor` is the run's own among them.
 
+    trained_on: problems of these that the run was trained on; 0 if all are held out. train_seconds: None if unknown.
+    Older files lack the fields that have a default.
+    """
+
+    version: int = 1
     run: str
+    predictor: str = ""
     task: str
     trace: str
+    model: str = ""
     split: str
     part: str
     problems: int
+    trained_on: int = 0
     tokens: int
-    chance: dict[str, float]
+    definitions: dict[str, str] = {}
+    caveats: list[str] = []
+    train_seconds: float | None = None
+    chance: Metrics
     results: dict[str, Result]
 
     @model_validator(mode="after")
@@ -52,20 +96,24 @@ class Evaluation(BaseModel):
                 raise ValueError(f"{name} lacks intervals of {result.recall_at_k_name}")
         return self
 
+    @property
+    def recall_at_k_name(self) -> str:
+        """`recall@4` for a model with four experts per token."""
+        return next(iter(self.results.values())).recall_at_k_name
+
+    def to_json(self) -> str:
+        """The file's content."""
+        return self.model_dump_json(indent=1, by_alias=True) + "\n"
+
 
 def read_evaluation(path: Path) -> Evaluation:
     """An evaluation's file, or that of a run's folder. Raises `TraceError` if it is none."""
     return read_document(path, Evaluation, EVALUATION_FILE, "specmoe evaluate RUN --trace T --json FILE")
 
 
-def as_evaluation(document: dict[str, Any]) -> Evaluation:
-    """An evaluation from the document itself. Raises pydantic's `ValidationError`."""
-    return Evaluation.model_validate(document)
-
-
 def table(evaluation: Evaluation, horizon: int = 1) -> list[dict[str, str]]:
     """The evaluation as rows of text, chance first; recall@K with its 95 % interval over problems."""
-    k_name = next(iter(evaluation.results.values())).recall_at_k_name
+    k_name = evaluation.recall_at_k_name
     columns = (k_name, *OTHER_METRICS)
     rows = [{"predictor": "chance"} | {name: f"{evaluation.chance[name]:.3f}" for name in columns}]
     for name, result in evaluation.results.items():

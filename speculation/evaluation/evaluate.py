@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
+from analysis.documents.evaluation import Coverage, Evaluation, Result
 from profiler.errors import SpecmoeError, TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.splits import split_key
@@ -40,7 +40,7 @@ class Groups:
     group_T: npt.NDArray[np.int64]
 
 
-def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_baselines: bool = True) -> dict[str, Any]:
+def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_baselines: bool = True) -> Evaluation:
     """Evaluate the run's predictor and its baselines on one part of the split of `trace`.
 
     The shuffled control scores the predictor against the routes of other, randomly chosen tokens at the same layer: it
@@ -55,23 +55,23 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
     predictors[run.name] = run.predictor
     results = {name: judge(predictor, routes, groups) for name, predictor in predictors.items()}
     results[f"{run.name}, shuffled control"] = judge(run.predictor, shuffled(routes, seed), groups, routes)
-    return {
-        "run": run.path.name,
-        "predictor": run.name,
-        "task": str(shape.task),
-        "trace": trace.path.name,
-        "model": trace.metadata.model.id,
-        "split": f"by problem (hash of the {run.split})",
-        "part": part,
-        "problems": len(routes.problem_ids),
-        "trained_on": int(np.isin(route_digests(trace, routes), run.trained_on).sum()),
-        "tokens": len(routes),
-        "definitions": DEFINITIONS,
-        "caveats": trace.caveats(),
-        "train_seconds": run.train_seconds,
-        "chance": chance(shape.experts, shape.top_k),
-        "results": results,
-    }
+    return Evaluation(
+        run=run.path.name,
+        predictor=run.name,
+        task=str(shape.task),
+        trace=trace.path.name,
+        model=trace.metadata.model.id,
+        split=f"by problem (hash of the {run.split})",
+        part=part,
+        problems=len(routes.problem_ids),
+        trained_on=int(np.isin(route_digests(trace, routes), run.trained_on).sum()),
+        tokens=len(routes),
+        definitions=DEFINITIONS,
+        caveats=trace.caveats(),
+        train_seconds=run.train_seconds,
+        chance=chance(shape.experts, shape.top_k),
+        results=results,
+    )
 
 
 def check_run(run: Run, trace: Trace) -> None:
@@ -112,8 +112,8 @@ def token_groups(trace: Trace, routes: Routes) -> dict[str, Groups]:
     return groups
 
 
-def judge(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: Routes | None = None) -> dict[str, Any]:
-    """Every metric of one predictor by horizon (`h=1`, ...), and breakdowns, as plain values for JSON.
+def judge(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: Routes | None = None) -> Result:
+    """Every metric of one predictor by horizon (`h=1`, ...), and breakdowns.
 
     seen: what the predictor is shown, if that differs from the truth (the shuffled control).
     """
@@ -146,24 +146,25 @@ def judge(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: 
                     group_N = group.group_T[true.tokens_T[token_N]]
                     by_group[name].add(ranks_NK[group_N >= 0], group_N[group_N >= 0])
     arrays = predictor.arrays()
-    return {
-        "metrics": {f"h={hop}": counts.metrics() for hop, counts in enumerate(by_layer, start=1)},
-        "recall_at_k_name": f"recall@{top_k}",
-        "intervals": {f"h={hop}": _bootstrap(each, top_k) for hop, each in enumerate(sums, start=1)},
-        "by_target_layer": {
+    breakdowns = {
+        f"by_{name}": {each: by_group[name].metrics(number) for number, each in enumerate(group.names)}
+        for name, group in groups.items()
+    }
+    return Result(
+        metrics={f"h={hop}": counts.metrics() for hop, counts in enumerate(by_layer, start=1)},
+        recall_at_k_name=f"recall@{top_k}",
+        intervals={f"h={hop}": _bootstrap(each, top_k) for hop, each in enumerate(sums, start=1)},
+        by_target_layer={
             f"h={hop}": [counts.metrics(layer) or None for layer in range(shape.layers)]
             for hop, counts in enumerate(by_layer, start=1)
         },
-        **{
-            f"by_{name}": {each: by_group[name].metrics(number) for number, each in enumerate(group.names)}
-            for name, group in groups.items()
-        },
-        "calibration_error": confidence.calibration_error(),
-        "precision_by_coverage": confidence.precision_by_coverage(),
-        "parameters": count_parameters(arrays),
-        "bytes": int(sum(array.nbytes for array in arrays.values())),
-        "microseconds_per_prediction": microseconds_per_prediction(predictor, truth),
-    }
+        calibration_error=confidence.calibration_error(),
+        precision_by_coverage=[Coverage.model_validate(each) for each in confidence.precision_by_coverage()],
+        parameters=count_parameters(arrays),
+        bytes=int(sum(array.nbytes for array in arrays.values())),
+        microseconds_per_prediction=microseconds_per_prediction(predictor, truth),
+        **breakdowns,
+    )
 
 
 def predictions(predictor: Predictor, routes: Routes) -> Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:

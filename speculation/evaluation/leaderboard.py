@@ -5,135 +5,166 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from analysis.documents.evaluation import CONTROL
+from analysis.documents.evaluation import CONTROL, Evaluation, Result
 from profiler.errors import SpecmoeError
 from profiler.trace.writer import write_text
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A predictor at a horizon. recall: at K, with its 95 % interval; control: that of its shuffled control.
+
+    without_looping: recall on tokens of answers that did not fall into repetition, if the trace says which did.
+    """
+
+    run: str
+    predictor: str
+    horizon: int
+    recall: float
+    low: float
+    high: float
+    top_1: float
+    exact: float
+    without_looping: float | None
+    control: float | None
+    parameters: int | None
+    bytes: int | None
+    microseconds_per_prediction: float | None
+    train_seconds: float | None
+
+
 # What must be the same for two evaluations to stand in one table.
 COMPARED = ("task", "trace", "model", "split", "part", "problems", "tokens", "chance")
 LOOPING = "looping"
+# Columns of the CSV file whose names are no Python names.
+COLUMNS = {"top_1": "top-1"}
 
 
-def leaderboard_rows(documents: list[dict[str, Any]]) -> list[Row]:
+def leaderboard_rows(documents: list[Evaluation]) -> list[Row]:
     """A row per predictor and horizon, best recall first; baselines that several evaluations have are there once.
 
-    control: recall of the shuffled control. without_looping: recall on tokens of answers that did not fall into repetition, if
-    the trace says which did. Raises `SpecmoeError` if the evaluations are not of the same data and task.
+    Raises `SpecmoeError` if the evaluations are not of the same data and task.
     """
     if not documents:
         raise SpecmoeError("a leaderboard needs at least one run")
     for document in documents:
         for name in COMPARED:
-            if document[name] != documents[0][name]:
+            own, first = getattr(document, name), getattr(documents[0], name)
+            if own != first:
                 raise SpecmoeError(
-                    f"{document['run']} was judged with {name} {document[name]!r}, {documents[0]['run']} with "
-                    f"{documents[0][name]!r}: expected the same"
+                    f"{document.run} was evaluated with {name} {own!r}, {documents[0].run} with {first!r}: expected the same"
                 )
-    runs = [document["run"] for document in documents]
-    taken = {name for document in documents for name in document["results"] if name != document["predictor"]}
+    runs = [document.run for document in documents]
+    taken = {name for document in documents for name in document.results if name != document.predictor}
     for name in runs:
-        if runs.count(name) > 1 or (name in taken and documents[runs.index(name)]["predictor"] != name):
+        if runs.count(name) > 1 or (name in taken and documents[runs.index(name)].predictor != name):
             raise SpecmoeError(f"two rows of the leaderboard would be called {name!r}: rename a run's folder")
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, int], Row] = {}
     for document in documents:
-        for name, result in document["results"].items():
+        for name, result in document.results.items():
             if name.endswith(CONTROL):
                 continue
-            own = name == document["predictor"]
-            label = document["run"] if own else name
-            control = document["results"].get(f"{name}, {CONTROL}", {}).get("metrics", {})
-            for horizon, metrics in result["metrics"].items():
+            own = name == document.predictor
+            label = document.run if own else name
+            control = document.results.get(f"{name}, {CONTROL}")
+            for horizon, metrics in result.metrics.items():
+                number = int(horizon.removeprefix("h="))
                 # Nothing so far ahead in these tokens: no metrics.
-                if metrics and (own or (label, horizon) not in rows):
-                    rows[label, horizon] = _row(document, result, label, horizon, metrics, control.get(horizon), own)
-    return sorted(rows.values(), key=lambda row: (int(row["horizon"].removeprefix("h=")), -row["recall"]))
+                if metrics and (own or (label, number) not in rows):
+                    rows[label, number] = _row(document, result, label, number, control if own else None, own)
+    return sorted(rows.values(), key=lambda row: (row.horizon, -row.recall))
 
 
-def _row(document: dict[str, Any], result: Row, label: str, horizon: str, metrics: Row, control: Row | None, own: bool) -> Row:
-    k_name = result["recall_at_k_name"]
-    low, high = result["intervals"][horizon][k_name]
-    apart = result.get(f"by_{LOOPING}", {}).get("false", {}) if horizon == "h=1" else {}
-    return {
-        "run": label,
-        "predictor": document["predictor"] if own else label,
-        "horizon": horizon,
-        "recall": metrics[k_name],
-        "low": low,
-        "high": high,
-        "top-1": metrics["top-1"],
-        "exact": metrics["exact"],
-        "without_looping": apart.get(k_name),
-        "control": control[k_name] if control else None,
-        "parameters": result["parameters"],
-        "bytes": result["bytes"],
-        "microseconds_per_prediction": result["microseconds_per_prediction"],
-        "train_seconds": document["train_seconds"] if own else None,
-    }
+def _row(document: Evaluation, result: Result, label: str, horizon: int, control: Result | None, own: bool) -> Row:
+    k_name = result.recall_at_k_name
+    metrics = result.metrics[f"h={horizon}"]
+    low, high = result.intervals[f"h={horizon}"][k_name]
+    apart = result.groupings.get(LOOPING, {}).get("false", {}) if horizon == 1 else {}
+    of_control = control.metrics.get(f"h={horizon}") if control is not None else None
+    return Row(
+        run=label,
+        predictor=document.predictor if own else label,
+        horizon=horizon,
+        recall=metrics[k_name],
+        low=low,
+        high=high,
+        top_1=metrics["top-1"],
+        exact=metrics["exact"],
+        without_looping=apart.get(k_name),
+        control=of_control[k_name] if of_control else None,
+        parameters=result.parameters,
+        bytes=result.bytes,
+        microseconds_per_prediction=result.microseconds_per_prediction,
+        train_seconds=document.train_seconds if own else None,
+    )
 
 
-def write_leaderboard(documents: list[dict[str, Any]], out: Path) -> list[Row]:
+def write_leaderboard(documents: list[Evaluation], out: Path) -> list[Row]:
     """Write `leaderboard.md`, `.csv`, `.json` (the evaluations) and `.html` (a plot that opens offline) into a folder."""
     rows = leaderboard_rows(documents)
     out.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    cells = [{COLUMNS.get(name, name): value for name, value in asdict(row).items()} for row in rows]
+    writer = csv.DictWriter(text, fieldnames=list(cells[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(each | {"horizon": f"h={each['horizon']}"} for each in cells)
     write_text(out / "leaderboard.csv", text.getvalue())
-    write_text(out / "leaderboard.json", json.dumps(documents, indent=1, allow_nan=False) + "\n")
+    write_text(
+        out / "leaderboard.json",
+        json.dumps([each.model_dump(mode="json", by_alias=True) for each in documents], indent=1) + "\n",
+    )
     write_text(out / "leaderboard.md", as_markdown(documents, rows))
     write_text(out / "leaderboard.html", plot(documents, rows))
     return rows
 
 
-def as_markdown(documents: list[dict[str, Any]], rows: list[Row]) -> str:
+def as_markdown(documents: list[Evaluation], rows: list[Row]) -> str:
     """The table, under a line on what was judged how."""
     first = documents[0]
-    k_name = next(iter(first["results"].values()))["recall_at_k_name"]
-    trained_on = max(document["trained_on"] for document in documents)
+    k_name = first.recall_at_k_name
+    trained_on = max(document.trained_on for document in documents)
     held_out = "held out" if not trained_on else f"NOT held out: up to {trained_on} problems were trained on"
     head = (
-        f"{first['task']}, {first['model']}, {first['problems']} problems, {first['tokens']:,} tokens of {first['trace']}, "
-        f"{held_out}. Chance: {k_name} {first['chance'][k_name]:.3f}, exact {first['chance']['exact']:.2g}. "
+        f"{first.task}, {first.model}, {first.problems} problems, {first.tokens:,} tokens of {first.trace}, "
+        f"{held_out}. Chance: {k_name} {first.chance[k_name]:.3f}, exact {first.chance['exact']:.2g}. "
         "µs: of one prediction (one token at one layer), one at a time, one CPU thread.\n"
     )
     columns = ["run", "h", k_name, "top-1", "exact", "without looping", "control", "parameters", "MB", "µs", "training"]
     lines = [head, "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = [
-            row["run"],
-            row["horizon"].removeprefix("h="),
-            f"{row['recall']:.3f} ({row['low']:.3f}-{row['high']:.3f})",
-            f"{row['top-1']:.3f}",
-            f"{row['exact']:.3f}",
-            "-" if row["without_looping"] is None else f"{row['without_looping']:.3f}",
-            "-" if row["control"] is None else f"{row['control']:.3f}",
-            f"{row['parameters']:,}",
-            f"{row['bytes'] / 1e6:.2f}",
-            f"{row['microseconds_per_prediction']:,.0f}",
-            "-" if row["train_seconds"] is None else f"{row['train_seconds']:,.0f} s",
+            row.run,
+            str(row.horizon),
+            f"{row.recall:.3f} ({row.low:.3f}-{row.high:.3f})",
+            f"{row.top_1:.3f}",
+            f"{row.exact:.3f}",
+            "-" if row.without_looping is None else f"{row.without_looping:.3f}",
+            "-" if row.control is None else f"{row.control:.3f}",
+            _number(row.parameters),
+            "-" if row.bytes is None else f"{row.bytes / 1e6:.2f}",
+            _number(row.microseconds_per_prediction),
+            "-" if row.train_seconds is None else f"{row.train_seconds:,.0f} s",
         ]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(documents: list[dict[str, Any]], rows: list[Row]) -> str:
+def plot(documents: list[Evaluation], rows: list[Row]) -> str:
     """A page: recall@K of the nearest horizon with its interval, a line per run, beside its shuffled control and chance."""
     import plotly.graph_objects as go
 
     first = documents[0]
-    k_name = next(iter(first["results"].values()))["recall_at_k_name"]
-    shown = [row for row in reversed(rows) if row["horizon"] == "h=1"]
+    k_name = first.recall_at_k_name
+    shown = [row for row in reversed(rows) if row.horizon == 1]
     labels = [
-        f"{escape(row['run'], quote=False)}<br>{_size(row['bytes'])}, {row['microseconds_per_prediction']:,.0f} µs"
+        f"{escape(row.run, quote=False)}<br>{_size(row.bytes or 0)}, {_number(row.microseconds_per_prediction)} µs"
         for row in shown
     ]
-    controls = [(row["control"], label) for row, label in zip(shown, labels, strict=True) if row["control"] is not None]
+    controls = [(row.control, label) for row, label in zip(shown, labels, strict=True) if row.control is not None]
     figure = go.Figure()
     figure.add_scatter(
         x=[value for value, _ in controls],
@@ -144,27 +175,27 @@ def plot(documents: list[dict[str, Any]], rows: list[Row]) -> str:
         hovertemplate="%{y}, shuffled control: %{x:.3f}<extra></extra>",
     )
     figure.add_scatter(
-        x=[row["recall"] for row in shown],
+        x=[row.recall for row in shown],
         y=labels,
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [row["high"] - row["recall"] for row in shown],
-            "arrayminus": [row["recall"] - row["low"] for row in shown],
+            "array": [row.high - row.recall for row in shown],
+            "arrayminus": [row.recall - row.low for row in shown],
         },
-        text=[f"{row['recall']:.3f}" for row in shown],
+        text=[f"{row.recall:.3f}" for row in shown],
         mode="markers+text",
         textposition="top center",
         marker={"size": 9, "color": "#0072b2"},
         name=f"{k_name}, 95 % interval over problems",
         hovertemplate="%{y}: %{x:.3f}<extra></extra>",
     )
-    figure.add_vline(x=first["chance"][k_name], line_dash="dot", annotation_text="chance")
+    figure.add_vline(x=first.chance[k_name], line_dash="dot", annotation_text="chance")
     figure.update_xaxes(title=k_name, range=[0, 1])
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=labels, automargin=True, tickfont={"size": 12})
     figure.update_layout(
         template="plotly_white",
-        title=f"{first['task']}, {first['model']}: {first['problems']} problems",
+        title=f"{first.task}, {first.model}: {first.problems} problems",
         font={"size": 14},
         height=160 + 44 * len(shown),
         legend={"orientation": "h", "yanchor": "bottom", "y": 1},
@@ -174,3 +205,7 @@ def plot(documents: list[dict[str, Any]], rows: list[Row]) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count / 1e3:,.1f} kB"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"

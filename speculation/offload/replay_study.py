@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.documents.replay import ReplayResult, ReplayRow
 from profiler.errors import SpecmoeError
 from profiler.models.gpus import find_gpu
 from profiler.trace.reader import Trace
@@ -42,7 +43,7 @@ class Replay:
     tokens: int = 500
 
 
-def run_replay(wanted: Replay) -> dict[str, Any]:
+def run_replay(wanted: Replay) -> ReplayResult:
     """Measure the device, replay without a cache, with one, and with a predictor, and simulate the same with what was measured.
 
     Raises `SpecmoeError` without a GPU or the sizes of the model, and for runs that do not fit the trace.
@@ -84,20 +85,21 @@ def run_replay(wanted: Replay) -> dict[str, Any]:
             device.close()
         setting = Setting(wanted.policy, size, predict_seconds=prefetcher.predict_seconds)
         estimate = simulate(workload, setting, prefetcher.plan, measured)
+        assert estimate.tokens_per_second is not None  # costs are given
         rows.append(
-            {
-                "case": name,
-                "capacity": size,
-                "tokens_per_second": found.tokens_per_second,
-                "estimated": estimate.tokens_per_second,
-                "hit_rate": found.hits / found.requested,
-                "late": found.late / found.requested,
-                "estimated_hit_rate": estimate.hit_rate,
-                "estimated_late": estimate.total(Count.LATE) / found.requested,
-                "prefetched_per_token": found.prefetched / found.tokens,
-            }
+            ReplayRow(
+                case=name,
+                capacity=size,
+                tokens_per_second=found.tokens_per_second,
+                estimated=estimate.tokens_per_second,
+                hit_rate=found.hits / found.requested,
+                late=found.late / found.requested,
+                estimated_hit_rate=estimate.hit_rate,
+                estimated_late=estimate.total(Count.LATE) / found.requested,
+                prefetched_per_token=found.prefetched / found.tokens,
+            )
         )
-    return {"device": measured.device, "assumptions": measured.describe(), "tokens": len(routes), "rows": rows}
+    return ReplayResult(device=measured.device, assumptions=list(measured.describe()), tokens=len(routes), rows=rows)
 
 
 def _first(routes: Routes, tokens: int) -> Routes:

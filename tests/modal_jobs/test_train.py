@@ -41,7 +41,7 @@ def test_a_trace_from_here_is_trained_on_there(trace: Trace, account: OfflineMod
     assert all(np.array_equal(here[name], there[name]) for name in here)
     assert run.trace_sha256 == local.trace_sha256
     document = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    expected = json.loads(json.dumps(evaluate(local, trace)))
+    expected = evaluate(local, trace).model_dump(mode="json", by_alias=True)
     for found in (document, expected):
         # A time, which differs.
         found["results"] = {name: result["metrics"]["h=1"]["recall@2"] for name, result in found["results"].items()}

@@ -13,7 +13,7 @@ from support.traces import write_made_trace
 from typer.testing import CliRunner
 
 from analysis.cli import analyze_trace, compare_traces
-from analysis.documents.evaluation import as_evaluation, read_evaluation
+from analysis.documents.evaluation import Evaluation, read_evaluation
 from analysis.statistics.compute import DEFINITIONS, compute_statistics
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
@@ -50,7 +50,7 @@ def trace(make_trace: Make, random_problems: Make) -> Trace:
 
 
 def test_files_of_a_trace(trace: Trace, tmp_path: Path) -> None:
-    statistics, findings = analyze_trace(trace, tmp_path / "r", hops=2, evaluations=[as_evaluation(EVALUATION)])
+    statistics, findings = analyze_trace(trace, tmp_path / "r", hops=2, evaluations=[Evaluation.model_validate(EVALUATION)])
     document = json.loads((tmp_path / "r" / "statistics.json").read_text())
     assert (document["problems"], document["tokens"]) == (14, 560)
     assert [len(hop["information_bits"]) for hop in document["transitions"]] == [2, 1]

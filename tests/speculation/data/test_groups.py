@@ -140,5 +140,5 @@ def test_what_needs_all_routes_says_so(trace: Trace, tmp_path: Path) -> None:
 
 def test_the_evaluation_of_a_run_by_groups_is_held_out(trace: Trace, tmp_path: Path) -> None:
     run = train(trace, "conditional-counts", tmp_path / "run", options=TrainingOptions(shards_per_group=3))
-    assert evaluate(run, trace)["trained_on"] == 0
-    assert evaluate(run, trace, part="train")["trained_on"] == len(run.trained_on)
+    assert evaluate(run, trace).trained_on == 0
+    assert evaluate(run, trace, part="train").trained_on == len(run.trained_on)

@@ -70,8 +70,8 @@ def test_a_stream_that_does_not_drift_is_predicted_without_training(make_trace: 
     trace = make_routed(make_trace, drift=0.0)
     document = evaluate(train(trace, "next-gate", tmp_path / "run", horizon=3), trace)
     for horizon in (1, 2, 3):
-        assert document["results"]["next-gate"]["metrics"][f"h={horizon}"]["exact"] > 0.99
-    assert document["results"]["next-gate, shuffled control"]["metrics"]["h=1"]["recall@2"] == pytest.approx(0.25, abs=0.06)
+        assert document.results["next-gate"].metrics[f"h={horizon}"]["exact"] > 0.99
+    assert document.results["next-gate, shuffled control"].metrics["h=1"]["recall@2"] == pytest.approx(0.25, abs=0.06)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,8 +80,8 @@ def test_a_drifting_stream_is_predicted_in_part(name: str, make_trace: Make, tmp
     run = train(trace, name, tmp_path / "run", horizon=2, options=options_of(name))
     assert run.predictor.takes_router_inputs
     document = evaluate(run, trace)
-    recall = {each: result["metrics"]["h=1"]["recall@2"] for each, result in document["results"].items()}
-    farther = document["results"][name]["metrics"]["h=2"]["recall@2"]
+    recall = {each: result.metrics["h=1"]["recall@2"] for each, result in document.results.items()}
+    farther = document.results[name].metrics["h=2"]["recall@2"]
     assert recall["popularity"] + 0.25 < recall[name] < 0.95
     assert recall["popularity"] < farther < recall[name]
     assert recall[f"{name}, shuffled control"] < recall["popularity"] + 0.06

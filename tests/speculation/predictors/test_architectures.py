@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from analysis.documents.evaluation import as_evaluation, table
+from analysis.documents.evaluation import Evaluation, read_evaluation, table
 from profiler import TraceCollector
 from profiler.engines import EngineOptions, Sampling
 from profiler.errors import SpecmoeError
@@ -56,25 +56,23 @@ def documents(trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_on_real_routing_it_beats_popularity_and_its_control_does_not(name: str, documents: dict[str, Any]) -> None:
-    results = documents[name]["results"]
-    recall = {each: result["metrics"]["h=1"]["recall@2"] for each, result in results.items()}
-    assert documents[name]["trained_on"] == 0
+def test_on_real_routing_it_beats_popularity_and_its_control_does_not(name: str, documents: dict[str, Evaluation]) -> None:
+    results = documents[name].results
+    recall = {each: result.metrics["h=1"]["recall@2"] for each, result in results.items()}
+    assert documents[name].trained_on == 0
     assert recall[name] > recall["popularity"] + 0.1
     assert recall[f"{name}, shuffled control"] < recall["popularity"] + 0.05
-    assert 0 < results[name]["microseconds_per_prediction"] < 1e6
+    assert 0 < results[name].microseconds_per_prediction < 1e6
 
 
-def test_the_leaderboard_has_every_predictor_once(documents: dict[str, Any]) -> None:
+def test_the_leaderboard_has_every_predictor_once(documents: dict[str, Evaluation]) -> None:
     rows = leaderboard_rows(list(documents.values()))
-    assert sorted(row["run"] for row in rows) == sorted([*NAMES, "popularity"])
-    assert [row["recall"] for row in rows] == sorted((row["recall"] for row in rows), reverse=True)
-    popularity = next(row for row in rows if row["run"] == "popularity")
-    assert popularity["control"] is None
-    assert popularity["train_seconds"] is None
-    assert all(
-        row["control"] is not None and row["low"] <= row["recall"] <= row["high"] for row in rows if row is not popularity
-    )
+    assert sorted(row.run for row in rows) == sorted([*NAMES, "popularity"])
+    assert [row.recall for row in rows] == sorted((row.recall for row in rows), reverse=True)
+    popularity = next(row for row in rows if row.run == "popularity")
+    assert popularity.control is None
+    assert popularity.train_seconds is None
+    assert all(row.control is not None and row.low <= row.recall <= row.high for row in rows if row is not popularity)
 
 
 def test_a_leaderboard_of_two_runs_at_the_command_line(trace: Trace, tmp_path: Path) -> None:
@@ -103,22 +101,32 @@ def test_a_leaderboard_of_two_runs_at_the_command_line(trace: Trace, tmp_path: P
 def test_horizons_are_in_the_order_of_numbers_and_empty_ones_left_out(trace: Trace, tmp_path: Path) -> None:
     run = train(trace, "popularity", tmp_path / "run", task=Task.NEXT_TOKEN, horizon=11)
     document = evaluate(run, trace)
-    document["results"]["popularity"]["metrics"]["h=3"] = {}
-    horizons = [row["horizon"] for row in leaderboard_rows([document]) if row["run"] == "run"]
-    assert horizons == [f"h={hop}" for hop in range(1, 12) if hop != 3]
-    assert [row["predictor"] for row in table(as_evaluation(document), 3)].count("popularity") == 0
+    document.results["popularity"].metrics["h=3"] = {}
+    horizons = [row.horizon for row in leaderboard_rows([document]) if row.run == "run"]
+    assert horizons == [hop for hop in range(1, 12) if hop != 3]
+    assert [row["predictor"] for row in table(document, 3)].count("popularity") == 0
 
 
-def test_runs_of_one_name_are_not_mixed_up(documents: dict[str, Any]) -> None:
+def test_an_evaluation_is_read_as_it_was_written(documents: dict[str, Evaluation], tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text(documents["mlp"].to_json())
+    found = read_evaluation(path)
+    assert found == documents["mlp"]
+    assert set(found.results["mlp"].groupings) >= {"phase", "position", "dataset"}
+    curve = json.loads(path.read_text())["results"]["mlp"]["precision_by_coverage"]
+    assert curve[0].keys() == {"threshold", "coverage", "recall@K"}
+
+
+def test_runs_of_one_name_are_not_mixed_up(documents: dict[str, Evaluation]) -> None:
     with pytest.raises(SpecmoeError, match="two rows of the leaderboard would be called 'mlp'"):
         leaderboard_rows([documents["mlp"], documents["mlp"]])
     with pytest.raises(SpecmoeError, match="two rows of the leaderboard would be called 'popularity'"):
-        leaderboard_rows([documents["hybrid"], {**documents["mlp"], "run": "popularity"}])
+        leaderboard_rows([documents["hybrid"], documents["mlp"].model_copy(update={"run": "popularity"})])
 
 
-def test_other_data_does_not_stand_beside(documents: dict[str, Any]) -> None:
-    one, other = documents["mlp"], {**documents["hybrid"], "problems": 7}
-    with pytest.raises(SpecmoeError, match="was judged with problems 7"):
+def test_other_data_does_not_stand_beside(documents: dict[str, Evaluation]) -> None:
+    one, other = documents["mlp"], documents["hybrid"].model_copy(update={"problems": 7})
+    with pytest.raises(SpecmoeError, match="was evaluated with problems 7"):
         leaderboard_rows([one, other])
 
 

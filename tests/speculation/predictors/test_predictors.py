@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from analysis.documents.evaluation import as_evaluation, table
+from analysis.documents.evaluation import table
 from profiler.errors import SpecmoeError, TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.schema import RoutingChunk
@@ -259,14 +259,14 @@ def test_a_run_survives_storage(name: str, task: Task, markov_trace: Trace, tmp_
 def test_learning_the_known_rule_and_the_shuffled_control(markov_trace: Trace, tmp_path: Path) -> None:
     run = train(markov_trace, "mlp", tmp_path / "run", horizon=1, options=replace(OPTIONS, epochs=15))
     document = evaluate(run, markov_trace)
-    recall = {name: result["metrics"]["h=1"]["recall@2"] for name, result in document["results"].items()}
+    recall = {name: result.metrics["h=1"]["recall@2"] for name, result in document.results.items()}
     # The rule holds for 90 %; a random expert is right by accident for 1 in 8 of the rest, and its partner with it.
     best = 0.9 + 0.1 * 2 / 8
     assert recall["conditional-counts"] == pytest.approx(best, abs=0.06)
     assert recall["mlp"] == pytest.approx(best, abs=0.06)
     assert recall["popularity"] < 0.45
     assert recall["mlp, shuffled control"] < 0.4
-    rows = table(as_evaluation(document))
+    rows = table(document)
     assert [row["predictor"] for row in rows] == [
         *("chance", "popularity", "previous-token", "conditional-counts", "mlp", "mlp, shuffled control")
     ]
@@ -286,8 +286,8 @@ def test_rules_over_tokens_are_learned(task: Task, make_trace: Make, tmp_path: P
     scores = {}
     for name in ("token-identity", "conditional-counts", "uniform"):
         document = evaluate(train(trace, name, tmp_path / name, task=task), trace)
-        assert document["task"] == task
-        scores |= {each: result["metrics"]["h=1"] for each, result in document["results"].items()}
+        assert document.task == task
+        scores |= {each: result.metrics["h=1"] for each, result in document.results.items()}
     first = 1 / 30 if task == Task.WHOLE_PATH else 0
     assert scores["token-identity"]["exact"] == 1
     # A first token has no predecessor; popularity, much alike for all, finds its set by accident or not at all.
@@ -300,8 +300,8 @@ def test_rules_over_tokens_are_learned(task: Task, make_trace: Make, tmp_path: P
 def test_on_independent_routing_nobody_beats_chance(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
     trace = make_trace(random_problems(count=60, tokens=40, layers=3, num_experts=8, top_k=2), 8)
     document = evaluate(train(trace, "mlp", tmp_path / "run", options=OPTIONS), trace)
-    for name, result in document["results"].items():
-        assert result["metrics"]["h=1"]["recall@2"] == pytest.approx(0.25, abs=0.04), name
+    for name, result in document.results.items():
+        assert result.metrics["h=1"]["recall@2"] == pytest.approx(0.25, abs=0.04), name
 
 
 def test_training_is_reproducible(markov_trace: Trace, tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_a_converted_trace_cannot_hide_training_problems(markov_trace: Trace, tm
     with pytest.raises(TraceError, match="training problems could not be told apart"):
         evaluate(run, converted)
     own = train(converted, "popularity", tmp_path / "own")
-    assert evaluate(own, converted)["split"] == "by problem (hash of the problem id)"
+    assert evaluate(own, converted).split == "by problem (hash of the problem id)"
     other = import_trace(tmp_path / "rows.jsonl", tmp_path / "other", options=ImportOptions(num_experts=9))
     with pytest.raises(SpecmoeError):
         evaluate(own, other)
@@ -398,7 +398,7 @@ def test_hashes_of_prompts_split_across_traces_and_mere_names_do_not(markov_trac
     options = ImportOptions(num_experts=8)
     first, second = (import_trace(tmp_path / name, tmp_path / f"{name}-trace", options=options) for name in ("first", "second"))
     run = train(first, "popularity", tmp_path / "run")
-    assert evaluate(run, second)["split"] == "by problem (hash of the prompt_md5)"
+    assert evaluate(run, second).split == "by problem (hash of the prompt_md5)"
     for name in ("first", "second"):
         path = tmp_path / name / "problems.parquet"
         pq.write_table(pq.read_table(path).drop_columns("prompt_md5"), path)
@@ -406,7 +406,7 @@ def test_hashes_of_prompts_split_across_traces_and_mere_names_do_not(markov_trac
     # Another trace, though its problems have the same names.
     fourth = import_trace(tmp_path / "second", tmp_path / "fourth", options=ImportOptions(num_experts=8, command=("other",)))
     run = train(third, "popularity", tmp_path / "names")
-    assert evaluate(run, third)["split"] == "by problem (hash of the source key)"
+    assert evaluate(run, third).split == "by problem (hash of the source key)"
     with pytest.raises(TraceError, match="is not the trace that"):
         evaluate(run, fourth)
 

@@ -129,8 +129,8 @@ def test_all_of_a_trace_is_trained_on_with_another_to_stop_early_on(
     other = make_trace(problems, 8, name="other", prompts=[f"another {number}" for number in range(9)])
     run = train(trace, "popularity", tmp_path / "run", validation=other)
     assert len(run.trained_on) == 40
-    assert evaluate(run, other, part="all")["trained_on"] == 0
-    assert evaluate(run, trace, part="test")["trained_on"] == evaluate(run, trace, part="test")["problems"]
+    assert evaluate(run, other, part="all").trained_on == 0
+    assert evaluate(run, trace, part="test").trained_on == evaluate(run, trace, part="test").problems
     shared = make_trace(problems, 8, name="shared", prompts=[f"prompt {number}" for number in range(4, 13)])
     with pytest.raises(SpecmoeError, match=r"9 problems of .*shared are in .*trace too"):
         train(trace, "popularity", tmp_path / "leaky", validation=shared)
@@ -140,7 +140,5 @@ def test_all_of_a_trace_is_trained_on_with_another_to_stop_early_on(
 def test_by_itself_a_trace_is_split(trace: Trace, tmp_path: Path) -> None:
     run = train(trace, "popularity", tmp_path / "run")
     document = evaluate(run, trace)
-    assert document["trained_on"] == 0
-    assert (
-        evaluate(run, trace, part="all")["trained_on"] == len(run.trained_on) == evaluate(run, trace, part="train")["problems"]
-    )
+    assert document.trained_on == 0
+    assert evaluate(run, trace, part="all").trained_on == len(run.trained_on) == evaluate(run, trace, part="train").problems
