@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help install install-tests install-quantize demo test fast lint clean
 
 help:
-	@echo "make demo   install into $(VENV), then collect, train, evaluate and analyse on the embedded model"
+	@echo "make demo   install into $(VENV), then collect, train, evaluate and analyze on the embedded model"
 	@echo "make test   install into $(VENV), then lint, types and all tests"
 	@echo "make fast   lint, types and the tests that start no engine"
 

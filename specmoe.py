@@ -17,7 +17,7 @@ import speculation.offload_cli
 from profiler.collect.options import EngineName
 
 app = typer.Typer(
-    help="Record how mixture-of-experts models route tokens, analyse it, and learn to predict it.",
+    help="Record how mixture-of-experts models route tokens, analyze it, and learn to predict it.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -43,7 +43,7 @@ def demo(
     engine: Annotated[EngineName | None, typer.Option(help="Default: vllm if it is installed, else transformers.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's own log.")] = False,
 ) -> None:
-    """Collect, analyse, train and evaluate on the embedded model and prompts, offline, in about a minute.
+    """Collect, analyze, train and evaluate on the embedded model and prompts, offline, in about a minute.
 
     Example: specmoe demo --out specmoe-demo
     """
@@ -83,7 +83,7 @@ def demo(
     evaluation = evaluate(run, trace)
     write_text(out / "evaluation.json", evaluation.to_json())
 
-    console.rule("4 of 4: analyse", align="left")
+    console.rule("4 of 4: analyze", align="left")
     statistics, findings = analysis.cli.analyze_trace(trace, out / "report", evaluations=[evaluation])
     analysis.cli.print_statistics(statistics)
     analysis.cli.print_findings(findings)

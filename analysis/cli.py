@@ -137,7 +137,7 @@ def write_analysis(
 def compare_traces(
     traces: list[Trace], out: Path, *, hops: int | None = None, choice: Choice = EVERYTHING, seed: int = 0
 ) -> tuple[dict[str, Any], Findings]:
-    """Analyse each trace into a folder of its own in `out`, and write the comparison's `report.html` and `statistics.json`."""
+    """Analyze each trace into a folder of its own in `out`, and write the comparison's `report.html` and `statistics.json`."""
     from analysis.report import write_comparison
     from analysis.report.comparison import comparison_table
     from analysis.statistics.agreement import prompt_agreement, same_problems

@@ -2,7 +2,7 @@
 
     python -m benchmarks.analysis_memory [--only NAME] [--trace DIR ...]
 
-Each trace is made, analysed by the command in a process of its own with as many threads as it likes, and deleted. The report is
+Each trace is made, analyzed by the command in a process of its own with as many threads as it likes, and deleted. The report is
 written too. Routing is random: what is measured does not depend on it. 8 GB of disk and half an hour.
 """
 

@@ -1,4 +1,4 @@
-"""Analyse a collected run, or a trace from here, on rented machines: parts are counted side by side, and added up here.
+"""Analyze a collected run, or a trace from here, on rented machines: parts are counted side by side, and added up here.
 
     modal run modal_jobs/analyze.py --run-id RUN --out reports/run
     modal run modal_jobs/analyze.py --trace traces/math --containers 4 --out reports/math
@@ -61,7 +61,7 @@ def main(
     seed: int = 0,
     volume: str = TRACE_VOLUME,
 ) -> None:
-    """Analyse a run or a local trace, and write its report here."""
+    """Analyze a run or a local trace, and write its report here."""
     with one_line_errors("analyze"):
         if (run_id is None) == (trace is None):
             raise SpecmoeError("expected one of --run-id, of a collected run, and --trace, of a folder here")

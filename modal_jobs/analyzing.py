@@ -1,4 +1,4 @@
-"""Analyse a trace where it is: its parts are counted each by itself, and the counts added up.
+"""Analyze a trace where it is: its parts are counted each by itself, and the counts added up.
 
 On the Volume, `SOURCE/analysis-HASH/` has what was counted, a file per part, so that no part is counted twice.
 """
@@ -54,7 +54,7 @@ class AnalysisJob:
         return f"{self.source}/analysis-{self.key}/part-{number:05d}.npz"
 
     def described(self) -> Source:
-        """What was analysed, for the statistics."""
+        """What was analyzed, for the statistics."""
         return Source(self.source, Metadata.model_validate_json(self.metadata), self.caveats)
 
 

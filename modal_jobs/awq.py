@@ -56,7 +56,7 @@ def quantize(
     max_tokens: int = 512,
     say: Callable[[str], None] = lambda text: None,
 ) -> QuantizeReport:
-    """Quantise the checkpoint folder `source` into `target`: symmetric, 4 bits, one scale for `group_size` inputs.
+    """Quantize the checkpoint folder `source` into `target`: symmetric, 4 bits, one scale for `group_size` inputs.
 
     Of the form of Qwen2-MoE or OLMoE; DeepSeek-MoE v1 after `as_qwen2_moe`. Layers whose inputs are no
     multiple of the group stay as they are. Raises `ModelError` on other models and if the result is not what it should be.
@@ -134,7 +134,7 @@ def quantize(
 def check_checkpoint(folder: Path) -> tuple[int, int]:
     """Weight matrices in 4 bits and routers of a checkpoint folder. Reads names and types only.
 
-    Raises `ModelError` if a router is quantised, if there is none, or if no expert is quantised.
+    Raises `ModelError` if a router is quantized, if there is none, or if no expert is quantized.
     """
     from safetensors import safe_open
 
@@ -147,7 +147,7 @@ def check_checkpoint(folder: Path) -> tuple[int, int]:
     wrong = [name for name, kind in routers.items() if kind not in {"BF16", "F16", "F32"}]
     wrong += [name for name in packed if ROUTER.search(name.replace(".weight_packed", ".weight"))]
     if wrong:
-        raise ModelError(f"{folder}: the router {wrong[0]} is quantised: routes would not be the model's")
+        raise ModelError(f"{folder}: the router {wrong[0]} is quantized: routes would not be the model's")
     if not routers:
         raise ModelError(f"{folder} has no routers")
     if not any(".experts." in name for name in packed):
@@ -217,7 +217,7 @@ def main(
     num_texts: Annotated[int, typer.Option(min=HELD_OUT + 1)] = 256,
     group_size: Annotated[int, typer.Option(min=1)] = 128,
 ) -> None:
-    """Quantise a checkpoint to 4 bits."""
+    """Quantize a checkpoint to 4 bits."""
     try:
         texts = calibration_texts(dataset, num_texts, data_files, source)
         report = quantize(source, target, texts, group_size=group_size, say=typer.echo)
@@ -234,7 +234,7 @@ def calibration_texts(dataset: str, count: int, data_files: Path | None, source:
 
 
 def describe_report(target: Path, report: QuantizeReport) -> str:
-    """The end of a quantisation, for people."""
+    """The end of a quantization, for people."""
     return (
         f"{target}: {report.bytes / 1e9:.2f} GB, {report.packed} matrices in 4 bits, {report.routers} routers as they were; "
         f"{report.agreement:.1%} of the experts chosen on {report.tokens:,} held-out tokens are those of the original"

@@ -35,7 +35,7 @@ def fetch(model: str, revision: str | None) -> str:
 
 @app.function(image=quantize_image(), gpu="A100-80GB", volumes={CACHE: cache_volume}, timeout=8 * 60 * 60, memory=128 * 1024)
 def make(model: str, revision: str | None, name: str, texts: list[str], group_size: int) -> tuple[str, str]:
-    """Quantise; returns a line that says what was made, and an error's line, one of them empty."""
+    """Quantize; returns a line that says what was made, and an error's line, one of them empty."""
     from huggingface_hub import snapshot_download
 
     from profiler.models.deepseek_v1 import local_rewriting
@@ -66,7 +66,7 @@ def main(
     revision: str | None = None,
     gpu: str = "A100-80GB",
 ) -> None:
-    """Quantise a model of the registry, or any hub id of the form of Qwen2-MoE, OLMoE or DeepSeek-MoE v1."""
+    """Quantize a model of the registry, or any hub id of the form of Qwen2-MoE, OLMoE or DeepSeek-MoE v1."""
     with one_line_errors("quantize"):
         find_gpu(gpu, rented=True)
         entry = MODELS.get(model)

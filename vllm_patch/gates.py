@@ -34,7 +34,7 @@ def _weight(gate: Any, num_experts: int, hidden_size: int) -> torch.Tensor:
     weight = gate.weight
     if weight.shape == (num_experts, hidden_size):
         return cast("torch.Tensor", weight)
-    # CPU kernels keep weights packed in a form of their own, and quantised ones are codes: ask the gate itself, whose
+    # CPU kernels keep weights packed in a form of their own, and quantized ones are codes: ask the gate itself, whose
     # answer to the unit vectors is exact.
     units = torch.eye(hidden_size, dtype=getattr(gate, "params_dtype", weight.dtype), device=weight.device)
     answer = gate(units)

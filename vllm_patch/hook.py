@@ -61,7 +61,7 @@ class MoELayer:
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Raise `UnsupportedModelError` for engine settings under which rows would be lost or mislabelled.
+    """Raise `UnsupportedModelError` for engine settings under which rows would be lost or mislabeled.
 
     config: vLLM's `VllmConfig`.
     """

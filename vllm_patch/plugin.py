@@ -58,7 +58,7 @@ def _end_with_parent() -> None:
 
 
 def attach_to(worker_wrapper: Any) -> None:
-    """Have every worker that `worker_wrapper`, vLLM's `WorkerWrapperBase`, initialises carry a `WorkerCapture`. Idempotent."""
+    """Have every worker that `worker_wrapper`, vLLM's `WorkerWrapperBase`, initializes carry a `WorkerCapture`. Idempotent."""
     init_device = worker_wrapper.init_device
     if hasattr(init_device, "specmoe_original"):
         return

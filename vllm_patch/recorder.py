@@ -1,4 +1,4 @@
-"""Collect labelled steps from the engine and write them in a thread of its own, behind a queue of bounded size."""
+"""Collect labeled steps from the engine and write them in a thread of its own, behind a queue of bounded size."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Numbering:
 
     def __init__(self) -> None:
         self.requests = 0
-        self.unlabelled = 0
+        self.unlabeled = 0
         self._numbers: dict[str, int] = {}
         self._last: tuple[list[str], npt.NDArray[np.int32]] = ([], np.empty(0, dtype=np.int32))
 
@@ -72,7 +72,7 @@ class _Numbering:
     def _add(self, new: NewRequest) -> CapturedRequest:
         number = self._numbers[new.request_id] = self.requests
         self.requests += 1
-        self.unlabelled += new.label is None
+        self.unlabeled += new.label is None
         return CapturedRequest(number, new.request_id, new.label, new.prompt_token_ids, new.cached_tokens)
 
     def _of(self, names: list[str], *, changed: bool) -> npt.NDArray[np.int32]:
@@ -201,16 +201,16 @@ class Recorder:
         return self.status()
 
     def status(self) -> dict[str, Any]:
-        """Answers `rows`, `requests` and `unlabelled` ones, how often and long the engine waited; `error` if there is one.
+        """Answers `rows`, `requests` and `unlabeled` ones, how often and long the engine waited; `error` if there is one.
 
         Rows that came after the error were dropped. Before the first `start` nothing was recorded, and all are 0.
         """
         if self._files is None:
-            return {"rows": 0, "requests": 0, "unlabelled": 0, "waits": 0, "wait_seconds": 0.0}
+            return {"rows": 0, "requests": 0, "unlabeled": 0, "waits": 0, "wait_seconds": 0.0}
         answer = {
             "rows": self._files.rows,
             "requests": self._numbering.requests,
-            "unlabelled": self._numbering.unlabelled,
+            "unlabeled": self._numbering.unlabeled,
             "waits": self._waits,
             "wait_seconds": self._wait_seconds,
         }

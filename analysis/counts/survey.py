@@ -48,7 +48,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which problems are analysed, and as what. Both are columns of `problems.parquet`.
+    """Which problems are analyzed, and as what. Both are columns of `problems.parquet`.
 
     by: text whose values are the domains. without: truth; problems that have it are left out.
     """

@@ -151,7 +151,7 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
     headline = (
         f"{evenest} spreads its load most evenly ({mean(compared[evenest].load.entropy_share):.1%} of the maximum entropy)."
     )
-    explanation = "Share of each expert over an even share, one figure per trace with the same colours."
+    explanation = "Share of each expert over an even share, one figure per trace with the same colors."
     if distances:
         chosen = []
         for each in distances:

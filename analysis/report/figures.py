@@ -1,4 +1,4 @@
-"""What the figures of a page share: colours that differ for every kind of colour vision, lines, heat maps, embedded data."""
+"""What the figures of a page share: colors that differ for every kind of color vision, lines, heat maps, embedded data."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-# Okabe and Ito's palette, distinguishable with every common colour blindness; and Cividis, made for the same.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's palette, distinguishable with every common color blindness; and Cividis, made for the same.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SCALE = "Cividis"
-# Lines differ by dash as well: a page may be printed in grey.
+# Lines differ by dash as well: a page may be printed in gray.
 DASHES = ("solid", "dash", "dashdot", "longdash")
 CONTROL = {"dash": "dot"}
 CHANCE = {"color": "#999999", "dash": "dot", "width": 1}
@@ -41,7 +41,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a figure. style: `CONTROL`, dotted in the colour of the line before; `CHANCE`; or None for the next colour."""
+    """A line of a figure. style: `CONTROL`, dotted in the color of the line before; `CHANCE`; or None for the next color."""
 
     name: str
     y: Sequence[float] | npt.NDArray[Any]
@@ -56,10 +56,10 @@ def lines(
     number = 0
     for line in chosen:
         if line.style is None:
-            style = {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number % len(DASHES)]}
+            style = {"color": COLORS[number % len(COLORS)], "dash": DASHES[number % len(DASHES)]}
             number += 1
         else:
-            style = {"color": COLOURS[(number - 1) % len(COLOURS)]} | line.style
+            style = {"color": COLORS[(number - 1) % len(COLORS)]} | line.style
         y = [None if not np.isfinite(value) else round(float(value), 5) for value in line.y]
         figure.add_scatter(
             x=list(x),

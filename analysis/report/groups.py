@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from analysis.report.figures import (
     CHANCE,
-    COLOURS,
+    COLORS,
     CONTROL,
     LABELS,
     Line,
@@ -112,25 +112,25 @@ def domains_section(s: Statistics) -> Section:
         "which is what few and long problems alone cause."
     )
     tables = []
-    if s.specialisations:
-        best = max(s.specialisations, key=lambda each: each.found - each.shuffled)
+    if s.specializations:
+        best = max(s.specializations, key=lambda each: each.found - each.shuffled)
         explanation += (
-            f" Specialised experts: share in one dataset over share in all others, 95 % interval by bootstrap over problems. "
+            f" Specialized experts: share in one dataset over share in all others, 95 % interval by bootstrap over problems. "
             f"{best.dataset} has most: {best.found} of {len(layers) * s.axes.num_experts} with an interval above 1, "
             f"{best.shuffled} with datasets shuffled (2.5 % would be {len(layers) * s.axes.num_experts / 40:.0f})."
         )
-        figures.append(html(_specialists(s), "specialists", "Most specialised experts with intervals.", LABELS))
-        counts = [("dataset", "problems", "specialised experts", "shuffled control")]
-        counts += [(each.dataset, f"{each.problems:,}", str(each.found), str(each.shuffled)) for each in s.specialisations]
+        figures.append(html(_specialists(s), "specialists", "Most specialized experts with intervals.", LABELS))
+        counts = [("dataset", "problems", "specialized experts", "shuffled control")]
+        counts += [(each.dataset, f"{each.problems:,}", str(each.found), str(each.shuffled)) for each in s.specializations]
         tables.append(tuple(counts))
     return Section("Domains", headline, explanation, tuple(figures), tuple(tables))
 
 
 def _specialists(s: Statistics) -> go.Figure:
     """Ratios with intervals of the surest experts of each dataset, datasets in turn."""
-    per_dataset = max(1, MAX_SPECIALISTS // max(1, len(s.specialisations)))
+    per_dataset = max(1, MAX_SPECIALISTS // max(1, len(s.specializations)))
     figure = go.Figure()
-    for number, each in enumerate(s.specialisations):
+    for number, each in enumerate(s.specializations):
         chosen = each.specialists[:per_dataset]
         if not chosen:
             continue
@@ -144,14 +144,14 @@ def _specialists(s: Statistics) -> go.Figure:
                 "arrayminus": [one.ratio - one.low for one in chosen],
             },
             mode="markers",
-            marker={"color": COLOURS[number % len(COLOURS)], "size": 9},
+            marker={"color": COLORS[number % len(COLORS)], "size": 9},
             showlegend=False,
             hovertemplate="%{y}: %{x:.2f}<extra></extra>",
         )
     figure.add_vline(x=1, line=CHANCE)
     figure.update_xaxes(title="share here over share elsewhere", type="log", dtick="D2")
     figure.update_yaxes(autorange="reversed")
-    figure.update_layout(height=160 + 40 * per_dataset * len(s.specialisations))
+    figure.update_layout(height=160 + 40 * per_dataset * len(s.specializations))
     return figure
 
 

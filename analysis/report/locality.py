@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from analysis.counts.locality import DISTANCES, SEGMENT
 from analysis.report.figures import (
     CHANCE,
-    COLOURS,
+    COLORS,
     CONTROL,
     TOP_LEGEND,
     Line,
@@ -97,12 +97,12 @@ def reuse_section(s: Statistics) -> Section:
     edges = reuse.gap_edges
     names = [str(a) if b - a == 1 else f"{a}-{b - 1}" for a, b in itertools.pairwise(edges)]
     gaps = go.Figure()
-    for name, values, colour, pattern in (
-        ("observed", reuse.gap_share, COLOURS[0], ""),
+    for name, values, color, pattern in (
+        ("observed", reuse.gap_share, COLORS[0], ""),
         ("tokens shuffled", reuse.gap_shuffled, "#999999", "/"),
     ):
         known = [round(mean(column), 5) for column in values.T]
-        gaps.add_bar(x=names, y=known, name=name, marker={"color": colour, "pattern": {"shape": pattern}})
+        gaps.add_bar(x=names, y=known, name=name, marker={"color": color, "pattern": {"shape": pattern}})
     gaps.update_xaxes(title="tokens since the expert was last used", type="category")
     gaps.update_yaxes(title="share of reuses")
     gaps.update_layout(legend=TOP_LEGEND, height=380, barmode="group")

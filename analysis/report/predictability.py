@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from analysis.documents.evaluation import Evaluation, table
 from analysis.report.figures import (
     CHANCE,
-    COLOURS,
+    COLORS,
     CONTROL,
     LABELS,
     TOP_LEGEND,
@@ -73,16 +73,16 @@ def predictability_section(s: Statistics) -> Section:
     low = [by_name[name].recall_held_out for name in names]
     high = [by_name[name].recall_plug_in for name in names]
     figure = go.Figure()
-    for values, name, symbol, colour in (
-        (low, "on other problems (too bad)", "circle", COLOURS[0]),
-        (high, "on the same tokens (too good)", "line-ns-open", COLOURS[1]),
+    for values, name, symbol, color in (
+        (low, "on other problems (too bad)", "circle", COLORS[0]),
+        (high, "on the same tokens (too good)", "line-ns-open", COLORS[1]),
     ):
         figure.add_scatter(
             x=[round(value, 4) if np.isfinite(value) else None for value in values],
             y=[wrapped(by_name[name].shown) for name in names],
             name=name,
             mode="markers",
-            marker={"symbol": symbol, "size": 13, "color": colour, "line": {"width": 3, "color": colour}},
+            marker={"symbol": symbol, "size": 13, "color": color, "line": {"width": 3, "color": color}},
         )
     figure.add_vline(x=top_k / s.axes.num_experts, line=CHANCE)
     figure.update_xaxes(title=f"recall@{top_k}", rangemode="tozero")

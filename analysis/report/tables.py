@@ -133,7 +133,7 @@ def _domains(s: Statistics) -> Rows:
 
 def _specialists(s: Statistics) -> Rows:
     yield "dataset", "layer", "expert", "ratio", "low", "high", "share_over_even"
-    for each in s.specialisations:
+    for each in s.specializations:
         for one in each.specialists:
             yield one.dataset, s.axes.moe_layers[one.layer], one.expert, one.ratio, one.low, one.high, one.share
 

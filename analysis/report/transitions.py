@@ -57,7 +57,7 @@ def transitions_section(s: Statistics) -> Section:
     explanation = (
         "P(expert at the later layer | expert at the earlier layer), over all pairs of selected experts of a token; every row "
         f"sums to 1, chance is {1 / experts:.3f} everywhere, equal rows would mean no link. Bits: mutual information of the "
-        "strongest experts, bias-corrected. Move the sliders to change the layers; colours keep their meaning, and end at the "
+        "strongest experts, bias-corrected. Move the sliders to change the layers; colors keep their meaning, and end at the "
         "99.9th percentile of one-hop probabilities."
     )
     if hops == 0:

@@ -1,4 +1,4 @@
-"""Do two traces route the same tokens alike? What a quantisation, or another engine, changes."""
+"""Do two traces route the same tokens alike? What a quantization, or another engine, changes."""
 
 from __future__ import annotations
 

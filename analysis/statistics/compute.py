@@ -15,7 +15,7 @@ from analysis.counts.locality import DISTANCES, SEGMENT
 from analysis.counts.survey import ALL, EVERYTHING, Axes, Choice
 from analysis.statistics.clusters import Clustering, cluster_experts
 from analysis.statistics.contexts import TASKS, LikedTokens, Ruler, liked_tokens, rulers
-from analysis.statistics.domains import Blocks, DomainDistance, Specialisation, domain_distances, flat_blocks, specialisation
+from analysis.statistics.domains import Blocks, DomainDistance, Specialization, domain_distances, flat_blocks, specialization
 from analysis.statistics.load import LoadStatistics, load_statistics
 from analysis.statistics.locality import Repetition, ReuseStatistics, repetition, repetition_chance, reuse_statistics
 from analysis.statistics.mixtral import Comparison, compare_with_table_5
@@ -67,7 +67,7 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Source:
-    """What was analysed. name: of the trace; caveats: what a reader of any number must know."""
+    """What was analyzed. name: of the trace; caveats: what a reader of any number must know."""
 
     name: str
     metadata: Metadata
@@ -101,7 +101,7 @@ class Statistics:
     reuse: ReuseStatistics
     pairs: PairStatistics | None
     domains: list[DomainDistance]
-    specialisations: list[Specialisation]
+    specializations: list[Specialization]
     liked: LikedTokens | None
     clusters: list[Clustering]
     weights: WeightStatistics | None
@@ -146,7 +146,7 @@ class Statistics:
             "reuse": plain(self.reuse),
             "pairs": None if self.pairs is None else plain(self.pairs, skip=("counts_LEE", "lift_LEE")),
             "domains": [plain(each) for each in self.domains],
-            "specialisation": [plain(each) for each in self.specialisations],
+            "specialisation": [plain(each) for each in self.specializations],
             "clusters": [plain(each) for each in self.clusters],
             "weights": None if self.weights is None else {"at": QUANTILES} | plain(self.weights),
             "margins": None if self.margins is None else {"at": QUANTILES} | plain(self.margins),
@@ -194,7 +194,7 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
         reuse=reuse_statistics(counts.reuse, load.counts.sum((0, 1)), tokens),
         pairs=pair_statistics(counts.pairs, axes.top_k, seed),
         domains=domain_distances(load.blocks, axes.datasets, seed),
-        specialisations=specialisation(load.blocks, axes.datasets, seed),
+        specializations=specialization(load.blocks, axes.datasets, seed),
         liked=liked_tokens(counts.contexts),
         clusters=cluster_experts(counts.pairs.together if axes.top_k > 1 else None, pairs_NEE, axes.layers, seed),
         weights=weight_statistics(counts.weights),

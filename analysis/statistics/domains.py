@@ -92,7 +92,7 @@ class Specialist:
 
 
 @dataclass(frozen=True)
-class Specialisation:
+class Specialization:
     """Of one dataset against all others: found, shuffled: experts whose interval is above 1, and above 1 with labels shuffled.
 
     `specialists`: the found, by the low end of the interval.
@@ -105,7 +105,7 @@ class Specialisation:
     specialists: list[Specialist]
 
 
-def specialisation(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int = 0) -> list[Specialisation]:
+def specialization(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int = 0) -> list[Specialization]:
     """Experts that each dataset prefers; of datasets with at least MIN_PROBLEMS problems, against at least as many others."""
     _, by_dataset = flat_blocks(blocks, datasets)
     if len(by_dataset) < 2:
@@ -121,7 +121,7 @@ def specialisation(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int =
         found = _preferred(by_dataset, blocks.shape, inside, dataset, random)
         control = _preferred(by_dataset, blocks.shape, mixed == number, dataset, random)
         problems = int(blocks.problems[datasets.index(dataset)])
-        result.append(Specialisation(dataset, problems, len(found), len(control), found))
+        result.append(Specialization(dataset, problems, len(found), len(control), found))
     return result
 
 

@@ -38,11 +38,11 @@ class LoadedFacts(RecorderFacts):
 
 
 class RecorderStatus(TypedDict):
-    """rows: written so far. unlabelled: requests without a problem id. waits: how often the engine waited for the writer."""
+    """rows: written so far. unlabeled: requests without a problem id. waits: how often the engine waited for the writer."""
 
     rows: int
     requests: int
-    unlabelled: int
+    unlabeled: int
     waits: int
     wait_seconds: float
 

@@ -15,7 +15,7 @@ EVERY_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Peaks in bytes, utilisation as the mean of its samples in percent; None of GPUs where NVML does not answer.
+    """Peaks in bytes, utilization as the mean of its samples in percent; None of GPUs where NVML does not answer.
 
     host: resident memory of the process and its descendants together; pages that they share count for each of them.
     device: memory in use on all GPUs, whoever uses it.

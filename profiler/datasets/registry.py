@@ -147,7 +147,7 @@ DATASETS: dict[str, Dataset] = {
         ),
         Dataset(
             name="cnn_dailymail",
-            description="newspaper articles to summarise",
+            description="newspaper articles to summarize",
             template="{article}\n\nSummary:",
             key="id",
             hub_id="abisee/cnn_dailymail",
@@ -158,7 +158,7 @@ DATASETS: dict[str, Dataset] = {
         ),
         Dataset(
             name="xsum",
-            description="BBC articles to summarise in a sentence",
+            description="BBC articles to summarize in a sentence",
             template="{document}\n\nSummary in one sentence:",
             new_tokens=48,
             key="id",
@@ -169,7 +169,7 @@ DATASETS: dict[str, Dataset] = {
         ),
         Dataset(
             name="multi_news",
-            description="several articles on one event to summarise",
+            description="several articles on one event to summarize",
             template="{document}\n\nSummary:",
             new_tokens=256,
             hub_id="alexfabbri/multi_news",

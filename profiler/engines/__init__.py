@@ -47,7 +47,7 @@ class Sampling:
 class EngineOptions:
     """How a model is loaded. `compiled` None means the engine's choice for the device.
 
-    batch: sequences at a time; None for the engine's choice. load_in: `8bit` or `4bit` quantises the weights while they are
+    batch: sequences at a time; None for the engine's choice. load_in: `8bit` or `4bit` quantizes the weights while they are
     loaded (transformers only). offload: what a GPU has no room for stays in the host's memory (transformers only).
     """
 

@@ -1,7 +1,7 @@
 """Models on GPUs that are too small for them, through transformers: experts in 8 or 4 bits, and layers left on the host.
 
 transformers 5 keeps the experts of a layer in two 3D tensors, which bitsandbytes passes over: it replaces `nn.Linear` only, so
-that `load_in_4bit` alone leaves 95 % of a mixture of experts as it was. Here the experts are quantised, and nothing else:
+that `load_in_4bit` alone leaves 95 % of a mixture of experts as it was. Here the experts are quantized, and nothing else:
 routers, attention and shared experts stay as they are, so that a router sees no other error than its input's.
 """
 
@@ -61,10 +61,10 @@ def quantize_experts(model: nn.Module, load_in: str) -> int:
         if getattr(module, "gate_up_proj_bias", None) is not None:
             raise EngineError(f"--load-in-{load_in}: the experts of {type(model).__name__} ({name}) have biases")
     if not fused:
-        raise EngineError(f"{type(model).__name__} has no experts to quantise")
+        raise EngineError(f"{type(model).__name__} has no experts to quantize")
     count = len(fused)
     while fused:
-        # Nothing else holds the layer then: its memory is free before the next one is quantised.
+        # Nothing else holds the layer then: its memory is free before the next one is quantized.
         name, module = fused.pop()
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, QuantizedExperts(module, load_in))
@@ -118,7 +118,7 @@ def layers_that_fit(layer_bytes: list[int], room: int) -> int:
 
 
 def _linear(weight: torch.Tensor, load_in: str) -> nn.Module:
-    """A quantised linear layer without bias for a weight `[out, in]`."""
+    """A quantized linear layer without bias for a weight `[out, in]`."""
     import bitsandbytes as bnb
 
     outputs, inputs = weight.shape
@@ -128,7 +128,7 @@ def _linear(weight: torch.Tensor, load_in: str) -> nn.Module:
     else:
         linear = bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
         linear.weight = bnb.nn.Params4bit(weight.cpu().clone(), requires_grad=False, quant_type="nf4", module=linear)
-    # What quantises.
+    # What quantizes.
     quantized: nn.Module = linear.to("cpu")
     return quantized
 

@@ -118,7 +118,7 @@ class VllmEngine:
         except _EngineDiedError as error:
             raise EngineStoppedError(f"vLLM stopped while it ran: {error}{self._keep_log()}") from error
         labels = {request.label for request in read_requests(run)}
-        if answer["unlabelled"] or len(labels) < len(prompts):
+        if answer["unlabeled"] or len(labels) < len(prompts):
             raise EngineError(f"{len(prompts) - len(labels)} requests reached the worker without a problem id of their own")
         return {"writer_waits": answer["waits"], "writer_wait_seconds": round(answer["wait_seconds"], 3)}
 

@@ -1,7 +1,7 @@
 """FLAME-MoE's traces: a Parquet file per layer, `actives/iter_0540/layer_02.parquet`, with `scores` and `indices` of K experts.
 
 Row n of every layer is the same token; `samples/*.parquet`, two folders up, has its vocabulary id. Scores are probabilities of
-the router's softmax, in descending order, not renormalised. Layers are counted from 1 (Megatron): layer_02 is decoder layer 1.
+the router's softmax, in descending order, not renormalized. Layers are counted from 1 (Megatron): layer_02 is decoder layer 1.
 The tokens are packed training sequences of 2,048, without the boundaries of documents (huggingface.co/datasets/
 CMU-FLAME/FLAME-MoE-Traces).
 """

@@ -48,7 +48,7 @@ def read(source: Path, target: Target) -> None:
         for run in runs_of(source):
             _copy_run(run_folder(source, run), run_folder(target.directory, run))
     sequences: dict[int, Sequence] = {}
-    unlabelled: list[tuple[int, CapturedRequest]] = []
+    unlabeled: list[tuple[int, CapturedRequest]] = []
     for run in runs_of(target.directory):
         folder = run_folder(target.directory, run)
         sequences |= read_completed(target.directory, run)
@@ -56,11 +56,11 @@ def read(source: Path, target: Target) -> None:
         for request in read_requests(folder):
             known = planned.get(request.label) if isinstance(request.label, int) else None
             if known is None:
-                unlabelled.append((run, request))
+                unlabeled.append((run, request))
             elif known.problem_id not in sequences or sequences[known.problem_id].finish_reason == ABORTED:
                 # Its prompt is known, and what was routed of that.
                 sequences[known.problem_id] = known.sequence((run, request.number), request)
-    for problem_id, (run, request) in zip(free_ids(sequences), unlabelled, strict=False):
+    for problem_id, (run, request) in zip(free_ids(sequences), unlabeled, strict=False):
         sequences[problem_id] = Sequence(
             problem_id=problem_id,
             captured_as=(run, request.number),

@@ -268,7 +268,7 @@ def preset(entry: ModelEntry, gpu: Gpu, precision: str = "auto") -> Preset:
     """
     if precision != "auto" and precision not in entry.precisions:
         raise ModelError(f"{entry.name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")
-    # What must first be quantised is taken only if asked for.
+    # What must first be quantized is taken only if asked for.
     for candidate in entry.checkpoints if precision == "auto" else [precision]:
         found = fits(entry, gpu, candidate)
         if found is not None:

@@ -16,7 +16,7 @@ from profiler.trace.schema import ModelMetadata
 DEMO_MODEL = "demo"
 MAX_LAYERS = 10_000
 
-# Architectures without a `norm_topk_prob` entry whose code renormalises the top-k weights to sum 1.
+# Architectures without a `norm_topk_prob` entry whose code renormalizes the top-k weights to sum 1.
 _ALWAYS_RENORMALIZED = {"mixtral", "gpt_oss"}
 
 

@@ -173,7 +173,7 @@ def _card(trace: Trace) -> str:
         "weight. Rows are sorted by (problem_id, token_id, layer). Split by problem, never by token. `metadata.json` has all",
         "settings, `manifest.json` the size and SHA-256 of every file; the folder is a trace that `specmoe` reads.",
         "",
-        "The licence of the prompts and of the model's outputs is that of their sources.",
+        "The license of the prompts and of the model's outputs is that of their sources.",
         "",
     ]
     return "\n".join(lines)

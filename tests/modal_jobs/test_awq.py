@@ -93,7 +93,7 @@ def test_experts_are_in_4_bits_and_routers_are_not(family: str, tmp_path: Path) 
 
 
 @needs_llmcompressor
-def test_deepseek_v1_is_quantised_in_the_form_of_qwen2_moe(tmp_path: Path) -> None:
+def test_deepseek_v1_is_quantized_in_the_form_of_qwen2_moe(tmp_path: Path) -> None:
     families.make("deepseek_v1", tmp_path)
     as_qwen2_moe(tmp_path / "deepseek_v1", tmp_path / "rewritten")
     # Its vocabulary is the tiny models', so the texts' tokens must be few.
@@ -107,7 +107,7 @@ def test_deepseek_v1_is_quantised_in_the_form_of_qwen2_moe(tmp_path: Path) -> No
     assert check_checkpoint(tmp_path / "target")[1] == 2
 
 
-def test_a_quantised_router_is_refused(tmp_path: Path) -> None:
+def test_a_quantized_router_is_refused(tmp_path: Path) -> None:
     matrices = {
         "model.layers.0.mlp.gate.weight": torch.zeros(4, 8, dtype=torch.bfloat16),
         "model.layers.0.mlp.experts.0.up_proj.weight_packed": torch.zeros(4, 1, dtype=torch.int32),
@@ -115,7 +115,7 @@ def test_a_quantised_router_is_refused(tmp_path: Path) -> None:
     save_file(matrices, tmp_path / "model.safetensors")
     assert check_checkpoint(tmp_path) == (1, 1)
     save_file(matrices | {"model.layers.1.mlp.gate.weight_packed": torch.zeros(4, 1).int()}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"the router model.layers.1.mlp.gate.weight_packed is quantised"):
+    with pytest.raises(ModelError, match=r"the router model.layers.1.mlp.gate.weight_packed is quantized"):
         check_checkpoint(tmp_path)
     save_file({name: t for name, t in matrices.items() if "gate" in name}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="no expert is in 4 bits"):

@@ -85,7 +85,7 @@ def test_interleaved_requests_are_told_apart(recorder: Recorder, tmp_path: Path)
     run_step(recorder, 1, labels([("b", 3, 1), ("a", 2, 1)]))
     run_step(recorder, 2, labels([("b", 4, 1)], finished=("a",)))
     answer = recorder.stop()
-    assert (answer["rows"], answer["requests"], answer["unlabelled"]) == (16, 2, 0)
+    assert (answer["rows"], answer["requests"], answer["unlabeled"]) == (16, 2, 0)
     assert read(tmp_path / "c") == {0: [(0, 0), (1, 0), (2, 1)], 1: [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2)]}
     assert [(r.number, r.request_id, r.label) for r in read_requests(tmp_path / "c")] == [(0, "a", 10), (1, "b", 20)]
 
@@ -116,7 +116,7 @@ def test_requests_without_a_label_are_counted_and_those_from_before_the_start_ar
     recorder.start(tmp_path / "c")
     run_step(recorder, 3, labels([("before", 7, 2), ("a", 0, 1), ("b", 0, 1)], new={"a": None, "b": 5}))
     answer = recorder.stop()
-    assert (answer["rows"], answer["unlabelled"]) == (4, 1)
+    assert (answer["rows"], answer["unlabeled"]) == (4, 1)
     assert read(tmp_path / "c") == {0: [(0, 3)], 1: [(0, 3)]}
 
 

@@ -42,7 +42,7 @@ def mixtral() -> Any:
 
 
 def qwen2_moe() -> Any:
-    """Softmax over all experts, not renormalised, and a shared expert."""
+    """Softmax over all experts, not renormalized, and a shared expert."""
     config = transformers.Qwen2MoeConfig(
         **SHAPE,
         num_key_value_heads=2,
@@ -57,7 +57,7 @@ def qwen2_moe() -> Any:
 
 
 def qwen3_moe() -> Any:
-    """Renormalised; its second layer is dense, so MoE layers are 0 and 2."""
+    """Renormalized; its second layer is dense, so MoE layers are 0 and 2."""
     config = transformers.Qwen3MoeConfig(
         **SHAPE,
         num_key_value_heads=2,
@@ -115,7 +115,7 @@ def deepseek_v2() -> Any:
 
 
 def deepseek_v3() -> Any:
-    """Sigmoid scores, a correction bias for the choice only, groups of experts, renormalised and scaled weights."""
+    """Sigmoid scores, a correction bias for the choice only, groups of experts, renormalized and scaled weights."""
     config = transformers.DeepseekV3Config(
         **{**SHAPE, "max_position_embeddings": 16384},
         num_key_value_heads=4,

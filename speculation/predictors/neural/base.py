@@ -228,7 +228,7 @@ def mean_cross_entropy(logits_TLHE: torch.Tensor, true_TLHE: torch.Tensor, is_va
 
 
 def relative_weights(weights_TLK: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
-    """Weights over their sum within each (token, layer): comparable between models that renormalise and those that do not."""
+    """Weights over their sum within each (token, layer): comparable between models that renormalize and those that do not."""
     weights = weights_TLK.astype(np.float32)
     return np.asarray(weights / np.maximum(weights.sum(-1, keepdims=True), 1e-6))
 

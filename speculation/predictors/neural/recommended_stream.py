@@ -90,18 +90,18 @@ def _embedded(ids_LK: npt.NDArray[np.int64], weights_LK: Array, table: Array, ex
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _normalised(values: Array) -> Array:
-    centred = values - np.float32(values.mean())
-    deviation = math.sqrt((centred * centred).mean() + EPSILON)
-    normalised: Array = centred * np.float32(1 / deviation)
-    return normalised
+def _normalized(values: Array) -> Array:
+    centered = values - np.float32(values.mean())
+    deviation = math.sqrt((centered * centered).mean() + EPSILON)
+    normalized: Array = centered * np.float32(1 / deviation)
+    return normalized
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _add_block(
     state: Array, seen: Array, n: int, scale: Array, shift: Array, rise: Array, rise_b: Array, fall: Array, fall_b: Array
 ) -> None:
-    hidden = np.dot(rise[n], _normalised(seen) * scale[n] + shift[n]) + rise_b[n]
+    hidden = np.dot(rise[n], _normalized(seen) * scale[n] + shift[n]) + rise_b[n]
     for i in range(len(hidden)):
         hidden[i] *= np.float32(0.5) * (np.float32(1) + np.float32(math.erf(hidden[i] * np.float32(math.sqrt(0.5)))))
     state += np.dot(fall[n], hidden) + fall_b[n]
@@ -128,5 +128,5 @@ def _step(
     for k in range(len(rows)):
         state += weights[k] / total * now[rows[k]]
     _add_block(state, state + hints[layer], layer, scale, shift, rise, rise_b, fall, fall_b)
-    logits: Array = np.dot(_normalised(state + hints[layer]) * norm_scale[layer, 0], head[layer])
+    logits: Array = np.dot(_normalized(state + hints[layer]) * norm_scale[layer, 0], head[layer])
     return logits

@@ -16,7 +16,7 @@ from support.frames import counted, make_axes, make_frame
 
 from analysis.counts.counting import TraceCounts
 from analysis.report import write_report
-from analysis.report.figures import COLOURS, DASHES, Line, lines
+from analysis.report.figures import COLORS, DASHES, Line, lines
 from analysis.statistics.compute import Source, Statistics, make_statistics
 from profiler.trace.schema import Metadata, ModelMetadata
 
@@ -67,11 +67,11 @@ def test_hops_that_do_not_fit_are_left_out_but_never_the_first(tmp_path: Path, m
     assert embedded((tmp_path / "report.html").read_text(), "transitions")["hops"] == 1
 
 
-def test_lines_differ_in_colour_and_in_dash() -> None:
-    """Eight lines: no two look alike, in colour or printed in grey with its neighbour."""
+def test_lines_differ_in_color_and_in_dash() -> None:
+    """Eight lines: no two look alike, in color or printed in gray with its neighbor."""
     figure = lines([Line(str(number), [0.0]) for number in range(8)], [0], "x", "y")
     styles = [(trace.line.color, trace.line.dash) for trace in figure.data]
     assert len(set(styles)) == 8
     assert all(first[1] != second[1] for first, second in itertools.pairwise(styles))
-    assert len(set(COLOURS)) == 7
+    assert len(set(COLORS)) == 7
     assert len(set(DASHES)) == 4

@@ -1,4 +1,4 @@
-"""Distances and specialised experts: none where there are none, found where they were made."""
+"""Distances and specialized experts: none where there are none, found where they were made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis.counts.load import ProblemBlocks
-from analysis.statistics.domains import distance_of, domain_distances, jensen_shannon_distance, specialisation
+from analysis.statistics.domains import distance_of, domain_distances, jensen_shannon_distance, specialization
 
 from support.frames import make_axes  # isort: skip
 
@@ -52,14 +52,14 @@ def test_equal_domains_are_within_their_control() -> None:
     assert distance.distance.mean() == pytest.approx(distance.shuffled.mean(), abs=0.02)
 
 
-def test_specialised_experts_are_found_with_their_interval() -> None:
+def test_specialized_experts_are_found_with_their_interval() -> None:
     share = np.full((3, 8), 1 / 8)
     code = share.copy()
     # Expert 2 of layer 1 is used three times as often in code: 0.3 instead of 0.1 beside seven even ones.
     code[1] = np.where(np.arange(8) == 2, 0.3, 0.7 / 7)
     math = share.copy()
     math[1] = np.where(np.arange(8) == 2, 0.1, 0.9 / 7)
-    found = {each.dataset: each for each in specialisation(blocks_of({0: code, 1: math}, 40, 200, 3), NAMES)}
+    found = {each.dataset: each for each in specialization(blocks_of({0: code, 1: math}, 40, 200, 3), NAMES)}
     best = found["code"].specialists[0]
     assert (best.layer, best.expert) == (1, 2)
     assert best.low < 3 < best.high
@@ -70,15 +70,15 @@ def test_specialised_experts_are_found_with_their_interval() -> None:
 
 def test_equal_domains_have_as_many_specialists_as_the_control() -> None:
     share = np.random.default_rng(4).dirichlet(np.full(32, 3.0), 20)
-    found = specialisation(blocks_of({0: share, 1: share}, 40, 300, 5), NAMES)
+    found = specialization(blocks_of({0: share, 1: share}, 40, 300, 5), NAMES)
     # 2.5 % of 640 intervals lie above 1 by chance.
     assert all(each.found < 50 and each.shuffled < 50 for each in found)
 
 
 def test_intervals_need_problems() -> None:
     share = np.full((1, 4), 0.25)
-    assert specialisation(blocks_of({0: share, 1: share}, 3, 50, 6), NAMES) == []
-    assert specialisation(blocks_of({0: share}, 30, 50, 6), NAMES) == []
+    assert specialization(blocks_of({0: share, 1: share}, 3, 50, 6), NAMES) == []
+    assert specialization(blocks_of({0: share}, 30, 50, 6), NAMES) == []
 
 
 def test_the_same_problems_are_exchanged_in_pairs() -> None:

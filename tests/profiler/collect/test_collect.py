@@ -60,7 +60,7 @@ def test_a_sequence_of_n_tokens_gives_n_minus_1_rows_per_layer(collected: Trace)
         assert chunk.expert_ids_TLK.shape == (tokens - 1, 8, 2)
 
 
-def test_weights_of_a_renormalising_model_sum_to_one(collected: Trace) -> None:
+def test_weights_of_a_renormalizing_model_sum_to_one(collected: Trace) -> None:
     sums = collected.load().weights_TLK.astype(np.float64).sum(-1)
     assert np.abs(sums - 1).max() < 2e-3
 

@@ -34,7 +34,7 @@ def test_memory_of_children_counts_and_its_peak_stays(monkeypatch: pytest.Monkey
 
 
 def test_gpus_are_asked_where_nvml_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What NVML gives: two GPUs, whose use of memory and whose utilisation differ from sample to sample.
+    # What NVML gives: two GPUs, whose use of memory and whose utilization differ from sample to sample.
     import pynvml
 
     used, busy = iter([10, 20, 30, 5, 1, 1] * 50), iter([100, 50, 0, 50, 80, 20] * 50)

@@ -13,7 +13,7 @@ from profiler.models.gpus import GPUS
 from profiler.models.registry import MODELS, fits, made_checkpoint, preset
 from profiler.models.resolve import resolve_model
 
-# model -> MoE layers, first of them, experts, top-k, renormalised: from each model's config.json on the hub.
+# model -> MoE layers, first of them, experts, top-k, renormalized: from each model's config.json on the hub.
 FACTS = {
     "mixtral-8x7b": (32, 0, 8, 2, True),
     "qwen1.5-moe": (24, 0, 60, 4, False),

@@ -48,7 +48,7 @@ def swap_layers(ids_TLK: np.ndarray, weights_TLK: np.ndarray) -> Arrays:
 FAULTS: dict[str, Callable[[np.ndarray, np.ndarray], Arrays]] = {
     "ids shifted by one token": lambda ids, weights: (np.roll(ids, 1, axis=0), np.roll(weights, 1, axis=0)),
     "two layers swapped": swap_layers,
-    "weights before renormalisation": lambda ids, weights: (ids, weights * 0.6),
+    "weights before renormalization": lambda ids, weights: (ids, weights * 0.6),
     "weights of the other expert": lambda ids, weights: (ids, weights[..., ::-1]),
 }
 
