@@ -70,6 +70,7 @@ def check(
     model: Annotated[
         list[Path] | None, typer.Option(help="A model's folder, instead of small synthetic ones.", exists=True)
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Each model in one mode only, the one that users' runs have.")] = False,
     overhead: Annotated[bool, typer.Option("--overhead", help="Also measure what capture costs, in tokens/s.")] = False,
     replay: Annotated[bool, typer.Option("--replay", help="Also run 'specmoe replay' of a small trace here.")] = False,
     json_file: Annotated[
@@ -97,6 +98,7 @@ def check(
     found = run_and_print(
         Check(
             models=named,
+            quick=quick,
             overhead=overhead,
             replay=replay,
             budget=budget,

@@ -83,8 +83,8 @@ FAMILY_NAMES = (
 HALF_PRECISION_ON_GPU = ("deepseek_v2", "deepseek_v3")
 
 
-def jobs_for(models: list[str], *, on_gpu: bool, runners: tuple[int, ...] = ()) -> list[Job]:
-    """All jobs in the order of their worth: every model in the mode that users' runs have first."""
+def jobs_for(models: list[str], *, on_gpu: bool, runners: tuple[int, ...] = (), quick: bool = False) -> list[Job]:
+    """Jobs in the order of their worth: every model in the mode that users' runs have first. quick: these only."""
 
     def dtype(model: str) -> str:
         return "bfloat16" if on_gpu and model in HALF_PRECISION_ON_GPU else "float32"
@@ -92,8 +92,10 @@ def jobs_for(models: list[str], *, on_gpu: bool, runners: tuple[int, ...] = ()) 
     if not on_gpu:
         first = [Job(model=model, mode=EAGER, dtype=dtype(model)) for model in models]
         others = [COMPILED_CACHED, WORKERS]
-        return first + [Job(model=models[0], mode=mode, dtype=dtype(models[0])) for mode in others]
+        return first if quick else first + [Job(model=models[0], mode=mode, dtype=dtype(models[0])) for mode in others]
     jobs = [Job(model=model, mode=COMPILED_CHUNKED, dtype=dtype(model)) for model in models]
+    if quick:
+        return jobs
     jobs.append(Job(model=models[0], mode=COMPILED_WORKERS, dtype="bfloat16"))
     for runner in runners:
         mode = Mode(name=f"compiled, runner V{runner}", compiled=True, prefix_caching=True, runner=runner)

@@ -33,12 +33,14 @@ JOB_SECONDS = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What to check. models: families by name, `demo`, or folders. budget: seconds for all of it, or None.
+    """What to check.
 
-    json_file: rewritten after each step. keep: a folder for models, traces and logs, instead of a temporary one.
+    models: families by name, `demo`, or folders. quick: each in the first of its modes only. budget: seconds for all of it, or
+    None. json_file: rewritten after each step. keep: a folder for models, traces and logs, instead of a temporary one.
     """
 
     models: tuple[str, ...]
+    quick: bool = False
     overhead: bool = False
     replay: bool = False
     budget: float | None = None
@@ -81,7 +83,7 @@ def run_check(check: Check, show: Callable[[CheckDocument, str], None]) -> Check
     with tempfile.TemporaryDirectory(prefix="specmoe-check-") as temporary:
         folder = check.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        jobs = jobs_for(list(check.models) or list(FAMILY_NAMES), on_gpu=on_gpu, runners=runners)
+        jobs = jobs_for(list(check.models) or list(FAMILY_NAMES), on_gpu=on_gpu, runners=runners, quick=check.quick)
         workers = check.workers or (max(1, (os.cpu_count() or 1) // CORES_PER_WORKER) if on_gpu else 1)
         measured = deadline
         if deadline is not None and (check.overhead or check.replay):

@@ -50,7 +50,7 @@ def test_the_command_says_what_it_found(tmp_path: Path) -> None:
     (broken / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "mixtral"}')
     found = tmp_path / "check.json"
     command = [sys.executable, "-m", "vllm_patch", "check", "--family", "llama4", "--model", str(broken), "--json", str(found)]
-    done = subprocess.run([*command, "--budget", "75"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--quick", "--budget", "240"], capture_output=True, text=True, timeout=300)
     document = CheckDocument.model_validate_json(found.read_text())
     verdicts = {(Path(job.model).name, job.mode): job.verdict for job in document.jobs}
     assert verdicts["llama4", "eager"] == Verdict.exact
