@@ -16,6 +16,7 @@ from typing import Any
 
 WATCH = "specmoe-parent"
 PARENT_SECONDS = 0.5
+# As in `profiler.capture.options`, which is not imported before the switch is on.
 SWITCH = "SPECMOE_CAPTURE"
 
 

@@ -10,9 +10,11 @@ from typing import Self
 
 from profiler.errors import EngineError
 
+# The plugin has the name too: it must not import this module where nothing is recorded.
 _VARIABLE = "SPECMOE_CAPTURE"
-# The process that started an engine only to collect with it: the engine ends when that process does.
+# Inside vLLM's cache, for code that was compiled with the copies.
 OWN_CACHE = "specmoe"
+# The process that started an engine only to collect with it: the engine ends when that process does.
 OWNER_VARIABLE = f"{_VARIABLE}_OWNER"
 
 

@@ -80,36 +80,43 @@ def olmoe() -> Any:
     return transformers.OlmoeForCausalLM(config)
 
 
+def latent_attention(*, mscale: float) -> dict[str, Any]:
+    """DeepSeek's multi-head latent attention, in the real models' dimensions, with their yarn positions."""
+    return {
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": mscale,
+            "mscale_all_dim": mscale,
+            "original_max_position_embeddings": 4096,
+        },
+    }
+
+
 def deepseek_v2() -> Any:
     """DeepSeek-V2-Lite: a dense first layer, shared experts, yarn positions as in the real model."""
     config = transformers.DeepseekV2Config(
-        **{**SHAPE, "max_position_embeddings": 16384},
+        **SHAPE | {"max_position_embeddings": 16384},
         num_key_value_heads=4,
         moe_intermediate_size=64,
         n_shared_experts=2,
         n_routed_experts=16,
         num_experts_per_tok=4,
         first_k_dense_replace=1,
-        kv_lora_rank=512,
-        q_lora_rank=None,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
         topk_method="greedy",
         n_group=1,
         topk_group=1,
         norm_topk_prob=False,
         routed_scaling_factor=1.0,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 0.707,
-            "mscale_all_dim": 0.707,
-            "original_max_position_embeddings": 4096,
-        },
+        **latent_attention(mscale=0.707),
     )
     return transformers.DeepseekV2ForCausalLM(config)
 
@@ -117,18 +124,13 @@ def deepseek_v2() -> Any:
 def deepseek_v3() -> Any:
     """Sigmoid scores, a correction bias for the choice only, groups of experts, renormalized and scaled weights."""
     config = transformers.DeepseekV3Config(
-        **{**SHAPE, "max_position_embeddings": 16384},
+        **SHAPE | {"max_position_embeddings": 16384},
         num_key_value_heads=4,
         moe_intermediate_size=64,
         n_shared_experts=1,
         n_routed_experts=16,
         num_experts_per_tok=4,
         first_k_dense_replace=1,
-        kv_lora_rank=512,
-        q_lora_rank=None,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
         n_group=4,
         topk_group=2,
         norm_topk_prob=True,
@@ -137,16 +139,7 @@ def deepseek_v3() -> Any:
         # As in the real model's config; read by vLLM only.
         topk_method="noaux_tc",
         scoring_func="sigmoid",
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 4096,
-        },
+        **latent_attention(mscale=1.0),
     )
     return transformers.DeepseekV3ForCausalLM(config)
 

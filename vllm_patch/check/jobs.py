@@ -61,10 +61,11 @@ class Job:
 EAGER = Mode(name="eager")
 EAGER_CACHED = Mode(name="eager, prefix caching", prefix_caching=True)
 COMPILED_CHUNKED = Mode(name="compiled, chunked prefill", compiled=True, chunked=True)
-COMPILED_CACHED = Mode(name="compiled, prefix caching", compiled=True, chunked=True, prefix_caching=True)
+COMPILED_CACHED = Mode(name="compiled, chunked prefill, prefix caching", compiled=True, chunked=True, prefix_caching=True)
 WORKERS = Mode(name="eager, worker process", workers=True, prefix_caching=True)
 COMPILED_WORKERS = Mode(name="compiled, worker process", compiled=True, workers=True)
 
+# Those that `families` makes: named here, since that module takes seconds to import.
 FAMILY_NAMES = (
     "mixtral",
     "qwen2_moe",

@@ -76,7 +76,7 @@ def test_an_epoch_takes_every_token_once_and_holds_one_group(
     seen: list[tuple[int, int]] = []
     sources: set[int] = set()
     mlp = find_predictor("mlp")
-    loss: Any = mlp.loss  # type: ignore[attr-defined]
+    loss: Any = mlp.loss  # type: ignore[attr-defined] # of networks only
 
     def counted(self: Any, network: Any, routes: Routes, tokens_T: Any) -> Any:
         if network.training:
@@ -102,7 +102,7 @@ def test_a_training_by_groups_resumes_to_the_very_same_weights(trace: Trace, tmp
 
     whole = train(trace, "mlp", tmp_path / "whole", options=options)
     mlp = find_predictor("mlp")
-    loss: Any = mlp.loss  # type: ignore[attr-defined]
+    loss: Any = mlp.loss  # type: ignore[attr-defined] # of networks only
 
     def fails(self: Any, network: Any, *rest: Any) -> Any:
         nonlocal steps

@@ -78,6 +78,12 @@ def test_jobs_that_no_time_is_left_for_are_reported(tmp_path: Path) -> None:
     assert [(result.model, result.verdict) for result in results] == [("mixtral", "skipped"), ("olmoe", "skipped")]
 
 
+def test_the_families_that_are_named_can_be_made() -> None:
+    from vllm_patch.check.families import FAMILIES
+
+    assert set(FAMILY_NAMES) == {*FAMILIES, "deepseek_v1"}
+
+
 def test_every_family_comes_before_further_modes() -> None:
     for on_gpu in (False, True):
         jobs = jobs_for(list(FAMILY_NAMES), on_gpu=on_gpu, runners=(1, 2) if on_gpu else ())
