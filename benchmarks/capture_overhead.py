@@ -100,7 +100,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
 def serve_arm(arm: str, plan: Plan) -> None:
     """An arm in a process of its own."""
     if arm == "logger":
-        path = str(Path(tempfile.mkdtemp(prefix="capture-overhead-log-")) / "log.jsonl")
+        path = str(Path(tempfile.mkdtemp(prefix="capture-overhead-log-", dir=plan.scratch)) / "log.jsonl")
         serve(
             arm,
             plan,

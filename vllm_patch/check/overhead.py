@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,7 +74,10 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What all arms run. settings: of `vllm.LLM`, without the model. config: of the dummy model; folder: a real one instead."""
+    """What all arms run. settings: of `vllm.LLM`, without the model. config: of the dummy model; folder: a real one instead.
+
+    scratch: where arms put their files. They are killed, so whoever started them removes it.
+    """
 
     model: str
     config: dict[str, Any]
@@ -82,6 +85,7 @@ class Plan:
     workloads: tuple[Workload, ...]
     rounds: int = ROUNDS
     folder: str = ""
+    scratch: str = ""
 
 
 def plan_for(memory: int) -> Plan:
@@ -185,7 +189,7 @@ class Arm:
         captures = {"SPECMOE_CAPTURE": "1", "VLLM_PLUGINS": "specmoe"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*self._command, json.dumps(asdict(self._plan))],
+                [*self._command, json.dumps(asdict(replace(self._plan, scratch=str(self._folder))))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -252,7 +256,7 @@ def serve(arm: str, plan: Plan, prepare: Callable[[Any], object] | None = None, 
     os.dup2(2, 1)
     from vllm import LLM, SamplingParams
 
-    folder = Path(tempfile.mkdtemp(prefix="specmoe-overhead-"))
+    folder = Path(tempfile.mkdtemp(prefix="specmoe-overhead-", dir=plan.scratch or None))
     try:
         (folder / "config.json").write_text(json.dumps(plan.config), encoding="utf-8")
         model = {"model": plan.folder} if plan.folder else {"model": str(folder), "load_format": "dummy"}
