@@ -1,11 +1,16 @@
-"""The compiled inside of the simulation: caches of experts, one copy engine, one compute engine, in order of time.
+"""The compiled core of the simulation: caches of experts, one transfer engine and one compute engine, in order of time.
 
 Experts are numbered `layer * E + expert`. All times are in seconds. Nothing is allocated per event.
+
+The state of each expert is one record (`Expert`), so that a decision reads one or two cache lines. Passing a tuple of arrays
+instead costs ten times the work itself: numba counts references to each array at every call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -13,389 +18,480 @@ import numpy.typing as npt
 
 
 class Rule(IntEnum):
-    """Which expert a full cache gives up: the one with the smallest ..."""
+    """Which expert a full cache evicts: the one with the smallest ..."""
 
     LRU = 0  # last use
     FIFO = 1  # time of loading
-    LFU = 2  # number of uses so far, in the cache or not; among equals, last use
-    LFRU = 3  # that number over the time since the last one
+    LFU = 2  # number of uses so far, cached or not; among equals, last use
+    LFRU = 3  # number of uses so far over the time since the last one
     POPULARITY = 4  # frequency in the training problems
-    BELADY = 5  # time until the next use, from behind
+    BELADY = 5  # negated time until the next use: needs the future
 
 
 class Count(IntEnum):
-    """What is counted, of each layer apart."""
+    """Events that are counted, for each layer separately."""
 
-    REQUESTED = 0  # experts asked for by a layer
-    HIT = 1  # ... and in the cache then
-    LATE = 2  # ... and being copied, because of a prediction
-    MISS = 3  # ... and neither
-    LOADS = 4  # copies, because of requests and of predictions
-    PREFETCHED = 5  # copies because of predictions
-    USEFUL = 6  # of these, used before they were given up
-    WASTED = 7  # of these, given up without a use, or never used
-    COLLISION = 8  # experts that missed, and had been given up earlier in the same step
-    STREAMED = 9  # requested experts that found no room, and were not kept
-    DROPPED = 10  # predictions not acted on: the queue was full, no room, or their layer came first
+    REQUESTED = 0  # experts that a layer's router chose
+    HIT = 1  # ... that were in the cache
+    LATE = 2  # ... whose prefetch was still in transfer
+    MISS = 3  # ... that were neither: demand loads
+    LOADS = 4  # transfers: demand loads and prefetches
+    PREFETCHED = 5  # prefetches
+    USEFUL = 6  # prefetched experts that were used before they were evicted
+    WASTED = 7  # prefetched experts that were evicted before a use, or never used
+    COLLISION = 8  # misses of experts that had been evicted earlier in the same step
+    STREAMED = 9  # chosen experts for which the cache had no room: loaded for one request, and not kept
+    DROPPED = 10  # predictions that were not acted on: the queue or the cache was full, or their layer came first
 
+
+class Expert:
+    """What the simulation knows of one expert: a record of `EXPERT`.
+
+    where: `ABSENT`, `PRESENT`, `COMING`, `WAITING` or `MISSED`. arrival: when its transfer ends. chosen_by: the last request
+    whose router chose it. predicted_for: the farthest request for which it is predicted. key: what the `Rule` compares.
+    last_use: its place in the order of uses, which decides between equal keys. next_use: the next request that chooses it.
+    waits_for: the request for which its transfer is queued. evicted_in: the last step that evicted it. is_unused_prefetch: it
+    was prefetched and has not been used since.
+    """
+
+    key: int
+    last_use: int
+    next_use: int
+    chosen_by: int
+    predicted_for: int
+    arrival: float
+    waits_for: int
+    evicted_in: int
+    where: int
+    is_unused_prefetch: bool
+
+
+class Prediction:
+    """A queued prefetch, a record of `PREDICTION`: the expert, the request it is for, and when it was predicted."""
+
+    expert: int
+    request: int
+    time: float
+
+
+class Clock:
+    """Times and places in the queue, the only record of a `CLOCK` array.
+
+    now: when the router of the current layer has chosen. computed: when the last layer's experts were computed. transfers_end,
+    predictor_ends: when the interconnect and the predictor are free again. head, waiting: the queue's first entry, and how many
+    there are. step, layer, request: the current ones. kind: 1 for generated tokens, 0 for prompts.
+    """
+
+    now: float
+    computed: float
+    transfers_end: float
+    predictor_ends: float
+    head: int
+    waiting: int
+    step: int
+    layer: int
+    request: int
+    kind: int
+
+
+class Limits(NamedTuple):
+    """Numbers that stay. copy_seconds: transfer time of one expert. capacity: experts in each cache."""
+
+    rule: int
+    capacity: int
+    layers: int
+    num_experts: int
+    is_global: bool
+    copy_seconds: float
+
+
+def _record(described: type, **smaller: type) -> np.dtype[np.void]:
+    types = {"int": np.int64, "float": np.float64, "bool": np.bool_}
+    fields = [(name, smaller.get(name, types[kind])) for name, kind in described.__annotations__.items()]
+    return np.dtype(fields, align=True)
+
+
+# 64 bytes: one cache line.
+EXPERT = _record(Expert, evicted_in=np.int32, where=np.int8)
+PREDICTION, CLOCK = _record(Prediction), _record(Clock)
+Experts = Sequence[Expert]
+Queue = Sequence[Prediction]
+Integers = npt.NDArray[np.int64]
+Seconds = npt.NDArray[np.float64]
 
 ABSENT, PRESENT, COMING, WAITING, MISSED = 0, 1, 2, 3, 4
 NEVER = 1 << 60
 _COUNTS = len(Count)
-# In the order of uses: two places for each expert of a request, and between requests one for what is predicted.
+# The order of uses: two places for each expert of a request, and between requests one for predicted experts.
 _ORDER = 1 << 13
+# Calls with this many arrays are not inlined by LLVM and cost a sixth of the time: these are inlined by numba.
+_inlined = numba.njit(cache=True, nogil=True, inline="always")
 
 
-# Functions take arrays one by one: of a tuple numba counts references to each array at every call, ten times the work itself.
+@numba.njit(cache=True, nogil=True)
+def play(
+    experts_N: npt.NDArray[np.int32],
+    starts_R: Integers,
+    asking_S: Integers,
+    is_decode_S: npt.NDArray[np.bool_],
+    next_use_N: Integers,
+    plan_starts_Q: Integers,
+    plan_layers_N: npt.NDArray[np.int32],
+    plan_experts_N: npt.NDArray[np.int32],
+    layer_seconds_S: Seconds,
+    expert_floor_S: Seconds,
+    expert_seconds: float,
+    predict_seconds: float,
+    limits: Limits,
+    popularity: Integers,
+    experts: Experts,
+    queue: Queue,
+    clocks: Sequence[Clock],
+) -> tuple[Integers, Seconds, Seconds]:
+    """Play all requests; return the counts `[2, L, len(Count)]` of prompts and generated tokens, and each step's end and stall.
+
+    Args:
+        experts_N, starts_R, is_decode_S: see `Requests`.
+        asking_S: predictions that each step makes after each layer.
+        next_use_N: for each entry of `experts_N`, the next request that chooses the same expert; `NEVER` if none does.
+        plan_starts_Q, plan_layers_N, plan_experts_N: see `Plan`.
+        layer_seconds_S: for each layer of a step, time of everything but the experts.
+        expert_floor_S: the least time that a layer's experts take.
+        expert_seconds: computation of one expert.
+        predict_seconds: one prediction; predictions are made one after the other.
+        limits: numbers that stay. `copy_seconds` is infinite if nothing can be transferred.
+        popularity: ranks of all experts `[L * E]`, the most popular highest.
+        experts: all experts' records `[L * E]`, from `expert_records`; changed.
+        queue: room for predictions that wait for their transfer; changed.
+        clocks: one `CLOCK` record of zeros; changed.
+    """
+    layers, num_experts = limits.layers, limits.num_experts
+    steps = len(layer_seconds_S)
+    ends, stalls = np.zeros(steps), np.zeros(steps)
+    pools = 1 if limits.is_global else layers
+    counts = np.zeros((2, layers, _COUNTS), dtype=np.int64)
+    # The experts that each cache holds, in no order.
+    held = np.zeros(pools, dtype=np.int64)
+    slots = np.zeros((pools, min(limits.capacity, layers * num_experts // pools)), dtype=np.int64)
+    _fill(popularity, experts, slots, held, limits.rule)
+    clock = clocks[0]
+    can_copy = np.isfinite(limits.copy_seconds)
+
+    for step in range(steps):
+        stall = 0.0
+        clock.step = step
+        clock.kind = 1 if is_decode_S[step] else 0
+        for point in range(layers + 1):
+            # Point 0 is before the first layer; point l + 1 is layer l.
+            layer = point - 1
+            clock.layer, clock.request = layer, step * layers + layer
+            routed = clock.now
+            if layer >= 0:
+                clock.now += layer_seconds_S[step]
+                routed = clock.now
+                if clock.waiting:
+                    _begin_prefetches(queue, clock, clock.computed, False, limits, experts, slots, held, counts)
+                chosen = experts_N[starts_R[clock.request] : starts_R[clock.request + 1]]
+                next_use = next_use_N[starts_R[clock.request] : starts_R[clock.request + 1]]
+                misses, needed = _look_up(chosen, next_use, clock, limits, experts, counts)
+                if misses:
+                    needed = max(needed, _load_missing(chosen, clock, limits, experts, slots, held, counts))
+                _note_use(chosen, next_use, clock, limits, experts)
+            # Predictions are known with the routing; their transfers come after those that the routing itself needs.
+            first, end = plan_starts_Q[step * (layers + 1) + point], plan_starts_Q[step * (layers + 1) + point + 1]
+            if can_copy and first < end:
+                clock.predictor_ends = max(clock.predictor_ends, routed) + predict_seconds * asking_S[step]
+                for entry in range(first, end):
+                    at_layer = plan_layers_N[entry] % layers
+                    expert = at_layer * num_experts + plan_experts_N[entry]
+                    is_queued = _enqueue(expert, step * layers + plan_layers_N[entry], queue, clock, experts)
+                    if not is_queued:
+                        counts[clock.kind, at_layer, Count.DROPPED.value] += 1
+            if layer >= 0:
+                stall += needed - clock.now
+                clock.now = needed + max(len(chosen) * expert_seconds, expert_floor_S[step])
+                clock.computed = clock.now
+                # None of these experts is evicted while they are computed.
+                if clock.waiting:
+                    _begin_prefetches(queue, clock, 0.0, True, limits, experts, slots, held, counts)
+        ends[step] = clock.now
+        stalls[step] = stall
+    for place in range(clock.waiting):
+        entry = queue[(clock.head + place) % len(queue)]
+        if experts[entry.expert].where == WAITING and experts[entry.expert].waits_for == entry.request:
+            counts[clock.kind, entry.expert // num_experts, Count.DROPPED.value] += 1
+    for x in range(len(experts)):
+        if experts[x].is_unused_prefetch:
+            counts[clock.kind, x // num_experts, Count.WASTED.value] += 1
+    return counts, ends, stalls
+
+
+def expert_records(first_use: Integers) -> npt.NDArray[np.void]:
+    """Records of experts before the first request, none of them cached. first_use `[L * E]`: the request that needs each."""
+    experts = np.zeros(len(first_use), dtype=EXPERT)
+    experts["next_use"] = first_use
+    for name in ("chosen_by", "predicted_for", "evicted_in"):
+        experts[name] = -1
+    return experts
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill(popularity: Integers, experts: Experts, slots: Integers, held: Integers, rule: int) -> None:
+    """Begin with the most popular experts of each pool, the least popular as if used longest ago."""
+    size = len(experts) // len(held)
+    if rule == Rule.POPULARITY:
+        for x in range(len(experts)):
+            experts[x].key = popularity[x]
+    for pool in range(len(held)):
+        order = np.argsort(-popularity[pool * size : (pool + 1) * size], kind="mergesort")
+        for rank in range(slots.shape[1]):
+            x = pool * size + order[rank]
+            expert = experts[x]
+            expert.where = PRESENT
+            expert.last_use = -1 - rank
+            if rule == Rule.FIFO:
+                expert.key = expert.last_use
+            _update_key(expert, rule)
+            slots[pool, rank] = x
+        held[pool] = slots.shape[1]
+
+
+@_inlined
+def _look_up(
+    chosen: npt.NDArray[np.int32],
+    next_use: Integers,
+    clock: Clock,
+    limits: Limits,
+    experts: Experts,
+    counts: Integers,
+) -> tuple[int, float]:
+    """Look the experts of a request up in the cache; return how many missed, and when the others have arrived."""
+    layer, request = clock.layer, clock.request
+    needed = clock.now
+    late = misses = 0
+    for place in range(len(chosen)):
+        expert = experts[layer * limits.num_experts + chosen[place]]
+        expert.chosen_by = request
+        if limits.rule == Rule.BELADY:
+            expert.next_use = next_use[place]
+            _update_key(expert, limits.rule)
+        if expert.where == PRESENT or expert.where == COMING:
+            if expert.where == COMING and expert.arrival > clock.now:
+                late += 1
+                needed = max(needed, expert.arrival)
+            # It is not evicted before its layer is done: it does not matter that it may still be in transfer.
+            expert.where = PRESENT
+            if expert.is_unused_prefetch:
+                expert.is_unused_prefetch = False
+                counts[clock.kind, layer, Count.USEFUL.value] += 1
+        else:
+            misses += 1
+            if expert.evicted_in == clock.step:
+                counts[clock.kind, layer, Count.COLLISION.value] += 1
+            expert.where = MISSED
+    counts[clock.kind, layer, Count.REQUESTED.value] += len(chosen)
+    counts[clock.kind, layer, Count.HIT.value] += len(chosen) - late - misses
+    counts[clock.kind, layer, Count.LATE.value] += late
+    counts[clock.kind, layer, Count.MISS.value] += misses
+    return misses, needed
+
+
+@_inlined
+def _load_missing(
+    chosen: npt.NDArray[np.int32],
+    clock: Clock,
+    limits: Limits,
+    experts: Experts,
+    slots: Integers,
+    held: Integers,
+    counts: Integers,
+) -> float:
+    """Transfer the experts that `_look_up` missed, one after the other; return when the last one arrives."""
+    layer, request = clock.layer, clock.request
+    pool = 0 if limits.is_global else layer
+    needed = clock.now
+    for place in range(len(chosen)):
+        x = layer * limits.num_experts + chosen[place]
+        expert = experts[x]
+        if expert.where != MISSED:
+            continue
+        # By then, what is in transfer now has arrived and can be evicted.
+        begin = max(clock.now, clock.transfers_end)
+        clock.transfers_end = begin + limits.copy_seconds
+        needed = clock.transfers_end
+        counts[clock.kind, layer, Count.LOADS.value] += 1
+        slot = held[pool]
+        if slot < limits.capacity:
+            held[pool] += 1
+        else:
+            slot = _victim(slots[pool], slot, limits.rule, request, request + 1, begin, False, experts)
+            if slot >= 0:
+                _evict(slots[pool, slot], clock, limits, experts, counts)
+            elif limits.rule == Rule.BELADY:
+                # Of a request that is larger than the cache, the experts stay that are needed first.
+                for other in range(held[pool]):
+                    farthest = experts[slots[pool, slot]].next_use if slot >= 0 else expert.next_use
+                    if experts[slots[pool, other]].next_use > farthest:
+                        slot = other
+                if slot >= 0:
+                    experts[slots[pool, slot]].where = ABSENT
+                    counts[clock.kind, layer, Count.STREAMED.value] += 1
+        if slot >= 0:
+            slots[pool, slot] = x
+            expert.where = PRESENT
+            if limits.rule == Rule.FIFO:
+                expert.key = (request + 1) * _ORDER - 2 * place
+        else:
+            expert.where = ABSENT
+            counts[clock.kind, layer, Count.STREAMED.value] += 1
+    return needed
+
+
+@_inlined
+def _note_use(chosen: npt.NDArray[np.int32], next_use: Integers, clock: Clock, limits: Limits, experts: Experts) -> None:
+    """Write down that these experts were used, the first of them most recently."""
+    layer, request = clock.layer, clock.request
+    for place in range(len(chosen)):
+        expert = experts[layer * limits.num_experts + chosen[place]]
+        expert.next_use = next_use[place]
+        expert.last_use = (request + 1) * _ORDER - 2 * place
+        if limits.rule == Rule.LFU or limits.rule == Rule.LFRU:
+            expert.key += 1
+        _update_key(expert, limits.rule)
+
+
+@numba.njit(cache=True, nogil=True)
+def _enqueue(x: int, request: int, queue: Queue, clock: Clock, experts: Experts) -> bool:
+    """Queue the transfer of an expert that is predicted for a request; return False if the queue is full."""
+    expert = experts[x]
+    expert.predicted_for = max(expert.predicted_for, request)
+    if expert.where != ABSENT:
+        return True
+    if clock.waiting == len(queue):
+        return False
+    entry = queue[(clock.head + clock.waiting) % len(queue)]
+    entry.expert, entry.request, entry.time = x, request, clock.predictor_ends
+    expert.where = WAITING
+    expert.waits_for = request
+    clock.waiting += 1
+    return True
+
+
+@numba.njit(cache=True, nogil=True)
+def _begin_prefetches(
+    queue: Queue,
+    clock: Clock,
+    since: float,
+    is_served: bool,
+    limits: Limits,
+    experts: Experts,
+    slots: Integers,
+    held: Integers,
+    counts: Integers,
+) -> None:
+    """Begin the queued transfers that the interconnect can begin from `since` to now.
+
+    is_served: the request's experts are in the cache and in use, so an expert that finds no room waits for them. Else it is
+    dropped.
+    """
+    request = clock.request
+    soon = request + 1 if is_served else request
+    while clock.waiting and clock.transfers_end <= clock.now:
+        entry = queue[clock.head]
+        x, target = entry.expert, entry.request
+        expert = experts[x]
+        begin = max(clock.transfers_end, entry.time, since)
+        # It was loaded on demand since, and perhaps waits again farther behind.
+        is_stale = expert.where != WAITING or expert.waits_for != target
+        if not is_stale and begin > clock.now:
+            break
+        at_layer = x // limits.num_experts
+        pool = 0 if limits.is_global else at_layer
+        slot = held[pool]
+        if not is_stale and target >= soon and slot >= limits.capacity:
+            slot = _victim(slots[pool], slot, limits.rule, request, soon, begin, True, experts)
+            if slot < 0 and is_served:
+                break
+        clock.head = (clock.head + 1) % len(queue)
+        clock.waiting -= 1
+        if is_stale:
+            continue
+        if target < soon or slot < 0:
+            expert.where = ABSENT
+            counts[clock.kind, at_layer, Count.DROPPED.value] += 1
+            continue
+        if slot < held[pool]:
+            _evict(slots[pool, slot], clock, limits, experts, counts)
+        else:
+            held[pool] += 1
+        slots[pool, slot] = x
+        clock.transfers_end = begin + limits.copy_seconds
+        expert.arrival = clock.transfers_end
+        expert.where = COMING
+        expert.is_unused_prefetch = True
+        expert.last_use = target * _ORDER + 1
+        if limits.rule == Rule.FIFO:
+            expert.key = expert.last_use
+        _update_key(expert, limits.rule)
+        counts[clock.kind, at_layer, Count.LOADS.value] += 1
+        counts[clock.kind, at_layer, Count.PREFETCHED.value] += 1
+
+
 @numba.njit(cache=True, nogil=True)
 def _victim(
-    slots: npt.NDArray[np.int64],
-    held: int,
-    rule: int,
-    now: int,
-    soon: int,
-    time: float,
-    is_guess: bool,
-    state: npt.NDArray[np.uint8],
-    arrival: npt.NDArray[np.float64],
-    pinned: npt.NDArray[np.int64],
-    guard: npt.NDArray[np.int64],
-    key: npt.NDArray[np.int64],
-    last: npt.NDArray[np.int64],
+    slots: Integers, held: int, rule: int, now: int, soon: int, time: float, is_prefetch: bool, experts: Experts
 ) -> int:
-    """The slot whose expert is given up; -1 if all are in use, on their way, or (for a prediction) predicted from `soon` on."""
+    """Choose the slot to evict for a transfer that begins at `time`, during request `now`; -1 if there is none.
+
+    An expert that the current request uses, or that is in transfer, is never evicted. One that is predicted for request `soon`
+    or later is never evicted for a prefetch, and is the last to be evicted for a demand load.
+    """
     best, found = -1, -1
     for slot in range(held):
         x = slots[slot]
-        if pinned[x] == now or (state[x] == COMING and arrival[x] > time):
+        expert = experts[x]
+        if expert.chosen_by == now or (expert.where == COMING and expert.arrival > time):
             continue
-        if is_guess and guard[x] >= soon:
+        if is_prefetch and expert.predicted_for >= soon:
             continue
         if found >= 0:
-            if not is_guess and (guard[x] >= soon) != (guard[found] >= soon):
-                # What is predicted goes last.
-                if guard[found] < soon:
+            other = experts[found]
+            if not is_prefetch and (expert.predicted_for >= soon) != (other.predicted_for >= soon):
+                if other.predicted_for < soon:
                     continue
             elif rule == Rule.LFRU:
-                worth = key[x] * np.float64(max(1, (now + 1) * _ORDER - last[found]))
-                other = key[found] * np.float64(max(1, (now + 1) * _ORDER - last[x]))
-                if worth > other or (worth == other and last[x] >= last[found]):
+                its = expert.key * np.float64(max(1, (now + 1) * _ORDER - other.last_use))
+                best_so_far = other.key * np.float64(max(1, (now + 1) * _ORDER - expert.last_use))
+                if its > best_so_far or (its == best_so_far and expert.last_use >= other.last_use):
                     continue
-            elif key[x] > key[found] or (key[x] == key[found] and last[x] >= last[found]):
+            elif expert.key > other.key or (expert.key == other.key and expert.last_use >= other.last_use):
                 continue
         best, found = slot, x
     return best
 
 
 @numba.njit(cache=True, nogil=True)
-def _rated(rule: int, before: int, last: int, popularity: int, upcoming: int) -> int:
-    """What the rule compares, of an expert that was used or is expected at `last`; as before where it counts otherwise."""
+def _evict(x: int, clock: Clock, limits: Limits, experts: Experts, counts: Integers) -> None:
+    expert = experts[x]
+    expert.where = ABSENT
+    expert.evicted_in = clock.step
+    if expert.is_unused_prefetch:
+        expert.is_unused_prefetch = False
+        counts[clock.kind, x // limits.num_experts, Count.WASTED.value] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _update_key(expert: Expert, rule: int) -> None:
+    """Set what the rule compares, for the rules that derive it from the record; the others count or keep it."""
     if rule == Rule.LRU:
-        return last
-    if rule == Rule.POPULARITY:
-        return popularity
-    if rule == Rule.BELADY:
-        return -upcoming
-    return before
+        expert.key = expert.last_use
+    elif rule == Rule.BELADY:
+        expert.key = -expert.next_use
 
 
 @numba.njit(cache=True, nogil=True)
-def _begin_copies(
-    queue: npt.NDArray[np.int64],
-    issued: npt.NDArray[np.float64],
-    head: int,
-    waiting: int,
-    link_free: float,
-    since: float,
-    time: float,
-    request: int,
-    is_over: bool,
-    step: int,
-    kind: int,
-    rule: int,
-    capacity: int,
-    num_experts: int,
-    copy_seconds: float,
-    state: npt.NDArray[np.uint8],
-    arrival: npt.NDArray[np.float64],
-    pinned: npt.NDArray[np.int64],
-    guard: npt.NDArray[np.int64],
-    key: npt.NDArray[np.int64],
-    last: npt.NDArray[np.int64],
-    is_fetched: npt.NDArray[np.bool_],
-    given_up: npt.NDArray[np.int64],
-    upcoming: npt.NDArray[np.int64],
-    wanted: npt.NDArray[np.int64],
-    popularity: npt.NDArray[np.int64],
-    slots: npt.NDArray[np.int64],
-    held: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int64],
-) -> tuple[int, int, float]:
-    """Begin the predicted copies that the link can begin from `since` to `time`.
-
-    is_over: the request was served, and its experts are in use: what finds no room waits for them. Else it is dropped.
-    """
-    soon = request + 1 if is_over else request
-    pools = len(held)
-    while waiting and link_free <= time:
-        x, target = queue[head]
-        begin = max(link_free, issued[head], since)
-        # Copied on demand since, and perhaps waiting again behind.
-        is_stale = state[x] != WAITING or wanted[x] != target
-        if not is_stale and begin > time:
-            break
-        at_layer = x // num_experts
-        pool = 0 if pools == 1 else at_layer
-        slot = held[pool]
-        if not is_stale and target >= soon and slot >= capacity:
-            slot = _victim(slots[pool], slot, rule, request, soon, begin, True, state, arrival, pinned, guard, key, last)
-            if slot < 0 and is_over:
-                break
-        head = (head + 1) % len(queue)
-        waiting -= 1
-        if is_stale:
-            continue
-        state[x] = ABSENT
-        if target < soon or slot < 0:
-            counts[kind, at_layer, Count.DROPPED.value] += 1
-            continue
-        if slot < held[pool]:
-            out = slots[pool, slot]
-            state[out] = ABSENT
-            given_up[out] = step
-            if is_fetched[out]:
-                is_fetched[out] = False
-                counts[kind, out // num_experts, Count.WASTED.value] += 1
-        else:
-            held[pool] += 1
-        slots[pool, slot] = x
-        link_free = begin + copy_seconds
-        arrival[x] = link_free
-        state[x] = COMING
-        is_fetched[x] = True
-        last[x] = target * _ORDER + 1
-        if rule == Rule.FIFO:
-            key[x] = last[x]
-        key[x] = _rated(rule, key[x], last[x], popularity[x], upcoming[x])
-        counts[kind, at_layer, Count.LOADS.value] += 1
-        counts[kind, at_layer, Count.PREFETCHED.value] += 1
-    return head, waiting, link_free
-
-
-@numba.njit(cache=True, nogil=True)
-def play(
-    experts: npt.NDArray[np.int32],
-    starts: npt.NDArray[np.int64],
-    asking: npt.NDArray[np.int64],
-    is_decode: npt.NDArray[np.bool_],
-    next_use: npt.NDArray[np.int64],
-    first_use: npt.NDArray[np.int64],
-    layers: int,
-    num_experts: int,
-    plan_starts: npt.NDArray[np.int64],
-    plan_layers: npt.NDArray[np.int32],
-    plan_experts: npt.NDArray[np.int32],
-    popularity: npt.NDArray[np.int64],
-    rule: int,
-    capacity: int,
-    is_global: bool,
-    queue_limit: int,
-    copy_seconds: float,
-    layer_seconds: npt.NDArray[np.float64],
-    per_expert: float,
-    expert_floor: npt.NDArray[np.float64],
-    predict_seconds: float,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Play all requests. Returns counts `[2, L, len(Count)]` of prompts and of generated tokens, the end of each step in
-    seconds, and its stalls.
-
-    experts, starts, is_decode: `Requests`. asking: predictions that each step makes at each point. next_use: of each entry of
-    `experts`, the request that needs the same expert next; first_use: of each numbered expert; NEVER if none does. plan_*: a
-    `Plan`. popularity `[L * E]`: caches begin with the most popular experts, `capacity` per layer, or in all (is_global).
-    layer_seconds, expert_floor `[S]`: what is not experts, of each layer of a step, and the least that its experts take.
-    per_expert: for each expert. copy_seconds: of an expert, not finite if nothing is ever copied. predict_seconds: of one
-    prediction; they are made one after the other.
-    """
-    total = layers * num_experts
-    steps = len(layer_seconds)
-    ends, stalls = np.zeros(steps), np.zeros(steps)
-    pools = 1 if is_global else layers
-    size = total // pools
-    # Of each expert: where it is, and when its copy is over; the last request that chose it; the farthest that it is predicted
-    # for; what `Rule`s compare, and the order of uses; whether it was copied ahead and not used since; the last step in which
-    # it was given up; the next request that needs it; the request for which it waits to be copied.
-    state = np.zeros(total, dtype=np.uint8)
-    arrival = np.zeros(total)
-    pinned = np.full(total, -1, dtype=np.int64)
-    guard = np.full(total, -1, dtype=np.int64)
-    key = np.zeros(total, dtype=np.int64)
-    last = np.zeros(total, dtype=np.int64)
-    is_fetched = np.zeros(total, dtype=np.bool_)
-    given_up = np.full(total, -1, dtype=np.int64)
-    upcoming = first_use.copy()
-    wanted = np.zeros(total, dtype=np.int64)
-    # What each pool holds, in no order.
-    held = np.zeros(pools, dtype=np.int64)
-    slots = np.zeros((pools, min(capacity, size)), dtype=np.int64)
-    counts = np.zeros((2, layers, _COUNTS), dtype=np.int64)
-
-    # The most popular experts of each pool, the least of them as if used longest ago.
-    for pool in range(pools):
-        order = np.argsort(-popularity[pool * size : (pool + 1) * size], kind="mergesort")
-        for rank in range(min(capacity, size)):
-            x = pool * size + order[rank]
-            state[x] = PRESENT
-            last[x] = -1 - rank
-            if rule == Rule.FIFO:
-                key[x] = last[x]
-            key[x] = _rated(rule, key[x], last[x], popularity[x], upcoming[x])
-            slots[pool, held[pool]] = x
-            held[pool] += 1
-
-    queue = np.empty((queue_limit, 2), dtype=np.int64)
-    issued = np.empty(queue_limit)
-    head, waiting = 0, 0
-    # When the last products ended; when the link and the predictor are free.
-    time, worked, link_free, predictor_free = 0.0, 0.0, 0.0, 0.0
-    can_copy = np.isfinite(copy_seconds)
-
-    for step in range(steps):
-        stall = 0.0
-        kind = 1 if is_decode[step] else 0
-        for point in range(layers + 1):
-            # Point 0 is before the first layer; point l + 1 is layer l.
-            layer = point - 1
-            request = step * layers + layer
-            begin_place, end_place = 0, 0
-            if layer >= 0:
-                time += layer_seconds[step]
-                begin_place, end_place = starts[request], starts[request + 1]
-                if waiting:
-                    head, waiting, link_free = _begin_copies(
-                        queue, issued, head, waiting, link_free, worked, time, request, False, step, kind, rule, capacity,
-                        num_experts, copy_seconds, state, arrival, pinned, guard, key, last, is_fetched, given_up, upcoming,
-                        wanted, popularity, slots, held, counts,
-                    )  # fmt: skip
-            routed, needed = time, time
-            pool = 0 if is_global else layer
-            for place in range(begin_place, end_place):
-                x = layer * num_experts + experts[place]
-                pinned[x] = request
-                counts[kind, layer, Count.REQUESTED.value] += 1
-                if rule == Rule.BELADY:
-                    upcoming[x] = next_use[place]
-                    key[x] = _rated(rule, key[x], last[x], popularity[x], upcoming[x])
-                if state[x] == PRESENT or state[x] == COMING:
-                    if state[x] == COMING and arrival[x] > time:
-                        counts[kind, layer, Count.LATE.value] += 1
-                        needed = max(needed, arrival[x])
-                    else:
-                        counts[kind, layer, Count.HIT.value] += 1
-                    # Pinned until its layer is done: it does not matter that it may still be on its way.
-                    state[x] = PRESENT
-                    if is_fetched[x]:
-                        is_fetched[x] = False
-                        counts[kind, layer, Count.USEFUL.value] += 1
-                else:
-                    counts[kind, layer, Count.MISS.value] += 1
-                    if given_up[x] == step:
-                        counts[kind, layer, Count.COLLISION.value] += 1
-                    state[x] = MISSED
-            for place in range(begin_place, end_place):
-                x = layer * num_experts + experts[place]
-                if state[x] != MISSED:
-                    continue
-                # By then, what is on its way is there, and may be given up.
-                begin = max(time, link_free)
-                link_free = begin + copy_seconds
-                needed = max(needed, link_free)
-                counts[kind, layer, Count.LOADS.value] += 1
-                slot = held[pool]
-                if slot < capacity:
-                    held[pool] += 1
-                else:
-                    slot = _victim(
-                        slots[pool], slot, rule, request, request + 1, begin, False, state, arrival, pinned, guard, key, last
-                    )
-                    if slot >= 0:
-                        out = slots[pool, slot]
-                        state[out] = ABSENT
-                        given_up[out] = step
-                        if is_fetched[out]:
-                            is_fetched[out] = False
-                            counts[kind, out // num_experts, Count.WASTED.value] += 1
-                    elif rule == Rule.BELADY:
-                        # Of a request that is larger than the cache, those stay that are needed first.
-                        for other in range(held[pool]):
-                            farthest = upcoming[slots[pool, slot]] if slot >= 0 else upcoming[x]
-                            if upcoming[slots[pool, other]] > farthest:
-                                slot = other
-                        if slot >= 0:
-                            state[slots[pool, slot]] = ABSENT
-                            counts[kind, layer, Count.STREAMED.value] += 1
-                if slot >= 0:
-                    slots[pool, slot] = x
-                    state[x] = PRESENT
-                    if rule == Rule.FIFO:
-                        key[x] = (request + 1) * _ORDER - 2 * (place - begin_place)
-                else:
-                    state[x] = ABSENT
-                    counts[kind, layer, Count.STREAMED.value] += 1
-            for place in range(begin_place, end_place):
-                x = layer * num_experts + experts[place]
-                upcoming[x] = next_use[place]
-                last[x] = (request + 1) * _ORDER - 2 * (place - begin_place)
-                if rule == Rule.LFU or rule == Rule.LFRU:
-                    key[x] += 1
-                key[x] = _rated(rule, key[x], last[x], popularity[x], upcoming[x])
-            # What is predicted here: known with the routing, acted on behind what the routing itself needed.
-            first, end = plan_starts[step * (layers + 1) + point], plan_starts[step * (layers + 1) + point + 1]
-            if can_copy and first < end:
-                predictor_free = max(predictor_free, routed) + predict_seconds * asking[step]
-                for entry in range(first, end):
-                    at_layer = plan_layers[entry] % layers
-                    x = at_layer * num_experts + plan_experts[entry]
-                    target = step * layers + plan_layers[entry]
-                    guard[x] = max(guard[x], target)
-                    if state[x] != ABSENT:
-                        continue
-                    if waiting == queue_limit:
-                        counts[kind, at_layer, Count.DROPPED.value] += 1
-                        continue
-                    place = (head + waiting) % queue_limit
-                    queue[place, 0], queue[place, 1], issued[place] = x, target, predictor_free
-                    state[x] = WAITING
-                    wanted[x] = target
-                    waiting += 1
-            if layer >= 0:
-                stall += needed - time
-                time = needed + max((end_place - begin_place) * per_expert, expert_floor[step])
-                worked = time
-                # While these experts are in use, none of them is given up.
-                if waiting:
-                    head, waiting, link_free = _begin_copies(
-                        queue, issued, head, waiting, link_free, 0.0, time, request, True, step, kind, rule, capacity,
-                        num_experts, copy_seconds, state, arrival, pinned, guard, key, last, is_fetched, given_up, upcoming,
-                        wanted, popularity, slots, held, counts,
-                    )  # fmt: skip
-        ends[step] = time
-        stalls[step] = stall
-    kind = 1 if is_decode[-1:].all() else 0
-    for place in range(waiting):
-        x, target = queue[(head + place) % queue_limit]
-        if state[x] == WAITING and wanted[x] == target:
-            counts[kind, x // num_experts, Count.DROPPED.value] += 1
-    for x in range(total):
-        if is_fetched[x]:
-            counts[kind, x // num_experts, Count.WASTED.value] += 1
-    return counts, ends, stalls
-
-
-@numba.njit(cache=True, nogil=True)
-def uses_ahead(
-    experts: npt.NDArray[np.int32], starts: npt.NDArray[np.int64], layers: int, num_experts: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The request that needs the same expert next, of each entry `[N]`, and of each numbered expert from the start."""
+def uses_ahead(experts: npt.NDArray[np.int32], starts: Integers, layers: int, num_experts: int) -> tuple[Integers, Integers]:
+    """The next request that chooses the same expert: for each entry `[N]`, and for each numbered expert from the start."""
     upcoming = np.full(layers * num_experts, NEVER, dtype=np.int64)
     found = np.empty(len(experts), dtype=np.int64)
     for request in range(len(starts) - 2, -1, -1):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
 from speculation.offload.costs import Costs
-from speculation.offload.kernel import Count, Rule, play, uses_ahead
+from speculation.offload.kernel import CLOCK, PREDICTION, Count, Limits, Rule, expert_records, play, uses_ahead
 from speculation.offload.plans import Plan, no_plan
 from speculation.offload.requests import Requests
 
@@ -125,30 +125,33 @@ def simulate(workload: Workload, setting: Setting, plan: Plan | None = None, cos
     if costs is not None:
         layer_seconds = np.maximum(costs.layer_seconds, tokens_S * costs.layer_token_seconds)
         expert_floor = tokens_S * costs.token_seconds
-    next_use, first_use = workload.ahead
+    next_use_N, first_use = workload.ahead
     counts_KLC, ends_S, stalls_S = play(
         requests.experts_N,
         requests.starts_R,
-        # Of a prompt's tokens at most the last one asks.
+        # At most one token of a prompt's piece, the last, makes predictions.
         np.where(requests.is_decode_S, requests.tokens_S, 1),
         requests.is_decode_S,
-        next_use,
-        first_use,
-        requests.layers,
-        requests.num_experts,
+        next_use_N,
         plan.starts_Q,
         plan.layers_N,
         plan.experts_N,
-        workload.popularity,
-        int(setting.policy),
-        setting.capacity,
-        setting.is_global,
-        setting.queue,
-        0.0 if costs is None else costs.copy_seconds,
         layer_seconds,
-        0.0 if costs is None else costs.expert_seconds,
         expert_floor,
+        0.0 if costs is None else costs.expert_seconds,
         0.0 if costs is None else setting.predict_seconds,
+        Limits(
+            rule=int(setting.policy),
+            capacity=setting.capacity,
+            layers=requests.layers,
+            num_experts=requests.num_experts,
+            is_global=setting.is_global,
+            copy_seconds=0.0 if costs is None else costs.copy_seconds,
+        ),
+        workload.popularity,
+        expert_records(first_use),
+        np.zeros(setting.queue, dtype=PREDICTION),
+        np.zeros(1, dtype=CLOCK),
     )
     is_endless = not np.isfinite(ends_S[-1:]).all()
     spans_S = np.diff(ends_S, prepend=0.0) if not is_endless else np.full(requests.steps, np.inf)
