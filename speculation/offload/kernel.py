@@ -217,9 +217,9 @@ def play(
         ends[step] = clock.now
         stalls[step] = stall
     for place in range(clock.waiting):
-        entry = queue[(clock.head + place) % len(queue)]
-        if experts[entry.expert].where == WAITING and experts[entry.expert].waits_for == entry.request:
-            counts[clock.kind, entry.expert // num_experts, Count.DROPPED.value] += 1
+        queued = queue[(clock.head + place) % len(queue)]
+        if experts[queued.expert].where == WAITING and experts[queued.expert].waits_for == queued.request:
+            counts[clock.kind, queued.expert // num_experts, Count.DROPPED.value] += 1
     for x in range(len(experts)):
         if experts[x].is_unused_prefetch:
             counts[clock.kind, x // num_experts, Count.WASTED.value] += 1
