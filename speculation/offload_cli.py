@@ -145,7 +145,7 @@ def replay(
     Example: specmoe replay traces/math --model gpt-oss-20b --predictor runs/math --cache-fraction .25
     """
     from speculation.offload.kernel import Rule
-    from speculation.offload.replay import here
+    from speculation.offload.replay import default_device
     from speculation.offload.replay_study import Replay, run_replay
 
     result = run_replay(
@@ -155,7 +155,7 @@ def replay(
             run=predictor,
             policy=Rule[policy.value.upper()],
             fraction=cache_fraction,
-            kind=here() if on is None else on.value,
+            kind=default_device() if on is None else on.value,
             model=model,
             precision=precision,
             expert_bytes=None if expert_mb is None else int(expert_mb * 1e6),

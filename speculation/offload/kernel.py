@@ -211,7 +211,8 @@ def play(
 
     experts, starts, is_decode: `Requests`. asking: predictions that each step makes at each point. next_use: of each entry of
     `experts`, the request that needs the same expert next; first_use: of each numbered expert; NEVER if none does. plan_*: a
-    `Plan`. popularity `[L * E]`: caches begin with the most popular experts, `capacity` per layer, or in all (is_global).
+    `PrefetchPlan`. popularity `[L * E]`: caches begin with the most popular experts, `capacity` per layer, or in all
+    (is_global).
     layer_seconds, expert_floor `[S]`: what is not experts, of each layer of a step, and the least that its experts take.
     per_expert: for each expert. copy_seconds: of an expert, not finite if nothing is ever copied. predict_seconds: of one
     prediction; they are made one after the other.

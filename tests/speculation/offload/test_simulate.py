@@ -14,7 +14,7 @@ from profiler.errors import SpecmoeError
 from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import Costs
 from speculation.offload.kernel import Count, Rule
-from speculation.offload.plans import Plan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
+from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests, requests_of
 from speculation.offload.simulate import Result, Setting, Workload, capacities, simulate
 from speculation.predictors.counting.previous_token import PreviousToken
@@ -47,7 +47,7 @@ def requests_from(steps: Steps, experts: int) -> Requests:
         tokens_N=np.arange(len(steps)),
         first_S=np.arange(len(steps) + 1),
         is_decode_S=np.ones(len(steps), dtype=np.bool_),
-        leads_N=np.ones(len(steps), dtype=np.bool_),
+        samples_next_N=np.ones(len(steps), dtype=np.bool_),
     )
 
 
@@ -56,12 +56,12 @@ def workload_from(steps: Steps, experts: int) -> Workload:
     return Workload(requests_from(steps, experts), np.tile(np.arange(experts, 0, -1.0), (len(steps[0]), 1)))
 
 
-def plan_from(requests: Requests, entries: dict[tuple[int, int], list[tuple[int, int]]]) -> Plan:
+def plan_from(requests: Requests, entries: dict[tuple[int, int], list[tuple[int, int]]]) -> PrefetchPlan:
     """entries: (step, layer after which it is known) -> (layer, expert) pairs."""
     points = requests.layers + 1
     lists = [entries.get((number // points, number % points - 1), []) for number in range(requests.steps * points)]
     flat = np.array([pair for pairs in lists for pair in pairs], dtype=np.int32).reshape(-1, 2)
-    return Plan(np.cumsum([0, *map(len, lists)]), flat[:, 0].copy(), flat[:, 1].copy())
+    return PrefetchPlan(np.cumsum([0, *map(len, lists)]), flat[:, 0].copy(), flat[:, 1].copy())
 
 
 def hits(workload: Workload, policy: Rule, capacity: int, **more: bool) -> int:
@@ -359,7 +359,7 @@ def test_predictions_are_made_one_after_the_other() -> None:
         workload.requests,
         tokens_N=np.arange(4),
         first_S=np.array([0, 2, 4]),
-        leads_N=np.ones(4, dtype=np.bool_),
+        samples_next_N=np.ones(4, dtype=np.bool_),
     )
     two = simulate(
         replace(workload, requests=both), Setting(Rule.LRU, 1, predict_seconds=1.5), plan, replace(COSTS, copy_seconds=0.5)
