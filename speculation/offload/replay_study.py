@@ -139,7 +139,8 @@ def sizes_of(wanted: Replay, shape: Shape) -> tuple[Costs, Sizes]:
     entry = find_entry(name)
     if entry is None and (wanted.expert_bytes is None or wanted.rest_bytes is None):
         raise SpecmoeError(
-            f"the sizes of {name} are unknown: name a registered model, or give the size of an expert and of the rest of a layer"
+            f"the sizes of {name} are unknown: name a registered model, or give the size of an expert and that of the rest "
+            "of a layer"
         )
     width = 2048 if entry is None else entry.hidden
     if entry is None:

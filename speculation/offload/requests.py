@@ -62,8 +62,8 @@ class Requests:
 def requests_of(routes: Routes, num_experts: int, *, batch: int = 1) -> Requests:
     """Schedule the problems of `routes` as continuous batching does, and list what each step requests.
 
-    A problem starts as soon as fewer than `batch` sequences are running. Its prompt is prefilled alone, in one step or in several
-    of `PREFILL_TOKENS`, before its sequence joins the others.
+    A problem starts as soon as fewer than `batch` sequences are running. Its prompt is prefilled alone, in one step or in
+    several of `PREFILL_TOKENS`, before its sequence joins the others.
 
     Args:
         routes: The tokens to schedule.
