@@ -66,7 +66,7 @@ def train(
         ),
     ] = Task.NEXT_LAYER,
     horizon: Annotated[
-        int, typer.Option(min=1, help="How many layers ahead to predict (next-token: how many tokens ahead).")
+        int, typer.Option(min=1, help="How many layers ahead to predict (next-token: tokens; whole-path: 1).")
     ] = 1,
     validation: Annotated[
         Path | None,

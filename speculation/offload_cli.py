@@ -78,7 +78,7 @@ def simulate(
     ] = None,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Also estimate for this machine, from measured transfers and expert computation."),
+        typer.Option("--measure", help="Estimate for this machine too, from measured transfers and expert computation."),
     ] = False,
     model: Annotated[
         str | None, typer.Option(help="Model whose sizes to use; 'specmoe models' lists them. Default: the trace's model.")
@@ -89,10 +89,14 @@ def simulate(
     ] = None,
     link: Annotated[
         float | None,
-        typer.Option(min=0, help="Bandwidth that large transfers to the GPU reach, in GB/s. Default: 80 % of PCIe's."),
+        typer.Option(min=0, help="Bandwidth that large transfers to the GPU reach, in GB/s. Default: 80 % of PCIe's peak."),
     ] = None,
     horizon: Annotated[
-        int, typer.Option(min=1, help="How many layers ahead popularity and oracle prefetch; runs have a horizon of their own.")
+        int,
+        typer.Option(
+            min=1,
+            help="Layers ahead that popularity, oracle and counting predictors prefetch; runs have their own horizon.",
+        ),
     ] = 1,
     experts: Annotated[
         int | None, typer.Option(min=1, help="Experts to prefetch per prediction and layer. Default: the model's top-k.")
