@@ -1,4 +1,4 @@
-"""Plans: who is asked for when, for every task, and what several tokens ask for together."""
+"""Plans: which experts are prefetched, and when, for every task; and how the predictions of several tokens are merged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def shape_of(task: Task, horizon: int = 1) -> Shape:
     return Shape(layers=2, experts=8, top_k=2, horizon=horizon, task=task)
 
 
-def test_the_oracle_asks_for_what_comes_over_the_ends_of_steps() -> None:
+def test_the_oracle_prefetches_across_the_ends_of_steps() -> None:
     routes = routes_of([(0, 2)])
     requests = requests_of(routes, 8)
     ids = routes.expert_ids_TLK.tolist()
@@ -47,7 +47,7 @@ def test_the_oracle_asks_for_what_comes_over_the_ends_of_steps() -> None:
         oracle_plan(requests, 3)
 
 
-def test_popularity_asks_for_the_same_at_every_step() -> None:
+def test_popularity_prefetches_the_same_at_every_step() -> None:
     requests = requests_of(routes_of([(0, 2)]), 8)
     plan = popularity_plan(np.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]]), 2, 1, requests)
     assert entries(plan, requests) == {(0, 0): [(1, 0), (1, 1)], (0, 1): [(2, 1), (2, 2)], (1, 0): [(1, 0), (1, 1)]}
@@ -61,7 +61,9 @@ def test_popularity_asks_for_the_same_at_every_step() -> None:
         (Task.NEXT_TOKEN, {(0, 1): [(2, 5), (2, 6), (3, 7)], (1, 1): [(2, 1), (3, 2), (3, 3)]}),
     ],
 )
-def test_each_task_asks_when_it_knows(task: Task, expected: dict[tuple[int, int], list[tuple[int, int]]]) -> None:
+def test_each_task_prefetches_as_soon_as_it_can_predict(
+    task: Task, expected: dict[tuple[int, int], list[tuple[int, int]]]
+) -> None:
     requests = requests_of(routes_of([(0, 2)]), 8)
     ids = np.array([[[[5, 6]], [[7, -1]]], [[[1, -1]], [[2, 3]]]], dtype=np.int32)
     best = RankedExperts(ids, np.where(ids >= 0, np.float32(0.5), np.float32(0)))

@@ -230,4 +230,4 @@ def test_replay(trace: Trace, run: Path, runner: CliRunner) -> None:
     # Hits without predictions do not depend on time: replayed and simulated they are the same.
     assert cases["lru"][4] == cases["lru"][5]
     missing = runner.invoke(app, ["replay", str(trace.path), "--on", "cpu"])
-    assert "the sizes of made are unknown: name a registered model, or give the size of an expert" in str(missing.exception)
+    assert "are unknown: name a registered model, or give the size of an expert" in str(missing.exception)
