@@ -274,7 +274,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
             shown.add_row(*row.values())
         console.print(shown)
     trained_on = evaluation.trained_on
-    what = f"Not held out (the run was trained on {trained_on} of them)" if trained_on else "Held out"
+    what = f"Not held out (the run was trained on {trained_on} of these problems)" if trained_on else "Held out"
     part = f"{evaluation.part} part of a split {evaluation.split}" if evaluation.part != "all" else "the whole trace"
     typer.echo(
         f"{what}: {evaluation.problems} problems, {evaluation.tokens:,} tokens; {part}. "

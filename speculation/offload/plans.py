@@ -80,9 +80,9 @@ def plan_of(best: RankedExperts, shape: Shape, requests: Requests) -> PrefetchPl
     - whole-path: before the first layer, for all layers.
     - next-token: after the last layer, for all layers of the next step; later steps are left out.
 
-    The probabilities of all tokens of a step are added up, and the experts with the largest sums come first. Only the experts
-    of decoded tokens are predicted: the tokens of a prompt pass each layer together, so the previous token's routes, which
-    predictors condition on, are not known in time.
+    Nearer layers come first. Within a layer, the probabilities of all tokens of a step are added up, and the experts with the
+    largest sums come first. Only the experts of decoded tokens are predicted: the tokens of a prompt pass each layer together,
+    so the previous token's routes, which predictors condition on, are not known in time.
     """
     layers, hops = shape.layers, shape.horizon
     point_LH = np.empty((layers, hops), dtype=np.int64)
@@ -114,7 +114,7 @@ def popularity_plan(
 def oracle_plan(requests: Requests, horizon: int) -> PrefetchPlan:
     """Plan to prefetch exactly what is requested, `horizon` layers ahead, also across the end of a step.
 
-    It is the upper bound for predictors with this horizon.
+    A perfect predictor with this horizon would prefetch the same.
     """
     return _plan_ahead(requests.experts_N, np.diff(requests.starts_R), horizon, requests.layers)
 
