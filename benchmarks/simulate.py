@@ -101,7 +101,7 @@ def first(requests: Requests, steps: int) -> Requests:
         tokens_N=requests.tokens_N[:tokens],
         first_S=requests.first_S[: steps + 1],
         is_decode_S=requests.is_decode_S[:steps],
-        leads_N=requests.leads_N[:tokens],
+        samples_next_N=requests.samples_next_N[:tokens],
     )
 
 
@@ -146,7 +146,7 @@ def made(steps: int) -> Requests:
         tokens_N=np.arange(steps),
         first_S=np.arange(steps + 1),
         is_decode_S=np.ones(steps, dtype=np.bool_),
-        leads_N=np.ones(steps, dtype=np.bool_),
+        samples_next_N=np.ones(steps, dtype=np.bool_),
     )
 
 

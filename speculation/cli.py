@@ -1,4 +1,4 @@
-"""Commands over predictors: train, evaluate, predictors."""
+"""The commands `train`, `evaluate` and `predictors`."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from profiler.trace.writer import write_text
 from speculation.data.tasks import Shape, Task
 
 if TYPE_CHECKING:
-    from speculation.evaluation.leaderboard import Row
+    from speculation.evaluation.leaderboard import LeaderboardRow
 
 app = typer.Typer()
 console = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
 # Between two lines of progress where there is no terminal.
-SAY_SECONDS = 10.0
-# gpt-oss-20b, for which sizes are told.
-SIZED = Shape(layers=24, experts=32, top_k=4, horizon=1)
+PROGRESS_SECONDS = 10.0
+# gpt-oss-20b: `specmoe predictors` lists the parameters that a predictor for it has.
+REFERENCE_SHAPE = Shape(layers=24, experts=32, top_k=4, horizon=1)
 
 
 class Precision(StrEnum):
-    """Mixed precision of training."""
+    """Mixed precision for training."""
 
     no = "no"
     bf16 = "bf16"
@@ -43,7 +43,7 @@ class Precision(StrEnum):
 
 
 class PartName(StrEnum):
-    """Parts of the split by name."""
+    """Parts of the split by problem."""
 
     test = "test"
     validation = "validation"
@@ -54,43 +54,76 @@ class PartName(StrEnum):
 @app.command()
 def train(
     trace: Annotated[Path, typer.Argument(help="A trace directory.")],
-    out: Annotated[Path, typer.Option(help="The run directory to make.")],
-    predictor: Annotated[str, typer.Option(help="See 'specmoe predictors'.")] = "recommended",
-    task: Annotated[Task, typer.Option(help="What is predicted from what.")] = Task.NEXT_LAYER,
-    horizon: Annotated[int, typer.Option(min=1, help="Layers (next-token: tokens) ahead, 1 to H.")] = 1,
+    out: Annotated[Path, typer.Option(help="The run directory to create.")],
+    predictor: Annotated[
+        str, typer.Option(help="Name of the predictor to train; 'specmoe predictors' lists them.")
+    ] = "recommended",
+    task: Annotated[
+        Task,
+        typer.Option(
+            help="What to predict. next-layer: a token's experts at the next layers, after each layer. next-token: the experts "
+            "of the next tokens at all layers. whole-path: a token's experts at all layers, before its first."
+        ),
+    ] = Task.NEXT_LAYER,
+    horizon: Annotated[
+        int, typer.Option(min=1, help="How many layers ahead to predict (next-token: tokens; whole-path: 1).")
+    ] = 1,
     validation: Annotated[
-        Path | None, typer.Option(help="Another trace to stop early on: then all of TRACE is trained on.")
+        Path | None,
+        typer.Option(
+            help="Another trace for early stopping; all of TRACE is then used for training. Default: TRACE's validation part."
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was cut off.")] = False,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training problems.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per step, each with all its layers.")] = None,
-    epoch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an epoch, drawn at random; default: all.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=1e-8)] = None,
-    weight_decay: Annotated[float | None, typer.Option(min=0)] = None,
-    dropout: Annotated[float | None, typer.Option(min=0, max=0.9)] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1, help="Steps per update of the weights.")] = None,
-    patience: Annotated[int | None, typer.Option(min=1, help="Epochs without better validation loss before stopping.")] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Default: what the device is good at.")] = None,
-    max_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after the epoch that exceeds this.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, max=8192, help="Of the network's states.")] = None,
-    context: Annotated[int | None, typer.Option(min=1, max=256, help="Tokens whose routes it sees in order.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted training in --out.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Maximum number of epochs.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per training step, each with all its layers.")] = None,
+    epoch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per epoch, drawn at random. Default: all training tokens.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=1e-8, help="Peak learning rate, after warm-up.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="Weight decay of AdamW.")] = None,
+    dropout: Annotated[float | None, typer.Option(min=0, max=0.9, help="Dropout probability.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(min=1, help="Gradient accumulation: training steps per update of the weights.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many epochs without a lower validation loss.")
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Mixed precision. Default: bf16 if the device computes in it, else no.")
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Time limit in seconds: training stops after the epoch that exceeds it.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, max=8192, help="Hidden size of the network.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, max=256, help="How many tokens' routes the network reads in order.")
+    ] = None,
     adaptive_context: Annotated[
-        bool, typer.Option("--adaptive-context", help="All of it only where the routing is uncertain, else two tokens.")
+        bool,
+        typer.Option(
+            "--adaptive-context", help="Read the whole context only where the routing is uncertain, elsewhere two tokens."
+        ),
     ] = False,
-    shared_layers: Annotated[bool, typer.Option("--shared-layers", help="One head for all layers, not one each.")] = False,
+    shared_layers: Annotated[
+        bool, typer.Option("--shared-layers", help="Share one output head among all layers, instead of one per layer.")
+    ] = False,
     router_inputs: Annotated[
-        bool, typer.Option("--router-inputs", help="Look at the router inputs too (mlp, hybrid, transformer).")
+        bool, typer.Option("--router-inputs", help="Also read recorded router inputs (mlp, hybrid, transformer).")
     ] = False,
     shards_per_group: Annotated[
-        int | None, typer.Option(min=1, help="Hold so many routing files at a time in memory; default: the whole trace.")
+        int | None,
+        typer.Option(min=1, help="Load this many routing files into memory at a time. Default: the whole trace at once."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Random seed.")] = None,
     push: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="Then upload the run to the Hugging Face hub as a model.")
+        str | None, typer.Option(metavar="USER/NAME", help="Upload the finished run to the Hugging Face hub as a model.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="With --push: make the model private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the uploaded model private (with --push).")] = False,
 ) -> None:
-    """Train an expert predictor on the training problems of a trace. Settings that are not given are the predictor's own.
+    """Train an expert predictor on the training problems of a trace.
+
+    Training settings that are left out take the predictor's own defaults.
 
     Example: specmoe train traces/math --predictor recommended --out runs/math
     """
@@ -118,7 +151,7 @@ def train(
     options = replace(find_predictor(predictor).defaults, **{name: value for name, value in given.items() if value is not None})
     other = None if validation is None else Trace.open(validation)
     if private and push is None:
-        raise typer.BadParameter("goes with --push", param_hint="--private")
+        raise typer.BadParameter("needs --push", param_hint="--private")
     print_run(
         train_with_progress(
             Trace.open(trace), predictor, out, task=task, horizon=horizon, validation=other, options=options, resume=resume
@@ -131,7 +164,7 @@ def train(
 
 
 def wait_passively() -> None:
-    """Have threads that wait for each other sleep instead of spin, if PyTorch is not loaded yet.
+    """Make OpenMP's waiting threads sleep instead of spin. It takes effect only before PyTorch is imported.
 
     OpenMP spins by default: as soon as another process takes a core, a step takes several times as long.
     """
@@ -139,17 +172,17 @@ def wait_passively() -> None:
 
 
 def train_with_progress(trace: Trace, predictor: str, out: Path, **settings: Any) -> Any:
-    """`speculation.training.fit.train` with a progress bar, or plain lines where there is no terminal."""
+    """Run `speculation.training.fit.train` with a progress bar, or with plain lines where there is no terminal."""
     wait_passively()
     from speculation.training.fit import train as run
 
     if not messages.is_terminal:
         messages.print(f"training {predictor} on {trace.path}")
-        said = [time.monotonic()]
+        last_printed = [time.monotonic()]
 
         def report(done: int, total: int, entry: dict[str, float]) -> None:
-            if done == 1 or time.monotonic() - said[0] > SAY_SECONDS or done == total:
-                said[0] = time.monotonic()
+            if done == 1 or time.monotonic() - last_printed[0] > PROGRESS_SECONDS or done == total:
+                last_printed[0] = time.monotonic()
                 messages.print(f"epoch {done} of {total}: {_losses(entry)}")
 
         return run(trace, predictor, out, on_progress=report, **settings)
@@ -164,7 +197,7 @@ def train_with_progress(trace: Trace, predictor: str, out: Path, **settings: Any
 
 
 def print_run(run: Any) -> None:
-    """The end of `train`, for people."""
+    """Print a summary of a trained run."""
     shape = run.predictor.shape
     facts = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
     typer.echo(
@@ -179,41 +212,49 @@ def _losses(entry: dict[str, float]) -> str:
 
 @app.command()
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories made by 'specmoe train'.")],
-    trace: Annotated[Path, typer.Option(help="The trace to judge it on.")],
-    part: Annotated[PartName, typer.Option(help="Part of the split by problem.")] = PartName.test,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every metric and breakdown of a run here.")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories that 'specmoe train' wrote.")],
+    trace: Annotated[Path, typer.Option(help="The trace to evaluate on.")],
+    part: Annotated[PartName, typer.Option(help="Which problems to evaluate on: a part of the split.")] = PartName.test,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all metrics and breakdowns to this file (a single run only).")
+    ] = None,
     leaderboard: Annotated[
-        Path | None, typer.Option(help="A folder for the runs side by side: a table (.md, .csv), a plot (.html), all metrics.")
+        Path | None,
+        typer.Option(
+            help="Write a comparison of all runs to this folder: tables (.md, .csv), a plot (.html) and all metrics (.json)."
+        ),
     ] = None,
 ) -> None:
-    """Judge predictors on held-out problems, beside chance, the baselines and a shuffled control.
+    """Evaluate trained predictors on held-out problems.
+
+    The results are compared with chance, with the baselines and with a shuffled control.
 
     Example: specmoe evaluate runs/math-mlp --trace traces/math --json math-mlp.json
 
     Example: specmoe evaluate runs/* --trace traces/math --leaderboard boards/math
     """
-    from speculation.evaluation.evaluate import evaluate as judge
+    from speculation.evaluation.evaluate import evaluate as evaluate_run
     from speculation.evaluation.leaderboard import write_leaderboard
     from speculation.training.runs import load_run
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise SpecmoeError(f"--json {json_file}: no such folder")
     if json_file is not None and len(runs) > 1:
-        raise SpecmoeError("--json is for one run: for several, --leaderboard writes leaderboard.json")
+        raise SpecmoeError("--json is for one run: use --leaderboard for several, it writes leaderboard.json")
     opened_runs = [load_run(run) for run in runs]
     opened = Trace.open(trace)
     documents: list[Evaluation] = []
-    judged: set[Any] = set()
+    evaluated_baselines: set[Any] = set()
     for loaded in opened_runs:
-        # Baselines of the same training problems and horizon are the same.
+        # Runs with the same training problems, task and horizon have the same baselines.
         fitted_on = (loaded.trace_sha256, loaded.trained_on.tobytes(), loaded.predictor.shape)
-        documents.append(judge(loaded, opened, part=part.value, with_baselines=leaderboard is None or fitted_on not in judged))
-        judged.add(fitted_on)
+        with_baselines = leaderboard is None or fitted_on not in evaluated_baselines
+        documents.append(evaluate_run(loaded, opened, part=part.value, with_baselines=with_baselines))
+        evaluated_baselines.add(fitted_on)
         if leaderboard is None:
             print_evaluation(documents[-1])
         else:
-            messages.print(f"judged {escape(str(loaded.path))}")
+            messages.print(f"evaluated {escape(str(loaded.path))}")
     if json_file is not None:
         write_text(json_file, documents[0].to_json())
     if leaderboard is not None:
@@ -222,45 +263,43 @@ def evaluate(
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """One table per horizon, with what the numbers mean."""
+    """Print a table per horizon, and what the numbers mean."""
     horizons = len(next(iter(evaluation.results.values())).metrics)
     for horizon in range(1, horizons + 1):
         rows = table(evaluation, horizon)
-        shown = Table(
-            box=None, title=f"{_predicted(evaluation.task, horizon)}, {escape(evaluation.model)}", title_justify="left"
-        )
+        shown = Table(box=None, title=f"{_target(evaluation.task, horizon)}, {escape(evaluation.model)}", title_justify="left")
         for column in rows[0]:
             shown.add_column(column, justify="left" if column == "predictor" else "right", no_wrap=True)
         for row in rows:
             shown.add_row(*row.values())
         console.print(shown)
     trained_on = evaluation.trained_on
-    what = f"Not held out (the run was trained on {trained_on} of them)" if trained_on else "Held out"
+    what = f"Not held out (the run was trained on {trained_on} of these problems)" if trained_on else "Held out"
     part = f"{evaluation.part} part of a split {evaluation.split}" if evaluation.part != "all" else "the whole trace"
     typer.echo(
         f"{what}: {evaluation.problems} problems, {evaluation.tokens:,} tokens; {part}. "
         "In brackets: 95 % interval over problems."
     )
-    for line in _apart(evaluation):
+    for line in _split_by_flags(evaluation):
         typer.echo(line)
     for caveat in evaluation.caveats:
         typer.echo(f"Note: {caveat}")
 
 
-def _apart(evaluation: Evaluation) -> list[str]:
-    """The predictor with and without the problems of each kind that the trace tells apart, such as looping answers."""
+def _split_by_flags(evaluation: Evaluation) -> list[str]:
+    """For every flag that the trace gives its problems, such as `looping`: the metrics without, and on, these problems."""
     result = evaluation.results[evaluation.predictor]
     k_name = result.recall_at_k_name
     lines = []
     for name, groups in result.groupings.items():
         if set(groups) == {"false", "true"} and all(groups.values()):
             without, only = (f"{groups[side][k_name]:.3f} (exact {groups[side]['exact']:.3f})" for side in ("false", "true"))
-            lines.append(f"{evaluation.predictor}, {k_name}: {without} without {name} problems, {only} on these.")
+            lines.append(f"{evaluation.predictor}, {k_name}: {without} without {name} problems, {only} on {name} ones only.")
     return lines
 
 
-def print_leaderboard(rows: list[Row], document: Evaluation) -> None:
-    """The table of `speculation.evaluation.leaderboard`, for people."""
+def print_leaderboard(rows: list[LeaderboardRow], document: Evaluation) -> None:
+    """Print the rows of `speculation.evaluation.leaderboard` as a table."""
     k_name = document.recall_at_k_name
     title = f"{document.task}, {escape(document.model)}; {document.problems} problems, {document.tokens:,} tokens"
     shown = Table(box=None, title=title, title_justify="left")
@@ -280,17 +319,17 @@ def print_leaderboard(rows: list[Row], document: Evaluation) -> None:
     console.print(shown)
 
 
-def _predicted(task: str, horizon: int) -> str:
+def _target(task: str, horizon: int) -> str:
     if task == Task.NEXT_LAYER:
-        return "Experts of the next layer" if horizon == 1 else f"Experts of {horizon} layers ahead"
+        return "Experts of the next layer" if horizon == 1 else f"Experts {horizon} layers ahead"
     if task == Task.NEXT_TOKEN:
-        return "Experts of the next token" if horizon == 1 else f"Experts of {horizon} tokens ahead"
-    return "Experts of a token, before any of its layers"
+        return "Experts of the next token" if horizon == 1 else f"Experts {horizon} tokens ahead"
+    return "Experts of a token at all layers, predicted before its first layer"
 
 
 @app.command()
 def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """List predictors by name.
+    """List the predictors: what each one is, what it conditions on, which tasks it has, and how large it is.
 
     Example: specmoe predictors
     """
@@ -303,17 +342,17 @@ def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JS
             "sees": cls.sees,
             "about": cls.about,
             "source": cls.source,
-            "parameters": cls.parameters_for(SIZED),
+            "parameters": cls.parameters_for(REFERENCE_SHAPE),
         }
         for name, cls in predictor_classes().items()
     ]
     if as_json:
         console.print_json(json.dumps(rows))
         return
+    shape = REFERENCE_SHAPE
+    reference = f"{shape.layers} MoE layers of {shape.experts} experts, top-{shape.top_k}, one layer ahead"
     for row in rows:
         typer.echo(f"{row['name']:<20} {row['about']}")
         typer.echo(f"{'':<20} sees {row['sees']}; predicts {', '.join(row['tasks'])}; {row['source']}")
-        size = "as many as the data needs" if row["parameters"] is None else f"{row['parameters']:,}"
-        typer.echo(
-            f"{'':<20} parameters: {size} for {SIZED.layers} layers of {SIZED.experts} experts, top-{SIZED.top_k}, h = 1"
-        )
+        size = "depends on the data" if row["parameters"] is None else f"{row['parameters']:,} for {reference}"
+        typer.echo(f"{'':<20} parameters: {size}")

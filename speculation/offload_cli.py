@@ -1,4 +1,4 @@
-"""Commands over offloading: simulate."""
+"""The commands `simulate` and `replay`: caches of offloaded experts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from profiler.trace.writer import write_text
 from speculation.cli import PartName
 
 app = typer.Typer()
+# The rows of each device that are no policy: without a cache, and with every expert in it.
 BOUNDS = ("on demand", "all resident")
 console = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
 
 
 class Policy(StrEnum):
-    """Which expert a full cache gives up."""
+    """Which expert a full cache evicts."""
 
     lru = "lru"
     lfu = "lfu"
@@ -43,40 +44,78 @@ def simulate(
         list[str] | None,
         typer.Option(
             metavar="NAME|RUN",
-            help="What is fetched ahead, several times if wanted: none, popularity, oracle, a counting predictor by name, or a "
-            "run of 'specmoe train'. Default: none and oracle.",
+            help="What to prefetch: none, popularity, oracle (exactly what is needed next), a counting predictor by name, or a "
+            "run directory of 'specmoe train'. May be repeated. Default: none and oracle.",
         ),
     ] = None,
-    policy: Annotated[list[Policy] | None, typer.Option(help="Several times if wanted. Default: lru, lfu and belady.")] = None,
-    cache_fraction: Annotated[
-        list[float] | None, typer.Option(help="Share of all experts that the cache holds. Default: .1, .25 and .5.")
+    policy: Annotated[
+        list[Policy] | None,
+        typer.Option(
+            help="Which expert a full cache evicts: the one used least recently (lru), used least often (lfu), with the fewest "
+            "uses per time since the last one (lfru), loaded first (fifo), used least in training (popularity), or needed last "
+            "(belady, which knows the future). May be repeated. Default: lru, lfu and belady."
+        ),
     ] = None,
-    cache_gb: Annotated[list[float] | None, typer.Option(help="... or GB, where the size of an expert is known.")] = None,
+    cache_fraction: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Cache size as a share of all experts. May be repeated. Default: .1, .25 and .5, or none with --cache-gb."
+        ),
+    ] = None,
+    cache_gb: Annotated[
+        list[float] | None,
+        typer.Option(help="Cache size in GB, for models whose expert size is known (see --model). May be repeated."),
+    ] = None,
     global_cache: Annotated[
-        bool, typer.Option("--global-cache", help="One cache for all layers, not the same for each.")
+        bool, typer.Option("--global-cache", help="Share one cache among all layers, instead of one of equal size per layer.")
     ] = False,
     device: Annotated[
-        list[str] | None, typer.Option(help="A GPU by name, several times if wanted. Default: RTX 4090. See 'specmoe models'.")
+        list[str] | None,
+        typer.Option(
+            help="GPU to estimate tokens per second for; 'specmoe models' lists them. May be repeated. Default: RTX 4090, or "
+            "none with --measure."
+        ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine's copies and products, and use these.")
+        bool,
+        typer.Option("--measure", help="Estimate for this machine too, from measured transfers and expert computation."),
     ] = False,
-    model: Annotated[str | None, typer.Option(help="Whose sizes; default: the trace's. See 'specmoe models'.")] = None,
-    precision: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}; default: as published.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model whose sizes to use; 'specmoe models' lists them. Default: the trace's model.")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help=f"Precision of the weights: {', '.join(PRECISIONS)}. Default: as the model was published."),
+    ] = None,
     link: Annotated[
-        float | None, typer.Option(min=0, help="GB/s to the device that large copies reach; default: 80 % of PCIe.")
+        float | None,
+        typer.Option(min=0, help="Bandwidth that large transfers to the GPU reach, in GB/s. Default: 80 % of PCIe's peak."),
     ] = None,
-    horizon: Annotated[int, typer.Option(min=1, help="Layers ahead, of popularity and the oracle; runs have their own.")] = 1,
+    horizon: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Layers ahead that popularity, oracle and counting predictors prefetch; runs have their own horizon.",
+        ),
+    ] = 1,
     experts: Annotated[
-        int | None, typer.Option(min=1, help="Experts fetched per prediction. Default: the model's top-k.")
+        int | None, typer.Option(min=1, help="Experts to prefetch per prediction and layer. Default: the model's top-k.")
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Fetch only what is at least as likely.")] = 0.0,
-    queue: Annotated[int, typer.Option(min=1, help="Predicted copies that may wait; further ones are dropped.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
-    part: Annotated[PartName, typer.Option(help="Part of the split by problem.")] = PartName.test,
-    out: Annotated[Path | None, typer.Option(help="A folder for simulation.json, .csv and a plot (.html).")] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Prefetch only experts with at least this predicted probability.")
+    ] = 0.0,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Prefetches that may wait for the interconnect; further ones are dropped.")
+    ] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded at the same time.")] = 1,
+    part: Annotated[PartName, typer.Option(help="Which problems to simulate: a part of the split.")] = PartName.test,
+    out: Annotated[
+        Path | None, typer.Option(help="Write simulation.json, simulation.csv and a plot (simulation.html) to this folder.")
+    ] = None,
 ) -> None:
-    """Replay a trace against a cache of experts: hit rates, and what prefetching makes of tokens per second.
+    """Simulate a cache of offloaded experts on a trace.
+
+    Counts hits, late and wasted prefetches, and estimates tokens per second with and without prefetching.
 
     Example: specmoe simulate traces/math --predictor none --predictor runs/math --predictor oracle --cache-fraction .25
 
@@ -114,7 +153,7 @@ def simulate(
 
 
 class On(StrEnum):
-    """Where to replay."""
+    """The device to replay on."""
 
     cuda = "cuda"
     cpu = "cpu"
@@ -124,28 +163,44 @@ class On(StrEnum):
 def replay(
     trace: Annotated[Path, typer.Argument(help="A trace directory.")],
     predictor: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="A run for next-layer, asked after every layer.")
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Run directory of a next-layer predictor, which predicts after every layer. Default: none."
+        ),
     ] = None,
-    policy: Annotated[Policy, typer.Option(help="Any but belady.")] = Policy.lru,
-    cache_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of all experts that the cache holds.")] = 0.25,
-    on: Annotated[On | None, typer.Option(help="Default: cuda where there is a GPU.")] = None,
-    model: Annotated[str | None, typer.Option(help="Whose sizes; default: the trace's. See 'specmoe models'.")] = None,
-    precision: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}; default: as published.")] = None,
-    expert_mb: Annotated[float | None, typer.Option(min=0.001, help="MB of an expert, instead of the model's.")] = None,
-    rest_mb: Annotated[float | None, typer.Option(min=0.001, help="MB of what is not experts, per layer.")] = None,
+    policy: Annotated[
+        Policy, typer.Option(help="Which expert a full cache evicts (see 'specmoe simulate --help'); any but belady.")
+    ] = Policy.lru,
+    cache_fraction: Annotated[float, typer.Option(min=0, max=1, help="Cache size as a share of all experts.")] = 0.25,
+    on: Annotated[On | None, typer.Option(help="Device to replay on. Default: cuda if there is a GPU, else cpu.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model whose sizes to use; 'specmoe models' lists them. Default: the trace's model.")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help=f"Precision of the weights: {', '.join(PRECISIONS)}. Default: as the model was published."),
+    ] = None,
+    expert_mb: Annotated[
+        float | None, typer.Option(min=0.001, help="Size of an expert in MB. Default: that of the model's experts.")
+    ] = None,
+    rest_mb: Annotated[
+        float | None, typer.Option(min=0.001, help="Size of a layer's other weights in MB. Default: that of the model's.")
+    ] = None,
     experts: Annotated[
-        int | None, typer.Option(min=1, help="Experts fetched per prediction. Default: the model's top-k.")
+        int | None, typer.Option(min=1, help="Experts to prefetch per prediction and layer. Default: the model's top-k.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many to replay.")] = 500,
-    part: Annotated[PartName, typer.Option(help="Part of the split by problem.")] = PartName.test,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to replay.")] = 500,
+    part: Annotated[PartName, typer.Option(help="Which problems to replay: a part of the split.")] = PartName.test,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
 ) -> None:
-    """Replay a trace with real copies and products of dummy experts, one token at a time, and compare with the simulation.
+    """Replay a trace with real transfers and GEMMs of dummy experts, and compare with the simulation.
+
+    Tokens are replayed one at a time: without a cache, with a cache and, if a run is given, with a cache and prefetching.
 
     Example: specmoe replay traces/math --model gpt-oss-20b --predictor runs/math --cache-fraction .25
     """
     from speculation.offload.kernel import Rule
-    from speculation.offload.replay import here
+    from speculation.offload.replay import default_device
     from speculation.offload.replay_study import Replay, run_replay
 
     result = run_replay(
@@ -155,7 +210,7 @@ def replay(
             run=predictor,
             policy=Rule[policy.value.upper()],
             fraction=cache_fraction,
-            kind=here() if on is None else on.value,
+            kind=default_device() if on is None else on.value,
             model=model,
             precision=precision,
             expert_bytes=None if expert_mb is None else int(expert_mb * 1e6),
@@ -183,7 +238,7 @@ def replay(
 
 
 def run_with_progress(study: Any, run: Any) -> dict[str, Any]:
-    """With a bar where there is a terminal."""
+    """Run a study, with a progress bar where there is a terminal."""
     if not messages.is_terminal:
         found: dict[str, Any] = run(study)
         return found
@@ -199,15 +254,15 @@ def run_with_progress(study: Any, run: Any) -> dict[str, Any]:
 
 
 def print_study(document: dict[str, Any]) -> None:
-    """A table for each device, hit rates and tokens per second by the size of the cache; the best, and what was assumed."""
+    """Print a table per device (hit rate and tokens/s by cache size), the fastest combinations, and what was assumed."""
     for device in document["devices"]:
         rows = [row for row in document["rows"] if row["device"] == device["name"]]
         is_timed = device["name"] is not None
         sizes = {row["capacity"]: row for row in rows if row["policy"] not in BOUNDS}
-        title = f"{escape(document['model'])}, {device['name'] or 'copies that take no time'}: hit rate"
+        title = f"{escape(document['model'])}, {device['name'] or 'transfers that take no time'}: hit rate"
         shown = Table(box=None, title=title + (", tokens/s" if is_timed else ""), title_justify="left")
         shown.add_column("policy", no_wrap=True)
-        shown.add_column("fetched ahead")
+        shown.add_column("prefetch")
         for row in sizes.values():
             size = f", {row['gigabytes']:.1f} GB" if is_timed else ""
             shown.add_column(f"{row['share']:.0%} ({row['capacity']}{size})", justify="right", no_wrap=True)
@@ -221,9 +276,9 @@ def print_study(document: dict[str, Any]) -> None:
         for row in document["best"]:
             if row["device"] == device["name"] and is_timed:
                 typer.echo(
-                    f"With {row['gigabytes']:.1f} GB for experts: {row['policy']} and {row['prefetch']}, "
+                    f"Fastest with {row['gigabytes']:.1f} GB of experts: {row['policy']}, prefetch {row['prefetch']}, "
                     f"{row['tokens_per_second']:.1f} tokens/s, {row['times_on_demand']:.1f} x on demand"
-                    + (f", {row['gain']:.2f} x the best that fetches nothing ahead" if row["gain"] else "")
+                    + (f", {row['gain']:.2f} x the fastest without prefetching" if row["gain"] else "")
                 )
         for line in device["assumptions"]:
             typer.echo(f"Assumed: {line}")

@@ -1,1 +1,1 @@
-"""How good predictors are, on problems that they were not trained on."""
+"""Evaluation of expert predictors on held-out problems: metrics, evaluations, leaderboards."""

@@ -1,4 +1,4 @@
-"""Judge predictors on problems that they were not trained on, beside chance, the baselines and a shuffled control."""
+"""Evaluate predictors on held-out problems, compared with chance, the baselines and a shuffled control."""
 
 from __future__ import annotations
 
@@ -23,29 +23,39 @@ from speculation.evaluation.metrics import DEFINITIONS, ConfidenceCounts, RankCo
 from speculation.predictors.base import Predictor
 from speculation.training.runs import Run, count_parameters, manifest_sha256
 
-# Bytes of the probabilities of one chunk of tokens.
+# Bounds the memory of one chunk of predicted probabilities.
 CHUNK_BYTES = 32 << 20
 # Lower ends of the reported ranges of positions in the sequence.
 POSITION_STARTS = (0, 16, 64, 256, 1024)
 PHASES = ("prefill", "decode")
-BOOTSTRAPS = 1000
+BOOTSTRAP_SAMPLES = 1000
 TIMED_TOKENS = 12
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A way to group tokens: group_T `[T]`, the number of each token's group; -1 is in none."""
+    """A grouping of tokens: the names of the groups, and `group_T` `[T]`, the index of each token's group or -1 for none."""
 
     names: tuple[str, ...]
     group_T: npt.NDArray[np.int64]
 
 
 def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_baselines: bool = True) -> Evaluation:
-    """Evaluate the run's predictor and its baselines on one part of the split of `trace`.
+    """Evaluate a run's predictor and its baselines on one part of a trace's split.
 
-    The shuffled control scores the predictor against the routes of other, randomly chosen tokens at the same layer: it
-    must fall to popularity or below, or the evaluation leaks. with_baselines: judge those too. Raises `TraceError` if the
-    trace's model has another shape, or if it cannot be told which of its problems the run was trained on.
+    The shuffled control scores the predictions against the routes of other, randomly chosen tokens at the same layer. It must
+    fall to popularity or below; otherwise the evaluation leaks.
+
+    Args:
+        run: A trained run.
+        trace: The trace to evaluate on.
+        part: Part of the split by problem: `test`, `validation`, `train` or `all`.
+        seed: Random seed of the shuffled control.
+        with_baselines: Also evaluate the run's baselines.
+
+    Raises:
+        TraceError: The trace's model has other sizes than the run's, or the trace does not say which of its problems the run
+            was trained on.
     """
     shape = run.predictor.shape
     check_run(run, trace)
@@ -53,8 +63,8 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
     groups = token_groups(trace, routes)
     predictors = {name: baseline for name, baseline in run.baselines.items() if with_baselines and name != run.name}
     predictors[run.name] = run.predictor
-    results = {name: judge(predictor, routes, groups) for name, predictor in predictors.items()}
-    results[f"{run.name}, shuffled control"] = judge(run.predictor, shuffled(routes, seed), groups, routes)
+    results = {name: evaluate_predictor(predictor, routes, groups) for name, predictor in predictors.items()}
+    results[f"{run.name}, shuffled control"] = evaluate_predictor(run.predictor, shuffled(routes, seed), groups, routes)
     return Evaluation(
         run=run.path.name,
         predictor=run.name,
@@ -75,8 +85,12 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
 
 
 def check_run(run: Run, trace: Trace) -> None:
-    """Raise `TraceError` if the trace's model has another shape than the run's, or if their splits cannot be compared: prompts
-    can be, everywhere; numbers of problems within one trace only.
+    """Check that a run can be evaluated on a trace.
+
+    Splits by prompt are comparable between traces. Splits by problem id or source key are comparable only within one trace.
+
+    Raises:
+        TraceError: The trace's model has other sizes than the run's, or their splits are not comparable.
     """
     shape = run.predictor.shape
     if Shape.of(trace.metadata.model, shape.horizon, shape.task) != shape:
@@ -84,14 +98,14 @@ def check_run(run: Run, trace: Trace) -> None:
     if split_key(trace) != run.split:
         raise TraceError(
             f"{run.path} was trained on a split by {run.split}, and {trace.path} can only be split by {split_key(trace)}: "
-            "training problems could not be told apart"
+            "which of its problems are training problems is unknown"
         )
     if run.split in {"problem id", "source key"} and manifest_sha256(trace) != run.trace_sha256:
-        raise TraceError(f"{trace.path} has no prompts and is not the trace that {run.path} was trained on: expected that one")
+        raise TraceError(f"{trace.path} has no prompts and is not the trace that {run.path} was trained on: use that one")
 
 
 def token_groups(trace: Trace, routes: Routes) -> dict[str, Groups]:
-    """By phase, position and dataset, and by every true-or-false column of `problems.parquet` (such as `looping`)."""
+    """Group tokens by phase, position, dataset, and every boolean column of `problems.parquet`, such as `looping`."""
     position_T = np.searchsorted(POSITION_STARTS, routes.token_ids_T, side="right") - 1
     groups = {
         "phase": Groups(PHASES, routes.is_decode_T.astype(np.int64)),
@@ -112,10 +126,17 @@ def token_groups(trace: Trace, routes: Routes) -> dict[str, Groups]:
     return groups
 
 
-def judge(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: Routes | None = None) -> Result:
-    """Every metric of one predictor by horizon (`h=1`, ...), and breakdowns.
+def evaluate_predictor(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: Routes | None = None) -> Result:
+    """Compute all metrics of one predictor by horizon (`h=1`, ...), and its breakdowns.
 
-    seen: what the predictor is shown, if that differs from the truth (the shuffled control).
+    Args:
+        predictor: A fitted predictor.
+        truth: Routes to predict.
+        groups: Groupings of the tokens of `truth`, by name.
+        seen: Routes that the predictor conditions on. Default: `truth`. For the shuffled control, they differ.
+
+    Raises:
+        SpecmoeError: A predicted probability is not finite.
     """
     shape, seen = predictor.shape, seen or truth
     experts, top_k = shape.experts, shape.top_k
@@ -131,7 +152,7 @@ def judge(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: 
             scores_NE = probabilities_TLHE[token_N, layer_N, hop - 1]
             if not np.isfinite(scores_NE).all():
                 raise SpecmoeError(
-                    f"{predictor.name} predicts what is no number: it was trained on something else, or diverged"
+                    f"{predictor.name} predicts NaN or infinity: its training diverged, or its inputs differ from training"
                 )
             true_NK = true.ids_TLK[token_N, layer_N]
             ranks_NK = true_ranks(scores_NE, true_NK)
@@ -168,7 +189,7 @@ def judge(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: 
 
 
 def predictions(predictor: Predictor, routes: Routes) -> Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-    """Indices of tokens `[T]` and their probabilities `[T, L, H, E]`, chunk by chunk."""
+    """Predict chunk by chunk: yields the indices of tokens `[T]` and their probabilities `[T, L, H, E]`."""
     shape = predictor.shape
     size = max(1, CHUNK_BYTES // (4 * shape.layers * shape.horizon * shape.experts))
     for start in range(0, len(routes), size):
@@ -177,18 +198,22 @@ def predictions(predictor: Predictor, routes: Routes) -> Iterable[tuple[npt.NDAr
 
 
 def _bootstrap(sums_4P: npt.NDArray[np.float64], top_k: int) -> dict[str, tuple[float, float]]:
-    """95 % intervals, resampling problems with replacement. sums: of found shares, first hits, exact sets, and examples."""
+    """Bootstrap 95 % intervals by resampling problems with replacement.
+
+    sums_4P: for each problem, the sums of recall@K, top-1 and exact over its examples, and the number of examples.
+    """
     random = np.random.default_rng(0)
     problems = sums_4P.shape[1]
-    drawn_4B = np.stack([sums_4P[:, random.integers(problems, size=problems)].sum(1) for _ in range(BOOTSTRAPS)], axis=1)
+    drawn_4B = np.stack([sums_4P[:, random.integers(problems, size=problems)].sum(1) for _ in range(BOOTSTRAP_SAMPLES)], axis=1)
     low_3, high_3 = np.quantile(drawn_4B[:3] / np.maximum(drawn_4B[3], 1), [0.025, 0.975], axis=1).tolist()
     return dict(zip((f"recall@{top_k}", "top-1", "exact"), zip(low_3, high_3, strict=True), strict=True))
 
 
 def microseconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
-    """Mean time of `predict`, and `begin` of the history, for one token at one layer: batch 1, one CPU thread (or the GPU).
+    """Time of one prediction for one token at one layer, in microseconds: batch size 1, on one CPU thread or on the GPU.
 
-    Tasks about all layers at once: of one call over L. Over the first tokens of the longest stretch; a first call is not timed.
+    It is a mean over the first tokens of the longest unbroken sequence, without the first one, if there are others. It covers
+    `predict` and the history's `begin`. For tasks that predict all layers at once, the time of a call is divided by L.
     """
     import torch
 
@@ -205,7 +230,7 @@ def _seconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
     shape = predictor.shape
     first = int(routes.first_T[np.argmax(np.arange(len(routes)) - routes.first_T)])
     history = History(shape, int(routes.token_ids_T[first]))
-    made, seconds = 0, 0.0
+    predicted, seconds = 0, 0.0
     for token in range(first, min(first + TIMED_TOKENS, len(routes))):
         if routes.first_T[token] != first:
             break
@@ -216,16 +241,16 @@ def _seconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
         for layer in range(shape.layers):
             if shape.task == Task.WHOLE_PATH and layer == 0:
                 took += _time_of(predictor, history)
-            given = None if routes.router is None else routes.router.hidden_TLD[token, layer]
-            history.add(routes.expert_ids_TLK[token, layer], routes.weights_TLK[token, layer], given)
-            is_asked = layer < shape.layers - 1 if shape.task == Task.NEXT_LAYER else layer == shape.layers - 1
-            if is_asked and shape.task != Task.WHOLE_PATH:
+            router_input = None if routes.router is None else routes.router.hidden_TLD[token, layer]
+            history.add(routes.expert_ids_TLK[token, layer], routes.weights_TLK[token, layer], router_input)
+            can_predict = layer < shape.layers - 1 if shape.task == Task.NEXT_LAYER else layer == shape.layers - 1
+            if can_predict and shape.task != Task.WHOLE_PATH:
                 took += _time_of(predictor, history)
         is_only = token + 1 == len(routes) or routes.first_T[token + 1] != first
         if token > first or is_only:
-            made += shape.layers - (shape.task == Task.NEXT_LAYER)
+            predicted += shape.layers - (shape.task == Task.NEXT_LAYER)
             seconds += took
-    return seconds / max(made, 1)
+    return seconds / max(predicted, 1)
 
 
 def _time_of(predictor: Predictor, history: History) -> float:
@@ -235,7 +260,7 @@ def _time_of(predictor: Predictor, history: History) -> float:
 
 
 def shuffled(routes: Routes, seed: int) -> Routes:
-    """The same tokens with, layer by layer, the experts of other tokens."""
+    """The same tokens with the experts of other tokens, permuted separately at every layer."""
     random = np.random.default_rng(seed)
     layers = range(routes.expert_ids_TLK.shape[1])
     ids_TLK = np.stack([routes.expert_ids_TLK[random.permutation(len(routes)), layer] for layer in layers], axis=1)

@@ -1,4 +1,4 @@
-"""Evaluations of several runs in one table and one plot."""
+"""Leaderboards: the evaluations of several runs in one table and one plot."""
 
 from __future__ import annotations
 
@@ -15,10 +15,23 @@ from profiler.trace.writer import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A predictor at a horizon. recall: at K, with its 95 % interval; control: that of its shuffled control.
+class LeaderboardRow:
+    """A predictor at a horizon.
 
-    without_looping: recall on tokens of answers that did not fall into repetition, if the trace says which did.
+    Attributes:
+        run: Name of the run, or of the baseline.
+        predictor: Name of the predictor.
+        horizon: h, how far ahead it predicts.
+        recall: recall@K.
+        low, high: The 95 % interval of `recall`.
+        top_1: Share of predictions whose first expert is the strongest true one.
+        exact: Share of predictions whose top K are the true set.
+        without_looping: recall@K on problems whose output does not loop, if the trace has that column; for h = 1 only.
+        control: recall@K of the predictor's shuffled control; None for baselines.
+        parameters: Learned numbers.
+        bytes: Size of the stored arrays.
+        microseconds_per_prediction: Time of one prediction for one token at one layer.
+        train_seconds: Training time; None for baselines, or if unknown.
     """
 
     run: str
@@ -37,17 +50,18 @@ class Row:
     train_seconds: float | None
 
 
-# What must be the same for two evaluations to stand in one table.
+# Fields that must be equal for two evaluations to be comparable.
 COMPARED = ("task", "trace", "model", "split", "part", "problems", "tokens", "chance")
 LOOPING = "looping"
-# Columns of the CSV file whose names are no Python names.
+# Columns of the CSV file whose names are not valid Python names.
 COLUMNS = {"top_1": "top-1"}
 
 
-def leaderboard_rows(documents: list[Evaluation]) -> list[Row]:
-    """A row per predictor and horizon, best recall first; baselines that several evaluations have are there once.
+def leaderboard_rows(documents: list[Evaluation]) -> list[LeaderboardRow]:
+    """List a row per predictor and horizon, by horizon, best recall first. A baseline of several evaluations is listed once.
 
-    Raises `SpecmoeError` if the evaluations are not of the same data and task.
+    Raises:
+        SpecmoeError: There are no evaluations, they differ in task or data, or two rows would have the same name.
     """
     if not documents:
         raise SpecmoeError("a leaderboard needs at least one run")
@@ -63,7 +77,7 @@ def leaderboard_rows(documents: list[Evaluation]) -> list[Row]:
     for name in runs:
         if runs.count(name) > 1 or (name in taken and documents[runs.index(name)].predictor != name):
             raise SpecmoeError(f"two rows of the leaderboard would be called {name!r}: rename a run's folder")
-    rows: dict[tuple[str, int], Row] = {}
+    rows: dict[tuple[str, int], LeaderboardRow] = {}
     for document in documents:
         for name, result in document.results.items():
             if name.endswith(CONTROL):
@@ -73,19 +87,19 @@ def leaderboard_rows(documents: list[Evaluation]) -> list[Row]:
             control = document.results.get(f"{name}, {CONTROL}")
             for horizon, metrics in result.metrics.items():
                 number = int(horizon.removeprefix("h="))
-                # Nothing so far ahead in these tokens: no metrics.
+                # There are no metrics if no token has another one that far ahead.
                 if metrics and (own or (label, number) not in rows):
                     rows[label, number] = _row(document, result, label, number, control if own else None, own)
     return sorted(rows.values(), key=lambda row: (row.horizon, -row.recall))
 
 
-def _row(document: Evaluation, result: Result, label: str, horizon: int, control: Result | None, own: bool) -> Row:
+def _row(document: Evaluation, result: Result, label: str, horizon: int, control: Result | None, own: bool) -> LeaderboardRow:
     k_name = result.recall_at_k_name
     metrics = result.metrics[f"h={horizon}"]
     low, high = result.intervals[f"h={horizon}"][k_name]
-    apart = result.groupings.get(LOOPING, {}).get("false", {}) if horizon == 1 else {}
-    of_control = control.metrics.get(f"h={horizon}") if control is not None else None
-    return Row(
+    without_looping = result.groupings.get(LOOPING, {}).get("false", {}) if horizon == 1 else {}
+    control_metrics = control.metrics.get(f"h={horizon}") if control is not None else None
+    return LeaderboardRow(
         run=label,
         predictor=document.predictor if own else label,
         horizon=horizon,
@@ -94,8 +108,8 @@ def _row(document: Evaluation, result: Result, label: str, horizon: int, control
         high=high,
         top_1=metrics["top-1"],
         exact=metrics["exact"],
-        without_looping=apart.get(k_name),
-        control=of_control[k_name] if of_control else None,
+        without_looping=without_looping.get(k_name),
+        control=control_metrics[k_name] if control_metrics else None,
         parameters=result.parameters,
         bytes=result.bytes,
         microseconds_per_prediction=result.microseconds_per_prediction,
@@ -103,8 +117,8 @@ def _row(document: Evaluation, result: Result, label: str, horizon: int, control
     )
 
 
-def write_leaderboard(documents: list[Evaluation], out: Path) -> list[Row]:
-    """Write `leaderboard.md`, `.csv`, `.json` (the evaluations) and `.html` (a plot that opens offline) into a folder."""
+def write_leaderboard(documents: list[Evaluation], out: Path) -> list[LeaderboardRow]:
+    """Write `leaderboard.md`, `.csv`, `.json` (the evaluations) and `.html` (a plot that opens offline) to a folder."""
     rows = leaderboard_rows(documents)
     out.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -122,16 +136,16 @@ def write_leaderboard(documents: list[Evaluation], out: Path) -> list[Row]:
     return rows
 
 
-def as_markdown(documents: list[Evaluation], rows: list[Row]) -> str:
-    """The table, under a line on what was judged how."""
+def as_markdown(documents: list[Evaluation], rows: list[LeaderboardRow]) -> str:
+    """The table in Markdown, below a line that says how the runs were evaluated."""
     first = documents[0]
     k_name = first.recall_at_k_name
     trained_on = max(document.trained_on for document in documents)
-    held_out = "held out" if not trained_on else f"NOT held out: up to {trained_on} problems were trained on"
+    held_out = "held out" if not trained_on else f"NOT held out: runs were trained on up to {trained_on} of these problems"
     head = (
         f"{first.task}, {first.model}, {first.problems} problems, {first.tokens:,} tokens of {first.trace}, "
         f"{held_out}. Chance: {k_name} {first.chance[k_name]:.3f}, exact {first.chance['exact']:.2g}. "
-        "µs: of one prediction (one token at one layer), one at a time, one CPU thread.\n"
+        "µs: time of one prediction (one token at one layer), batch size 1, one CPU thread.\n"
     )
     columns = ["run", "h", k_name, "top-1", "exact", "without looping", "control", "parameters", "MB", "µs", "training"]
     lines = [head, "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -153,8 +167,8 @@ def as_markdown(documents: list[Evaluation], rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(documents: list[Evaluation], rows: list[Row]) -> str:
-    """A page: recall@K of the nearest horizon with its interval, a line per run, beside its shuffled control and chance."""
+def plot(documents: list[Evaluation], rows: list[LeaderboardRow]) -> str:
+    """An HTML page with a plot: for every run recall@K one step ahead with its interval, its shuffled control, and chance."""
     import plotly.graph_objects as go
 
     first = documents[0]
@@ -171,7 +185,7 @@ def plot(documents: list[Evaluation], rows: list[Row]) -> str:
         y=[label for _, label in controls],
         mode="markers",
         marker={"symbol": "line-ns-open", "size": 12, "color": "#777777"},
-        name="its shuffled control",
+        name="shuffled control of the run",
         hovertemplate="%{y}, shuffled control: %{x:.3f}<extra></extra>",
     )
     figure.add_scatter(

@@ -1,7 +1,7 @@
-"""Metrics of expert prediction, from the ranks that a predictor gives to the true experts.
+"""Metrics of expert prediction, computed from the ranks that a predictor gives to the true experts.
 
-Counts are summed over examples and only then divided, so parts can be added before a ratio is taken. N examples, K true
-experts, E experts; rank 0 is the expert with the highest score.
+Counts are summed over examples and only then divided, so the counts of parts can be added before a ratio is taken. There are N
+examples, E experts, and K true experts per example. Rank 0 is the expert with the highest score.
 """
 
 from __future__ import annotations
@@ -26,17 +26,22 @@ DEFINITIONS = {
     "exact": "the top K are the true set",
     "any": "at least one of the top K is true",
     "coverage@m": "all K true experts are among the top m",
-    "chance": "expected value of a uniformly random ranking",
+    "chance": "expected value for a uniformly random ranking",
     "calibration_error": "mean |predicted probability - observed frequency| in 20 equal bins of probability, weighted by count",
-    "breakdowns": "by_phase and other groups (of the predicted token), calibration, precision_by_coverage: of horizon 1",
-    "intervals": "95 %, by resampling problems with replacement 1,000 times",
-    "precision_by_coverage": "for thresholds of confidence (mean probability of the top K): the fraction of examples kept and "
-    "the recall@K among them",
+    "breakdowns": "by_phase and other groups (of the predicted token), calibration, precision_by_coverage: for horizon 1 only",
+    "intervals": "95 % bootstrap intervals: problems resampled with replacement 1,000 times",
+    "precision_by_coverage": "for thresholds of confidence (mean probability of the top K): the fraction of examples at or "
+    "above the threshold, and their recall@K",
 }
 
 
 def true_ranks(scores_NE: npt.NDArray[np.floating[Any]], true_NK: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Rank `[N, K]` of each true expert; equal scores rank by expert id."""
+    """Ranks `[N, K]` of the true experts `true_NK` among the scores `[N, E]`; equal scores rank by expert id.
+
+    Example:
+        >>> true_ranks(np.array([[0.1, 0.7, 0.2]]), np.array([[1, 0]])).tolist()
+        [[0, 2]]
+    """
     ranks_NK = np.empty(true_NK.shape, dtype=np.int64)
     _count_better(np.ascontiguousarray(scores_NE), true_NK, ranks_NK)
     return ranks_NK
@@ -56,8 +61,16 @@ def _count_better(scores_NE: npt.NDArray[np.floating[Any]], true_NK: npt.NDArray
 
 
 class RankCounts:
-    """How often each rank occurred, in each of G groups `[G, E]`: of any true expert, of the strongest, of the best-ranked and
-    of the worst-ranked one.
+    """Histograms of ranks `[G, E]`, for each of G groups of examples.
+
+    Attributes:
+        num_experts: E.
+        top_k: K.
+        examples: `[G]`, number of examples.
+        every: Ranks of all true experts.
+        strongest: Ranks of the true expert with the largest routing weight.
+        best: Ranks of the best-ranked true expert.
+        worst: Ranks of the worst-ranked true expert.
     """
 
     def __init__(self, num_experts: int, top_k: int, groups: int = 1) -> None:
@@ -66,7 +79,12 @@ class RankCounts:
         self.every, self.strongest, self.best, self.worst = (np.zeros((groups, num_experts), dtype=np.int64) for _ in range(4))
 
     def add(self, ranks_NK: npt.NDArray[np.int64], group_N: npt.NDArray[np.integer[Any]] | int = 0) -> None:
-        """Count ranks as `true_ranks` returns them, the strongest true expert first; group_N: of each example."""
+        """Count ranks.
+
+        Args:
+            ranks_NK: Ranks from `true_ranks`, those of the strongest true expert first.
+            group_N: The group of each example, or one group for all.
+        """
         group_N = np.broadcast_to(np.asarray(group_N, dtype=np.int64), len(ranks_NK))
         self.examples += np.bincount(group_N, minlength=len(self.examples))
 
@@ -85,7 +103,7 @@ class RankCounts:
             getattr(self, name).__iadd__(getattr(other, name))
 
     def metrics(self, group: int | None = None) -> dict[str, float]:
-        """Every metric by name, e.g. `recall@2`, of one group or of all together; empty without examples."""
+        """All metrics by name, such as `recall@2`, for one group or for all together; empty if there are no examples."""
         chosen = slice(None) if group is None else slice(group, group + 1)
         n, k = int(self.examples[chosen].sum()), self.top_k
         if not n:
@@ -102,12 +120,12 @@ class RankCounts:
 
 
 def evaluated_m(num_experts: int, top_k: int) -> list[int]:
-    """The m for which metrics are reported: K, K+2, K+4, 2K and 1, 3, 5, 10, 20, up to E."""
+    """The m for which metrics are reported: K, K+2, K+4, 2K, 1, 3, 5, 10 and 20, as far as they do not exceed E."""
     return sorted({m for m in (top_k, top_k + 2, top_k + 4, 2 * top_k, *FIXED_M) if m <= num_experts})
 
 
 def chance(num_experts: int, top_k: int) -> dict[str, float]:
-    """What a uniformly random ranking scores on average, under the names of `RankCounts.metrics`."""
+    """Expected metrics of a uniformly random ranking, with the names of `RankCounts.metrics`."""
     e, k = num_experts, top_k
     result = {f"recall@{m}": m / e for m in evaluated_m(e, k)}
     result["top-1"] = 1 / e
@@ -120,7 +138,7 @@ def chance(num_experts: int, top_k: int) -> dict[str, float]:
 
 @dataclass
 class ConfidenceCounts:
-    """Sums per bin for calibration (over all N x E probabilities) and confidence filtering (over examples)."""
+    """Sums per bin of probability: for calibration over all N x E probabilities, for confidence filtering over examples."""
 
     bin_probability: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(CONFIDENCE_BINS))
     bin_true: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(CONFIDENCE_BINS))
@@ -134,7 +152,13 @@ class ConfidenceCounts:
         true_NK: npt.NDArray[Any],
         ranks_NK: npt.NDArray[np.int64],
     ) -> None:
-        """Count examples: probabilities that an expert is in the true set, the true experts and their ranks."""
+        """Count examples.
+
+        Args:
+            probabilities_NE: Predicted probability that an expert is among the K true ones.
+            true_NK: True experts.
+            ranks_NK: Their ranks, from `true_ranks`.
+        """
         k = true_NK.shape[1]
         bins = _bins(probabilities_NE).reshape(-1)
         is_true_NE = np.zeros(probabilities_NE.shape, dtype=np.float64)
@@ -148,11 +172,11 @@ class ConfidenceCounts:
         self.confident_hits += np.bincount(confidence_bins, (ranks_NK < k).mean(1), CONFIDENCE_BINS)
 
     def calibration_error(self) -> float:
-        """Expected calibration error (Naeini et al., 2015) of membership probabilities."""
+        """Expected calibration error (Naeini et al., 2015) of the predicted probabilities."""
         return float(np.abs(self.bin_probability - self.bin_true).sum() / max(self.bin_count.sum(), 1))
 
     def precision_by_coverage(self) -> list[dict[str, float]]:
-        """From the lowest threshold (all examples) up: threshold, fraction of examples kept, recall@K among them."""
+        """The threshold, the fraction of examples at or above it, and their recall@K, from the lowest threshold up."""
         kept = self.confident_examples[::-1].cumsum()[::-1]
         hits = self.confident_hits[::-1].cumsum()[::-1]
         return [

@@ -1,5 +1,9 @@
-"""What a prediction is worth when experts do not fit: caches, prefetching, and an estimate of tokens per second.
+"""Offloaded experts: simulated caches, prefetching, and estimated tokens per second.
 
-`requests` turns a trace into what a device asks for, `plans` a predictor into what is fetched ahead, `costs` a model and a
-device into seconds; `kernel` plays it all, event by event; `simulate` is the way in.
+- `requests`: which experts each layer of each step needs, from a trace.
+- `plans`: which experts are prefetched, and when, from a predictor.
+- `costs`: the seconds that transfers and computation take, from a model and a device.
+- `kernel`: the compiled, event-by-event simulation. `simulate` is its entry point.
+- `sweep`, `study`: many simulations of one trace, and what `specmoe simulate` writes.
+- `devices`, `replay`, `replay_study`: the same tokens with real transfers and GEMMs of dummy experts.
 """

@@ -1,4 +1,7 @@
-"""What a step costs in seconds: bytes of experts, a link, a device. Every figure that is assumed says where it is from."""
+"""The seconds that a step takes, from the bytes of an expert, the interconnect and the device.
+
+Every assumed figure is named in `Costs.assumptions`, with its source.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,29 @@ from profiler.errors import SpecmoeError
 from profiler.models.gpus import Gpu
 from profiler.models.registry import MODELS, PRECISIONS, ModelEntry
 
-# Of a link's and a memory's data sheet figure, what large copies and matrix products reach; assumed.
+# The shares of the data sheet's figures that large transfers and GEMMs reach: interconnect, memory, FLOP/s. Assumed.
 LINK_SHARE, MEMORY_SHARE, COMPUTE_SHARE = 0.8, 0.7, 0.4
-# Until a copy runs: launch and DMA set-up, seconds; assumed.
+# Seconds before a transfer starts, for its launch and the DMA setup. Assumed.
 COPY_LATENCY = 10e-6
-# Bytes of a parameter of an expert, where what is not experts stays in 16 bits: 4 bits and a byte for each 32.
+# Bytes per expert parameter: 4 bits, and one scale byte per 32 parameters. All other weights stay in 16 bits.
 MXFP4_BYTES = 4.25 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds and bytes of a model on a device. Written with every result.
+    """The costs of a model on a device, in bytes and seconds. They are written with every result.
 
-    expert_bytes: of one expert. copy_seconds: of its copy to the device. expert_seconds: to read it there and use it, for few
-    tokens. token_seconds: least per token of a step and layer for its experts, for many. layer_seconds: of what is not experts,
-    per layer, and layer_token_seconds per token of it.
+    Attributes:
+        model: Name of the model.
+        device: Name of the device.
+        precision: Precision of the weights, such as `bf16`.
+        expert_bytes: Size of one expert.
+        copy_seconds: Transfer of one expert to the device; infinite if the interconnect transfers nothing.
+        expert_seconds: Computation of one expert for a few tokens, limited by reading its weights from device memory.
+        token_seconds: Lower bound of the expert computation, per token of a step and layer, limited by FLOP/s.
+        layer_seconds: Computation of a layer's other weights, limited by reading them.
+        layer_token_seconds: Lower bound of the same per token of a step, limited by FLOP/s.
+        assumptions: What was assumed, a line each.
     """
 
     model: str
@@ -38,22 +49,22 @@ class Costs:
     assumptions: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
-        """What was assumed, a line each."""
+        """The costs and what was assumed for them, a line each."""
         return [
-            f"{self.model} in {self.precision} on {self.device}: an expert has {self.expert_bytes / 1e6:.1f} MB, its copy "
-            f"takes {self.copy_seconds * 1e3:.3f} ms, its use {self.expert_seconds * 1e3:.3f} ms; the rest of a layer "
-            f"{self.layer_seconds * 1e3:.3f} ms",
+            f"{self.model} in {self.precision} on {self.device}: {self.expert_bytes / 1e6:.1f} MB per expert; "
+            f"{self.copy_seconds * 1e3:.3f} ms to transfer one, {self.expert_seconds * 1e3:.3f} ms to compute it, "
+            f"{self.layer_seconds * 1e3:.3f} ms to compute the rest of a layer",
             *self.assumptions,
         ]
 
     def to_json(self) -> dict[str, object]:
-        """For files; None for a copy that never ends."""
+        """The fields for a JSON file. An infinite `copy_seconds` becomes None."""
         facts = asdict(self)
         return facts | {"copy_seconds": self.copy_seconds if isfinite(self.copy_seconds) else None}
 
 
 def find_entry(model_id: str) -> ModelEntry | None:
-    """The registry's entry of a trace's model, by short name or by any of its checkpoints; None if there is none."""
+    """The registry's entry for a model, by short name or by the id of any of its checkpoints; None if it is unknown."""
     for entry in MODELS.values():
         if model_id == entry.name or model_id in entry.checkpoints.values():
             return entry
@@ -61,10 +72,20 @@ def find_entry(model_id: str) -> ModelEntry | None:
 
 
 def costs_of(entry: ModelEntry, gpu: Gpu, precision: str | None = None, *, link: float | None = None) -> Costs:
-    """The costs of a model of the registry on a GPU. link: GB/s that large pinned copies reach, if it is known.
+    """Estimate the costs of a registered model on a GPU.
 
-    Decoding reads weights: time is bytes over bandwidth; for many tokens at a time it is products over FLOP/s, if that is more.
-    Keys and values, activations, sampling, and what a framework adds are left out. Raises `SpecmoeError` for another precision.
+    Decoding is limited by reading weights: time is bytes over bandwidth. For many tokens at a time, it is floating-point
+    operations over FLOP/s, where that is longer. The KV cache, activations, sampling and the framework's own overhead are
+    left out.
+
+    Args:
+        entry: A model of the registry.
+        gpu: A GPU of the registry.
+        precision: A precision of `profiler.models.registry.PRECISIONS`. Default: the model's first checkpoint.
+        link: GB/s that large transfers from pinned memory reach. Default: 80 % of the GPU's PCIe bandwidth.
+
+    Raises:
+        SpecmoeError: The precision is unknown.
     """
     precision = precision or next(iter(entry.checkpoints))
     if precision not in PRECISIONS:
@@ -94,13 +115,13 @@ def costs_of(entry: ModelEntry, gpu: Gpu, precision: str | None = None, *, link:
         layer_seconds=rest_bytes / layers / memory,
         layer_token_seconds=2 * rest_parameters / layers / flops,
         assumptions=(
-            f"link: {reached:.1f} GB/s, {how}; {COPY_LATENCY * 1e6:.0f} µs for each copy to begin (assumed)",
-            f"memory: {gpu.bandwidth} GB/s x {MEMORY_SHARE:.0%}, {gpu.tflops} TFLOP/s x {COMPUTE_SHARE:.0%} (data sheet, "
-            "share assumed)",
+            f"interconnect: {reached:.1f} GB/s, {how}; {COPY_LATENCY * 1e6:.0f} µs before each transfer starts (assumed)",
+            f"device: {gpu.bandwidth} GB/s x {MEMORY_SHARE:.0%}, {gpu.tflops} TFLOP/s x {COMPUTE_SHARE:.0%} (data sheet, "
+            "shares assumed)",
             f"expert: 3 x {entry.hidden} x {entry.expert_width} parameters (config.json), "
             f"{expert_bytes / expert_parameters:.2f} bytes each ({precision})",
-            f"not routed experts: {rest_parameters / 1e9:.2f} billion parameters of a token (published active parameters less "
-            "the experts)",
-            "left out: keys and values, activations, sampling, the framework's own time",
+            f"all but routed experts: {rest_parameters / 1e9:.2f} billion parameters per token (published active parameters "
+            "minus the routed experts)",
+            "left out: KV cache, activations, sampling, the framework's own overhead",
         ),
     )

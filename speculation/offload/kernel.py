@@ -154,7 +154,7 @@ def play(
         experts_N, starts_R, is_decode_S: see `Requests`.
         asking_S: predictions that each step makes after each layer.
         next_use_N: for each entry of `experts_N`, the next request that chooses the same expert; `NEVER` if none does.
-        plan_starts_Q, plan_layers_N, plan_experts_N: see `Plan`.
+        plan_starts_Q, plan_layers_N, plan_experts_N: see `PrefetchPlan`.
         layer_seconds_S: for each layer of a step, time of everything but the experts.
         expert_floor_S: the least time that a layer's experts take.
         expert_seconds: computation of one expert.

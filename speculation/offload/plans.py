@@ -1,4 +1,4 @@
-"""What is fetched ahead, and when: a predictor's answers as a plan for the simulation."""
+"""Which experts are prefetched, and when: predictions turned into a plan for the simulation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ from speculation.data.tasks import Shape, Task
 from speculation.offload.requests import Requests
 from speculation.predictors.base import Predictor
 
-# Predictions are made for so many tokens at a time: E float32 for each layer and horizon.
-PREDICTED_NUMBERS = 1 << 25
+# Bounds the memory of one chunk of predictions: this many float32 probabilities, E per token, layer and horizon.
+CHUNK_PROBABILITIES = 1 << 25
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Experts to fetch, in the order in which they are asked for.
+class PrefetchPlan:
+    """Experts to prefetch, in the order in which their transfers are queued.
 
-    What is known after layer l of step s (l = -1: before the first) is from `starts_Q[s * (L + 1) + l + 1]` to the next entry:
-    layers_N, from L on those of the next step, and experts_N.
+    A step has L + 1 points at which prefetches are queued: before its first layer, and after each of its layers. S steps make
+    Q = S * (L + 1) points; N counts the entries of a flat array. The entries that are queued after layer l of step s (l = -1:
+    before the first layer) are those from `starts_Q[s * (L + 1) + l + 1]` up to the next entry of `starts_Q`.
+
+    Attributes:
+        starts_Q: `[Q + 1]`, where the entries of each point start.
+        layers_N: Layer of each entry; L and above are the layers of the next step.
+        experts_N: Expert of each entry.
     """
 
     starts_Q: npt.NDArray[np.int64]
@@ -33,26 +39,26 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """The best m experts of each prediction: ids_TLHM `[T, L, H, m]`, -1 for none, and their scores."""
+class RankedExperts:
+    """The m likeliest experts of each prediction: `ids_TLHM` `[T, L, H, m]`, -1 for none, and their probabilities."""
 
     ids_TLHM: npt.NDArray[np.int32]
     scores_TLHM: npt.NDArray[np.float32]
 
 
-def no_plan(requests: Requests) -> Plan:
-    """Nothing is fetched ahead."""
+def no_plan(requests: Requests) -> PrefetchPlan:
+    """A plan that prefetches nothing."""
     empty = np.zeros(0, dtype=np.int32)
-    return Plan(np.zeros(requests.steps * (requests.layers + 1) + 1, dtype=np.int64), empty, empty)
+    return PrefetchPlan(np.zeros(requests.steps * (requests.layers + 1) + 1, dtype=np.int64), empty, empty)
 
 
-def ranked(predictor: Predictor, routes: Routes, experts: int, threshold: float = 0.0) -> Ranked:
-    """The `experts` likeliest of each prediction, of those that are at least as likely as `threshold`."""
+def ranked(predictor: Predictor, routes: Routes, experts: int, threshold: float = 0.0) -> RankedExperts:
+    """The `experts` likeliest experts of each prediction whose probability is at least `threshold`."""
     shape = predictor.shape
     per_token = shape.layers * shape.horizon * shape.experts
     most = min(experts, shape.experts)
     ids, scores = [], []
-    at_once = max(1, PREDICTED_NUMBERS // per_token)
+    at_once = max(1, CHUNK_PROBABILITIES // per_token)
     for start in range(0, len(routes), at_once):
         found_TLHE = predictor.probabilities(routes, slice(start, start + at_once))
         order = np.argpartition(-found_TLHE, most - 1, axis=-1)[..., :most]
@@ -62,15 +68,21 @@ def ranked(predictor: Predictor, routes: Routes, experts: int, threshold: float 
         chosen = np.take_along_axis(order, inner, -1)
         ids.append(np.where(best >= threshold, chosen, -1).astype(np.int32))
         scores.append(best.astype(np.float32))
-    return Ranked(np.concatenate(ids), np.concatenate(scores))
+    return RankedExperts(np.concatenate(ids), np.concatenate(scores))
 
 
-def plan_of(best: Ranked, shape: Shape, requests: Requests) -> Plan:
-    """What a predictor's best guesses ask for; of several tokens in a step, together, the best of all first.
+def plan_of(best: RankedExperts, shape: Shape, requests: Requests) -> PrefetchPlan:
+    """Plan to prefetch what a predictor predicts.
 
-    next-layer: after layer l, of layers l + 1 to l + H. whole-path: before the first layer, of all layers. next-token: after
-    the last layer, of all layers of the step that follows; later steps are left out. Only about generated tokens: those of a
-    prompt go through each layer together, so that the routes of the token before, which predictors look at, are not known yet.
+    When the predictions of a task are made, and for which layers:
+
+    - next-layer: after layer l, for layers l + 1 to l + H.
+    - whole-path: before the first layer, for all layers.
+    - next-token: after the last layer, for all layers of the next step; later steps are left out.
+
+    Nearer layers come first. Within a layer, the probabilities of all tokens of a step are added up, and the experts with the
+    largest sums come first. Only the experts of decoded tokens are predicted: the tokens of a prompt pass each layer together,
+    so the previous token's routes, which predictors condition on, are not known in time.
     """
     layers, hops = shape.layers, shape.horizon
     point_LH = np.empty((layers, hops), dtype=np.int64)
@@ -85,57 +97,63 @@ def plan_of(best: Ranked, shape: Shape, requests: Requests) -> Plan:
         else:
             point_LH[:, hop - 1] = layers
             target_LH[:, hop - 1] = layers + np.arange(layers) if hop == 1 else -1
-    asks_N = requests.leads_N if shape.task == Task.NEXT_TOKEN else np.repeat(requests.is_decode_S, requests.tokens_S)
-    return _planned(best, point_LH, target_LH, requests, asks_N)
+    is_decode_N = np.repeat(requests.is_decode_S, requests.tokens_S)
+    predicts_N = requests.samples_next_N if shape.task == Task.NEXT_TOKEN else is_decode_N
+    return _plan_predictions(best, point_LH, target_LH, requests, predicts_N)
 
 
-def popularity_plan(probability_LE: npt.NDArray[np.floating[Any]], experts: int, horizon: int, requests: Requests) -> Plan:
-    """The most popular experts of each layer, asked for `horizon` layers ahead, over the end of a step too."""
+def popularity_plan(
+    probability_LE: npt.NDArray[np.floating[Any]], experts: int, horizon: int, requests: Requests
+) -> PrefetchPlan:
+    """Plan to prefetch the most popular experts of each layer, `horizon` layers ahead, also across the end of a step."""
     top_LM = np.argsort(-probability_LE, axis=1, kind="stable")[:, :experts].astype(np.int32)
     counts_R = np.full(requests.steps * requests.layers, top_LM.shape[1])
-    return _ahead(np.tile(top_LM.reshape(-1), requests.steps), counts_R, horizon, requests.layers)
+    return _plan_ahead(np.tile(top_LM.reshape(-1), requests.steps), counts_R, horizon, requests.layers)
 
 
-def oracle_plan(requests: Requests, horizon: int) -> Plan:
-    """What will be requested, `horizon` layers ahead, over the end of a step too: the bound of all prediction."""
-    return _ahead(requests.experts_N, np.diff(requests.starts_R), horizon, requests.layers)
+def oracle_plan(requests: Requests, horizon: int) -> PrefetchPlan:
+    """Plan to prefetch exactly what is requested, `horizon` layers ahead, also across the end of a step.
+
+    A perfect predictor with this horizon would prefetch the same.
+    """
+    return _plan_ahead(requests.experts_N, np.diff(requests.starts_R), horizon, requests.layers)
 
 
-def _ahead(experts_N: npt.NDArray[np.int32], counts_R: npt.NDArray[np.int64], horizon: int, layers: int) -> Plan:
-    """A plan in which the experts of each request, counts_R of experts_N, are asked for `horizon` layers before."""
+def _plan_ahead(experts_N: npt.NDArray[np.int32], counts_R: npt.NDArray[np.int64], horizon: int, layers: int) -> PrefetchPlan:
+    """Plan to prefetch the experts of each request `horizon` layers ahead: `counts_R[r]` consecutive entries of `experts_N`."""
     if not 1 <= horizon <= layers:
         raise SpecmoeError(f"horizon {horizon}: expected 1 to {layers} layers ahead")
-    # What comes before is asked for by nobody.
-    asking = np.arange(max(0, len(counts_R) - horizon))
-    step, layer = np.divmod(asking, layers)
+    # No request is `horizon` layers before the first ones, so these are not prefetched.
+    earlier = np.arange(max(0, len(counts_R) - horizon))
+    step, layer = np.divmod(earlier, layers)
     counts = counts_R[horizon:]
     starts = np.zeros(len(counts_R) // layers * (layers + 1) + 1, dtype=np.int64)
     np.add.at(starts, step * (layers + 1) + layer + 2, counts)
-    return Plan(
+    return PrefetchPlan(
         np.cumsum(starts),
         np.repeat(layer + horizon, counts).astype(np.int32),
         experts_N[int(counts_R[:horizon].sum()) :].astype(np.int32),
     )
 
 
-def _planned(
-    best: Ranked,
+def _plan_predictions(
+    best: RankedExperts,
     point_LH: npt.NDArray[np.int64],
     target_LH: npt.NDArray[np.int64],
     requests: Requests,
-    asks_N: npt.NDArray[np.bool_],
-) -> Plan:
+    predicts_N: npt.NDArray[np.bool_],
+) -> PrefetchPlan:
     points = requests.layers + 1
     # Predictions in the order of their points, nearer targets first.
     layer_G, hop_G = np.nonzero(target_LH >= 0)
     order = np.lexsort((target_LH[layer_G, hop_G], point_LH[layer_G, hop_G]))
     layer_G, hop_G = layer_G[order], hop_G[order]
-    return Plan(
-        *_merged(
+    return PrefetchPlan(
+        *_merge_tokens(
             best.ids_TLHM,
             best.scores_TLHM,
             requests.tokens_N,
-            asks_N,
+            predicts_N,
             requests.first_S,
             layer_G,
             hop_G,
@@ -148,11 +166,11 @@ def _planned(
 
 
 @numba.njit(cache=True, nogil=True)
-def _merged(
+def _merge_tokens(
     ids: npt.NDArray[np.int32],
     scores: npt.NDArray[np.float32],
     tokens: npt.NDArray[np.int64],
-    asks: npt.NDArray[np.bool_],
+    predicts: npt.NDArray[np.bool_],
     first: npt.NDArray[np.int64],
     layer_of: npt.NDArray[np.int64],
     hop_of: npt.NDArray[np.int64],
@@ -163,7 +181,7 @@ def _merged(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     steps, most = len(first) - 1, ids.shape[3]
     starts = np.zeros(steps * points + 1, dtype=np.int64)
-    room = int(asks.sum()) * len(layer_of) * most
+    room = int(predicts.sum()) * len(layer_of) * most
     layers_out, experts_out = np.empty(room, dtype=np.int32), np.empty(room, dtype=np.int32)
     score = np.zeros(experts)
     seen = np.full(experts, -1, dtype=np.int64)
@@ -175,7 +193,7 @@ def _merged(
             while group < len(layer_of) and point_of[group] == point:
                 number = 0
                 for place in range(first[step], first[step + 1]):
-                    for rank in range(most if asks[place] else 0):
+                    for rank in range(most if predicts[place] else 0):
                         expert = ids[tokens[place], layer_of[group], hop_of[group], rank]
                         if expert < 0:
                             continue
@@ -186,7 +204,7 @@ def _merged(
                             number += 1
                         score[expert] += scores[tokens[place], layer_of[group], hop_of[group], rank]
                 stamp += 1
-                # Insertion sort: few, and of one token already in order.
+                # Insertion sort: the experts are few, and those of a single token are already in order.
                 for right in range(1, number):
                     moved = found[right]
                     left = right

@@ -1,4 +1,7 @@
-"""A trace with real copies and products: dummy experts of the real size, real caches, the real predictor in the loop."""
+"""Replay a trace with real transfers and GEMMs.
+
+The experts are dummies of the real size. The caches are real, and the predictor runs after every layer.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,28 @@ from speculation.data.repeats import UNKNOWN_TOKEN
 from speculation.data.routes import Routes
 from speculation.data.tasks import Task
 from speculation.offload.costs import COPY_LATENCY, Costs
-from speculation.offload.devices import Cuda, Device, Processor, Ticket
+from speculation.offload.devices import Cpu, Cuda, Device, Event
 from speculation.offload.kernel import Rule
 from speculation.predictors.base import Predictor
 
-KINDS: dict[str, type[Cuda] | type[Processor]] = {"cuda": Cuda, "cpu": Processor}
-# Timed repetitions of what is measured.
-REPEATS = 20
+DEVICES: dict[str, type[Cuda] | type[Cpu]] = {"cuda": Cuda, "cpu": Cpu}
+# Every measurement is a median of so many timed repetitions, after a warm-up.
+REPEATS, WARM_UP = 20, 3
+# Steps between two requests in the order of uses: the K experts of a request need a step each.
+_ORDER = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of the dummies: bytes of an expert and of the rest of a layer, D, and layers and experts of the trace."""
+    """Sizes of the dummy weights.
+
+    Attributes:
+        expert_bytes: Bytes of one expert.
+        rest_bytes: Bytes of a layer's other weights.
+        width: D, the hidden size.
+        layers: L, the MoE layers of the trace.
+        num_experts: E, the experts of a layer.
+    """
 
     expert_bytes: int
     rest_bytes: int
@@ -38,8 +51,17 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """tokens in seconds; of the requested experts, how many were in the cache, and how many on their way."""
+class ReplayMeasurement:
+    """What one replay measured.
+
+    Attributes:
+        tokens: Tokens that were replayed.
+        seconds: The time that they took.
+        requested: Experts that were requested.
+        hits: Requested experts that were in the cache.
+        late: Requested experts whose prefetch was still in flight.
+        prefetched: Transfers that were started for predictions.
+    """
 
     tokens: int
     seconds: float
@@ -50,28 +72,37 @@ class Replayed:
 
     @property
     def tokens_per_second(self) -> float:
+        """Throughput."""
         return self.tokens / self.seconds
 
 
-def here() -> str:
-    """cuda where there is a GPU, else cpu."""
+def default_device() -> str:
+    """`cuda` if PyTorch finds a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def open_device(kind: str, slots: int, sizes: Sizes) -> Device:
-    """cuda or cpu, with that many slots. Raises `SpecmoeError` without a GPU."""
-    if kind not in KINDS:
-        raise SpecmoeError(f"unknown device {kind!r}: expected one of {', '.join(KINDS)}")
-    return KINDS[kind](slots, sizes.expert_bytes, sizes.rest_bytes, sizes.layers, sizes.width)
+    """Allocate a device, `cuda` or `cpu`, with room for `slots` experts.
+
+    Raises:
+        SpecmoeError: The device is unknown, or it is `cuda` and PyTorch finds no GPU.
+    """
+    if kind not in DEVICES:
+        raise SpecmoeError(f"unknown device {kind!r}: expected one of {', '.join(DEVICES)}")
+    return DEVICES[kind](slots, sizes.expert_bytes, sizes.rest_bytes, sizes.layers, sizes.width)
 
 
 def measure(kind: str, sizes: Sizes, costs: Costs) -> Costs:
-    """These costs with copies, an expert's product and the rest of a layer as measured here, one after the other: medians."""
+    """Replace the times in `costs` by measured ones.
+
+    Measured one after the other, not overlapping, each as a median: the transfer of an expert, the computation of an expert,
+    and the computation of the rest of a layer.
+    """
     device = open_device(kind, 2, sizes)
     try:
         copy = _median_seconds(device, lambda turn: device.copy(turn % 2, turn, None))
-        expert = _median_seconds(device, lambda turn: device.experts([turn % 2], []))
-        rest = _median_seconds(device, device.rest)
+        expert = _median_seconds(device, lambda turn: device.compute_experts([turn % 2], []))
+        rest = _median_seconds(device, device.compute_rest)
     finally:
         device.close()
     return replace(
@@ -81,32 +112,36 @@ def measure(kind: str, sizes: Sizes, costs: Costs) -> Costs:
         expert_seconds=expert,
         layer_seconds=rest,
         assumptions=(
-            f"measured here, medians of {REPEATS}: a copy of {sizes.expert_bytes / 1e6:.2f} MB "
-            f"({sizes.expert_bytes / 1e9 / max(copy - COPY_LATENCY, 1e-9):.1f} GB/s), products of as many bytes of bfloat16",
-            "measured for one token: prompts and batches are taken to be as fast per step, which is too fast",
+            f"measured on this machine, medians of {REPEATS}: a transfer of {sizes.expert_bytes / 1e6:.2f} MB "
+            f"({sizes.expert_bytes / 1e9 / max(copy - COPY_LATENCY, 1e-9):.1f} GB/s), bfloat16 GEMMs with as many bytes of "
+            "weights",
+            "measured for one token: a step with a prompt or a batch is assumed to take as long, which is optimistic",
         ),
     )
 
 
-def _median_seconds(device: Device, begin: Any) -> float:
+def _median_seconds(device: Device, start: Any) -> float:
     seconds = []
-    for turn in range(REPEATS + 3):
+    for turn in range(REPEATS + WARM_UP):
         began = time.perf_counter()
-        device.wait(begin(turn))
+        device.wait(start(turn))
         seconds.append(time.perf_counter() - began)
-    return median(seconds[3:])
+    return median(seconds[WARM_UP:])
 
 
-class _Cache:
-    """Which expert is in which slot, in pools of a layer each; `Rule`s as in the simulation, but none that sees what comes."""
+class _ExpertCache:
+    """Which expert is in which slot. Every layer has its own slots.
+
+    Eviction follows the simulation's `Rule`s, but for Belady's, which needs the future.
+    """
 
     def __init__(self, rule: Rule, capacity: int, sizes: Sizes, popularity: npt.NDArray[np.int64]) -> None:
         if rule == Rule.BELADY:
-            raise SpecmoeError("Belady's rule knows what comes: it can be simulated, not replayed")
+            raise SpecmoeError("Belady's rule needs to know the future: it can be simulated, but not replayed")
         self.rule, self.capacity, self.popularity = rule, capacity, popularity
         self.slot_of: dict[tuple[int, int], int] = {}
         self.free = [list(range(layer * capacity, (layer + 1) * capacity)) for layer in range(sizes.layers)]
-        self.held: list[set[int]] = [set() for _ in range(sizes.layers)]
+        self.cached: list[set[int]] = [set() for _ in range(sizes.layers)]
         self.last: dict[tuple[int, int], int] = {}
         self.loaded: dict[tuple[int, int], int] = {}
         self.uses: dict[tuple[int, int], int] = {}
@@ -118,29 +153,30 @@ class _Cache:
         self.num_experts = sizes.num_experts
 
     def place(self, layer: int, expert: int) -> int:
-        """Give the expert a free slot."""
+        """Assign a free slot to the expert."""
         slot = self.slot_of[layer, expert] = self.free[layer].pop()
-        self.held[layer].add(expert)
+        self.cached[layer].add(expert)
         return slot
 
-    def give_up(self, layer: int, kept: set[int], now: int) -> int | None:
-        """Free the slot of the least worthy expert that is not kept, and name it; None if there is none."""
-        possible = self.held[layer] - kept
-        if not possible:
+    def evict(self, layer: int, protected: set[int], now: int) -> int | None:
+        """Evict the expert that the rule values least, and return it; None if all are protected."""
+        evictable = self.cached[layer] - protected
+        if not evictable:
             return None
-        expert = min(possible, key=lambda each: self.worth(layer, each, now))
-        self.held[layer].remove(expert)
+        expert = min(evictable, key=lambda each: self.priority(layer, each, now))
+        self.cached[layer].remove(expert)
         self.free[layer].append(self.slot_of.pop((layer, expert)))
         return expert
 
-    def worth(self, layer: int, expert: int, now: int) -> tuple[float, int]:
+    def priority(self, layer: int, expert: int, now: int) -> tuple[float, int]:
+        """What the rule compares, then the last use: the smallest is evicted first."""
         last = self.last.get((layer, expert), -1)
         uses = self.uses.get((layer, expert), 0)
         first = {
             Rule.LRU: last,
             Rule.FIFO: self.loaded.get((layer, expert), -1),
             Rule.LFU: uses,
-            Rule.LFRU: uses / max(1, now + 64 - last),
+            Rule.LFRU: uses / max(1, now + _ORDER - last),
             Rule.POPULARITY: int(self.popularity[layer * self.num_experts + expert]),
         }[self.rule]
         return first, last
@@ -157,22 +193,33 @@ def replay(
     *,
     experts: int = 0,
     tokens: int = 1000,
-) -> Replayed:
-    """Run the first `tokens` tokens of `routes` one by one. capacity: slots of each layer; at least K, or 0 for none.
+) -> ReplayMeasurement:
+    """Run the first `tokens` tokens of `routes`, one at a time.
 
-    The device needs `layers * capacity + K` slots: the last K take what is not kept. predictor: told every route as it is
-    known, and asked after each layer; `experts` of each prediction are copied behind what is needed now. Copies keep order:
-    other than in the simulation, none overtakes one that was predicted before. Raises `SpecmoeError` for tasks and capacities
-    that cannot be replayed.
+    Transfers keep their order. Unlike in the simulation, a demand load does not overtake a prefetch that was queued before.
+
+    Args:
+        device: A device with `layers * capacity + K` slots. The last K hold demand-loaded experts when there is no cache.
+        routes: The tokens, with their experts.
+        sizes: Sizes of the dummy weights.
+        rule: Which expert a full cache evicts.
+        capacity: Slots per layer: at least K, or 0 for no cache.
+        popularity: Rank `[L * E]` of each expert, the most popular highest. Caches start with the most popular experts.
+        predictor: A predictor for next-layer. It sees each layer's routes when they are known, and predicts after each layer.
+        experts: Experts to prefetch per prediction and layer. Their transfers are queued behind those needed now.
+        tokens: Tokens to replay.
+
+    Raises:
+        SpecmoeError: The rule, the capacity or the predictor's task cannot be replayed.
     """
     top_k = routes.expert_ids_TLK.shape[2]
     if 0 < capacity < top_k:
         raise SpecmoeError(f"a cache of {capacity} experts per layer cannot hold the {top_k} of one token: choose a larger one")
     if predictor is not None and predictor.shape.task != Task.NEXT_LAYER:
-        raise SpecmoeError(f"replay asks after each layer: expected a run for {Task.NEXT_LAYER}, not {predictor.shape.task}")
-    cache = _Cache(rule, capacity, sizes, popularity)
+        raise SpecmoeError(f"replay predicts after every layer: expected a {Task.NEXT_LAYER} run, not {predictor.shape.task}")
+    cache = _ExpertCache(rule, capacity, sizes, popularity)
     count = min(tokens, len(routes))
-    state = _State(device, cache, sizes)
+    work = _PendingWork(device, cache, sizes)
     history: History | None = None
     began = time.perf_counter()
     for token in range(count):
@@ -182,79 +229,81 @@ def replay(
             key = int(routes.token_keys_T[token])
             history.begin(None if key == UNKNOWN_TOKEN else key, is_decode=bool(routes.is_decode_T[token]))
         for layer in range(sizes.layers):
-            # The router's answer is needed before anything can be copied for it.
-            device.wait(device.rest(layer))
+            # Nothing can be loaded on demand before the router has chosen.
+            device.wait(device.compute_rest(layer))
             chosen = routes.expert_ids_TLK[token, layer]
-            state.request(layer, chosen.tolist())
+            work.request(layer, chosen.tolist())
             if predictor is not None and history is not None:
                 history.add(chosen, routes.weights_TLK[token, layer])
                 if layer < sizes.layers - 1:
-                    coming = predictor.predict(history)
-                    for hop, guesses in enumerate(coming.expert_ids[:, :experts].tolist(), start=1):
-                        state.prefetch(layer + hop, guesses)
-        device.wait(state.product)
+                    prediction = predictor.predict(history)
+                    for hop, predicted in enumerate(prediction.expert_ids[:, :experts].tolist(), start=1):
+                        work.prefetch(layer + hop, predicted)
+        device.wait(work.computation)
     seconds = time.perf_counter() - began
-    return Replayed(count, seconds, count * sizes.layers * top_k, state.hits, state.late, state.prefetched)
+    return ReplayMeasurement(count, seconds, count * sizes.layers * top_k, work.hits, work.late, work.prefetched)
 
 
-class _State:
-    """What is on its way, and what is in use."""
+class _PendingWork:
+    """The prefetches in flight, the last computation that reads each slot, and the counts so far."""
 
-    def __init__(self, device: Device, cache: _Cache, sizes: Sizes) -> None:
+    def __init__(self, device: Device, cache: _ExpertCache, sizes: Sizes) -> None:
         self.device, self.cache, self.sizes = device, cache, sizes
-        self.coming: dict[tuple[int, int], Ticket] = {}
-        self.product: Ticket = None
+        self.in_flight: dict[tuple[int, int], Event] = {}
+        self.computation: Event = None
         self.hits, self.late, self.prefetched, self.now = 0, 0, 0, 0
-        self.spare = sizes.layers * cache.capacity
-        # The last products with each slot's expert: no copy may come before these are over.
-        self.used: dict[int, Ticket] = {}
+        self.first_uncached_slot = sizes.layers * cache.capacity
+        # A transfer must not overwrite a slot that a computation still reads.
+        self.last_reads: dict[int, Event] = {}
 
     def request(self, layer: int, chosen: list[int]) -> None:
-        cache, kept = self.cache, set(chosen)
-        slots, tickets = [], []
+        """Compute the chosen experts of a layer, after loading those that are not cached."""
+        cache, protected = self.cache, set(chosen)
+        slots, transfers = [], []
         for number, expert in enumerate(chosen):
             pair = layer, expert
-            if expert in cache.held[layer]:
-                ticket = self.coming.pop(pair, None)
-                if ticket is None or self.device.is_over(ticket):
+            if expert in cache.cached[layer]:
+                transfer = self.in_flight.pop(pair, None)
+                if transfer is None or self.device.is_done(transfer):
                     self.hits += 1
                 else:
                     self.late += 1
-                    tickets.append(ticket)
+                    transfers.append(transfer)
                 slots.append(cache.slot_of[pair])
                 continue
-            slot = self._slot(layer, expert, kept) if cache.capacity else self.spare + number
+            slot = self._slot(layer, expert, protected) if cache.capacity else self.first_uncached_slot + number
             assert slot is not None  # a layer's slots hold K experts
-            cache.loaded[pair] = (self.now + 1) * 64 - number
-            tickets.append(self._copy(slot, pair))
+            cache.loaded[pair] = (self.now + 1) * _ORDER - number
+            transfers.append(self._copy(slot, pair))
             slots.append(slot)
-        self.product = self.device.experts(slots, tickets)
-        self.used.update(dict.fromkeys(slots, self.product))
+        self.computation = self.device.compute_experts(slots, transfers)
+        self.last_reads.update(dict.fromkeys(slots, self.computation))
         for number, expert in enumerate(chosen):
-            cache.last[layer, expert] = (self.now + 1) * 64 - number
+            cache.last[layer, expert] = (self.now + 1) * _ORDER - number
             cache.uses[layer, expert] = cache.uses.get((layer, expert), 0) + 1
         self.now += 1
 
-    def prefetch(self, layer: int, guesses: list[int]) -> None:
-        # Nobody (-1) where a predictor abstains.
-        wanted = [expert for expert in guesses if expert >= 0]
+    def prefetch(self, layer: int, predicted: list[int]) -> None:
+        """Start to load predicted experts that are not cached, as long as there is room for them."""
+        # -1 where a predictor abstains.
+        wanted = [expert for expert in predicted if expert >= 0]
         for expert in wanted:
-            if expert in self.cache.held[layer] or not self.cache.capacity:
+            if expert in self.cache.cached[layer] or not self.cache.capacity:
                 continue
             slot = self._slot(layer, expert, set(wanted))
             if slot is None:
                 break
-            self.cache.last[layer, expert] = self.cache.loaded[layer, expert] = (self.now + 1) * 64
-            self.coming[layer, expert] = self._copy(slot, (layer, expert))
+            self.cache.last[layer, expert] = self.cache.loaded[layer, expert] = (self.now + 1) * _ORDER
+            self.in_flight[layer, expert] = self._copy(slot, (layer, expert))
             self.prefetched += 1
 
-    def _slot(self, layer: int, expert: int, kept: set[int]) -> int | None:
+    def _slot(self, layer: int, expert: int, protected: set[int]) -> int | None:
         if not self.cache.free[layer]:
-            gone = self.cache.give_up(layer, kept, self.now * 64)
-            if gone is None:
+            evicted = self.cache.evict(layer, protected, self.now * _ORDER)
+            if evicted is None:
                 return None
-            self.coming.pop((layer, gone), None)
+            self.in_flight.pop((layer, evicted), None)
         return self.cache.place(layer, expert)
 
-    def _copy(self, slot: int, pair: tuple[int, int]) -> Ticket:
-        return self.device.copy(slot, pair[0] * self.sizes.num_experts + pair[1], self.used.get(slot))
+    def _copy(self, slot: int, pair: tuple[int, int]) -> Event:
+        return self.device.copy(slot, pair[0] * self.sizes.num_experts + pair[1], self.last_reads.get(slot))

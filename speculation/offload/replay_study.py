@@ -1,4 +1,7 @@
-"""A replay and the simulation of the same tokens with the measured costs: what `specmoe replay` does."""
+"""A replay, and a simulation of the same tokens with the costs that the replay's device was measured to have.
+
+This is what `specmoe replay` runs.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,28 @@ from speculation.offload.replay import Sizes, measure, open_device
 from speculation.offload.replay import replay as run_tokens
 from speculation.offload.requests import requests_of
 from speculation.offload.simulate import Setting, Workload, capacities, simulate
-from speculation.offload.sweep import NONE, Ahead, Prefetcher, popularity_of, prefetcher_of, simple_prefetcher
+from speculation.offload.sweep import NONE, Prefetcher, PrefetchOptions, popularity_of, prefetcher_of, simple_prefetcher
 from speculation.training.runs import load_run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What to replay; fields as the options of `specmoe replay`. expert_bytes, rest_bytes: instead of the model's."""
+    """What to replay.
+
+    Attributes:
+        trace: The trace.
+        part: Part of the split by problem: `test`, `validation`, `train` or `all`.
+        run: Run directory of a predictor for next-layer; None replays without predictions only.
+        policy: Which expert a full cache evicts; any but Belady's.
+        fraction: Share of all experts that the cache holds, 0 to 1.
+        kind: Device: `cuda` or `cpu`.
+        model: Registered model whose sizes the dummy experts have. Default: the trace's model.
+        precision: Precision of the weights. Default: that of the model's first checkpoint.
+        expert_bytes: Bytes of an expert, instead of the model's.
+        rest_bytes: Bytes of a layer's other weights, instead of the model's.
+        experts: Experts to prefetch per prediction and layer. Default: the model's top-k.
+        tokens: Tokens to replay.
+    """
 
     trace: Trace
     part: str
@@ -44,9 +62,12 @@ class Replay:
 
 
 def run_replay(wanted: Replay) -> ReplayResult:
-    """Measure the device, replay without a cache, with one, and with a predictor, and simulate the same with what was measured.
+    """Measure the device, replay the tokens, and simulate the same with the measured costs.
 
-    Raises `SpecmoeError` without a GPU or the sizes of the model, and for runs that do not fit the trace.
+    There are up to three cases: no cache, a cache, and a cache with prefetching if there is a run.
+
+    Raises:
+        SpecmoeError: There is no GPU, the sizes of the model are unknown, or the run does not fit the trace.
     """
     facts = wanted.trace.metadata.model
     shape = Shape.of(facts, 1, Task.NEXT_TOKEN)
@@ -60,11 +81,11 @@ def run_replay(wanted: Replay) -> ReplayResult:
     (capacity,) = capacities(workload, [wanted.fraction], [], None, False)
     experts = wanted.experts or shape.top_k
     cases: list[tuple[str, int, Prefetcher, Any]] = [
-        ("on demand", 0, simple_prefetcher(NONE, workload, Ahead(experts=1)), None),
-        (wanted.policy.name.lower(), capacity, simple_prefetcher(NONE, workload, Ahead(experts=1)), None),
+        ("on demand", 0, simple_prefetcher(NONE, workload, PrefetchOptions(experts=1)), None),
+        (wanted.policy.name.lower(), capacity, simple_prefetcher(NONE, workload, PrefetchOptions(experts=1)), None),
     ]
     if run is not None and wanted.run is not None:
-        first = next(prefetcher_of(run.predictor, wanted.run.name, routes, workload.requests, Ahead(experts=experts)))
+        first = next(prefetcher_of(run.predictor, wanted.run.name, routes, workload.requests, PrefetchOptions(experts=experts)))
         cases.append((f"{wanted.policy.name.lower()}, {wanted.run.name}", capacity, first, run.predictor))
     rows = []
     for name, size, prefetcher, predictor in cases:
@@ -85,7 +106,7 @@ def run_replay(wanted: Replay) -> ReplayResult:
             device.close()
         setting = Setting(wanted.policy, size, predict_seconds=prefetcher.predict_seconds)
         estimate = simulate(workload, setting, prefetcher.plan, measured)
-        assert estimate.tokens_per_second is not None  # costs are given
+        assert estimate.tokens_per_second is not None  # it has costs
         rows.append(
             ReplayRow(
                 case=name,
@@ -103,16 +124,24 @@ def run_replay(wanted: Replay) -> ReplayResult:
 
 
 def _first(routes: Routes, tokens: int) -> Routes:
-    """So many tokens, as if all were generated."""
+    """The first `tokens` tokens, all taken as decoded ones."""
     chosen = routes.of_problems(np.arange(len(routes)) < tokens)
     return replace(chosen, is_decode_T=np.ones(len(chosen), dtype=np.bool_))
 
 
 def sizes_of(wanted: Replay, shape: Shape) -> tuple[Costs, Sizes]:
-    """Bytes and widths of the dummies, and costs without times. Raises `SpecmoeError` if they are not known."""
-    entry = find_entry(wanted.model or wanted.trace.metadata.model.id)
+    """Costs with the sizes of the model but without its times, and the sizes of the dummy weights.
+
+    Raises:
+        SpecmoeError: The model is not registered, and no sizes are given.
+    """
+    name = wanted.model or wanted.trace.metadata.model.id
+    entry = find_entry(name)
     if entry is None and (wanted.expert_bytes is None or wanted.rest_bytes is None):
-        raise SpecmoeError("the sizes of this model are not known: name the --model, or give --expert-mb and --rest-mb")
+        raise SpecmoeError(
+            f"the sizes of {name} are unknown: name a registered model, or give the size of an expert and that of the rest "
+            "of a layer"
+        )
     width = 2048 if entry is None else entry.hidden
     if entry is None:
         costs = Costs(
@@ -130,7 +159,7 @@ def sizes_of(wanted: Replay, shape: Shape) -> tuple[Costs, Sizes]:
     else:
         gpu = find_gpu("RTX 4090")
         costs = costs_of(entry, gpu, wanted.precision)
-        # The times of this GPU are measured anew; of it, only the bytes are used.
+        # Only the sizes matter: the times are measured later. Any GPU gives the same sizes.
         rest = wanted.rest_bytes or int(costs.layer_seconds * gpu.bandwidth * 1e9 * MEMORY_SHARE)
         costs = replace(
             costs, expert_bytes=wanted.expert_bytes or costs.expert_bytes, token_seconds=0.0, layer_token_seconds=0.0

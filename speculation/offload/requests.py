@@ -1,4 +1,4 @@
-"""A trace as requests: which experts each layer needs at each step of the model."""
+"""A trace as requests: the experts that each layer needs in each step of the model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,29 @@ import numpy.typing as npt
 from profiler.errors import SpecmoeError
 from speculation.data.routes import Routes
 
-# Prompt tokens that go through the model in one step, at most.
+# A longer prompt is prefilled in chunks of this size, one step each.
 PREFILL_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests in the order in which they are made: one for each layer of each step, for all experts that it needs at once.
+    """All requests in order: one for each layer of each step, for all the experts that the layer needs.
 
-    A step is one pass of the model over some tokens: a token of each running sequence, or a piece of one prompt.
-    experts_N: flat; those of step s at layer l are `experts_N[starts_R[s * L + l] : starts_R[s * L + l + 1]]`, none twice, in
-    order of the tokens and of their weights. tokens_N: places in the routes; those of step s from first_S[s] to first_S[s + 1].
-    is_decode_S: whether a step's tokens are generated. leads_N: of tokens_N, those that are generated, or the last of a prompt.
+    A step is one forward pass over some tokens: one token of each running sequence, or a chunk of one prompt. S steps of L
+    layers make R = S * L requests; N counts the entries of a flat array.
+
+    Attributes:
+        layers: L, the number of MoE layers.
+        num_experts: E, the experts of a layer.
+        top_k: K, the experts of a token.
+        experts_N: Requested experts. Step s at layer l requests `experts_N[starts_R[s * L + l] : starts_R[s * L + l + 1]]`,
+            without duplicates: the strongest expert of every token first, then the second strongest, and so on.
+        starts_R: `[R + 1]`, where each request starts in `experts_N`.
+        tokens_N: Indices of tokens in the routes. Step s has `tokens_N[first_S[s] : first_S[s + 1]]`.
+        first_S: `[S + 1]`, where each step starts in `tokens_N`.
+        is_decode_S: Whether a step decodes, else it prefills.
+        samples_next_N: For each entry of `tokens_N`, whether the model samples the next token from it: true for decoded tokens
+            and for the last token of a prompt.
     """
 
     layers: int
@@ -35,24 +46,32 @@ class Requests:
     tokens_N: npt.NDArray[np.int64]
     first_S: npt.NDArray[np.int64]
     is_decode_S: npt.NDArray[np.bool_]
-    leads_N: npt.NDArray[np.bool_]
+    samples_next_N: npt.NDArray[np.bool_]
 
     @property
     def steps(self) -> int:
-        """S."""
+        """S, the number of steps."""
         return len(self.is_decode_S)
 
     @property
     def tokens_S(self) -> npt.NDArray[np.int64]:
-        """Tokens of each step."""
+        """Number of tokens in each step."""
         return np.diff(self.first_S)
 
 
 def requests_of(routes: Routes, num_experts: int, *, batch: int = 1) -> Requests:
-    """The requests of a device that works on `batch` sequences at a time, each problem as soon as a place is free.
+    """Schedule the problems of `routes` as continuous batching does, and list what each step requests.
 
-    A prompt is one step, or several of `PREFILL_TOKENS`, before its sequence joins the others. Raises `SpecmoeError` if `batch`
-    is not positive.
+    A problem starts as soon as fewer than `batch` sequences are running. Its prompt is prefilled alone, in one step or in
+    several of `PREFILL_TOKENS`, before its sequence joins the others.
+
+    Args:
+        routes: The tokens to schedule.
+        num_experts: E, the experts of a layer.
+        batch: Sequences that are decoded at the same time.
+
+    Raises:
+        SpecmoeError: `batch` is not positive.
     """
     if batch < 1:
         raise SpecmoeError(f"batch {batch}: expected at least 1")
@@ -61,30 +80,30 @@ def requests_of(routes: Routes, num_experts: int, *, batch: int = 1) -> Requests
     layers, top_k = routes.expert_ids_TLK.shape[1:]
     experts_N, starts_R = _unions(routes.expert_ids_TLK, order_T, first_S, num_experts)
     is_prompt_next_T = (np.diff(routes.problem_ids_T, append=-1) == 0) & np.append(~routes.is_decode_T[1:], False)
-    leads_T = routes.is_decode_T | ~is_prompt_next_T
-    return Requests(layers, num_experts, top_k, experts_N, starts_R, order_T, first_S, is_decode_S, leads_T[order_T])
+    samples_next_T = routes.is_decode_T | ~is_prompt_next_T
+    return Requests(layers, num_experts, top_k, experts_N, starts_R, order_T, first_S, is_decode_S, samples_next_T[order_T])
 
 
 def _schedule(routes: Routes, batch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Tokens in the order of their steps, the step of each, and which steps generate."""
+    """Tokens in the order of their steps, the step of each of them, and which steps decode."""
     _, first_P, problem_T = np.unique(routes.problem_ids_T, return_index=True, return_inverse=True)
     decoded_P = np.bincount(problem_T, routes.is_decode_T, len(first_P)).astype(np.int64)
-    # When each problem's first token is generated, in rounds of the batch: as soon as a place is free.
+    # The round of the batch in which each problem's first token is decoded: as soon as the batch has a free place.
     free = [0] * min(batch, len(first_P))
     start_P = np.zeros(len(first_P), dtype=np.int64)
     for problem, tokens in enumerate(decoded_P.tolist()):
         start_P[problem] = heapq.heappop(free)
         heapq.heappush(free, int(start_P[problem]) + tokens)
-    # The place of a token among those of its kind and problem.
+    # Index of a token among its problem's decoded tokens, and among its prompt tokens.
     place_T = np.arange(len(routes)) - first_P[problem_T]
     before_T: npt.NDArray[np.int64] = np.cumsum(routes.is_decode_T) - routes.is_decode_T
     generated_T: npt.NDArray[np.int64] = before_T - before_T[first_P][problem_T]
     prompt_T = place_T - generated_T
     round_T = np.where(routes.is_decode_T, start_P[problem_T] + generated_T, start_P[problem_T])
-    # Of one round: prompts first, each by itself; then all that generate, together.
-    piece_T = np.where(routes.is_decode_T, 0, prompt_T // PREFILL_TOKENS)
-    who_T = np.where(routes.is_decode_T, 0, problem_T)
-    keys = (np.arange(len(routes)), piece_T, who_T, routes.is_decode_T, round_T)
+    # Within a round, every prompt is prefilled in steps of its own; then all running sequences decode in one step.
+    chunk_T = np.where(routes.is_decode_T, 0, prompt_T // PREFILL_TOKENS)
+    prefilled_T = np.where(routes.is_decode_T, 0, problem_T)
+    keys = (np.arange(len(routes)), chunk_T, prefilled_T, routes.is_decode_T, round_T)
     order_T = np.lexsort(keys)
     is_new_T = np.zeros(len(order_T), dtype=np.bool_)
     is_new_T[:1] = True

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from profiler.errors import SpecmoeError
 from speculation.offload.costs import Costs
 from speculation.offload.kernel import CLOCK, PREDICTION, Count, Limits, Rule, expert_records, play, uses_ahead
-from speculation.offload.plans import Plan, no_plan
+from speculation.offload.plans import PrefetchPlan, no_plan
 from speculation.offload.requests import Requests
 
 # A request's experts have places of their own in the order of uses.
@@ -109,7 +109,7 @@ class Workload:
         return ranks
 
 
-def simulate(workload: Workload, setting: Setting, plan: Plan | None = None, costs: Costs | None = None) -> Result:
+def simulate(workload: Workload, setting: Setting, plan: PrefetchPlan | None = None, costs: Costs | None = None) -> Result:
     """Play the requests. plan: what is fetched ahead; costs: None for copies and products that take no time.
 
     The cache begins with the most popular experts. A layer's experts are one request: none of them is given up for another.

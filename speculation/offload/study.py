@@ -23,7 +23,7 @@ from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import check_run
 from speculation.offload.costs import Costs, costs_of, find_entry
 from speculation.offload.kernel import Rule
-from speculation.offload.replay import here, measure
+from speculation.offload.replay import default_device, measure
 from speculation.offload.replay_study import Replay, sizes_of
 from speculation.offload.requests import requests_of
 from speculation.offload.simulate import Workload, capacities
@@ -32,8 +32,8 @@ from speculation.offload.sweep import (
     NONE,
     ORACLE,
     POPULARITY,
-    Ahead,
     Prefetcher,
+    PrefetchOptions,
     Row,
     popularity_of,
     prefetcher_of,
@@ -106,7 +106,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> dict[
     requests = requests_of(routes, shape.experts, batch=study.batch)
     popularity_LE = popularity_of(study.trace, study.part, next(iter(runs.values()), None), shape, notes)
     workload = Workload(requests, popularity_LE)
-    how = Ahead(experts=study.experts or shape.top_k, threshold=study.threshold, horizon=study.horizon)
+    how = PrefetchOptions(experts=study.experts or shape.top_k, threshold=study.threshold, horizon=study.horizon)
     prefetchers = [
         each for name in dict.fromkeys(study.predictors) for each in _prefetchers(name, study, runs, workload, routes, how)
     ]
@@ -241,7 +241,7 @@ def _costs(study: Study, notes: list[str]) -> list[Costs | None]:
             run=None,
             policy=Rule.LRU,
             fraction=0.0,
-            kind=here(),
+            kind=default_device(),
             model=study.model,
             precision=study.precision,
         )
@@ -251,7 +251,7 @@ def _costs(study: Study, notes: list[str]) -> list[Costs | None]:
 
 
 def _prefetchers(
-    name: str, study: Study, runs: dict[str, Run], workload: Workload, routes: Routes, how: Ahead
+    name: str, study: Study, runs: dict[str, Run], workload: Workload, routes: Routes, how: PrefetchOptions
 ) -> Iterator[Prefetcher]:
     if name in runs:
         folder = Path(name).name

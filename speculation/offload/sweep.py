@@ -1,4 +1,4 @@
-"""Many simulations of one trace side by side: capacities, policies, and what is fetched ahead."""
+"""Many simulations of one trace, side by side: cache capacities, eviction policies and prefetchers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import microseconds_per_prediction
 from speculation.offload.costs import Costs
 from speculation.offload.kernel import Count, Rule
-from speculation.offload.plans import Plan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
+from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests
 from speculation.offload.simulate import QUEUE, Result, Setting, Workload, simulate
 from speculation.predictors.base import Predictor
@@ -31,17 +31,27 @@ CONTROL = "shuffled control"
 
 @dataclass(frozen=True)
 class Prefetcher:
-    """What is fetched ahead. predict_seconds: of a prediction, measured on this machine; 0 for popularity and the oracle."""
+    """What to prefetch.
+
+    Attributes:
+        name: Name in the results.
+        plan: Experts to prefetch, and when.
+        predict_seconds: Time of one prediction, measured on this machine; 0 for popularity and the oracle.
+    """
 
     name: str
-    plan: Plan
+    plan: PrefetchPlan
     predict_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ahead:
-    """How predictions are used. experts: of each prediction. threshold: the least probability. horizon: of popularity and the
-    oracle; predictors have their own.
+class PrefetchOptions:
+    """How predictions become prefetches.
+
+    Attributes:
+        experts: Experts to prefetch per prediction and layer.
+        threshold: Least probability of an expert to prefetch.
+        horizon: Layers ahead for popularity and the oracle; predictors have a horizon of their own.
     """
 
     experts: int
@@ -49,12 +59,18 @@ class Ahead:
     horizon: int = 1
 
 
-def prefetcher_of(predictor: Predictor, name: str, routes: Routes, requests: Requests, how: Ahead) -> Iterator[Prefetcher]:
-    """A predictor, and beside it the same predictions made about other tokens: what is won by guessing anything at all."""
-    best = ranked(predictor, routes, how.experts, how.threshold)
+def prefetcher_of(
+    predictor: Predictor, name: str, routes: Routes, requests: Requests, options: PrefetchOptions
+) -> Iterator[Prefetcher]:
+    """A prefetcher that follows a predictor, and its shuffled control.
+
+    The control uses the predictions for other, randomly chosen tokens. It shows what prefetching gains if the predictions know
+    nothing of the token.
+    """
+    best = ranked(predictor, routes, options.experts, options.threshold)
     seconds = microseconds_per_prediction(predictor, routes) / 1e6
     if predictor.shape.task != Task.NEXT_LAYER:
-        # Told per layer; asked for all of a token at once.
+        # The measured time is per layer, but one prediction is for all layers of a token.
         seconds *= predictor.shape.layers
     yield Prefetcher(name, plan_of(best, predictor.shape, requests), seconds)
     order = np.random.default_rng(0).permutation(len(routes))
@@ -63,25 +79,28 @@ def prefetcher_of(predictor: Predictor, name: str, routes: Routes, requests: Req
 
 
 def popularity_of(trace: Trace, part: str, run: Run | None, shape: Shape, notes: list[str]) -> Any:
-    """Frequencies `[L, E]` in the training problems of the run; without one, of the trace's own training part."""
+    """How often each expert is used `[L, E]`, in the run's training problems or, without a run, in the trace's training part.
+
+    Adds a note to `notes` if the trace has no training part: the frequencies are then those of the simulated problems.
+    """
     if run is not None:
         return run.baselines[POPULARITY].arrays()["probability_LE"]
     try:
         return expert_frequency(load_routes(trace, "train"), shape)
     except EmptyPartError:
-        notes.append("Popularity is of the simulated problems themselves: the trace has no training part.")
+        notes.append("Popularity is taken from the simulated problems themselves, because the trace has no training part.")
         return expert_frequency(load_routes(trace, part), shape)
 
 
-def simple_prefetcher(name: str, workload: Workload, how: Ahead) -> Prefetcher:
-    """none, popularity or oracle. Raises `SpecmoeError` for another name."""
+def simple_prefetcher(name: str, workload: Workload, options: PrefetchOptions) -> Prefetcher:
+    """The prefetcher `none`, `popularity` or `oracle`. Raises `SpecmoeError` for another name."""
     if name == NONE:
         return Prefetcher(name, no_plan(workload.requests))
     if name == POPULARITY:
-        return Prefetcher(name, popularity_plan(workload.popularity_LE, how.experts, how.horizon, workload.requests))
+        return Prefetcher(name, popularity_plan(workload.popularity_LE, options.experts, options.horizon, workload.requests))
     if name == ORACLE:
-        return Prefetcher(name, oracle_plan(workload.requests, how.horizon))
-    raise SpecmoeError(f"unknown prefetcher {name!r}: expected {NONE}, {POPULARITY}, {ORACLE}, a baseline of a run, or a run")
+        return Prefetcher(name, oracle_plan(workload.requests, options.horizon))
+    raise SpecmoeError(f"unknown prefetcher {name!r}: expected {NONE}, {POPULARITY} or {ORACLE}")
 
 
 def sweep(
@@ -95,13 +114,27 @@ def sweep(
     queue: int = QUEUE,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """A row for each device, capacity (a list for each device), policy and prefetcher, and for each device one with everything
-    copied on demand, and one with every expert resident. Runs on all cores.
+    """Simulate every combination of device, capacity, policy and prefetcher, on all cores.
+
+    Each device also gets two bounds: `on demand` (no cache, every expert is demand-loaded) and `all resident`.
+
+    Args:
+        workload: The requests, and how popular each expert is.
+        capacities: For each device, experts that the cache holds: per layer, or in all if `is_global`.
+        policies: Eviction policies.
+        prefetchers: What to prefetch.
+        costs: Costs of each device; None for a device on which nothing takes time.
+        is_global: One cache for all layers instead of one per layer.
+        queue: Prefetches that may wait for the interconnect.
+        on_done: Called after every simulation, from several threads.
+
+    Returns:
+        A row per simulation. `speculation.offload.study.DEFINITIONS` defines its numbers.
     """
     everything = workload.requests.num_experts * (workload.requests.layers if is_global else 1)
-    # Counted once, before the threads ask for it together.
+    # Cached properties: computed once here, instead of by every thread.
     _ = workload.ahead, workload.popularity
-    none = simple_prefetcher(NONE, workload, Ahead(experts=1))
+    none = simple_prefetcher(NONE, workload, PrefetchOptions(experts=1))
     jobs: list[tuple[Costs | None, Setting, Prefetcher, str | None]] = []
     for cost, sizes in zip(costs, capacities, strict=True):
         jobs.append((cost, Setting(Rule.LRU, 0, is_global, queue), none, "on demand"))

@@ -1,4 +1,4 @@
-"""Plans: who is asked for when, for every task, and what several tokens ask for together."""
+"""Plans: which experts are prefetched, and when, for every task; and how the predictions of several tokens are merged."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from support.routes import routes_of
 
 from profiler.errors import SpecmoeError
 from speculation.data.tasks import Shape, Task
-from speculation.offload.plans import Plan, Ranked, oracle_plan, plan_of, popularity_plan, ranked
+from speculation.offload.plans import PrefetchPlan, RankedExperts, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests, requests_of
 from speculation.predictors.counting.conditional_counts import ConditionalCounts
 from speculation.predictors.options import TrainingOptions
 
 
-def entries(plan: Plan, requests: Requests) -> dict[tuple[int, int], list[tuple[int, int]]]:
+def entries(plan: PrefetchPlan, requests: Requests) -> dict[tuple[int, int], list[tuple[int, int]]]:
     """(step, layer after which it is known) -> (layer, expert) pairs."""
     found = {}
     points = requests.layers + 1
@@ -30,7 +30,7 @@ def shape_of(task: Task, horizon: int = 1) -> Shape:
     return Shape(layers=2, experts=8, top_k=2, horizon=horizon, task=task)
 
 
-def test_the_oracle_asks_for_what_comes_over_the_ends_of_steps() -> None:
+def test_the_oracle_prefetches_across_the_ends_of_steps() -> None:
     routes = routes_of([(0, 2)])
     requests = requests_of(routes, 8)
     ids = routes.expert_ids_TLK.tolist()
@@ -47,7 +47,7 @@ def test_the_oracle_asks_for_what_comes_over_the_ends_of_steps() -> None:
         oracle_plan(requests, 3)
 
 
-def test_popularity_asks_for_the_same_at_every_step() -> None:
+def test_popularity_prefetches_the_same_at_every_step() -> None:
     requests = requests_of(routes_of([(0, 2)]), 8)
     plan = popularity_plan(np.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]]), 2, 1, requests)
     assert entries(plan, requests) == {(0, 0): [(1, 0), (1, 1)], (0, 1): [(2, 1), (2, 2)], (1, 0): [(1, 0), (1, 1)]}
@@ -61,10 +61,12 @@ def test_popularity_asks_for_the_same_at_every_step() -> None:
         (Task.NEXT_TOKEN, {(0, 1): [(2, 5), (2, 6), (3, 7)], (1, 1): [(2, 1), (3, 2), (3, 3)]}),
     ],
 )
-def test_each_task_asks_when_it_knows(task: Task, expected: dict[tuple[int, int], list[tuple[int, int]]]) -> None:
+def test_each_task_prefetches_as_soon_as_it_can_predict(
+    task: Task, expected: dict[tuple[int, int], list[tuple[int, int]]]
+) -> None:
     requests = requests_of(routes_of([(0, 2)]), 8)
     ids = np.array([[[[5, 6]], [[7, -1]]], [[[1, -1]], [[2, 3]]]], dtype=np.int32)
-    best = Ranked(ids, np.where(ids >= 0, np.float32(0.5), np.float32(0)))
+    best = RankedExperts(ids, np.where(ids >= 0, np.float32(0.5), np.float32(0)))
     found = entries(plan_of(best, shape_of(task), requests), requests)
     assert found == expected
 
@@ -73,7 +75,7 @@ def test_nearer_layers_come_first() -> None:
     shape = Shape(layers=3, experts=8, top_k=1, horizon=2)
     requests = requests_of(routes_of([(0, 1)], layers=3, top_k=1), 8)
     ids = np.arange(6, dtype=np.int32).reshape(1, 3, 2, 1)
-    found = entries(plan_of(Ranked(ids, np.ones(ids.shape, np.float32)), shape, requests), requests)
+    found = entries(plan_of(RankedExperts(ids, np.ones(ids.shape, np.float32)), shape, requests), requests)
     assert found == {(0, 0): [(1, 0), (2, 1)], (0, 1): [(2, 2)]}
 
 
@@ -81,7 +83,7 @@ def test_together_the_best_of_all_come_first() -> None:
     requests = requests_of(routes_of([(0, 1), (0, 1)]), 8, batch=2)
     ids = np.array([[[[1, 2]], [[0, 0]]], [[[3, 2]], [[0, 0]]]], dtype=np.int32)
     scores = np.array([[[[0.6, 0.5]], [[0, 0]]], [[[0.7, 0.4]], [[0, 0]]]], dtype=np.float32)
-    found = entries(plan_of(Ranked(ids, scores), shape_of(Task.NEXT_LAYER), requests), requests)
+    found = entries(plan_of(RankedExperts(ids, scores), shape_of(Task.NEXT_LAYER), requests), requests)
     assert found == {(0, 0): [(1, 2), (1, 3), (1, 1)]}
 
 

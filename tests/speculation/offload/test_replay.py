@@ -1,4 +1,4 @@
-"""Replay: its caches are those of the simulation, its copies and products really run, in the order that they must."""
+"""Replay: its caches are those of the simulation; its transfers and computations really run, in the order that they must."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.routes import routes_of
 from profiler.errors import SpecmoeError
 from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import Costs
-from speculation.offload.devices import Processor
+from speculation.offload.devices import Cpu
 from speculation.offload.kernel import Count, Rule
 from speculation.offload.replay import Sizes, measure, open_device, replay
 from speculation.offload.requests import requests_of
@@ -27,7 +27,7 @@ WORKLOAD = Workload(requests_of(ROUTES, 8), np.tile(np.arange(8, 0, -1.0), (3, 1
 
 
 class Instant:
-    """A device on which everything is over at once; it remembers which expert is in which slot."""
+    """A device on which everything is done at once; it remembers which expert is in which slot."""
 
     name = "instant"
 
@@ -39,17 +39,17 @@ class Instant:
         self.slots[slot] = expert
         return 0
 
-    def experts(self, slots: Sequence[int], tickets: Sequence[Any]) -> int:
+    def compute_experts(self, slots: Sequence[int], after: Sequence[Any]) -> int:
         self.used.append([self.slots.get(slot, -1) for slot in slots])
         return 0
 
-    def rest(self, layer: int) -> int:
+    def compute_rest(self, layer: int) -> int:
         return 0
 
-    def wait(self, ticket: Any) -> None:
+    def wait(self, event: Any) -> None:
         pass
 
-    def is_over(self, ticket: Any) -> bool:
+    def is_done(self, event: Any) -> bool:
         return True
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ def test_hits_are_those_of_the_simulation(rule: Rule, capacity: int) -> None:
     assert found.hits == expected.total(Count.HIT)
     assert found.requested == expected.total(Count.REQUESTED)
     assert (found.tokens, found.late, found.prefetched) == (110, 0, 0)
-    # Every product is of the experts that the token chose; those that the cache began with were never copied.
+    # Every computation is of the experts that the token chose; those that the cache began with were never copied.
     for used, layer, chosen in zip(
         device.used, list(range(3)) * 110, ROUTES.expert_ids_TLK.reshape(-1, 2).tolist(), strict=True
     ):
@@ -84,12 +84,12 @@ def test_a_predictor_in_the_loop(horizon: int) -> None:
     plain = replay(device, ROUTES, SIZES, Rule.LRU, 4, WORKLOAD.popularity)
     everything = replay(device, ROUTES, SIZES, Rule.LRU, 8, WORKLOAD.popularity, fitted(horizon), experts=2)
     assert everything.prefetched == 0
-    guessed = replay(Instant(), ROUTES, SIZES, Rule.LRU, 4, WORKLOAD.popularity, fitted(horizon), experts=2)
-    assert guessed.prefetched > 100
-    assert guessed.hits != plain.hits
-    # All eight guessed, four at a time: what is guessed and what is needed are never the same set.
-    nobody = replay(Instant(), ROUTES, SIZES, Rule.LRU, 4, WORKLOAD.popularity, fitted(horizon), experts=0)
-    assert (nobody.hits, nobody.prefetched) == (plain.hits, 0)
+    some = replay(Instant(), ROUTES, SIZES, Rule.LRU, 4, WORKLOAD.popularity, fitted(horizon), experts=2)
+    assert some.prefetched > 100
+    assert some.hits != plain.hits
+    # With no expert per prediction, the replay is the one without a predictor.
+    none = replay(Instant(), ROUTES, SIZES, Rule.LRU, 4, WORKLOAD.popularity, fitted(horizon), experts=0)
+    assert (none.hits, none.prefetched) == (plain.hits, 0)
 
 
 def test_on_this_processor() -> None:
@@ -102,17 +102,17 @@ def test_on_this_processor() -> None:
     assert found.tokens_per_second > 1
 
 
-def test_copies_and_products_are_real() -> None:
-    device = Processor(2, 4096, 4096, 3, 64)
-    ticket = device.experts([1], [device.copy(1, 5, None)])
-    device.wait(ticket)
-    memory = device._memory
-    assert torch.equal(memory.slots[1], memory.host[5 % len(memory.host)])
-    assert memory.slots[1].nbytes == 4096
-    assert torch.equal(memory.slots[0], torch.zeros_like(memory.slots[0]))
-    # A copy that must come after a product.
-    device.wait(device.copy(0, 1, ticket))
-    assert device.is_over(ticket)
+def test_transfers_and_computations_are_real() -> None:
+    device = Cpu(2, 4096, 4096, 3, 64)
+    event = device.compute_experts([1], [device.copy(1, 5, None)])
+    device.wait(event)
+    weights = device._weights
+    assert torch.equal(weights.slots[1], weights.host[5 % len(weights.host)])
+    assert weights.slots[1].nbytes == 4096
+    assert torch.equal(weights.slots[0], torch.zeros_like(weights.slots[0]))
+    # A transfer that must come after a computation.
+    device.wait(device.copy(0, 1, event))
+    assert device.is_done(event)
     device.close()
 
 
@@ -133,20 +133,20 @@ def test_measured_costs() -> None:
     assert 0 < measured.copy_seconds < 1
     assert 0 < measured.expert_seconds < 1
     assert 0 < measured.layer_seconds < 1
-    assert "measured here, medians of 20" in measured.describe()[1]
+    assert "measured on this machine, medians of 20" in measured.describe()[1]
 
 
 def test_what_cannot_be_replayed() -> None:
     device = Instant()
-    with pytest.raises(SpecmoeError, match="Belady's rule knows what comes"):
+    with pytest.raises(SpecmoeError, match="Belady's rule needs to know the future"):
         replay(device, ROUTES, SIZES, Rule.BELADY, 3, WORKLOAD.popularity)
     with pytest.raises(SpecmoeError, match="a cache of 1 experts per layer cannot hold the 2 of one token"):
         replay(device, ROUTES, SIZES, Rule.LRU, 1, WORKLOAD.popularity)
     predictor = ConditionalCounts(Shape(layers=3, experts=8, top_k=2, horizon=1, task=Task.WHOLE_PATH))
-    with pytest.raises(SpecmoeError, match="expected a run for next-layer, not whole-path"):
+    with pytest.raises(SpecmoeError, match="expected a next-layer run, not whole-path"):
         replay(device, ROUTES, SIZES, Rule.LRU, 3, WORKLOAD.popularity, predictor)
     with pytest.raises(SpecmoeError, match="unknown device 'tpu': expected one of cuda, cpu"):
         open_device("tpu", 1, SIZES)
     if not torch.cuda.is_available():
-        with pytest.raises(SpecmoeError, match="no GPU here: use --on cpu"):
+        with pytest.raises(SpecmoeError, match="PyTorch finds no CUDA GPU on this machine: replay on the CPU instead"):
             open_device("cuda", 1, SIZES)

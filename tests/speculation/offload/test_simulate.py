@@ -14,7 +14,7 @@ from profiler.errors import SpecmoeError
 from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import Costs
 from speculation.offload.kernel import Count, Rule
-from speculation.offload.plans import Plan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
+from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests, requests_of
 from speculation.offload.simulate import Result, Setting, Workload, capacities, simulate
 from speculation.predictors.counting.previous_token import PreviousToken
@@ -47,7 +47,7 @@ def requests_from(steps: Steps, experts: int) -> Requests:
         tokens_N=np.arange(len(steps)),
         first_S=np.arange(len(steps) + 1),
         is_decode_S=np.ones(len(steps), dtype=np.bool_),
-        leads_N=np.ones(len(steps), dtype=np.bool_),
+        samples_next_N=np.ones(len(steps), dtype=np.bool_),
     )
 
 
@@ -56,12 +56,12 @@ def workload_from(steps: Steps, experts: int) -> Workload:
     return Workload(requests_from(steps, experts), np.tile(np.arange(experts, 0, -1.0), (len(steps[0]), 1)))
 
 
-def plan_from(requests: Requests, entries: dict[tuple[int, int], list[tuple[int, int]]]) -> Plan:
+def plan_from(requests: Requests, entries: dict[tuple[int, int], list[tuple[int, int]]]) -> PrefetchPlan:
     """entries: (step, layer after which it is known) -> (layer, expert) pairs."""
     points = requests.layers + 1
     lists = [entries.get((number // points, number % points - 1), []) for number in range(requests.steps * points)]
     flat = np.array([pair for pairs in lists for pair in pairs], dtype=np.int32).reshape(-1, 2)
-    return Plan(np.cumsum([0, *map(len, lists)]), flat[:, 0].copy(), flat[:, 1].copy())
+    return PrefetchPlan(np.cumsum([0, *map(len, lists)]), flat[:, 0].copy(), flat[:, 1].copy())
 
 
 def hits(workload: Workload, policy: Rule, capacity: int, **more: bool) -> int:
@@ -227,7 +227,7 @@ def test_what_is_counted_adds_up(
     assert of(Count.PREFETCHED) == of(Count.USEFUL) + of(Count.WASTED)
     assert of(Count.MISS) <= of(Count.LOADS) - of(Count.PREFETCHED) <= of(Count.MISS) + of(Count.LATE)
     assert of(Count.STREAMED) <= of(Count.LOADS) - of(Count.PREFETCHED)
-    # Nothing is faster than products alone, and nothing slower than a copy for every expert, and one that was not asked for.
+    # Nothing is faster than computation alone, and nothing slower than a copy for every expert, and one that was not requested.
     least = requests.steps * requests.layers * 2.0 + len(requests.experts_N) * 1.0
     assert least <= result.decode_seconds <= least + 10.0 * (2 * len(requests.experts_N) + requests.steps * requests.layers)
     assert result.decode_seconds == pytest.approx(least + result.decode_stall)
@@ -279,7 +279,7 @@ def test_collisions_are_misses_of_what_was_given_up_in_the_same_step() -> None:
     assert result.total(Count.WASTED) == 1
 
 
-def test_what_is_predicted_is_not_given_up_for_another_guess() -> None:
+def test_a_prefetched_expert_is_not_evicted_for_another_prefetch() -> None:
     workload = workload_from([[[0], [0]], [[0], [0]]], 3)
     plan = plan_from(workload.requests, {(0, 0): [(1, 0), (1, 2)]})
     result = simulate(workload, Setting(Rule.LRU, 1), plan, COSTS)
@@ -306,14 +306,14 @@ def test_a_perfect_predictor_with_enough_bandwidth_has_no_stalls(trace: tuple[St
     # Room for what a layer uses and for what it will use next.
     capacity = min(2 * requests.top_k, requests.num_experts)
     result = simulate(workload, Setting(policy, capacity), oracle_plan(requests, 1), FAST)
-    # The first layer of all is asked for by nobody.
+    # The very first layer is not prefetched.
     assert result.decode_stall <= requests.top_k * FAST.copy_seconds + 1e-9
     assert result.total(Count.HIT) >= result.total(Count.REQUESTED) - requests.top_k
     assert result.total(Count.WASTED) == 0
 
 
 @given(traces(), st.sampled_from(list(Rule)), st.integers(0, 4))
-def test_zero_bandwidth_helps_nobody(trace: tuple[Steps, int], policy: Rule, capacity: int) -> None:
+def test_zero_bandwidth_makes_prefetching_useless(trace: tuple[Steps, int], policy: Rule, capacity: int) -> None:
     workload = workload_from(*trace)
     closed = replace(COSTS, copy_seconds=float("inf"))
     with_help = simulate(workload, Setting(policy, capacity), oracle_plan(workload.requests, 1), closed)
@@ -344,12 +344,12 @@ def test_without_costs_copies_take_no_time() -> None:
 
 
 def test_predictions_are_made_one_after_the_other() -> None:
-    # Three layers of 3 s (2 and 1). Layers 1 and 2 are asked for after layers 0 and 1; each prediction takes 4 s.
+    # Three layers of 3 s (2 and 1). Layers 1 and 2 are prefetched after layers 0 and 1; each prediction takes 4 s.
     workload = workload_from([[[0], [1], [1]], [[0], [0], [0]]], 3)
     plan = plan_from(workload.requests, {(0, 0): [(1, 1)], (0, 1): [(2, 1)]})
     instant = simulate(workload, Setting(Rule.LRU, 1, predict_seconds=0.0), plan, replace(COSTS, copy_seconds=0.5))
     assert instant.decode_stall == 2 * 0.5  # of layers 1 and 2 in the second step
-    # The first is known at 2 + 4 = 6, after layer 1 was routed at 5, where it is copied on demand until 5.5; the products end
+    # The first is known at 2 + 4 = 6, after layer 1 was routed at 5, where it is demand-loaded until 5.5; the computation ends
     # at 6.5. The second begins at 6, not at 5.5, and is known at 10; layer 2 is routed at 8.5.
     slow = simulate(workload, Setting(Rule.LRU, 1, predict_seconds=4.0), plan, replace(COSTS, copy_seconds=0.5))
     assert slow.decode_stall == 4 * 0.5
@@ -359,7 +359,7 @@ def test_predictions_are_made_one_after_the_other() -> None:
         workload.requests,
         tokens_N=np.arange(4),
         first_S=np.array([0, 2, 4]),
-        leads_N=np.ones(4, dtype=np.bool_),
+        samples_next_N=np.ones(4, dtype=np.bool_),
     )
     two = simulate(
         replace(workload, requests=both), Setting(Rule.LRU, 1, predict_seconds=1.5), plan, replace(COSTS, copy_seconds=0.5)
@@ -369,7 +369,7 @@ def test_predictions_are_made_one_after_the_other() -> None:
 
 
 def test_what_is_in_use_is_not_overwritten() -> None:
-    # One place for all layers: the next layer's expert cannot be copied before the products end, a second after the routing.
+    # One place for all layers: the next layer's expert cannot be copied before the computation ends, a second after routing.
     workload = workload_from([[[0], [1]]] * 4, 2)
     fast = replace(COSTS, copy_seconds=0.9)
     result = simulate(workload, Setting(Rule.LRU, 1, is_global=True), oracle_plan(workload.requests, 1), fast)
@@ -403,11 +403,11 @@ def test_nothing_is_won_in_prompts_of_independent_routes(task: Task) -> None:
 
 
 def test_what_was_copied_on_demand_may_wait_again() -> None:
-    # Expert 1 of layer 1 is asked for twice; the first wish is overtaken by the demand, and must not cost the second.
+    # Expert 1 of layer 1 is prefetched twice; a demand load overtakes the first prefetch, and must not cost the second.
     workload = workload_from([[[0], [1]], [[0], [0]], [[0], [1]]], 3)
     plan = plan_from(workload.requests, {(0, 0): [(1, 2), (1, 1)], (1, 1): [(3, 1)]})
     result = simulate(workload, Setting(Rule.LRU, 1), plan, COSTS)
-    # After layer 1 of step 1, at most a copy is on its way: the wish for step 2 is granted, and late.
+    # After layer 1 of step 1, at most one copy is in flight: the prefetch for step 2 happens, and is late.
     assert result.counts_LC[1, Count.MISS] == 2
     assert result.counts_LC[1, Count.LATE] == 1
 

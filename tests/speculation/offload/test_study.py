@@ -107,9 +107,9 @@ def test_a_run_is_worth_something_or_not(trace: Trace, run: Path, runner: CliRun
         counts = row["counts_by_layer"]
         assert sum(counts["hit"]) / sum(counts["requested"]) == pytest.approx(row["hit_rate"])
         assert len(counts["collision"]) == 16
-    assert "With 9.0 GB" not in output  # 44 of each layer are 8.9 GB.
-    assert "With 8.9 GB for experts: lru and " in output
-    assert "Assumed: link: 25.2 GB/s, 80% (assumed) of 31.5 GB/s, PCIe 4 x16" in output
+    assert "with 9.0 GB" not in output  # 44 of each layer are 8.9 GB.
+    assert "Fastest with 8.9 GB of experts: lru, prefetch " in output
+    assert "Assumed: interconnect: 25.2 GB/s, 80% (assumed) of 31.5 GB/s, PCIe 4 x16" in output
     assert "NOT held out" not in output
     page = (out / "simulation.html").read_text()
     assert "https://" not in page.split("<script")[0]
@@ -119,7 +119,7 @@ def test_a_run_is_worth_something_or_not(trace: Trace, run: Path, runner: CliRun
 def test_what_is_not_held_out_is_said(trace: Trace, run: Path, runner: CliRunner) -> None:
     output = simulated(runner, str(trace.path), "--predictor", str(run), "--part", "all")
     assert "NOT held out" in output
-    assert "copies that take no time: hit rate" in output
+    assert "transfers that take no time: hit rate" in output
     assert "tokens/s" not in output
 
 
@@ -230,6 +230,4 @@ def test_replay(trace: Trace, run: Path, runner: CliRunner) -> None:
     # Hits without predictions do not depend on time: replayed and simulated they are the same.
     assert cases["lru"][4] == cases["lru"][5]
     missing = runner.invoke(app, ["replay", str(trace.path), "--on", "cpu"])
-    assert "the sizes of this model are not known: name the --model, or give --expert-mb and --rest-mb" in str(
-        missing.exception
-    )
+    assert "are unknown: name a registered model, or give the size of an expert" in str(missing.exception)

@@ -376,7 +376,7 @@ def test_a_converted_trace_cannot_hide_training_problems(markov_trace: Trace, tm
     run = train(markov_trace, "popularity", tmp_path / "run")
     write_jsonl(markov_trace, tmp_path / "rows.jsonl")
     converted = import_trace(tmp_path / "rows.jsonl", tmp_path / "converted", options=ImportOptions(num_experts=8))
-    with pytest.raises(TraceError, match="training problems could not be told apart"):
+    with pytest.raises(TraceError, match="which of its problems are training problems is unknown"):
         evaluate(run, converted)
     own = train(converted, "popularity", tmp_path / "own")
     assert evaluate(own, converted).split == "by problem (hash of the problem id)"

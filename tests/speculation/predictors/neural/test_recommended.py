@@ -11,7 +11,7 @@ import pytest
 from profiler.trace.schema import RoutingChunk
 from speculation.data.routes import Routes, make_routes
 from speculation.data.tasks import Shape, Task
-from speculation.evaluation.evaluate import judge, shuffled
+from speculation.evaluation.evaluate import evaluate_predictor, shuffled
 from speculation.predictors.features import recent_use
 from speculation.predictors.neural.recommended import Recommended
 
@@ -89,8 +89,8 @@ def test_it_learns_what_repeats_and_falls_to_chance_on_shuffled_experts() -> Non
     options = replace(Recommended.defaults, epochs=12, batch_tokens=128)
     predictor.fit(made(100), made(15), options, lambda *_: None)
     test = made(20)
-    recall = judge(predictor, test, {}).metrics["h=1"]["recall@2"]
+    recall = evaluate_predictor(predictor, test, {}).metrics["h=1"]["recall@2"]
     # Three quarters are repetitions; the rest is chance, a quarter.
     assert recall == pytest.approx(0.75 + 0.25 * 0.25, abs=0.04)
-    control = judge(predictor, shuffled(test, seed=0), {}, test).metrics["h=1"]["recall@2"]
+    control = evaluate_predictor(predictor, shuffled(test, seed=0), {}, test).metrics["h=1"]["recall@2"]
     assert control == pytest.approx(0.25, abs=0.04)
