@@ -264,7 +264,7 @@ def test_a_changed_dataset_is_found_out(unfinished: Path) -> None:
 
 
 def test_without_resume_an_unfinished_collection_is_left_alone(unfinished: Path) -> None:
-    with pytest.raises(TraceError, match="holds an unfinished collection: add --resume"):
+    with pytest.raises(TraceError, match="holds an unfinished collection: resume it"):
         collect(options(unfinished))
     assert captured_tokens(unfinished) > 0
 
