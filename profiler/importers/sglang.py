@@ -179,7 +179,7 @@ class _ForwardPass:
         if requests is not None and not (
             isinstance(requests, list) and len(requests) == len(lengths) and {*map(type, requests)} <= {str, int}
         ):
-            raise TraceError(f"{where}: expected rids (strings or numbers) for {len(lengths)} sequences")
+            raise TraceError(f"{where}: expected rids, strings or numbers, for {len(lengths)} sequences")
         return cls(
             number=record["forward_pass_id"] if type(record.get("forward_pass_id")) is int else 0,
             decode=decode,
