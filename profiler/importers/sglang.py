@@ -285,7 +285,7 @@ class _SequenceAssembler:
         self.ambiguous += sum(count for start, count in rows.items() if fits[start] > count)
         found: list[_RunningSequence] = []
         before = len(self._running)
-        # Matched from the end, because the sequences at the end are the newest and most certainly have a row.
+        # Matched from the end: the sequences there are new, so they certainly have a row.
         for start in reversed(starts):
             at = next((at for at in range(before - 1, -1, -1) if self._running[at].next_position == start), None)
             if at is None:

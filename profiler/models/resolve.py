@@ -41,7 +41,7 @@ def demo_model_folder() -> Path:
 def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None, precision: str = "auto") -> ResolvedModel:
     """Find a model by short name, local folder or hub id, and read its MoE facts.
 
-    precision: which checkpoint of a model known by short name; `auto` is the one that was published first.
+    precision: which checkpoint of a model known by short name; `auto` is the precision in which it was published.
     Raises `ModelError` if the model is unknown, or if its config cannot be read, has no routed experts, or contradicts the
     registry.
     """
@@ -55,9 +55,7 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
     elif precision == QUANTIZE_PRECISION and "/" in name and not Path(name).is_dir():
         location, is_self_quantized = str(quantized_checkpoint(name, precision)), True
     elif precision != "auto":
-        raise ModelError(
-            f"a precision can be chosen only for a model's short name, which {name!r} is not (see 'specmoe models')"
-        )
+        raise ModelError(f"a precision can be chosen only for a registered model, which {name!r} is not (see 'specmoe models')")
     if is_self_quantized and not Path(location).is_dir():
         raise ModelError(
             f"no {precision} checkpoint of {name} is public, and {location} does not exist: create one with "

@@ -48,7 +48,7 @@ class StreamLayout:
         return pa.schema([*keys, *columns], metadata={LAYOUT_KEY: json.dumps(document)})
 
     def row_bytes(self, column: str) -> int:
-        """The size of one token in `column`."""
+        """The size in bytes of one token in `column`."""
         kind, width = self.types[column]
         return len(self.layers) * width * kind.itemsize
 
@@ -79,7 +79,7 @@ class CaptureWriter:
             raise TraceError(f"{path} exists already: a capture needs a new folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._form = layout
+        self._layout = layout
         self._schema = layout.schema()
         self._file = pa.OSFile(str(path), "wb")
         self._stream: Any = ipc.new_stream(self._file, self._schema)
@@ -91,7 +91,7 @@ class CaptureWriter:
 
         Raises `TraceError` if a shape differs, or if a problem or token id is negative or does not fit into int32.
         """
-        layout = self._form
+        layout = self._layout
         for name, (_, width) in layout.types.items():
             expected = (len(token_ids_T), len(layout.layers), width)
             if values[name].shape != expected:

@@ -141,8 +141,8 @@ def _count(value: Any) -> int:
 class _Reader:
     """A parser for part of Thrift's compact protocol.
 
-    Structs become dictionaries by field number, strings bytes. Lists of structs or strings become lists, other lists are
-    skipped and become empty, and so are maps.
+    Structs become dictionaries by field number, strings bytes, and lists of structs or strings lists. Everything else except
+    integers and booleans is skipped: other lists become empty, maps and fixed-size values None.
     """
 
     def __init__(self, data: bytes) -> None:

@@ -99,7 +99,7 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"model": "mixtral-8x7b", "gpu": "A10"}, ModelError, "does not fit on A10 with 24 GB"),
         ({"model": "mixtral-8x7b", "precision": "bf16"}, ModelError, "does not fit on A100-80GB"),
         ({"model": "mixtral-8x7b", "precision": "gptq"}, ModelError, "no gptq checkpoint: expected one of bf16, awq"),
-        ({"precision": "awq"}, ModelError, "a precision can be chosen only for a model's short name"),
+        ({"precision": "awq"}, ModelError, "--precision chooses among the checkpoints of a short name"),
         ({"model": "mixtrall"}, ModelError, "unknown model 'mixtrall'"),
         ({"model": "."}, ModelError, "is a folder of this machine"),
         ({"engine": "sglang"}, EngineError, "unknown engine 'sglang'"),
