@@ -17,7 +17,7 @@ from modal_jobs.running import one_line_errors, say
 from modal_jobs.weights import fetch_checkpoint
 from profiler.errors import ModelError, SpecmoeError, first_line
 from profiler.models.gpus import find_gpu
-from profiler.models.registry import MADE, MODELS, made_checkpoint
+from profiler.models.registry import MODELS, QUANTIZE_PRECISION, quantized_checkpoint
 
 app = modal.App("specmoe-quantize")
 
@@ -41,7 +41,7 @@ def make(model: str, revision: str | None, name: str, texts: list[str], group_si
     from profiler.models.deepseek_v1 import local_rewriting
     from profiler.models.resolve import resolve_model
 
-    target = made_checkpoint(name, MADE)
+    target = quantized_checkpoint(name, QUANTIZE_PRECISION)
     try:
         if target.is_dir():
             return f"{target} is there already", ""
@@ -70,7 +70,7 @@ def main(
     with one_line_errors("quantize"):
         find_gpu(gpu, rented=True)
         entry = MODELS.get(model)
-        if entry is not None and MADE not in entry.quantizable:
+        if entry is not None and QUANTIZE_PRECISION not in entry.quantizable:
             raise ModelError(f"{model} has {', '.join(entry.precisions)}: nothing is to be made")
         if entry is None and "/" not in model:
             raise ModelError(f"unknown model {model!r}: expected one of {', '.join(MODELS)}, or a hub id like org/name")
@@ -84,4 +84,6 @@ def main(
         if refusal:
             raise ModelError(refusal)
         print(made)
-        print(f"collect with it: modal run modal_jobs/collect.py --model {model} --precision {MADE} --dataset ...")
+        print(
+            f"collect with it: modal run modal_jobs/collect.py --model {model} --precision {QUANTIZE_PRECISION} --dataset ..."
+        )

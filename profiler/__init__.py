@@ -1,4 +1,7 @@
-"""Traces of expert routing: format, collection, reading. `Trace.open(path)` needs neither torch nor an engine."""
+"""Collect and read traces of the expert routing of mixture-of-experts models.
+
+`Trace.open(path)` reads a trace; it needs neither PyTorch nor an inference engine. `TraceCollector` records one.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Reading a trace must not pay for what collecting one imports.
+    # Imported lazily: a program that only reads traces must not pay for the imports that collecting one needs.
     if name == "TraceCollector":
         from profiler.collect.collector import TraceCollector
 

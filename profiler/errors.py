@@ -1,10 +1,10 @@
-"""Errors whose text is meant for the user: one line that names the thing, what was expected and what to do."""
+"""Errors whose message is written for the user: one line that names the problem, what was expected, and what to do."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
-# What reading a file of an unknown writer can raise in libraries: broken content, names that are no text, sizes beyond limits.
+# What libraries can raise when they read an untrusted file: broken content, names that are not text, sizes beyond limits.
 UNREADABLE = (
     pa.ArrowException,
     ArithmeticError,
@@ -19,38 +19,52 @@ UNREADABLE = (
 
 
 class SpecmoeError(Exception):
-    """Base class; the command line prints the text and exits with 1."""
+    """Base class of all errors that this project raises on purpose.
+
+    The message is one line for the user. The command line prints it and exits with status 1.
+
+    Example:
+        >>> from profiler import SpecmoeError, Trace
+        >>> try:
+        ...     Trace.open("no/such/trace")
+        ... except SpecmoeError as error:
+        ...     print(error)
+        no/such/trace: no such trace directory
+    """
 
 
 class TraceError(SpecmoeError):
-    """A trace (or a file of one) is missing, incomplete, inconsistent or not ours."""
+    """A trace, or a file of one, is missing, incomplete, inconsistent or not in the trace format.
+
+    Where a file is at fault, the message names the file and the place in it (row group and row, or line).
+    """
 
 
 class EmptyPartError(TraceError):
-    """No problem of the trace falls into the asked part of the split."""
+    """The requested part of the split contains no problem of the trace."""
 
 
 class ModelError(SpecmoeError):
-    """A model is unknown, cannot be loaded, or has no routed experts."""
+    """A model is unknown, cannot be loaded, has no routed experts, or does not fit on the GPU."""
 
 
 class DatasetError(SpecmoeError):
-    """A dataset is unknown, cannot be read, or lacks a column."""
+    """A dataset is unknown or empty, cannot be read, or lacks a column."""
 
 
 class UnreachableError(DatasetError):
-    """The hub that has a dataset cannot be reached, or does not give it."""
+    """The hub that hosts a dataset cannot be reached, or does not serve the dataset."""
 
 
 class EngineError(SpecmoeError):
-    """An inference engine is not installed, or the capture inside it failed."""
+    """An inference engine is not installed, or recording the routing inside it failed."""
 
 
 class EngineStoppedError(EngineError):
-    """An engine ended while it ran: for want of memory, say. Another one may do better."""
+    """An engine stopped while it was running, for example because it ran out of memory. Another engine may work."""
 
 
-# Packages that are not always installed, by the extra that brings them.
+# Optional packages, by the extra that installs them.
 EXTRAS = {
     "collect": ("datasets", "huggingface_hub", "psutil", "pynvml", "safetensors", "torch", "transformers"),
     "analysis": ("jinja2", "numba", "plotly", "scipy", "sklearn", "tokenizers"),
@@ -62,7 +76,7 @@ EXTRAS = {
 
 
 def missing_extra(error: ModuleNotFoundError) -> str:
-    """What to install for a package that is not there, as one line."""
+    """One line that says what to install for a package that is missing."""
     package = (error.name or "").partition(".")[0]
     extras = [extra for extra, packages in EXTRAS.items() if package in packages]
     if not extras:
@@ -72,11 +86,11 @@ def missing_extra(error: ModuleNotFoundError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception as one line."""
+    """The first line of an exception's message, or the name of its type if it has no message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Text without control characters: names in a stranger's file must not steer the terminal."""
+    """The text with every control character replaced: names in an untrusted file must not control the terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

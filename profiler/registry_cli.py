@@ -1,4 +1,4 @@
-"""Commands over the registries: models, datasets."""
+"""Commands that list the registries: `models` and `datasets`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ app = typer.Typer()
 
 @app.command()
 def models(
-    name: Annotated[str | None, typer.Argument(help="One model: its checkpoints, and what fits on which GPU.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show one model: its checkpoints, and which fit on which GPU.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """List models by short name, or say how one of them runs. Any other hub id or model folder works as well.
+    """List the models that have a short name, or show how one of them runs. Any other hub id or model folder works too.
 
     Example: specmoe models mixtral-8x7b
     """
@@ -62,14 +62,14 @@ def models(
         console.print_json(json.dumps(facts_of | {"checkpoints": places, "presets": found}))
         return
     typer.echo(
-        f"{name}: {entry.parameters} billion parameters, {entry.active} for a token; {entry.layers} layers, "
-        f"{len(entry.moe_layers)} with {entry.experts} experts, top-{entry.top_k}, and {entry.shared} shared"
+        f"{name}: {entry.parameters} billion parameters, {entry.active} active per token; {entry.layers} layers, "
+        f"{len(entry.moe_layers)} with {entry.experts} routed experts (top-{entry.top_k}) and {entry.shared} shared"
     )
     for precision in entry.precisions:
-        made = "" if precision in entry.checkpoints else "  (not public: modal run modal_jobs/quantize.py makes it)"
-        gated = "  (accept its terms on the hub, and give a token)" if precision in entry.gated else ""
+        missing = "" if precision in entry.checkpoints else "  (not public: modal run modal_jobs/quantize.py creates it)"
+        gated = "  (accept its terms on the hub, and set a token)" if precision in entry.gated else ""
         place = entry.checkpoints.get(precision) or checkpoint(entry, precision)
-        typer.echo(f"  {precision}: {place}, {entry.weights_gb(precision):.0f} GB in memory{made}{gated}")
+        typer.echo(f"  {precision}: {place}, {entry.weights_gb(precision):.0f} GB in memory{missing}{gated}")
     rows = []
     for gpu in GPUS.values():
         cells = {
@@ -90,7 +90,7 @@ def models(
 
 @app.command()
 def datasets(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """List datasets by name, with the columns that a local file must have.
+    """List datasets by name, with the columns that a local data file must have.
 
     Example: specmoe datasets
     """

@@ -1,4 +1,4 @@
-"""Rows as a table for people or as JSON for programs."""
+"""Print rows as a table for people or as JSON for programs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-# Of tables that go into a file or pipe.
+# Width of tables that are written to a file or a pipe, where there is no terminal to measure.
 TABLE_WIDTH = 200
 
 console = Console(highlight=False)
 
 
 def print_rows(rows: list[dict[str, str]], as_json: bool) -> None:
-    """Print rows of the same columns."""
+    """Print rows, all with the same columns, as a table or as JSON."""
     if as_json:
         console.print_json(json.dumps(rows))
         return
     table = Table(box=None)
     for column in rows[0]:
-        # A cut hub id is of no use, nor is a cut name.
+        # A truncated hub id is useless, and so is a truncated name.
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for row in rows:
         table.add_row(*row.values())

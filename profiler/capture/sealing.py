@@ -22,7 +22,7 @@ from profiler.trace.schema import (
     routing_schema,
     values_schema,
 )
-from profiler.trace.stream import HIDDEN_STREAM, LOGITS_STREAM, ROUTING_STREAM, CaptureIndex, Form, gather, read_index
+from profiler.trace.stream import HIDDEN_STREAM, LOGITS_STREAM, ROUTING_STREAM, CaptureIndex, StreamLayout, gather, read_index
 from profiler.trace.writer import BlockWriter
 
 STREAMS = {ROUTING_FOLDER: ROUTING_STREAM, LOGITS_FOLDER: LOGITS_STREAM, HIDDEN_FOLDER: HIDDEN_STREAM}
@@ -142,11 +142,11 @@ def _sort(
     wanted: _Wanted,
     others_abandoned: bool,
 ) -> Missing:
-    form = next(iter(indices.values())).form
+    layout = next(iter(indices.values())).layout
     keys, places = [], []
     first = 0
     for run, index in indices.items():
-        if index.form != form:
+        if index.layout != layout:
             raise TraceError(f"{index.path}: other layers or widths than in the run before it")
         rank_N = wanted.rank(run, index.problem_ids_N)
         if not others_abandoned and (rank_N < 0).any():
@@ -165,11 +165,11 @@ def _sort(
         # Of equal ones the last was computed last.
         order_N = order_N[np.append(np.diff(keys_N[order_N]) > 0, True)]
         keys_N, places_N = keys_N[order_N], places_N[order_N]
-    schema = _schema(form, model, record)
-    with BlockWriter(target, form.layers, schema) as writer:
+    schema = _schema(layout, model, record)
+    with BlockWriter(target, layout.layers, schema) as writer:
         for start in range(0, len(keys_N), writer.tokens_per_group):
             keys_T = keys_N[start : start + writer.tokens_per_group]
-            lists = _gather(list(indices.values()), form, places_N[start : start + writer.tokens_per_group])
+            lists = _gather(list(indices.values()), layout, places_N[start : start + writer.tokens_per_group])
             problem_ids_T = wanted.problem_ids_P[keys_T >> 32]
             token_ids_T = (keys_T & 0xFFFFFFFF).astype(np.int32)
             if "expert_ids" in lists:
@@ -178,16 +178,16 @@ def _sort(
     return wanted.lacking(keys_N)
 
 
-def _schema(form: Form, model: ModelMetadata, record: RecordMetadata) -> Any:
-    if "expert_ids" in form.types:
+def _schema(layout: StreamLayout, model: ModelMetadata, record: RecordMetadata) -> Any:
+    if "expert_ids" in layout.types:
         return routing_schema(model.num_experts, model.top_k, weights=record.weights, empty_slots=bool(record.empty_slots))
-    ((column, (_, width)),) = form.types.items()
+    ((column, (_, width)),) = layout.types.items()
     return values_schema(column, width)
 
 
-def _gather(indices: list[CaptureIndex], form: Form, places_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+def _gather(indices: list[CaptureIndex], layout: StreamLayout, places_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
     """Tokens by their place in all streams, one after the other, as `[T, L, W]` arrays."""
-    lists = {name: np.empty((len(places_T), len(form.layers), width), kind) for name, (kind, width) in form.types.items()}
+    lists = {name: np.empty((len(places_T), len(layout.layers), width), kind) for name, (kind, width) in layout.types.items()}
     first = 0
     for index in indices:
         end = first + len(index.token_ids_N)

@@ -1,1 +1,1 @@
-"""Benchmark datasets by name, and their rows as prompts."""
+"""Benchmark datasets by name, and the prompts built from their rows."""

@@ -1,7 +1,7 @@
-"""Problems: rows of a dataset as prompts, and which of them to take.
+"""Read problems (prompts built from the rows of a dataset) and select which of them to run.
 
-Rows are read a few at a time and not held: memory is that of the problems taken. Where rows are shuffled it is also that of
-their numbers, and of the columns of a local Parquet file.
+Rows are streamed, so memory is that of the selected problems. Shuffled datasets also need memory for their row numbers and,
+from a local Parquet file, for its columns.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from profiler.datasets.registry import Dataset
 from profiler.errors import DatasetError, UnreachableError, first_line
 
 MAX_JSONL_LINE = 16 << 20
-# Of the permutation of datasets that are sorted by class. Fixed, so that a dataset's first problems are the same for everybody.
+# Seed of the permutation of datasets that are sorted by class. Fixed, so that everybody gets the same first problems.
 SHUFFLE_SEED = 0
 ROWS_AT_A_TIME = 256
+# The branch in which the hub keeps its own Parquet conversion of a dataset.
 CONVERTED = "refs/convert/parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A prompt and where it came from. `source_key` identifies it inside its dataset.
+    """A prompt and where it came from. `source_key` identifies it within its dataset.
 
-    max_new_tokens: generated at most. max_prompt_tokens: the prompt keeps so many tokens of its head; None for all.
+    max_new_tokens: maximum of generated tokens. max_prompt_tokens: truncate the prompt to so many tokens; None for no limit.
     """
 
     dataset: str
@@ -44,9 +45,9 @@ class Problem:
 
 
 def read_problems(dataset: Dataset, *, data_files: Path | None = None, max_new_tokens: int | None = None) -> Iterator[Problem]:
-    """All problems, from `data_files` (.parquet, .jsonl) if given, else embedded or from the hub.
+    """Iterate over all problems, from `data_files` (.parquet, .jsonl) if given, otherwise embedded or from the hub.
 
-    In the order of the file, or in a fixed shuffled order where the dataset is sorted by class.
+    They are in the order of the file, or in a fixed shuffled order if the dataset is sorted by class.
     Raises `DatasetError` on an unreadable file or a missing column.
     """
     if data_files is not None:
@@ -73,7 +74,7 @@ def read_problems(dataset: Dataset, *, data_files: Path | None = None, max_new_t
 
 
 def typical_problems(dataset: Dataset, max_new_tokens: int | None = None) -> Iterator[Problem]:
-    """As many problems as the dataset has, of its mean length, without its text: for estimates."""
+    """As many problems as the dataset has rows, with blank prompts of its mean length, for estimates without the dataset."""
     for row in range(dataset.rows):
         yield Problem(
             dataset=dataset.name,
@@ -84,9 +85,9 @@ def typical_problems(dataset: Dataset, max_new_tokens: int | None = None) -> Ite
 
 
 def take_problems(sources: dict[str, Iterator[Problem]], num_problems: int) -> list[Problem]:
-    """`num_problems` in all, spread evenly over the datasets; fewer of those that hold fewer.
+    """Select `num_problems` in total, divided evenly among the datasets; a dataset that has fewer contributes all that it has.
 
-    Raises `DatasetError` if a dataset holds none.
+    Raises `DatasetError` if a dataset has none.
     """
     share, rest = divmod(num_problems, len(sources))
     taken = []
@@ -105,16 +106,16 @@ def take_tokens(
     max_tokens_per_problem: int | None,
     count_tokens: Callable[[str], int],
 ) -> list[Problem]:
-    """Problems of `target_tokens` in all, spread evenly over the datasets, in the order of the datasets.
+    """Select problems with `target_tokens` in total, divided evenly among the datasets, in the order of the datasets.
 
-    A problem counts the tokens of its prompt and those that may be generated; prompts lose their tail to stay within
-    `max_tokens_per_problem`. Each dataset gives until it has its share, so it may exceed it by less than one problem. What a
-    dataset lacks is spread over the others. Raises `DatasetError` if a dataset holds none.
+    A problem counts the tokens of its prompt and the most that it may generate. Prompts are truncated at the end to stay within
+    `max_tokens_per_problem`. Each dataset contributes problems until it reaches its share, which it exceeds by less than one
+    problem. What a dataset lacks is divided among the others. Raises `DatasetError` if a dataset has none.
     """
     taken: dict[str, list[Problem]] = {name: [] for name in sources}
     open_sources, left = dict(sources), target_tokens
     while left > 0 and open_sources:
-        # All of a round get the same, also where early ones gave a little more.
+        # All datasets of a round get the same share, even if the first ones exceeded theirs a little.
         share = -(-left // len(open_sources))
         for name, problems in list(open_sources.items()):
             given = 0
@@ -133,14 +134,14 @@ def take_tokens(
 
 
 def within(problem: Problem, limit: int | None, count_tokens: Callable[[str], int]) -> tuple[Problem, int]:
-    """The problem with its prompt cut to the limit, and its tokens, prompt and output."""
+    """The problem with its prompt truncated to stay within the limit, and its number of tokens, prompt and output."""
     tokens = count_tokens(problem.prompt)
     if limit is not None:
         room = limit - problem.max_new_tokens
         if room < 1:
             raise DatasetError(
-                f"--max-tokens-per-problem {limit} leaves no room for a prompt of {problem.dataset} beside its "
-                f"{problem.max_new_tokens} new tokens: lower --max-new-tokens"
+                f"a limit of {limit} tokens per problem leaves no room for a prompt of {problem.dataset} with its "
+                f"{problem.max_new_tokens} new tokens: raise the limit, or lower the number of new tokens"
             )
         problem = replace(problem, max_prompt_tokens=room)
         tokens = min(tokens, room)
@@ -148,7 +149,7 @@ def within(problem: Problem, limit: int | None, count_tokens: Callable[[str], in
 
 
 def _order(dataset: Dataset, rows: int) -> Iterator[list[int]]:
-    """Row numbers in the order in which they are taken, some at a time."""
+    """Row numbers in the order in which rows are taken, some at a time."""
     order_R = np.random.default_rng(SHUFFLE_SEED).permutation(rows) if dataset.sorted_by_class else np.arange(rows)
     for start in range(0, rows, ROWS_AT_A_TIME):
         yield order_R[start : start + ROWS_AT_A_TIME].tolist()
@@ -175,7 +176,7 @@ def _read_parquet(path: Path, dataset: Dataset) -> Iterator[tuple[int, dict[str,
         file = pq.ParquetFile(path)
         _check_columns(file.schema_arrow.names, dataset, path)
         if dataset.sorted_by_class:
-            # Taking rows from all over the file would decode a row group for each: these columns are held instead.
+            # Reading rows in random order would decode a row group for each: hold the columns in memory instead.
             table = file.read(columns)
             for numbers in _order(dataset, table.num_rows):
                 yield from zip(numbers, table.take(numbers).to_pylist(), strict=True)
@@ -217,7 +218,7 @@ def _line_at(file: Any, start: int) -> bytes:
 
 
 def _is_text(value: Any) -> bool:
-    """A string that can be written as UTF-8 (JSON can spell lone surrogates)."""
+    """Whether the value is a string that can be encoded as UTF-8 (JSON can escape lone surrogates)."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -233,9 +234,9 @@ def _read_hub(dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
     # Imported late: it takes a second, and only hub datasets need it.
     import datasets as hub
 
-    # Its retries are no news to a user who is told in the end.
+    # Hide the client's messages about retries: the final error is reported.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    # Only what must be shuffled is downloaded whole; it is then a file of Arrow data that stays on disk.
+    # Only datasets that must be shuffled are downloaded completely, into a file of Arrow data that stays on disk.
     streaming = not dataset.sorted_by_class
     try:
         try:
@@ -243,14 +244,14 @@ def _read_hub(dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
-            # The hub's own conversion of what would otherwise be code.
+            # The dataset is defined by code, which is not run: load the hub's own Parquet conversion.
             rows = hub.load_dataset(
                 dataset.hub_id, dataset.config, split=dataset.split, revision=CONVERTED, streaming=streaming
             )
-    except Exception as error:  # its failures share no base class: connection, missing repository, bad file
+    except Exception as error:  # the library's errors share no base class: connection, missing repository, bad file
         reason = first_line(error)
         raise UnreachableError(
-            f"cannot load {dataset.hub_id} from the Hugging Face hub ({reason}); without a network use --data-files FILE"
+            f"cannot load {dataset.hub_id} from the Hugging Face hub ({reason}); without a network, use a local data file"
         ) from error
     if rows.column_names is not None:
         _check_columns(list(rows.column_names), dataset, Path(str(dataset.hub_id)))
@@ -258,8 +259,8 @@ def _read_hub(dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
     if streaming:
         try:
             yield from enumerate({name: row.get(name) for name in columns} for row in rows)
-        except Exception as error:  # as above, in the middle of a download
-            raise UnreachableError(f"{dataset.hub_id}: the hub stopped giving rows ({first_line(error)})") from error
+        except Exception as error:  # as above, during a download
+            raise UnreachableError(f"{dataset.hub_id}: the hub stopped sending rows ({first_line(error)})") from error
         return
     for numbers in _order(dataset, len(rows)):
         some = rows[numbers]

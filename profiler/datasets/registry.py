@@ -1,4 +1,4 @@
-"""Datasets by name: where they live, which columns they need, and how a row becomes a prompt."""
+"""Datasets by name: where they are hosted, which columns they need, and how a row becomes a prompt."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from profiler.errors import DatasetError
 class Dataset:
     """One entry of the registry.
 
-    template: `str.format` text over column names; the columns that it names must exist.
-    new_tokens: how many tokens a model generates for a problem, at most, unless told otherwise: what an answer takes.
-    key: column that identifies a row in its source, or None to use the row's number.
-    rows: of the split, as its card says; 0 if the problems are embedded.
-    prompt_characters: mean length of a prompt, for estimates where the dataset is out of reach. Measured for humaneval, gsm8k,
-    imdb, ag_news, squad and wikitext-2, after published statistics for the others.
-    sorted_by_class: the file has one class after the other, so that its head is no sample: rows are taken in shuffled order.
-    Seen in IMDB's files; of DBpedia's it is assumed, where shuffling does no harm.
-    min_characters: shorter rows (headings, blank lines) are passed over.
-    embedded: the problems ship with this package (`profiler/demo/prompts/`), so no hub is involved.
+    template: `str.format` template over column names; the columns that it names must exist.
+    new_tokens: default maximum of generated tokens per problem: about the length of an answer.
+    key: column that identifies a row in its source; None to use the row number.
+    rows: number of rows of the split according to its card; 0 if the problems are embedded.
+    prompt_characters: mean length of a prompt, for estimates when the dataset cannot be reached. Measured for humaneval, gsm8k,
+    imdb, ag_news, squad and wikitext-2; from published statistics for the others.
+    sorted_by_class: the file lists one class after the other, so its first rows are not a sample and rows are taken in shuffled
+    order. Observed in IMDB's files; assumed for DBpedia's, where shuffling does no harm.
+    min_characters: shorter prompts (headings, blank lines) are skipped.
+    embedded: the problems ship with this package (`profiler/demo/prompts/`), so the hub is not needed.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Dataset:
 
     @property
     def columns(self) -> list[str]:
-        """Columns that the prompt and the key are made of."""
+        """The columns from which the prompt and the key are built."""
         names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
         return [*names, *([self.key] if self.key else [])]
 
@@ -72,7 +72,7 @@ DATASETS: dict[str, Dataset] = {
         ),
         Dataset(
             name="imdb",
-            description="film reviews, good or bad",
+            description="movie reviews, positive or negative",
             template="Review: {text}\nSentiment:",
             new_tokens=8,
             hub_id="stanfordnlp/imdb",
@@ -93,7 +93,7 @@ DATASETS: dict[str, Dataset] = {
         ),
         Dataset(
             name="ag_news",
-            description="news in a paragraph, of four topics",
+            description="one-paragraph news articles on four topics",
             template="Article: {text}\nTopic:",
             new_tokens=8,
             hub_id="fancyzhx/ag_news",
@@ -103,7 +103,7 @@ DATASETS: dict[str, Dataset] = {
         ),
         Dataset(
             name="squad",
-            description="questions about a paragraph of Wikipedia",
+            description="questions about a Wikipedia paragraph",
             template="{context}\n\nQuestion: {question}\nAnswer:",
             new_tokens=32,
             key="id",
@@ -114,7 +114,7 @@ DATASETS: dict[str, Dataset] = {
         ),
         Dataset(
             name="amazon",
-            description="reviews of products, good or bad",
+            description="product reviews, positive or negative",
             template="Review: {title}. {content}\nSentiment:",
             new_tokens=8,
             hub_id="fancyzhx/amazon_polarity",
@@ -124,7 +124,7 @@ DATASETS: dict[str, Dataset] = {
         ),
         Dataset(
             name="dbpedia",
-            description="first paragraphs of Wikipedia, of 14 classes",
+            description="first paragraphs of Wikipedia articles, 14 classes",
             template="{title}: {content}\nCategory:",
             new_tokens=8,
             hub_id="fancyzhx/dbpedia_14",
@@ -135,7 +135,7 @@ DATASETS: dict[str, Dataset] = {
         ),
         Dataset(
             name="wikitext-2",
-            description="paragraphs of Wikipedia, to read",
+            description="Wikipedia paragraphs, prefill only",
             template="{text}",
             new_tokens=1,
             hub_id="Salesforce/wikitext",
@@ -169,7 +169,7 @@ DATASETS: dict[str, Dataset] = {
         ),
         Dataset(
             name="multi_news",
-            description="several articles on one event to summarize",
+            description="groups of articles on one event, to summarize",
             template="{document}\n\nSummary:",
             new_tokens=256,
             hub_id="alexfabbri/multi_news",
@@ -205,7 +205,7 @@ DEMO_DATASETS = tuple(name for name, dataset in DATASETS.items() if dataset.embe
 
 
 def find_dataset(name: str) -> Dataset:
-    """The registry's entry. Raises `DatasetError` listing what exists."""
+    """The dataset called `name`. Raises `DatasetError`, listing all datasets, if there is none."""
     if name not in DATASETS:
         raise DatasetError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
     return DATASETS[name]

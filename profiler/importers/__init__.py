@@ -1,7 +1,8 @@
-"""Routing that other tools recorded, as traces: one module per format, found by the content of the source.
+"""Convert routing that other tools recorded into traces: one module per format, detected from the content of the source.
 
-Every importer tells a `Target` what it knows and hands it rows or tokens in whatever order the source has; the `Target` says
-what is missing and writes the trace. Sources come from strangers: nothing in them is executed, and every size is checked.
+Every importer sets what it knows about the model on a `Target` and passes it rows or tokens in the order of the source. The
+`Target` reports what is missing and writes the trace. Sources are untrusted: nothing in them is executed, every size is
+checked.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from profiler.trace.schema import MANIFEST_FILE
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of source. detect: whether a source looks like it; read: hand it to a `Target`."""
+    """A format of sources. detect: whether a source looks like it. read: pass the content of a source to a `Target`."""
 
     name: str
     about: str
@@ -60,10 +61,10 @@ FORMATS = {
 def import_trace(
     source: Path, directory: Path, *, format_name: str | None = None, options: ImportOptions | None = None
 ) -> Trace:
-    """Make the trace `directory` from `source`.
+    """Convert `source` into the trace `directory`.
 
-    format_name: one of `FORMATS`; None for the one that the content looks like. What the source lacks, and what was left out,
-    is in the trace's gaps. Raises `TraceError`, and leaves nothing behind, if the source cannot be read.
+    format_name: one of `FORMATS`; None to detect it from the content. What the source lacks, and what was left out, is listed
+    in the trace's gaps. Raises `TraceError`, and leaves nothing behind, if the source cannot be read.
     """
     if not source.is_file() and not source.is_dir():
         raise TraceError(f"{source}: no such file or folder")
@@ -86,7 +87,7 @@ def import_trace(
 
 
 def find_format(source: Path, name: str | None = None) -> Format:
-    """The format `name`, or the one that `source` looks like. Raises `TraceError` listing what there is."""
+    """The format called `name`, or the one detected from `source`. Raises `TraceError`, listing the formats, if none fits."""
     if name is not None:
         if name not in FORMATS:
             raise TraceError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
@@ -95,5 +96,5 @@ def find_format(source: Path, name: str | None = None) -> Format:
         if candidate.detect(source):
             return candidate
     if (source / MANIFEST_FILE).is_file():
-        raise TraceError(f"{source} is a trace already; --to jsonl and --to hub-folder make something else of it")
-    raise TraceError(f"{source} looks like none of {', '.join(FORMATS)}: choose one with --from, if it is one of them")
+        raise TraceError(f"{source} is a trace already: it can be exported as JSON lines or as a hub folder")
+    raise TraceError(f"{source} looks like none of {', '.join(FORMATS)}: if it is one of them, name the format")

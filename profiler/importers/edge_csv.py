@@ -1,10 +1,11 @@
-"""Route traces of edge inference (`# route_trace v1`): CSV with a line per expert that a token went to.
+"""Import route traces of edge inference (`# route_trace v1`): CSV with one line per expert that a token was routed to.
 
 turn,phase,step,layer,slot,expert,weight,residency,expert_bytes,dropped
 
-`step` is the position in the context, `phase` 0 for the prompt and 1 for generated tokens, a weight of `nan` is unknown, and
-`dropped` = 1 is an expert that was chosen and then not run: an empty slot here. Columns are found by name, further ones ignored
-(github.com/Helldez/BigMoeOnEdge). In a prompt, the last layer has only the last token there, since no other one is needed.
+`step` is the position in the context. `phase` is 0 for the prompt and 1 for generated tokens. A weight of `nan` is unknown.
+`dropped` = 1 marks an expert that was selected but not run: an empty slot here. Columns are found by name, others are ignored
+(github.com/Helldez/BigMoeOnEdge). The last layer contains only the last token of a prompt, since the others are not needed
+there.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from pyarrow import csv as pa_csv
 
 from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers.reading import head
-from profiler.importers.rows import EMPTY, Rows
+from profiler.importers.rows import EMPTY, ImportedRows
 from profiler.importers.target import Target
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "edge-csv"
-ABOUT = "route-trace CSV: turn, phase, step, layer, slot, expert, weight, ...; a line per expert"
+ABOUT = "route-trace CSV: turn, phase, step, layer, slot, expert, weight, ...; one line per expert"
 
 _TYPES = {
     "turn": pa.int64(),
@@ -50,19 +51,19 @@ def read(source: Path, target: Target) -> None:
     preamble = _preamble(source)
     fact = re.search(r"\bmodel=(\S+)", "\n".join(preamble))
     if fact:
-        # A path of the machine that recorded it; its name is enough.
+        # A path on the machine that recorded it: keep only the name.
         target.model_id = fact.group(1).replace("\\", "/").rpartition("/")[2]
     experts = re.search(r"\bn_expert=(\d{1,6})\b", "\n".join(preamble))
     if experts:
         target.num_experts = int(experts.group(1))
-    # What is sorted otherwise would be taken apart where blocks end.
+    # In another order, the lines of one token and layer could be split between two blocks.
     target.contradiction = "lines of one turn, step and layer are not together: sort the file by turn, step, layer and slot"
     carried: pa.Table | None = None
     phases: dict[tuple[int, int], list[np.ndarray]] = {}
     for where, block in _blocks(source, len(preamble)):
         table = block if carried is None else pa.concat_tables([carried, block])
         keys = np.stack([table.column(name).to_numpy() for name in ("turn", "step", "layer")])
-        # The last token's rows may go on in the next block.
+        # The last token's rows may continue in the next block.
         ends = np.flatnonzero((np.diff(keys) != 0).any(0)) + 1
         end = int(ends[-1]) if len(ends) else 0
         if end == 0 and table.num_rows > MAX_TOP_K:
@@ -86,7 +87,7 @@ def _preamble(source: Path) -> list[str]:
 
 
 def _blocks(source: Path, skipped: int) -> Iterator[tuple[str, pa.Table]]:
-    """The known columns, block by block."""
+    """The columns that we use, block by block."""
     header = next((line for line in head(source).splitlines() if line and not line.startswith("#")), "").split(",")
     absent = [name for name in _REQUIRED if name not in header]
     if absent:
@@ -111,9 +112,9 @@ def _blocks(source: Path, skipped: int) -> Iterator[tuple[str, pa.Table]]:
 
 
 def _add(table: pa.Table, target: Target, where: str, phases: dict[tuple[int, int], list[np.ndarray]]) -> None:
-    """Rows of whole (turn, step, layer), one line per slot, as rows with their experts in the order of the slots."""
+    """Add complete (turn, step, layer) groups, one line per slot, as rows whose experts are in the order of the slots."""
     columns = {name: table.column(name).to_numpy() for name in table.column_names}
-    # Steps that cannot be attributed to a position are below zero.
+    # A step below zero could not be attributed to a position.
     keep_N = columns["step"] >= 0
     order_N = np.lexsort([columns[name] for name in ("slot", "layer", "step", "turn")])
     columns = {name: values[order_N[keep_N[order_N]]] for name, values in columns.items()}
@@ -124,11 +125,11 @@ def _add(table: pa.Table, target: Target, where: str, phases: dict[tuple[int, in
     counts = np.diff(np.append(starts, keys.shape[1]))
     if counts.max() > MAX_TOP_K:
         raise TraceError(f"{where}: {counts.max()} experts at one token and layer")
-    there_NK = np.arange(counts.max()) < counts[:, None]
+    present_NK = np.arange(counts.max()) < counts[:, None]
 
     def padded(values: np.ndarray, fill: float) -> np.ndarray:
-        rows_NK = np.full(there_NK.shape, fill, dtype=values.dtype)
-        rows_NK[there_NK] = values
+        rows_NK = np.full(present_NK.shape, fill, dtype=values.dtype)
+        rows_NK[present_NK] = values
         return rows_NK
 
     expert_N = columns["expert"]
@@ -139,7 +140,7 @@ def _add(table: pa.Table, target: Target, where: str, phases: dict[tuple[int, in
     problem_N = np.array([numbers[turn] for turn in turn_N.tolist()])
     step_N = columns["step"][starts]
     weights_NK = padded(columns["weight"], np.nan) if "weight" in columns else None
-    target.add(Rows(problem_N, step_N, columns["layer"][starts], padded(expert_N, EMPTY), weights_NK), where)
+    target.add(ImportedRows(problem_N, step_N, columns["layer"][starts], padded(expert_N, EMPTY), weights_NK), where)
     if "phase" in columns:
         phase_N = columns["phase"][starts] != 0
         for problem_id in np.unique(problem_N).tolist():

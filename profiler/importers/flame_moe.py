@@ -1,9 +1,9 @@
-"""FLAME-MoE's traces: a Parquet file per layer, `actives/iter_0540/layer_02.parquet`, with `scores` and `indices` of K experts.
+"""Import FLAME-MoE's traces: one Parquet file per layer (`actives/iter_0540/layer_02.parquet`), `scores` and `indices`.
 
-Row n of every layer is the same token; `samples/*.parquet`, two folders up, has its vocabulary id. Scores are probabilities of
-the router's softmax, in descending order, not renormalized. Layers are counted from 1 (Megatron): layer_02 is decoder layer 1.
-The tokens are packed training sequences of 2,048, without the boundaries of documents (huggingface.co/datasets/
-CMU-FLAME/FLAME-MoE-Traces).
+Each row has the scores and indices of a token's K experts. Row n of every layer is the same token; `samples/*.parquet`, two
+folders up, has its vocabulary id. Scores are probabilities of the router's softmax, in descending order, not renormalized.
+Layers are counted from 1 (Megatron): layer_02 is decoder layer 1. The tokens are packed training sequences of 2,048, without
+the boundaries of documents (huggingface.co/datasets/CMU-FLAME/FLAME-MoE-Traces).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import TraceError
-from profiler.importers.reading import batches, files_in, has_columns, id_lists, lists, whole_numbers
+from profiler.importers.reading import batches, files_in, has_columns, id_lists, integer_column, lists
 from profiler.importers.target import Target
 from profiler.trace.schema import PREFILL
 
@@ -42,7 +42,7 @@ def read(source: Path, target: Target) -> None:
         if len(files) > 1:
             raise TraceError(f"{source}: expected files of the form layer_NN.parquet only")
         numbered = {files[0]: 1}
-        target.gaps.append("the file's name tells no layer: it is called layer 0")
+        target.gaps.append("the file's name contains no layer number: its layer is recorded as layer 0")
     files.sort(key=lambda path: numbered[path])
     layers = [numbered[path] - 1 for path in files]
     if layers[0] < 0 or len(set(layers)) < len(layers):
@@ -50,13 +50,13 @@ def read(source: Path, target: Target) -> None:
     target.renormalized = False
     target.gaps.append(f"packed training text, cut into sequences of {SEQUENCE_TOKENS} tokens; nothing generated")
     start = 0
-    for pieces in _together(files):
+    for pieces in _aligned_batches(files):
         lengths = {len(ids) for ids, _ in pieces}
         if len(lengths) > 1:
             raise TraceError(f"{source}: the layers' files differ in their number of rows, from row {start} on")
         ids_TLK = np.stack([ids for ids, _ in pieces], axis=1)
         weights_TLK = np.stack([weights for _, weights in pieces], axis=1)
-        # Whole sequences: a batch begins where one does.
+        # BATCH_ROWS is a multiple of SEQUENCE_TOKENS, so every batch begins with a new sequence.
         for first in range(0, len(ids_TLK), SEQUENCE_TOKENS):
             part = slice(first, first + SEQUENCE_TOKENS)
             problem_id = target.problem("flame-moe", str((start + first) // SEQUENCE_TOKENS))
@@ -72,8 +72,8 @@ def _files(source: Path) -> list[Path]:
     return [source] if source.suffix == ".parquet" and source.is_file() else []
 
 
-def _together(files: list[Path]) -> Iterator[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
-    """Expert ids and scores `[T, K]` of the same rows of every file."""
+def _aligned_batches(files: list[Path]) -> Iterator[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:
+    """Expert ids and scores `[T, K]` of the same rows in every file, batch by batch."""
     readers = [_pairs(path) for path in files]
     while True:
         pieces = [next(reader, None) for reader in readers]
@@ -96,7 +96,7 @@ def _add_tokens(source: Path, rows: int, target: Target) -> None:
     start = 0
     for path in samples:
         for batch in batches(path, ["token_id"], BATCH_ROWS):
-            vocab_ids_T = whole_numbers(batch.column("token_id"), f"{path}: token_id")[: max(0, rows - start)]
+            vocab_ids_T = integer_column(batch.column("token_id"), f"{path}: token_id")[: max(0, rows - start)]
             at_T = np.arange(start, start + len(vocab_ids_T))
             for sequence in np.unique(at_T // SEQUENCE_TOKENS).tolist():
                 mine_T = at_T // SEQUENCE_TOKENS == sequence

@@ -1,4 +1,4 @@
-"""A collection that did not finish: a trace of what there is, where going on (`specmoe collect --resume`) is not wanted."""
+"""Turn an interrupted collection into a trace of what was recorded, instead of resuming it (`specmoe collect --resume`)."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ def read(source: Path, target: Target) -> None:
     if not detect(source):
         raise TraceError(f"{source}: expected {METADATA_FILE} and {CAPTURE_FOLDER}/, and no {MANIFEST_FILE}")
     if target.options.layers is not None or target.options.num_experts is not None:
-        raise TraceError(f"{source}: --layers and --num-experts are for other tools' formats; this one knows its model")
+        raise TraceError(f"{source}: layers and the number of experts can be chosen for other tools' formats only")
     with exclusive(source):
         metadata = Trace.open(source, allow_incomplete=True).metadata
         if metadata.capture.get("server"):
-            raise TraceError(f"{source} is of a server: 'python -m vllm_patch finish' seals it, and knows more of it")
+            raise TraceError(
+                f"{source} was recorded by a server: seal it with 'python -m vllm_patch finish', which recovers more of it"
+            )
         for run in runs_of(source):
             _copy_run(run_folder(source, run), run_folder(target.directory, run))
     sequences: dict[int, Sequence] = {}
@@ -58,7 +60,7 @@ def read(source: Path, target: Target) -> None:
             if known is None:
                 unlabeled.append((run, request))
             elif known.problem_id not in sequences or sequences[known.problem_id].finish_reason == ABORTED:
-                # Its prompt is known, and what was routed of that.
+                # Its output was lost, but its prompt is known, and the routing recorded so far.
                 sequences[known.problem_id] = known.sequence((run, request.number), request)
     for problem_id, (run, request) in zip(free_ids(sequences), unlabeled, strict=False):
         sequences[problem_id] = Sequence(
@@ -76,17 +78,17 @@ def read(source: Path, target: Target) -> None:
     if not sequences:
         raise TraceError(f"{source}: nothing was recorded before the interruption")
     planned_count = sum(dataset.problems for dataset in metadata.datasets) or "an unknown number of"
-    gap = f"the collection was interrupted: {len(sequences)} of {planned_count} problems had begun"
+    gap = f"the collection was interrupted: {len(sequences)} of {planned_count} problems had started"
     metadata = metadata.model_copy(update={"gaps": [gap], "datasets": []})
     target.is_finished(finish_trace(target.directory, metadata, list(sequences.values()), others_abandoned=True))
 
 
 def _copy_run(source: Path, target: Path) -> None:
-    """Copy the files that a run has, and nothing that a link could make of them."""
+    """Copy the files of a run. Refuses links, which could point to any file."""
     target.mkdir(parents=True)
     for name in _FILES:
         path = source / name
         if path.is_symlink() or (path.exists() and not stat.S_ISREG(path.lstat().st_mode)):
-            raise TraceError(f"{path} is no plain file")
+            raise TraceError(f"{path} is not a regular file")
         if path.exists():
             shutil.copyfile(path, target / name, follow_symlinks=False)

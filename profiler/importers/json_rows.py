@@ -1,9 +1,9 @@
-"""JSON lines, one per (problem, token, MoE layer): the project's own, and the older spelling of loggers like it.
+"""Import JSON lines, one per (problem, token, MoE layer): our own export, and a variant that other loggers write.
 
 {"problem_id": 0, "layer": 0, "token_id": 0, "expert_ids": [3, 7], "weights": [0.6, 0.4]}
 {"dataset": "gsm8k", "problem_id": 0, "layer": 0, "token_idx": 0, "experts": [7, 0], "gating_probs": [0.8, 0.2]}
 
-In the older one, `token_idx` (or `token_pos`) counts generated tokens, problems are numbered within their dataset, and rows may
+In the variant, `token_idx` (or `token_pos`) counts generated tokens, problems are numbered within their dataset, and rows may
 be missing.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from profiler.errors import TraceError
-from profiler.importers.reading import Objects, first_object, json_lines
-from profiler.importers.rows import Rows
+from profiler.importers.reading import JsonObjects, first_object, json_lines
+from profiler.importers.rows import ImportedRows
 from profiler.importers.target import Target
 
 NAME = "jsonl"
@@ -42,7 +42,7 @@ def read(source: Path, target: Target) -> None:
             spelled = {name: next(filter(rows.have, options), options[0]) for name, options in _SPELLINGS.items()}
             if spelled["token_id"] != "token_id":
                 target.gaps.append(
-                    f"positions are the source's {spelled['token_id']}: whether prompts are included is not known"
+                    f"positions are the source's {spelled['token_id']}: it is unknown whether they include the prompt"
                 )
         ids_NK = rows.expert_ids(spelled["expert_ids"])
         weights_NK = rows.weights(spelled["weights"], ids_NK) if rows.have(spelled["weights"]) else None
@@ -53,10 +53,12 @@ def read(source: Path, target: Target) -> None:
         else:
             _refuse_names(rows)
             problem_N = rows.integers("problem_id")
-        target.add(Rows(problem_N, rows.integers(spelled["token_id"]), rows.integers("layer"), ids_NK, weights_NK), rows.where)
+        target.add(
+            ImportedRows(problem_N, rows.integers(spelled["token_id"]), rows.integers("layer"), ids_NK, weights_NK), rows.where
+        )
 
 
-def _refuse_names(rows: Objects) -> None:
-    """Raise `TraceError` if rows name their datasets where the first ones did not: equal numbers would become one problem."""
+def _refuse_names(rows: JsonObjects) -> None:
+    """Raise `TraceError` if rows have a dataset but the first ones had none: problems of equal number would be merged."""
     if rows.have("dataset"):
-        raise TraceError(f"{rows.where}: a 'dataset', which the lines before do not have; give every line one")
+        raise TraceError(f"{rows.where}: a 'dataset', which earlier lines lack; add one to every line")

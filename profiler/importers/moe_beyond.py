@@ -1,9 +1,9 @@
-"""MoE-Beyond's CSV, a file per prompt (`prompt_7_data.csv`): `Layer ID,Batch Number,Token,Activated Expert IDs`.
+"""Import MoE-Beyond's CSV, one file per prompt (`prompt_7_data.csv`): `Layer ID,Batch Number,Token,Activated Expert IDs`.
 
 1,0,Hello,"[8, 26, 56, 57, 60, 43]"
 
-`Token` is the token's text, so that its position is the number of rows of its layer before it. One pass over the prompt, no
-weights, and experts in no particular order (github.com/ngavhane/moe-beyond). A folder of such files becomes one trace.
+`Token` is the token's text; its position is the number of earlier rows of the same layer. The files hold one pass over the
+prompt, no weights, and experts in no particular order (github.com/ngavhane/moe-beyond). A folder of files becomes one trace.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 from pydantic_core import from_json
 
 from profiler.errors import TraceError
-from profiler.importers.reading import files_in, head, integers
-from profiler.importers.rows import EMPTY, Rows
+from profiler.importers.reading import files_in, head, integer_array
+from profiler.importers.rows import EMPTY, ImportedRows
 from profiler.importers.target import Target
 from profiler.trace.schema import MAX_TOP_K, PREFILL
 
@@ -49,7 +49,7 @@ def read(source: Path, target: Target) -> None:
     counts = Counter(name for name, _ in named)
     for name, path in named:
         if counts[name] > 1:
-            raise TraceError(f"{path}: another file is of prompt {name} too")
+            raise TraceError(f"{path}: another file has the same prompt {name}")
         lines = _lines(path)
         seen = _Seen()
         while block := list(islice(lines, ROWS)):
@@ -58,14 +58,14 @@ def read(source: Path, target: Target) -> None:
 
 @dataclass
 class _Seen:
-    """Of a file so far: rows of each batch and layer, and the layer with which a batch began."""
+    """Progress through a file: the rows read of each (batch, layer), and the first layer of each batch."""
 
     rows: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
     first_layer: dict[str, int] = field(default_factory=dict)
 
 
 def _add(path: Path, name: str, block: list[_Line], seen: _Seen, target: Target) -> None:
-    """Some lines of a file."""
+    """Add a block of lines of a file."""
     keys: list[tuple[int, int, int]] = []
     lists: list[np.ndarray] = []
     texts: dict[int, tuple[list[int], list[str | None]]] = {}
@@ -76,7 +76,7 @@ def _add(path: Path, name: str, block: list[_Line], seen: _Seen, target: Target)
             raise TraceError(f"{where}: expected a layer number")
         layer = int(row["Layer ID"])
         try:
-            ids_K = integers(from_json(row["Activated Expert IDs"]), f"{where}: Activated Expert IDs")
+            ids_K = integer_array(from_json(row["Activated Expert IDs"]), f"{where}: Activated Expert IDs")
         except ValueError as error:
             raise TraceError(f"{where}: expected a list of expert ids") from error
         if len(ids_K) > MAX_TOP_K:
@@ -86,7 +86,7 @@ def _add(path: Path, name: str, block: list[_Line], seen: _Seen, target: Target)
         seen.rows[batch, layer] += 1
         keys.append((problem_id, position, layer))
         lists.append(ids_K)
-        # The layer that comes first has every token's text; the others repeat it.
+        # Every layer repeats the text of the tokens: take it from the first one only.
         if seen.first_layer.setdefault(batch, layer) == layer:
             known = texts.setdefault(problem_id, ([], []))
             known[0].append(position)
@@ -95,7 +95,7 @@ def _add(path: Path, name: str, block: list[_Line], seen: _Seen, target: Target)
     for number, ids_K in enumerate(lists):
         ids_NK[number, : len(ids_K)] = ids_K
     problem_N, token_N, layer_N = np.array(keys, dtype=np.int64).T
-    target.add(Rows(problem_N, token_N, layer_N, ids_NK, None), f"{path}, lines {block[0][0]}..{block[-1][0]}")
+    target.add(ImportedRows(problem_N, token_N, layer_N, ids_NK, None), f"{path}, lines {block[0][0]}..{block[-1][0]}")
     for problem_id, (at, tokens) in texts.items():
         target.add_tokens(problem_id, np.array(at), PREFILL, texts_T=tokens)
 

@@ -1,9 +1,9 @@
-"""OLMoE's analysis: JSON lines of whole sequences, `input_ids` and `exp_ids` nested `[T][K][L]` (the layer last).
+"""Import OLMoE's analysis: JSON lines of whole sequences, `input_ids` and `exp_ids` nested `[T][K][L]` (the layer last).
 
-{"input_ids": [510, 12], "exp_ids": [[[3, 60], [9, 1]], [[5, 2], [3, 8]]]}: token 0 goes to experts 3 and 9 at layer 0.
+{"input_ids": [510, 12], "exp_ids": [[[3, 60], [9, 1]], [[5, 2], [3, 8]]]}: token 0 is routed to experts 3 and 9 at layer 0.
 
-From a single pass over text, without weights; experts come in the order of their logits. A sequence is a piece of concatenated
-documents (github.com/allenai/OLMoE, scripts/run_moe_analysis.py).
+Recorded in a single pass over text, without weights; experts are in the order of their logits. A sequence is a piece of
+concatenated documents (github.com/allenai/OLMoE, scripts/run_moe_analysis.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import TraceError
-from profiler.importers.reading import head, integers, json_lines
+from profiler.importers.reading import head, integer_array, json_lines
 from profiler.importers.target import Target
 from profiler.trace.schema import PREFILL
 
@@ -38,14 +38,14 @@ def read(source: Path, target: Target) -> None:
             positions_T = np.arange(len(ids_TLK))
             target.add_arrays(problem_id, positions_T, list(range(ids_TLK.shape[1])), ids_TLK, None, where)
             if "input_ids" in found:
-                vocab_ids_T = integers(found["input_ids"], f"{where}: input_ids")
+                vocab_ids_T = integer_array(found["input_ids"], f"{where}: input_ids")
                 if len(vocab_ids_T) != len(ids_TLK):
                     raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids, but exp_ids of {len(ids_TLK)} tokens")
                 target.add_tokens(problem_id, positions_T, PREFILL, vocab_ids_T=vocab_ids_T)
 
 
 def _nested(value: object, what: str) -> npt.NDArray[np.int64]:
-    """Lists three deep `[T][K][L]` as an array. Raises `TraceError`, which names `what`, if they are ragged or no numbers."""
+    """Lists nested `[T][K][L]` as an array. Raises `TraceError`, naming `what`, if they are ragged or not whole numbers."""
     shape = []
     flat: object = value
     for _ in range(2):
@@ -55,4 +55,4 @@ def _nested(value: object, what: str) -> npt.NDArray[np.int64]:
         if {*map(len, flat)} != {shape[-1]} or not shape[-1]:
             raise TraceError(f"{what} has rows of different length, or empty ones")
         flat = [*chain.from_iterable(flat)]
-    return integers(flat, what).reshape(-1, *shape)
+    return integer_array(flat, what).reshape(-1, *shape)

@@ -1,6 +1,6 @@
-"""Parquet with the trace's own columns but without its metadata: `problem_id, layer, token_id, expert_ids[, weights]`.
+"""Import Parquet with the columns of a trace but without its metadata: `problem_id, layer, token_id, expert_ids[, weights]`.
 
-One file, or a folder with `routing.parquet` or `routing/*.parquet`; beside it, if there are, `problems.parquet` (problem_id,
+One file, or a folder with `routing.parquet` or `routing/*.parquet`. The folder may also contain `problems.parquet` (problem_id,
 dataset, and whatever else is known) and `tokens.parquet` (problem_id, token_id, and vocab_id or the token's text).
 """
 
@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from profiler.errors import UNREADABLE, TraceError, first_line
-from profiler.importers.reading import batches, column_names, files_in, has_columns, id_lists, is_text, lists, whole_numbers
-from profiler.importers.rows import ProblemFacts, Rows
+from profiler.importers.reading import batches, column_names, files_in, has_columns, id_lists, integer_column, is_text, lists
+from profiler.importers.rows import ImportedProblem, ImportedRows
 from profiler.importers.target import Target
 from profiler.trace.schema import DECODE, METADATA_FILE, PREFILL, PROBLEMS_SCHEMA
 
@@ -24,7 +24,7 @@ ABOUT = "Parquet with problem_id, layer, token_id, expert_ids[, weights]: a file
 
 _KEYS = ["problem_id", "layer", "token_id"]
 BATCH_ROWS = 1 << 17
-# Names of a hash or key of the prompt, which tells problems apart where the prompt itself is not known.
+# Columns with a key or hash of the prompt, which identifies a problem where the prompt itself is unknown.
 _PROMPT_KEYS = ("source_key", "prompt_sha256", "prompt_md5", "prompt_hash")
 
 
@@ -46,12 +46,12 @@ def read(source: Path, target: Target) -> None:
         for batch in batches(path, [*_KEYS, "expert_ids", *(["weights"] if has_weights else [])], BATCH_ROWS):
             where = f"{path}, rows {row}..{row + len(batch) - 1}"
             row += len(batch)
-            problem_N, layer_N, token_N = (whole_numbers(batch.column(name), f"{where}: {name}") for name in _KEYS)
+            problem_N, layer_N, token_N = (integer_column(batch.column(name), f"{where}: {name}") for name in _KEYS)
             ids_NK = id_lists(batch.column("expert_ids"), f"{where}: expert_ids")
             weights_NK = lists(batch.column("weights"), f"{where}: weights") if has_weights else None
             if weights_NK is not None and weights_NK.shape != ids_NK.shape:
-                raise TraceError(f"{where}: {weights_NK.shape[1]} weights of {ids_NK.shape[1]} experts")
-            target.add(Rows(problem_N, token_N, layer_N, ids_NK, weights_NK), where)
+                raise TraceError(f"{where}: {weights_NK.shape[1]} weights for {ids_NK.shape[1]} experts")
+            target.add(ImportedRows(problem_N, token_N, layer_N, ids_NK, weights_NK), where)
             order_N = np.lexsort((token_N, problem_N))
             problems, at = np.unique(problem_N[order_N], return_index=True)
             for problem, first in zip(problems.tolist(), token_N[order_N][at].tolist(), strict=True):
@@ -69,16 +69,16 @@ def _files(source: Path) -> list[Path]:
 
 
 def _read_problems(path: Path, seen: dict[int, int], target: Target) -> None:
-    """Facts of the problems that have routing; columns that are neither text nor numbers are left out and named."""
+    """Read facts of problems that have routing. Columns that are neither text nor numbers are left out and named in a gap."""
     if not path.is_file():
         return
     for batch in batches(path, column_names(path), 1024):
         plain = {field.name: field.type for field in batch.schema if is_text(field.type) or _is_number(field.type)}
         if len(plain) < batch.num_columns:
             others = ", ".join(name for name in batch.schema.names if name not in plain)
-            gap = f"columns of problems.parquet that are no text and no numbers were left out: {others}"
+            gap = f"columns of problems.parquet that are neither text nor numbers were left out: {others}"
             target.gaps += [] if gap in target.gaps else [gap]
-        number_N = whole_numbers(_column(batch, "problem_id", path), f"{path}: problem_id")
+        number_N = integer_column(_column(batch, "problem_id", path), f"{path}: problem_id")
         columns = {
             name: _cast(batch.column(name), _wanted(name, kind), f"{path}: {name}").to_pylist()
             for name, kind in plain.items()
@@ -88,11 +88,11 @@ def _read_problems(path: Path, seen: dict[int, int], target: Target) -> None:
             if number in seen:
                 facts: dict[str, Any] = {name: values[row] for name, values in columns.items()}
                 key = next((str(facts[name]) for name in _PROMPT_KEYS if facts.get(name) is not None), str(number))
-                target.problems[number] = ProblemFacts(facts.pop("dataset", None) or "unknown", key, facts)
+                target.problems[number] = ImportedProblem(facts.pop("dataset", None) or "unknown", key, facts)
 
 
 def _read_tokens(path: Path, first_tokens: dict[int, int], target: Target) -> None:
-    """Vocabulary ids or text, and phases, of tokens of problems that have routing."""
+    """Read vocabulary ids or text, and phases, of the tokens of problems that have routing."""
     if not path.is_file():
         return
     names = column_names(path)
@@ -100,11 +100,13 @@ def _read_tokens(path: Path, first_tokens: dict[int, int], target: Target) -> No
     columns = ["problem_id", "token_id", *(name for name in ("vocab_id", text, "phase") if name is not None and name in names)]
     generated = "phase" not in names and min(first_tokens.values(), default=0) > 0
     if "phase" not in names:
-        guess = "every problem begins after position 0, so they count as generated" if generated else "they count as prompts"
-        target.gaps.append(f"the phases of tokens are not known: {guess}")
+        guess = (
+            "every problem begins after position 0, so all count as generated" if generated else "all count as prompt tokens"
+        )
+        target.gaps.append(f"the phases of tokens are unknown: {guess}")
     for batch in batches(path, columns, BATCH_ROWS):
-        problem_N = whole_numbers(_column(batch, "problem_id", path), f"{path}: problem_id")
-        whole_numbers(_column(batch, "token_id", path), f"{path}: token_id")
+        problem_N = integer_column(_column(batch, "problem_id", path), f"{path}: problem_id")
+        integer_column(_column(batch, "token_id", path), f"{path}: token_id")
         phases = pa.array([DECODE if generated else PREFILL] * len(batch))
         if "phase" in names:
             phases = _cast(batch.column("phase"), pa.string(), f"{path}: phase")
@@ -132,7 +134,7 @@ def _column(batch: pa.RecordBatch, name: str, path: Path) -> pa.Array:
 
 
 def _wanted(name: str, kind: pa.DataType) -> pa.DataType:
-    """The type of a column of the trace's own, or of another one as it is; text as plain text."""
+    """The type that a column gets: the format's type for a column of the format, otherwise its own, with text as plain text."""
     if name in PROBLEMS_SCHEMA.names:
         return PROBLEMS_SCHEMA.field(name).type
     return pa.string() if is_text(kind) else kind

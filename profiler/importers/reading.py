@@ -1,6 +1,6 @@
-"""Reading what strangers wrote: which files there are, JSON lines in blocks, columns of Parquet, nested lists.
+"""Read untrusted sources: files of a folder, JSON lines in blocks, Parquet columns, nested lists.
 
-JSON lines are not read by pyarrow: pyarrow 26 ends the process where a value that is no object stands between the lines.
+JSON lines are not read with pyarrow: pyarrow 26 crashes the process if a value between the lines is not an object.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from profiler.trace.untrusted.parquet_footer import read_row_groups
 
 HEAD_BYTES = 1 << 16
 BLOCK_BYTES = 4 << 20
-# Parsed, a line of nothing but empty objects takes thirty times its length.
+# A line of nothing but empty objects takes thirty times its length once parsed.
 MAX_LINE_BYTES = 16 << 20
-# Lists of a block are filled up to the longest: so many rows of 1,024 experts are 32 MB.
+# The lists of a block are padded to the longest one: this many rows of 1,024 experts are 32 MB.
 MAX_BLOCK_ROWS = 4096
-# A decoded entry of a list, with what tells where lists begin.
+# Memory of a decoded list entry, including its share of the list offsets.
 VALUE_BYTES = 8
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def files_in(folder: Path, pattern: str) -> list[Path]:
-    """The regular files of a folder, shorter names first so that 10 comes after 9. No pipes and devices: they would block."""
+    """The regular files of a folder, shorter names first so that 10 comes after 9. Skips pipes and devices, which block."""
     return sorted((path for path in folder.glob(pattern) if path.is_file()), key=lambda path: (len(path.name), path.name))
 
 
@@ -47,7 +47,7 @@ def head(path: Path) -> str:
 
 
 def first_object(path: Path) -> dict[str, Any]:
-    """The first line of JSON lines that is not blank, if it is a short object; else empty."""
+    """The object on the first line of a JSON-lines file that is not blank; empty if the line is not an object, or too long."""
     try:
         found = from_json(head(path).lstrip().partition("\n")[0])
     except ValueError:
@@ -56,8 +56,8 @@ def first_object(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Objects:
-    """N objects of JSON lines that follow each other, and their line numbers `[N]`."""
+class JsonObjects:
+    """N consecutive objects of a JSON-lines file, and their line numbers `[N]`."""
 
     path: Path
     objects: list[dict[str, Any]]
@@ -65,43 +65,43 @@ class Objects:
 
     @property
     def where(self) -> str:
-        """How messages call them."""
+        """The file and the range of lines, as text for messages."""
         return f"{self.path}, lines {self.numbers[0]}..{self.numbers[-1]}"
 
-    def having(self, name: str, value: object) -> Objects:
-        """Those whose `name` is `value`."""
+    def having(self, name: str, value: object) -> JsonObjects:
+        """The objects whose `name` is `value`."""
         keep = [n for n, found in enumerate(self.objects) if found.get(name) == value]
-        return Objects(self.path, [self.objects[n] for n in keep], [self.numbers[n] for n in keep])
+        return JsonObjects(self.path, [self.objects[n] for n in keep], [self.numbers[n] for n in keep])
 
     def have(self, name: str) -> bool:
-        """Whether any has a `name`."""
+        """Whether any of the objects has the key `name`."""
         return any(name in found for found in self.objects)
 
     def texts(self, name: str) -> list[str]:
-        """Texts or whole numbers as text. Raises `TraceError`, naming the line, if there is neither."""
+        """The strings or whole numbers under `name`, as strings. Raises `TraceError`, naming the line, on any other value."""
         values: list[Any] = [found.get(name) for found in self.objects]
         if not {*map(type, values)} <= {str, int}:
             self._refuse(values, lambda value: type(value) in {str, int}, f"a text {name!r}")
         return [str(value) for value in values]
 
     def integers(self, name: str) -> npt.NDArray[np.int64]:
-        """Whole numbers `[N]`. Raises `TraceError`, naming the line, if one is absent or no such number."""
+        """The whole numbers `[N]` under `name`. Raises `TraceError`, naming the line, if one is missing or not an int64."""
         values: list[Any] = [found.get(name) for found in self.objects]
         if {*map(type, values)} != {int} or not -(2**63) <= min(values) <= max(values) < 2**63:
             self._refuse(values, lambda value: type(value) is int and -(2**63) <= value < 2**63, f"a whole number {name!r}")
         return np.array(values, dtype=np.int64)
 
     def expert_ids(self, name: str) -> npt.NDArray[np.int64]:
-        """Lists of expert ids `[N, K]`, shorter ones filled up with `EMPTY`.
+        """The lists of expert ids `[N, K]` under `name`, shorter ones padded with `EMPTY`.
 
-        Raises `TraceError`, naming the line, if one is absent, longer than any router's K, or has an entry that is no id.
+        Raises `TraceError`, naming the line, if a list is missing, longer than `MAX_TOP_K`, or has an entry that is not an id.
         """
         return self._lists(name, {int}, lambda value: 0 <= value < 2**31, "expert ids", EMPTY, np.dtype(np.int64))
 
     def weights(self, name: str, ids_NK: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """The weights `[N, K]` of rows with these experts, NaN behind shorter lists and where the source has NaN.
+        """The weights `[N, K]` under `name` of rows with these experts; padded with NaN, and NaN where the source has NaN.
 
-        Raises `TraceError`, naming the line, if a list is absent, has other entries than numbers, or another length.
+        Raises `TraceError`, naming the line, if a list is missing, has an entry that is not a number, or another length.
         """
 
         def is_number(value: Any) -> bool:
@@ -110,7 +110,7 @@ class Objects:
         weights_NK = self._lists(name, {int, float}, is_number, "numbers", np.nan, np.dtype(np.float64))
         for number, found, experts in zip(self.numbers, self.objects, (ids_NK != EMPTY).sum(1).tolist(), strict=True):
             if len(found[name]) != experts:
-                raise TraceError(f"{self.path}, line {number}: {len(found[name])} weights of {experts} experts")
+                raise TraceError(f"{self.path}, line {number}: {len(found[name])} weights for {experts} experts")
         return weights_NK
 
     def _lists(
@@ -122,25 +122,25 @@ class Objects:
             self._refuse(values, lambda value: isinstance(value, list) and len(value) <= MAX_TOP_K, is_list)
         flat = [*chain.from_iterable(values)]
         if not {*map(type, flat)} <= kinds or not all(map(is_sound, flat)):
-            each = f"{what} of a sensible size in {name!r}"
+            each = f"{what} in {name!r} within the valid range"
             self._refuse(values, lambda value: all(type(entry) in kinds and is_sound(entry) for entry in value), each)
         lengths_N = np.array([*map(len, values)])
-        there_NK = np.arange(lengths_N.max(initial=0)) < lengths_N[:, None]
-        array_NK = np.full(there_NK.shape, fill, dtype=dtype)
-        array_NK[there_NK] = flat
+        present_NK = np.arange(lengths_N.max(initial=0)) < lengths_N[:, None]
+        array_NK = np.full(present_NK.shape, fill, dtype=dtype)
+        array_NK[present_NK] = flat
         return array_NK
 
     def _refuse(self, values: list[Any], is_sound: Callable[[Any], bool], what: str) -> None:
-        """Raise `TraceError` for the first value that is not sound."""
+        """Raise `TraceError` for the first value that is not valid."""
         for number, value in zip(self.numbers, values, strict=True):
             if not is_sound(value):
                 raise TraceError(f"{self.path}, line {number}: expected {what}")
 
 
-def json_lines(path: Path) -> Iterator[Objects]:
-    """The objects of JSON lines, some thousands at a time; blank lines are passed over.
+def json_lines(path: Path) -> Iterator[JsonObjects]:
+    """Iterate over the objects of a JSON-lines file, some thousand at a time; blank lines are skipped.
 
-    Raises `TraceError`, naming the line, on one that is no object or longer than 16 MiB.
+    Raises `TraceError`, naming the line, if one is not an object, and if one is longer than 16 MiB.
     """
     if not path.is_file():
         raise TraceError(f"{path}: no such file")
@@ -159,11 +159,11 @@ def json_lines(path: Path) -> Iterator[Objects]:
             number += len(lines)
             for start in range(0, len(kept), MAX_BLOCK_ROWS):
                 some = kept[start : start + MAX_BLOCK_ROWS]
-                yield Objects(path, _objects(path, some), [n for n, _ in some])
+                yield JsonObjects(path, _objects(path, some), [n for n, _ in some])
 
 
 def _objects(path: Path, lines: list[tuple[int, bytes]]) -> list[dict[str, Any]]:
-    """The objects of numbered lines: all at once, and one by one if something is wrong with them."""
+    """Parse numbered lines: all at once, or one at a time to find the invalid one."""
     try:
         found = from_json(b"[" + b",".join(line for _, line in lines) + b"]")
     except ValueError:
@@ -183,8 +183,8 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return found
 
 
-def integers(value: object, what: str) -> npt.NDArray[np.int64]:
-    """A flat list of whole numbers from 0 to 2^31 as an array. Raises `TraceError`, which names `what`, on anything else."""
+def integer_array(value: object, what: str) -> npt.NDArray[np.int64]:
+    """A flat list of whole numbers in [0, 2^31) as an array. Raises `TraceError`, naming `what`, on anything else."""
     if not isinstance(value, list) or not {*map(type, value)} <= {int}:
         raise TraceError(f"{what}: expected a list of whole numbers")
     if value and not 0 <= min(value) <= max(value) < 2**31:
@@ -193,7 +193,7 @@ def integers(value: object, what: str) -> npt.NDArray[np.int64]:
 
 
 def column_names(path: Path) -> list[str]:
-    """The columns of a Parquet file. Raises `TraceError` if it is none."""
+    """The column names of a Parquet file. Raises `TraceError` if it is not readable."""
     try:
         return list(pq.read_schema(path).names)
     except UNREADABLE as error:
@@ -201,7 +201,7 @@ def column_names(path: Path) -> list[str]:
 
 
 def has_columns(path: Path, names: set[str]) -> bool:
-    """Whether a file is Parquet with these columns, among others."""
+    """Whether a file is Parquet and has at least these columns."""
     try:
         return names <= set(column_names(path))
     except TraceError:
@@ -209,11 +209,11 @@ def has_columns(path: Path, names: set[str]) -> bool:
 
 
 def batches(path: Path, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-    """Columns of a Parquet file, so many rows at a time. Raises `TraceError` if one is absent or nothing can be decoded."""
-    # A few bytes can stand for a list of a billion entries in a single row.
+    """Iterate over columns of a Parquet file, `rows` at a time. Raises `TraceError` if one is missing or cannot be decoded."""
+    # A few bytes can encode a list of a billion entries in a single row.
     most = max((count for group in read_row_groups(path) for count in group.values), default=0)
     if most * VALUE_BYTES > MAX_PIECE_BYTES:
-        raise TraceError(f"{path}: {most:,} values in a column of a row group: more than can be taken at once")
+        raise TraceError(f"{path}: {most:,} values in a column of a row group: more than can be read at once")
     absent = [name for name in columns if name not in column_names(path)]
     if absent:
         raise TraceError(f"{path} lacks the column {absent[0]!r}")
@@ -225,35 +225,37 @@ def batches(path: Path, columns: list[str], rows: int) -> Iterator[pa.RecordBatc
 
 
 def lists(column: pa.Array, what: str) -> npt.NDArray[Any]:
-    """A list column whose lists have one length as `[N, K]`. Raises `TraceError`, which names `what`, on anything else."""
+    """A list column whose lists all have the same length, as `[N, K]`. Raises `TraceError`, naming `what`, on anything else."""
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise TraceError(f"{what} is {kind}, expected lists")
     values = column.flatten()
     if column.null_count or values.null_count or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
-        raise TraceError(f"{what}: nulls, or entries that are no numbers")
+        raise TraceError(f"{what}: nulls, or entries that are not numbers")
     lengths = column.value_lengths().to_numpy() if not pa.types.is_fixed_size_list(kind) else np.array([kind.list_size])
     if not len(lengths) or lengths.min() != lengths.max() or not 1 <= lengths[0] <= MAX_TOP_K:
-        raise TraceError(f"{what}: lists of {lengths.min(initial=0)} to {lengths.max(initial=0)} entries, expected one length")
+        raise TraceError(
+            f"{what}: lists of {lengths.min(initial=0)} to {lengths.max(initial=0)} entries, expected equal lengths"
+        )
     return np.asarray(values.to_numpy(zero_copy_only=False).reshape(-1, int(lengths[0])))
 
 
 def id_lists(column: pa.Array, what: str) -> npt.NDArray[Any]:
-    """As `lists`, of expert ids: whole numbers, not negative."""
+    """As `lists`, for expert ids: also raises unless all are whole numbers and none is negative."""
     ids_NK = lists(column, what)
     if ids_NK.dtype.kind not in "iu" or (ids_NK.size and ids_NK.min() < 0):
         raise TraceError(f"{what}: expected whole numbers, none of them negative")
     return ids_NK
 
 
-def whole_numbers(column: pa.Array, what: str) -> npt.NDArray[Any]:
-    """A column of whole numbers as an array. Raises `TraceError`, which names `what`, on nulls and other types."""
+def integer_column(column: pa.Array, what: str) -> npt.NDArray[Any]:
+    """A column of whole numbers as an array. Raises `TraceError`, naming `what`, on nulls and other types."""
     if not pa.types.is_integer(column.type) or column.null_count:
         raise TraceError(f"{what}: expected whole numbers, and no nulls")
     return np.asarray(column.to_numpy())
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a type is text, in whatever form Arrow has it."""
+    """Whether a type is text in any of Arrow's encodings, dictionaries included."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

@@ -1,11 +1,11 @@
-"""Meta-header loggers: JSON lines of a patched vLLM, a header and then one line per (row, layer).
+"""Import logs with a meta header: JSON lines of a patched vLLM, a header and then one line per (row, layer).
 
 {"type": "meta", "model_id": "Qwen/Qwen1.5-MoE-A2.7B-Chat", "top_k": 2, "layers_logged": [0], ...}
 {"type": "route", "req_id": "r1", "token_idx": 17, "layer": 0, "topk_ids": [3, 12], "topk_weights": [0.72, 0.28]}
 
-In the logs that are public, `req_id` is a constant or numbers the forward pass, and `token_idx` is the row in the batch: it
-restarts with every step. Where it does, the n-th row of a request and layer is taken for its n-th token, for as long as all
-layers agree on `token_idx`; requests that ran together cannot be told apart then, and the trace says so.
+In public logs, `req_id` is a constant or numbers the forward pass, and `token_idx` is the row in the batch, which restarts at
+every step. In such a log, the n-th row of a request and layer is taken as its n-th token, up to the first row where layers
+disagree on `token_idx`. Requests that ran together then cannot be distinguished, and a gap of the trace says so.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import TraceError
-from profiler.importers.reading import Objects, first_object, json_lines
-from profiler.importers.rows import MAX_LAYER, Rows
+from profiler.importers.reading import JsonObjects, first_object, json_lines
+from profiler.importers.rows import MAX_LAYER, ImportedRows
 from profiler.importers.target import Target
 
 NAME = "route-log"
@@ -46,7 +46,7 @@ def read(source: Path, target: Target) -> None:
         layer_N, token_N = routes.integers("layer"), routes.integers("token_idx")
         ids_NK = routes.expert_ids("topk_ids")
         weights_NK = routes.weights("topk_weights", ids_NK) if routes.have("topk_weights") else None
-        rows = Rows(problem_N, token_N, layer_N, ids_NK, weights_NK)
+        rows = ImportedRows(problem_N, token_N, layer_N, ids_NK, weights_NK)
         if agreed is not None:
             rows.token_ids_N = _running_count(problem_N << 16 | layer_N, counts)
             keep_N = rows.token_ids_N < np.array([agreed[request] for request in requests])
@@ -54,13 +54,13 @@ def read(source: Path, target: Target) -> None:
             rows = rows.where(keep_N)
         target.add(rows, routes.where)
     if agreed is not None:
-        target.gaps.append("token_idx restarts in the log: tokens are numbered as they were logged, whatever their requests")
+        target.gaps.append("token_idx restarts in the log: tokens are numbered as logged, regardless of their requests")
     if drifted:
-        target.gaps.append(f"{drifted:,} rows come after a place where the layers disagree on token_idx, and were dropped")
+        target.gaps.append(f"{drifted:,} rows follow a row where the layers disagree on token_idx, and were dropped")
 
 
-def _routes(source: Path) -> Iterator[Objects]:
-    """The route lines, block by block. Raises `TraceError` on one without a layer."""
+def _routes(source: Path) -> Iterator[JsonObjects]:
+    """The route lines, block by block. Raises `TraceError` if one has no valid layer."""
     for found in json_lines(source):
         routes = found.having("type", "route")
         if routes.objects:
@@ -71,7 +71,10 @@ def _routes(source: Path) -> Iterator[Objects]:
 
 
 def _agreed_rows(source: Path) -> dict[str, int] | None:
-    """Request -> up to which row all of its layers agree on `token_idx`; None if it never restarts, and so is a position."""
+    """Request -> the number of rows for which all of its layers agree on `token_idx`.
+
+    None if `token_idx` never restarts, and so is a position.
+    """
     pieces: dict[str, dict[int, list[npt.NDArray[np.int64]]]] = {}
     for routes in _routes(source):
         names, request_N = np.unique(np.array(routes.texts("req_id"), dtype=object), return_inverse=True)
@@ -87,13 +90,13 @@ def _agreed_rows(source: Path) -> dict[str, int] | None:
     for request, layers in logged.items():
         common = min(map(len, layers))
         differ = np.flatnonzero((np.stack([tokens[:common] for tokens in layers]) != layers[0][:common]).any(0))
-        # Where nothing differs, the rest of longer layers is incomplete, and counted as that.
+        # If nothing differs, keep the surplus rows of longer layers: they are then counted as incomplete tokens.
         agreed[request] = int(differ[0]) if len(differ) else max(map(len, layers))
     return agreed
 
 
 def _running_count(keys_N: npt.NDArray[np.int64], counts: dict[int, int]) -> npt.NDArray[np.int64]:
-    """How often each key came before, here and in earlier blocks; updates `counts`."""
+    """How often each key occurred before, in this block and in earlier ones; updates `counts`."""
     order_N = np.argsort(keys_N, kind="stable")
     keys, starts, sizes = np.unique(keys_N[order_N], return_index=True, return_counts=True)
     before = np.array([counts.get(key, 0) for key in keys.tolist()], dtype=np.int64)

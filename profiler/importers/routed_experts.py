@@ -1,7 +1,7 @@
-"""vLLM's `routed_experts`: integer arrays `[T, L, K]`, as `.npy`, as `.npz` (a sequence per array), or a folder of `.npy`.
+"""Import vLLM's `routed_experts`: integer arrays `[T, L, K]` as `.npy`, `.npz` (one sequence per array), or a folder of `.npy`.
 
-No weights. L is the number of decoder layers: dense ones are all zeros, or all -1. Positions from a prefix cache are -1. The
-last generated token has no row. Whether the prompt is included depends on the release and cannot be told from the array.
+There are no weights. L is the number of decoder layers: dense ones are all 0 or all -1. Positions from a prefix cache are -1.
+The last generated token has no row. Whether the prompt is included depends on the release; the array does not show it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from profiler.trace.schema import MAX_TOP_K
 NAME = "routed-experts"
 ABOUT = "vLLM's routed_experts arrays [T, L, K]: .npy, .npz, or a folder of .npy; no weights"
 
-# Ids are handed on in slices of about so many.
+# Arrays are processed in slices of about this many ids.
 SLICE_IDS = 1 << 20
-# The header of an array is read as Python literals.
-NO_ARRAY = (*UNREADABLE, SyntaxError, tokenize.TokenError)
+# NumPy parses the header of an array as Python literals, which adds errors of its tokenizer and parser.
+NOT_AN_ARRAY = (*UNREADABLE, SyntaxError, tokenize.TokenError)
 
 
 def detect(source: Path) -> bool:
@@ -38,46 +38,46 @@ def detect(source: Path) -> bool:
 def read(source: Path, target: Target) -> None:
     layers, dense = _moe_layers(source)
     if not layers:
-        raise TraceError(f"{source}: every layer is zeros or -1 throughout, as dense layers are")
-    target.gaps.append("layers are numbered as in the array; whether the prompt is included is not known")
+        raise TraceError(f"{source}: every layer is 0 or -1 throughout, as dense layers are")
+    target.gaps.append("layers are numbered as in the array; it is unknown whether the prompt is included")
     if dense:
-        target.gaps.append(f"layers that are 0 or -1 throughout were taken for dense: {','.join(map(str, dense))}")
+        target.gaps.append(f"layers that are 0 or -1 throughout were taken as dense: {','.join(map(str, dense))}")
     for name, array_TLK in _arrays(source):
         problem_id = target.problem("routed-experts", name)
-        for start in range(0, len(array_TLK), _tokens(array_TLK)):
-            piece_TLK = np.asarray(array_TLK[start : start + _tokens(array_TLK)][:, layers])
+        for start in range(0, len(array_TLK), _tokens_per_slice(array_TLK)):
+            piece_TLK = np.asarray(array_TLK[start : start + _tokens_per_slice(array_TLK)][:, layers])
             positions_T = np.arange(start, start + len(piece_TLK))
-            # A position from the cache has no expert at any layer.
-            there_T = ~(piece_TLK == EMPTY).all((1, 2))
+            # A position from the prefix cache has no expert at any layer.
+            present_T = ~(piece_TLK == EMPTY).all((1, 2))
             where = f"{source}, {name}, tokens {start}..{start + len(piece_TLK) - 1}"
-            if there_T.any():
-                target.add_arrays(problem_id, positions_T[there_T], layers, piece_TLK[there_T], None, where)
+            if present_T.any():
+                target.add_arrays(problem_id, positions_T[present_T], layers, piece_TLK[present_T], None, where)
 
 
 def _moe_layers(source: Path) -> tuple[list[int], list[int]]:
-    """Layers with experts, and the others: those that are 0 or -1 throughout."""
+    """The layers with experts, and the dense layers: those that are 0 or -1 throughout."""
     layers: set[int] = set()
     shapes = set()
     for name, array_TLK in _arrays(source):
         shapes.add(array_TLK.shape[1:])
         if len(shapes) > 1:
-            raise TraceError(f"{source}, {name}: {array_TLK.shape[1:]} layers and experts, others have another number")
-        for start in range(0, len(array_TLK), _tokens(array_TLK)):
-            piece_TLK = np.asarray(array_TLK[start : start + _tokens(array_TLK)])
+            raise TraceError(f"{source}, {name}: {array_TLK.shape[1:]} layers and experts, which differs from the other arrays")
+        for start in range(0, len(array_TLK), _tokens_per_slice(array_TLK)):
+            piece_TLK = np.asarray(array_TLK[start : start + _tokens_per_slice(array_TLK)])
             dense_TLK = (piece_TLK == 0) | (piece_TLK == EMPTY)
             layers |= set(np.flatnonzero(~dense_TLK.all((0, 2))).tolist())
     count = shapes.pop()[0] if shapes else 0
     return sorted(layers), sorted(set(range(count)) - layers)
 
 
-def _tokens(array_TLK: npt.NDArray[Any]) -> int:
-    """Tokens in a slice."""
+def _tokens_per_slice(array_TLK: npt.NDArray[Any]) -> int:
+    """How many tokens make a slice of about `SLICE_IDS` ids."""
     _, layers, top_k = array_TLK.shape
     return int(max(1, SLICE_IDS // (layers * top_k)))
 
 
 def _arrays(source: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Every array by name, mapped where that is possible. Raises `TraceError` on other shapes and types."""
+    """Every array with its name, memory-mapped where possible. Raises `TraceError` on other shapes and types."""
     files = files_in(source, "*.npy") if source.is_dir() else [source]
     for path in files:
         if path.suffix == ".npz":
@@ -85,8 +85,8 @@ def _arrays(source: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         else:
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except NO_ARRAY as error:
-                raise TraceError(f"{path} is no array: {first_line(error)}") from error
+            except NOT_AN_ARRAY as error:
+                raise TraceError(f"{path} is not an array: {first_line(error)}") from error
             yield path.stem, _checked(array, f"{path}")
 
 
@@ -96,12 +96,12 @@ def _zipped(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
             for entry in archive.infolist():
                 array = _unzipped(archive, entry, f"{path}, {entry.filename}")
                 yield entry.filename.removesuffix(".npy"), array
-    except (*NO_ARRAY, zipfile.BadZipFile, zlib.error) as error:
-        raise TraceError(f"{path} is no archive of arrays: {first_line(error)}") from error
+    except (*NOT_AN_ARRAY, zipfile.BadZipFile, zlib.error) as error:
+        raise TraceError(f"{path} is not an archive of arrays: {first_line(error)}") from error
 
 
 def _unzipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str) -> npt.NDArray[Any]:
-    """An array of an archive; what its header promises is checked before anything is allocated for it."""
+    """Read an array of an archive. The size that its header declares is checked before memory is allocated for it."""
     if entry.file_size > MAX_PIECE_BYTES:
         raise TraceError(f"{where}: larger than {MAX_PIECE_BYTES >> 20} MiB; save it as .npy")
     form: Any = np.lib.format
@@ -122,7 +122,7 @@ def _unzipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str) -> n
 
 def _checked(array: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
     if array.ndim == 3 and (array.shape[1] > MAX_LAYER or array.shape[2] > MAX_TOP_K):
-        raise TraceError(f"{where}: {array.shape[1]} layers and {array.shape[2]} experts per token: more than there can be")
+        raise TraceError(f"{where}: {array.shape[1]} layers and {array.shape[2]} experts per token: more than a trace can hold")
     if array.ndim != 3 or array.dtype.kind not in "iu" or 0 in array.shape[1:]:
         raise TraceError(f"{where}: {array.dtype} of shape {array.shape}, expected whole numbers [T, L, K]")
     return array

@@ -1,4 +1,4 @@
-"""What importers hand over: rows in any order, and what else a source knows; and what a user adds to it."""
+"""What importers pass to a `Target`: rows in any order, and facts of problems; and the options that a user sets."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 EMPTY = -1
-"""An expert id of a slot without an expert, between importer and `Target`."""
+"""The expert id of a slot without an expert, between importer and `Target`."""
 
-# A source that decodes to more in one piece is refused rather than swallowed.
+# Limit on what is decoded at once: a source that needs more is refused, so that it cannot exhaust the memory.
 MAX_PIECE_BYTES = 512 << 20
 MAX_LAYER = 32_767
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """What a source does not say, or not all of what it has.
+    """Facts that a source may lack, and which part of it to import.
 
-    model: what it is called, where the source does not say. layers: import only these.
-    num_experts: experts per layer; None: the source's word, or the highest id plus one.
-    drop_incomplete: leave out tokens that went to fewer than K experts, instead of recording empty slots.
-    command: for the metadata.
+    model: the model's name, used where the source has none. layers: import only these; None for all.
+    num_experts: experts per layer; None to use the source's number or, without one, the highest id plus one.
+    drop_incomplete: leave out tokens routed to fewer than K experts, instead of recording empty slots.
+    command: the command line, for the metadata.
     """
 
     model: str = "unknown"
@@ -34,10 +34,10 @@ class ImportOptions:
 
 
 @dataclass
-class Rows:
-    """N rows, each a (problem, token, layer) with its experts; arrays `[N]` and `[N, K]`.
+class ImportedRows:
+    """N rows, each the experts of one (problem, token, layer); arrays `[N]` and `[N, K]`.
 
-    expert_ids_NK: `EMPTY` where there is none. weights_NK: None if the source has none; NaN where it does not know one.
+    expert_ids_NK: `EMPTY` in slots without an expert. weights_NK: None if the source has no weights; NaN where one is unknown.
     """
 
     problem_ids_N: npt.NDArray[np.integer[Any]]
@@ -46,17 +46,20 @@ class Rows:
     expert_ids_NK: npt.NDArray[np.integer[Any]]
     weights_NK: npt.NDArray[np.floating[Any]] | None
 
-    def where(self, keep_N: npt.NDArray[np.bool_]) -> Rows:
-        """Only these rows."""
+    def where(self, keep_N: npt.NDArray[np.bool_]) -> ImportedRows:
+        """Select rows by a mask."""
         weights_NK = None if self.weights_NK is None else self.weights_NK[keep_N]
-        return Rows(
+        return ImportedRows(
             self.problem_ids_N[keep_N], self.token_ids_N[keep_N], self.layers_N[keep_N], self.expert_ids_NK[keep_N], weights_NK
         )
 
 
 @dataclass
-class ProblemFacts:
-    """What a source knows of a problem besides its routing; None where it does not."""
+class ImportedProblem:
+    """What a source knows about a problem besides its routing.
+
+    further: values of the other columns of `problems.parquet`, by name; None where unknown.
+    """
 
     dataset: str
     source_key: str

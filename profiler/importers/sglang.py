@@ -1,14 +1,16 @@
-"""SGLang's expert distribution recorder in mode `per_token`: `.pt` files of `records` and `last_physical_to_logical_map`.
+"""Import dumps of SGLang's expert distribution recorder in mode `per_token`.
 
-A record is one forward pass: `input_ids`, `positions`, `extend_seq_lens`, `forward_mode`, and `topk_ids_of_layer`, int32
-`[L, T, K]` with -1 in dense layers, unused columns and padding. Ids are of physical experts; the map leads to the model's own.
-There are no weights. Every rank writes a file; with plain tensor parallelism they are copies of each other
-(sgl-project/sglang, python/sglang/srt/eplb/expert_distribution.py).
+A dump is a `.pt` file of `records` and `last_physical_to_logical_map`. A record is one forward pass: `input_ids`, `positions`,
+`extend_seq_lens`, `forward_mode`, and `topk_ids_of_layer`, int32 `[L, T, K]` with -1 in dense layers, unused columns and
+padding. Its ids are those of physical experts; the map translates them to the model's own (logical) ids. There are no weights.
+Every rank writes a file; with plain tensor parallelism the files are copies of each other (sgl-project/sglang,
+python/sglang/srt/eplb/expert_distribution.py).
 
-Without request ids (upstream has none), sequences are put together again from positions. A pass over prompts begins sequences;
-one that starts beyond 0 goes on with the prompt of the pass before it that ends there, if it was cut into pieces, and else
-begins a sequence whose beginning came from a cache. A decoding pass has one row for every running sequence, in the batch's
-order, to which new ones were added at the end: a sequence without a row has ended.
+Without request ids (upstream has none), sequences are reconstructed from positions. A prefill pass starts sequences. A prompt
+that starts at a position above 0 continues the prompt of the previous pass that ended there (chunked prefill) or, if there is
+none, starts a sequence whose prefix came from a cache. A decode pass has one row for every running sequence, in the order of
+the batch,
+at whose end new sequences were added: a sequence without a row has ended.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import UNREADABLE, TraceError, first_line
-from profiler.importers.reading import files_in, integers
+from profiler.importers.reading import files_in, integer_array
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES
 from profiler.importers.target import Target
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
@@ -49,41 +51,46 @@ def read(source: Path, target: Target) -> None:
     for path in files:
         passes = _passes(path, target)
         digest = hashlib.sha256()
-        for one in passes:
-            one.hash_into(digest)
+        for step in passes:
+            step.hash_into(digest)
         if digest.digest() in seen:
             copies += 1
             continue
         seen.add(digest.digest())
-        named &= all(one.request_ids is not None for one in passes)
-        layers = sorted({layer for one in passes for layer in one.layers})
-        sequences = _Sequences(target, path.stem if len(files) > 1 else "dump")
-        for one in passes:
-            sequences.add(one, layers)
+        named &= all(step.request_ids is not None for step in passes)
+        layers = sorted({layer for step in passes for layer in step.layers})
+        sequences = _SequenceAssembler(target, path.stem if len(files) > 1 else "dump")
+        for step in passes:
+            sequences.add(step, layers)
         sequences.finish()
         ambiguous += sequences.ambiguous
     if copies:
-        target.gaps.append(f"{copies} of {len(files)} files are copies of other ranks' and were left out")
+        target.gaps.append(f"{copies} of {len(files)} files are copies of other ranks' files and were left out")
     if not named:
-        target.gaps.append("the dump names no requests: sequences were put together from positions")
+        target.gaps.append("the dump has no request ids: sequences were reconstructed from positions")
     if ambiguous:
-        target.gaps.append(f"{ambiguous:,} decoded tokens fit several sequences; the last of those in the batch was taken")
+        target.gaps.append(
+            f"{ambiguous:,} decoded tokens fit several sequences; each was assigned to the last one in the batch"
+        )
 
 
-def _passes(path: Path, target: Target) -> list[_Pass]:
+def _passes(path: Path, target: Target) -> list[_ForwardPass]:
     document = _load(path)
     records = document.get("records") if isinstance(document, dict) else None
     if not isinstance(records, list) or not records:
-        raise TraceError(f"{path}: expected 'records' of mode per_token; a dump of counts is no routing")
+        raise TraceError(f"{path}: expected 'records' of mode per_token; a dump of counts contains no routing")
     mapping_LP = _mapping(document.get("last_physical_to_logical_map"), path)
     if mapping_LP is not None and mapping_LP.size:
         target.num_experts = max(target.num_experts or 0, int(mapping_LP.max()) + 1)
-    passes = [_Pass.of(record, mapping_LP, f"{path}, record {number}") for number, record in enumerate(records)]
-    return sorted(passes, key=lambda one: one.number)
+    passes = [_ForwardPass.of(record, mapping_LP, f"{path}, record {number}") for number, record in enumerate(records)]
+    return sorted(passes, key=lambda step: step.number)
 
 
 def _load(path: Path) -> Any:
-    """The file's content, tensors and plain values only. Raises `TraceError` on anything else, and on what would not fit."""
+    """The content of a file that holds tensors and plain values only. Raises `TraceError` on any other file.
+
+    Compressed archives are refused, because they can be larger in memory than on disk.
+    """
     import torch
 
     try:
@@ -97,14 +104,17 @@ def _load(path: Path) -> Any:
     except TraceError:
         raise
     except (*UNREADABLE, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise TraceError(f"{path} is no file of torch.save with tensors and plain values only: {first_line(error)}") from error
+        raise TraceError(f"{path} is not a torch.save file of tensors and plain values only: {first_line(error)}") from error
     except Exception as error:
-        # What a broken pickle makes torch raise is not documented.
+        # The errors that torch raises on a broken pickle are not documented.
         raise TraceError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _tensor(value: object, dimensions: int, what: str) -> npt.NDArray[Any]:
-    """Whole numbers, as many as are stored. Raises `TraceError`, which names `what`, on another or an expanded tensor."""
+    """A tensor of whole numbers as an array. Raises `TraceError`, naming `what`, on any other tensor.
+
+    An expanded tensor, which has more elements than its storage, is refused.
+    """
     import torch
 
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta or value.ndim != dimensions:
@@ -113,12 +123,12 @@ def _tensor(value: object, dimensions: int, what: str) -> npt.NDArray[Any]:
         raise TraceError(f"{what}: {value.dtype}, expected whole numbers")
     size = value.numel() * value.element_size()
     if size > min(value.untyped_storage().nbytes(), MAX_PIECE_BYTES):
-        raise TraceError(f"{what}: more numbers than it stores, or more than {MAX_PIECE_BYTES >> 20} MiB")
+        raise TraceError(f"{what}: more elements than its storage holds, or more than {MAX_PIECE_BYTES >> 20} MiB")
     return np.asarray(value.numpy())
 
 
 def _mapping(value: object, path: Path) -> npt.NDArray[Any] | None:
-    """Physical to logical expert ids `[L, P]`."""
+    """The logical expert id of each of the P physical experts, per layer: `[L, P]`."""
     if value is None:
         return None
     mapping_LP = _tensor(value, 2, f"{path}: last_physical_to_logical_map")
@@ -128,8 +138,8 @@ def _mapping(value: object, path: Path) -> npt.NDArray[Any] | None:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """One forward pass: T tokens, with logical expert ids `[L, T, K]`, `EMPTY` where there is none."""
+class _ForwardPass:
+    """One forward pass: T tokens with logical expert ids `[L, T, K]`, `EMPTY` in slots without an expert."""
 
     number: int
     decode: bool
@@ -142,34 +152,34 @@ class _Pass:
     where: str
 
     @classmethod
-    def of(cls, record: object, mapping_LP: npt.NDArray[Any] | None, where: str) -> _Pass:
+    def of(cls, record: object, mapping_LP: npt.NDArray[Any] | None, where: str) -> _ForwardPass:
         if not isinstance(record, dict) or "topk_ids_of_layer" not in record:
             raise TraceError(f"{where}: no 'topk_ids_of_layer': the recorder must run in mode per_token")
         ids_LTK = _tensor(record["topk_ids_of_layer"], 3, f"{where}: topk_ids_of_layer")
         layers, tokens, top_k = ids_LTK.shape
         if layers > MAX_LAYER or top_k > MAX_TOP_K:
-            raise TraceError(f"{where}: {layers} layers and {top_k} experts per token are more than there can be")
-        vocab_ids_T = integers(record.get("input_ids"), f"{where}: input_ids")
-        positions_T = integers(record.get("positions"), f"{where}: positions")
+            raise TraceError(f"{where}: {layers} layers and {top_k} experts per token are more than a trace can hold")
+        vocab_ids_T = integer_array(record.get("input_ids"), f"{where}: input_ids")
+        positions_T = integer_array(record.get("positions"), f"{where}: positions")
         if min(len(vocab_ids_T), len(positions_T)) < tokens:
-            raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids and {len(positions_T)} positions of {tokens} tokens")
+            raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids and {len(positions_T)} positions for {tokens} tokens")
         if mapping_LP is not None:
             if len(mapping_LP) != len(ids_LTK) or ids_LTK.max(initial=0) >= mapping_LP.shape[1]:
-                raise TraceError(f"{where}: expert ids that last_physical_to_logical_map does not have")
+                raise TraceError(f"{where}: expert ids that are not in last_physical_to_logical_map")
             logical_LTK = mapping_LP[np.arange(len(ids_LTK))[:, None, None], np.maximum(ids_LTK, 0)]
             ids_LTK = np.where(ids_LTK < 0, EMPTY, logical_LTK)
         mode = record.get("forward_mode")
         decode = type(mode) in (int, str) and mode in DECODE_MODES
         lengths = [1] * tokens
         if not decode and record.get("extend_seq_lens") is not None:
-            lengths = integers(record["extend_seq_lens"], f"{where}: extend_seq_lens").tolist()
+            lengths = integer_array(record["extend_seq_lens"], f"{where}: extend_seq_lens").tolist()
         if sum(lengths) < tokens:
             raise TraceError(f"{where}: extend_seq_lens of {sum(lengths)} tokens in all, expected {tokens}")
         requests = record.get("rids")
         if requests is not None and not (
             isinstance(requests, list) and len(requests) == len(lengths) and {*map(type, requests)} <= {str, int}
         ):
-            raise TraceError(f"{where}: expected rids, texts or numbers, of {len(lengths)} sequences")
+            raise TraceError(f"{where}: expected rids, strings or numbers, for {len(lengths)} sequences")
         return cls(
             number=record["forward_pass_id"] if type(record.get("forward_pass_id")) is int else 0,
             decode=decode,
@@ -183,61 +193,61 @@ class _Pass:
         )
 
     def hash_into(self, digest: Any) -> None:
-        """Everything that another rank would have just so."""
+        """Update the digest with everything that is identical in copies of the pass by other ranks."""
         for array in (self.vocab_ids_T, self.positions_T, np.ascontiguousarray(self.ids_LTK, dtype=np.int64)):
             digest.update(str(array.shape).encode())
             digest.update(array.tobytes())
 
 
 @dataclass(eq=False)
-class _Running:
-    """A sequence that may go on: its problem, and the position that comes next."""
+class _RunningSequence:
+    """A sequence that may continue: its problem, and its next position."""
 
     problem_id: int
     next_position: int
     pieces: dict[str, list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]] = field(default_factory=dict)
 
 
-class _Sequences:
-    """Puts the passes of one file together into sequences. ambiguous: decoded rows that several sequences could have had."""
+class _SequenceAssembler:
+    """Assembles the passes of one file into sequences. ambiguous: number of decoded rows that fit several sequences."""
 
     def __init__(self, target: Target, name: str) -> None:
         self.ambiguous = 0
         self._target = target
         self._name = name
-        # In the batch's order.
-        self._running: list[_Running] = []
-        # Of the last pass over prompts: one of them may have been cut into pieces.
-        self._last_prompts: list[_Running] = []
-        self._by_request: dict[str, _Running] = {}
-        self._everything: list[_Running] = []
+        # In the order of the batch.
+        self._running: list[_RunningSequence] = []
+        # Sequences of the last prefill pass: the next pass may continue one of their prompts (chunked prefill).
+        self._last_prompts: list[_RunningSequence] = []
+        self._by_request: dict[str, _RunningSequence] = {}
+        self._everything: list[_RunningSequence] = []
 
-    def add(self, one: _Pass, layers: list[int]) -> None:
-        """Take a pass; `layers`: the MoE layers of the file."""
-        ends = np.minimum(np.cumsum([0, *one.lengths]), len(one.positions_T)).tolist()
+    def add(self, step: _ForwardPass, layers: list[int]) -> None:
+        """Add a pass. layers: the MoE layers of the file."""
+        ends = np.minimum(np.cumsum([0, *step.lengths]), len(step.positions_T)).tolist()
         spans = [slice(first, end) for first, end in pairwise(ends)]
-        ids_LTK = one.ids_LTK[layers]
+        ids_LTK = step.ids_LTK[layers]
         # Padding has no expert at any layer.
-        there_T = (ids_LTK != EMPTY).any((0, 2))
-        rows = [number for number, span in enumerate(spans) if span.stop > span.start and there_T[span].any()]
-        starts = [int(one.positions_T[spans[number].start]) for number in rows]
-        if one.request_ids is not None:
-            sequences = [self._of_request(one.request_ids[number], start) for number, start in zip(rows, starts, strict=True)]
-        elif one.decode:
+        present_T = (ids_LTK != EMPTY).any((0, 2))
+        rows = [number for number, span in enumerate(spans) if span.stop > span.start and present_T[span].any()]
+        starts = [int(step.positions_T[spans[number].start]) for number in rows]
+        if step.request_ids is not None:
+            sequences = [self._of_request(step.request_ids[number], start) for number, start in zip(rows, starts, strict=True)]
+        elif step.decode:
             sequences = self._decoded(starts)
         else:
             sequences = self._prompts(starts)
         for number, sequence in zip(rows, sequences, strict=True):
             span = spans[number]
-            positions_T, mine_T = one.positions_T[span], there_T[span]
+            positions_T, mine_T = step.positions_T[span], present_T[span]
             sequence.next_position = int(positions_T[-1]) + 1
-            phase = DECODE if one.decode else PREFILL
-            sequence.pieces.setdefault(phase, []).append((positions_T[mine_T], one.vocab_ids_T[span][mine_T]))
+            phase = DECODE if step.decode else PREFILL
+            sequence.pieces.setdefault(phase, []).append((positions_T[mine_T], step.vocab_ids_T[span][mine_T]))
             ids_TLK = ids_LTK[:, span][:, mine_T].transpose(1, 0, 2)
-            self._target.add_arrays(sequence.problem_id, positions_T[mine_T], layers, ids_TLK, None, one.where)
+            self._target.add_arrays(sequence.problem_id, positions_T[mine_T], layers, ids_TLK, None, step.where)
 
     def finish(self) -> None:
-        """Hand on what is known of the tokens."""
+        """Pass the phases and vocabulary ids of all tokens to the target."""
         for sequence in self._everything:
             known: set[int] = set()
             for phase, pieces in sequence.pieces.items():
@@ -249,33 +259,33 @@ class _Sequences:
                     vocab_ids = vocab_ids_T[at_T][new_T]
                     self._target.add_tokens(sequence.problem_id, positions_T[new_T], phase, vocab_ids_T=vocab_ids)
 
-    def _of_request(self, request: str, start: int) -> _Running:
+    def _of_request(self, request: str, start: int) -> _RunningSequence:
         if request not in self._by_request:
             self._by_request[request] = self._begin(start, request)
         return self._by_request[request]
 
-    def _prompts(self, starts: list[int]) -> list[_Running]:
-        """Sequences that begin at these positions, or go on there with a prompt that was cut into pieces."""
-        cut = list(self._last_prompts)
+    def _prompts(self, starts: list[int]) -> list[_RunningSequence]:
+        """The sequences that start at these positions, or continue there (chunked prefill)."""
+        unfinished = list(self._last_prompts)
         sequences = []
         for start in starts:
-            goes_on = next((sequence for sequence in cut if start and sequence.next_position == start), None)
-            if goes_on is not None:
-                cut.remove(goes_on)
+            sequence = next((sequence for sequence in unfinished if start and sequence.next_position == start), None)
+            if sequence is not None:
+                unfinished.remove(sequence)
             else:
-                goes_on = self._begin(start, str(len(self._everything)))
-                self._running.append(goes_on)
-            sequences.append(goes_on)
+                sequence = self._begin(start, str(len(self._everything)))
+                self._running.append(sequence)
+            sequences.append(sequence)
         self._last_prompts = sequences
         return sequences
 
-    def _decoded(self, starts: list[int]) -> list[_Running]:
-        """The running sequences that go on at these positions, in the batch's order; the others have ended."""
+    def _decoded(self, starts: list[int]) -> list[_RunningSequence]:
+        """The running sequences that continue at these positions, in the order of the batch; the others have ended."""
         fits, rows = Counter(sequence.next_position for sequence in self._running), Counter(starts)
         self.ambiguous += sum(count for start, count in rows.items() if fits[start] > count)
-        found: list[_Running] = []
+        found: list[_RunningSequence] = []
         before = len(self._running)
-        # From the end: those at the end are new, and surely among the rows.
+        # Matched from the end: the sequences there are new, so they certainly have a row.
         for start in reversed(starts):
             at = next((at for at in range(before - 1, -1, -1) if self._running[at].next_position == start), None)
             if at is None:
@@ -287,7 +297,7 @@ class _Sequences:
         self._last_prompts = []
         return self._running
 
-    def _begin(self, start: int, name: str) -> _Running:
-        sequence = _Running(self._target.problem("sglang", self._name, name), start)
+    def _begin(self, start: int, name: str) -> _RunningSequence:
+        sequence = _RunningSequence(self._target.problem("sglang", self._name, name), start)
         self._everything.append(sequence)
         return sequence

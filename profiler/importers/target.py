@@ -15,7 +15,7 @@ from pyarrow import ipc
 
 from profiler.capture.sealing import Missing, run_folder, seal
 from profiler.errors import TraceError
-from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, ImportOptions, ProblemFacts, Rows
+from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, ImportedProblem, ImportedRows, ImportOptions
 from profiler.trace.reader import Trace
 from profiler.trace.schema import (
     MAX_EXPERTS,
@@ -63,7 +63,7 @@ class Target:
         self.renormalized: bool | None = None
         self.versions: dict[str, str] = {}
         self.gaps: list[str] = []
-        self.problems: dict[int, ProblemFacts] = {}
+        self.problems: dict[int, ImportedProblem] = {}
         self._format = format_name
         self._ids: dict[tuple[str, ...], int] = {}
         self._buckets: dict[int, Any] = {}
@@ -85,10 +85,10 @@ class Target:
         name = (dataset, *key)
         if name not in self._ids:
             self._ids[name] = len(self._ids)
-            self.problems[self._ids[name]] = ProblemFacts(dataset, "/".join(key))
+            self.problems[self._ids[name]] = ImportedProblem(dataset, "/".join(key))
         return self._ids[name]
 
-    def add(self, rows: Rows, where: str) -> None:
+    def add(self, rows: ImportedRows, where: str) -> None:
         """Take rows in any order. Raises `TraceError`, which names `where`, on numbers that no trace can hold."""
         layers_N, ids_NK = rows.layers_N, rows.expert_ids_NK
         if self.options.layers is not None:
@@ -144,7 +144,7 @@ class Target:
         """Take tokens of one problem that have all `layers`, as `[T, L, K]`."""
         tokens, count, top_k = expert_ids_TLK.shape
         self.add(
-            Rows(
+            ImportedRows(
                 np.full(tokens * count, problem_id),
                 np.repeat(token_ids_T, count),
                 np.tile(np.asarray(layers), tokens),
@@ -223,7 +223,7 @@ class Target:
         write_manifest(self.directory)
         return Trace.open(self.directory)
 
-    def _spill(self, rows: Rows, present_NK: npt.NDArray[np.bool_], counts_N: npt.NDArray[np.integer[Any]]) -> None:
+    def _spill(self, rows: ImportedRows, present_NK: npt.NDArray[np.bool_], counts_N: npt.NDArray[np.integer[Any]]) -> None:
         """Append the rows to the buckets of their tokens."""
         offsets = np.concatenate([[0], np.cumsum(counts_N)]).astype(np.int32)
         weights = np.ones(present_NK.sum()) if rows.weights_NK is None else rows.weights_NK[present_NK]

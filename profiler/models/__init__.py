@@ -1,1 +1,1 @@
-"""Models by name: what their configs say, the registry, GPUs, and DeepSeek v1."""
+"""Models and GPUs: the registry of short names, MoE facts read from model configs, and support for DeepSeek-MoE v1."""

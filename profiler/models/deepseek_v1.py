@@ -1,7 +1,7 @@
-"""DeepSeek-MoE v1 (model type `deepseek`), which transformers knows only as code from the model's repository.
+"""Run DeepSeek-MoE v1 (model type `deepseek`), which transformers supports only with code from the model's repository.
 
-vLLM has the model but not its configuration, which needs no code: `register_config` gives it one, so that no stranger's
-code is run. For transformers, `as_qwen2_moe` rewrites a checkpoint in the form of Qwen2-MoE, which computes the same.
+vLLM implements the model but not its configuration. `register_config` adds a configuration class, so that no untrusted code is
+run. For transformers, `as_qwen2_moe` converts a checkpoint to Qwen2-MoE, which computes the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from profiler.models.registry import checkpoints_folder
 from profiler.trace.writer import write_text
 
 MODEL_TYPE = "deepseek"
-# Copied beside the weights.
+# Copied next to the weights.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "*.model")
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -34,9 +34,10 @@ def register_config() -> None:
 
 
 def local_rewriting(location: str, revision: str | None, name: str, *, say: Callable[[str], None]) -> Path:
-    """The folder of a checkpoint's rewriting, made once; `location` is a folder, or a hub id that is downloaded.
+    """The folder of a checkpoint converted to Qwen2-MoE; the conversion runs only once.
 
-    Raises `ModelError`.
+    location: a folder, or a hub id, which is downloaded. say: is called with lines about the progress. Raises `ModelError` if
+    the checkpoint cannot be downloaded or converted.
     """
     from huggingface_hub import snapshot_download
 
@@ -45,23 +46,24 @@ def local_rewriting(location: str, revision: str | None, name: str, *, say: Call
         try:
             source = location if Path(location).is_dir() else snapshot_download(location, revision=revision)
         except (OSError, ValueError) as error:
-            raise ModelError(f"cannot fetch {location}: {first_line(error)}") from error
+            raise ModelError(f"cannot download {location}: {first_line(error)}") from error
         as_qwen2_moe(Path(source), target, say=say)
     return target
 
 
 def as_qwen2_moe(source: Path, target: Path, *, say: Callable[[str], None] = lambda text: None) -> None:
-    """Write the checkpoint folder `source` in the form of Qwen2-MoE to `target`. Memory: one file of weights.
+    """Convert the checkpoint folder `source` to Qwen2-MoE and write it to `target`. Memory: one file of weights.
 
-    The shared experts become Qwen's one. Its gate gets zero weights, whose sigmoid is exactly a half, and its output projection
-    is doubled, which is exact too. The first layers are dense in both. Raises `ModelError` on a checkpoint of another form.
+    The shared experts become Qwen's single shared expert. Its gate gets zero weights, whose sigmoid is exactly 0.5, and its
+    output projection is doubled, which is exact too. The first layers are dense in both. Raises `ModelError` if the checkpoint
+    is not of DeepSeek-MoE v1, or has features that Qwen2-MoE lacks.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != MODEL_TYPE or config.get("scoring_func", "softmax") != "softmax":
-        raise ModelError(f"{source} is no DeepSeek-MoE v1 checkpoint: model type {config.get('model_type')!r}")
+        raise ModelError(f"{source} is not a DeepSeek-MoE v1 checkpoint: model type {config.get('model_type')!r}")
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{source} has no *.safetensors files")
@@ -73,7 +75,7 @@ def as_qwen2_moe(source: Path, target: Path, *, say: Callable[[str], None] = lam
         say(f"rewriting {path.name} ({number} of {len(files)})")
         try:
             with safe_open(path, framework="pt") as weights:
-                tensors = dict(_renamed((name, weights.get_tensor(name)) for name in weights.keys()))  # noqa: SIM118 - no mapping
+                tensors = dict(_renamed((name, weights.get_tensor(name)) for name in weights.keys()))  # noqa: SIM118 - not a mapping
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{path} is not readable: {first_line(error)}") from error
         save_file(tensors, building / path.name, metadata={"format": "pt"})
@@ -99,7 +101,7 @@ def _renamed(tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         yield name, tensor.contiguous()
         for projection in ("q_proj", "k_proj", "v_proj"):
             if name.endswith(f".self_attn.{projection}.weight"):
-                # Qwen has these biases always.
+                # Qwen2-MoE always has these biases.
                 yield name.removesuffix("weight") + "bias", torch.zeros(tensor.shape[0], dtype=tensor.dtype)
 
 
@@ -118,7 +120,7 @@ def _qwen2_config(config: dict[str, Any]) -> dict[str, Any]:
         ),
     )
     if config.get("moe_layer_freq", 1) != 1 or config.get("attention_bias"):
-        raise ModelError("a DeepSeek-MoE with dense layers in between or attention biases cannot be written as Qwen2-MoE")
+        raise ModelError("a DeepSeek-MoE with interleaved dense layers or attention biases cannot be converted to Qwen2-MoE")
     return {name: config[name] for name in same if name in config} | {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",

@@ -1,4 +1,4 @@
-"""GPUs that people collect on: memory, speed, and what an hour of them costs on Modal."""
+"""GPUs: memory, bandwidth, speed, and price per hour on Modal."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 
 from profiler.errors import ModelError
 
-# Prices are of November 2026.
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU. Memory in GB, bandwidth in GB/s, dense BF16 in TFLOP/s, from the makers' data sheets.
+    """One GPU.
 
-    link: to the host, GB/s one way: 16 lanes of PCIe 4 (16 GT/s, 128b/130b) or 5.
-    dollars_per_hour: on Modal (modal.com/pricing), None where Modal does not have it.
+    memory: in GB. bandwidth: of that memory, in GB/s. tflops: dense BF16, in TFLOP/s. All from the manufacturers' data sheets.
+    link: bandwidth of the interconnect to the host in GB/s, one way: PCIe 4 x16 (16 GT/s, 128b/130b) or PCIe 5 x16.
+    dollars_per_hour: price on Modal in November 2026 (modal.com/pricing); None if Modal does not offer it.
     """
 
     name: str
@@ -45,7 +44,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str, *, rented: bool = False) -> Gpu:
-    """The GPU of this name. Raises `ModelError` listing what exists; with `rented`, what can be had on Modal."""
+    """The GPU called `name`; with `rented`, only if Modal offers it. Raises `ModelError`, listing the choices, otherwise."""
     known = {key: gpu for key, gpu in GPUS.items() if not rented or gpu.dollars_per_hour is not None}
     if name not in known:
         raise ModelError(f"unknown GPU {name!r}: expected one of {', '.join(known)}")
@@ -53,7 +52,7 @@ def find_gpu(name: str, *, rented: bool = False) -> Gpu:
 
 
 def named_gpu(cuda_name: str) -> Gpu | None:
-    """The GPU that CUDA calls so ("NVIDIA A100-SXM4-80GB"); None if it is none of ours."""
+    """The GPU with this CUDA device name ("NVIDIA A100-SXM4-80GB"); None if it is not in `GPUS`."""
     for gpu in GPUS.values():
         if all(re.search(rf"\b{part}\b", cuda_name) for part in re.split("[ -]", gpu.name)):
             return gpu
@@ -61,7 +60,7 @@ def named_gpu(cuda_name: str) -> Gpu | None:
 
 
 def local_gpu() -> Gpu | None:
-    """This machine's first GPU, with the memory that it really has; None without one."""
+    """This machine's first GPU with its actual memory, None without one; its speeds are 0 if it is not in `GPUS`."""
     import torch
 
     if not torch.cuda.is_available():
@@ -72,7 +71,7 @@ def local_gpu() -> Gpu | None:
 
 
 def device_name() -> str:
-    """This machine's first GPU as CUDA names it, or `CPU`."""
+    """The CUDA device name of this machine's first GPU, or `CPU`."""
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"

@@ -1,6 +1,6 @@
-"""Models by short name: facts, checkpoints for each precision, and what fits on which GPU.
+"""Models by short name: facts, the checkpoint of each precision, and what fits on which GPU.
 
-The facts are those of each model's `config.json`; `resolve_model` compares them with the config that is loaded.
+The facts are taken from each model's `config.json`; `resolve_model` checks them against the loaded config.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from pathlib import Path
 from profiler.errors import ModelError
 from profiler.models.gpus import GPUS, Gpu
 
-# Bytes in memory for each parameter, scales, zero points and what stays in 16 bits included. AWQ and GPTQ with groups of 128
-# have 4.2 bits for most: Mixtral's AWQ files are 24.7 GB of 46.7 billion.
+# Bytes in memory per parameter, including scales, zero points and the parameters that stay in 16 bits. AWQ and GPTQ with groups
+# of 128 use 4.2 bits for most parameters: Mixtral's AWQ files are 24.7 GB for 46.7 billion parameters.
 PRECISIONS = {"bf16": 2.0, "mxfp4": 0.66, "int8": 1.06, "int4": 0.56, "gptq": 0.54, "awq": 0.53}
-# What vLLM may take of a GPU, and what a step needs besides weights and keys and values, GB.
+# The share of a GPU's memory that vLLM may use, and what a step needs besides weights and KV cache, in GB.
 USED_SHARE = 0.90
 WORKSPACE = 2.0
-# Tokens of a sequence that the batch is planned for, and the batches that are worth planning.
+# The sequence length in tokens that the batch size is planned for, and the largest batch size planned.
 PLANNED_LENGTH = 1024
 MAX_BATCH = 256
-# What `modal_jobs/quantize.py` makes.
-MADE = "awq"
+# The precision that `modal_jobs/quantize.py` creates.
+QUANTIZE_PRECISION = "awq"
 CHECKPOINTS_VARIABLE = "SPECMOE_CHECKPOINTS"
 
 
@@ -30,14 +30,15 @@ CHECKPOINTS_VARIABLE = "SPECMOE_CHECKPOINTS"
 class ModelEntry:
     """One entry of the registry.
 
-    checkpoints: precision -> hub id, the one as published first. quantizable: precisions that `modal_jobs/quantize.py` makes.
-    parameters, active: billions, in all and for one token. context: tokens of a sequence. hidden: D.
-    kv_bytes: keys and values of one token, 16 bits.
-    expert_width: of a routed expert's hidden layer. shared: experts that every token uses; they are not routed.
-    renormalized: None where the config does not say.
-    gated: precisions whose repository wants an account that accepted the model's terms (Mixtral's did in 2024).
-    remote_code: its config is Python code of the repository.
-    small_gpus: GPU -> (precision of bitsandbytes, batch), for the transformers engine.
+    checkpoints: precision -> hub id; the precision in which the model was published comes first.
+    quantizable: precisions that `modal_jobs/quantize.py` can create.
+    parameters, active: total parameters and parameters used per token, in billions. context: maximum tokens of a sequence.
+    hidden: hidden size D. kv_bytes: KV cache of one token in 16 bits.
+    expert_width: intermediate size of a routed expert. shared: experts that every token uses; they are not routed.
+    renormalized: whether top-k weights are renormalized to sum 1; None if the config does not say.
+    gated: precisions whose repository requires an account that accepted the model's terms (Mixtral's did in 2024).
+    remote_code: the config is Python code in the repository.
+    small_gpus: GPU -> (bitsandbytes precision, batch size), for the transformers engine.
     """
 
     name: str
@@ -61,24 +62,25 @@ class ModelEntry:
 
     @property
     def moe_layers(self) -> list[int]:
-        """Decoder layers with experts: all but the first `dense_layers`."""
+        """Indices of the decoder layers with experts: all but the first `dense_layers`."""
         return list(range(self.dense_layers, self.layers))
 
     @property
     def precisions(self) -> list[str]:
-        """What vLLM can load, the published one first."""
+        """The precisions that vLLM can load, the published one first."""
         return [*self.checkpoints, *(precision for precision in self.quantizable if precision not in self.checkpoints)]
 
     def weights_gb(self, precision: str) -> float:
-        """Memory of the weights."""
+        """Memory of the weights, in GB."""
         return self.parameters * PRECISIONS[precision]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """How a model runs on a GPU. batch: sequences at a time, of `PLANNED_LENGTH` tokens. weights_gb: memory of the weights.
+    """How a model runs on a GPU.
 
-    kv_tokens: tokens whose keys and values have room, and so the longest sequence.
+    weights_gb: memory of the weights, in GB. batch: concurrent sequences of `PLANNED_LENGTH` tokens.
+    kv_tokens: tokens that fit into the KV cache, which also bounds the length of a sequence.
     """
 
     precision: str
@@ -133,7 +135,7 @@ MODELS: dict[str, ModelEntry] = {
         replace(
             _MIXTRAL,
             name="mixtral-8x7b-instruct",
-            # Not TheBloke's AWQ files of the instruct model: reports of empty text and NaN log probabilities.
+            # Not TheBloke's AWQ files of the instruct model: users reported empty text and NaN log probabilities.
             checkpoints={"bf16": "mistralai/Mixtral-8x7B-Instruct-v0.1", "awq": "casperhansen/mixtral-instruct-awq"},
         ),
         _QWEN,
@@ -181,7 +183,7 @@ MODELS: dict[str, ModelEntry] = {
             expert_width=1408,
             parameters=15.7,
             active=2.4,
-            # Multi-head latent attention: a latent of 512 and a rotary key of 64 for each layer.
+            # Multi-head latent attention: a latent vector of 512 and a rotary key of 64 per layer.
             kv_bytes=27 * (512 + 64) * 2,
         ),
         ModelEntry(
@@ -253,7 +255,7 @@ MODELS: dict[str, ModelEntry] = {
 
 
 def fits(entry: ModelEntry, gpu: Gpu, precision: str) -> Preset | None:
-    """How the model runs on one such GPU through vLLM in this precision; None if it does not fit."""
+    """How the model runs with vLLM on one such GPU in this precision; None if it does not fit."""
     weights = entry.weights_gb(precision)
     room = USED_SHARE * gpu.memory - weights - WORKSPACE
     tokens = int(room * 1e9 / entry.kv_bytes)
@@ -262,13 +264,13 @@ def fits(entry: ModelEntry, gpu: Gpu, precision: str) -> Preset | None:
 
 
 def preset(entry: ModelEntry, gpu: Gpu, precision: str = "auto") -> Preset:
-    """How to run the model on one such GPU; `auto` is the first precision of `entry.checkpoints` that fits.
+    """How to run the model on one such GPU. With `auto`, in the first precision of `entry.checkpoints` that fits.
 
-    Raises `ModelError` if there is no such checkpoint, or if it does not fit, naming what does.
+    Raises `ModelError` if there is no such checkpoint, or if it does not fit, naming the GPUs and precisions that do.
     """
     if precision != "auto" and precision not in entry.precisions:
         raise ModelError(f"{entry.name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")
-    # What must first be quantized is taken only if asked for.
+    # A precision that must first be quantized is used only when it is named.
     for candidate in entry.checkpoints if precision == "auto" else [precision]:
         found = fits(entry, gpu, candidate)
         if found is not None:
@@ -290,16 +292,16 @@ def preset(entry: ModelEntry, gpu: Gpu, precision: str = "auto") -> Preset:
 
 
 def checkpoint(entry: ModelEntry, precision: str) -> str:
-    """Hub id of a checkpoint; of one that is not public, the folder in which `modal_jobs/quantize.py` leaves it."""
-    return entry.checkpoints.get(precision) or str(made_checkpoint(entry.name, precision))
+    """The hub id of a checkpoint or, if it is not public, the folder in which `modal_jobs/quantize.py` saves it."""
+    return entry.checkpoints.get(precision) or str(quantized_checkpoint(entry.name, precision))
 
 
-def made_checkpoint(name: str, precision: str) -> Path:
-    """The folder of a checkpoint that was made here, of a name of the registry or a hub id."""
+def quantized_checkpoint(name: str, precision: str) -> Path:
+    """The folder of a checkpoint quantized by `modal_jobs/quantize.py`. name: a short name or a hub id."""
     return checkpoints_folder() / f"{name.replace('/', '--')}-{precision}"
 
 
 def checkpoints_folder() -> Path:
-    """Where checkpoints made here are: $SPECMOE_CHECKPOINTS, else in the user's cache."""
+    """Where self-made checkpoints are saved: $SPECMOE_CHECKPOINTS, or else a folder in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get(CHECKPOINTS_VARIABLE) or cache / "specmoe" / "checkpoints")

@@ -1,4 +1,4 @@
-"""Models by short name, and the MoE facts of any model read from its own `config.json`."""
+"""Find a model by short name, folder or hub id, and read its MoE facts from its `config.json`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from profiler.errors import ModelError, first_line
-from profiler.models.registry import MADE, MODELS, ModelEntry, checkpoint, made_checkpoint
+from profiler.models.registry import MODELS, QUANTIZE_PRECISION, ModelEntry, checkpoint, quantized_checkpoint
 from profiler.trace.schema import ModelMetadata
 
 DEMO_MODEL = "demo"
 MAX_LAYERS = 10_000
 
-# Architectures without a `norm_topk_prob` entry whose code renormalizes the top-k weights to sum 1.
+# Model types without a `norm_topk_prob` entry whose code always renormalizes the top-k weights to sum 1.
 _ALWAYS_RENORMALIZED = {"mixtral", "gpt_oss"}
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What an engine loads (`location`: a folder or hub id) and what its config says.
+    """A model that an engine can load, and facts from its config.
 
-    max_length: tokens per sequence. hidden_size: D, 0 if the config does not say.
+    location: a folder or hub id. max_length: maximum tokens per sequence. hidden_size: D; 0 if the config does not say.
     """
 
     location: str
@@ -41,23 +41,24 @@ def demo_model_folder() -> Path:
 def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None, precision: str = "auto") -> ResolvedModel:
     """Find a model by short name, local folder or hub id, and read its MoE facts.
 
-    precision: which checkpoint of a short name; `auto` is the one as published.
-    Raises `ModelError` if it is unknown, its config cannot be read, has no routed experts, or contradicts the registry.
+    precision: which checkpoint of a model known by short name; `auto` is the precision in which it was published.
+    Raises `ModelError` if the model is unknown, or if its config cannot be read, has no routed experts, or contradicts the
+    registry.
     """
     entry = MODELS.get(name)
-    location, is_made = str(demo_model_folder()) if name == DEMO_MODEL else name, False
+    location, is_self_quantized = str(demo_model_folder()) if name == DEMO_MODEL else name, False
     if entry is not None:
         if precision != "auto" and precision not in entry.precisions:
             raise ModelError(f"{name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")
         precision = entry.precisions[0] if precision == "auto" else precision
-        location, is_made = checkpoint(entry, precision), precision not in entry.checkpoints
-    elif precision == MADE and "/" in name and not Path(name).is_dir():
-        location, is_made = str(made_checkpoint(name, precision)), True
+        location, is_self_quantized = checkpoint(entry, precision), precision not in entry.checkpoints
+    elif precision == QUANTIZE_PRECISION and "/" in name and not Path(name).is_dir():
+        location, is_self_quantized = str(quantized_checkpoint(name, precision)), True
     elif precision != "auto":
-        raise ModelError(f"--precision chooses among the checkpoints of a short name; {name!r} is none (see 'specmoe models')")
-    if is_made and not Path(location).is_dir():
+        raise ModelError(f"a precision can be chosen only for a registered model, which {name!r} is not (see 'specmoe models')")
+    if is_self_quantized and not Path(location).is_dir():
         raise ModelError(
-            f"no {precision} checkpoint of {name} is public, and {location} does not exist: make one with "
+            f"no {precision} checkpoint of {name} is public, and {location} does not exist: create one with "
             f"modal run modal_jobs/quantize.py --model {name}"
         )
     is_folder = Path(location).is_dir()
@@ -72,21 +73,21 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
     facts = moe_facts(config)
     try:
         model = _resolved(name, location, config, facts, dtype, revision)
-        if is_made:
-            # Not the folder: it means nothing to others.
+        if is_self_quantized:
+            # Not the folder, which exists only on this machine.
             named = model.metadata.model_copy(update={"id": f"{name}-{precision}"})
             model = replace(model, metadata=named)
     except (ValidationError, TypeError, ValueError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise ModelError(f"the config of {location} makes no sense: {reason}") from error
+        raise ModelError(f"the config of {location} is not valid: {reason}") from error
     if entry is not None:
         check_facts(entry, model)
     return model
 
 
 def check_facts(entry: ModelEntry, model: ResolvedModel) -> None:
-    """Raise `ModelError`, naming the first difference, if the registry and a loaded config disagree."""
-    said = {
+    """Raise `ModelError`, naming the first difference, if the registry and the loaded config disagree."""
+    facts = {
         "layers": (entry.layers, model.metadata.num_layers),
         "MoE layers": (entry.moe_layers, model.metadata.moe_layers),
         "experts": (entry.experts, model.metadata.num_experts),
@@ -94,11 +95,11 @@ def check_facts(entry: ModelEntry, model: ResolvedModel) -> None:
         "renormalized": (entry.renormalized, model.metadata.renormalized),
         "hidden size": (entry.hidden, model.hidden_size or None),
     }
-    for fact, (expected, found) in said.items():
+    for fact, (expected, found) in facts.items():
         if expected != found and expected is not None and found is not None:
             raise ModelError(
                 f"{model.location}: its config says {fact} {found}, the registry has {expected} for {entry.name}: this is "
-                "another model than the registry's; give its hub id or folder as --model to take it as it is"
+                "another model than the registry's; to use it as it is, name it by its hub id or folder"
             )
 
 
@@ -119,10 +120,10 @@ def _resolved(
 
 
 def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
-    """MoE facts from the content of a `config.json`, under the names of `ModelMetadata`.
+    """Read MoE facts from the content of a `config.json`; the keys are the fields of `ModelMetadata`.
 
-    Entry names as used by Mixtral, Phi-MoE, gpt-oss, Qwen2/3-MoE, OLMoE and DeepSeek v1 to v3.
-    Raises `ModelError` for a dense model and for a config that lacks what it needs.
+    Knows the entries used by Mixtral, Phi-MoE, gpt-oss, Qwen2/3-MoE, OLMoE and DeepSeek v1 to v3.
+    Raises `ModelError` if the model is dense, or if the config lacks a required entry.
     """
     if isinstance(config.get("text_config"), dict):
         config = config["text_config"]
@@ -148,7 +149,7 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
         if layer not in dense and (layer + 1) % sparse_step == 0 and layer >= first and layer % frequency == 0
     ]
     if not moe_layers:
-        raise ModelError(f"{architecture}: its config.json leaves no MoE layer among {layers} layers")
+        raise ModelError(f"{architecture}: its config.json defines no MoE layer among {layers} layers")
     renormalized = True if config.get("model_type") in _ALWAYS_RENORMALIZED else config.get("norm_topk_prob")
     return {
         "num_layers": layers,
@@ -161,13 +162,13 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _factor(config: dict[str, Any]) -> float | None:
-    """The factor of all routing weights, where the config names one."""
+    """The factor applied to all routing weights; None if the config has none."""
     value = config.get("routed_scaling_factor")
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:
-    """The first entry of these names that is there. Raises `ModelError` unless it is a whole number, not negative."""
+    """The first of these entries that the config has. Raises `ModelError` unless it is a whole number and not negative."""
     for name in names:
         value = config.get(name)
         if value is not None:
@@ -178,7 +179,7 @@ def _first(config: dict[str, Any], *names: str) -> int | None:
 
 
 def _read_config(location: str, revision: str | None) -> dict[str, Any]:
-    # transformers takes a second to import; reading a trace must not pay for it.
+    # Imported late: transformers takes a second to import, which reading a trace must not pay for.
     from transformers import PretrainedConfig
 
     try:
@@ -192,7 +193,7 @@ def _read_config(location: str, revision: str | None) -> dict[str, Any]:
 
 
 def _commit(hub_id: str, revision: str | None) -> str | None:
-    """The commit that the config of a hub model was read from: the name of its folder in the hub's cache."""
+    """The commit from which a hub model's config was read: the name of the snapshot folder in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(hub_id, "config.json", revision=revision)

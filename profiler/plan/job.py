@@ -24,7 +24,7 @@ from profiler.datasets.problems import Problem
 from profiler.engines import ENGINES, Sampling
 from profiler.errors import DatasetError, EngineError, ModelError, TraceError, UnreachableError
 from profiler.models.gpus import Gpu, find_gpu
-from profiler.models.registry import MADE, MODELS, ModelEntry, checkpoint, made_checkpoint, preset
+from profiler.models.registry import MODELS, QUANTIZE_PRECISION, ModelEntry, checkpoint, preset, quantized_checkpoint
 from profiler.models.resolve import DEMO_MODEL, demo_model_folder, resolve_model
 from profiler.plan.estimate import Estimate, estimate
 from profiler.trace.schema import DatasetMetadata
@@ -87,8 +87,8 @@ class CollectJob(BaseModel):
         """What must be there before an engine starts: a hub id or a folder; None for what is in this package."""
         if self.entry is not None:
             return checkpoint(self.entry, self.precision)
-        if self.precision == MADE:
-            return str(made_checkpoint(self.model, MADE))
+        if self.precision == QUANTIZE_PRECISION:
+            return str(quantized_checkpoint(self.model, QUANTIZE_PRECISION))
         return None if self.model == DEMO_MODEL else self.model
 
     @property
@@ -186,7 +186,7 @@ def make_plan(options: RentedOptions, *, may_guess: bool = False) -> Plan:
         moe_layers, context = entry.moe_layers, entry.context
         precision = preset(entry, rented, precision).precision
         location = entry.checkpoints.get(precision) or next(iter(entry.checkpoints.values()))
-    elif precision == MADE and "/" in model:
+    elif precision == QUANTIZE_PRECISION and "/" in model:
         location = model
     elif precision != "auto":
         raise ModelError(f"--precision chooses among the checkpoints of a short name; {model!r} is none (see 'specmoe models')")

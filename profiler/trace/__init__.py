@@ -1,1 +1,1 @@
-"""The trace on disk: its format, rows, writer and reader, and what is done with whole traces."""
+"""The trace on disk: its format, writer and reader, and operations on whole traces (merge, split, export)."""

@@ -1,4 +1,4 @@
-"""A trace as a Hugging Face dataset: a folder with a card, and its upload."""
+"""Export a trace as a Hugging Face dataset: a folder with a dataset card, and its upload."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _CONFIGS = {
 
 
 def write_hub_folder(trace: Trace, folder: Path) -> None:
-    """Copy a complete trace to `folder`, with a card that names its tables as configurations of a dataset.
+    """Copy a complete trace to `folder`, with a dataset card that declares each table as a configuration.
 
-    The folder is a trace as well. Raises `TraceError` if a file is not as the manifest says, before it is copied.
+    The folder is itself a trace. Raises `TraceError`, before copying anything, if a file does not match the manifest.
     """
     assert trace.manifest is not None
     names = [*_own_files(trace), MANIFEST_FILE]
     linked = next((name for name in names if (trace.path / name).is_symlink()), None)
     if linked is not None:
-        raise TraceError(f"{trace.path / linked} is a link, which may lead anywhere: copy the trace first")
+        raise TraceError(f"{trace.path / linked} is a link, which may point anywhere: copy the trace first")
     faults = trace.faults(verify=True)
     if faults:
         raise TraceError(f"{trace.path}: {faults[0]}")
@@ -62,7 +62,7 @@ def write_hub_folder(trace: Trace, folder: Path) -> None:
 
 
 def is_folder_of(trace: Trace, folder: Path) -> bool:
-    """Whether `folder` was made of this trace, and is whole."""
+    """Whether `folder` is a complete export of this trace."""
     manifest = folder / MANIFEST_FILE
     if not (folder / CARD_FILE).is_file() or not manifest.is_file():
         return False
@@ -78,9 +78,10 @@ def push_folder(
     patterns: list[str] | None = None,
     private: bool = False,
 ) -> str:
-    """Upload a folder as the dataset (or model: `kind`) `repository` and return its address. patterns: of files; None for all.
+    """Upload a folder to the hub as `repository` and return its address.
 
-    Needs a token (`hf auth login`, or HF_TOKEN). Raises `TraceError` with the hub's own words if it refuses.
+    kind: "dataset" or "model". patterns: glob patterns of the files to upload; None for all.
+    Needs a token (`hf auth login`, or HF_TOKEN). If the hub refuses, raises `TraceError` with the hub's own message.
     """
     from huggingface_hub import HfApi
 
@@ -88,8 +89,8 @@ def push_folder(
         api = HfApi()
         address = api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
         if private and not api.repo_info(repository, repo_type=kind).private:
-            raise TraceError(f"{repository} exists and is public: make it private on the hub first, or leave out --private")
-        # What an earlier push left would be loaded along with this one.
+            raise TraceError(f"{repository} exists and is public: make it private on the hub first, or upload it as public")
+        # Files left by an earlier push would be loaded together with the new ones: delete them.
         api.upload_folder(
             repo_id=repository,
             repo_type=kind,
@@ -101,25 +102,25 @@ def push_folder(
     except TraceError:
         raise
     except Exception as error:
-        # Among them what the client's own client for HTTP raises, which is another library in every few releases.
+        # This includes errors of the HTTP library that the client uses, which changes every few releases.
         reason = " ".join(str(error).split())
-        raise TraceError(f"the hub did not take {repository}: {reason}; {folder} stays") from error
+        raise TraceError(f"the hub did not accept {repository}: {reason}; {folder} is kept") from error
     return str(address)
 
 
 def _check_gates(path: Path) -> None:
-    """Raise `TraceError` unless the file is of tensors and nothing else."""
+    """Raise `TraceError` unless the file is a safetensors file, which holds tensors and nothing else."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             file.keys()
     except (SafetensorError, OSError) as error:
-        raise TraceError(f"{path} has no tensors: {error}") from error
+        raise TraceError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _own_files(trace: Trace) -> list[str]:
-    """Files of the trace that the format knows: a stranger's manifest may list others."""
+    """The files of the trace that belong to the format: an untrusted manifest may list others."""
     assert trace.manifest is not None
     folders = (f"{ROUTING_FOLDER}/", f"{LOGITS_FOLDER}/", f"{HIDDEN_FOLDER}/")
     single = {METADATA_FILE, PROBLEMS_FILE, TOKENS_FILE, GATES_FILE, JSONL_FILE}
@@ -127,7 +128,7 @@ def _own_files(trace: Trace) -> list[str]:
 
 
 def _card(trace: Trace) -> str:
-    """The dataset card: configurations for `load_dataset`, and what a reader must know before taking a number from it."""
+    """The dataset card: configurations for `load_dataset`, and what a reader must know before using a number from it."""
     model, metadata = trace.metadata.model, trace.metadata
     names = _own_files(trace)
     configs = {name: path for name, (path, _) in _CONFIGS.items() if any(file.startswith(path) for file in names)}
@@ -180,5 +181,5 @@ def _card(trace: Trace) -> str:
 
 
 def plain_text(text: str) -> str:
-    """One line without what Markdown or HTML would act on: names come from whoever wrote the metadata."""
+    """The text on one line with Markdown and HTML escaped: names come from whoever wrote the metadata."""
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""The record as JSON lines, one row per (problem, token, MoE layer):
+"""Export routing as JSON lines, one per (problem, token, MoE layer):
 
 {"problem_id": 0, "layer": 0, "token_id": 0, "expert_ids": [3, 7], "weights": [0.6, 0.4]}
 """
@@ -23,7 +23,7 @@ _WEIGHTS = ', "weights": [{}]'
 def write_jsonl(trace: Trace, path: Path) -> int:
     """Write the trace's routing to `path` and return the number of lines. Weights round-trip to the same float16.
 
-    Empty slots are left out, so that lists differ in length; a trace without weights gives lines without them.
+    Empty slots are left out, so lists may differ in length. A trace without weights gives lines without `weights`.
     """
     model = trace.metadata.model
     empty = model.num_experts if trace.metadata.record.empty_slots else None
@@ -58,6 +58,6 @@ def _write_chunk(chunk: RoutingChunk, moe_layers: list[int], empty: int | None, 
 
 @functools.cache
 def _float16_texts() -> npt.NDArray[Any]:
-    """Shortest decimal text of every float16, indexed by its bits."""
+    """The shortest decimal text of every float16, indexed by its bit pattern."""
     values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     return np.array([np.format_float_positional(value, trim="0") for value in values])

@@ -1,7 +1,7 @@
-"""Put parts of one collection, each a complete trace of other problems, together to one trace.
+"""Merge the parts of one collection, each a complete trace of different problems, into one trace.
 
-Rows are not rewritten: since problems are in order, the parts' files are linked (or copied, where links do not go) under new
-numbers.
+Rows are not rewritten. Because problems are in order, the parts' files are hard-linked under new numbers, or copied where the
+file system has no hard links.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from profiler.trace.schema import (
 )
 from profiler.trace.writer import check_free, public_command, sha256_of, write_manifest, write_metadata
 
-# Of the metadata's `capture`: what is added up. Everything else must be the same in all parts.
-COUNTED = {"truncated_problems", "runs", "hidden_tokens", "writer_waits", "writer_wait_seconds"}
-# On what and with what, which may differ between parts that were recorded in the same way.
-OWN = {"created", "command", "gaps", "datasets", "capture", "versions"}
+# Entries of the metadata's `capture` that are summed. All others must be equal in all parts.
+SUMMED = {"truncated_problems", "runs", "hidden_tokens", "writer_waits", "writer_wait_seconds"}
+# Metadata that may differ between parts recorded in the same way: which data, when, and with which versions.
+MAY_DIFFER = {"created", "command", "gaps", "datasets", "capture", "versions"}
 
 
 def merge_traces(
@@ -43,10 +43,11 @@ def merge_traces(
     about: dict[str, Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trace:
-    """Make the trace `out` of `parts`, which stay as they are. Memory: one table of tokens of one part.
+    """Merge `parts`, which are left unchanged, into the trace `out`. Memory: the token table of one part.
 
-    about: entries for the metadata's `capture`. Raises `TraceError` if a part is incomplete, if the problems of two overlap, or
-    if they were not recorded in the same way; then there is no `out`.
+    about: further entries for the metadata's `capture`. on_progress: is called with parts done and parts in all.
+    Raises `TraceError`, and creates no `out`, if a part is incomplete, if the problems of two parts overlap, or if the parts
+    were not recorded in the same way.
     """
     check_free(out)
     if not parts:
@@ -62,7 +63,7 @@ def merge_traces(
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     for folder in (ROUTING_FOLDER, LOGITS_FOLDER, HIDDEN_FOLDER):
-        # Only what the manifest lists: other files are none of the trace's.
+        # Only what the manifest lists: other files are not part of the trace.
         files = [trace.path / name for trace in traces for name in _listed(trace) if name.startswith(f"{folder}/")]
         for number, path in enumerate(files):
             (building / folder).mkdir(exist_ok=True)
@@ -83,13 +84,13 @@ def _listed(trace: Trace) -> list[str]:
 
 
 def _problem_range(part: Path) -> tuple[int, int]:
-    """First and last problem. The table, which a trace keeps, goes with the trace."""
+    """The first and last problem id. Opens its own `Trace`, so that the cached table is freed with it."""
     ids = Trace.open(part).problems.column("problem_id")
     return int(ids[0].as_py()), int(ids[-1].as_py())
 
 
 def merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
-    """What the parts say alike, with their counts added up. Raises `TraceError`, naming the first difference."""
+    """The metadata that the traces share, with their counts summed. Raises `TraceError`, naming the first difference."""
     first = traces[0]
     counts: dict[str, Any] = {}
     datasets: dict[str, DatasetMetadata] = {}
@@ -103,15 +104,15 @@ def merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
             if found != expected:
                 raise TraceError(
                     f"{trace.path} was recorded with {name} {found!r}, {first.path} with {expected!r}: "
-                    "they are no parts of one trace"
+                    "they are not parts of one trace"
                 )
         for name, value in trace.metadata.capture.items():
-            if name in COUNTED:
+            if name in SUMMED:
                 counts[name] = counts.get(name, 0) + value
         for dataset in trace.metadata.datasets:
             before = datasets.get(dataset.name)
             if before is not None and before.model_copy(update={"problems": dataset.problems}) != dataset:
-                raise TraceError(f"{trace.path}: dataset {dataset.name} is another one than in {first.path}")
+                raise TraceError(f"{trace.path}: dataset {dataset.name} differs from the one in {first.path}")
             total = dataset.problems + (before.problems if before else 0)
             datasets[dataset.name] = dataset.model_copy(update={"problems": total})
         gaps |= dict.fromkeys(trace.metadata.gaps)
@@ -131,15 +132,15 @@ def merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
 
 
 def _compared(first: Metadata, other: Metadata) -> list[tuple[str, Any, Any]]:
-    """Name and both values of everything that parts must have in common."""
-    ours, theirs = (metadata.model_dump(mode="json", exclude=OWN) for metadata in (first, other))
-    names = sorted((first.capture.keys() | other.capture.keys()) - COUNTED - {"device"})
+    """Everything that parts must have in common: its name, and both values."""
+    ours, theirs = (metadata.model_dump(mode="json", exclude=MAY_DIFFER) for metadata in (first, other))
+    names = sorted((first.capture.keys() | other.capture.keys()) - SUMMED - {"device"})
     captured = [(f"capture.{name}", first.capture.get(name), other.capture.get(name)) for name in names]
     return [(name, ours[name], theirs[name]) for name in ours] + captured
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system cannot do that."""
+    """Hard-link the file, or copy it where the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -160,13 +161,13 @@ def _append_tables(traces: list[Trace], name: str, target: Path, on_progress: Ca
     try:
         for done, trace in enumerate(traces):
             on_progress(done, len(traces))
-            # A fresh handle: tables are kept by the trace that read them.
+            # Opened again: a `Trace` caches its tables, which would keep those of all parts in memory.
             opened = Trace.open(trace.path)
             table = opened.problems if name == PROBLEMS_FILE else opened.tokens
             if writer is None:
                 writer = pq.ParquetWriter(temporary, table.schema, compression="zstd", write_page_checksum=True)
             if table.schema != writer.schema:
-                raise TraceError(f"{trace.path / name}: other columns than in {traces[0].path / name}")
+                raise TraceError(f"{trace.path / name}: its columns differ from those of {traces[0].path / name}")
             writer.write_table(table)
     finally:
         if writer is not None:

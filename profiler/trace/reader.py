@@ -1,6 +1,6 @@
 """Read a trace: metadata, problems, tokens, and routing as `[T, L, K]` arrays in chunks of whole problems.
 
-A trace may come from a stranger: whatever is read is checked, and sizes before anything is allocated for them.
+A trace may be untrusted: everything that is read is checked, and every size before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ from profiler.trace.writer import sha256_of
 if TYPE_CHECKING:
     import pandas as pd
 
-# Parsed, JSON of nothing but empty objects takes thirty times its length.
+# JSON of nothing but empty objects takes thirty times its length once parsed.
 MAX_DOCUMENT_BYTES = 16 << 20
 MAX_PROBLEM_ID = (1 << 31) - 1
-# Of logits and router inputs.
+# Rows of logits or router inputs that are decoded at a time.
 ROWS_AT_A_TIME = 1 << 14
 
 _DocumentType = TypeVar("_DocumentType", bound=BaseModel)
@@ -65,7 +65,25 @@ _DocumentType = TypeVar("_DocumentType", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Trace:
-    """An opened trace directory. Nothing but `metadata.json` and `manifest.json` is read until asked for."""
+    """An opened trace directory.
+
+    Opening reads `metadata.json` and `manifest.json` only; everything else is read when it is asked for. Every row is checked
+    as it is read, so no method returns data that breaks the format: it raises `TraceError` instead, naming file and row.
+
+    Shape letters: T tokens, L MoE layers, K experts per token, E experts, D hidden size.
+
+    Attributes:
+        path: The trace directory.
+        metadata: What was recorded, how, and what is missing.
+        manifest: Rows, bytes and SHA-256 of every file; None if the trace is incomplete.
+
+    Example:
+        >>> trace = Trace.open("traces/math")
+        >>> trace.metadata.model.num_experts
+        8
+        >>> for chunk in trace.chunks():  # whole problems, in bounded memory
+        ...     strongest_TL = chunk.expert_ids_TLK[..., 0]
+    """
 
     path: Path
     metadata: Metadata
@@ -75,8 +93,20 @@ class Trace:
     def open(cls, path: str | Path, *, allow_incomplete: bool = False) -> Self:
         """Open the trace directory `path`.
 
-        Raises `TraceError` if it is no trace, or if it is incomplete (no manifest, a file missing or of another size) and
-        `allow_incomplete` is false.
+        Args:
+            path: The trace directory.
+            allow_incomplete: Open the trace even if it has faults (no manifest, or a file that is missing, unreadable or of
+                another size than the manifest says).
+
+        Returns:
+            The opened trace.
+
+        Raises:
+            TraceError: If `path` is not a trace, if it has another schema version, or if it is incomplete and
+                `allow_incomplete` is false.
+
+        Example:
+            >>> trace = Trace.open("traces/math")
         """
         directory = Path(path)
         if not directory.is_dir():
@@ -92,11 +122,18 @@ class Trace:
         if not allow_incomplete:
             faults = trace.faults()
             if faults:
-                raise TraceError(f"{directory} is incomplete: {faults[0]}; 'specmoe inspect' tells more")
+                raise TraceError(f"{directory} is incomplete: {faults[0]}; 'specmoe inspect' shows details")
         return trace
 
     def faults(self, *, verify: bool = False) -> list[str]:
-        """What keeps the trace from being complete, one line each; empty if it is. `verify` compares every hash."""
+        """List what keeps the trace from being complete.
+
+        Args:
+            verify: Also compare the SHA-256 of every file with the manifest, which reads all files.
+
+        Returns:
+            One line per fault; empty if the trace is complete.
+        """
         if self.manifest is None:
             return [f"no {MANIFEST_FILE} (the collection did not finish){self._unsealed()}"]
         faults = []
@@ -118,45 +155,68 @@ class Trace:
 
     @property
     def routing_files(self) -> list[Path]:
-        """The Parquet parts in order: those that the manifest lists, or all if there is none yet."""
+        """The files of the routing in order: those listed in the manifest, or all parts if there is no manifest yet."""
         if self.manifest is not None:
             return [self.path / name for name in sorted(self.manifest.files) if name.startswith(f"{ROUTING_FOLDER}/")]
         return sorted((self.path / ROUTING_FOLDER).glob("part-*.parquet"))
 
     @cached_property
     def num_rows(self) -> int:
-        """Routing rows: one per (problem, token, MoE layer)."""
+        """The number of routing rows, one per (problem, token, MoE layer)."""
         return sum(open_parquet(path).metadata.num_rows for path in self.routing_files)
 
     @property
     def has_problems(self) -> bool:
-        """Whether problems have names at all; a trace converted from bare routing rows has no such table."""
+        """Whether the trace has a table of problems; one converted from bare routing rows has none."""
         return (self.path / PROBLEMS_FILE).is_file()
 
     @property
     def has_tokens(self) -> bool:
-        """Whether vocabulary ids, or at least phases, are known."""
+        """Whether the trace has a table of tokens: their vocabulary ids, or at least their phases."""
         return (self.path / TOKENS_FILE).is_file()
 
     @cached_property
     def problems(self) -> pa.Table:
-        """`problems.parquet`, sorted by problem_id; columns as in `profiler.trace.schema.PROBLEMS_SCHEMA`, and further ones.
+        """The table `problems.parquet`, one row per problem, sorted by `problem_id`.
 
-        What a converted trace does not know, such as the prompt, is null.
+        It has the columns of `profiler.trace.schema.PROBLEMS_SCHEMA`, and any others that a converted trace's source had. What
+        the source did not know, such as the prompt, is null.
+
+        Raises:
+            TraceError: If the table is missing (see `has_problems`) or not as the format requires.
         """
         return read_table(self.path / PROBLEMS_FILE, PROBLEMS_SCHEMA)
 
     @cached_property
     def tokens(self) -> pa.Table:
-        """`tokens.parquet`: every token of every problem, sorted by (problem_id, token_id)."""
+        """The table `tokens.parquet`, one row per token of every problem, sorted by `(problem_id, token_id)`.
+
+        It has the columns of `profiler.trace.schema.TOKENS_SCHEMA`: the position `token_id`, the vocabulary id `vocab_id`, and
+        the phase, `prefill` or `decode`.
+
+        Raises:
+            TraceError: If the table is missing (see `has_tokens`) or not as the format requires.
+        """
         return read_table(self.path / TOKENS_FILE, TOKENS_SCHEMA)
 
     def chunks(self, *, whole_problems: bool = True, problems: range | None = None) -> Iterator[RoutingChunk]:
-        """Routing in order, in chunks of whole problems of about one row group (some MB) or one problem, if that is more.
+        """Iterate over the routing in order, in chunks of whole problems.
 
-        whole_problems: if false, a chunk is a row group, whatever problems it cuts: memory is bounded even for a giant problem.
-        problems: only those with ids in this range. Raises `TraceError`, naming the file and row, on rows that break the
-        format.
+        A chunk is about one row group (a few MB), or one problem if that is larger.
+
+        Args:
+            whole_problems: If false, each chunk is one row group, even where that splits a problem: memory is bounded however
+                long a problem is.
+            problems: Read only problems whose ids are in this range.
+
+        Yields:
+            Chunks sorted by `(problem_id, token_id)`.
+
+        Raises:
+            TraceError: If rows break the format; the message names the file and the row.
+
+        Example:
+            >>> tokens = sum(len(chunk) for chunk in trace.chunks())
         """
         pending: list[RoutingChunk] = []
         last_key = -1
@@ -173,7 +233,7 @@ class Trace:
             if not whole_problems:
                 yield chunk
                 continue
-            # The last problem may go on in the next row group.
+            # The last problem may continue in the next row group.
             last = int(np.searchsorted(chunk.problem_ids_T, chunk.problem_ids_T[-1]))
             if last or (pending and pending[-1].problem_ids_T[-1] != chunk.problem_ids_T[0]):
                 pending.append(chunk.take(slice(0, last)))
@@ -184,9 +244,16 @@ class Trace:
             yield concatenate(pending)
 
     def spans(self, parts: int) -> list[range]:
-        """At most `parts` ranges of problem ids that together have all problems, of about as many rows each.
+        """Divide the problems into ranges of about equally many rows, for workers that each read one range.
 
-        Raises `TraceError` if row groups are not in order.
+        Args:
+            parts: The number of ranges wanted.
+
+        Returns:
+            At most `parts` ranges of problem ids that together cover all problems; pass one to `chunks`.
+
+        Raises:
+            TraceError: If row groups are not in order.
         """
         ends: list[tuple[int, int]] = []
         for path, file, group in self._groups():
@@ -202,13 +269,30 @@ class Trace:
         return [range(start, end) for start, end in pairwise([*starts, MAX_PROBLEM_ID + 1])]
 
     def load(self) -> RoutingChunk:
-        """All routing in memory: 3 to 4 bytes per (token, layer, expert)."""
+        """Read all routing into memory: 3 to 4 bytes per (token, layer, expert).
+
+        Raises:
+            TraceError: As `chunks` does, and if the trace has no rows.
+        """
         return concatenate(list(self.chunks(whole_problems=False)))
 
     def arrays(self, problem_id: int) -> RoutingChunk:
-        """Routing of one problem: views on the decoded row group, unless the problem lies in several.
+        """Read the routing of one problem.
 
-        Raises `TraceError` if the trace has none of it.
+        The arrays are views of the decoded row group, unless the problem spans several row groups.
+
+        Args:
+            problem_id: The problem's id.
+
+        Returns:
+            The problem's tokens, in order.
+
+        Raises:
+            TraceError: If the trace has no routing of this problem, or if its rows break the format.
+
+        Example:
+            >>> problem = trace.arrays(0)
+            >>> first_layer_TK = problem.expert_ids_TLK[:, 0]
         """
         pieces = []
         for path, file, group in self._groups(range(problem_id, problem_id + 1)):
@@ -224,7 +308,14 @@ class Trace:
         return whole
 
     def to_arrow(self) -> pa.Table:
-        """All routing rows, one per (problem, token, layer), as they are in the files. Raises `TraceError` as `chunks` does."""
+        """Read all routing rows, one per (problem, token, MoE layer), as an Arrow table.
+
+        Returns:
+            The rows as they are in the files, with the columns of `profiler.trace.schema.routing_schema`.
+
+        Raises:
+            TraceError: As `chunks` does, and if the trace has no rows.
+        """
         tables = []
         for path, file, group in self._groups():
             table = read_row_group(file, group, path)
@@ -235,11 +326,17 @@ class Trace:
         return pa.concat_tables(tables)
 
     def to_pandas(self) -> pd.DataFrame:
-        """As `to_arrow`, as a data frame: 200 bytes per row and more, so for millions of rows prefer `to_arrow` or `chunks`."""
+        """Read all routing rows, one per (problem, token, MoE layer), as a pandas data frame.
+
+        A data frame takes 200 bytes per row or more: for millions of rows prefer `to_arrow` or `chunks`.
+
+        Raises:
+            TraceError: As `to_arrow` does.
+        """
         return self.to_arrow().to_pandas()
 
     def caveats(self) -> list[str]:
-        """What a reader of any number from this trace must know, a line each."""
+        """List what a reader of any number from this trace must know, one line each."""
         record = self.metadata.record
         lines = []
         if not record.weights:
@@ -249,10 +346,20 @@ class Trace:
         return lines
 
     def values(self, folder: str, problem_id: int) -> tuple[npt.NDArray[np.int32], list[int], npt.NDArray[np.float16]]:
-        """Router logits (`folder` "logits", W = E) or router inputs ("hidden", W = D) of one problem.
+        """Read the router logits or the router inputs of one problem.
 
-        Returns positions `[T]`, decoder layers (L of them) and float16 values `[T, L, W]`. Raises `TraceError` if the trace has
-        none of this problem.
+        Args:
+            folder: `"logits"` for router logits (width W = E), `"hidden"` for router inputs (W = D).
+            problem_id: The problem's id.
+
+        Returns:
+            Positions `[T]`, the L decoder layers, and float16 values `[T, L, W]`.
+
+        Raises:
+            TraceError: If the trace has no such values of this problem, or lacks some layers for some tokens.
+
+        Example:
+            >>> positions_T, layers, logits_TLE = trace.values("logits", 0)
         """
         tables = []
         for path, file in self._value_files(folder):
@@ -272,9 +379,18 @@ class Trace:
     def value_rows(
         self, folder: str, problems: range | None = None
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int16], npt.NDArray[np.float16]]]:
-        """All router logits or router inputs, some rows at a time: problem ids `[N]`, decoder layers `[N]`, values `[N, W]`.
+        """Iterate over all router logits or router inputs, some thousand rows at a time.
 
-        problems: row groups without any of these are passed over.
+        Args:
+            folder: `"logits"` for router logits (width W = E), `"hidden"` for router inputs (W = D).
+            problems: Skip row groups that contain none of these problems. Other problems in the row groups that are read are
+                included.
+
+        Yields:
+            Problem ids `[N]`, decoder layers `[N]`, and float16 values `[N, W]`.
+
+        Raises:
+            TraceError: If rows break the format.
         """
         for path, file in self._value_files(folder):
             found = None if problems is None else problems_of_groups(file, path)
@@ -290,7 +406,7 @@ class Trace:
                     yield table.column("problem_id").to_numpy(), table.column("layer").to_numpy(), values
 
     def _value_files(self, folder: str) -> Iterator[tuple[Path, pq.ParquetFile]]:
-        """The files of `logits/` or `hidden/`, after a look at their columns."""
+        """The files of `logits/` or `hidden/`, their columns and sizes checked."""
         for path in sorted((self.path / folder).glob("part-*.parquet")):
             with open_parquet(path) as file:
                 names = file.schema_arrow.names
@@ -300,7 +416,7 @@ class Trace:
                 yield path, file
 
     def _unsealed(self) -> str:
-        """What an unfinished collection has: counts of whole lines and blocks, whatever else is in the files."""
+        """What an unfinished collection has recorded so far, counted in complete lines and blocks of its files."""
         capture = self.path / CAPTURE_FOLDER
         tokens = 0
         for path in sorted(capture.glob(f"run-*/{ROUTING_STREAM}")):
@@ -316,11 +432,11 @@ class Trace:
         if self.metadata.capture.get("server"):
             how = "'python -m vllm_patch finish' seals them"
         else:
-            how = "'specmoe collect --resume' goes on, 'specmoe convert' takes what there is"
+            how = "'specmoe collect --resume' continues the collection, 'specmoe convert' makes a trace of what was recorded"
         return f"; {tokens:,} tokens{outputs} wait in {CAPTURE_FOLDER}/: {how}"
 
     def _groups(self, problems: range | None = None) -> Iterator[tuple[Path, pq.ParquetFile, int]]:
-        """Every row group of the routing, or those that may have some of `problems`, after a look at its file's columns."""
+        """Every row group of the routing, or those that may contain `problems`, after a check of the file's columns."""
         model, record = self.metadata.model, self.metadata.record
         expected = routing_schema(model.num_experts, model.top_k, weights=record.weights)
         for path in self.routing_files:
@@ -328,7 +444,7 @@ class Trace:
                 if path not in self._checked:
                     if not same_columns(file.schema_arrow, expected):
                         names = file.schema_arrow.names
-                        raise TraceError(f"{path}: columns {names} of other names or types than the metadata says")
+                        raise TraceError(f"{path}: columns {names}, whose names or types differ from what the metadata says")
                     check_sizes(file, path)
                     self._checked[path] = None
                 for group in range(file.num_row_groups):
@@ -337,7 +453,7 @@ class Trace:
                         yield path, file, group
 
     def _problems_of(self, path: Path, file: pq.ParquetFile) -> list[tuple[int, int]]:
-        """First and last problem of each row group of a file that was checked."""
+        """The first and last problem id of each row group of a file that has been checked."""
         found = self._checked[path]
         if found is None:
             found = self._checked[path] = problems_of_groups(file, path)
@@ -345,7 +461,7 @@ class Trace:
 
     @cached_property
     def _checked(self) -> dict[Path, list[tuple[int, int]] | None]:
-        """Files whose columns and sizes are as they should be; first and last problem of their row groups, once asked for."""
+        """Files whose columns and sizes have been checked, with the result of `_problems_of`, None until it is needed."""
         return {}
 
     def _decode(self, table: pa.Table, path: Path, group: int) -> RoutingChunk:
@@ -368,7 +484,7 @@ class Trace:
         return chunk
 
     def _is_sound(self, table: pa.Table, chunk: RoutingChunk) -> bool:
-        """Whether every row is as the format wants it; without saying which is not, this takes a fraction of the decoding."""
+        """Whether every row follows the format. Not looking for the row at fault makes this cheap next to the decoding."""
         layers_L = np.asarray(self.metadata.model.moe_layers, dtype=np.int16)
         layers, experts = len(layers_L), self.metadata.model.num_experts
         for name, first_T in (("problem_id", chunk.problem_ids_T), ("token_id", chunk.token_ids_T)):
@@ -391,7 +507,7 @@ class Trace:
         return not (bits_TLK[..., 1:] > bits_TLK[..., :-1]).any()
 
     def _broken_pairs(self, chunk: RoutingChunk) -> npt.NDArray[np.bool_]:
-        """Which tokens `[T]` have pairs that break the format."""
+        """Which tokens `[T]` have (expert id, weight) pairs that break the format."""
         experts, ids_TLK, weights_TLK = self.metadata.model.num_experts, chunk.expert_ids_TLK, chunk.weights_TLK
         empty = experts if self.metadata.record.empty_slots else None
         is_empty_TLK = ids_TLK == experts if empty is not None else np.zeros_like(ids_TLK, dtype=np.bool_)
@@ -421,7 +537,7 @@ class Trace:
 
 
 def concatenate(chunks: list[RoutingChunk]) -> RoutingChunk:
-    """Join chunks in order. Raises `TraceError` if there is none (a trace without rows)."""
+    """Join chunks in order. Raises `TraceError` if the list is empty (a trace without rows)."""
     if not chunks:
         raise TraceError("the trace has no routing rows")
     if len(chunks) == 1:
@@ -436,9 +552,9 @@ def concatenate(chunks: list[RoutingChunk]) -> RoutingChunk:
 
 
 def decode_rows(table: pa.Table, layers: int, empty: int | None = None) -> RoutingChunk:
-    """Rows sorted by token and layer as `[T, L, K]` views on the table's own buffers (no copy beyond joining chunks).
+    """Rows sorted by token and layer as `[T, L, K]` views of the table's own buffers (copied only to join Arrow chunks).
 
-    The caller has checked that every token has all layers. empty: the id that stands for null; then the ids are copied.
+    The caller has checked that every token has all layers. empty: the id to put in place of null; the ids are then copied.
     """
     has_weights = "weights" in table.column_names
     return RoutingChunk(
@@ -452,7 +568,8 @@ def decode_rows(table: pa.Table, layers: int, empty: int | None = None) -> Routi
 def decode_lists(column: pa.ChunkedArray, layers: int, null: float | None = None) -> npt.NDArray[Any]:
     """A fixed-size list column, rows sorted by token and layer, as `[T, L, W]`: a view unless it has several chunks.
 
-    null: what stands for null entries; an expert id that the column's type cannot hold widens it.
+    null: the value to put in place of null entries. If it is an expert id that the column's type cannot hold, the type is
+    widened.
     """
     array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
     entries = array.flatten()

@@ -1,4 +1,4 @@
-"""(expert id, weight) pairs of tokens: what is allowed, and their order.
+"""Check and sort the (expert id, weight) pairs of tokens.
 
 T tokens, L MoE layers, K experts per token, E experts. A slot that a source left empty (a dropped token) has the id E.
 """
@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from profiler.errors import TraceError
 
-# Up to here, comparing column by column is faster than sorting row by row.
+# Up to this K, comparing column by column is faster than sorting row by row.
 NETWORK_TOP_K = 8
-# float16: the first of infinity and of what is not a number.
+# float16 bit patterns: infinity (NaNs are above it), and the sign bit.
 INFINITY_BITS, SIGN_BIT = 0x7C00, 0x8000
 
 
 def check_ids(expert_ids_TLK: npt.NDArray[np.integer[Any]], num_experts: int, what: str) -> None:
-    """Raise `TraceError`, which names `what`, on an expert id that is not in 0..E-1."""
+    """Raise `TraceError`, naming `what`, if an expert id is not in 0..E-1."""
     if expert_ids_TLK.size:
         lowest, highest = int(expert_ids_TLK.min()), int(expert_ids_TLK.max())
         if lowest < 0 or highest >= num_experts:
@@ -27,12 +27,12 @@ def check_ids(expert_ids_TLK: npt.NDArray[np.integer[Any]], num_experts: int, wh
 
 
 def check_weights(weights_TLK: npt.NDArray[np.floating[Any]], what: str) -> npt.NDArray[np.float16]:
-    """The weights as float16. Raises `TraceError`, which names `what`, if one is negative or no finite float16."""
+    """The weights as float16. Raises `TraceError`, naming `what`, if one is negative or not a finite float16."""
     if weights_TLK.size == 0:
         return weights_TLK.astype(np.float16)
     with np.errstate(over="ignore"):
         halves_TLK = np.ascontiguousarray(weights_TLK, dtype=np.float16)
-    # Of finite numbers that are not negative, the bits are below those of infinity; only -0 is an exception.
+    # The bits of a finite number that is not negative are below those of infinity. The only other valid value is -0.
     bits = halves_TLK.view(np.uint16)
     if bits.max() >= INFINITY_BITS and not (np.isfinite(halves_TLK).all() and (halves_TLK >= 0).all()):
         raise TraceError(f"{what}: a routing weight is negative, not a number, or above 65,504 (float16)")
@@ -40,7 +40,7 @@ def check_weights(weights_TLK: npt.NDArray[np.floating[Any]], what: str) -> npt.
 
 
 def refuse_repeats(expert_ids_TLK: npt.NDArray[Any], what: str, empty: int | None = None) -> None:
-    """Raise `TraceError`, which names `what`, if a token has an expert twice in a layer. empty: the id of empty slots."""
+    """Raise `TraceError`, naming `what`, if a token has an expert twice in a layer. empty: the id of empty slots."""
     if has_repeats(expert_ids_TLK, empty).any():
         raise TraceError(f"{what}: a token has the same expert twice in a layer")
 
@@ -50,13 +50,13 @@ def sort_pairs(
 ) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float16]]:
     """Both arrays `[T, L, K]` reordered along K by weight, descending; equal weights by expert id.
 
-    Weights must not be negative: then their bits have their order. Routers mostly give their choices in order already: only
-    the tokens and layers where they did not, or where weights are equal, are sorted.
+    Weights must not be negative: their bit patterns then sort as they do. Most routers return their choices in order, so only
+    tokens and layers whose pairs are out of order, or have equal weights, are sorted.
     """
     top_k = expert_ids_TLK.shape[-1]
     ids_NK, weights_NK = expert_ids_TLK.reshape(-1, top_k), weights_TLK.reshape(-1, top_k)
     bits_NK = weights_NK.view(np.uint16)
-    # A negative zero, whose bits are above all others, is set right wherever it is not the only one.
+    # The bits of a negative zero are above all others, so a row that contains one is always sorted, which makes it +0.
     sort_N = bits_NK[:, 0] >= SIGN_BIT
     for k in range(top_k - 1):
         sort_N |= bits_NK[:, k + 1] >= bits_NK[:, k]
@@ -69,7 +69,7 @@ def sort_pairs(
 def _sorted(
     ids_NK: npt.NDArray[np.unsignedinteger[Any]], weights_NK: npt.NDArray[np.float16]
 ) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float16]]:
-    """Pairs sorted by one number each, (inverted bits of the weight, id)."""
+    """Pairs sorted by one integer key each: the inverted bits of the weight, then the id."""
     # Adding zero turns -0 into +0.
     bits_NK = (weights_NK + np.float16(0)).view(np.uint16)
     keys_NK = (~bits_NK).astype(np.uint32) << 16 | ids_NK
@@ -95,7 +95,7 @@ def empty_slots_last(expert_ids_TLK: npt.NDArray[np.unsignedinteger[Any]], empty
 
 
 def has_repeats(expert_ids_TLK: npt.NDArray[Any], empty: int | None = None) -> npt.NDArray[np.bool_]:
-    """Which (token, layer) `[T, L]` name an expert more than once. empty: the id of empty slots, which may repeat."""
+    """Which (token, layer) `[T, L]` contain an expert more than once. empty: the id of empty slots, which may repeat."""
     top_k = expert_ids_TLK.shape[-1]
     if top_k > NETWORK_TOP_K:
         ordered = np.sort(expert_ids_TLK, axis=-1)

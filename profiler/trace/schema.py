@@ -1,4 +1,4 @@
-"""The trace format: column types of every file, `metadata.json`, `manifest.json`, and routing as arrays.
+"""The trace format: the column types of every file, `metadata.json`, `manifest.json`, and routing as arrays.
 
 Shape letters: T tokens, L MoE layers, K experts per token, E experts.
 """
@@ -23,14 +23,14 @@ TOKENS_FILE = "tokens.parquet"
 PROBLEMS_FILE = "problems.parquet"
 JSONL_FILE = "routing.jsonl"
 ROUTING_FOLDER = "routing"
-# Optional: all router logits, and router inputs of chosen layers.
+# Optional: all router logits, and the router inputs of selected layers.
 LOGITS_FOLDER, HIDDEN_FOLDER = "logits", "hidden"
 GATES_FILE = "gates.safetensors"
-# Tokens in the order in which they were computed, a folder for each run; exists only until a trace is complete.
+# Tokens in the order in which they were computed, one folder per run. Exists only until the trace is complete.
 CAPTURE_FOLDER = "capture"
 
-# What a uint16 can hold besides the id of empty slots; and a generous bound on what a stranger's metadata can make a reader
-# allocate per row.
+# A uint16 must also hold the id of empty slots (E). The other limits are generous bounds on what untrusted metadata can make a
+# reader allocate per row.
 MAX_EXPERTS = 65_535
 MAX_TOP_K = 1024
 MAX_HIDDEN_SIZE = 1 << 20
@@ -60,19 +60,19 @@ TOKENS_SCHEMA = pa.schema(
         ("phase", pa.dictionary(pa.int8(), pa.string())),
     ]
 )
-# What every row of the tables has; a converted trace may not know the rest (null), or know more (further columns).
+# Columns without nulls. In a converted trace the others may be null, and there may be additional columns.
 REQUIRED_COLUMNS = frozenset({"problem_id", "dataset", "source_key", "token_id", "phase"})
 
 
 def expert_dtype(num_experts: int) -> np.dtype[Any]:
-    """Smallest unsigned type that holds every expert id: uint8 up to 256 experts, else uint16."""
+    """The smallest unsigned type that holds every expert id: uint8 up to 256 experts, else uint16."""
     return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
 
 
 def routing_schema(num_experts: int, top_k: int, *, weights: bool = True, empty_slots: bool = False) -> pa.Schema:
     """Arrow schema of `routing/*.parquet` for a model with `num_experts` experts, `top_k` of them per token.
 
-    weights: whether there is that column. empty_slots: whether entries of the lists may be null.
+    weights: whether to include the column of weights. empty_slots: whether entries of the lists may be null.
     """
     lists = {"expert_ids": pa.from_numpy_dtype(expert_dtype(num_experts))}
     if weights:
@@ -87,19 +87,34 @@ def values_schema(column: str, width: int) -> pa.Schema:
 
 
 def _rows_schema(lists: dict[str, pa.DataType]) -> pa.Schema:
-    """One row per (problem, token, layer). No column has nulls: half of the decoding time would go into looking for them."""
+    """One row per (problem, token, layer). Columns are non-null: looking for nulls would take half of the decoding time."""
     columns = {"problem_id": pa.int32(), "layer": pa.int16(), "token_id": pa.int32(), **lists}
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
 @dataclass(frozen=True)
 class RoutingChunk:
-    """Routing of whole problems, one row per token, tokens of a problem adjacent and in order.
+    """Routing of T tokens as arrays, sorted by `(problem_id, token_id)`: the tokens of a problem are adjacent and in order.
 
-    problem_ids_T, token_ids_T: int32 `[T]`; token_ids_T is the position in the sequence (prompt + output), from 0.
-    expert_ids_TLK: uint8 or uint16 `[T, L, K]`, pairs sorted by weight, descending; in the order of the source where the trace
-    has no weights. Slots without an expert, in traces that have such (`RecordMetadata.empty_slots`), come last and hold E.
-    weights_TLK: float16 `[T, L, K]`, as the model applies them, NaN in empty slots; None if the trace has no weights.
+    Shape letters: T tokens, L MoE layers, K experts per token, E experts.
+
+    Attributes:
+        problem_ids_T: int32 `[T]`, the problem of each token.
+        token_ids_T: int32 `[T]`, the token's position in its sequence (prompt + output), from 0.
+        expert_ids_TLK: uint8 or uint16 `[T, L, K]`, expert ids sorted by weight, descending. A trace without weights keeps the
+            order of its source. In traces with empty slots (`RecordMetadata.empty_slots`), these come last and hold the id E.
+        weights_TLK: float16 `[T, L, K]`, routing weights as the model applies them, NaN in empty slots. None if the trace has
+            no weights.
+
+    Example:
+        >>> import numpy as np
+        >>> from profiler import RoutingChunk
+        >>> ids, weights = np.array([[[3, 1]], [[0, 3]]], np.uint8), np.array([[[0.7, 0.3]], [[0.6, 0.4]]], np.float16)
+        >>> chunk = RoutingChunk(np.zeros(2, np.int32), np.arange(2, dtype=np.int32), ids, weights)
+        >>> len(chunk)
+        2
+        >>> chunk.expert_ids_TLK[:, 0, 0]  # each token's strongest expert at the first MoE layer
+        array([3, 0], dtype=uint8)
     """
 
     problem_ids_T: npt.NDArray[np.int32]
@@ -108,10 +123,18 @@ class RoutingChunk:
     weights_TLK: npt.NDArray[np.float16] | None
 
     def __len__(self) -> int:
+        """The number of tokens, T."""
         return len(self.problem_ids_T)
 
     def take(self, tokens: slice | npt.NDArray[Any]) -> RoutingChunk:
-        """The chunk with only these tokens: a slice (views), a mask, or indices."""
+        """Select tokens.
+
+        Args:
+            tokens: A slice, a boolean mask `[T]`, or indices.
+
+        Returns:
+            A chunk of these tokens; with a slice, its arrays are views.
+        """
         weights_TLK = None if self.weights_TLK is None else self.weights_TLK[tokens]
         return RoutingChunk(self.problem_ids_T[tokens], self.token_ids_T[tokens], self.expert_ids_TLK[tokens], weights_TLK)
 
@@ -121,7 +144,7 @@ class _Document(BaseModel):
 
 
 class ModelMetadata(_Document):
-    """Facts of the recorded model; nothing downstream assumes any of them."""
+    """Facts of the recorded model. Code that reads traces takes them from here and assumes none of them."""
 
     id: str
     revision: str | None = None
@@ -133,7 +156,7 @@ class ModelMetadata(_Document):
     num_experts: int = Field(ge=1, le=MAX_EXPERTS)
     top_k: int = Field(ge=1, le=MAX_TOP_K)
     renormalized: bool | None = None
-    # Factor of all routing weights, included in the recorded ones; None where the config names none.
+    # Factor that the model applies to all routing weights; the recorded weights include it. None if the config has none.
     routed_scaling_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -146,10 +169,10 @@ class ModelMetadata(_Document):
 
 
 class RecordMetadata(_Document):
-    """What the rows hold. Anything but the defaults comes from a converter whose source knew or kept less than a router does.
+    """What the routing rows contain. Only converted traces, whose source recorded less, differ from the defaults.
 
-    weights: false if there are none; pairs are then in the order of the source, so which expert is the strongest is unknown.
-    empty_slots: pairs without an expert (null in the files), of tokens that went to fewer than K.
+    weights: false if there are no weights. Pairs are then in the order of the source, so the strongest expert is unknown.
+    empty_slots: the number of pairs without an expert (null in the files), from tokens routed to fewer than K experts.
     """
 
     weights: bool = True
@@ -157,7 +180,7 @@ class RecordMetadata(_Document):
 
 
 class DatasetMetadata(_Document):
-    """Where problems came from. shuffle_seed: of the order in which rows were taken; None for the file's own."""
+    """Where problems came from. shuffle_seed: the seed of the order in which rows were taken; None for the file's own order."""
 
     name: str
     hub_id: str | None = None
@@ -170,7 +193,30 @@ class DatasetMetadata(_Document):
 
 
 class Metadata(_Document):
-    """`metadata.json`: what was recorded, how, and what is missing (`gaps`)."""
+    """The content of `metadata.json`: what was recorded, how, and what is missing.
+
+    A pydantic model: immutable, and it rejects unknown fields with `pydantic.ValidationError`.
+
+    Attributes:
+        schema_version: Version of the trace format.
+        model: Facts of the recorded model: id, MoE layers, number of experts, experts per token, and more.
+        record: What the rows contain: whether they have weights, and how many slots have no expert.
+        datasets: Where the problems came from.
+        sampling: Settings of the sampling of outputs.
+        engine: The engine that ran the model, "unknown" if a converted trace does not say.
+        versions: Package name -> version.
+        hook: How the routing was recorded.
+        capture: Options and counts of the recording.
+        gaps: What is missing from the trace and why, one line each.
+        created: Time in UTC, ISO 8601.
+        command: Command line that made the trace.
+
+    Example:
+        >>> from profiler import Metadata
+        >>> model = {"id": "demo", "moe_layers": [1, 2], "num_experts": 8, "top_k": 2}
+        >>> Metadata.model_validate({"model": model, "engine": "vllm", "hook": "example"}).model.top_k
+        2
+    """
 
     schema_version: int = SCHEMA_VERSION
     model: ModelMetadata
@@ -194,7 +240,7 @@ def _inside_the_trace(path: str) -> str:
 
 
 class ManifestEntry(_Document):
-    """Size and hash of one file."""
+    """Row count, size and hash of one file."""
 
     rows: int = Field(ge=0)
     bytes: int = Field(ge=0)

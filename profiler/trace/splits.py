@@ -1,4 +1,4 @@
-"""Which side of a split a problem is on: decided by its prompt, so that copies of a prompt are never on two sides."""
+"""Assign problems to the parts of a split by a hash of the prompt, so that copies of a prompt are always in the same part."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from profiler.trace.reader import Trace
 from profiler.trace.schema import PROBLEMS_FILE
 from profiler.trace.untrusted.parquet_files import open_parquet, stream_table
 
-# Columns in which a converted trace may have a hash of a prompt that it does not have.
+# Columns in which a converted trace may have a hash of the prompt instead of the prompt.
 PROMPT_HASHES = ("prompt_sha256", "prompt_md5")
 ROWS_AT_A_TIME = 128
 
 
 def split_key(trace: Trace) -> str:
-    """What decides a problem's side: its prompt, the source's hash of it, or, failing both, a name that only this trace gives.
+    """What problems are split by: the prompt, the source's hash of it, or, without either, a name valid only in this trace.
 
-    "prompt", "prompt_sha256", "prompt_md5", "source key" or "problem id"; the last two mean nothing in another trace.
+    Returns "prompt", "prompt_sha256", "prompt_md5", "source key" or "problem id"; the last two mean nothing in another trace.
     """
     if not trace.has_problems:
         return "problem id"
@@ -27,7 +27,7 @@ def split_key(trace: Trace) -> str:
 
 
 def _is_complete(trace: Trace, name: str) -> bool:
-    """Whether every problem has this column."""
+    """Whether the column exists and has a value for every problem."""
     path = trace.path / PROBLEMS_FILE
     with open_parquet(path) as file:
         if name not in file.schema_arrow.names:
@@ -36,12 +36,12 @@ def _is_complete(trace: Trace, name: str) -> bool:
 
 
 def problem_digests(trace: Trace) -> dict[int, int]:
-    """A 64-bit digest of what decides on each problem of `problems.parquet`, whose split key is not "problem id"."""
+    """Problem id -> 64-bit digest of its split key, for a trace with a table of problems (split key not "problem id")."""
     return dict(iterate_digests(trace))
 
 
 def iterate_digests(trace: Trace) -> Iterator[tuple[int, int]]:
-    """Problem ids with the digests of `problem_digests`, in the order of the table."""
+    """Problem ids with the digests that `problem_digests` returns, in the order of the table."""
     by = split_key(trace)
     names = ["dataset", "source_key"] if by == "source key" else [by]
     schema = pa.schema([("problem_id", pa.int32()), *((name, pa.string()) for name in names)])
@@ -51,7 +51,7 @@ def iterate_digests(trace: Trace) -> Iterator[tuple[int, int]]:
 
 
 def digest_of_number(problem_id: int) -> int:
-    """The digest of a problem that has nothing but its number."""
+    """The digest of a problem that has no name but its id (split key "problem id")."""
     return digest(f"problem {problem_id}")
 
 

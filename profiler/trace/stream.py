@@ -1,7 +1,7 @@
-"""The rows of a running capture: Arrow IPC streams, which stay readable up to the last block if the process is killed.
+"""Write and read the rows of a running capture: Arrow IPC streams, readable up to the last block if the process is killed.
 
-One row per token, its `[L, W]` values packed as bytes; no compression and no order, since an engine waits for the writer.
-`profiler.capture.sealing` makes the trace's own files of them.
+One row per token, its `[L, W]` values packed as bytes. Rows are neither compressed nor sorted, because the engine waits for the
+writer. `profiler.capture.sealing` turns streams into the files of the trace.
 """
 
 from __future__ import annotations
@@ -24,93 +24,93 @@ from profiler.trace.rows import check_ids, check_weights
 from profiler.trace.schema import MAX_HIDDEN_SIZE, MAX_TOP_K, ModelMetadata, RecordMetadata, expert_dtype
 
 ROUTING_STREAM, LOGITS_STREAM, HIDDEN_STREAM = "routing.arrows", "logits.arrows", "hidden.arrows"
-# Under this key, a stream's schema tells layers, element types and widths.
-FORM_KEY = b"specmoe.capture"
+# The key in the metadata of a stream's schema that holds its layout: layers, element types and widths.
+LAYOUT_KEY = b"specmoe.capture"
 MAPPED_BYTES = 64 << 20
 ELEMENT_TYPES = ("|u1", "<u2", "<f2")
 
 Problems = int | npt.NDArray[np.integer[Any]]
-"""The problem of a block of tokens: one for all `[]`, or one per token `[T]`."""
+"""Problem ids of a block of tokens: one for all of them `[]`, or one per token `[T]`."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """What the tokens of a stream hold: L layers, and element type and width W of each column."""
+class StreamLayout:
+    """The shape of each token in a stream: its L layers, and the element type and width W of each column."""
 
     layers: list[int]
     types: dict[str, tuple[np.dtype[Any], int]]
 
     def schema(self) -> pa.Schema:
-        """Arrow schema of the stream; explains itself in its metadata."""
+        """The Arrow schema of the stream; its metadata contains this layout, so that `of` can read it back."""
         document = {"layers": self.layers, "types": {name: [kind.str, width] for name, (kind, width) in self.types.items()}}
         columns = [(name, pa.binary(self.row_bytes(name))) for name in self.types]
         keys = [("problem_id", pa.int32()), ("token_id", pa.int32())]
-        return pa.schema([*keys, *columns], metadata={FORM_KEY: json.dumps(document)})
+        return pa.schema([*keys, *columns], metadata={LAYOUT_KEY: json.dumps(document)})
 
     def row_bytes(self, column: str) -> int:
-        """Bytes of one token in `column`."""
+        """The size in bytes of one token in `column`."""
         kind, width = self.types[column]
         return len(self.layers) * width * kind.itemsize
 
     @classmethod
     def of(cls, schema: pa.Schema) -> Self:
-        """The form that a stream's schema tells. Raises `ValueError` if it is not ours."""
-        document = json.loads((schema.metadata or {})[FORM_KEY])
+        """The layout in a stream's schema. Raises `ValueError` or another error of parsing if it is not a capture's."""
+        document = json.loads((schema.metadata or {})[LAYOUT_KEY])
         layers = [int(layer) for layer in document["layers"]]
         types = {}
         for name, (kind, width) in document["types"].items():
             if kind not in ELEMENT_TYPES or not 1 <= int(width) <= max(MAX_TOP_K, MAX_HIDDEN_SIZE):
                 raise ValueError(f"column {name!r} of {width} {kind}")
             types[str(name)] = (np.dtype(kind), int(width))
-        form = cls(layers, types)
-        if not layers or not types or schema.remove_metadata() != form.schema().remove_metadata():
-            raise ValueError("columns differ from its own description")
-        return form
+        layout = cls(layers, types)
+        if not layers or not types or schema.remove_metadata() != layout.schema().remove_metadata():
+            raise ValueError("its columns differ from the layout in its metadata")
+        return layout
 
 
 class CaptureWriter:
-    """Append blocks of tokens to the stream `path`; every block is readable as soon as `add_tokens` returns.
+    """Append blocks of tokens to the stream `path`. Every block is readable as soon as `add_tokens` returns.
 
-    Raises `TraceError` if the file exists. After an `OSError` (a full disk) the blocks before it stay readable.
+    Raises `TraceError` if the file exists. After an `OSError` (a full disk), earlier blocks stay readable.
     """
 
-    def __init__(self, path: Path, form: Form) -> None:
+    def __init__(self, path: Path, layout: StreamLayout) -> None:
         if path.exists():
             raise TraceError(f"{path} exists already: a capture needs a new folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._form = form
-        self._schema = form.schema()
+        self._layout = layout
+        self._schema = layout.schema()
         self._file = pa.OSFile(str(path), "wb")
         self._stream: Any = ipc.new_stream(self._file, self._schema)
 
     def add_tokens(
         self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], values: dict[str, npt.NDArray[Any]]
     ) -> None:
-        """Append tokens of one problem or of several; `values` maps each column to `[T, L, W]`.
+        """Append tokens of one problem or of several. `values` maps each column to an array `[T, L, W]`.
 
-        Raises `TraceError` on another shape, or if a problem or token id is negative or not an int32.
+        Raises `TraceError` if a shape differs, or if a problem or token id is negative or does not fit into int32.
         """
-        form = self._form
-        for name, (_, width) in form.types.items():
-            expected = (len(token_ids_T), len(form.layers), width)
+        layout = self._layout
+        for name, (_, width) in layout.types.items():
+            expected = (len(token_ids_T), len(layout.layers), width)
             if values[name].shape != expected:
                 raise TraceError(f"{name_of(problems)}: {name} of shape {values[name].shape}, expected {expected}")
         if len(token_ids_T) == 0:
             return
         for ids in (problems, token_ids_T):
             if np.min(ids) < 0 or np.max(ids) >= 2**31:
-                raise TraceError(f"{name_of(problems)}: negative problem_id or token_id, or one that is no int32")
+                raise TraceError(f"{name_of(problems)}: a problem_id or token_id is negative or does not fit into int32")
         problem_ids_T = np.ascontiguousarray(np.broadcast_to(np.asarray(problems, dtype=np.int32), token_ids_T.shape))
         arrays = [pa.array(problem_ids_T), pa.array(token_ids_T.astype(np.int32, copy=False))]
-        for name, (kind, _) in form.types.items():
+        for name, (kind, _) in layout.types.items():
             packed = pa.py_buffer(np.ascontiguousarray(values[name], dtype=kind).reshape(-1))
             arrays.append(pa.Array.from_buffers(self._schema.field(name).type, len(token_ids_T), [None, packed]))
         whole = self._file.tell()
         try:
             self._stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
         except OSError:
-            # The half block would hold the disk, and no reader takes it.
+            # The torn block would take up space on the full disk, and no reader could use it.
             self._stream = None
             self._file.close()
             os.truncate(self._path, whole)
@@ -130,7 +130,7 @@ class CaptureWriter:
 
 
 class RoutingWriter(CaptureWriter):
-    """Capture routing in `folder`: K pairs of expert id and weight of every token in each of the L MoE layers, in any order."""
+    """Write routing to `folder`: K pairs of expert id and weight per token in each of the L MoE layers, in any order."""
 
     def __init__(self, folder: Path, model: ModelMetadata, record: RecordMetadata | None = None) -> None:
         record = record or RecordMetadata()
@@ -139,7 +139,7 @@ class RoutingWriter(CaptureWriter):
         types = {"expert_ids": (expert_dtype(self._ids), model.top_k)}
         if record.weights:
             types["weights"] = (np.dtype(np.float16), model.top_k)
-        super().__init__(folder / ROUTING_STREAM, Form(model.moe_layers, types))
+        super().__init__(folder / ROUTING_STREAM, StreamLayout(model.moe_layers, types))
 
     def add(
         self,
@@ -148,10 +148,10 @@ class RoutingWriter(CaptureWriter):
         expert_ids_TLK: npt.NDArray[np.integer[Any]],
         weights_TLK: npt.NDArray[np.floating[Any]] | None = None,
     ) -> None:
-        """Append tokens of one problem, or of one problem per token; weights of empty slots are 0.
+        """Append tokens of one problem, or of one problem per token. Weights of empty slots are 0.
 
-        Raises `TraceError` if shapes disagree, an id is negative, an expert id is not in 0..E-1, or a weight is negative or not
-        a finite float16. Repeated experts are found when the trace is sealed.
+        Raises `TraceError` if shapes differ, if an id is negative, if an expert id is not in 0..E-1, or if a weight is negative
+        or not a finite float16. Repeated experts are detected later, when the trace is sealed.
         """
         check_ids(expert_ids_TLK, self._ids, name_of(problems))
         values: dict[str, npt.NDArray[Any]] = {"expert_ids": expert_ids_TLK}
@@ -161,40 +161,40 @@ class RoutingWriter(CaptureWriter):
 
 
 class ValuesWriter(CaptureWriter):
-    """Capture float16 vectors of width W, router logits or inputs, of tokens in each of the L layers."""
+    """Write float16 vectors of width W (router logits or router inputs) per token in each of the L layers."""
 
     def __init__(self, path: Path, layers: list[int], column: str, width: int) -> None:
-        super().__init__(path, Form(layers, {column: (np.dtype(np.float16), width)}))
+        super().__init__(path, StreamLayout(layers, {column: (np.dtype(np.float16), width)}))
         self._column = column
 
     def add(self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], values_TLW: npt.NDArray[np.float16]) -> None:
         """Append tokens of one problem, or of one problem per token.
 
-        Raises `TraceError` on another shape or type, or on a value that is not a finite number.
+        Raises `TraceError` if the shape or type differs, or if a value is not a finite number.
         """
         if values_TLW.dtype != np.float16:
             raise TraceError(f"{name_of(problems)}: {self._column} of {values_TLW.dtype}, expected float16")
         if not np.isfinite(values_TLW).all():
-            raise TraceError(f"{name_of(problems)}: {self._column} hold a value that float16 cannot")
+            raise TraceError(f"{name_of(problems)}: {self._column} contain a value that is not a finite float16")
         self.add_tokens(problems, token_ids_T, {self._column: values_TLW})
 
 
 def name_of(problems: Problems) -> str:
-    """How messages call the problems of a block."""
-    # Not np.unique: this runs for every block, and the engine may wait.
+    """The problems of a block, as text for messages."""
+    # Not np.unique, which is slower: this runs for every block, while the engine may be waiting.
     first, last = (np.min(problems), np.max(problems)) if np.size(problems) else (0, -1)
     return f"problem {first}" if first == last else f"problems {first}..{last}"
 
 
 @dataclass(frozen=True)
 class CaptureIndex:
-    """Where the tokens of a stream are: all arrays `[N]`, in the order in which they came.
+    """Where the tokens of a stream are. All arrays are `[N]`, in the order in which tokens were written.
 
-    problem_ids_N, token_ids_N: int32. block_N: which of `offsets` holds the token; row_N: its row in that block.
+    offsets: byte offsets of the blocks. block_N: the index into `offsets` of the token's block; row_N: its row in that block.
     """
 
     path: Path
-    form: Form
+    layout: StreamLayout
     offsets: list[int]
     problem_ids_N: npt.NDArray[np.int32]
     token_ids_N: npt.NDArray[np.int32]
@@ -203,7 +203,7 @@ class CaptureIndex:
 
 
 def read_index(path: Path) -> CaptureIndex | None:
-    """Find the tokens of a stream, up to its last whole block; None if there is no such file, or no whole block in it.
+    """Find the tokens of a stream, up to its last complete block. None if the file does not exist or has no complete block.
 
     Raises `TraceError` if the file is a stream of something else.
     """
@@ -213,13 +213,13 @@ def read_index(path: Path) -> CaptureIndex | None:
         try:
             schema = ipc.read_schema(file)
         except UNREADABLE:
-            # Killed before the first block.
+            # The writer was killed before the first block.
             return None
         offset = file.tell()
     try:
-        form = Form.of(schema)
+        layout = StreamLayout.of(schema)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TraceError(f"{path} is no capture of routing: {first_line(error)}") from error
+        raise TraceError(f"{path} is not a captured stream: {first_line(error)}") from error
     offsets: list[int] = []
     problems: list[npt.NDArray[np.int32]] = []
     tokens: list[npt.NDArray[np.int32]] = []
@@ -230,7 +230,7 @@ def read_index(path: Path) -> CaptureIndex | None:
     counts = np.array([len(block) for block in problems], dtype=np.int32)
     return CaptureIndex(
         path=path,
-        form=form,
+        layout=layout,
         offsets=offsets,
         problem_ids_N=np.concatenate(problems),
         token_ids_N=np.concatenate(tokens),
@@ -247,9 +247,10 @@ def _read_keys(
     problems: list[npt.NDArray[np.int32]],
     tokens: list[npt.NDArray[np.int32]],
 ) -> int | None:
-    """Append the keys of the blocks from byte `start` on; returns where to go on, or None at the end.
+    """Append the keys of the blocks from byte `start` on. Returns where to continue, or None at the end.
 
-    The file is mapped anew every `MAPPED_BYTES`: pages that were looked at count as this process's memory until then.
+    The file is mapped again every `MAPPED_BYTES`: until it is unmapped, every page that was read counts as this process's
+    memory.
     """
     with _mapped(path) as file:
         file.seek(start)
@@ -257,7 +258,7 @@ def _read_keys(
             batch = _read_block(file, schema)
             if batch is None:
                 return None
-            # Copies: the file is not to stay mapped.
+            # Copied, so that nothing refers to the mapped file.
             problem_ids_T, token_ids_T = (batch.column(key).to_numpy().copy() for key in (0, 1))
             if min(problem_ids_T.min(), token_ids_T.min()) < 0:
                 raise TraceError(f"{path}, at byte {offset}: negative problem_id or token_id")
@@ -270,9 +271,9 @@ def _read_keys(
 def gather(
     index: CaptureIndex, tokens: npt.NDArray[np.integer[Any]], into: dict[str, npt.NDArray[Any]], at: npt.NDArray[Any]
 ) -> None:
-    """Copy tokens of a stream (indices into its `[N]`) to the places `at` of the arrays `into`, each `[T, L, W]`.
+    """Copy tokens of a stream (indices into its `[N]`) to the rows `at` of the arrays `into`, each `[T, L, W]`.
 
-    The file is mapped for the length of the call: a window of tokens costs the pages that it touches.
+    The file is mapped only during the call, so the memory is that of the pages that hold these tokens.
     """
     block_T, row_T = index.block_N[tokens], index.row_N[tokens]
     order_T = np.argsort(block_T, kind="stable")
@@ -284,15 +285,15 @@ def gather(
             file.seek(index.offsets[block_T[here[0]]])
             batch = _read_block(file, schema)
             if batch is None:
-                raise TraceError(f"{index.path}: shorter than a moment ago")
+                raise TraceError(f"{index.path}: truncated while it was being read")
             for name, values in into.items():
-                kind = np.void(index.form.row_bytes(name)).dtype
+                kind = np.void(index.layout.row_bytes(name)).dtype
                 raw = np.frombuffer(batch.column(name).buffers()[1], dtype=kind, count=batch.num_rows)
                 values.reshape(len(values), -1).view(raw.dtype)[at[here], 0] = raw[row_T[here]]
 
 
 def _mapped(path: Path) -> pa.NativeFile:
-    """The file as memory; as a plain file on file systems that cannot map (some networks')."""
+    """The file mapped into memory, or opened as a plain file on file systems that cannot map it (some network ones)."""
     try:
         return pa.memory_map(str(path))
     except OSError:
@@ -300,7 +301,7 @@ def _mapped(path: Path) -> pa.NativeFile:
 
 
 def _read_block(file: pa.NativeFile, schema: pa.Schema) -> pa.RecordBatch | None:
-    """The next block, None at the end or where the rest is torn."""
+    """The next block; None at the end, and where the rest of the file is torn."""
     try:
         message = ipc.read_message(file)
         if _is_compressed(message.metadata.to_pybytes()):
@@ -314,9 +315,10 @@ def _read_block(file: pa.NativeFile, schema: pa.Schema) -> pa.RecordBatch | None
 
 
 def _is_compressed(message: bytes) -> bool:
-    """Whether a block's header announces compression. Ours are never: a few bytes of a stranger's could become gigabytes.
+    """Whether a block's header declares compression. We never compress; a few untrusted bytes could expand to gigabytes.
 
-    It is a flatbuffer (apache/arrow, Message.fbs): field 2 of Message is the RecordBatch, field 3 of that the compression.
+    The header is a flatbuffer (apache/arrow, Message.fbs): field 2 of Message is the RecordBatch, whose field 3 is the
+    compression.
     """
 
     def field(table: int, number: int) -> int | None:

@@ -1,6 +1,6 @@
 """Write the files of a trace: routing (and logits, hidden) as Parquet, tables, metadata, and the manifest last.
 
-Every file appears under its name only when it is whole.
+A file gets its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from profiler.trace.schema import (
     Metadata,
 )
 
-# A row group is the unit of reading: 131,072 rows of K = 2 are 2 MB in memory. Wide rows (logits, hidden) make smaller ones.
+# A row group is the unit of reading: 131,072 rows of K = 2 are 2 MB in memory. Wide rows (logits, hidden) get fewer rows.
 ROWS_PER_GROUP = 1 << 17
 BYTES_PER_GROUP = 32 << 20
 ROWS_PER_FILE = 1 << 24
-# Of tables: text is decoded into dictionaries, which take several times a row group's size.
+# For tables: text is decoded into dictionaries, which take several times a row group's size.
 TEXT_PER_GROUP = 16 << 20
 KEY_COLUMNS = ("problem_id", "layer", "token_id")
 
@@ -50,8 +50,9 @@ KEY_COLUMNS = ("problem_id", "layer", "token_id")
 class BlockWriter:
     """Stream the rows of a trace, one per (problem, token, layer), to `folder/part-*.parquet`.
 
-    folder: created if missing; must not hold parts yet. layers: decoder layer index of each of the L recorded layers.
-    schema: `routing_schema` or `values_schema`. Encodings are those that won by size and speed (docs/traces.md).
+    folder: created if missing; must not contain parts yet. layers: decoder layer index of each of the L recorded layers.
+    schema: `routing_schema` or `values_schema`. The encodings are the best by size and speed of those measured
+    (docs/traces.md).
     """
 
     def __init__(self, folder: Path, layers: list[int], schema: pa.Schema) -> None:
@@ -72,9 +73,10 @@ class BlockWriter:
     def write(
         self, problem_ids_T: npt.NDArray[np.int32], token_ids_T: npt.NDArray[np.int32], lists: dict[str, npt.NDArray[Any]]
     ) -> None:
-        """Append tokens as one row group, best of `tokens_per_group`; `lists` maps each list column to `[T, L, W]` of its type.
+        """Append tokens as one row group, ideally `tokens_per_group` of them.
 
-        An id that its type's model does not have (E) is an empty slot where the schema allows nulls.
+        lists: maps each list column to an array `[T, L, W]` of its type. For empty slots, where the schema allows nulls, it
+        also has `"empty"`, a mask `[T, L, K]`.
         """
         if len(token_ids_T) == 0:
             return
@@ -91,7 +93,7 @@ class BlockWriter:
                 use_dictionary=False,
                 column_encoding=encodings,
                 write_statistics=list(KEY_COLUMNS),
-                # A flipped bit is found when it is read, not only by comparing hashes.
+                # So that reading detects a flipped bit, not only comparing hashes.
                 write_page_checksum=True,
             )
         layers = len(self._layers_L)
@@ -108,7 +110,7 @@ class BlockWriter:
             self.close()
 
     def close(self) -> None:
-        """Finish the open file and give it its name."""
+        """Finish the open file and give it its final name."""
         if self._file is None:
             return
         self._file.close()
@@ -131,7 +133,7 @@ class BlockWriter:
             if empty is None:
                 entries = pa.array(values)
             else:
-                # An id of E may not fit the type of the others; what is masked is not looked at.
+                # The id E may not fit the column's type. Masked entries are null whatever their value.
                 entries = pa.array(np.where(empty.reshape(-1), 0, values).astype(values.dtype), mask=empty.reshape(-1))
             columns.append(pa.FixedSizeListArray.from_arrays(entries.cast(kind.value_type), type=kind))
         return columns
@@ -143,10 +145,10 @@ class BlockWriter:
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Hold the directory against other collectors of this machine; a killed process holds nothing.
+    """Lock the directory against other collectors on this machine. The lock ends with the process, even if it is killed.
 
-    On file systems without locks (some networks') it is not held.
-    Raises `TraceError` if another process (or another part of this one) holds it.
+    On file systems without locks (some network ones) nothing is locked.
+    Raises `TraceError` if another process, or another part of this one, holds the lock.
     """
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -154,7 +156,7 @@ def exclusive(directory: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise TraceError(
-                f"{directory}: another process is collecting into it; wait for it, or choose another --out"
+                f"{directory}: another process is collecting into it; wait for it, or choose another output folder"
             ) from error
         except OSError as error:
             if error.errno not in {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}:
@@ -170,12 +172,12 @@ def write_metadata(directory: Path, metadata: Metadata) -> None:
 
 
 def public_command() -> list[str]:
-    """This process's command line for the metadata, without the folder of the interpreter or script."""
+    """This process's command line for the metadata, without the path of the interpreter or script."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a table (tokens, problems) atomically, in row groups that a reader of text can hold several times."""
+    """Write a table (tokens, problems) atomically, in row groups small enough for readers to hold their text several times."""
     temporary = path.with_suffix(".tmp")
     rows = max(1, table.num_rows * TEXT_PER_GROUP // max(table.nbytes, TEXT_PER_GROUP))
     pq.write_table(table, temporary, row_group_size=rows, compression="zstd", write_page_checksum=True)
@@ -183,9 +185,9 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def write_manifest(directory: Path, extra_files: dict[str, int] | None = None) -> Manifest:
-    """Hash every file of the trace, write `manifest.json` and remove `capture/`: nothing may be written afterwards.
+    """Hash every file of the trace, write `manifest.json` and remove `capture/`. Nothing may be written afterwards.
 
-    extra_files: further file names with their row counts (the JSON lines).
+    extra_files: additional file names with their row counts (the JSON lines).
     """
     folders = (ROUTING_FOLDER, LOGITS_FOLDER, HIDDEN_FOLDER)
     names = [f"{folder}/{p.name}" for folder in folders for p in sorted((directory / folder).glob("part-*.parquet"))]
@@ -205,7 +207,7 @@ def write_manifest(directory: Path, extra_files: dict[str, int] | None = None) -
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -218,17 +220,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_free(out: Path, *, resume: bool = False) -> None:
-    """Raise `TraceError` unless `out` is absent or an empty folder; or, to resume, a trace or what is left of its beginning."""
+    """Raise `TraceError` unless `out` does not exist or is an empty folder.
+
+    resume: also accept a trace, complete or not, and a folder in which a collection was killed before it wrote its metadata.
+    """
     if out.is_dir() and (out / METADATA_FILE).exists():
         if resume:
             return
         if (out / MANIFEST_FILE).exists():
-            raise TraceError(f"{out} already holds a trace: choose another --out, or delete that folder first")
-        raise TraceError(f"{out} holds an unfinished collection: add --resume to go on with it, or delete that folder first")
+            raise TraceError(f"{out} already holds a trace: choose another output folder, or delete that one first")
+        raise TraceError(f"{out} holds an unfinished collection: resume it, or delete that folder first")
     existing = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
     if not existing.is_dir():
-        raise TraceError(f"{existing} is a file, not a folder: choose another --out")
-    # A kill may have come before metadata.json had its name.
+        raise TraceError(f"{existing} is a file, not a folder: choose another output folder")
+    # The process may have been killed before metadata.json had its final name.
     begun = {(out / METADATA_FILE).with_suffix(".tmp")} if resume else set()
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - begun):
-        raise TraceError(f"{out} exists and is not an empty folder: choose another --out")
+        raise TraceError(f"{out} exists and is not an empty folder: choose another output folder")

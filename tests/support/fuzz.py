@@ -149,9 +149,9 @@ def read_stream(source: Path, _: Path) -> None:
     index = read_index(source)
     if index is not None:
         tokens = np.arange(len(index.token_ids_N))
-        shape = (len(tokens), len(index.form.layers))
+        shape = (len(tokens), len(index.layout.layers))
         gather(
-            index, tokens, {name: np.empty((*shape, width), kind) for name, (kind, width) in index.form.types.items()}, tokens
+            index, tokens, {name: np.empty((*shape, width), kind) for name, (kind, width) in index.layout.types.items()}, tokens
         )
 
 

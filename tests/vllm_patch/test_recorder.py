@@ -62,10 +62,10 @@ def read_values(path: Path, name: str) -> list[tuple[int, int, np.ndarray]]:
     """(request number, position, values `[L, W]`) of every captured token, in order."""
     index = read_index(path)
     assert index is not None
-    kind, width = index.form.types[name]
-    values = np.empty((len(index.token_ids_N), len(index.form.layers), width), kind)
+    kind, width = index.layout.types[name]
+    values = np.empty((len(index.token_ids_N), len(index.layout.layers), width), kind)
     everything = np.arange(len(values))
-    others = {other: np.empty((len(values), len(index.form.layers), w), k) for other, (k, w) in index.form.types.items()}
+    others = {other: np.empty((len(values), len(index.layout.layers), w), k) for other, (k, w) in index.layout.types.items()}
     gather(index, everything, others | {name: values}, everything)
     return list(zip(index.problem_ids_N.tolist(), index.token_ids_N.tolist(), values, strict=True))
 

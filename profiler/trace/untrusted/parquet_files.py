@@ -1,4 +1,4 @@
-"""Parquet files of a trace, whoever wrote them: opened, measured by what they promise, and only then decoded."""
+"""Read untrusted Parquet files of a trace: the sizes that a file declares are checked before anything is decoded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.trace.schema import REQUIRED_COLUMNS
 from profiler.trace.untrusted.parquet_footer import DELTA_BYTE_ARRAY, read_pages, read_row_groups
 
-# Our own row groups are below 40 MB; a stranger's few compressed bytes must not become gigabytes.
+# Our own row groups are below 40 MB; a few compressed bytes of an untrusted file must not expand to gigabytes.
 MAX_GROUP_BYTES = 256 << 20
 MAX_TABLE_BYTES = 768 << 20
-# Of what is read some rows at a time: text at once, of a page, of a row group's text that is read with dictionaries.
+# For tables that are read some rows at a time: text in memory at once, a page, and a row group's text read as dictionaries.
 MAX_TEXT_BYTES = 64 << 20
 MAX_PAGE_BYTES = 256 << 20
 MAX_DICTIONARY_BYTES = 24 << 20
@@ -27,7 +27,7 @@ JOINED_BYTES = 4 << 20
 
 
 def same_columns(schema: pa.Schema, expected: pa.Schema) -> bool:
-    """Whether names and types agree; whether nulls are allowed is told by the data."""
+    """Whether names and types are equal. Declared nullability is ignored: the data itself is checked for nulls."""
 
     def plain(kind: pa.DataType) -> tuple[str, int]:
         if pa.types.is_fixed_size_list(kind):
@@ -38,7 +38,7 @@ def same_columns(schema: pa.Schema, expected: pa.Schema) -> bool:
 
 
 def count_rows(path: Path) -> int | None:
-    """Rows by the file's own footer; None if it is not readable."""
+    """The number of rows according to the file's footer; None if it is not readable."""
     try:
         return int(pq.read_metadata(path).num_rows)
     except UNREADABLE:
@@ -46,10 +46,10 @@ def count_rows(path: Path) -> int | None:
 
 
 def open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
-    """An open file, whose pages are compared with their checksums. Raises `TraceError` if it is not readable."""
+    """Open a file with verification of its page checksums. Raises `TraceError` if it is not readable."""
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True, **options)
-        # Names that are no text are found out when they are asked for.
+        # Names that are not text raise only when they are accessed.
         _ = file.schema_arrow.names, file.num_row_groups
         return file
     except UNREADABLE as error:
@@ -57,9 +57,9 @@ def open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
 
 
 def problems_of_groups(file: pq.ParquetFile, path: Path) -> list[tuple[int, int]]:
-    """First and last problem of each row group, from the column itself.
+    """The first and last problem id of each row group, read from the column itself.
 
-    Not from the column's statistics: pyarrow 26 ends the process on those of a broken file.
+    The column's statistics are not used: pyarrow 26 crashes the process on those of a broken file.
     """
     found = []
     for group in range(file.num_row_groups):
@@ -69,12 +69,12 @@ def problems_of_groups(file: pq.ParquetFile, path: Path) -> list[tuple[int, int]
 
 
 def check_sizes(file: pq.ParquetFile, path: Path) -> None:
-    """Raise `TraceError` if a row group would be too large decoded, or has other numbers of values than its rows need."""
+    """Raise `TraceError` if a decoded row group would be too large, or if its numbers of values do not match its rows."""
     kinds = [field.type for field in file.schema_arrow]
     entries = [kind.list_size if pa.types.is_fixed_size_list(kind) else 1 for kind in kinds]
     groups = read_row_groups(path)
     if len(groups) != file.num_row_groups:
-        raise TraceError(f"{path}: {len(groups)} row groups, pyarrow finds {file.num_row_groups}")
+        raise TraceError(f"{path}: {len(groups)} row groups in the footer, pyarrow finds {file.num_row_groups}")
     for number, group in enumerate(groups):
         if group.rows * sum(map(_row_bytes, kinds)) > MAX_GROUP_BYTES:
             raise TraceError(f"{path}, row group {number}: {group.rows:,} rows are larger than {MAX_GROUP_BYTES >> 20} MiB")
@@ -88,7 +88,7 @@ def read_row_group(file: pq.ParquetFile, group: int, path: Path, columns: list[s
     rows = file.metadata.row_group(group).num_rows
     try:
         table = file.read_row_group(group, columns=columns)
-        # A broken page can decode to other lengths than it promised.
+        # A broken page can decode to another length than it declares.
         table.validate()
     except UNREADABLE as error:
         raise TraceError(f"{path}, row group {group}: cannot be decoded: {first_line(error)}") from error
@@ -103,14 +103,15 @@ def _row_bytes(kind: pa.DataType) -> int:
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """A table with the columns of `schema`, and any further ones of numbers, truth values and text.
+    """Read a table with the columns of `schema`, and any additional columns of numbers, booleans or text.
 
-    Raises `TraceError` if the file is missing, lacks a column, has nulls where the format has none, or takes too much memory.
+    Raises `TraceError` if the file is missing, lacks a column, has nulls where the format allows none, or takes too much
+    memory.
     """
     found = _columns_found(path, schema)
     further = [field for field in found if field.name not in schema.names and _is_plain(field.type)]
     wanted = pa.schema([*schema, *further])
-    # Text is read as dictionaries: a page of a few bytes can stand for gigabytes of repeated text.
+    # Text is read as dictionaries: a page of a few bytes can encode gigabytes of repeated text.
     text = [field.name for field in found if _is_text(field.type)]
     with open_parquet(path, read_dictionary=text) as file:
         fixed = sum(field.type.bit_width // 8 for field in found if field.name in wanted.names and _is_fixed(field.type))
@@ -145,7 +146,7 @@ def stream_table(path: Path, schema: pa.Schema, rows: int, from_problem: int = 0
         if from_problem:
             groups = [group for group, (_, last) in enumerate(problems_of_groups(file, path)) if last >= from_problem]
     for limit, alike in groupby(groups, key=limits.__getitem__):
-        # With a buffer, pages are read one by one.
+        # With a buffer, pages are read one at a time.
         how = {"read_dictionary": text} if limit is None else {"pre_buffer": False, "buffer_size": BUFFER_BYTES}
         try:
             for table in _joined_batches(path, list(alike), schema.names, min(limit or rows, rows), rows, how):
@@ -157,24 +158,24 @@ def stream_table(path: Path, schema: pa.Schema, rows: int, from_problem: int = 0
         except UNREADABLE as error:
             raise TraceError(f"{path} cannot be decoded: {first_line(error)}") from error
         if limit:
-            # The pool would keep the memory of large pages.
+            # Otherwise the memory pool keeps the memory of large pages.
             pa.default_memory_pool().release_unused()
 
 
 def _rows_without_dictionary(path: Path, columns: list[str], text: list[str]) -> list[int | None]:
-    """For each row group how many rows may be read at once without dictionaries; None if text is to be read with them.
+    """For each row group, how many rows to read at a time without dictionaries; None if its text is to be read as dictionaries.
 
-    A page of a few bytes can stand for gigabytes of repeated text. Dictionaries keep that small, but are built of all text of a
-    row group and take six times its size. Where there is much of it we rely on that no value is larger than the page it is in.
-    Raises `TraceError` if a page is too large.
+    A page of a few bytes can encode gigabytes of repeated text. Dictionaries keep that small, but a dictionary is built from
+    all text of a row group and takes six times its size. Where a row group has a lot of text, rows are limited instead, relying
+    on no value being larger than its page. Raises `TraceError` if a page is too large.
     """
     limits: list[int | None] = []
     with open_parquet(path) as file:
-        # Names in the schema decide what pyarrow reads, those beside the pages are another copy.
+        # pyarrow reads by the names in the schema; the names stored with the column chunks are a second copy, which may differ.
         leaves = [file.schema.column(number).path.encode() for number in range(len(file.schema))]
     groups = read_row_groups(path)
     if sum(chunk.size for group in groups for chunk in group.chunks.values()) > path.stat().st_size:
-        raise TraceError(f"{path} is not a readable Parquet file: its columns are larger than itself")
+        raise TraceError(f"{path} is not a readable Parquet file: its columns are larger than the file")
     for number, group in enumerate(groups):
         if list(group.chunks) != leaves:
             raise TraceError(
@@ -184,7 +185,7 @@ def _rows_without_dictionary(path: Path, columns: list[str], text: list[str]) ->
         largest = max((page.size for of_column in pages.values() for page in of_column), default=0)
         if largest > MAX_PAGE_BYTES:
             what = f"a page of {largest >> 20} MiB, expected at most {MAX_PAGE_BYTES >> 20}"
-            raise TraceError(f"{path}, row group {number}: {what}: write it anew with smaller pages or row groups")
+            raise TraceError(f"{path}, row group {number}: {what}: rewrite it with smaller pages or row groups")
         of_text = [page for name in text for page in pages.get(name, [])]
         repeats = any(page.encoding == DELTA_BYTE_ARRAY for page in of_text)
         if repeats or sum(page.size for page in of_text) > MAX_DICTIONARY_BYTES:
@@ -197,7 +198,7 @@ def _rows_without_dictionary(path: Path, columns: list[str], text: list[str]) ->
 def _joined_batches(
     path: Path, groups: list[int], columns: list[str], at_once: int, rows: int, how: dict[str, Any]
 ) -> Iterator[pa.Table]:
-    """Row groups, decoded `at_once` rows at a time and joined to tables of at most `rows`; how: options of `open_parquet`."""
+    """Row groups, decoded `at_once` rows at a time and joined into tables of at most `rows`. how: options of `open_parquet`."""
 
     def joined() -> pa.Table:
         table = pa.Table.from_batches(waiting).select(columns)
@@ -218,7 +219,7 @@ def _joined_batches(
 
 
 def _with_little_text(table: pa.Table, text: list[str], path: Path) -> Iterator[pa.Table]:
-    """The table in parts whose text, which is in dictionaries, is below MAX_TEXT_BYTES each when it is written out."""
+    """Split the table into parts whose text, still in dictionaries, takes at most `MAX_TEXT_BYTES` each when expanded."""
     if sum(_text_bytes(table.column(name)) for name in text) <= MAX_TEXT_BYTES:
         yield table
     elif table.num_rows == 1:
@@ -230,7 +231,7 @@ def _with_little_text(table: pa.Table, text: list[str], path: Path) -> Iterator[
 
 
 def _columns_found(path: Path, wanted: pa.Schema) -> pa.Schema:
-    """The columns of a table, among them those that are wanted. Raises `TraceError` if one is missing, or there twice."""
+    """All columns of the table. Raises `TraceError` if a wanted column is missing, or if a column occurs twice."""
     if not path.is_file():
         raise TraceError(f"{path} is missing")
     with open_parquet(path) as file:
@@ -257,6 +258,6 @@ def _is_fixed(kind: pa.DataType) -> bool:
 
 
 def _text_bytes(column: pa.ChunkedArray) -> int:
-    """Bytes of a dictionary column as plain text."""
+    """The size of a dictionary column when expanded to plain text."""
     lengths = [pc.take(pc.binary_length(chunk.dictionary), chunk.indices) for chunk in column.chunks]
     return sum(pc.sum(chunk.cast(pa.int64())).as_py() or 0 for chunk in lengths)

@@ -1,8 +1,9 @@
-"""How many values each column of a Parquet file promises, read from its footer, and how large its pages are, from theirs.
+"""Read from a Parquet file's footer how many values each column declares, and from its page headers how large its pages are.
 
-A list of a billion entries fits into a few bytes, and so does a page of gigabytes: this must be known before anything
-is decoded. pyarrow knows the first, but pyarrow 26 ends the process when it is asked about the columns of some broken footers,
-and does not tell the second; and of Thrift's compact protocol little is needed (apache/parquet-format, parquet.thrift:
+A list of a billion entries fits into a few bytes, and so does a page of gigabytes: both must be known before anything is
+decoded. pyarrow exposes the number of values, but pyarrow 26 crashes the process when asked for the columns of some broken
+footers, and it does not expose page sizes. Only a small part of Thrift's compact protocol is needed (apache/parquet-format,
+parquet.thrift:
 FileMetaData 4 -> RowGroup 1, 3 -> ColumnChunk 3 -> ColumnMetaData 3, 5, 7, 9, 11; PageHeader 2, 3, 5, 8).
 """
 
@@ -17,7 +18,7 @@ from profiler.errors import TraceError
 
 MAGIC = b"PAR1"
 MAX_FOOTER_BYTES = 32 << 20
-# A page's header may repeat its least and greatest value.
+# A page header may contain the page's smallest and largest value.
 HEADER_BYTES, MAX_HEADER_BYTES = 1 << 10, 16 << 20
 MAX_PAGES = 1_000_000
 MAX_STRUCTS = 2_000_000
@@ -25,25 +26,28 @@ MAX_DEPTH = 16
 
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT, _UUID = range(1, 14)
 _FIXED = {_BYTE: 1, _DOUBLE: 8, _UUID: 16}
-# What reading a broken document raises.
+# What parsing a broken footer or header can raise.
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, OSError, struct.error)
 
 
-# parquet.thrift, Encoding: each value is told by how much of the one before it repeats.
+# parquet.thrift, Encoding: each value is stored as the length of the prefix that it shares with the previous one, and the rest.
 DELTA_BYTE_ARRAY = 7
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """What a row group promises. values: of each leaf column, entries of lists counted one by one; chunks: of each, by name."""
+    """What a row group declares.
+
+    values: number of values of each leaf column, counting every entry of a list. chunks: leaf column -> its column chunk.
+    """
 
     rows: int
     values: list[int]
-    chunks: dict[bytes, Chunk]
+    chunks: dict[bytes, ColumnChunk]
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ColumnChunk:
     """Where the pages of a column in a row group lie in the file."""
 
     start: int
@@ -52,7 +56,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Page:
-    """A page of a column: bytes once decompressed, and how its values are encoded, None for what is no page of values."""
+    """A page of a column. size: bytes when decompressed. encoding: of its values; None if it is not a page of values."""
 
     size: int
     encoding: int | None
@@ -81,7 +85,7 @@ def read_row_groups(path: Path) -> list[RowGroup]:
         raise TraceError(f"{path} is not a readable Parquet file: {type(error).__name__}: {error}") from error
 
 
-def read_pages(path: Path, chunk: Chunk) -> list[Page]:
+def read_pages(path: Path, chunk: ColumnChunk) -> list[Page]:
     """The pages of a column chunk, from their headers alone. Raises `TraceError` if they cannot be read."""
     pages = []
     try:
@@ -102,7 +106,7 @@ def read_pages(path: Path, chunk: Chunk) -> list[Page]:
 
 
 def _page_header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
-    """The header that begins at a place in the file, and its length."""
+    """The page header at byte `at` of the file, and its length."""
     room = HEADER_BYTES
     while True:
         file.seek(at)
@@ -116,26 +120,30 @@ def _page_header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
         room *= 8
 
 
-def _chunk(column: dict[int, Any]) -> Chunk:
-    """As pyarrow finds it: a dictionary, if there is one, comes before the values."""
+def _chunk(column: dict[int, Any]) -> ColumnChunk:
+    """Where the chunk starts, by the rule that pyarrow uses: a dictionary page, if there is one, comes before the values."""
     values, dictionary = _count(column.get(9, 0)), _count(column.get(11, 0))
-    return Chunk(dictionary if 0 < dictionary < values else values, _count(column.get(7, 0)))
+    return ColumnChunk(dictionary if 0 < dictionary < values else values, _count(column.get(7, 0)))
 
 
 def _structs(value: Any) -> list[dict[int, Any]]:
     if not isinstance(value, list):
-        raise TypeError("row groups are no list")
+        raise TypeError("row groups are not a list")
     return value
 
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no number of rows or values")
+        raise ValueError(f"{value!r} is not a number of rows, values or bytes")
     return value
 
 
 class _Reader:
-    """Thrift's compact protocol: structs as dictionaries by field number, integers, texts as bytes, lists; no more."""
+    """A parser for part of Thrift's compact protocol.
+
+    Structs become dictionaries by field number, strings bytes, and lists of structs or strings lists. Everything else except
+    integers and booleans is skipped: other lists become empty, maps and fixed-size values None.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -143,7 +151,7 @@ class _Reader:
         self._structs = 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """A struct, from its first field to its end."""
+        """Read a struct, from its first field to its end."""
         self._structs += 1
         if self._structs > MAX_STRUCTS or depth > MAX_DEPTH:
             raise ValueError("more structs than any footer needs")
@@ -174,7 +182,7 @@ class _Reader:
 
     def _list(self, depth: int) -> list[Any]:
         if depth > MAX_DEPTH:
-            raise ValueError("lists in lists without end")
+            raise ValueError("lists nested too deeply")
         head = self._byte()
         size, kind = head >> 4, head & 15
         size = self._varint() if size == 15 else size
@@ -189,7 +197,7 @@ class _Reader:
 
     def _map(self, depth: int) -> None:
         if depth > MAX_DEPTH:
-            raise ValueError("maps in maps without end")
+            raise ValueError("maps nested too deeply")
         size = self._varint()
         self._fits(size)
         if size:
@@ -223,6 +231,6 @@ class _Reader:
         self.at += count
 
     def _fits(self, count: int) -> None:
-        """Every entry takes a byte at least."""
+        """Raise if fewer than `count` bytes are left. Every entry of a list takes at least one byte."""
         if count > len(self._data) - self.at:
-            raise ValueError("ends in the middle")
+            raise ValueError("truncated")

@@ -117,7 +117,7 @@ def test_logits_and_router_inputs_are_sealed_beside_the_routing(directory: Path)
 
 def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
     with ValuesWriter(tmp_path / HIDDEN_STREAM, [0], "hidden", 1) as writer:
-        with pytest.raises(TraceError, match="hold a value that float16 cannot"):
+        with pytest.raises(TraceError, match="contain a value that is not a finite float16"):
             writer.add(0, np.arange(1), np.full((1, 1, 1), np.inf, np.float16))
         with pytest.raises(TraceError, match="hidden of float64, expected float16"):
             writer.add(0, np.arange(1), np.zeros((1, 1, 1)))

@@ -264,7 +264,7 @@ def test_a_changed_dataset_is_found_out(unfinished: Path) -> None:
 
 
 def test_without_resume_an_unfinished_collection_is_left_alone(unfinished: Path) -> None:
-    with pytest.raises(TraceError, match="holds an unfinished collection: add --resume"):
+    with pytest.raises(TraceError, match="holds an unfinished collection: resume it"):
         collect(options(unfinished))
     assert captured_tokens(unfinished) > 0
 
@@ -318,7 +318,7 @@ def test_links_in_a_strangers_collection_are_not_followed(unfinished: Path, tmp_
     path = run_folder(unfinished, 0) / name
     path.unlink(missing_ok=True)
     path.symlink_to(tmp_path / "secret.key")
-    with pytest.raises(TraceError, match="is no plain file"):
+    with pytest.raises(TraceError, match="is not a regular file"):
         import_trace(unfinished, tmp_path / "taken")
     assert not (tmp_path / "taken").exists()
 
@@ -330,6 +330,6 @@ def test_an_unfinished_collection_can_be_taken_as_it_is(unfinished: Path, finish
     trace = import_trace(tmp_path / "copy", tmp_path / "taken")
     assert trace.problems.column("finish_reason").to_pylist()[2] == "abort"
     assert trace.problems.column("prompt").equals(Trace.open(finished).problems.column("prompt"))
-    assert trace.metadata.gaps[0] == "the collection was interrupted: 3 of 3 problems had begun"
+    assert trace.metadata.gaps[0] == "the collection was interrupted: 3 of 3 problems had started"
     assert np.unique(trace.load().problem_ids_T).tolist() == [0, 1, 2]
     assert captured_tokens(tmp_path / "copy") == captured_tokens(unfinished)

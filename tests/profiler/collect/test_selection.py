@@ -52,7 +52,7 @@ def test_prompts_lose_their_tail_to_stay_within_the_limit() -> None:
     problems = take_tokens({"a": source("a", [50, 5])}, 27, 20, len)
     assert [problem.max_prompt_tokens for problem in problems] == [18, 18]
     assert given_tokens(problems, "a") == 20 + 7
-    with pytest.raises(DatasetError, match="--max-tokens-per-problem 2 leaves no room for a prompt of a beside its 2 new"):
+    with pytest.raises(DatasetError, match="a limit of 2 tokens per problem leaves no room for a prompt of a with its 2 new"):
         take_tokens({"a": source("a", [5])}, 10, 2, len)
 
 

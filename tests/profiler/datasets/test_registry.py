@@ -65,7 +65,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 def test_without_a_network_the_hub_says_how_to_go_on() -> None:
-    with pytest.raises(DatasetError, match="use --data-files FILE"):
+    with pytest.raises(DatasetError, match="use a local data file"):
         load_problems(DATASETS["gsm8k"], 1)
 
 

@@ -52,9 +52,9 @@ def test_a_folder_of_arrays_is_a_trace(tmp_path: Path) -> None:
     ("array", "reason"),
     [
         (np.zeros((2, 3)), r"float64 of shape \(2, 3\), expected whole numbers"),
-        (np.zeros((2, 3, 2), np.int32), "every layer is zeros or -1 throughout"),
+        (np.zeros((2, 3, 2), np.int32), "every layer is 0 or -1 throughout"),
         (np.array([[[0, -5]], [[1, 2]]]), "expert id -5..2"),
-        (np.array([None, 1], dtype=object), "is no array"),
+        (np.array([None, 1], dtype=object), "is not an array"),
     ],
 )
 def test_other_arrays_are_refused(tmp_path: Path, array: np.ndarray, reason: str) -> None:
@@ -66,7 +66,7 @@ def test_other_arrays_are_refused(tmp_path: Path, array: np.ndarray, reason: str
 def test_layers_taken_for_dense_are_named(tmp_path: Path) -> None:
     np.save(tmp_path / "routes.npy", ROUTED)
     gaps = import_trace(tmp_path / "routes.npy", tmp_path / "t").metadata.gaps
-    assert "layers that are 0 or -1 throughout were taken for dense: 0" in gaps
+    assert "layers that are 0 or -1 throughout were taken as dense: 0" in gaps
 
 
 def test_ids_that_no_signed_number_holds_are_refused(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_an_array_of_a_billion_layers_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "x.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|i1", "fortran_order": False, "shape": (1, 10**9, 1)})
         file.truncate(file.tell() + 10**9)
-    with pytest.raises(TraceError, match="more than there can be"):
+    with pytest.raises(TraceError, match="more than a trace can hold"):
         import_trace(tmp_path / "x.npy", tmp_path / "t")
 
 
@@ -87,7 +87,7 @@ def test_an_array_that_promises_more_than_it_has_is_refused(tmp_path: Path) -> N
     np.save(tmp_path / "x.npy", np.zeros((1, 2, 2), np.int32))
     content = (tmp_path / "x.npy").read_bytes().replace(b"(1, 2, 2), }     ", b"(99999999,2,2),} ")
     (tmp_path / "x.npy").write_bytes(content)
-    with pytest.raises(TraceError, match="is no array"):
+    with pytest.raises(TraceError, match="is not an array"):
         import_trace(tmp_path / "x.npy", tmp_path / "t")
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("x.npy", content)
@@ -141,7 +141,7 @@ def test_sequences_are_put_together_from_positions(tmp_path: Path) -> None:
     tokens = trace.tokens.to_pandas()
     assert tokens[tokens.problem_id == 1].vocab_id.tolist() == [20, 21, 80, 81]
     assert tokens[tokens.problem_id == 1].phase.tolist() == ["prefill", "prefill", "decode", "decode"]
-    assert "the dump names no requests: sequences were put together from positions" in trace.metadata.gaps
+    assert "the dump has no request ids: sequences were reconstructed from positions" in trace.metadata.gaps
 
 
 def test_a_prompt_in_two_pieces_is_one_sequence(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_requests_that_ran_one_after_the_other_are_not_mixed_up(tmp_path: Path) 
     trace = convert_dump(tmp_path, records)
     assert [trace.arrays(p).token_ids_T.tolist() for p in range(3)] == [[0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [6, 7]]
     assert [set(trace.arrays(p).expert_ids_TLK[:, 0, 0].tolist()) for p in range(3)] == [{0}, {6}, {4}]
-    assert "1 decoded tokens fit several sequences; the last of those in the batch was taken" in trace.metadata.gaps
+    assert "1 decoded tokens fit several sequences; each was assigned to the last one in the batch" in trace.metadata.gaps
 
 
 def test_files_of_ranks_that_are_copies_are_imported_once(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_files_of_ranks_that_are_copies_are_imported_once(tmp_path: Path) -> Non
         dump(tmp_path / "dumps" / f"expert_distribution_recorder_1.5_{rank}.pt", records, list(range(8)))
     trace = import_trace(tmp_path / "dumps", tmp_path / "t")
     assert trace.problems.num_rows == 1
-    assert "1 of 2 files are copies of other ranks' and were left out" in trace.metadata.gaps
+    assert "1 of 2 files are copies of other ranks' files and were left out" in trace.metadata.gaps
 
 
 class Evil:
@@ -208,7 +208,7 @@ def test_a_dump_with_code_in_it_is_not_run(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(TraceError, match="tensors and plain values only"):
         import_trace(tmp_path / "x.pt", tmp_path / "t")
     (tmp_path / "y.pt").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(TraceError, match=r"is no file of torch\.save"):
+    with pytest.raises(TraceError, match=r"is not a torch\.save"):
         import_trace(tmp_path / "y.pt", tmp_path / "t")
     assert "executed" not in capsys.readouterr().out
 
@@ -218,13 +218,13 @@ def test_a_dump_with_code_in_it_is_not_run(tmp_path: Path, capsys: pytest.Captur
     [
         ({"topk_ids_of_layer": [1]}, "expected a tensor of 3 dimensions"),
         ({"topk_ids_of_layer": torch.zeros(2, 1, 2)}, "expected whole numbers"),
-        ({"positions": []}, "0 positions of 1 tokens"),
+        ({"positions": []}, "0 positions for 1 tokens"),
         ({"extend_seq_lens": [0]}, "extend_seq_lens of 0 tokens in all"),
         ({"extend_seq_lens": [NESTED]}, "extend_seq_lens: expected a list of whole numbers"),
-        ({"rids": [NESTED]}, "expected rids, texts or numbers"),
+        ({"rids": [NESTED]}, "expected rids, strings or numbers"),
         ({"forward_mode": torch.tensor([1, 2]), "extend_seq_lens": None}, None),
-        ({"topk_ids_of_layer": torch.full((2, 1, 2), 9, dtype=torch.int32)}, "last_physical_to_logical_map does not have"),
-        ({"topk_ids_of_layer": torch.ones(1, dtype=torch.int32).expand(2, 1, 1 << 40)}, "more numbers than it stores"),
+        ({"topk_ids_of_layer": torch.full((2, 1, 2), 9, dtype=torch.int32)}, "not in last_physical_to_logical_map"),
+        ({"topk_ids_of_layer": torch.ones(1, dtype=torch.int32).expand(2, 1, 1 << 40)}, "more elements than its storage holds"),
     ],
 )
 def test_broken_records_are_refused(tmp_path: Path, change: dict, reason: str | None) -> None:
@@ -237,5 +237,5 @@ def test_broken_records_are_refused(tmp_path: Path, change: dict, reason: str | 
 
 def test_dumps_of_counts_are_no_routing(tmp_path: Path) -> None:
     torch.save({"rank": 0, "logical_count": torch.zeros(1, 2, 8)}, tmp_path / "x.pt")
-    with pytest.raises(TraceError, match="a dump of counts is no routing"):
+    with pytest.raises(TraceError, match="a dump of counts contains no routing"):
         import_trace(tmp_path / "x.pt", tmp_path / "t")

@@ -68,7 +68,7 @@ def test_the_older_spelling_names_problems_by_dataset(tmp_path: Path) -> None:
     ]
     assert trace.arrays(0).expert_ids_TLK.tolist() == [[[7, 0]], [[2, 5]]]
     assert [(d.name, d.problems) for d in trace.metadata.datasets] == [("gsm8k", 1), ("humaneval", 1)]
-    assert "token_idx: whether prompts are included is not known" in trace.metadata.gaps[0]
+    assert "token_idx: it is unknown whether they include the prompt" in trace.metadata.gaps[0]
 
 
 def test_token_pos_is_a_position_too(tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_many_problems_and_tokens_over_several_buckets_come_out_sorted(tmp_path:
         ([line(), line() + " null"], "line 2: not JSON"),
         ([line(), "[]"], "line 2: expected an object"),
         (['{"layer": 0, "problem_id": 0, "expert_ids": [1]}'], "line 1: expected a whole number 'token_id'"),
-        ([line(), line(weights=[0.5])], "line 2: 1 weights of 2 experts"),
+        ([line(), line(weights=[0.5])], "line 2: 1 weights for 2 experts"),
         ([line(), line(weights=None)], "line 2: expected a list 'weights'"),
-        ([line(expert_ids=[1, -1])], "line 1: expected expert ids of a sensible size"),
+        ([line(expert_ids=[1, -1])], "line 1: expected expert ids in 'expert_ids' within the valid range"),
         ([line(weights=[0.5, -0.5])], "problem 0, token 0, layer 0: a weight that is negative"),
         (
             [line(layer=0), line(layer=1, token_id=1)],
@@ -159,7 +159,7 @@ def test_many_problems_and_tokens_over_several_buckets_come_out_sorted(tmp_path:
         ([line(expert_ids=[70_000, 0])], "expert id 0..70000"),
         ([line(weights=[1e6, 0.5])], "above 65,504"),
         ([line(layer=40_000)], "layer 40000..40000"),
-        ([line(expert_ids=[1, None])], "line 1: expected expert ids of a sensible size in 'expert_ids'"),
+        ([line(expert_ids=[1, None])], "line 1: expected expert ids in 'expert_ids' within the valid range"),
         ([line(expert_ids=[], weights=[])], "no expert in any row"),
         ([line(expert_ids=list(range(2000)), weights=[0.1] * 2000)], "expected a list 'expert_ids' of at most 1024"),
     ],
@@ -238,7 +238,7 @@ def test_positions_that_are_not_there_are_named_as_gaps(tmp_path: Path) -> None:
 
 def test_a_target_folder_that_was_there_stays_there_empty(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
-    with pytest.raises(TraceError, match="expected expert ids of a sensible size"):
+    with pytest.raises(TraceError, match="expected expert ids in 'expert_ids' within the valid range"):
         convert(tmp_path, [line(expert_ids=[None])])
     assert list((tmp_path / "t").iterdir()) == []
 

@@ -239,7 +239,7 @@ def test_bare_parquet_keeps_what_else_is_known_of_problems_and_tokens(tmp_path: 
     assert trace.tokens.column("text").to_pylist() == ["The", " answer"]
     assert trace.tokens.column("phase").to_pylist() == ["decode", "decode"]
     assert trace.metadata.gaps == [
-        "the phases of tokens are not known: every problem begins after position 0, so they count as generated",
+        "the phases of tokens are unknown: every problem begins after position 0, so all count as generated",
         "1 problems begin after position 0, 101 positions in: no prefill, or not all",
     ]
 
@@ -281,7 +281,7 @@ def test_text_in_any_form_and_unknown_vocabulary_ids_are_taken(tmp_path: Path) -
     trace = import_trace(folder, tmp_path / "t", options=ImportOptions(num_experts=32))
     assert trace.problems.select(["dataset", "prompt"]).to_pylist() == [{"dataset": "mmlu", "prompt": "Why?"}]
     assert trace.tokens.column("vocab_id").to_pylist() == [7, None]
-    assert "columns of problems.parquet that are no text and no numbers were left out: tags" in trace.metadata.gaps
+    assert "columns of problems.parquet that are neither text nor numbers were left out: tags" in trace.metadata.gaps
 
 
 def test_bare_parquet_with_broken_rows_is_refused(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_rows_behind_a_missing_one_are_not_guessed(tmp_path: Path) -> None:
     lost = [record for n, record in enumerate(records) if n != 3]  # layer 1, row 1 of the first step
     trace = convert(tmp_path, [META, *lost])
     assert len(trace.load()) == 1
-    assert "7 rows come after a place where the layers disagree on token_idx, and were dropped" in trace.metadata.gaps
+    assert "7 rows follow a row where the layers disagree on token_idx, and were dropped" in trace.metadata.gaps
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_rows_behind_a_missing_one_are_not_guessed(tmp_path: Path) -> None:
     [
         (route(0, req_id=None), "line 2: expected a text 'req_id'"),
         (route(0, layer=-1), "layer -1..-1"),
-        (route(0, topk_weights=[0.5]), "line 2: 1 weights of 2 experts"),
+        (route(0, topk_weights=[0.5]), "line 2: 1 weights for 2 experts"),
         ({"type": "route"}, "line 2: expected a whole number 'layer'"),
         ({"type": "other"}, "no routing rows"),
     ],

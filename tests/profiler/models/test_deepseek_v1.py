@@ -50,6 +50,6 @@ def test_the_configuration_is_read_without_its_code(checkpoint: Path) -> None:
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
-    with pytest.raises(ModelError, match="no DeepSeek-MoE v1 checkpoint: model type 'mixtral'"):
+    with pytest.raises(ModelError, match="not a DeepSeek-MoE v1 checkpoint: model type 'mixtral'"):
         as_qwen2_moe(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import pytest
 
 from profiler.errors import ModelError
 from profiler.models.gpus import GPUS
-from profiler.models.registry import MODELS, fits, made_checkpoint, preset
+from profiler.models.registry import MODELS, fits, preset, quantized_checkpoint
 from profiler.models.resolve import resolve_model
 
 # model -> MoE layers, first of them, experts, top-k, renormalized: from each model's config.json on the hub.
@@ -90,7 +90,7 @@ def test_a_checkpoint_made_here_is_found_and_checked_too(tmp_path: Path, monkeyp
     monkeypatch.setenv("SPECMOE_CHECKPOINTS", str(tmp_path))
     with pytest.raises(ModelError, match=r"no awq checkpoint of qwen1.5-moe is public, .* modal run modal_jobs/quantize.py"):
         resolve_model("qwen1.5-moe", precision="awq")
-    folder = made_checkpoint("qwen1.5-moe", "awq")
+    folder = quantized_checkpoint("qwen1.5-moe", "awq")
     folder.mkdir()
     quantized = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     (folder / "config.json").write_text(json.dumps(qwen(quantization_config=quantized)))
@@ -104,7 +104,7 @@ def test_a_checkpoint_made_here_is_found_and_checked_too(tmp_path: Path, monkeyp
 
 def test_deepseek_written_as_qwen2_moe_keeps_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECMOE_CHECKPOINTS", str(tmp_path))
-    folder = made_checkpoint("deepseek-moe-16b", "awq")
+    folder = quantized_checkpoint("deepseek-moe-16b", "awq")
     folder.mkdir()
     config = qwen(num_hidden_layers=28, num_experts=64, num_experts_per_tok=6, mlp_only_layers=[0])
     (folder / "config.json").write_text(json.dumps(config))

@@ -109,7 +109,7 @@ def test_a_folder_of_another_trace_is_not_overwritten(trace: Trace, tmp_path: Pa
 def test_without_a_network_the_push_says_so(trace: Trace, tmp_path: Path) -> None:
     done = push(trace, tmp_path / "folder", "http://127.0.0.1:9", "good")
     assert done.returncode == 1
-    assert done.stderr.startswith("specmoe: the hub did not take me/routes")
+    assert done.stderr.startswith("specmoe: the hub did not accept me/routes")
     assert done.stderr.count("\n") == 1
 
 
@@ -126,6 +126,6 @@ def test_what_the_hub_refuses_is_one_line_and_the_folder_stays(
     done = push(trace, tmp_path / "folder", hub[0], "bad")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "the hub did not take me/routes" in done.stderr
+    assert "the hub did not accept me/routes" in done.stderr
     assert "Invalid username or password" in done.stderr
     assert (tmp_path / "folder" / "README.md").is_file()

@@ -64,7 +64,7 @@ def test_what_is_no_part_is_refused_and_leaves_nothing(parts: Path, tmp_path: Pa
     with pytest.raises(TraceError, match="other is incomplete"):
         merge_traces([parts / "a", tmp_path / "other"], tmp_path / "out")
     write_manifest(tmp_path / "other")
-    with pytest.raises(TraceError, match=r"recorded with sampling .*'seed': 1.* no parts of one trace"):
+    with pytest.raises(TraceError, match=r"recorded with sampling .*'seed': 1.* not parts of one trace"):
         merge_traces([parts / "a", tmp_path / "other"], tmp_path / "out")
     with pytest.raises(TraceError, match="already holds a trace"):
         merge_traces([parts / "a"], parts / "whole")

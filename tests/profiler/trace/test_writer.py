@@ -189,7 +189,7 @@ def test_weights_that_the_reader_would_refuse_are_refused_here(tmp_path: Path, b
 
 def test_an_expert_twice_in_a_layer_and_negative_problems_are_refused(tmp_path: Path) -> None:
     ids, weights = rows(2)
-    with pytest.raises(TraceError, match="negative problem_id"):
+    with pytest.raises(TraceError, match="problem_id or token_id is negative"):
         start(tmp_path / "t").add(-1, np.arange(2), ids, weights)
     ids[0, 1] = 2
     with start(tmp_path / "u") as routing:

@@ -100,5 +100,5 @@ def test_a_page_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypat
     pq.write_table(table, tmp_path / "t.parquet", use_dictionary=False)
     monkeypatch.setattr(parquet_files, "MAX_PAGE_BYTES", 1 << 20)
     monkeypatch.setattr(parquet_files, "_joined_batches", None)
-    with pytest.raises(TraceError, match=r"row group 0: a page of 1 MiB, expected at most 1: write it anew with smaller pages"):
+    with pytest.raises(TraceError, match=r"row group 0: a page of 1 MiB, expected at most 1: rewrite it with smaller pages"):
         list(stream_table(tmp_path / "t.parquet", SCHEMA, 10))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from profiler.errors import TraceError
-from profiler.trace.untrusted.parquet_footer import DELTA_BYTE_ARRAY, Chunk, read_pages, read_row_groups
+from profiler.trace.untrusted.parquet_footer import DELTA_BYTE_ARRAY, ColumnChunk, read_pages, read_row_groups
 
 
 @pytest.mark.parametrize("rows", [0, 1, 1000])
@@ -64,7 +64,7 @@ def test_pages_are_all_of_the_chunk(tmp_path: Path, version: str) -> None:
 def test_pages_elsewhere_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"a": [1, 2, 3]}), path)
-    for chunk in (Chunk(0, 10), Chunk(path.stat().st_size, 10), Chunk(path.stat().st_size - 8, 50)):
+    for chunk in (ColumnChunk(0, 10), ColumnChunk(path.stat().st_size, 10), ColumnChunk(path.stat().st_size - 8, 50)):
         with pytest.raises(TraceError, match="is not a readable Parquet file"):
             read_pages(path, chunk)
 
