@@ -14,10 +14,10 @@ from analysis.counts.transitions import FOLDS
 # Bytes of the tables of one context; those that need more are left out.
 CONTEXT_BYTES = 128 << 20
 
-NOTHING = "nothing (popularity)"
+NO_CONTEXT = "nothing (popularity)"
 PREVIOUS_LAYER = "strongest at the layer before"
 TWO_LAYERS = "strongest at the two layers before"
-SECOND_AT_LAYER = "two strongest at the layer before"
+TWO_OF_LAYER = "two strongest at the layer before"
 PREVIOUS_TOKEN = "strongest of the token before, same layer"
 TWO_OF_TOKEN = "two strongest of the token before, same layer"
 LAYER_AND_TOKEN = "strongest at the layer before, and of the token before"
@@ -32,14 +32,14 @@ class ContextCounts(Accumulator):
 
     def __init__(self, axes: Axes) -> None:
         experts = axes.num_experts
-        sizes = {NOTHING: 1}
+        sizes = {NO_CONTEXT: 1}
         if 2 * FOLDS * axes.layers * experts**2 * 4 <= CONTEXT_BYTES:
             sizes |= {PREVIOUS_LAYER: experts, PREVIOUS_TOKEN: experts}
         if axes.vocabulary:
             sizes[TOKEN] = len(axes.vocabulary) + 1
         pairs = [TWO_LAYERS, LAYER_AND_TOKEN]
         if axes.top_k > 1:
-            pairs += [SECOND_AT_LAYER, TWO_OF_TOKEN]
+            pairs += [TWO_OF_LAYER, TWO_OF_TOKEN]
         if 2 * FOLDS * axes.layers * experts**3 * 4 <= CONTEXT_BYTES // len(pairs):
             sizes |= dict.fromkeys(pairs, experts**2)
         self.selected: dict[str, Counts] = {
@@ -71,7 +71,7 @@ class ContextCounts(Accumulator):
         above_TL = _shifted(strongest_TL)
         earlier_TL = self._earlier(frame, strongest_TL, 0)
         contexts = {
-            NOTHING: np.zeros_like(strongest_TL),
+            NO_CONTEXT: np.zeros_like(strongest_TL),
             PREVIOUS_LAYER: above_TL,
             TWO_LAYERS: _combined(above_TL, _shifted(above_TL), experts),
             PREVIOUS_TOKEN: earlier_TL,
@@ -81,7 +81,7 @@ class ContextCounts(Accumulator):
         if self._top_k > 1:
             second_TL = chunk.expert_ids_TLK[:, :, 1].astype(np.int32)
             second_TL[second_TL >= experts] = -1
-            contexts[SECOND_AT_LAYER] = _combined(above_TL, _shifted(second_TL), experts)
+            contexts[TWO_OF_LAYER] = _combined(above_TL, _shifted(second_TL), experts)
             contexts[TWO_OF_TOKEN] = _combined(earlier_TL, self._earlier(frame, second_TL, 1), experts)
         return contexts
 

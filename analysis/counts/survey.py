@@ -24,7 +24,7 @@ OTHER_DATASETS = "other datasets"
 MAX_DATASETS = 16
 ROWS_AT_A_TIME = 1 << 16
 # No vocabulary in use is larger; what a stranger's table has beyond that is dropped.
-MAX_KINDS = 1 << 20
+MAX_DISTINCT_TOKENS = 1 << 20
 # Tables by token take two counters for each layer, expert, fold and token.
 VOCABULARY_BYTES = 64 << 20
 MAX_VOCABULARY = 8192
@@ -101,8 +101,8 @@ def survey_trace(trace: Trace, choice: Choice = EVERYTHING) -> Survey:
                 for entry in pc.value_counts(table.column(0).combine_chunks()).to_pylist():
                     if entry["values"] is not None:
                         survey.tokens[entry["values"]] += entry["counts"]
-                if len(survey.tokens) > MAX_KINDS:
-                    survey.tokens = Counter(dict(survey.tokens.most_common(MAX_KINDS // 2)))
+                if len(survey.tokens) > MAX_DISTINCT_TOKENS:
+                    survey.tokens = Counter(dict(survey.tokens.most_common(MAX_DISTINCT_TOKENS // 2)))
     return survey
 
 

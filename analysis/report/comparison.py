@@ -56,9 +56,9 @@ def comparison_table(compared: dict[str, Statistics]) -> dict[str, dict[str, flo
     add("experts shared, tokens shuffled", {name: mean(s.repetitions[0].shared_shuffled) for name, s in compared.items()})
     add("median tokens since last use", {name: mean(s.reuse.median_gap) for name, s in compared.items()})
     add("experts used by 32 tokens, of all", {name: mean(s.reuse.working_set) for name, s in compared.items()})
-    for context in dict.fromkeys(each.context for s in compared.values() for each in s.rulers):
-        found = {name: next((r for r in s.rulers if r.context == context), None) for name, s in compared.items()}
-        values = {name: float("nan") if ruler is None else ruler.recall_held_out for name, ruler in found.items()}
+    for context in dict.fromkeys(each.context for s in compared.values() for each in s.contexts):
+        found = {name: next((r for r in s.contexts if r.context == context), None) for name, s in compared.items()}
+        values = {name: float("nan") if each is None else each.recall_held_out for name, each in found.items()}
         add(f"recall@K given: {context}, held out", values)
     return rows
 

@@ -56,7 +56,7 @@ def load_section(s: Statistics, labels: Sequence[str]) -> Section:
         if phase == ALL or sum(name == dataset for name, _ in s.loads) > 2:
             rows.append((dataset, phase, f"{part.tokens:,}", *(show(mean(values)) for values in numbers)))
     data: dict[str, Any] = {}
-    if s.liked is not None:
+    if s.preferred is not None:
         explanation += (
             " Point at an expert, or tap it, to see the tokens it likes: selected for them far more often than for any."
         )
@@ -65,9 +65,9 @@ def load_section(s: Statistics, labels: Sequence[str]) -> Section:
 
 
 def _token_cloud(s: Statistics, labels: Sequence[str], start: tuple[int, int]) -> dict[str, Any]:
-    assert s.liked is not None
+    assert s.preferred is not None
     most = min(MAX_TOKENS, MAX_ENTRIES // (s.axes.layers * s.axes.num_experts))
-    used = sorted({int(place) for place in s.liked.place[..., :most].ravel() if place >= 0})
+    used = sorted({int(place) for place in s.preferred.place[..., :most].ravel() if place >= 0})
     place_of = {place: number for number, place in enumerate(used)}
     tokens = [
         [
@@ -78,7 +78,7 @@ def _token_cloud(s: Statistics, labels: Sequence[str], start: tuple[int, int]) -
             ]
             for places, lifts in zip(places_EM, lifts_EM, strict=True)
         ]
-        for places_EM, lifts_EM in zip(s.liked.place, s.liked.lift, strict=True)
+        for places_EM, lifts_EM in zip(s.preferred.place, s.preferred.lift, strict=True)
     ]
     return {
         "layers": list(s.axes.moe_layers),

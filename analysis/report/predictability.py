@@ -68,7 +68,7 @@ def weights_section(s: Statistics) -> Section:
 def predictability_section(s: Statistics) -> Section:
     """What single contexts tell, from both sides."""
     top_k = s.axes.top_k
-    by_name = {each.context: each for each in s.rulers}
+    by_name = {each.context: each for each in s.contexts}
     names = list(by_name)
     low = [by_name[name].recall_held_out for name in names]
     high = [by_name[name].recall_plug_in for name in names]
@@ -98,7 +98,7 @@ def predictability_section(s: Statistics) -> Section:
             _between(each.set_bits_plug_in, each.set_bits_held_out, 2),
             ", ".join(task for task, known in TASKS.items() if each.context in known),
         )
-        for each in s.rulers
+        for each in s.contexts
     ]
     sentences = []
     for task, known in TASKS.items():
@@ -113,7 +113,7 @@ def predictability_section(s: Statistics) -> Section:
         else "There are too few problems to judge one half by the other."
     )
     explanation = (
-        "A ruler for predictors: what counting alone makes of one thing that a task knows. Judged on the same tokens it is too "
+        "A each for predictors: what counting alone makes of one thing that a task knows. Judged on the same tokens it is too "
         "good, on the other half of the problems too bad; the truth about that context lies between. A predictor that combines "
         "more than one context can exceed all of them; one that falls short of its task's best is not worth its "
         "parameters. Bits: "

@@ -32,7 +32,7 @@ def all_sections(
         sections.append(clusters_section(statistics))
     if statistics.weights is not None:
         sections.append(weights_section(statistics))
-    if statistics.rulers:
+    if statistics.contexts:
         sections.append(predictability_section(statistics))
     sections += [predictions_section(evaluation, number) for number, evaluation in enumerate(evaluations, start=1)]
     return sections + [

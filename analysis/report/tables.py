@@ -140,11 +140,11 @@ def _specialists(s: Statistics) -> Rows:
 
 def _tokens(s: Statistics, labels: Sequence[str]) -> Rows:
     yield "layer", "expert", "rank", "token", "label", "selections", "lift"
-    if s.liked is None:
+    if s.preferred is None:
         return
-    for n, expert, rank in zip(*np.nonzero(s.liked.place >= 0), strict=True):
-        place = int(s.liked.place[n, expert, rank])
-        found = int(s.liked.count[n, expert, rank]), float(s.liked.lift[n, expert, rank])
+    for n, expert, rank in zip(*np.nonzero(s.preferred.place >= 0), strict=True):
+        place = int(s.preferred.place[n, expert, rank])
+        found = int(s.preferred.count[n, expert, rank]), float(s.preferred.lift[n, expert, rank])
         yield s.axes.moe_layers[n], expert, rank, s.axes.vocabulary[place], labels[place], *found
 
 
@@ -168,7 +168,7 @@ def _weights(s: Statistics) -> Rows:
 
 
 def _predictability(s: Statistics) -> Rows:
-    names = [name for name in vars(s.rulers[0]) if not name.endswith("_L")] if s.rulers else []
+    names = [name for name in vars(s.contexts[0]) if not name.endswith("_L")] if s.contexts else []
     yield names
-    for each in s.rulers:
+    for each in s.contexts:
         yield [getattr(each, name) for name in names]

@@ -150,7 +150,7 @@ def test_a_domain_called_all_is_not_all(make_trace: Make, random_problems: Make)
 
 @pytest.mark.parametrize("kind", ["one token", "one expert", "K = E", "one problem"])
 def test_odd_traces_are_told_truly(kind: str, make_trace: Make, tmp_path: Path) -> None:
-    """No headline has a number that is none, and no guess is judged on its own tokens without a word."""
+    """No headline has a number that is not one, and predictions evaluated on their own tokens are marked as such."""
     count, tokens, experts = {
         "one token": (8, 1, 4),
         "one expert": (8, 20, 4),
