@@ -57,7 +57,7 @@ def test_guesses_by_hand() -> None:
     both = folds.sum(0)
     assert both.tolist() == [[4, 4], [8, 0]]
     assert hits(folds[0], folds[0], 1) == pytest.approx(7 / 8)
-    # Fold 0 evaluated with the counts of fold 1: from 0 it guesses 0, right once; from 1 always right. The other way round likewise.
+    # Fold 0 predicted by fold 1: from 0 it guesses 0, right once; from 1 always right. The other way round likewise.
     assert held_out_hits(folds, 1) == pytest.approx((1 + 4 + 1 + 4) / 16)
     assert np.isnan(held_out_hits(np.array([[[1, 1], [0, 0]], [[0, 0], [0, 0]]]), 1))
 
