@@ -1,4 +1,4 @@
-"""Counts of the experts that follow simple contexts."""
+"""Counts of the experts selected in simple contexts, such as the strongest expert at the previous layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from analysis.counts.kernels import count_in_context
 from analysis.counts.survey import Axes
 from analysis.counts.transitions import FOLDS
 
-# Bytes of the tables of one context; those that need more are left out.
+# Limit on the tables of one context; contexts that need more are left out.
 CONTEXT_BYTES = 128 << 20
 
 NO_CONTEXT = "nothing (popularity)"
@@ -25,9 +25,9 @@ TOKEN = "the token itself"
 
 
 class ContextCounts(Accumulator):
-    """For each context: selected, strongest `[F, L, C, E + 1]` uint32, by fold of the problems, layer and the context's value.
+    """For each context: selected, strongest `[F, L, C, E + 1]` uint32, by fold of the problems, layer and value of the context.
 
-    The last column is of empty slots.
+    The last column counts empty slots.
     """
 
     def __init__(self, axes: Axes) -> None:
@@ -64,7 +64,7 @@ class ContextCounts(Accumulator):
         return {f"{kind}: {name}": counts for kind, tables in kinds.items() for name, counts in tables.items()}
 
     def _contexts(self, frame: Frame) -> dict[str, npt.NDArray[np.int32]]:
-        """Value of each context for each token and layer `[T, L]`; -1 where it is unknown."""
+        """The value of each context for each token and layer `[T, L]`; -1 where it is unknown."""
         chunk, experts = frame.chunk, self._experts
         strongest_TL = chunk.expert_ids_TLK[:, :, 0].astype(np.int32)
         strongest_TL[strongest_TL >= experts] = -1
@@ -86,7 +86,7 @@ class ContextCounts(Accumulator):
         return contexts
 
     def _earlier(self, frame: Frame, values_TL: npt.NDArray[np.int32], rank: int) -> npt.NDArray[np.int32]:
-        """`values_TL` of the token before, -1 at the first of a problem and behind a gap."""
+        """`values_TL` of the previous token; -1 at a problem's first token and after a gap."""
         problem_T, position_T = frame.chunk.problem_ids_T, frame.chunk.token_ids_T
         follows_T = np.zeros(len(frame), dtype=np.bool_)
         follows_T[1:] = (np.diff(problem_T) == 0) & (np.diff(position_T) == 1)
@@ -103,7 +103,7 @@ class ContextCounts(Accumulator):
 
 
 def _shifted(values_TL: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """The value of the layer before."""
+    """The values of the previous layer; -1 at the first."""
     shifted = np.full_like(values_TL, -1)
     shifted[:, 1:] = values_TL[:, :-1]
     return shifted

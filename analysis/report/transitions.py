@@ -51,7 +51,7 @@ def transitions_section(s: Statistics) -> Section:
     information, control = first.information_bits, first.information_shuffled_bits
     strongest = int(np.argmax(information))
     headline = (
-        f"The strongest experts of adjacent layers share {information.mean():.2f} bits of information on average (shuffled "
+        f"The strongest experts of adjacent layers share {information.mean():.2f} bits on average (shuffled "
         f"control: {show(control.mean())}), most between layers {layers[strongest]} and {layers[strongest + 1]}: "
         f"{information.max():.2f} bits."
     )
