@@ -103,14 +103,14 @@ def cluster_experts(
 
 
 def _cluster(feature: str, layer: int, profile: Floats, controls: list[Floats], seed: int) -> list[Clustering]:
-    made: list[Clustering] = []
+    found: list[Clustering] = []
     if len(np.unique(profile.round(9), axis=0)) < 2 * CLUSTERS[0]:
-        return made
+        return found
     for method in (K_MEANS, AGGLOMERATIVE):
         score, labels = _best(profile, method, seed)
         shuffled = max(_best(control, method, seed)[0] for control in controls)
-        made.append(Clustering(feature, method, layer, len(np.unique(labels)), score, shuffled, _in_order(labels)))
-    return made
+        found.append(Clustering(feature, method, layer, len(np.unique(labels)), score, shuffled, _in_order(labels)))
+    return found
 
 
 def _best(profile: Floats, method: str, seed: int) -> tuple[float, npt.NDArray[np.int32]]:
