@@ -1,7 +1,7 @@
-"""Statistics of routing: counts that add up (`counts`), pure functions of them (`statistics`), and the HTML report (`report`).
+"""Statistics of routing: mergeable counts (`counts`), pure functions of them (`statistics`), and the HTML report (`report`).
 
-`count_trace` reads a trace once; `compute_statistics` does that and turns the counts into numbers. Nothing is imported before
-it is used.
+`count_trace` reads a trace once and counts everything; `compute_statistics` also computes the statistics from these counts.
+Modules are imported on first use.
 """
 
 from __future__ import annotations

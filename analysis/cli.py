@@ -34,27 +34,29 @@ def analyze(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Trace directories; several are compared.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html, statistics.json, transitions.npz and tables/.")],
     hops: Annotated[
-        int | None, typer.Option(min=1, help="Longest distance between layers. Default: 8, fewer where memory says so.")
+        int | None, typer.Option(min=1, help="Longest distance between layers. Default: 8, or fewer if memory is short.")
     ] = None,
     evaluation: Annotated[
         list[Path] | None,
-        typer.Option(help="What 'specmoe evaluate --json' wrote, or a run that has it; may be repeated."),
+        typer.Option(help="File written by 'specmoe evaluate --json', or the folder of a run with one; may be repeated."),
     ] = None,
     simulation: Annotated[
-        list[Path] | None, typer.Option(help="What 'specmoe simulate --out' wrote, its folder; may be repeated.")
+        list[Path] | None, typer.Option(help="Folder written by 'specmoe simulate --out'; may be repeated.")
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id, for the text of tokens. Default: the model's, if it is on this machine."),
+        typer.Option(
+            help="Folder or hub id of a tokenizer for the text of tokens. Default: the model's, if already downloaded."
+        ),
     ] = None,
     by: Annotated[str, typer.Option(help="Column of problems.parquet whose values are the domains.")] = "dataset",
     without: Annotated[
-        str | None, typer.Option(help="Column of problems.parquet: problems where it is true are left out.")
+        str | None, typer.Option(help="Boolean column of problems.parquet; problems where it is true are left out.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="For the shuffled controls.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the shuffled controls.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print statistics.json.")] = False,
 ) -> None:
-    """How a model routes: load, layers, tokens, pairs, domains, clusters, weights; each beside its control.
+    """Analyze routing: load, transitions, repetition, pairs, domains, clusters and weights, each with its control.
 
     Example: specmoe analyze traces/math --out reports/math
     """
@@ -65,7 +67,7 @@ def analyze(
     if len(opened) > 1:
         if evaluations or simulations or tokenizer:
             raise SpecmoeError(
-                "--evaluation, --simulation and --tokenizer go with one trace; several are compared with each other"
+                "--evaluation, --simulation and --tokenizer need a single trace: several traces are compared with each other"
             )
         document, findings = compare_traces(opened, out, hops=hops, choice=choice, seed=seed)
     else:
@@ -90,7 +92,7 @@ def analyze(
 
 
 Findings = list[tuple[str, str]]
-"""Title and headline of every section of a report."""
+"""Title and headline of each section of a report."""
 
 
 def analyze_trace(
@@ -104,7 +106,7 @@ def analyze_trace(
     simulations: Sequence[Simulation] = (),
     tokenizer: str | None = None,
 ) -> tuple[Statistics, Findings]:
-    """Compute the statistics of `trace` and write everything about it to `out`."""
+    """Compute the statistics of `trace` and write the files of `write_analysis` to `out`."""
     statistics = _compute(trace, hops, choice, seed)
     return statistics, write_analysis(statistics, out, evaluations=evaluations, simulations=simulations, tokenizer=tokenizer)
 
@@ -117,7 +119,7 @@ def write_analysis(
     simulations: Sequence[Simulation] = (),
     tokenizer: str | None = None,
 ) -> Findings:
-    """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`."""
+    """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`; returns the report's findings."""
     import numpy as np
 
     from analysis.report import write_report
@@ -137,7 +139,7 @@ def write_analysis(
 def compare_traces(
     traces: list[Trace], out: Path, *, hops: int | None = None, choice: Choice = EVERYTHING, seed: int = 0
 ) -> tuple[dict[str, Any], Findings]:
-    """Analyze each trace into a folder of its own in `out`, and write the comparison's `report.html` and `statistics.json`."""
+    """Analyze each trace into its own folder in `out`, and write `report.html` and `statistics.json` of the comparison."""
     from analysis.report import write_comparison
     from analysis.report.comparison import comparison_table
     from analysis.statistics.agreement import prompt_agreement, same_problems
@@ -165,7 +167,7 @@ def compare_traces(
 
 
 def _names(traces: list[Trace]) -> list[str]:
-    """The folders' names, numbered where one is there already."""
+    """The names of the traces' folders, numbered where a name is taken already."""
     names: list[str] = []
     for trace in traces:
         base = name = trace.path.resolve().name
@@ -178,7 +180,7 @@ def _names(traces: list[Trace]) -> list[str]:
 
 
 def _compute(trace: Trace, hops: int | None, choice: Choice, seed: int) -> Statistics:
-    """`compute_statistics` with a progress bar, or two lines where there is no terminal."""
+    """`compute_statistics` with a progress bar, or with two lines if the output is not a terminal."""
     from analysis.statistics.compute import compute_statistics
 
     total = trace.num_rows // max(1, len(trace.metadata.model.moe_layers))
@@ -202,7 +204,7 @@ def _compute(trace: Trace, hops: int | None, choice: Choice, seed: int) -> Stati
 
 
 def print_statistics(statistics: Statistics) -> None:
-    """One line per layer."""
+    """Print one line per layer."""
     from analysis.statistics.compute import show
 
     model = statistics.source.metadata.model
@@ -211,7 +213,7 @@ def print_statistics(statistics: Statistics) -> None:
         title=f"{escape(printable(model.id))}: {statistics.problems:,} problems, {statistics.tokens:,} tokens",
         title_justify="left",
     )
-    headers = ("layer", "entropy/max", "busiest", "repeats", "shuffled", "bits to next", "shuffled")
+    headers = ("layer", "entropy/max", "busiest/mean", "repeats", "shuffled", "bits to next", "shuffled")
     for header in headers:
         table.add_column(header, justify="right")
     repetition = statistics.repetitions[0]
@@ -234,6 +236,6 @@ def print_statistics(statistics: Statistics) -> None:
 
 
 def print_findings(findings: Findings) -> None:
-    """The headlines of a report."""
+    """Print the headlines of a report."""
     for title, headline in findings:
         console.print(f"[bold]{escape(printable(title))}[/bold]: {escape(printable(headline))}", soft_wrap=True)

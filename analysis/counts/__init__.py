@@ -1,1 +1,1 @@
-"""Counts of routing that add up over chunks, shards and threads, and their compiled loops."""
+"""Counts of routing that can be merged across chunks, shards and threads, and their compiled loops."""

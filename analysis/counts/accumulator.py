@@ -1,4 +1,4 @@
-"""What every statistic is counted with: a table that takes chunks, adds up with tables of other parts, and can be stored."""
+"""The base of all counts: tables that are updated chunk by chunk, merged with those of other parts, and stored."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ Floats = npt.NDArray[np.float64]
 
 
 class Accumulator(ABC):
-    """Counts of a part of a trace, of whole problems.
+    """Counts of a part of a trace that consists of whole problems.
 
-    `added` names the attributes, all arrays, that add up when parts are merged. A subclass with anything else extends `tables`,
-    or `merge`, `state` and `restore`. What a merge gives is what one pass over both parts gives, exactly where it is a count.
+    `added` names the array attributes that are summed when parts are merged. A subclass with other state extends `tables`, or
+    `merge`, `state` and `restore`. A merge gives the same result as one pass over both parts; for integer counts, exactly.
     """
 
     added: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def update(self, frame: Frame) -> None:
-        """Count a frame. Frames of a part come in order."""
+        """Count a frame. The frames of a part must come in order."""
 
     def close(self) -> None:
-        """Count what only the end of the last problem settles. Called once, after the last frame of a part."""
+        """Finish the counts that depend on the end of the last problem. Called once, after the last frame of a part."""
         return
 
     def tables(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays that add up, by name."""
+        """The arrays that are summed in a merge, by name."""
         return {name: getattr(self, name) for name in self.added}
 
     def merge(self, other: Self) -> None:
@@ -43,11 +43,11 @@ class Accumulator(ABC):
             mine += theirs[name]
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything as arrays, for `restore`."""
+        """The complete state as arrays, for `restore`."""
         return self.tables()
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Take what another's `state` gave. Raises `TraceError` if its arrays are of other shapes or types."""
+        """Load the arrays of `state`. Raises `TraceError` if one is missing or has another shape or type."""
         for name, mine in self.tables().items():
             stored = state.get(name)
             if stored is None or stored.shape != mine.shape or stored.dtype != mine.dtype:

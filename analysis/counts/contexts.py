@@ -1,4 +1,4 @@
-"""Counts of the experts that follow simple contexts."""
+"""Counts of the experts selected in simple contexts, such as the strongest expert at the previous layer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from analysis.counts.kernels import count_in_context
 from analysis.counts.survey import Axes
 from analysis.counts.transitions import FOLDS
 
-# Bytes of the tables of one context; those that need more are left out.
+# Limit on the tables of one context; contexts that need more are left out.
 CONTEXT_BYTES = 128 << 20
 
-NOTHING = "nothing (popularity)"
+NO_CONTEXT = "nothing (popularity)"
 PREVIOUS_LAYER = "strongest at the layer before"
 TWO_LAYERS = "strongest at the two layers before"
-SECOND_AT_LAYER = "two strongest at the layer before"
+TWO_OF_LAYER = "two strongest at the layer before"
 PREVIOUS_TOKEN = "strongest of the token before, same layer"
 TWO_OF_TOKEN = "two strongest of the token before, same layer"
 LAYER_AND_TOKEN = "strongest at the layer before, and of the token before"
@@ -25,21 +25,21 @@ TOKEN = "the token itself"
 
 
 class ContextCounts(Accumulator):
-    """For each context: selected, strongest `[F, L, C, E + 1]` uint32, by fold of the problems, layer and the context's value.
+    """For each context: selected, strongest `[F, L, C, E + 1]` uint32, by fold of the problems, layer and value of the context.
 
-    The last column is of empty slots.
+    The last column counts empty slots.
     """
 
     def __init__(self, axes: Axes) -> None:
         experts = axes.num_experts
-        sizes = {NOTHING: 1}
+        sizes = {NO_CONTEXT: 1}
         if 2 * FOLDS * axes.layers * experts**2 * 4 <= CONTEXT_BYTES:
             sizes |= {PREVIOUS_LAYER: experts, PREVIOUS_TOKEN: experts}
         if axes.vocabulary:
             sizes[TOKEN] = len(axes.vocabulary) + 1
         pairs = [TWO_LAYERS, LAYER_AND_TOKEN]
         if axes.top_k > 1:
-            pairs += [SECOND_AT_LAYER, TWO_OF_TOKEN]
+            pairs += [TWO_OF_LAYER, TWO_OF_TOKEN]
         if 2 * FOLDS * axes.layers * experts**3 * 4 <= CONTEXT_BYTES // len(pairs):
             sizes |= dict.fromkeys(pairs, experts**2)
         self.selected: dict[str, Counts] = {
@@ -64,14 +64,14 @@ class ContextCounts(Accumulator):
         return {f"{kind}: {name}": counts for kind, tables in kinds.items() for name, counts in tables.items()}
 
     def _contexts(self, frame: Frame) -> dict[str, npt.NDArray[np.int32]]:
-        """Value of each context for each token and layer `[T, L]`; -1 where it is unknown."""
+        """The value of each context for each token and layer `[T, L]`; -1 where it is unknown."""
         chunk, experts = frame.chunk, self._experts
         strongest_TL = chunk.expert_ids_TLK[:, :, 0].astype(np.int32)
         strongest_TL[strongest_TL >= experts] = -1
         above_TL = _shifted(strongest_TL)
         earlier_TL = self._earlier(frame, strongest_TL, 0)
         contexts = {
-            NOTHING: np.zeros_like(strongest_TL),
+            NO_CONTEXT: np.zeros_like(strongest_TL),
             PREVIOUS_LAYER: above_TL,
             TWO_LAYERS: _combined(above_TL, _shifted(above_TL), experts),
             PREVIOUS_TOKEN: earlier_TL,
@@ -81,12 +81,12 @@ class ContextCounts(Accumulator):
         if self._top_k > 1:
             second_TL = chunk.expert_ids_TLK[:, :, 1].astype(np.int32)
             second_TL[second_TL >= experts] = -1
-            contexts[SECOND_AT_LAYER] = _combined(above_TL, _shifted(second_TL), experts)
+            contexts[TWO_OF_LAYER] = _combined(above_TL, _shifted(second_TL), experts)
             contexts[TWO_OF_TOKEN] = _combined(earlier_TL, self._earlier(frame, second_TL, 1), experts)
         return contexts
 
     def _earlier(self, frame: Frame, values_TL: npt.NDArray[np.int32], rank: int) -> npt.NDArray[np.int32]:
-        """`values_TL` of the token before, -1 at the first of a problem and behind a gap."""
+        """`values_TL` of the previous token; -1 at a problem's first token and after a gap."""
         problem_T, position_T = frame.chunk.problem_ids_T, frame.chunk.token_ids_T
         follows_T = np.zeros(len(frame), dtype=np.bool_)
         follows_T[1:] = (np.diff(problem_T) == 0) & (np.diff(position_T) == 1)
@@ -103,7 +103,7 @@ class ContextCounts(Accumulator):
 
 
 def _shifted(values_TL: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """The value of the layer before."""
+    """The values of the previous layer; -1 at the first."""
     shifted = np.full_like(values_TL, -1)
     shifted[:, 1:] = values_TL[:, :-1]
     return shifted

@@ -1,4 +1,4 @@
-"""One pass over a trace that counts everything: on the cores of this machine, or a part at a time elsewhere."""
+"""One pass over a trace that counts everything: on the cores of this machine, or part by part on several machines."""
 
 from __future__ import annotations
 
@@ -25,22 +25,44 @@ from analysis.counts.weights import MarginCounts, WeightCounts, add_margins
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
 
-# All threads' tables together, unless one thread alone needs more.
+# Limit on the tables of all threads together, unless a single thread needs more.
 TABLE_BYTES = 320 << 20
-# The largest tables that one thread may need.
+# Limit on the transition tables, the largest ones, of one thread.
 MAX_TRANSITION_BYTES = 100 << 20
 DEFAULT_HOPS = 8
-# Of what the stored counts mean: to be raised with every change of a kernel.
+# Version of the stored counts; raise it with every change of a kernel, so that counts of different meanings are never merged.
 COUNTS_VERSION = 1
-# Stored counts are mostly zeros: bounded here before they are unpacked.
+# Stored counts are mostly zeros and compress well, so the uncompressed size is checked before they are unpacked.
 MAX_STORED_BYTES = 2 << 30
 
 Progress = Callable[[int], None]
-"""Called with the number of tokens that were counted since the last call."""
+"""Called with the number of tokens counted since the last call."""
 
 
 class TraceCounts:
-    """Every accumulator of one analysis."""
+    """All counts of an analysis: of one trace, of a part of it, or of parts merged.
+
+    Counts of different problems with the same axes can be merged, in any order. `count_trace` creates them, and
+    `analysis.statistics.compute.make_statistics` computes statistics from them.
+
+    Attributes:
+        axes: What the rows and columns of the tables stand for.
+        load: Selections and routing weights per expert, by dataset and phase, and by block of problems.
+        transitions: Pairs of experts at layers n and n+k.
+        pairs: Pairs of experts used together by a token.
+        repetition: Comparisons of each token with earlier tokens of its problem.
+        reuse: Gaps between the uses of an expert within a problem.
+        contexts: Experts selected in simple contexts.
+        weights: Histograms of routing weights by rank.
+        margins: Histograms of the margin between router logits.
+
+    Example:
+        >>> from profiler import Trace
+        >>> from analysis import count_trace
+        >>> trace = Trace.open("traces/math")  # doctest: +SKIP
+        >>> first = count_trace(trace, problems=range(0, 100))  # doctest: +SKIP
+        >>> first.merge(count_trace(trace, axes=first.axes, problems=range(100, 200)))  # doctest: +SKIP
+    """
 
     def __init__(self, axes: Axes) -> None:
         self.axes = axes
@@ -55,7 +77,7 @@ class TraceCounts:
 
     @property
     def parts(self) -> dict[str, Accumulator]:
-        """All of them by name."""
+        """All accumulators by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Accumulator)}
 
     def count(
@@ -65,7 +87,17 @@ class TraceCounts:
         facts: ProblemFacts | None = None,
         on_progress: Progress = lambda tokens: None,
     ) -> None:
-        """Count the problems of `trace` with ids in a range. Raises `TraceError` on rows that break the format."""
+        """Add the routing rows of a trace.
+
+        Args:
+            trace: The trace to read.
+            problems: Range of problem ids to count; others are skipped.
+            facts: `problem_facts` of the trace, if already computed.
+            on_progress: Called with the number of tokens counted since the last call.
+
+        Raises:
+            TraceError: Rows break the format of a trace.
+        """
         parts = self.parts.values()
         for frame in read_frames(trace, self.axes, problems, facts):
             for part in parts:
@@ -75,7 +107,7 @@ class TraceCounts:
             part.close()
 
     def count_logits(self, trace: Trace, facts: ProblemFacts, problems: range = EVERY_PROBLEM) -> None:
-        """Count `logits/`, if the trace has them, of the same problems."""
+        """Add the margins of router logits, if the trace has `logits/`, of the problems with ids in a range."""
         left_out = facts.ids_P[facts.dataset_P < 0]
 
         def chosen(ids_N: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -84,12 +116,12 @@ class TraceCounts:
         add_margins(trace, self.margins, chosen)
 
     def merge(self, other: TraceCounts) -> None:
-        """Add the counts of other problems."""
+        """Add the counts of other problems, which must have been counted with the same axes."""
         for name, part in self.parts.items():
             part.merge(other.parts[name])
 
     def save(self) -> bytes:
-        """As a compressed NumPy archive, for `restored`."""
+        """The counts as a compressed NumPy archive, for `restored`."""
         arrays: dict[str, Any] = {
             f"{name}/{key}": array for name, part in self.parts.items() for key, array in part.state().items()
         }
@@ -99,7 +131,18 @@ class TraceCounts:
 
     @classmethod
     def restored(cls, axes: Axes, stored: bytes) -> TraceCounts:
-        """What `save` made for the same axes. Raises `TraceError` if it is something else."""
+        """Load counts stored by `save`.
+
+        Args:
+            axes: The axes with which they were counted.
+            stored: The archive that `save` returned; it is not trusted, and nothing in it is unpickled.
+
+        Returns:
+            The counts.
+
+        Raises:
+            TraceError: The archive is not readable, larger than 2 GiB, or holds counts with other axes.
+        """
         counts = cls(axes)
         try:
             with zipfile.ZipFile(io.BytesIO(stored)) as archive:
@@ -115,9 +158,9 @@ class TraceCounts:
 
 
 def axes_of(trace: Trace, survey: Survey, hops: int | None = None, choice: Choice = EVERYTHING) -> Axes:
-    """The axes of the tables for `trace`. hops: at most L - 1; None for as many as DEFAULT_HOPS and memory allow.
+    """The axes of the tables for `trace`. hops: L - 1 at most; None for as many as memory allows, up to DEFAULT_HOPS.
 
-    Raises `TraceError` if the tables for that many hops would not fit.
+    Raises `TraceError` if the tables for that many hops would not fit into memory.
     """
     model = trace.metadata.model
     layers, experts = len(model.moe_layers), model.num_experts
@@ -129,7 +172,7 @@ def axes_of(trace: Trace, survey: Survey, hops: int | None = None, choice: Choic
         raise TraceError(
             f"{trace.path}: {hops} hops over {layers} layers of {experts} experts need more than "
             f"{MAX_TRANSITION_BYTES >> 20} MiB of counters; "
-            + (f"choose at most {room} --hops" if room else "transitions cannot be counted: leave --hops out")
+            + (f"choose at most {room} hops" if room else "even one hop does not fit: leave the number of hops out")
         )
     return make_axes(survey, model, hops=hops, has_weights=trace.metadata.record.weights, choice=choice)
 
@@ -144,10 +187,32 @@ def count_trace(
     workers: int | None = None,
     on_progress: Progress = lambda tokens: None,
 ) -> TraceCounts:
-    """Count a trace, its problems spread over threads: the loops and the decoding release the interpreter's lock.
+    """Count a trace in one pass, with its problems distributed over threads.
 
-    axes: of the tables, instead of `axes_of` with these hops and this choice; problems: only those with ids in this range.
-    workers: None for one per core, as far as their tables fit. on_progress is called from one thread at a time.
+    Threads run in parallel, as the compiled loops and the decoding of Parquet release the GIL.
+
+    Args:
+        trace: The trace to count.
+        hops: Longest distance between layers, in MoE layers; L - 1 at most. None for as many as memory allows, up to 8. Ignored
+            if `axes` is given.
+        choice: Which problems to count, and the column of `problems.parquet` whose values are the domains. Ignored if `axes` is
+            given.
+        axes: Axes of the tables, for counts that will be merged with others. None to derive them from the trace (`axes_of`).
+        problems: Range of problem ids to count; others are skipped.
+        workers: Number of threads. None for one per core, as far as their tables fit into 320 MiB.
+        on_progress: Called with the number of tokens counted since the last call, from one thread at a time.
+
+    Returns:
+        The counts, which do not depend on the number of threads.
+
+    Raises:
+        TraceError: A file breaks the format, a column that `choice` names is missing, or the tables for this many hops would
+            not fit into memory.
+
+    Example:
+        >>> from profiler import Trace
+        >>> counts = count_trace(Trace.open("traces/math"), hops=1)  # doctest: +SKIP
+        >>> counts.transitions.pairs.sum(0)[0, 0]  # pairs of experts at the first two MoE layers `[E, E]`  # doctest: +SKIP
     """
     axes = axes or axes_of(trace, survey_trace(trace, choice), hops, choice)
     facts = problem_facts(trace, axes)
@@ -185,5 +250,5 @@ def _cores() -> int:
 
 
 def _bytes(counts: TraceCounts) -> int:
-    """Of one thread's tables."""
+    """Size of one thread's tables."""
     return sum(array.nbytes for part in counts.parts.values() for array in part.state().values())

@@ -1,4 +1,4 @@
-"""Chunks of routing with what the tables say of each token: dataset, phase, fold, and which token it is."""
+"""Chunks of routing, joined with the dataset, phase, fold and vocabulary entry of each token."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ EVERY_PROBLEM = range(1 << 31)
 
 @dataclass(frozen=True)
 class Frame:
-    """A chunk and, for each of its tokens `[T]`, what is known of it.
+    """A chunk with the properties of each of its tokens `[T]`.
 
-    dataset_T: place in `Axes.datasets`. phase_T: place in PHASES. fold_T: 0 or 1, by the problem's prompt: two halves of the
-    problems, of which each can judge what the other says. vocab_T: place in `Axes.vocabulary`; its length for every other
-    token, -1 if unknown.
+    dataset_T: index into `Axes.datasets`. phase_T: index into PHASES. fold_T: 0 or 1, by hash of the problem's prompt; the two
+    folds are halves of the problems for cross-validation. vocab_T: index into `Axes.vocabulary`; its length for tokens outside
+    it, -1 if unknown.
     """
 
     chunk: RoutingChunk
@@ -50,7 +50,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class ProblemFacts:
-    """Of the problems in `problems.parquet`, by ascending id `[P]`: domain (-1 is left out) and fold; empty without a table."""
+    """Domain (-1 if left out) and fold of the problems in `problems.parquet`, by ascending id `[P]`; empty without the file."""
 
     ids_P: npt.NDArray[np.int64]
     dataset_P: npt.NDArray[np.int32]
@@ -58,23 +58,24 @@ class ProblemFacts:
 
 
 def problem_facts(trace: Trace, axes: Axes) -> ProblemFacts:
-    """What the table says of each problem."""
+    """Domain and fold of each problem."""
     ids_P, dataset_P = dataset_indices(trace, axes)
     folds = (_fold(digest) for _, digest in iterate_digests(trace)) if trace.has_problems else ()
     return ProblemFacts(ids_P, dataset_P, np.fromiter(folds, dtype=np.int8))
 
 
 def _fold(digest: int) -> int:
-    """Which half a problem is in; not by what decides on its part of the split of training and test."""
+    """The half that a problem belongs to; independent of the digits that decide whether it is a training or a test problem."""
     return digest // 100 & 1
 
 
 def read_frames(
     trace: Trace, axes: Axes, problems: range = EVERY_PROBLEM, facts: ProblemFacts | None = None
 ) -> Iterator[Frame]:
-    """The frames of the problems with ids in a range, in order, a row group at a time. Raises `TraceError` as `chunks` does.
+    """The frames of the problems with ids in a range, in order, one row group at a time.
 
-    facts: `problem_facts`, if they are at hand.
+    facts: `problem_facts` of the trace, if already computed. Raises `TraceError` as `Trace.chunks` does, and if
+    `problems.parquet` lacks a problem or a table is not sorted.
     """
     facts = facts or problem_facts(trace, axes)
     tokens = _Tokens(trace, axes, problems.start) if trace.has_tokens else None
@@ -119,7 +120,7 @@ class _Tokens:
         self._vocab: npt.NDArray[np.int32] = np.empty(0, np.int32)
 
     def facts(self, chunk: RoutingChunk) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Phase and vocabulary place of each token `[T]`; chunks must come in order."""
+        """Phase and vocabulary index of each token `[T]`; chunks must come in order."""
         wanted_T = chunk.problem_ids_T.astype(np.int64) << 32 | chunk.token_ids_T
         keep = int(np.searchsorted(self._keys, wanted_T[0]))
         keys, phases, vocabs = [self._keys[keep:]], [self._phase[keep:]], [self._vocab[keep:]]
@@ -154,6 +155,6 @@ class _Tokens:
 
 
 def _places(column: Any, values: Any, otherwise: int) -> npt.NDArray[np.int32]:
-    """Place of each entry in `values`."""
+    """Index of each entry in `values`, `otherwise` where it is not in them."""
     found = pc.fill_null(pc.index_in(column, value_set=values), otherwise)
     return np.array(found.to_numpy(), dtype=np.int32)

@@ -1,7 +1,7 @@
-"""The counting loops, compiled by numba: each walks over a chunk once and adds to tables in place.
+"""The counting loops, compiled by numba: each passes over a chunk once and adds to tables in place.
 
-Ids `[T, L, K]` come sorted by weight; the id E is an empty slot, and only empty slots follow it. No loop checks
-bounds: the reader has checked ids, and the callers make tables of matching shapes. All loops release the GIL.
+Ids `[T, L, K]` are sorted by weight, strongest first; the id E is an empty slot, and only empty slots follow it. No loop checks
+bounds: the reader has checked the ids, and callers pass tables of matching shapes. All loops release the GIL.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-# float16 as numbers, by their bits: numba has no float16 on CPUs.
+# The values of float16 by their bits, since numba has no float16 on CPUs.
 HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 compiled = numba.njit(nogil=True, cache=True, boundscheck=False)
@@ -22,9 +22,9 @@ compiled = numba.njit(nogil=True, cache=True, boundscheck=False)
 
 @compiled
 def count_load(ids: Array, weight_bits: Array, halves: Array, run: Array, counts: Array, mass: Array) -> None:
-    """Selections and weight of each expert into counts, mass `[R, L, E]`; run: row of the tables for each token `[T]`.
+    """Add selections and routing weights of each expert to counts and mass `[R, L, E]`; run: table row of each token `[T]`.
 
-    weight_bits: float16 weights as uint16 `[T, L, K]`, or of no tokens at all.
+    weight_bits: float16 weights as uint16 `[T, L, K]`, or an array without tokens if there are no weights.
     """
     tokens, layers, top_k = ids.shape
     experts = counts.shape[2]
@@ -43,9 +43,9 @@ def count_load(ids: Array, weight_bits: Array, halves: Array, run: Array, counts
 
 @compiled
 def count_transitions(ids: Array, fold: Array, pairs: Array, strongest: Array) -> None:
-    """All K x K pairs, and pairs of strongest experts, of layers n and n+k into `[F, H, L, E + 1, E + 1]`; fold: `[T]`.
+    """Count all K x K pairs, and pairs of strongest experts, of layers n and n+k in `[F, H, L, E + 1, E + 1]`; fold: `[T]`.
 
-    The last row and column take the empty slots: looking for those would take several times as long as counting.
+    The last row and column take the empty slots: testing for them would take several times as long as counting them.
     """
     layers, top_k = ids.shape[1:]
     ends = run_ends(fold)
@@ -74,7 +74,7 @@ def count_transitions(ids: Array, fold: Array, pairs: Array, strongest: Array) -
 
 @compiled
 def run_ends(values: Array) -> Array:
-    """Ends of the stretches of equal values, `[T]`."""
+    """End indices of the runs of equal values in `[T]`."""
     count = 1
     for t in range(1, len(values)):
         count += values[t] != values[t - 1]
@@ -89,9 +89,9 @@ def run_ends(values: Array) -> Array:
 
 @compiled
 def count_pairs(ids: Array, dataset: Array, together: Array, leading: Array) -> None:
-    """Pairs of experts of one token into together `[L, E + 1, E + 1]`, the two strongest into leading `[Q, L, E + 1, E + 1]`.
+    """Count pairs of experts of a token in together `[L, E + 1, E + 1]`, the two strongest in leading `[Q, L, E + 1, E + 1]`.
 
-    Each pair once, in whichever order; the last row and column take the empty slots.
+    Each pair is counted once, in the order of its weights; the last row and column take the empty slots.
     """
     layers, top_k = ids.shape[1:]
     ends = run_ends(dataset)
@@ -110,7 +110,7 @@ def count_pairs(ids: Array, dataset: Array, together: Array, leading: Array) -> 
 
 @compiled
 def hash_sets(ids: Array, experts: int) -> Array:
-    """A 64-bit hash of each set of experts `[T, L]`, whatever the order of its members."""
+    """A 64-bit hash of each set of experts `[T, L]`, independent of the order of its members."""
     tokens, layers, top_k = ids.shape
     hashes = np.empty((tokens, layers), dtype=np.uint64)
     for t in range(tokens):
@@ -134,13 +134,13 @@ def _mix(value: Any) -> Any:
 
 
 @compiled
-def as_bits(ids: Array, most: int, experts: int) -> Array:
-    """The first `most` experts of each token and layer as bits `[T, L, W]` of uint64 words."""
+def as_bits(ids: Array, first: int, experts: int) -> Array:
+    """The `first` strongest experts of each token and layer as bits of uint64 words `[T, L, W]`."""
     tokens, layers, top_k = ids.shape
     words = np.zeros((tokens, layers, (experts + 63) // 64), dtype=np.uint64)
     for t in range(tokens):
         for layer in range(layers):
-            for k in range(min(most, top_k)):
+            for k in range(min(first, top_k)):
                 expert = ids[t, layer, k]
                 if expert >= experts:
                     break
@@ -150,7 +150,7 @@ def as_bits(ids: Array, most: int, experts: int) -> Array:
 
 @compiled
 def _count_bits(word: Any) -> Any:
-    """Bits that are set in 64 (Hacker's Delight, 5-1)."""
+    """Number of set bits of a 64-bit word (Hacker's Delight, 5-1)."""
     word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
     word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -171,10 +171,10 @@ def count_repetition(
     same: Array,
     seen: Array,
 ) -> None:
-    """Compare each token from `skip` on with the token `distances` earlier in its problem, if that was recorded.
+    """Compare each token from index `skip` on with the tokens `distances` earlier in its problem, if these were recorded.
 
-    all_bits, leading_bits: `as_bits` of all experts, and of the first two. same `[Q, N, L, 3]`: equal first choices;
-    first-or-second choices that meet; experts in common. seen `[Q, N, L]`: comparisons.
+    all_bits, leading_bits: `as_bits` of all experts, and of the first two. same `[Q, N, L, 3]`: equal first choices; first or
+    second choices with an expert in common; number of experts in common. seen `[Q, N, L]`: number of comparisons.
     """
     tokens, layers, _ = ids.shape
     for n in range(len(distances)):
@@ -212,13 +212,13 @@ def count_reuse(
     lengths: Array,
     segments: Array,
 ) -> None:
-    """Reuse within a problem, over chunks in order; `state`, `last`, `current` and `previous` carry over from chunk to chunk.
+    """Count reuse within a problem; chunks must come in order, with `state`, `last`, `current` and `previous` carried over.
 
-    state `[8]`: positions per segment; the problem or -1; its first and last position; the segment's number and tokens;
-    whether `previous` is a whole segment; the problem's tokens. last `[L, E]`: where each expert was last used, or -1. current,
-    previous `[L, E]`: selections. gaps `[L, 32]`: tokens since the expert was used, by floor(log2). between `[L, E]`: other
-    experts that the tokens in between used. cold `[L]`: uses without an earlier one. lengths `[T]`: tokens of each problem that
-    ends within the chunk, else 0. segments `[L, 5]`: see `end_segment`.
+    state `[8]`: positions per segment; the problem or -1; its first and last position; the segment's number and tokens; whether
+    `previous` is a whole segment; the problem's tokens. last `[L, E]`: position of each expert's last use, or -1. current,
+    previous `[L, E]`: selections in the current and previous segment. gaps `[L, 32]`: reuses by floor(log2) of the tokens since
+    the last use. between `[L, E]`: reuses by the number of other experts used in between. cold `[L]`: first uses in a problem.
+    lengths `[T]`: number of tokens of each problem that ends within the chunk, else 0. segments `[L, 5]`: see `end_segment`.
     """
     tokens, layers, top_k = ids.shape
     experts = last.shape[1]
@@ -269,10 +269,10 @@ def count_reuse(
 
 @compiled
 def end_segment(state: Array, current: Array, previous: Array, segments: Array) -> None:
-    """Count the segment that `count_reuse` is in, if it is whole, and begin an empty one.
+    """Count the current segment of `count_reuse` if it is whole, and begin a new one.
 
-    segments `[L, 5]`: whole segments; their distinct experts; pairs of adjacent whole segments; pairs of selections, one of
-    each of two adjacent segments, that are of the same expert; all pairs of selections of two adjacent segments.
+    segments `[L, 5]`: whole segments; their distinct experts; pairs of adjacent whole segments; pairs of selections, one from
+    each of two adjacent segments, of the same expert; all pairs of selections from two adjacent segments.
     """
     whole = state[5] == state[0]
     for layer in range(current.shape[0]):
@@ -291,7 +291,7 @@ def end_segment(state: Array, current: Array, previous: Array, segments: Array) 
 
 @compiled
 def count_weights(weight_bits: Array, halves: Array, shift: int, histogram: Array, sums: Array) -> None:
-    """Weights into histogram `[L, K, bins]` by the leading bits of their float16, and sums `[L, K]`; NaN is left out."""
+    """Count weights in histogram `[L, K, bins]` by their leading float16 bits, and add them to sums `[L, K]`; skip NaN."""
     tokens, layers, top_k = weight_bits.shape
     for t in range(tokens):
         for layer in range(layers):
@@ -304,7 +304,7 @@ def count_weights(weight_bits: Array, halves: Array, shift: int, histogram: Arra
 
 @compiled
 def count_in_context(ids: Array, fold: Array, context: Array, selected: Array, strongest: Array) -> None:
-    """Experts by context: selected, strongest `[F, L, C, E + 1]`; context `[T, L]`, negative where it is unknown.
+    """Count experts by context in selected and strongest `[F, L, C, E + 1]`; context `[T, L]`, negative where unknown.
 
     The last column takes the empty slots.
     """

@@ -13,15 +13,15 @@ from analysis.counts.kernels import HALVES, count_load
 from analysis.counts.survey import Axes
 from profiler.errors import TraceError
 
-# Bytes of counters for the runs that are counted at a time.
+# Limit on the counters of the runs that are counted together.
 RUN_BYTES = 32 << 20
 
 
 class LoadCounts(Accumulator):
-    """Per dataset, phase (`PHASES`), layer and expert: selections `[Q, 3, L, E]` and sum of weights `[Q, 3, L, E]`.
+    """counts, mass `[Q, 3, L, E]`: selections and sums of weights per dataset, phase (`PHASES`), layer and expert.
 
-    tokens `[Q, 3]`. Sums of float16 weights are exact in
-    float64 up to some 10^8 tokens. The selections of every problem, or block of problems, are kept as well: `ProblemBlocks`.
+    tokens `[Q, 3]`. Sums of float16 weights are exact in float64 up to some 10^8 tokens. blocks: the selections of each
+    problem, or block of problems.
     """
 
     added = ("counts", "mass", "tokens")
@@ -34,7 +34,7 @@ class LoadCounts(Accumulator):
         self.blocks = ProblemBlocks(axes)
 
     def update(self, frame: Frame) -> None:
-        """Count a frame, some problems at a time: short ones would need large tables."""
+        """Count a frame, in batches of runs of tokens: with many short problems, one table for all would be large."""
         _, _, layers, experts = self.counts.shape
         problem_T = frame.chunk.problem_ids_T
         run_T = np.cumsum((np.diff(problem_T, prepend=-1) != 0) | (np.diff(frame.phase_T, prepend=-1) != 0)) - 1
@@ -67,21 +67,21 @@ class LoadCounts(Accumulator):
         self.blocks.merge(other.blocks)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything as arrays."""
+        """The complete state as arrays."""
         return super().state() | self.blocks.state()
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Take what another's `state` gave."""
+        """Load the arrays of `state`."""
         super().restore(state)
         self.blocks.restore(state)
 
 
 class ProblemBlocks:
-    """Selections `[L, E]` per block of problems: what is drawn from when intervals and controls go over problems.
+    """Selections `[L, E]` per block of problems, from which bootstrap intervals and permutation controls are drawn.
 
-    problems `[Q]`: of each dataset. A block is one problem until there are more than fit into memory; then all problems of a
-    dataset whose ids are equal modulo a power of two are one block, the power halved until they fit. That power depends on the
-    set of problems alone, so it is the same however the trace was cut.
+    problems `[Q]`: number of problems of each dataset. A block is a single problem as long as all fit into memory. Otherwise
+    the problems of a dataset whose ids are equal modulo a power of two form one block, and the power is halved until the blocks
+    fit. It depends only on the set of problems, so it is the same however the trace was divided into parts.
     """
 
     MAX_BYTES = 48 << 20
@@ -96,7 +96,7 @@ class ProblemBlocks:
 
     @staticmethod
     def bytes_of(axes: Axes) -> int:
-        """Of one block, with some hundred bytes for its place in the dictionary."""
+        """Size of one block, including some hundred bytes for its dictionary entry."""
         return 4 * axes.layers * axes.num_experts + 400
 
     def add(self, problem_ids_R: npt.NDArray[Any], dataset_R: npt.NDArray[Any], counts_RLE: npt.NDArray[np.uint32]) -> None:
@@ -118,7 +118,7 @@ class ProblemBlocks:
             self._fit()
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything as arrays."""
+        """The complete state as arrays."""
         keys = sorted(self.counts)
         stacked = np.stack([self.counts[key] for key in keys]) if keys else np.empty((0, *self.shape), dtype=np.uint32)
         return {
@@ -129,7 +129,7 @@ class ProblemBlocks:
         }
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Take what another's `state` gave."""
+        """Load the arrays of `state`."""
         self.modulus = int(state["block_modulus"])
         keys, stacked = state["block_keys"].tolist(), state["block_counts"]
         if (stacked.shape[1:], str(stacked.dtype), len(state["block_problems"])) != (self.shape, "uint32", len(self.problems)):
@@ -156,7 +156,7 @@ class ProblemBlocks:
 
 
 def count_experts(expert_ids_TLK: npt.NDArray[Any], num_experts: int) -> Counts:
-    """Selections per layer and expert `[L, E]` of tokens at hand; empty slots (id E) are not counted."""
+    """Selections per layer and expert `[L, E]` of an array of tokens; empty slots (id E) are not counted."""
     counts_1LE: Counts = np.zeros((1, expert_ids_TLK.shape[1], num_experts), dtype=np.int64)
     no_weights = np.empty((0, 1, 1), dtype=np.uint16)
     run_T = np.zeros(len(expert_ids_TLK), dtype=np.int64)

@@ -19,11 +19,11 @@ GAP_BUCKETS = 32
 
 
 class RepetitionCounts(Accumulator):
-    """Tokens against the token `DISTANCES` earlier in the same problem, by dataset.
+    """Comparison of each token with the tokens `DISTANCES` earlier in the same problem, by dataset.
 
-    same `[Q, N, L, 3]`: first choice repeated; first or second choice repeated, as Mixtral's Table 5 has it: the two
-    strongest of one token meet the two strongest of the other; number of experts in common. seen `[Q, N, L]`: comparisons.
-    first `[Q, L, E]`: first choices; what random tokens would have in common is computed from these, and from pairs and load.
+    same `[Q, N, L, 3]`: first choice repeated; first or second choice repeated, as in Mixtral's Table 5 (the two strongest
+    experts of both tokens have one in common); number of experts in common. seen `[Q, N, L]`: number of comparisons. first
+    `[Q, L, E + 1]`: first choices, from which, with pairs and load, the values expected for random tokens are computed.
     """
 
     added = ("same", "seen", "first")
@@ -33,7 +33,7 @@ class RepetitionCounts(Accumulator):
         self.same: Counts = np.zeros((*shape, 3), dtype=np.int64)
         self.seen: Counts = np.zeros(shape, dtype=np.int64)
         self.first: Counts = np.zeros((len(axes.datasets), axes.layers, axes.num_experts + 1), dtype=np.int64)
-        # The last tokens of the frames before: ids, problem, position and dataset.
+        # The last tokens of earlier frames: ids, problem, position and dataset.
         self._before: list[npt.NDArray[Any]] = []
 
     def update(self, frame: Frame) -> None:
@@ -58,9 +58,9 @@ class RepetitionCounts(Accumulator):
 
 
 class ReuseCounts(Accumulator):
-    """Uses of experts after an earlier use in the same problem and layer. Shapes as in `kernels.count_reuse`.
+    """Uses of experts after an earlier use in the same problem and layer; see `kernels.count_reuse`.
 
-    gaps `[L, 32]`, between `[L, E]`, cold `[L]`, segments `[L, 5]`. lengths: problems by recorded tokens.
+    gaps `[L, 32]`, between `[L, E]`, cold `[L]`, segments `[L, 5]`. lengths: number of problems by number of recorded tokens.
     """
 
     added = ("gaps", "between", "cold", "segments")
@@ -97,7 +97,7 @@ class ReuseCounts(Accumulator):
         self.lengths.update(lengths_T[lengths_T > 0].tolist())
 
     def close(self) -> None:
-        """The last problem ends."""
+        """Finish the last problem."""
         if self._state[1] >= 0:
             self.lengths[int(self._state[7])] += 1
             end_segment(self._state, self._current, self._previous, self.segments)
@@ -109,10 +109,10 @@ class ReuseCounts(Accumulator):
         self.lengths.update(other.lengths)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything as arrays."""
+        """The complete state as arrays."""
         return super().state() | {"lengths": np.array(sorted(self.lengths.items()), dtype=np.int64).reshape(-1, 2)}
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Take what another's `state` gave."""
+        """Load the arrays of `state`."""
         super().restore(state)
         self.lengths = Counter(dict(state["lengths"].tolist()))

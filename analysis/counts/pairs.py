@@ -1,4 +1,4 @@
-"""Counts of the experts that one token uses together."""
+"""Counts of the experts that a token uses together."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from analysis.counts.frames import Frame
 from analysis.counts.kernels import count_pairs, hash_sets
 from analysis.counts.survey import Axes
 
-# Hashes kept per layer: exact up to so many sets, 1/sqrt(16382) = 0.8 % standard error beyond.
+# Hashes kept per layer: counts are exact up to this many sets, with 1/sqrt(16382) = 0.8 % standard error beyond.
 SKETCH = 1 << 14
 LEADING_BYTES = 32 << 20
-# Of the tables of pairs; beyond that (48 layers of 512 experts) pairs are not counted.
+# Cells of the pair tables; beyond this (48 layers of 512 experts, say) pairs are not counted.
 MAX_CELLS = 8_000_000
 
 
 @dataclass(frozen=True)
 class LeadingPairs:
-    """pairs_LEE: tokens with both experts as their two strongest, both ways. members_LE: with the expert as one of them."""
+    """pairs_LEE: tokens whose two strongest experts are this pair; symmetric. members_LE: tokens with the expert among them."""
 
     pairs_LEE: Counts
     members_LE: Counts
 
 
 class PairCounts(Accumulator):
-    """together `[L, E, E]`: tokens that use both experts; leading: those that have them as their two strongest, by dataset.
+    """together `[L, E, E]`: tokens that use both experts; leading: tokens whose two strongest experts they are, by dataset.
 
-    Both are symmetric, with zeros on the diagonal. Sets are counted by a k-minimum-values sketch of their hashes (Bar-Yossef et
-    al., 2002), which is the same in whatever order and in however many parts they come.
+    Both are symmetric, with zeros on the diagonal. Distinct sets are counted by a k-minimum-values sketch of their hashes
+    (Bar-Yossef et al., 2002), which does not depend on the order of the sets or on how the trace is divided into parts.
     """
 
     added = ("one_way", "leading_one_way", "tokens")
@@ -40,9 +40,9 @@ class PairCounts(Accumulator):
     def __init__(self, axes: Axes) -> None:
         self.fits = axes.layers * axes.num_experts**2 <= MAX_CELLS
         shape = (axes.layers, axes.num_experts + 1, axes.num_experts + 1) if self.fits else (axes.layers, 1, 1)
-        # Each pair once, in the order of weight, with a row and a column for empty slots.
+        # Each pair once, in the order of its weights, with a row and a column for empty slots.
         self.one_way: Counts = np.zeros(shape, dtype=np.uint32)
-        # Where they would be large, those of all datasets are counted as of one.
+        # If the tables by dataset would be too large, all datasets share one.
         self.by_dataset = len(axes.datasets) * shape[0] * shape[1] ** 2 * 4 <= LEADING_BYTES
         self.leading_one_way: Counts = np.zeros((len(axes.datasets) if self.by_dataset else 1, *shape), dtype=np.uint32)
         self.tokens: Counts = np.zeros(1, dtype=np.int64)
@@ -51,12 +51,12 @@ class PairCounts(Accumulator):
 
     @property
     def together(self) -> Counts:
-        """All pairs, both ways."""
+        """All pairs, symmetric `[L, E, E]`."""
         one_way = self.one_way[:, :-1, :-1].astype(np.int64)
         return np.asarray(one_way + one_way.transpose(0, 2, 1))
 
     def leading(self, datasets: list[int]) -> LeadingPairs | None:
-        """Pairs of the two strongest of some datasets; None if only those of all datasets together were counted."""
+        """Pairs of the two strongest experts in some datasets; None if they were not counted, or not by dataset."""
         if not self.fits:
             return None
         if not self.by_dataset:
@@ -87,18 +87,18 @@ class PairCounts(Accumulator):
         self.sketches = [_smallest(a, b) for a, b in zip(self.sketches, other.sketches, strict=True)]
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything as arrays."""
+        """The complete state as arrays."""
         lengths = np.array([len(sketch) for sketch in self.sketches])
         return super().state() | {"sketch_lengths": lengths, "sketches": np.concatenate(self.sketches)}
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Take what another's `state` gave."""
+        """Load the arrays of `state`."""
         super().restore(state)
         self.sketches = np.split(state["sketches"], np.cumsum(state["sketch_lengths"])[:-1])
 
 
 def _smallest(first: npt.NDArray[np.uint64], second: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The SKETCH smallest different values, ascending."""
+    """The SKETCH smallest distinct values, ascending."""
     values = np.sort(np.concatenate([first, second]))
     is_new = np.ones(len(values), dtype=np.bool_)
     is_new[1:] = values[1:] != values[:-1]

@@ -1,4 +1,4 @@
-"""A first look at a trace's tables, which settles what the counting needs to know: datasets, and the commonest tokens."""
+"""A first pass over a trace's tables for what must be known before counting: the datasets and the most common tokens."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from profiler.trace.reader import Trace
 from profiler.trace.schema import PROBLEMS_FILE, TOKENS_FILE, ModelMetadata
 from profiler.trace.untrusted.parquet_files import open_parquet, stream_table
 
-# All domains, and all phases, together.
+# Stands for all domains together, and for all phases together.
 ALL = "all"
 ALL_PROBLEMS = "all problems"
 LONGEST_NAME = 60
 OTHER_DATASETS = "other datasets"
 MAX_DATASETS = 16
 ROWS_AT_A_TIME = 1 << 16
-# No vocabulary in use is larger; what a stranger's table has beyond that is dropped.
-MAX_KINDS = 1 << 20
-# Tables by token take two counters for each layer, expert, fold and token.
+# Larger than any vocabulary in use; of an untrusted table with more distinct tokens, the rarest are dropped.
+MAX_DISTINCT_TOKENS = 1 << 20
+# Limit on the tables by token, which take two counters for each layer, expert, fold and token.
 VOCABULARY_BYTES = 64 << 20
 MAX_VOCABULARY = 8192
 
 TokenKey = int | str
-"""A vocabulary id, or a token's text where a trace has nothing else."""
+"""A vocabulary id, or a token's text if the trace has no ids."""
 
 
 @dataclass
 class Survey:
-    """Problems by dataset, and tokens by what they are. Surveys of parts of a trace add up."""
+    """Number of problems by dataset, and of tokens by vocabulary id or text. Surveys of parts of a trace can be merged."""
 
     problems: Counter[str] = field(default_factory=Counter)
     tokens: Counter[TokenKey] = field(default_factory=Counter)
@@ -48,9 +48,9 @@ class Survey:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which problems are analyzed, and as what. Both are columns of `problems.parquet`.
+    """Which problems are analyzed, and how they are grouped into domains. Both fields name columns of `problems.parquet`.
 
-    by: text whose values are the domains. without: truth; problems that have it are left out.
+    by: text column whose values are the domains. without: boolean column; problems where it is true are left out.
     """
 
     by: str = "dataset"
@@ -65,8 +65,8 @@ class Axes:
     """What the rows and columns of the count tables stand for.
 
     datasets: names, or values of another column of `problems.parquet` (`Choice.by`); of more than MAX_DATASETS the smallest
-    are one. vocabulary: the commonest tokens, which tables by token have; every other token is one row more. hops: longest
-    distance between layers.
+    are merged into one. vocabulary: the most common tokens, which have a row each in tables by token; all others share one more
+    row. hops: longest distance between layers.
     """
 
     moe_layers: tuple[int, ...]
@@ -85,7 +85,7 @@ class Axes:
 
 
 def survey_trace(trace: Trace, choice: Choice = EVERYTHING) -> Survey:
-    """Read the tables, in bounded memory. Raises `TraceError` on broken ones, and if they lack a column of `choice`."""
+    """Survey a trace's tables in bounded memory. Raises `TraceError` if they are broken or lack a column of `choice`."""
     survey = Survey()
     if trace.has_problems:
         for _, names in chosen_problems(trace, choice):
@@ -101,17 +101,17 @@ def survey_trace(trace: Trace, choice: Choice = EVERYTHING) -> Survey:
                 for entry in pc.value_counts(table.column(0).combine_chunks()).to_pylist():
                     if entry["values"] is not None:
                         survey.tokens[entry["values"]] += entry["counts"]
-                if len(survey.tokens) > MAX_KINDS:
-                    survey.tokens = Counter(dict(survey.tokens.most_common(MAX_KINDS // 2)))
+                if len(survey.tokens) > MAX_DISTINCT_TOKENS:
+                    survey.tokens = Counter(dict(survey.tokens.most_common(MAX_DISTINCT_TOKENS // 2)))
     return survey
 
 
 def make_axes(survey: Survey, model: ModelMetadata, *, hops: int, has_weights: bool, choice: Choice = EVERYTHING) -> Axes:
-    """The axes of the tables for a model and what was found in its trace."""
+    """The axes of the tables for a model and the survey of its trace."""
     names = [name for name, _ in sorted(survey.problems.items(), key=lambda item: (-item[1], item[0]))]
     datasets = (*sorted(names[: MAX_DATASETS - 1]), OTHER_DATASETS) if len(names) > MAX_DATASETS else tuple(sorted(names))
     room = VOCABULARY_BYTES // (2 * 2 * 4 * len(model.moe_layers) * model.num_experts)
-    # By number of uses, then by the token itself, so that no order of reading matters.
+    # Ties are broken by the token itself, so that the result does not depend on the order of reading.
     commonest = sorted(survey.tokens.items(), key=lambda item: (-item[1], str(item[0])))[: min(room, MAX_VOCABULARY)]
     return Axes(
         moe_layers=tuple(model.moe_layers),
@@ -126,7 +126,7 @@ def make_axes(survey: Survey, model: ModelMetadata, *, hops: int, has_weights: b
 
 
 def token_identity(trace: Trace) -> pa.Field | None:
-    """The column of `tokens.parquet` that says which token it is: `vocab_id`, else `text`; None if neither has anything."""
+    """The column of `tokens.parquet` that identifies tokens: `vocab_id`, else `text`; None if neither has values."""
     path = trace.path / TOKENS_FILE
     with open_parquet(path) as file:
         names = file.schema_arrow.names
@@ -142,7 +142,7 @@ def _has_values(trace: Trace, column: pa.Field) -> bool:
 
 
 def dataset_indices(trace: Trace, axes: Axes) -> tuple[Any, Any]:
-    """Problem ids, ascending, and the place of each one's domain in `axes.datasets`, -1 if it is left out; both `[P]`.
+    """Problem ids, ascending, and the index of each problem's domain in `axes.datasets`, -1 if it is left out; both `[P]`.
 
     Empty for a trace without `problems.parquet`.
     """
@@ -160,7 +160,7 @@ def dataset_indices(trace: Trace, axes: Axes) -> tuple[Any, Any]:
 
 
 def _domain(name: str | None) -> str:
-    """A domain's name as it is shown: not longer than a line, and not that of all domains together."""
+    """A domain's name for display: shortened to fit a line, and distinct from ALL."""
     if name is None:
         return "unknown"
     shown = printable(name[: LONGEST_NAME - 1] + "…" if len(name) > LONGEST_NAME else name)
@@ -168,7 +168,7 @@ def _domain(name: str | None) -> str:
 
 
 def chosen_problems(trace: Trace, choice: Choice) -> Iterator[tuple[Any, list[str | None]]]:
-    """Problem ids `[P]` and their domains, None for problems that are left out, some at a time."""
+    """Problem ids `[P]` and their domains (None for problems that are left out), in batches."""
     fields = [("problem_id", pa.int32()), (choice.by, pa.string())]
     if choice.without is not None:
         fields.append((choice.without, pa.bool_()))

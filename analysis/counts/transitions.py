@@ -1,4 +1,4 @@
-"""Counts of which experts follow which, one to several layers later."""
+"""Counts of the experts that follow each expert, one to several layers later."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FOLDS = 2
 
 
 class TransitionCounts(Accumulator):
-    """Counts for hops 1..H; entry [f, k-1, n] pairs layer n with layer n+k and is zero where n+k is past the end.
+    """Counts for hops 1..H; entry [f, k-1, n] pairs layer n with layer n+k and is zero if n+k is past the last layer.
 
-    pairs `[F, H, L, E, E]`: tokens for which expert i is selected at n and expert j at n+k, over all K x K pairs.
-    strongest `[F, H, L, E, E]`: the same for the experts of largest weight only, one pair per token. F: the two folds of
-    problems. uint32 holds 4 x 10^9 tokens, and halves the memory.
+    pairs `[F, H, L, E, E]`: tokens that select expert i at n and expert j at n+k, over all K x K pairs. strongest
+    `[F, H, L, E, E]`: the same for the strongest experts only, one pair per token. F: the two folds of problems. uint32 holds
+    4 x 10^9 tokens in half the memory of int64.
     """
 
     added = ("all_pairs", "all_strongest")
@@ -30,12 +30,12 @@ class TransitionCounts(Accumulator):
 
     @property
     def pairs(self) -> Counts:
-        """Without empty slots."""
+        """Pairs of selected experts, without empty slots."""
         return self.all_pairs[..., :-1, :-1]
 
     @property
     def strongest(self) -> Counts:
-        """Without empty slots."""
+        """Pairs of strongest experts, without empty slots."""
         return self.all_strongest[..., :-1, :-1]
 
     def update(self, frame: Frame) -> None:
@@ -44,5 +44,5 @@ class TransitionCounts(Accumulator):
 
 
 def transition_bytes(layers: int, experts: int, hops: int) -> int:
-    """Size of the tables of `TransitionCounts`."""
+    """Size of the tables of `TransitionCounts` in bytes."""
     return 2 * FOLDS * hops * layers * (experts + 1) ** 2 * 4

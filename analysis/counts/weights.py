@@ -1,4 +1,4 @@
-"""Histograms of routing weights by rank, and of margins."""
+"""Histograms of routing weights by rank, and of margins between router logits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from analysis.counts.survey import Axes
 from profiler.trace.reader import Trace
 from profiler.trace.schema import LOGITS_FOLDER
 
-# Positive float16 values are in the order of their bits; without the last four of them, bins are at most 1/64 wide, relatively.
+# Positive float16 values are in the order of their bits; without the last four, bins have a relative width of at most 1/64.
 SHIFT = 4
 BINS = (0x7C00 >> SHIFT) + 1
 
-# A sixth of what is called close.
 CLOSE = 0.1
+# CLOSE is a multiple of the bin width, so that the share of close margins is exact.
 MARGIN_BIN = CLOSE / 6
 MARGIN_BINS = 2048
 
@@ -35,16 +35,16 @@ class WeightCounts(Accumulator):
         self.sums: Floats = np.zeros((axes.layers, axes.top_k))
 
     def update(self, frame: Frame) -> None:
-        """Count a frame; nothing where the trace has no weights."""
+        """Count a frame, if the trace has weights."""
         if frame.chunk.weights_TLK is not None:
-            # Minus zero is zero.
+            # The mask turns minus zero into zero.
             count_weights(frame.chunk.weights_TLK.view(np.uint16) & 0x7FFF, HALVES, SHIFT, self.histogram, self.sums)
 
 
 class MarginCounts(Accumulator):
-    """Histogram `[L, MARGIN_BINS]` of the margin: the K-th largest router logit minus the next, in steps of MARGIN_BIN.
+    """Histogram `[L, MARGIN_BINS]` of the margin: the K-th largest router logit minus the next, in bins of MARGIN_BIN.
 
-    It is counted from `logits/` (`add_margins`), where a trace has them.
+    Margins are counted from `logits/`, if the trace has them (`add_margins`).
     """
 
     added = ("histogram",)
@@ -58,7 +58,7 @@ class MarginCounts(Accumulator):
         """Frames have no logits."""
 
     def add(self, layers_N: npt.NDArray[np.int16], logits_NE: npt.NDArray[np.float16]) -> None:
-        """Count rows of logits, each of the decoder's layer in `layers_N`; rows that are not finite are left out."""
+        """Count rows of logits; layers_N: decoder layer of each row. Rows with values that are not finite are left out."""
         if self._top_k >= self._experts:
             return
         places_N = np.searchsorted(self._layers, layers_N)
@@ -72,7 +72,7 @@ class MarginCounts(Accumulator):
 
 
 def add_margins(trace: Trace, counts: MarginCounts, chosen: Callable[[npt.NDArray[Any]], npt.NDArray[np.bool_]]) -> None:
-    """Count the margins of the problems that `chosen` picks by their ids, some rows of `logits/` at a time."""
+    """Count the margins of the problems whose ids `chosen` selects, reading `logits/` in batches of rows."""
     for problem_ids_N, layers_N, logits_NE in trace.value_rows(LOGITS_FOLDER):
         picked_N = chosen(problem_ids_N)
         counts.add(layers_N[picked_N], logits_NE[picked_N])

@@ -1,4 +1,4 @@
-"""JSON that other commands wrote and that may come from a stranger: sizes first, then its form."""
+"""Reads JSON documents that other commands wrote. They are untrusted: size is checked first, then the schema."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Document = TypeVar("Document", bound=BaseModel)
 
 
 def read_document(path: Path, kind: type[Document], name: str, command: str) -> Document:
-    """The document in a file, or in the file `name` of a folder.
+    """Read a document from a file, or from the file `name` in a folder.
 
-    command: what writes such files. Raises `TraceError` if this is none.
+    command: the command that writes such files, for messages. Raises `TraceError` if the file is not such a document.
     """
     if path.is_dir():
         path = path / name

@@ -1,4 +1,4 @@
-"""The document of `specmoe replay`: what was measured with real transfers, next to the simulation of the same tokens."""
+"""The document of `specmoe replay`: measurements with real transfers, next to the simulation of the same tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ReplayRow(BaseModel):
-    """One case. capacity: experts that a layer's cache holds, 0 for none. estimated, estimated_*: by the simulation.
+    """One case. capacity: number of experts in a layer's cache, 0 for no cache. estimated, estimated_*: by the simulation.
 
-    hit_rate, late: of the requested experts, the share that was in the cache, and that was still on its way.
+    hit_rate, late: share of the requested experts that were in the cache, and whose transfer was still in progress.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -25,7 +25,7 @@ class ReplayRow(BaseModel):
 
 
 class ReplayResult(BaseModel):
-    """All cases on one device. assumptions: the costs that were measured and used by the simulation, a line each."""
+    """All cases on one device. assumptions: the costs measured and used by the simulation, one line each."""
 
     model_config = ConfigDict(extra="forbid")
 

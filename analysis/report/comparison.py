@@ -1,4 +1,4 @@
-"""The sections of a page that shows several traces side by side: models, precisions, or datasets."""
+"""The sections of a page that compares several traces: models, precisions, or datasets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from analysis.statistics.locality import repetition_chance
 
 
 def compared_facts(compared: dict[str, Statistics]) -> list[tuple[str, str]]:
-    """A line for each trace, and its caveats."""
+    """A line for each trace, followed by its caveats."""
     facts = []
     for name, s in compared.items():
         model = s.source.metadata.model
@@ -32,7 +32,7 @@ def compared_facts(compared: dict[str, Statistics]) -> list[tuple[str, str]]:
 
 
 def comparison_table(compared: dict[str, Statistics]) -> dict[str, dict[str, float]]:
-    """For each figure a value for each trace, means over layers: what `statistics.json` and the page show."""
+    """Values by figure and trace, as means over layers; both `statistics.json` and the page show them."""
     rows: dict[str, dict[str, float]] = {}
 
     def add(figure: str, values: dict[str, float]) -> None:
@@ -56,17 +56,17 @@ def comparison_table(compared: dict[str, Statistics]) -> dict[str, dict[str, flo
     add("experts shared, tokens shuffled", {name: mean(s.repetitions[0].shared_shuffled) for name, s in compared.items()})
     add("median tokens since last use", {name: mean(s.reuse.median_gap) for name, s in compared.items()})
     add("experts used by 32 tokens, of all", {name: mean(s.reuse.working_set) for name, s in compared.items()})
-    for context in dict.fromkeys(each.context for s in compared.values() for each in s.rulers):
-        found = {name: next((r for r in s.rulers if r.context == context), None) for name, s in compared.items()}
-        values = {name: float("nan") if ruler is None else ruler.recall_held_out for name, ruler in found.items()}
+    for context in dict.fromkeys(each.context for s in compared.values() for each in s.contexts):
+        found = {name: next((r for r in s.contexts if r.context == context), None) for name, s in compared.items()}
+        values = {name: float("nan") if each is None else each.recall_held_out for name, each in found.items()}
         add(f"recall@K given: {context}, held out", values)
     return rows
 
 
 def load_distances(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> list[DomainDistance]:
-    """Distances of the loads of every two traces of one shape; the control has problems permuted between them.
+    """Distance between the loads of each pair of traces of the same shape; the control permutes problems between the two.
 
-    paired: the traces that have the same problems.
+    paired: the pairs of traces with the same problems.
     """
     return [
         distance_of(first, second, one.blocks, other.blocks, one.load.share_LE.shape, paired=(first, second) in paired)
@@ -78,7 +78,7 @@ def load_distances(compared: dict[str, Statistics], paired: set[tuple[str, str]]
 def comparison_sections(
     compared: dict[str, Statistics], agreements: dict[str, Agreement], paired: set[tuple[str, str]]
 ) -> list[Section]:
-    """What can be compared; traces of other shapes are shown over relative depth."""
+    """The sections of what can be compared; traces of different shapes are shown over relative depth."""
     sections = [_figures(compared)]
     if agreements:
         sections.append(_agreement(agreements, compared))
@@ -93,20 +93,19 @@ def _figures(compared: dict[str, Statistics]) -> Section:
     names = list(compared)
     cells = [("mean over layers", *names)]
     cells += [(figure, *(show(values[name]) for name in names)) for figure, values in rows.items()]
-    # What a trace gains over its own popularity can be compared between shapes; plain shares cannot.
+    # The gain over a trace's own popularity baseline is comparable between shapes; recall itself is not.
     gains = {name: mean(s.hops[0].held_out_topk) - mean(s.hops[0].marginal_topk) for name, s in compared.items() if s.hops}
     known = {name: gain for name, gain in gains.items() if np.isfinite(gain)}
     if known:
         best = max(known, key=lambda name: known[name])
         others = ", ".join(f"{name} {gain:+.3f}" for name, gain in known.items() if name != best)
-        headline = f"Layers tell most about the next in {best}: recall@K {known[best]:+.3f} over popularity"
+        headline = f"Layers predict the next layer best in {best}: recall@K {known[best]:+.3f} over popularity"
         headline += f"; {others}." if others else "."
     else:
-        headline = "There are too few problems to judge one half by the other."
+        headline = "There are too few problems to evaluate on held-out ones."
     explanation = (
-        "'Held out': each half of the problems is judged by what the other half says. Where the number of experts or "
-        "K differs, "
-        "compare with the chance and popularity of the same column, not across."
+        "'Held out': counted on one half of the problems and evaluated on the other, in both directions. If the number of "
+        "experts or K differs, compare values with chance and popularity in the same column, not between columns."
     )
     return Section("Side by side", headline, explanation, tables=(tuple(cells),))
 
@@ -115,23 +114,23 @@ def _agreement(agreements: dict[str, Agreement], compared: dict[str, Statistics]
     layers = next(iter(compared.values())).axes.moe_layers
     chosen = []
     for name, found in agreements.items():
-        chosen += [Line(name, found.shared), Line(f"{name}, any two tokens", found.shared_shuffled, CONTROL)]
+        chosen += [Line(name, found.shared), Line(f"{name}, two random tokens", found.shared_shuffled, CONTROL)]
     same_layers = all(len(found.shared) == len(layers) for found in agreements.values())
     most = max(len(found.shared) for found in agreements.values())
-    drawn = lines(chosen, layers if same_layers else range(most), "layer", "experts in common, of K")
-    headline = "On the same prompt tokens, experts in common: " + ", ".join(
-        f"{name} {mean(found.shared):.1%} (any two tokens {mean(found.shared_shuffled):.1%})"
+    drawn = lines(chosen, layers if same_layers else range(most), "layer", "share of K experts in common")
+    headline = "Share of the K experts in common for the same prompt tokens: " + ", ".join(
+        f"{name} {mean(found.shared):.1%} (two random tokens: {mean(found.shared_shuffled):.1%})"
         for name, found in agreements.items()
     )
     rows: list[tuple[str, ...]] = [
-        ("traces", "prompts", "tokens", "experts in common", "same set", "same strongest", "any two tokens")
+        ("traces", "prompts", "tokens", "experts in common", "same set", "same strongest", "two random tokens")
     ]
     for name, found in agreements.items():
         values = (found.shared, found.same_set, found.same_first, found.shared_shuffled)
         rows.append((name, f"{found.problems:,}", f"{found.tokens:,}", *(show(mean(value)) for value in values)))
     explanation = (
-        "Prompts that both traces have, token by token: what another precision or engine changes. What is generated is not "
-        "compared, since it differs as soon as one token does."
+        "Prompts in both traces are compared token by token, which shows what another precision or engine changes. Generated "
+        "text is not compared, since it diverges from the first token that differs."
     )
     figures = (html(drawn, "agreement", headline),)
     return Section("The same tokens", headline + ".", explanation, figures, (tuple(rows),))
@@ -151,7 +150,7 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
     headline = (
         f"{evenest} spreads its load most evenly ({mean(compared[evenest].load.entropy_share):.1%} of the maximum entropy)."
     )
-    explanation = "Share of each expert over an even share, one figure per trace with the same colors."
+    explanation = "Heat maps: each expert's share relative to an even share, one figure per trace on a common color scale."
     if distances:
         chosen = []
         for each in distances:
@@ -159,17 +158,18 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
             chosen += [Line(name, each.distance), Line(f"{name}, problems permuted", each.shuffled, CONTROL)]
         most = max(len(each.distance) for each in distances)
         drawn = lines(chosen, range(most), "MoE layer (from 0)", "Jensen-Shannon distance")
-        figures.append(html(drawn, "compared-distance", "Distance of the loads by layer."))
+        figures.append(html(drawn, "compared-distance", "Distance between the loads by layer."))
         far = max(distances, key=lambda each: mean(each.distance) - mean(each.shuffled))
-        farthest = " farthest" if len(distances) > 1 else ""
+        differ = ", which differ most," if len(distances) > 1 else ""
         headline += (
-            f" The loads of {far.first} and {far.second} are{farthest} apart: Jensen-Shannon distance "
-            f"{mean(far.distance):.3f} on average; with problems permuted between them {mean(far.shuffled):.3f}."
+            f" The Jensen-Shannon distance between the loads of {far.first} and {far.second}{differ} is "
+            f"{mean(far.distance):.3f} on average, {mean(far.shuffled):.3f} with problems permuted between the traces."
         )
         explanation += (
-            " Distances: 0 equal, 1 disjoint; dotted, with problems permuted between the traces (exchanged one by one where "
+            " Distance: 0 means equal, 1 disjoint. Dotted: with problems permuted between the traces (exchanged pair by pair "
+            "if "
+            "both traces have the same problems)."
         )
-        explanation += "both traces have the same problems)."
     highest = max(float((s.load.share_LE * s.axes.num_experts).max()) for s in compared.values())
     for number, (name, s) in enumerate(compared.items()):
         relative_LE = s.load.share_LE * s.axes.num_experts
@@ -179,8 +179,8 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
             s.axes.moe_layers,
             f"expert ({name})",
             "layer",
-            "of even",
-            "layer %{y}, expert %{x}: %{z:.2f} of an even share",
+            "x even",
+            "layer %{y}, expert %{x}: %{z:.2f} times an even share",
         )
         figure.update_traces(zmax=highest)
         figure.update_layout(height=max(300, min(560, 120 + 14 * s.axes.layers)))
@@ -200,14 +200,17 @@ def _hops(compared: dict[str, Statistics]) -> Section:
     figure = lines(chosen, list(range(1, most + 1)), "hop (layers ahead)", "recall@K from one expert")
     figure.update_xaxes(dtick=1)
     headline = (
-        "One hop ahead, above popularity: "
+        "Held-out recall@K one hop ahead, relative to popularity: "
         + ", ".join(
             f"{name} {value:+.3f}" if np.isfinite(value) else f"{name} has too few problems" for name, value in above.items()
         )
         + "."
     )
-    explanation = "How many of the K experts are among K guesses, given one expert of the earlier layer; mean over layers."
-    return Section("How far ahead a layer tells", headline, explanation, (html(figure, "compared-hops", headline),))
+    explanation = (
+        "Recall of the K experts with K predictions, given one expert of the earlier layer, on held-out problems; mean over "
+        "layers."
+    )
+    return Section("Prediction across layers", headline, explanation, (html(figure, "compared-hops", headline),))
 
 
 def _repetition(compared: dict[str, Statistics]) -> Section:
@@ -218,10 +221,10 @@ def _repetition(compared: dict[str, Statistics]) -> Section:
         chosen.append(Line(f"{name}, shuffled", [mean(whole.shared_shuffled)] * len(DISTANCES), CONTROL))
         chance = repetition_chance(s.axes.num_experts, s.axes.top_k)[2]
         chosen.append(Line(f"{name}, chance", [chance] * len(DISTANCES), CHANCE))
-    figure = lines(chosen, DISTANCES, "distance (tokens)", "share of K in common", log_x=True)
-    headline = "Experts that consecutive tokens share, over two tokens at random: " + ", ".join(
-        f"{name} {mean(s.repetitions[0].shared[0]):.1%} against {mean(s.repetitions[0].shared_shuffled):.1%}"
+    figure = lines(chosen, DISTANCES, "distance (tokens)", "share of K experts in common", log_x=True)
+    headline = "Share of the K experts that consecutive tokens have in common: " + ", ".join(
+        f"{name} {mean(s.repetitions[0].shared[0]):.1%} (two random tokens: {mean(s.repetitions[0].shared_shuffled):.1%})"
         for name, s in compared.items()
     )
-    explanation = "Tokens of one problem, in one layer, mean over layers."
+    explanation = "Pairs of tokens of the same problem, in the same layer; mean over layers."
     return Section("Repetition over tokens", headline + ".", explanation, (html(figure, "compared-repetition", headline),))

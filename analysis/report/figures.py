@@ -1,4 +1,4 @@
-"""What the figures of a page share: colors that differ for every kind of color vision, lines, heat maps, embedded data."""
+"""Building blocks of the page's figures: a palette for every kind of color vision, lines, heat maps, embedded data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-# Okabe and Ito's palette, distinguishable with every common color blindness; and Cividis, made for the same.
+# Okabe and Ito's palette is distinguishable with every common type of color blindness; Cividis was designed for the same.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SCALE = "Cividis"
 # Lines differ by dash as well: a page may be printed in gray.
@@ -25,9 +25,10 @@ CHANCE = {"color": "#999999", "dash": "dot", "width": 1}
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page: a headline computed from the data, how to read it, figures and tables.
+    """One part of a page: a headline computed from the data, an explanation of how to read it, figures and tables.
 
-    figures: HTML. kind: names the script that makes it move, if any; data: JSON values for that.
+    figures: HTML. tables: rows of cells, the header first. kind: the script that makes the section interactive, if any; data:
+    JSON values for that script.
     """
 
     title: str
@@ -41,7 +42,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a figure. style: `CONTROL`, dotted in the color of the line before; `CHANCE`; or None for the next color."""
+    """A line of a figure. style: `CONTROL` (dotted, color of the previous line), `CHANCE`, or None for the next color."""
 
     name: str
     y: Sequence[float] | npt.NDArray[Any]
@@ -82,8 +83,10 @@ def lines(
 def heat_map(
     values: npt.NDArray[Any], x: Sequence[Any], y: Sequence[Any], x_title: str, y_title: str, unit: str, hover: str
 ) -> go.Figure:
-    """A heat map, first row on top. x and y may have Plotly's markup: escape what is a stranger's. hover: a Plotly
-    template."""
+    """A heat map with the first row on top. hover: a Plotly template.
+
+    Plotly interprets markup in x and y, so the caller must escape untrusted text.
+    """
     figure = go.Figure(
         go.Heatmap(
             z=np.round(values, 4).astype(np.float32),
@@ -105,18 +108,18 @@ TOP_LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
 def wrapped(label: str) -> str:
-    """A long label on several lines, so that it leaves room for its figure on a phone."""
+    """A long label, escaped and broken into lines so that it leaves room for the figure on a phone."""
     return "<br>".join(escape(line, quote=False) for line in textwrap.wrap(label, 22))
 
 
-# Room for labels as `wrapped` makes them, in pixels.
+# Pixels that labels from `wrapped` need.
 LABELS = 175
 
 
 def html(figure: go.Figure, name: str, description: str, left: int = 60) -> str:
-    """The figure as a part of a page; name: id of its element. description: for readers who do not see it.
+    """The figure as HTML. name: id of its element; description: text for screen readers.
 
-    left: pixels for the labels of the y axis. Plotly's own search for that room can end in a warning on narrow pages.
+    left: pixels for the labels of the y axis, as Plotly's automatic margins can cause a warning on narrow pages.
     """
     figure.update_layout(
         template="plotly_white", margin={"l": left, "r": 16, "t": 16, "b": 60, "autoexpand": True}, font={"size": 14}
@@ -128,5 +131,5 @@ def html(figure: go.Figure, name: str, description: str, left: int = 60) -> str:
 
 
 def packed(values: npt.NDArray[np.uint8]) -> str:
-    """Bytes for a page's script: gzip, as text."""
+    """Bytes for a page's script: compressed with gzip, then encoded in base64."""
     return base64.b64encode(gzip.compress(values.tobytes(), 6, mtime=0)).decode()

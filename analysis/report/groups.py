@@ -1,4 +1,4 @@
-"""The sections on groups: pairs of experts, domains, and clusters."""
+"""The sections on groups: pairs of experts, domains, and clusters of experts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_PAIR_LINES = 3
 
 
 def pairs_section(s: Statistics) -> Section:
-    """The layer with the most lifted pair, and the most lifted pair of every layer. Only for K > 1."""
+    """Lifts of the layer with the highest one, and the pair with the highest lift of every layer. Only for K > 1."""
     assert s.pairs is not None
     pairs, layers = s.pairs, list(s.axes.moe_layers)
     n = int(pairs.top_lift.argmax())
@@ -33,13 +33,13 @@ def pairs_section(s: Statistics) -> Section:
     if pairs.top_lift[n] > 0:
         headline = (
             f"Experts {first} and {second} of layer {layers[n]} are used together {pairs.top_lift[n]:.1f} times as often as "
-            f"without preferences (the most that chance made of any pair: {pairs.shuffled_top_lift.max():.1f}); "
+            f"without preferences (the highest lift by chance: {pairs.shuffled_top_lift.max():.1f}); "
         )
     else:
-        headline = "There are too few tokens to tell preferred pairs; "
+        headline = "There are too few tokens to identify preferred pairs; "
     headline += (
-        f"a layer's tokens use {mean(pairs.unique_sets):,.0f} different sets of {s.axes.top_k} on average, of "
-        f"{pairs.possible_sets:,} possible; with equally likely sets it would be {pairs.even_sets:,.0f}."
+        f"on average a layer uses {mean(pairs.unique_sets):,.0f} of {pairs.possible_sets:,} possible sets of {s.axes.top_k} "
+        f"experts ({pairs.even_sets:,.0f} if all sets were equally likely)."
     )
     figure = heat_map(
         pairs.lift_LEE[n],
@@ -54,11 +54,13 @@ def pairs_section(s: Statistics) -> Section:
     figure.update_traces(zmax=max(2.0, float(np.quantile(upper[upper > 0], 0.99)) if (upper > 0).any() else 2.0))
     figure.update_layout(height=520)
     explanation = (
-        "Lift: how often two experts are selected for the same token, over how often if none preferred another; 1 is no "
-        f"preference. The figure is of layer {layers[n]}; every layer's most lifted pair is in the table, its 20 most used and "
-        "20 most lifted ones in tables/pairs.csv. Pairs that are expected fewer than 25 times are not called lifted."
+        "Lift: how often two experts are selected for the same token, divided by how often they would be if no expert "
+        "preferred "
+        f"another; 1 means no preference. The figure shows layer {layers[n]}. The table lists each layer's pair with the "
+        "highest lift; tables/pairs.csv has the 20 most frequent pairs and the 20 with the highest lift of each layer. Pairs "
+        "expected fewer than 25 times are left out of the table and the headline, as their lift is noisy."
     )
-    rows = [("layer", "experts", "lift", "by chance", "tokens", "different sets")]
+    rows = [("layer", "experts", "lift", "highest by chance", "tokens", "distinct sets")]
     for number, layer in enumerate(layers):
         a, b = (int(expert) for expert in sorted(pairs.top_pair[number]))
         enough = bool(pairs.top_lift[number] > 0)
@@ -76,18 +78,20 @@ def pairs_section(s: Statistics) -> Section:
 
 
 def domains_section(s: Statistics) -> Section:
-    """Distances of datasets, and the experts that each prefers. Only for traces with several datasets."""
+    """Distances between datasets, and the experts that each prefers. Only for traces with several datasets."""
     layers, names = list(s.axes.moe_layers), s.datasets
     ranked = sorted(s.domains, key=lambda pair: -(mean(pair.distance) - mean(pair.shuffled)))
     far = ranked[0]
     found = (
-        f"distance {mean(far.distance):.2f} on average over the layers, {mean(far.shuffled):.2f} with labels shuffled over "
-        "problems."
+        f"distance {mean(far.distance):.2f} averaged over layers, {mean(far.shuffled):.2f} with labels shuffled over problems."
     )
     if mean(far.distance) > mean(far.shuffled_high):
         headline = f"{far.first} and {far.second} differ most: {found}"
     else:
-        headline = f"No two domains differ beyond what their problems cause; the most, {far.first} and {far.second}: {found}"
+        headline = (
+            "No two domains differ more than their problems alone explain; the largest difference is between "
+            f"{far.first} and {far.second}: {found}"
+        )
     figures = []
     if len(names) > 2:
         numbers = list(range(1, len(names) + 1))
@@ -100,26 +104,29 @@ def domains_section(s: Statistics) -> Section:
         square.update_xaxes(nticks=len(names))
         square.update_yaxes(nticks=len(names))
         square.update_layout(height=120 + 40 * len(names))
-        figures.append(html(square, "domain-map", "Distance of every two datasets above the shuffled control.", LABELS))
+        figures.append(
+            html(square, "domain-map", "Distance between each pair of datasets, above the shuffled control.", LABELS)
+        )
     chosen = []
     for pair in ranked[:MAX_PAIR_LINES]:
         chosen.append(Line(f"{pair.first} / {pair.second}", pair.distance))
         chosen.append(Line(f"{pair.first} / {pair.second}, shuffled", pair.shuffled, CONTROL))
     figures.append(html(lines(chosen, layers, "layer", "Jensen-Shannon distance"), "domain-layers", headline))
     explanation = (
-        "Jensen-Shannon distance of the expert loads of two datasets: 0 equal, 1 disjoint; dotted: labels permuted "
-        "over problems, "
-        "which is what few and long problems alone cause."
+        "Jensen-Shannon distance between the expert loads of two datasets: 0 means equal, 1 disjoint. Dotted: with labels "
+        "permuted over problems, the distance that few or long problems alone cause."
     )
     tables = []
     if s.specializations:
         best = max(s.specializations, key=lambda each: each.found - each.shuffled)
         explanation += (
-            f" Specialized experts: share in one dataset over share in all others, 95 % interval by bootstrap over problems. "
-            f"{best.dataset} has most: {best.found} of {len(layers) * s.axes.num_experts} with an interval above 1, "
-            f"{best.shuffled} with datasets shuffled (2.5 % would be {len(layers) * s.axes.num_experts / 40:.0f})."
+            " Specialized experts: share in one dataset divided by share in all others, with a 95 % interval by bootstrap over "
+            f"problems. {best.dataset} has the most: {best.found} of {len(layers) * s.axes.num_experts} experts have an "
+            "interval "
+            f"above 1, compared with {best.shuffled} when dataset labels are shuffled (2.5 % of all would be "
+            f"{len(layers) * s.axes.num_experts / 40:.0f})."
         )
-        figures.append(html(_specialists(s), "specialists", "Most specialized experts with intervals.", LABELS))
+        figures.append(html(_specialists(s), "specialists", "The most specialized experts with their intervals.", LABELS))
         counts = [("dataset", "problems", "specialized experts", "shuffled control")]
         counts += [(each.dataset, f"{each.problems:,}", str(each.found), str(each.shuffled)) for each in s.specializations]
         tables.append(tuple(counts))
@@ -127,7 +134,7 @@ def domains_section(s: Statistics) -> Section:
 
 
 def _specialists(s: Statistics) -> go.Figure:
-    """Ratios with intervals of the surest experts of each dataset, datasets in turn."""
+    """Ratios, with intervals, of the experts with the highest lower limit, dataset by dataset."""
     per_dataset = max(1, MAX_SPECIALISTS // max(1, len(s.specializations)))
     figure = go.Figure()
     for number, each in enumerate(s.specializations):
@@ -149,14 +156,14 @@ def _specialists(s: Statistics) -> go.Figure:
             hovertemplate="%{y}: %{x:.2f}<extra></extra>",
         )
     figure.add_vline(x=1, line=CHANCE)
-    figure.update_xaxes(title="share here over share elsewhere", type="log", dtick="D2")
+    figure.update_xaxes(title="share in the dataset / share in others", type="log", dtick="D2")
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(height=160 + 40 * per_dataset * len(s.specializations))
     return figure
 
 
 def clusters_section(s: Statistics) -> Section:
-    """Silhouettes by layer beside their controls."""
+    """Silhouettes by layer, compared with their controls."""
     layers = list(s.axes.moe_layers)
     groups = sorted({(each.feature, each.method) for each in s.clusters})
     figures, sentences = [], []
@@ -170,16 +177,17 @@ def clusters_section(s: Statistics) -> Section:
         beat = sum(each.silhouette > each.shuffled for each in of)
         sentences.append(
             f"by {feature} in {beat} of {len(of)} cases (mean silhouette {np.mean([each.silhouette for each in of]):.2f}, "
-            f"shuffled {np.mean([each.shuffled for each in of]):.2f})"
+            f"shuffled control {np.mean([each.shuffled for each in of]):.2f})"
         )
         drawn = lines(chosen, layers, "layer", f"silhouette, by {feature}")
         figures.append(html(drawn, f"clusters-{feature}", f"Silhouette of clusters by {feature}."))
-    headline = f"Clusters of experts have a larger silhouette than {CONTROLS} shuffled tables {'; '.join(sentences)}."
+    headline = f"Clusters of experts have a larger silhouette than each of {CONTROLS} shuffled tables {'; '.join(sentences)}."
     explanation = (
-        "Every layer's experts are clustered by which others they are used with, and by which experts of the layers before and "
-        "after go with them, each beyond what loads give. Silhouette: 1 for far apart, 0 for no clusters; the number "
-        f"of clusters is the one with most, for the control too. Without groups {1 / (CONTROLS + 1):.0%} of cases would have a "
-        "larger one. "
-        "Members are in tables/clusters.csv."
+        "The experts of each layer are clustered by the experts that they are used together with, and by the experts of the "
+        "previous and next layer that they are used with, both beyond what their loads explain. Silhouette: 1 for "
+        "well-separated "
+        "clusters, 0 for none. The number of clusters is the one with the largest silhouette, also for the controls. Without "
+        f"structure, clusters would exceed all controls in {1 / (CONTROLS + 1):.0%} of cases. Cluster members are in "
+        "tables/clusters.csv."
     )
     return Section("Clusters of experts", headline, explanation, tuple(figures))

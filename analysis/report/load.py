@@ -19,55 +19,56 @@ from analysis.report.figures import (
 from analysis.statistics.compute import Statistics, mean, show
 
 MAX_TOKENS = 10
-# Of all experts together: about a megabyte.
+# Tokens over all experts, about a megabyte of the page.
 MAX_ENTRIES = 80_000
 
 
 def load_section(s: Statistics, labels: Sequence[str]) -> Section:
-    """Heat map of the load with the tokens of each expert, evenness by layer, and a table by dataset and phase."""
+    """Heat map of the load with each expert's preferred tokens, evenness by layer, and a table by dataset and phase."""
     load, layers, experts = s.load, list(s.axes.moe_layers), s.axes.num_experts
     relative_LE = load.share_LE * experts
     figure = heat_map(
-        relative_LE, range(experts), layers, "expert", "layer", "of even", "layer %{y}, expert %{x}: %{z:.2f} of an even share"
+        relative_LE, range(experts), layers, "expert", "layer", "x even", "layer %{y}, expert %{x}: %{z:.2f} x an even share"
     )
     figure.update_layout(height=max(320, min(760, 120 + 16 * len(layers))))
     n, expert = (int(index) for index in np.unravel_index(relative_LE.argmax(), relative_LE.shape))
     headline = (
         f"Load entropy is {mean(load.entropy_share):.1%} of its maximum on average; the busiest expert "
-        f"(layer {layers[n]}, expert {expert}) gets {relative_LE.max():.1f} times an even share."
+        f"(layer {layers[n]}, expert {expert}) receives {relative_LE.max():.1f} times an even share."
     )
-    explanation = "Share of a layer's selections that goes to each expert; 1 is an even share."
+    explanation = "Each expert's share of its layer's selections, relative to an even share (1)."
     evenness = lines(
         [
             Line("entropy / maximum", load.entropy_share),
             Line("Gini coefficient", load.gini),
-            Line("experts used at all", load.coverage),
-            Line("even load: entropy", np.ones(len(layers)), CHANCE),
+            Line("share of experts used at all", load.coverage),
+            Line("entropy of an even load", np.ones(len(layers)), CHANCE),
         ],
         layers,
         "layer",
         "",
     )
     figures = [html(figure, "load-map", headline), html(evenness, "load-evenness", "Evenness of the load by layer.")]
-    rows: list[tuple[str, ...]] = [("dataset", "phase", "tokens", "entropy / max", "busiest / mean", "Gini", "used")]
+    rows: list[tuple[str, ...]] = [("dataset", "phase", "tokens", "entropy / max", "busiest / mean", "Gini", "experts used")]
     for (dataset, phase), part in s.loads.items():
         numbers = (part.entropy_share, part.max_over_mean, part.gini, part.coverage)
-        # A part with one phase is one row.
+        # A dataset with a single phase would have two equal rows.
         if phase == ALL or sum(name == dataset for name, _ in s.loads) > 2:
             rows.append((dataset, phase, f"{part.tokens:,}", *(show(mean(values)) for values in numbers)))
     data: dict[str, Any] = {}
-    if s.liked is not None:
+    if s.preferred is not None:
         explanation += (
-            " Point at an expert, or tap it, to see the tokens it likes: selected for them far more often than for any."
+            " Point at an expert, or tap it, to see its preferred tokens: those that select it more often than tokens do on "
+            "average."
         )
         data = _token_cloud(s, labels, (n, expert))
     return Section("Expert load", headline, explanation, tuple(figures), (tuple(rows),), kind="load" if data else "", data=data)
 
 
 def _token_cloud(s: Statistics, labels: Sequence[str], start: tuple[int, int]) -> dict[str, Any]:
-    assert s.liked is not None
+    assert s.preferred is not None
     most = min(MAX_TOKENS, MAX_ENTRIES // (s.axes.layers * s.axes.num_experts))
-    used = sorted({int(place) for place in s.liked.place[..., :most].ravel() if place >= 0})
+    used = sorted({int(place) for place in s.preferred.place[..., :most].ravel() if place >= 0})
     place_of = {place: number for number, place in enumerate(used)}
     tokens = [
         [
@@ -78,7 +79,7 @@ def _token_cloud(s: Statistics, labels: Sequence[str], start: tuple[int, int]) -
             ]
             for places, lifts in zip(places_EM, lifts_EM, strict=True)
         ]
-        for places_EM, lifts_EM in zip(s.liked.place, s.liked.lift, strict=True)
+        for places_EM, lifts_EM in zip(s.preferred.place, s.preferred.lift, strict=True)
     ]
     return {
         "layers": list(s.axes.moe_layers),

@@ -1,4 +1,4 @@
-"""The sections on the tokens of a problem: repetition and reuse."""
+"""The sections on temporal locality within a problem: repetition and reuse."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from analysis.statistics.locality import repetition_chance
 
 
 def repetition_section(s: Statistics) -> Section:
-    """By distance and by layer, and a table in the form of Mixtral's Table 5."""
+    """Repetition by distance and by layer, and a table in the form of Mixtral's Table 5."""
     whole, layers, top_k = s.repetitions[0], list(s.axes.moe_layers), s.axes.top_k
     chances = repetition_chance(s.axes.num_experts, top_k)
     chosen = []
     for name, values, control, chance in (
         ("same first choice", whole.first, whole.first_shuffled, chances[0]),
         ("first or second choice in common", whole.first_or_second, whole.first_or_second_shuffled, chances[1]),
-        (f"share of the {top_k} in common", whole.shared, whole.shared_shuffled, chances[2]),
+        (f"share of the {top_k} experts in common", whole.shared, whole.shared_shuffled, chances[2]),
     )[: 1 if top_k == 1 else 3 if top_k > 2 else 2]:
         chosen.append(Line(name, [mean(row) for row in values]))
         chosen.append(Line(f"{name}, tokens shuffled", [mean(control)] * len(DISTANCES), CONTROL))
@@ -38,7 +38,7 @@ def repetition_section(s: Statistics) -> Section:
     by_distance = lines(chosen, DISTANCES, "distance (tokens)", "share of tokens", log_x=True)
     by_layer = lines(
         [
-            Line("same first choice as the token before", whole.first[0]),
+            Line("same first choice as the previous token", whole.first[0]),
             Line("shuffled", whole.first_shuffled, CONTROL),
             Line("chance", [chances[0]] * len(layers), CHANCE),
         ],
@@ -49,12 +49,12 @@ def repetition_section(s: Statistics) -> Section:
     if np.isfinite(whole.first[0]).any():
         n = int(np.nanargmax(whole.first[0]))
         headline = (
-            f"Consecutive tokens have the same first choice {mean(whole.first[0]):.1%} of the time, two tokens taken at random "
-            f"{mean(whole.first_shuffled):.1%}, by chance {chances[0]:.1%}; most at layer {layers[n]} "
-            f"({show(whole.first[0, n], 2)})."
+            f"Consecutive tokens have the same first choice {mean(whole.first[0]):.1%} of the time (two random tokens: "
+            f"{mean(whole.first_shuffled):.1%}, chance: {chances[0]:.1%}), most often at layer {layers[n]} "
+            f"({whole.first[0, n]:.0%})."
         )
     else:
-        headline = "No problem has two recorded tokens in a row: there is no repetition to speak of."
+        headline = "No problem has two consecutive recorded tokens, so repetition cannot be measured."
     shown = sorted({0, len(layers) // 2, len(layers) - 1})
     names = [f"layer {layers[n]}" for n in shown]
     rows = [("dataset", *(f"first, {name}" for name in names), *(f"first or second, {name}" for name in names))]
@@ -67,13 +67,17 @@ def repetition_section(s: Statistics) -> Section:
     rows.append(("chance", *[show(100 * chances[0], 1)] * len(shown), *[show(100 * chances[1], 1)] * len(shown)))
     tables = [tuple(rows)]
     explanation = (
-        "Tokens of one problem, in one layer. Shuffled: two tokens drawn from the whole trace. The table has the form "
-        "of Table 5 "
-        "of the Mixtral paper, in percent."
+        "Pairs of tokens of the same problem, in the same layer. Shuffled: two tokens drawn at random from the whole trace. "
+        "The "
+        "table follows Table 5 of the Mixtral paper, in percent of consecutive tokens."
     )
     if s.table_5:
         agree = sum(row.within for row in s.table_5)
-        explanation += f" Beside the paper's own range over its domains, {agree} of {len(s.table_5)} rows lie within."
+        explanation += (
+            f" In {agree} of {len(s.table_5)} rows both values lie within the paper's range over its domains, widened by a "
+            "tenth "
+            "of its width on either side."
+        )
         golden = [("dataset, layer", "first", "paper", "first or second", "paper", "within")]
         golden += [
             (
@@ -92,7 +96,7 @@ def repetition_section(s: Statistics) -> Section:
 
 
 def reuse_section(s: Statistics) -> Section:
-    """Tokens and other experts between two uses of an expert."""
+    """The number of tokens, and of other experts, between two uses of an expert."""
     reuse, experts = s.reuse, s.axes.num_experts
     edges = reuse.gap_edges
     names = [str(a) if b - a == 1 else f"{a}-{b - 1}" for a, b in itertools.pairwise(edges)]
@@ -113,34 +117,33 @@ def reuse_section(s: Statistics) -> Section:
             Line("chance: one expert per token, all equally likely", np.arange(experts) / experts, CHANCE),
         ],
         list(range(experts)),
-        "other experts used since",
+        "number of other experts",
         "share of reuses",
     )
     if np.isfinite(reuse.median_gap).any():
-        headline = (
-            f"An expert that is used again was last used {mean(reuse.median_gap):.1f} tokens before (median, mean over layers)"
-        )
+        headline = f"A reused expert was last used {mean(reuse.median_gap):.1f} tokens earlier (median, averaged over layers)"
     else:
         headline = "No expert is used twice in a problem"
     if reuse.segments:
         headline += (
-            f"; {SEGMENT} tokens use {mean(reuse.working_set):.0%} of a layer's experts, {SEGMENT} tokens taken at random "
-            f"{mean(reuse.working_set_shuffled):.0%}."
+            f"; {SEGMENT} consecutive tokens use {mean(reuse.working_set):.0%} of a layer's experts ({SEGMENT} random tokens: "
+            f"{mean(reuse.working_set_shuffled):.0%})."
         )
     else:
         headline += "."
     explanation = (
-        f"Within a problem and layer. {mean(reuse.cold_share):.1%} of uses are an expert's first in its problem (shuffled: "
-        f"{mean(reuse.cold_shuffled):.1%}). Second figure: between two uses of an expert, how many others were used; "
-        f"a cache that "
-        "keeps the most recently used experts of a layer has what was used again with fewer others in between than it "
-        "has room for."
+        f"Reuse is counted within a problem and layer. {mean(reuse.cold_share):.1%} of uses are an expert's first in its "
+        "problem "
+        f"(shuffled: {mean(reuse.cold_shuffled):.1%}). Second figure: the share of reuses with fewer than the given number of "
+        "other experts used in between. This is the hit rate, among reuses, of an LRU cache per layer with room for that many "
+        "experts."
     )
     if reuse.segments:
         explanation += (
-            f" Two selections from adjacent segments of {SEGMENT} tokens are of the same expert "
-            f"{mean(reuse.adjacent):.1%} of the "
-            f"time, from anywhere in the trace {mean(reuse.adjacent_shuffled):.1%}: that is how far a segment's load lasts."
+            f" Two selections from adjacent segments of {SEGMENT} tokens are of the same expert {mean(reuse.adjacent):.1%} of "
+            "the "
+            f"time, two selections from anywhere in the trace {mean(reuse.adjacent_shuffled):.1%}: this measures how much of a "
+            "segment's load carries over to the next."
         )
     figures = (html(gaps, "reuse-gap", headline), html(stack, "reuse-between", "Other experts used between two uses."))
     return Section("Reuse of experts", headline, explanation, figures)

@@ -1,20 +1,20 @@
-"""The section on experts that do not fit: which cache and predictor, and how much faster."""
+"""The section on offloaded experts: the best cache policy and prefetcher, and their speed."""
 
 from __future__ import annotations
 
 from analysis.documents.simulation import BOUNDS, SimulatedRow, Simulation
 from analysis.report.figures import CONTROL, Line, Section, html, lines
 
-# What knows what comes: a policy, and a prefetcher.
-BOUND, ORACLE = "belady", "oracle"
+# The policy and the prefetcher that use future knowledge.
+BELADY, ORACLE = "belady", "oracle"
 
 
 def offload_section(simulation: Simulation, device: str | None, number: str) -> Section:
-    """One device of a simulation. number: of the section, for the names of its elements."""
+    """One device of a simulation. number: of the section, for the ids of its elements."""
     rows = [row for row in simulation.rows if row.device == device and row.policy not in BOUNDS]
     bounds = {row.policy: row for row in simulation.rows if row.device == device and row.policy in BOUNDS}
     best = [row for row in simulation.best if row.device == device]
-    headline = " ".join(map(_answer, best)) or _hits(rows)
+    headline = " ".join(map(_timed_sentence, best)) or _hit_rate_sentence(rows)
     shown = max(best, key=lambda row: row.gain or 0).policy if best else rows[0].policy
     sizes = sorted({row.share for row in rows})
     chosen = []
@@ -28,34 +28,37 @@ def offload_section(simulation: Simulation, device: str | None, number: str) -> 
         ticks = [f"{size:.0%}" for size in sizes]
         drawn = lines(chosen, ticks, "share of all experts in the cache", y_title, as_category=True)
         figures = (html(drawn, f"offload-{number}", headline),)
-    header = ("cache", "policy", "fetched ahead", "hit rate", "tokens/s", "times on demand")
+    header = ("cache", "policy", "prefetcher", "hit rate", "tokens/s", "speedup over on demand")
     cells = tuple(_cells(row) for row in [*bounds.values(), *rows] if not row.prefetch.endswith("control"))
     notes = next((each.assumptions for each in simulation.devices if each.name == device), [])
-    explanation = "Simulated, not run: the trace's requests against a cache, with copies beside the products. " + " ".join(
-        [*(f"Assumed: {line}." for line in notes), *simulation.notes]
-    )
-    return Section("Experts that do not fit", headline, explanation, figures, ((header, *cells),))
+    explanation = (
+        "Simulated, not run: the trace's requests are played against a cache of experts, with transfers overlapping "
+        "computation. "
+    ) + " ".join([*(f"Assumed: {line}." for line in notes), *simulation.notes])
+    return Section("Experts that do not fit in memory", headline, explanation, figures, ((header, *cells),))
 
 
-def _answer(row: SimulatedRow) -> str:
-    ahead = "nothing fetched ahead" if row.prefetch == "none" else f"{row.prefetch} fetching ahead"
-    gain = "" if row.gain is None or row.prefetch == "none" else f", {row.gain:.2f} x the best without"
+def _timed_sentence(row: SimulatedRow) -> str:
+    gain = "" if row.gain is None or row.prefetch == "none" else f" and {row.gain:.2f} x the best policy without prefetching"
     return (
-        f"With {row.gigabytes or 0:.1f} GB for experts on {row.device}: {row.policy}, {ahead}, "
-        f"{row.tokens_per_second or 0:.1f} tokens/s, {row.times_on_demand or 0:.1f} x copying on demand{gain}."
+        f"With {row.gigabytes or 0:.1f} GB for experts on {row.device}: {row.policy} with {_prefetching(row)} gives "
+        f"{row.tokens_per_second or 0:.1f} tokens/s, {row.times_on_demand or 0:.1f} x on-demand loading without a cache{gain}."
     )
 
 
-def _hits(rows: list[SimulatedRow]) -> str:
-    possible = [row for row in rows if row.policy != BOUND and row.prefetch != ORACLE and not row.prefetch.endswith("control")]
+def _hit_rate_sentence(rows: list[SimulatedRow]) -> str:
+    possible = [row for row in rows if row.policy != BELADY and row.prefetch != ORACLE and not row.prefetch.endswith("control")]
     if not possible:
-        return "Nothing was simulated that does not know what comes."
+        return "Every simulated policy or prefetcher uses future knowledge: add one that does not."
     row = max(possible, key=lambda row: row.hit_rate)
-    ahead = "nothing fetched ahead" if row.prefetch == "none" else f"{row.prefetch} fetching ahead"
     return (
-        f"At most {row.hit_rate:.1%} of the requested experts were in the cache: {row.share:.0%} of all experts, {row.policy}, "
-        f"{ahead}, if copies took no time."
+        f"The best hit rate is {row.hit_rate:.1%}: a cache with {row.share:.0%} of all experts, {row.policy} and "
+        f"{_prefetching(row)}, if transfers took no time."
     )
+
+
+def _prefetching(row: SimulatedRow) -> str:
+    return "no prefetching" if row.prefetch == "none" else f"prefetching by {row.prefetch}"
 
 
 def _value(row: SimulatedRow | None) -> float:

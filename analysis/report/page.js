@@ -1,4 +1,4 @@
-// What moves in a report: the transition viewer's sliders, and the tokens of the expert under the pointer.
+// The interactive parts of a report: the sliders of the transition matrices, and the tokens of the expert under the pointer.
 "use strict";
 
 function sectionData(kind) {
@@ -12,7 +12,7 @@ async function unpack(text) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-// Matrices are stored one after the other, hop by hop, as 255 times the square root of a probability.
+// Matrices are stored consecutively, hop by hop, as 255 times the square root of each probability.
 async function showTransitions() {
   const data = sectionData("transitions");
   if (!data) return;
@@ -20,7 +20,7 @@ async function showTransitions() {
   const layer = document.getElementById("layer");
   const label = document.getElementById("transition-label");
   if (typeof DecompressionStream === "undefined") {
-    label.textContent = "This browser cannot unpack the other matrices; they are in transitions.npz.";
+    label.textContent = "This browser cannot decompress the other matrices; they are in transitions.npz.";
     return;
   }
   const bytes = await unpack(data.matrices);
@@ -63,15 +63,15 @@ function showTokens() {
   function show(n, expert) {
     cloud.replaceChildren();
     const heading = document.createElement("strong");
-    heading.textContent = "Layer " + data.layers[n] + ", expert " + expert + " likes ";
+    heading.textContent = "Layer " + data.layers[n] + ", expert " + expert + " prefers: ";
     cloud.append(heading);
     const found = data.tokens[n][expert];
-    if (!found.length) cloud.append("no token that was seen often enough.");
+    if (!found.length) cloud.append("no token that occurs often enough.");
     for (const [place, lift] of found) {
       const token = document.createElement("span");
       token.className = "token";
       token.textContent = data.labels[place];
-      token.title = lift + " times as often as for any token";
+      token.title = "selects this expert " + lift + " times as often as the average token";
       token.style.fontSize = Math.min(1.9, 0.8 + Math.log2(Math.max(1, lift)) / 6) + "em";
       cloud.append(token, " ");
     }
@@ -86,7 +86,7 @@ window.addEventListener("load", () => {
   showTokens();
   showTransitions();
 });
-// Paper is narrower than a window, and figures do not follow by themselves: 680 pixels fit on A4 and Letter.
+// Paper is narrower than a window, and Plotly does not resize figures for print: 680 pixels fit on A4 and Letter.
 function resizeFigures(size) {
   document.querySelectorAll(".js-plotly-plot").forEach((figure) => Plotly.relayout(figure, size));
 }

@@ -1,4 +1,4 @@
-"""The sections on weights, on what can be predicted, and on what predictors do."""
+"""The sections on routing weights, on predictability from simple contexts, and on trained predictors."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def weights_section(s: Statistics) -> Section:
     chosen.append(Line("even: 1/K", [weights.even] * len(layers), CHANCE))
     figures = [html(lines(chosen, layers, "layer", "mean routing weight"), "weights", "Mean weight by rank and layer.")]
     headline = (
-        f"The strongest expert gets a weight of {weights.mean[:, 0].mean():.2f} on average, the last of {s.axes.top_k} "
+        f"On average the strongest expert has a weight of {weights.mean[:, 0].mean():.2f}, the last of {s.axes.top_k} has "
         f"{weights.mean[:, -1].mean():.2f}."
     )
-    explanation = "Weights as the model applies them. "
+    explanation = "Routing weights as the model applies them. "
     middle = len(layers) // 2
     rows = [(f"layer {layers[middle]}", "mean", *(f"{quantile:.0%}" for quantile in QUANTILES))]
     rows += [
@@ -47,7 +47,7 @@ def weights_section(s: Statistics) -> Section:
     ]
     if s.margins is not None:
         close = mean(s.margins.close)
-        headline += f" For {close:.0%} of tokens the next expert's logit is within 0.1 of the last chosen one's."
+        headline += f" For {close:.0%} of tokens the logit of the next expert is within 0.1 of that of the last selected one."
         median = QUANTILES.index(0.5)
         drawn = lines(
             [
@@ -61,21 +61,23 @@ def weights_section(s: Statistics) -> Section:
         figures.append(html(drawn, "margins", "Margin between rank K and K+1."))
         explanation += "Margin: the K-th largest router logit minus the next."
     else:
-        explanation += "No router logits were recorded, so the margin to the next expert is unknown (--capture-logits)."
+        explanation += (
+            "The margin to the next expert is unknown, as router logits were not recorded (collect with --capture-logits)."
+        )
     return Section("Routing weights", headline, explanation, tuple(figures), (tuple(rows),))
 
 
 def predictability_section(s: Statistics) -> Section:
-    """What single contexts tell, from both sides."""
+    """How well single contexts predict the experts: lower and upper bounds."""
     top_k = s.axes.top_k
-    by_name = {each.context: each for each in s.rulers}
+    by_name = {each.context: each for each in s.contexts}
     names = list(by_name)
     low = [by_name[name].recall_held_out for name in names]
     high = [by_name[name].recall_plug_in for name in names]
     figure = go.Figure()
     for values, name, symbol, color in (
-        (low, "on other problems (too bad)", "circle", COLORS[0]),
-        (high, "on the same tokens (too good)", "line-ns-open", COLORS[1]),
+        (low, "held out (lower bound)", "circle", COLORS[0]),
+        (high, "on the same tokens (upper bound)", "line-ns-open", COLORS[1]),
     ):
         figure.add_scatter(
             x=[round(value, 4) if np.isfinite(value) else None for value in values],
@@ -88,7 +90,16 @@ def predictability_section(s: Statistics) -> Section:
     figure.update_xaxes(title=f"recall@{top_k}", rangemode="tozero")
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(legend=TOP_LEGEND, height=220 + 44 * len(names))
-    rows = [("known", f"recall@{top_k}", "strongest", "bits of the strongest", "bits of the set, at most", "tasks")]
+    rows = [
+        (
+            "context",
+            f"recall@{top_k}",
+            "top-1",
+            "entropy of the strongest (bits)",
+            "entropy of the set, at most (bits)",
+            "tasks",
+        )
+    ]
     rows += [
         (
             each.shown,
@@ -98,7 +109,7 @@ def predictability_section(s: Statistics) -> Section:
             _between(each.set_bits_plug_in, each.set_bits_held_out, 2),
             ", ".join(task for task, known in TASKS.items() if each.context in known),
         )
-        for each in s.rulers
+        for each in s.contexts
     ]
     sentences = []
     for task, known in TASKS.items():
@@ -107,17 +118,17 @@ def predictability_section(s: Statistics) -> Section:
             best = max(usable, key=lambda each: each.recall_held_out)
             sentences.append(f"{task} {best.recall_held_out:.2f} ({best.shown})")
     headline = (
-        f"The best single context, judged on problems it was not counted on, gives recall@{top_k}: {'; '.join(sentences)}; "
-        f"chance is {top_k / s.axes.num_experts:.2f}."
+        f"Held-out recall@{top_k} from the best single context of each task: {'; '.join(sentences)}; chance is "
+        f"{top_k / s.axes.num_experts:.2f}."
         if sentences
-        else "There are too few problems to judge one half by the other."
+        else "There are too few problems to evaluate on held-out ones."
     )
     explanation = (
-        "A ruler for predictors: what counting alone makes of one thing that a task knows. Judged on the same tokens it is too "
-        "good, on the other half of the problems too bad; the truth about that context lies between. A predictor that combines "
-        "more than one context can exceed all of them; one that falls short of its task's best is not worth its "
-        "parameters. Bits: "
-        "entropy given the context. Means over the layers that have every context."
+        "A reference for predictors: how well counting predicts the experts from a single context that is known in the task. "
+        "Evaluation on the same tokens is optimistic, on the held-out half of the problems pessimistic; the true value for the "
+        "context lies between. A predictor that combines contexts can exceed all of them; one that falls below the best "
+        "context of its task is not worth its parameters. Entropy is given the context. Values are means over the layers that "
+        "have every context."
     )
     return Section("Predictability", headline, explanation, (html(figure, "predictability", headline, LABELS),), (tuple(rows),))
 
@@ -127,15 +138,15 @@ def _between(low: float, high: float, digits: int = 3) -> str:
 
 
 def predictions_section(evaluation: Evaluation, number: int) -> Section:
-    """An evaluation as a table and by layer. number: of the section, for the names of its elements."""
+    """An evaluation as a table and by layer. number: of the section, for the ids of its elements."""
     rows = table(evaluation)
     header = tuple(rows[0])
     cells = (header, *(tuple(row[name] for name in header) for row in rows))
     metric = header[1]
-    honest = {name: result for name, result in evaluation.results.items() if not name.endswith("shuffled control")}
-    best = max(honest, key=lambda name: honest[name].metrics["h=1"][metric])
+    predictors = {name: result for name, result in evaluation.results.items() if not name.endswith("shuffled control")}
+    best = max(predictors, key=lambda name: predictors[name].metrics["h=1"][metric])
     headline = (
-        f"{best} predicts best: {metric} {honest[best].metrics['h=1'][metric]:.3f}, chance {evaluation.chance[metric]:.3f}."
+        f"{best} predicts best: {metric} {predictors[best].metrics['h=1'][metric]:.3f}, chance {evaluation.chance[metric]:.3f}."
     )
     chosen = []
     for name, result in evaluation.results.items():
@@ -143,16 +154,16 @@ def predictions_section(evaluation: Evaluation, number: int) -> Section:
             float("nan") if metrics is None else metrics.get(metric, float("nan"))
             for metrics in result.by_target_layer.get("h=1", [])
         ]
-        chosen.append(Line(name, by_layer, CONTROL if name not in honest else None))
+        chosen.append(Line(name, by_layer, CONTROL if name not in predictors else None))
     figures: tuple[str, ...] = ()
     if chosen and len(chosen[0].y) > 1:
         chosen.append(Line("chance", [evaluation.chance[metric]] * len(chosen[0].y), CHANCE))
         drawn = lines(chosen, list(range(len(chosen[0].y))), "predicted MoE layer (from 0)", metric)
         figures = (html(drawn, f"predictors-{number}", headline),)
     explanation = (
-        f"Run {evaluation.run}, task {evaluation.task}, judged on {evaluation.problems} problems "
-        f"({evaluation.tokens:,} tokens), "
-        f"{evaluation.part} part of a split {evaluation.split}, of {evaluation.trace}. In brackets: 95 % interval "
-        f"over problems."
+        f"Run {evaluation.run}, task {evaluation.task}, evaluated on {evaluation.problems} problems ({evaluation.tokens:,} "
+        "tokens) "
+        f"of {evaluation.trace}: the {evaluation.part} part of a split {evaluation.split}. In parentheses: 95 % interval over "
+        "problems."
     )
     return Section("Predictors", headline, explanation, figures, (cells,))

@@ -1,4 +1,4 @@
-"""The sections of one trace's page: each says its finding in one sentence made from the numbers, then shows them."""
+"""The sections of one trace's page: each states its finding in one sentence with the numbers, then shows the data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from analysis.statistics.compute import Statistics
 def all_sections(
     statistics: Statistics, labels: Sequence[str], evaluations: Sequence[Evaluation], simulations: Sequence[Simulation]
 ) -> list[Section]:
-    """Those that the trace has something for."""
+    """The sections that the trace has data for."""
     sections = [load_section(statistics, labels)]
     if statistics.hops:
         sections += [transitions_section(statistics), hops_section(statistics)]
@@ -32,7 +32,7 @@ def all_sections(
         sections.append(clusters_section(statistics))
     if statistics.weights is not None:
         sections.append(weights_section(statistics))
-    if statistics.rulers:
+    if statistics.contexts:
         sections.append(predictability_section(statistics))
     sections += [predictions_section(evaluation, number) for number, evaluation in enumerate(evaluations, start=1)]
     return sections + [

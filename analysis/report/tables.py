@@ -1,4 +1,4 @@
-"""The statistics as CSV tables, one row per thing that was measured; layers are the decoder's own indices."""
+"""The statistics as CSV tables, one row per measured item; layers are the decoder's own indices."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from analysis.statistics.compute import Statistics
 from analysis.statistics.weights import QUANTILES
 from profiler.trace.writer import write_text
 
-# Of each layer, by use and by lift.
+# Pairs of each layer, by number of tokens and by lift each.
 TOP_PAIRS = 20
 
 
 def write_tables(statistics: Statistics, labels: Sequence[str], folder: Path) -> list[Path]:
-    """Write all tables that the trace has something for. labels: of the tokens, see `labels.token_labels`."""
-    made = {
+    """Write all tables that the trace has data for. labels: of the tokens in the vocabulary (`labels.token_labels`)."""
+    tables = {
         "load": _load(statistics),
         "layers": _layers(statistics),
         "transitions": _transitions(statistics),
@@ -37,7 +37,7 @@ def write_tables(statistics: Statistics, labels: Sequence[str], folder: Path) ->
     }
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, rows in made.items():
+    for name, rows in tables.items():
         header, *body = rows
         path = folder / f"{name}.csv"
         if body:
@@ -46,7 +46,7 @@ def write_tables(statistics: Statistics, labels: Sequence[str], folder: Path) ->
             write_text(path, text.getvalue())
             paths.append(path)
         else:
-            # Of an earlier analysis into the same folder.
+            # An earlier analysis may have written this table into the same folder.
             path.unlink(missing_ok=True)
     return paths
 
@@ -57,7 +57,7 @@ Rows = Iterable[Sequence[Any]]
 def _cell(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return f"{value:.6g}" if np.isfinite(value) else ""
-    # A spreadsheet runs text that begins like a formula, and tokens come from strangers.
+    # Spreadsheets run text that begins like a formula, and the tokens of a trace are untrusted.
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
@@ -140,11 +140,11 @@ def _specialists(s: Statistics) -> Rows:
 
 def _tokens(s: Statistics, labels: Sequence[str]) -> Rows:
     yield "layer", "expert", "rank", "token", "label", "selections", "lift"
-    if s.liked is None:
+    if s.preferred is None:
         return
-    for n, expert, rank in zip(*np.nonzero(s.liked.place >= 0), strict=True):
-        place = int(s.liked.place[n, expert, rank])
-        found = int(s.liked.count[n, expert, rank]), float(s.liked.lift[n, expert, rank])
+    for n, expert, rank in zip(*np.nonzero(s.preferred.place >= 0), strict=True):
+        place = int(s.preferred.place[n, expert, rank])
+        found = int(s.preferred.count[n, expert, rank]), float(s.preferred.lift[n, expert, rank])
         yield s.axes.moe_layers[n], expert, rank, s.axes.vocabulary[place], labels[place], *found
 
 
@@ -168,7 +168,7 @@ def _weights(s: Statistics) -> Rows:
 
 
 def _predictability(s: Statistics) -> Rows:
-    names = [name for name in vars(s.rulers[0]) if not name.endswith("_L")] if s.rulers else []
+    names = [name for name in vars(s.contexts[0]) if not name.endswith("_L")] if s.contexts else []
     yield names
-    for each in s.rulers:
+    for each in s.contexts:
         yield [getattr(each, name) for name in names]

@@ -1,4 +1,4 @@
-"""The sections on what one layer tells of later ones."""
+"""The sections on predicting the experts of later layers from one layer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from analysis.report.figures import (
 )
 from analysis.statistics.compute import Statistics, mean, show
 
-# Of the page's 8 MB Plotly takes 4.8; what the packed matrices may take is left out beyond that, longest hops first.
+# Plotly takes 4.8 of the 8 MB that a page may have. Beyond this size of the packed matrices, the longest hops are left out.
 MAX_MATRIX_TEXT = 2_000_000
-# The first hop may take more; beyond this (48 layers of some 200 experts) there are no sliders.
+# The first hop alone may take more; beyond this (48 layers of some 200 experts) the page has no sliders.
 MAX_FIRST_HOP_TEXT = 2_500_000
 
 
 def transitions_section(s: Statistics) -> Section:
-    """The matrices behind two sliders, and what adjacent layers share. Only for traces with hops."""
+    """The transition matrices with two sliders, and the mutual information of adjacent layers. Only for traces with hops."""
     layers, experts, first = list(s.axes.moe_layers), s.axes.num_experts, s.hops[0]
     matrices: list[np.ndarray[Any, Any]] = []
     text, hops = "", 0
@@ -51,22 +51,26 @@ def transitions_section(s: Statistics) -> Section:
     information, control = first.information_bits, first.information_shuffled_bits
     strongest = int(np.argmax(information))
     headline = (
-        f"Adjacent layers share {information.mean():.2f} bits on average (shuffled control {show(control.mean())}); "
-        f"most between layers {layers[strongest]} and {layers[strongest + 1]}: {information.max():.2f} bits."
+        f"The strongest experts of adjacent layers share {information.mean():.2f} bits on average (shuffled "
+        f"control: {show(control.mean())}), most between layers {layers[strongest]} and {layers[strongest + 1]}: "
+        f"{information.max():.2f} bits."
     )
+    sliders = "" if hops == 0 else "Move the sliders to change the layers; the color scale stays the same. "
     explanation = (
-        "P(expert at the later layer | expert at the earlier layer), over all pairs of selected experts of a token; every row "
-        f"sums to 1, chance is {1 / experts:.3f} everywhere, equal rows would mean no link. Bits: mutual information of the "
-        "strongest experts, bias-corrected. Move the sliders to change the layers; colors keep their meaning, and end at the "
-        "99.9th percentile of one-hop probabilities."
+        "P(expert at the later layer | expert at the earlier layer), over all pairs of selected experts of a token. Every row "
+        f"sums to 1; by chance every entry would be {1 / experts:.3f}. If all rows were equal, the layers would be "
+        "independent. "
+        f"{sliders}Colors end at the 99.9th percentile of one-hop probabilities. Bits: mutual information of the strongest "
+        "experts, corrected for bias. Top-1: accuracy of predicting the next layer's strongest expert, on the same tokens and "
+        "on "
+        "held-out problems."
     )
     if hops == 0:
-        explanation = explanation.replace("Move the sliders to change the layers; c", "C")
-        explanation += f" The figure is of layers {layers[0]} and {layers[1]}; all others are in transitions.npz."
+        explanation += f" The figure shows layers {layers[0]} and {layers[1]}; all other matrices are in transitions.npz."
     elif hops < len(s.hops):
         explanation += f" Hops beyond {hops} would make this page too large; they are in transitions.npz."
     rows: list[tuple[str, ...]] = [
-        ("layers", "bits", "shuffled", "guess strongest", "held out", "popularity", "same expert index", "if independent")
+        ("layers", "bits", "shuffled", "top-1, same tokens", "top-1, held out", "popularity", "same index", "if independent")
     ]
     rows += [
         (
@@ -100,7 +104,7 @@ def transitions_section(s: Statistics) -> Section:
 
 
 def hops_section(s: Statistics) -> Section:
-    """How guesses fade with the distance of layers, beside popularity, chance and the controls."""
+    """How prediction degrades with the distance between layers, compared with popularity, chance and the controls."""
     hops, experts, top_k = s.hops, s.axes.num_experts, s.axes.top_k
     numbers = [hop.hop for hop in hops]
 
@@ -109,12 +113,12 @@ def hops_section(s: Statistics) -> Section:
 
     def figure(kind: str, same: str, independent: str, chance: float, y_title: str) -> go.Figure:
         chosen = [
-            Line("given an expert, judged on other problems", curve(f"held_out_{kind}")),
-            Line("given an expert, judged on the same tokens", curve(f"conditional_{kind}")),
-            Line("the same, layers shuffled", curve(f"shuffled_{kind}"), CONTROL),
+            Line("given an expert, held-out problems", curve(f"held_out_{kind}")),
+            Line("given an expert, same tokens", curve(f"conditional_{kind}")),
+            Line("given an expert, layers shuffled", curve(f"shuffled_{kind}"), CONTROL),
             Line("popularity (the layer's most used)", curve(f"marginal_{kind}")),
             Line("same expert index", curve(same)),
-            Line("the same, layers independent", curve(independent), CONTROL),
+            Line("same expert index, layers independent", curve(independent), CONTROL),
             Line("chance", [chance] * len(hops), CHANCE),
         ]
         drawn = lines(chosen, numbers, "hop (layers ahead)", y_title)
@@ -124,27 +128,32 @@ def hops_section(s: Statistics) -> Section:
     held_out, popular = curve("held_out_top1"), curve("marginal_top1")
     if np.isfinite(held_out[0]):
         headline = (
-            f"Knowing the strongest expert, the next layer's strongest is guessed right for {held_out[0]:.0%} of tokens, "
-            f"without it for {popular[0]:.0%}, by chance for {1 / experts:.0%}"
-            + (f"; {numbers[-1]} layers ahead it is {held_out[-1]:.0%}." if len(hops) > 1 else ".")
+            f"Given a layer's strongest expert, the next layer's strongest is predicted correctly for {held_out[0]:.0%} of "
+            "tokens "
+            f"(popularity alone: {popular[0]:.0%}, chance: {1 / experts:.0%})"
+            + (f"; {numbers[-1]} layers ahead, for {held_out[-1]:.0%}." if len(hops) > 1 else ".")
         )
     else:
-        headline = "There are too few problems to judge one half by the other: what follows is judged on its own tokens."
+        headline = "There are too few problems to hold any out: predictions are evaluated on the tokens that were counted."
     explanation = (
-        "Mean over layers. A guess is the most frequent follower; 'other problems' means that each half of the "
-        "problems is judged "
-        "by what the other half says. First figure: the strongest expert at both layers. Second: how many of the "
-        f"{top_k} experts are among {top_k} guesses, from one of the {top_k} at the earlier layer. What a predictor with all "
-        "earlier layers at hand makes of it, 'specmoe evaluate' says."
+        "Means over layers. The prediction is the expert that most often follows the given one; 'held-out problems' means "
+        "that the experts are counted on one half of the problems and predicted on the other, in both directions. First "
+        "figure: "
+        "accuracy for the strongest expert, given the strongest at the earlier layer."
     )
+    if top_k > 1:
+        explanation += (
+            f" Second figure: recall of the {top_k} experts with {top_k} predictions, given one at the earlier layer."
+        )
+    explanation += " Predictors that use all earlier layers are evaluated by 'specmoe evaluate'."
     figures = [
         html(
-            figure("top1", "same_strongest", "independent_strongest", 1 / experts, "strongest expert guessed"),
+            figure("top1", "same_strongest", "independent_strongest", 1 / experts, "top-1 accuracy"),
             "hops-strongest",
             headline,
         )
     ]
     if top_k > 1:
         drawn = figure("topk", "same_selected", "independent_selected", top_k / experts, f"recall@{top_k}")
-        figures.append(html(drawn, "hops-selected", "The same for all selected experts."))
-    return Section("How far ahead a layer tells", headline, explanation, tuple(figures))
+        figures.append(html(drawn, "hops-selected", "Recall of all selected experts by hop."))
+    return Section("Prediction across layers", headline, explanation, tuple(figures))

@@ -1,1 +1,1 @@
-"""Pure functions from counts to the numbers in the report, each with its control."""
+"""Pure functions that turn counts into the numbers of the report, each with its control."""

@@ -1,4 +1,4 @@
-"""Do two traces route the same tokens alike? What a quantization, or another engine, changes."""
+"""Do two traces route the same tokens to the same experts? Measures what a quantization or another engine changes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,18 @@ ROWS_AT_A_TIME = 1 << 16
 
 @dataclass(frozen=True)
 class Agreement:
-    """Routes of the same prompt tokens in two traces of one shape, per MoE layer `[L]`.
+    """How often two traces of the same shape route the same prompt tokens to the same experts.
 
-    shared: experts in common, over K. same_set, same_first: the sets, the strongest experts, are equal. shared_shuffled:
-    experts in common of any two tokens, one of either trace, as both loads give it. problems, tokens: compared. Only prompts
-    count: what is generated differs as soon as one token does.
+    Only prompt tokens are compared: generated texts diverge from the first token that differs. Shares are between 0 and 1.
+
+    Attributes:
+        problems: Number of prompts that were compared.
+        tokens: Number of tokens that were compared.
+        shared: Mean number of experts in common, divided by K, per MoE layer `[L]`.
+        same_set: Share of tokens with the same set of K experts `[L]`.
+        same_first: Share of tokens with the same strongest expert `[L]`.
+        shared_shuffled: The control for `shared` `[L]`: its expected value for two random tokens, one from each trace, computed
+            from the expert loads of both.
     """
 
     problems: int
@@ -41,10 +48,29 @@ class Agreement:
 
 
 def prompt_agreement(first: Trace, second: Trace, choice: Choice = EVERYTHING) -> Agreement | None:
-    """Compare two traces on the prompts that both have; None if their shapes differ or no prompt is in both.
+    """Compare two traces token by token on the prompts that are in both.
 
-    Prompts are told by their text, or a hash that the source gave, and must have as many tokens. They are read in the order of
-    problem ids: of two that come in another order in the other trace, one is passed over. Memory: a row group of each.
+    Prompts match if their text, or the hash that the source provided, is equal and they have the same number of tokens. Both
+    traces are read in the order of their problem ids. If two prompts come in the opposite order in the other trace, one of the
+    two is skipped. Memory use: one row group of each trace.
+
+    Args:
+        first: A trace.
+        second: Another trace, for example of the same model in another precision.
+        choice: Problems to compare; those that it leaves out are skipped in both traces.
+
+    Returns:
+        The agreement, or None if the traces cannot be compared: the numbers of MoE layers, experts or K differ, a trace has
+        empty expert slots, lacks `tokens.parquet` or does not identify its prompts, or no prompt is in both.
+
+    Raises:
+        TraceError: A file of a trace is broken, or lacks a column that `choice` names.
+
+    Example:
+        >>> from profiler import Trace
+        >>> bf16, awq = Trace.open("traces/bf16"), Trace.open("traces/awq")  # doctest: +SKIP
+        >>> agreement = prompt_agreement(bf16, awq)  # doctest: +SKIP
+        >>> agreement.shared.mean()  # share of the K experts that both precisions select  # doctest: +SKIP
     """
     a, b = first.metadata.model, second.metadata.model
     if (len(a.moe_layers), a.num_experts, a.top_k) != (len(b.moe_layers), b.num_experts, b.top_k):
@@ -77,7 +103,7 @@ Ids = npt.NDArray[Any]
 
 
 def _same_prompts(first: Trace, second: Trace, choice: Choice) -> Iterator[tuple[Ids, Ids]]:
-    """Expert ids of the prompts that are in both `[T, L, K]`, in order."""
+    """Expert ids `[T, L, K]` of the prompts that are in both traces, in order."""
     ours, theirs = _digests(first, choice), _digests(second, choice)
     number_of = {digest: problem_id for problem_id, digest in sorted(theirs.items(), reverse=True)}
     others = _prompts(second)
@@ -95,7 +121,7 @@ def _same_prompts(first: Trace, second: Trace, choice: Choice) -> Iterator[tuple
 
 
 def _digests(trace: Trace, choice: Choice) -> dict[int, int]:
-    """Digests of the prompts of the problems that are not left out."""
+    """Prompt digests of the problems that `choice` keeps, by problem id."""
     kept = {
         problem_id
         for problem_ids, names in chosen_problems(trace, choice)
@@ -106,7 +132,7 @@ def _digests(trace: Trace, choice: Choice) -> dict[int, int]:
 
 
 def same_problems(first: Trace, second: Trace) -> bool:
-    """Whether two traces are of the same prompts under the same numbers, so that their problems can be paired."""
+    """Whether two traces have the same prompts under the same problem ids, so that their problems can be paired."""
     by = split_key(first)
     return (
         by == split_key(second) and by not in {"source key", "problem id"} and problem_digests(first) == problem_digests(second)
@@ -114,7 +140,7 @@ def same_problems(first: Trace, second: Trace) -> bool:
 
 
 def _prompts(trace: Trace) -> Iterator[tuple[int, Ids]]:
-    """Problem ids and the expert ids of their prompts `[T, L, K]`, in order; without those that have none."""
+    """Problem ids and the expert ids of their prompts `[T, L, K]`, in order; problems without prompt tokens are skipped."""
     lengths = _prompt_lengths(trace)
     for chunk in trace.chunks():
         starts = np.flatnonzero(np.diff(chunk.problem_ids_T, prepend=-1))
@@ -127,7 +153,7 @@ def _prompts(trace: Trace) -> Iterator[tuple[int, Ids]]:
 
 
 def _prompt_lengths(trace: Trace) -> dict[int, int]:
-    """Tokens of the prompt of each problem."""
+    """Number of prompt tokens of each problem."""
     lengths: dict[int, int] = {}
     schema = pa.schema([("problem_id", pa.int32()), ("phase", pa.string())])
     for table in stream_table(trace.path / TOKENS_FILE, schema, ROWS_AT_A_TIME):

@@ -1,4 +1,4 @@
-"""Groups of experts: by being used for the same tokens, and by what precedes and follows them; against shuffled controls."""
+"""Clusters of experts: by the tokens that they share, and by the experts of adjacent layers; with shuffled controls."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ MAX_EXPERTS = 256
 
 @dataclass(frozen=True)
 class Clustering:
-    """Clusters of one layer's experts. layer: place among the MoE layers; labels `[E]`, 0 for the cluster of expert 0.
+    """Clusters of one layer's experts. layer: index among the MoE layers; labels `[E]`, 0 for the cluster of expert 0.
 
-    silhouette: mean over experts of (b - a) / max(a, b), a the distance to the own cluster, b to the next (Rousseeuw, 1987),
-    for the number of clusters, of CLUSTERS, that gives most. shuffled: the most that any of CONTROLS shuffled tables gave,
-    its number of clusters chosen likewise. Clusters stand only where silhouette is above shuffled.
+    silhouette: mean over experts of (b - a) / max(a, b), where a is the mean distance to the expert's own cluster and b to the
+    nearest other one (Rousseeuw, 1987). The number of clusters is the one in CLUSTERS with the largest silhouette. shuffled:
+    the largest silhouette of CONTROLS shuffled tables, whose number of clusters is chosen the same way. Clusters are evidence
+    of structure only where silhouette exceeds shuffled.
     """
 
     feature: str
@@ -42,14 +43,14 @@ class Clustering:
 
 
 def co_activation_profile(together_EE: Counts) -> Floats:
-    """Rows to cluster `[E, E]`: which other experts each is used with more, or less, than independence gives."""
+    """Rows to cluster `[E, E]`: the experts that each expert is used with more, or less, often than independence predicts."""
     return _directions(together_EE, expected_pairs(together_EE.sum(1)))
 
 
 def transition_profile(before_EE: Counts | None, after_EE: Counts | None) -> Floats:
-    """Rows to cluster `[E, E or 2E]`: which experts of the next layer, and of the layer before, go with each expert.
+    """Rows to cluster `[E, E or 2E]`: the experts of the next and of the previous layer that go with each expert.
 
-    before_EE: pairs of the layer before (rows) and this one (columns); after_EE: of this one and the next.
+    before_EE: pair counts of the previous layer (rows) and this one (columns); after_EE: of this layer and the next.
     """
     sides = [after_EE] if after_EE is not None else []
     sides += [before_EE.T] if before_EE is not None else []
@@ -59,10 +60,10 @@ def transition_profile(before_EE: Counts | None, after_EE: Counts | None) -> Flo
 
 
 def _directions(counts_EE: Counts, expected_EE: Floats) -> Floats:
-    """Pearson's residuals, (counted - expected) / sqrt(expected), each row of length 1.
+    """Pearson's residuals, (counted - expected) / sqrt(expected), with each row scaled to length 1.
 
-    Rows of relative frequencies would not do: those of rarely used experts are noisier, stand apart for that alone, and k-means
-    then finds a fine "cluster" of them in tables without any structure.
+    Relative frequencies would not work: those of rarely used experts are noisier, which alone separates these experts from the
+    others, and k-means then finds a well-separated "cluster" of them in tables without any structure.
     """
     residuals = (counts_EE - expected_EE) / np.sqrt(np.where(expected_EE > 0, expected_EE, np.inf))
     length = np.linalg.norm(residuals, axis=1, keepdims=True)
@@ -72,11 +73,12 @@ def _directions(counts_EE: Counts, expected_EE: Floats) -> Floats:
 def cluster_experts(
     together_LEE: Counts | None, transitions_NEE: Counts | None, layers: int, seed: int = 0
 ) -> list[Clustering]:
-    """Both features, both methods, every layer. Fewer than 4 experts make no clusters, nor do experts that are all alike.
+    """Cluster the experts of every layer by both features and with both methods.
 
-    More than MAX_EXPERTS are not clustered: it would take minutes.
+    Layers with fewer than 4 experts, or whose experts are all alike, have no clusters. More than MAX_EXPERTS experts are not
+    clustered: it would take minutes.
 
-    together: co-activation counts `[L, E, E]`, None for K = 1; transitions: pair counts of adjacent layers `[L - 1, E, E]`.
+    together_LEE: co-activation counts, None for K = 1; transitions_NEE: pair counts of adjacent layers `[L - 1, E, E]`.
     """
     random = np.random.default_rng(seed)
     found: list[Clustering] = []
@@ -101,18 +103,18 @@ def cluster_experts(
 
 
 def _cluster(feature: str, layer: int, profile: Floats, controls: list[Floats], seed: int) -> list[Clustering]:
-    made: list[Clustering] = []
+    found: list[Clustering] = []
     if len(np.unique(profile.round(9), axis=0)) < 2 * CLUSTERS[0]:
-        return made
+        return found
     for method in (K_MEANS, AGGLOMERATIVE):
         score, labels = _best(profile, method, seed)
         shuffled = max(_best(control, method, seed)[0] for control in controls)
-        made.append(Clustering(feature, method, layer, len(np.unique(labels)), score, shuffled, _in_order(labels)))
-    return made
+        found.append(Clustering(feature, method, layer, len(np.unique(labels)), score, shuffled, _in_order(labels)))
+    return found
 
 
 def _best(profile: Floats, method: str, seed: int) -> tuple[float, npt.NDArray[np.int32]]:
-    """The clustering of the largest silhouette, and that."""
+    """The largest silhouette, and the labels of its clustering."""
     distances = pairwise_distances(profile)
     best = (-1.0, np.zeros(len(profile), dtype=np.int32))
     for clusters in CLUSTERS:
@@ -120,12 +122,12 @@ def _best(profile: Floats, method: str, seed: int) -> tuple[float, npt.NDArray[n
             break
         if method == K_MEANS:
             with warnings.catch_warnings():
-                # Of a table with few different rows, in a control.
+                # Raised by controls whose table has few distinct rows.
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 labels = KMeans(clusters, n_init=2, random_state=seed).fit_predict(profile)
         else:
             with warnings.catch_warnings():
-                # Co-activation is symmetric with an empty diagonal, and so are distances, which these are not.
+                # Co-activation is symmetric with an empty diagonal, so SciPy takes it for a distance matrix, which it is not.
                 warnings.simplefilter("ignore", ClusterWarning)
                 labels = AgglomerativeClustering(clusters).fit_predict(profile)
         if len(np.unique(labels)) > 1:
@@ -135,6 +137,6 @@ def _best(profile: Floats, method: str, seed: int) -> tuple[float, npt.NDArray[n
 
 
 def _in_order(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Clusters numbered in order of their first expert."""
+    """Renumber the clusters in the order of their first expert."""
     _, first, of = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[of].astype(np.int32)

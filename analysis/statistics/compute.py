@@ -1,4 +1,4 @@
-"""All statistics of one trace, from its counts, as plain values for `statistics.json`, the tables and the report."""
+"""All statistics of one trace, computed from its counts, for `statistics.json`, the tables and the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from analysis.counts.frames import PHASES
 from analysis.counts.locality import DISTANCES, SEGMENT
 from analysis.counts.survey import ALL, EVERYTHING, Axes, Choice
 from analysis.statistics.clusters import Clustering, cluster_experts
-from analysis.statistics.contexts import TASKS, LikedTokens, Ruler, liked_tokens, rulers
+from analysis.statistics.contexts import TASKS, ContextStatistics, PreferredTokens, context_statistics, preferred_tokens
 from analysis.statistics.domains import Blocks, DomainDistance, Specialization, domain_distances, flat_blocks, specialization
 from analysis.statistics.load import LoadStatistics, load_statistics
 from analysis.statistics.locality import Repetition, ReuseStatistics, repetition, repetition_chance, reuse_statistics
@@ -27,47 +27,52 @@ from profiler.trace.reader import Trace
 from profiler.trace.schema import Metadata
 
 DEFINITIONS = {
-    "load.share": "fraction of a layer's selections (top-K of every token) that went to an expert; mass_share: of the sum of "
-    "routing weights",
-    "load.entropy_share": "entropy of the load over log2(E); 1 is even load. gini, cv (standard deviation over mean): "
-    "0 is even",
-    "transitions": "per hop, from each layer n to n+hop; 'shuffled': the later layer permuted over the whole trace; "
-    "'marginal': "
-    "the layer's most frequent (popularity); 'held_out': each half of the problems (by hash of the prompt) judged by what the "
-    "other half says; plain 'conditional' is counted and judged on the same tokens",
-    "transitions.top1": "the strongest expert at n+hop is the one most frequent after the strongest at n; chance 1/E",
-    "transitions.topk": "fraction of the K experts at n+hop among the K most frequent after one of the experts at n; "
+    "load.share": "fraction of a layer's selections (top-K of every token) that went to an expert; mass_share: fraction of the "
+    "sum of routing weights",
+    "load.entropy_share": "entropy of the load divided by log2(E), 1 for even load; gini, cv (standard deviation divided by "
+    "mean): 0 for even load",
+    "transitions": "per hop, from each layer n to n+hop. conditional: counted and evaluated on the same tokens; held_out: "
+    "counted on one half of the problems (split by hash of the prompt) and evaluated on the other, in both directions; "
+    "shuffled: with the experts of the later layer permuted over the whole trace; marginal: by the layer's most frequent "
+    "experts (popularity)",
+    "transitions.top1": "accuracy of predicting the strongest expert at n+hop by the one most frequent after the strongest at "
+    "n; chance 1/E",
+    "transitions.topk": "fraction of the K experts at n+hop that are among the K most frequent after one of the experts at n; "
     "chance K/E",
     "transitions.information_bits": "mutual information of the strongest experts at n and n+hop, Miller-Madow corrected",
-    "transitions.same_strongest": "the strongest expert has the same index at both layers; same_selected: fraction of experts "
-    "at n whose index is selected at n+hop; 'independent': what both layers' loads alone give",
-    "repetition": "token against the token DISTANCE before it in the same problem and layer; first: same strongest; "
-    "first_or_second: their two strongest meet (Mixtral's Table 5); shared: experts in common over K; 'shuffled': two "
-    "tokens drawn "
-    "from the whole dataset",
-    "reuse.gap": "tokens since the expert was last used, within a problem and layer; cold: not used before in the problem; "
-    "'shuffled': every token draws its experts from the layer's load",
-    "reuse.between": "other experts that the tokens in between used (the LRU stack distance; all K experts are one access)",
-    "reuse.working_set": f"distinct experts in {SEGMENT} tokens, over E. adjacent: selections of adjacent segments that are of "
-    "the same expert; 'shuffled': of any two selections",
-    "pairs.lift": "pairs of experts of one token, over those expected if no expert preferred another, with every expert in as "
-    "many pairs (quasi-independence); 1 is no preference",
-    "pairs.unique_sets": "different sets of K experts; even_sets: as many tokens, every set equally likely",
-    "domains.distance": "Jensen-Shannon distance of two datasets' loads per layer; shuffled: labels permuted over problems",
-    "specialisation": "share of an expert in a dataset over its share in all others, 95 % bootstrap interval over problems; "
-    "found: experts whose interval is above 1; shuffled: the same with datasets permuted over problems",
-    "tokens.lift": "how often an expert is selected for a token, over how often for any token",
-    "clusters.silhouette": "of the number of clusters that gives most; shuffled: the most of three tables without structure",
-    "weights": "routing weights as the model applies them, by rank; margin: K-th router logit minus the next",
-    "predictability": "see 'context'; plug_in: judged on the tokens that were counted (too good); held_out: on the "
-    "other half of "
-    "the problems (too bad). set_bits: sum of the entropies of 'expert e is selected', an upper bound of that of the set",
+    "transitions.same_strongest": "share of tokens whose strongest expert has the same index at both layers; same_selected: "
+    "fraction of the experts at n whose index is also selected at n+hop; independent: expected from the loads of both layers "
+    "alone",
+    "repetition": "each token compared with the token a given distance before it in the same problem and layer. first: same "
+    "strongest expert; first_or_second: their two strongest experts have one in common (Mixtral's Table 5); shared: experts in "
+    "common divided by K; shuffled: for two tokens drawn at random from the dataset",
+    "reuse.gap": "tokens since the expert was last used, within a problem and layer; cold: first use in the problem; "
+    "shuffled: expected if every token drew its experts from the layer's load",
+    "reuse.between": "number of other experts used by the tokens in between (the LRU stack distance; the K experts of a token "
+    "are one access)",
+    "reuse.working_set": f"distinct experts in {SEGMENT} tokens, divided by E. adjacent: probability that two selections, one "
+    "from each of two adjacent segments, are of the same expert; shuffled: of any two selections",
+    "pairs.lift": "number of tokens that use a pair of experts, divided by the number expected if no expert preferred another "
+    "and every expert were in the same number of pairs (quasi-independence); 1 means no preference",
+    "pairs.unique_sets": "number of distinct sets of K experts; even_sets: expected for the same number of tokens if every set "
+    "were equally likely",
+    "domains.distance": "Jensen-Shannon distance between the loads of two datasets per layer; shuffled: with dataset labels "
+    "permuted over problems",
+    "specialisation": "share of an expert in a dataset divided by its share in all others, with a 95 % bootstrap interval over "
+    "problems; found: experts whose interval lies above 1; shuffled: the same with dataset labels permuted over problems",
+    "tokens.lift": "how often an expert is selected for a token, divided by how often it is selected for any token",
+    "clusters.silhouette": "largest mean silhouette over the numbers of clusters tried; shuffled: the largest of three tables "
+    "without structure",
+    "weights": "routing weights as the model applies them, by rank; margin: K-th largest router logit minus the next",
+    "predictability": "how well each context predicts the experts. plug_in: evaluated on the tokens that were counted "
+    "(optimistic); held_out: evaluated on the other half of the problems (pessimistic). set_bits: sum over experts of the "
+    "entropy of 'the expert is selected', an upper bound of the entropy of the set",
 }
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was analyzed. name: of the trace; caveats: what a reader of any number must know."""
+    """What was analyzed. name: path of the trace; caveats: what a reader of any of the numbers must know."""
 
     name: str
     metadata: Metadata
@@ -75,18 +80,44 @@ class Source:
 
     @classmethod
     def of(cls, trace: Trace, choice: Choice = EVERYTHING) -> Source:
-        """The trace's own name, metadata and caveats, and what was left out of it."""
+        """The trace's path, metadata and caveats, with a caveat on the problems that `choice` leaves out."""
         left_out = [] if choice.without is None else [f"problems with {choice.without!r} are left out"]
         return cls(str(trace.path), trace.metadata, (*trace.caveats(), *left_out))
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Results of `compute_statistics`.
+    """The result of `compute_statistics`. A statistic that the trace has no data for is None or empty.
 
-    loads: by (dataset or "all", phase or "all"), those that have tokens. hops: one entry per distance of layers; probabilities:
-    P(j at n+k | i at n), float32 `[H, L, E, E]`. repetitions: all, then by dataset. blocks: selections by problem, or block of
-    problems, `[B, L * E]`. What a trace cannot have is None or empty.
+    Shapes: L MoE layers, E experts, K experts per token, H hops. Layers are MoE layers, counted from 0; `axes.moe_layers` has
+    the decoder's own indices.
+
+    Attributes:
+        source: The trace's path, metadata and caveats.
+        axes: What the rows and columns of the arrays stand for: layers, experts, datasets, vocabulary.
+        tokens: Number of tokens analyzed.
+        problems: Number of problems analyzed.
+        loads: Expert load by (dataset or "all", phase or "all"), for each combination that has tokens.
+        hops: Prediction across layers, one entry per distance 1..H between layers.
+        probabilities: P(expert j at layer n+k | expert i at layer n), float32 `[H, L, E, E]`, indexed `[k-1, n, i, j]`.
+        repetitions: Repetition of experts from token to token, for all datasets together, then for each dataset.
+        table_5: Comparison with Table 5 of the Mixtral paper; empty for other models than Mixtral 8x7B.
+        reuse: Gaps between the uses of an expert within a problem, in tokens.
+        pairs: Experts used together by a token; None for K = 1 or too many experts.
+        domains: Distance between the loads of each pair of datasets.
+        specializations: Experts that each dataset prefers.
+        preferred: Tokens that each expert prefers; None if the trace does not identify its tokens.
+        clusters: Clusters of experts by layer, feature and method.
+        weights: Routing weights by rank; None if they were not recorded.
+        margins: Margins between router logits; None if logits were not recorded.
+        contexts: How well simple contexts predict the experts.
+        blocks: Selections by problem, or by block of problems, float32 `[B, L * E]`.
+
+    Example:
+        >>> from profiler import Trace
+        >>> statistics = compute_statistics(Trace.open("traces/math"))  # doctest: +SKIP
+        >>> statistics.load.entropy_share  # evenness of each layer's load, 1 is even `[L]`  # doctest: +SKIP
+        >>> statistics.hops[0].held_out_topk  # recall@K of the next layer from one expert `[L - 1]`  # doctest: +SKIP
     """
 
     source: Source
@@ -102,25 +133,30 @@ class Statistics:
     pairs: PairStatistics | None
     domains: list[DomainDistance]
     specializations: list[Specialization]
-    liked: LikedTokens | None
+    preferred: PreferredTokens | None
     clusters: list[Clustering]
     weights: WeightStatistics | None
     margins: MarginStatistics | None
-    rulers: list[Ruler]
+    contexts: list[ContextStatistics]
     blocks: Blocks
 
     @property
     def load(self) -> LoadStatistics:
-        """Of all tokens."""
+        """Expert load over all tokens."""
         return self.loads[ALL, ALL]
 
     @property
     def datasets(self) -> list[str]:
-        """Those that have tokens."""
+        """Names of the datasets that have tokens."""
         return [dataset for dataset, phase in self.loads if dataset != ALL and phase == ALL]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the matrices and pairs, with definitions and chance, as JSON values."""
+        """The content of `statistics.json`: everything but transition matrices, pairs, preferred tokens and `blocks`.
+
+        Returns:
+            JSON values (dictionaries, lists, numbers, text), with the definition of each statistic and its value by chance.
+            Numbers are rounded to six digits; `nan` and infinity are null.
+        """
         model = self.source.metadata.model
         first, either, shared = repetition_chance(model.num_experts, model.top_k)
         return {
@@ -150,7 +186,7 @@ class Statistics:
             "clusters": [plain(each) for each in self.clusters],
             "weights": None if self.weights is None else {"at": QUANTILES} | plain(self.weights),
             "margins": None if self.margins is None else {"at": QUANTILES} | plain(self.margins),
-            "predictability": {"contexts": [plain(each) for each in self.rulers], "tasks": TASKS},
+            "predictability": {"contexts": [plain(each) for each in self.contexts], "tasks": TASKS},
         }
 
 
@@ -162,18 +198,39 @@ def compute_statistics(
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Statistics:
-    """Read the trace once, on as many cores as there is memory for, and compute everything.
+    """Count a trace (`count_trace`) and compute all statistics from the counts.
 
-    hops: longest distance between layers; None for what memory allows, at most 8. seed: of the controls. Memory: the tables,
-    which do not grow with the trace; see docs/analysis.md for what was measured. Raises `TraceError` on an empty trace,
-    and if the tables would not fit.
+    The trace is read once, on as many cores as memory allows. Memory use does not grow with the trace; docs/analysis.md lists
+    measurements.
+
+    Args:
+        trace: The trace to analyze.
+        hops: Longest distance between layers, in MoE layers; L - 1 at most. None for as many as memory allows, up to 8.
+        choice: Which problems to analyze, and the column of `problems.parquet` whose values are the domains.
+        seed: Seed of the shuffled controls, bootstrap intervals and clusterings.
+        on_progress: Called with the number of tokens counted since the last call, from one thread at a time.
+
+    Returns:
+        The statistics of the trace.
+
+    Raises:
+        TraceError: The trace has no routing rows, its files break the format, a column that `choice` names is missing, or the
+            tables for this many hops would not fit into memory.
+
+    Example:
+        >>> from profiler import Trace
+        >>> statistics = compute_statistics(Trace.open("traces/math"), hops=2)  # doctest: +SKIP
+        >>> statistics.tokens, statistics.load.entropy_share.mean()  # doctest: +SKIP
     """
     counts = count_trace(trace, hops=hops, choice=choice, on_progress=on_progress)
     return make_statistics(counts, Source.of(trace, choice), seed=seed)
 
 
 def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> Statistics:
-    """The statistics of what was counted, from one trace or merged from its parts. Raises `TraceError` if nothing was."""
+    """Statistics from the counts of one trace, or from the merged counts of its parts.
+
+    Raises `TraceError` if no tokens were counted.
+    """
     axes, load = counts.axes, counts.load
     tokens = int(load.tokens.sum())
     if tokens == 0:
@@ -195,11 +252,11 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
         pairs=pair_statistics(counts.pairs, axes.top_k, seed),
         domains=domain_distances(load.blocks, axes.datasets, seed),
         specializations=specialization(load.blocks, axes.datasets, seed),
-        liked=liked_tokens(counts.contexts),
+        preferred=preferred_tokens(counts.contexts),
         clusters=cluster_experts(counts.pairs.together if axes.top_k > 1 else None, pairs_NEE, axes.layers, seed),
         weights=weight_statistics(counts.weights),
         margins=margin_statistics(counts.margins),
-        rulers=rulers(counts.contexts, axes.top_k),
+        contexts=context_statistics(counts.contexts, axes.top_k),
         blocks=flat_blocks(load.blocks, axes.datasets)[0],
     )
 
@@ -209,15 +266,15 @@ def _loads(counts: TraceCounts) -> dict[tuple[str, str], LoadStatistics]:
     datasets = [*((name, [number]) for number, name in enumerate(axes.datasets))]
     phases = [*((name, [number]) for number, name in enumerate(PHASES))]
     everything = (ALL, list(range(len(axes.datasets)))), (ALL, list(range(len(PHASES))))
-    made = {}
+    loads = {}
     for dataset, rows in [everything[0], *datasets]:
         for phase, columns in [everything[1], *phases]:
             at = np.ix_(rows, columns)
             tokens = int(load.tokens[at].sum())
             if tokens:
                 mass = load.mass[at].sum((0, 1)) if axes.has_weights else None
-                made[dataset, phase] = load_statistics(load.counts[at].sum((0, 1)), tokens, mass)
-    return made
+                loads[dataset, phase] = load_statistics(load.counts[at].sum((0, 1)), tokens, mass)
+    return loads
 
 
 def _repetitions(counts: TraceCounts) -> list[Repetition]:
@@ -241,27 +298,27 @@ def _repetitions(counts: TraceCounts) -> list[Repetition]:
 
 
 def _probabilities(counts: TraceCounts) -> Any:
-    """A hop at a time: in float64 all of them would be large."""
+    """Transition probabilities `[H, L, E, E]`, computed one hop at a time: in float64 those of all hops would be large."""
     pairs = counts.transitions.pairs
-    made: Floats = np.zeros(pairs.shape[1:], dtype=np.float32)
+    probabilities: Floats = np.zeros(pairs.shape[1:], dtype=np.float32)
     for hop in range(pairs.shape[1]):
-        made[hop] = transition_probabilities(pairs[:, hop].sum(0, dtype=np.int64))
-    return made
+        probabilities[hop] = transition_probabilities(pairs[:, hop].sum(0, dtype=np.int64))
+    return probabilities
 
 
 def show(value: float, digits: int = 3) -> str:
-    """A number as text; a bias-corrected zero that comes out as -0.0001 is shown as 0.000, what is unknown as a dash."""
+    """A number as text; a bias-corrected zero such as -0.0001 is shown as 0.000, an unknown value as a dash."""
     return "-" if not np.isfinite(value) else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def mean(values: Floats) -> float:
-    """Mean of what is known, `nan` if nothing is."""
+    """Mean of the finite values; `nan` if there are none."""
     known = np.asarray(values)[np.isfinite(values)]
     return float(known.mean()) if known.size else float("nan")
 
 
 def plain(value: Any, skip: tuple[str, ...] = ()) -> Any:
-    """Dataclasses, arrays and numbers as JSON values, rounded to what the counts support; `nan` becomes null."""
+    """Dataclasses, arrays and numbers as JSON values, rounded to six digits; `nan` and infinity become null."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value) if field.name not in skip}
     if isinstance(value, np.ndarray):

@@ -1,9 +1,9 @@
-"""How well simple contexts tell the experts: rulers for predictors, and the tokens that an expert likes.
+"""How well simple contexts predict experts, as a reference for trained predictors; and the tokens that an expert prefers.
 
-A context is something that a predictor of a task knows, coarse enough to be counted: the strongest expert of the layer before,
-the token itself. For each, entropies and hit rates are estimated twice: from the same tokens (plug-in: too good, by the more
-the rarer a context's values are) and with each half of the problems judged by what the other half says (cross-validated: too
-bad). What the context truly tells lies between the two. A predictor that knows more than a context can of course do better.
+A context is a part of what a predictor sees in a task, coarse enough to be counted: the strongest expert at the previous layer,
+or the token itself. For each context, entropy and accuracy are estimated twice: on the tokens that were counted (plug-in, too
+optimistic, more so the rarer the context's values are), and by two-fold cross-validation over problems (held out, too
+pessimistic). The true value lies between the two bounds. A predictor that sees more than one context can do better.
 """
 
 from __future__ import annotations
@@ -15,39 +15,42 @@ import numpy as np
 from analysis.counts.accumulator import Counts, Floats
 from analysis.counts.contexts import (
     LAYER_AND_TOKEN,
-    NOTHING,
+    NO_CONTEXT,
     PREVIOUS_LAYER,
     PREVIOUS_TOKEN,
-    SECOND_AT_LAYER,
     TOKEN,
     TWO_LAYERS,
+    TWO_OF_LAYER,
     TWO_OF_TOKEN,
     ContextCounts,
 )
 from analysis.counts.transitions import FOLDS
 from analysis.statistics.load import binary_entropy, entropy
 
-# Weight of the layer's own distribution in that of a context, in tokens.
+# Pseudo-count, in tokens, with which the layer's overall distribution smooths that of a context.
 BACK_OFF = 1.0
 
 TASKS: dict[str, tuple[str, ...]] = {
-    "next-layer": (NOTHING, PREVIOUS_LAYER, TWO_LAYERS, SECOND_AT_LAYER, PREVIOUS_TOKEN, TWO_OF_TOKEN, LAYER_AND_TOKEN, TOKEN),
-    "next-token": (NOTHING, PREVIOUS_TOKEN, TWO_OF_TOKEN),
-    "whole-path": (NOTHING, PREVIOUS_TOKEN, TWO_OF_TOKEN, TOKEN),
+    "next-layer": (NO_CONTEXT, PREVIOUS_LAYER, TWO_LAYERS, TWO_OF_LAYER, PREVIOUS_TOKEN, TWO_OF_TOKEN, LAYER_AND_TOKEN, TOKEN),
+    "next-token": (NO_CONTEXT, PREVIOUS_TOKEN, TWO_OF_TOKEN),
+    "whole-path": (NO_CONTEXT, PREVIOUS_TOKEN, TWO_OF_TOKEN, TOKEN),
 }
-"""What each task (h = 1) knows of these."""
+"""The contexts that are known in each task (at horizon h = 1)."""
 
 
 @dataclass(frozen=True)
-class Ruler:
-    """What one context tells of a layer's experts; means over layers, and `[L]` for recall, `nan` where a layer lacks the
-    context.
+class ContextStatistics:
+    """How well one context predicts a layer's experts: a lower and an upper bound of each figure.
 
-    Means go over the same layers for all contexts, those that lack none: from the third on, where there are that many.
+    Figures are means over layers; recall is also given per layer `[L]`, `nan` where a layer lacks the context. To be
+    comparable, the means of all contexts are over the same layers, those that have every context: from the third MoE layer on,
+    if there are that many.
 
-    set_bits: sum over the experts of the entropy of "is it selected", in bits: an upper bound of the entropy of the set.
-    first_bits: entropy of the strongest expert. top1: the strongest is guessed. recall: fraction of the K experts among K
-    guesses. *_plug_in: judged on the same tokens; *_held_out: on the other half of the problems.
+    context: its name. tokens: number of tokens counted. coverage: share of tokens whose context has a row of its own.
+    set_bits: sum over experts of the entropy of "the expert is selected", in bits: an upper bound of the entropy of the set.
+    first_bits: entropy of the strongest expert. top1: accuracy of predicting the strongest expert. recall: fraction of the K
+    experts among K predictions. *_plug_in: evaluated on the tokens that were counted; *_held_out: on the other half of the
+    problems.
     """
 
     context: str
@@ -66,21 +69,21 @@ class Ruler:
 
     @property
     def shown(self) -> str:
-        """The context's name, with what it leaves out."""
-        return self.context if self.coverage > 0.999 else f"{self.context}, if common ({self.coverage:.0%} are)"
+        """The context's name, with its coverage if that is not complete."""
+        return self.context if self.coverage > 0.999 else f"{self.context} (only common tokens: {self.coverage:.0%} of all)"
 
 
-def rulers(counts: ContextCounts, top_k: int) -> list[Ruler]:
-    """All contexts, in the order of TASKS["next-layer"]; those without tokens are left out."""
+def context_statistics(counts: ContextCounts, top_k: int) -> list[ContextStatistics]:
+    """Statistics of all contexts that have tokens, in the order of TASKS["next-layer"]."""
     names = [name for name in TASKS["next-layer"] if name in counts.selected and counts.strongest[name].any()]
     columns = {name: _columns(counts, name, top_k) for name in names}
     common = np.logical_and.reduce([np.isfinite(columns[name]["recall_held_out"]) for name in names]) if names else np.empty(0)
-    made = []
+    found = []
     for name in names:
         chosen = common if common.any() else np.isfinite(columns[name]["recall_plug_in"])
         means = {key: float(values[chosen].mean()) for key, values in columns[name].items()}
-        made.append(
-            Ruler(
+        found.append(
+            ContextStatistics(
                 context=name,
                 tokens=int(counts.strongest[name].sum((0, 2, 3), dtype=np.int64).max()),
                 coverage=_coverage(counts) if name == TOKEN else 1.0,
@@ -89,7 +92,7 @@ def rulers(counts: ContextCounts, top_k: int) -> list[Ruler]:
                 **means,
             )
         )
-    return made
+    return found
 
 
 def _coverage(counts: ContextCounts) -> float:
@@ -98,7 +101,7 @@ def _coverage(counts: ContextCounts) -> float:
 
 
 def _columns(counts: ContextCounts, name: str, top_k: int) -> dict[str, Floats]:
-    """Every figure of a context by layer `[L]`, `nan` where it has no tokens, or only one half of the problems has."""
+    """Every figure of a context by layer `[L]`; `nan` without tokens, held out also if one half of the problems has none."""
     layers = counts.selected[name].shape[1]
     figures = [f"{what}_{how}" for what in ("set_bits", "first_bits", "top1", "recall") for how in ("plug_in", "held_out")]
     columns = {figure: np.full(layers, np.nan) for figure in figures}
@@ -109,26 +112,27 @@ def _columns(counts: ContextCounts, name: str, top_k: int) -> dict[str, Floats]:
         tokens_F = strongest.sum((1, 2))
         if tokens_F.sum() > 0:
             both = selected.sum(0), strongest.sum(0)
-            for what, value in _judged(both, both, top_k, plug_in=True).items():
+            for what, value in _evaluated(both, both, top_k, plug_in=True).items():
                 columns[f"{what}_plug_in"][layer] = value
         if tokens_F.min() > 0:
             halves = [(selected[f], strongest[f]) for f in range(FOLDS)]
-            judged = [_judged(halves[f], halves[1 - f], top_k, plug_in=False) for f in range(FOLDS)]
-            for what in judged[0]:
-                columns[f"{what}_held_out"][layer] = sum(judged[f][what] * tokens_F[f] for f in range(FOLDS)) / tokens_F.sum()
+            by_fold = [_evaluated(halves[f], halves[1 - f], top_k, plug_in=False) for f in range(FOLDS)]
+            for what in by_fold[0]:
+                columns[f"{what}_held_out"][layer] = sum(by_fold[f][what] * tokens_F[f] for f in range(FOLDS)) / tokens_F.sum()
     return columns
 
 
-def _judged(judged: tuple[Floats, Floats], said: tuple[Floats, Floats], top_k: int, *, plug_in: bool) -> dict[str, float]:
-    """Bits and hits of `judged` (selected, strongest `[C, E]`) under the distributions that `said` gives.
+def _evaluated(test: tuple[Floats, Floats], train: tuple[Floats, Floats], top_k: int, *, plug_in: bool) -> dict[str, float]:
+    """Bits, accuracy and recall of the counts `test` (selected, strongest `[C, E]`) under distributions estimated from `train`.
 
-    Held out, a context's counts are smoothed with the layer's own; plug-in they are taken as they are, Miller-Madow corrected.
+    Held out, a context's counts are smoothed with the layer's own; plug-in counts are used as they are, and the entropies are
+    Miller-Madow corrected.
     """
-    (selected, strongest), (said_selected, said_strongest) = judged, said
-    tokens_C, said_C = strongest.sum(1), said_strongest.sum(1)
+    (selected, strongest), (train_selected, train_strongest) = test, train
+    tokens_C, train_C = strongest.sum(1), train_strongest.sum(1)
     total = tokens_C.sum()
-    marginal_selected = (said_selected.sum(0) + 0.5) / (said_C.sum() + 1)
-    marginal_strongest = (said_strongest.sum(0) + 0.5) / (said_C.sum() + 0.5 * strongest.shape[1])
+    marginal_selected = (train_selected.sum(0) + 0.5) / (train_C.sum() + 1)
+    marginal_strongest = (train_strongest.sum(0) + 0.5) / (train_C.sum() + 0.5 * strongest.shape[1])
     if plug_in:
         p_selected = selected / np.maximum(tokens_C, 1)[:, None]
         p_strongest = strongest / np.maximum(tokens_C, 1)[:, None]
@@ -138,16 +142,16 @@ def _judged(judged: tuple[Floats, Floats], said: tuple[Floats, Floats], top_k: i
         uncertain = ((p_selected > 0) & (p_selected < 1)).sum()
         set_bits = (binary * tokens_C[:, None]).sum() + uncertain / (2 * np.log(2))
     else:
-        p_selected = (said_selected + BACK_OFF * marginal_selected) / (said_C + BACK_OFF)[:, None]
-        p_strongest = (said_strongest + BACK_OFF * marginal_strongest) / (said_C + BACK_OFF)[:, None]
+        p_selected = (train_selected + BACK_OFF * marginal_selected) / (train_C + BACK_OFF)[:, None]
+        p_strongest = (train_strongest + BACK_OFF * marginal_strongest) / (train_C + BACK_OFF)[:, None]
         first_bits = -(strongest * np.log2(p_strongest)).sum()
-        # An expert that every token of a context used, there, may still not be used here.
+        # An expert that every training token of a context used may still be missing from a test token.
         p_selected = p_selected.clip(1e-6, 1 - 1e-6)
         missed = tokens_C[:, None] - selected
         set_bits = -(selected * np.log2(p_selected) + missed * np.log2(1 - p_selected)).sum()
-    by_count = (said_selected + BACK_OFF * marginal_selected) / (said_C + BACK_OFF)[:, None]
+    by_count = (train_selected + BACK_OFF * marginal_selected) / (train_C + BACK_OFF)[:, None]
     guessed = np.argpartition(-by_count, top_k - 1, axis=1)[:, :top_k]
-    by_first = (said_strongest + BACK_OFF * marginal_strongest) / (said_C + BACK_OFF)[:, None]
+    by_first = (train_strongest + BACK_OFF * marginal_strongest) / (train_C + BACK_OFF)[:, None]
     best = by_first.argmax(1)
     return {
         "set_bits": float(set_bits / total),
@@ -158,12 +162,12 @@ def _judged(judged: tuple[Floats, Floats], said: tuple[Floats, Floats], top_k: i
 
 
 @dataclass(frozen=True)
-class LikedTokens:
-    """The tokens that an expert likes: `[L, E, M]`, best first; -1 where there are fewer.
+class PreferredTokens:
+    """The tokens that each expert prefers: `[L, E, M]`, best first; place is -1 where there are fewer.
 
-    place: in `Axes.vocabulary`. lift: how often the expert is selected for the token, over how often for any token. Only tokens
-    that were seen at least MIN_SEEN times count, and they are in order of lift times the square root of uses: common and
-    specific. count: selections.
+    place: index into `Axes.vocabulary`. lift: how often the expert is selected for the token, divided by how often for any
+    token. count: selections. Only tokens that occur at least MIN_SEEN times are included. They are ranked by lift times the
+    square root of the selections, which favors tokens that are both specific to the expert and common.
     """
 
     place: Counts
@@ -174,25 +178,25 @@ class LikedTokens:
 MIN_SEEN = 10
 
 
-def liked_tokens(counts: ContextCounts, most: int = 12) -> LikedTokens | None:
-    """The most liked tokens of every expert; None if the trace does not say which tokens there are."""
+def preferred_tokens(counts: ContextCounts, limit: int = 12) -> PreferredTokens | None:
+    """Up to `limit` preferred tokens of every expert; None if the trace does not identify its tokens."""
     if TOKEN not in counts.selected:
         return None
     selected = counts.selected[TOKEN].sum(0, dtype=np.int64)[:, :-1, :-1]
     seen_LV = counts.strongest[TOKEN].sum(0, dtype=np.int64).sum(-1)
-    layers, kinds, experts = selected.shape
-    most = min(most, kinds)
-    places = np.full((layers, experts, most), -1)
-    lifts, uses = np.zeros((layers, experts, most)), np.zeros((layers, experts, most), dtype=np.int64)
+    layers, vocabulary, experts = selected.shape
+    limit = min(limit, vocabulary)
+    places = np.full((layers, experts, limit), -1)
+    lifts, uses = np.zeros((layers, experts, limit)), np.zeros((layers, experts, limit), dtype=np.int64)
     for layer in range(layers):
         all_E = counts.selected[TOKEN][:, layer, :, :-1].sum((0, 1), dtype=np.int64) / max(seen_LV[layer].sum(), 1)
         seen_V = seen_LV[layer, :-1]
         rate_VE = selected[layer] / np.maximum(seen_V, 1)[:, None]
         lift_VE = np.divide(rate_VE, all_E, out=np.zeros_like(rate_VE), where=all_E > 0)
         score_VE = np.where((seen_V >= MIN_SEEN)[:, None] & (lift_VE > 1), lift_VE * np.sqrt(selected[layer]), 0)
-        best_ME = np.argsort(-score_VE, axis=0, kind="stable")[:most]
+        best_ME = np.argsort(-score_VE, axis=0, kind="stable")[:limit]
         good_ME = np.take_along_axis(score_VE, best_ME, 0) > 0
         places[layer] = np.where(good_ME, best_ME, -1).T
         lifts[layer] = np.where(good_ME, np.take_along_axis(lift_VE, best_ME, 0), 0).T
         uses[layer] = np.where(good_ME, np.take_along_axis(selected[layer], best_ME, 0), 0).T
-    return LikedTokens(places, lifts, uses)
+    return PreferredTokens(places, lifts, uses)

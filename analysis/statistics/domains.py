@@ -1,4 +1,4 @@
-"""Do domains (datasets) use different experts? Distances between their loads, and experts that one prefers."""
+"""Do domains (datasets) use different experts? Distances between their loads, and the experts that a domain prefers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from analysis.statistics.load import entropy, normalized
 PERMUTATIONS = 20
 BOOTSTRAPS = 400
 DRAWN_BYTES = 32 << 20
-# Fewer problems than this in a dataset make no interval.
+# A bootstrap over fewer problems than this gives no usable interval.
 MIN_PROBLEMS = 5
-# An expert that a dataset uses less than this is not called its own, however much rarer others use it.
+# Share over even load. A dataset does not specialize in an expert that it uses less, however rarely other datasets use it.
 MIN_SHARE = 0.25
 
 Blocks = npt.NDArray[np.float32]
@@ -27,8 +27,8 @@ Blocks = npt.NDArray[np.float32]
 class DomainDistance:
     """Jensen-Shannon distance per MoE layer `[L]` between two datasets (0 equal, 1 disjoint; square root of bits).
 
-    shuffled `[L]`: mean over permutations of the datasets' labels over the problems of both; what differing problems alone
-    cause. shuffled_high `[L]`: the largest of them.
+    shuffled `[L]`: mean distance over permutations of the dataset labels over the problems of both; this is the distance that
+    differences between problems alone cause. shuffled_high `[L]`: the largest of these distances.
     """
 
     first: str
@@ -39,7 +39,7 @@ class DomainDistance:
 
 
 def domain_distances(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int = 0) -> list[DomainDistance]:
-    """Distances of every two datasets that have problems, in order of their names."""
+    """Distance of each pair of datasets that have problems, in the order of `datasets`."""
     _, by_dataset = flat_blocks(blocks, datasets)
     return [
         distance_of(first, second, by_dataset[first], by_dataset[second], blocks.shape, seed)
@@ -57,10 +57,10 @@ def distance_of(
     *,
     paired: bool = False,
 ) -> DomainDistance:
-    """Distance of the loads of two groups of problems, by their selections `[B, L * E]`; shape: L and E.
+    """Distance between the loads of two groups of problems, from their selections `[B, L * E]`; shape: (L, E).
 
-    paired: the groups have the same problems in the same order. Labels are then exchanged within pairs only: what differs
-    between problems is on both sides, and is no part of the control.
+    paired: the groups have the same problems in the same order. The control then exchanges labels within pairs only: each
+    problem is on both sides, so differences between problems do not enter the control.
     """
     is_first = np.arange(len(ours) + len(theirs)) < len(ours)
     random = np.random.default_rng((seed, len(ours), len(theirs)))
@@ -76,10 +76,11 @@ def distance_of(
 
 @dataclass(frozen=True)
 class Specialist:
-    """An expert that a dataset prefers. ratio: its share of the dataset's selections at the layer, over that in all others.
+    """An expert that a dataset prefers.
 
-    low, high: 95 % interval of the ratio, by bootstrap over problems. share: in the dataset, over even load. layer: place among
-    the MoE layers.
+    ratio: the expert's share of the dataset's selections at the layer, divided by its share in all other datasets. low, high:
+    95 % interval of the ratio, by bootstrap over problems. share: its share in the dataset, divided by an even share. layer:
+    index among the MoE layers.
     """
 
     dataset: str
@@ -93,9 +94,10 @@ class Specialist:
 
 @dataclass(frozen=True)
 class Specialization:
-    """Of one dataset against all others: found, shuffled: experts whose interval is above 1, and above 1 with labels shuffled.
+    """Specialized experts of one dataset, compared with all other datasets.
 
-    `specialists`: the found, by the low end of the interval.
+    found: number of experts whose interval lies above 1. shuffled: the same number with dataset labels shuffled over problems.
+    specialists: the experts found, sorted by the low end of the interval, highest first.
     """
 
     dataset: str
@@ -106,7 +108,8 @@ class Specialization:
 
 
 def specialization(blocks: ProblemBlocks, datasets: tuple[str, ...], seed: int = 0) -> list[Specialization]:
-    """Experts that each dataset prefers; of datasets with at least MIN_PROBLEMS problems, against at least as many others."""
+    """The experts that each dataset prefers, where both the dataset and all others together have at least MIN_PROBLEMS blocks
+    of problems."""
     _, by_dataset = flat_blocks(blocks, datasets)
     if len(by_dataset) < 2:
         return []
@@ -132,13 +135,13 @@ def _preferred(
     dataset: str,
     random: np.random.Generator,
 ) -> list[Specialist]:
-    """Experts that the blocks `is_inside` `[B]` prefer; B goes through all datasets in their order."""
+    """Experts that the blocks in `is_inside` `[B]` prefer; B runs over all datasets in their order."""
     inside, outside = (
         _weighted(by_dataset, each[None].astype(np.float32))[0].reshape(shape) for each in (is_inside, ~is_inside)
     )
     ratios = _share_ratio(inside, outside)
     drawn = [_bootstrap(by_dataset, part, random).reshape(-1, *shape) for part in (is_inside, ~is_inside)]
-    # Layer by layer: replicates of all at once would be the largest arrays of the whole analysis.
+    # Layer by layer: the replicates of all layers at once would be the largest arrays of the whole analysis.
     limits = [
         np.quantile(_share_ratio(*(each[:, layer] for each in drawn)), [0.025, 0.975], axis=0) for layer in range(shape[0])
     ]
@@ -155,7 +158,10 @@ def _preferred(
 def _bootstrap(
     by_dataset: dict[str, Blocks], is_drawn: npt.NDArray[np.bool_], random: np.random.Generator
 ) -> npt.NDArray[np.float32]:
-    """Sums over as many of the blocks `is_drawn`, with replacement, BOOTSTRAPS times; some at a time, as blocks may be many."""
+    """Draw BOOTSTRAPS samples of the blocks in `is_drawn`, with replacement and of the same size, and sum each.
+
+    Samples are drawn in batches of limited size, since there may be many blocks.
+    """
     number = int(is_drawn.sum())
     equal = np.full(number, 1 / number)
     at_a_time = max(1, DRAWN_BYTES // (8 * len(is_drawn)))
@@ -169,19 +175,19 @@ def _bootstrap(
 
 
 def _weighted(by_dataset: dict[str, Blocks], weights_nB: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Weighted sums `[n, L * E]` over the blocks of all datasets, which are never copied together."""
+    """Weighted sums `[n, L * E]` over the blocks of all datasets, without concatenating the datasets."""
     ends = np.cumsum([len(counts) for counts in by_dataset.values()])
     parts = zip(np.split(weights_nB, ends[:-1], axis=1), by_dataset.values(), strict=True)
     return np.asarray(sum(weights @ counts for weights, counts in parts))
 
 
 def _share_ratio(inside: npt.NDArray[np.float32], outside: npt.NDArray[np.float32]) -> Floats:
-    """Ratio of shares along the last axis; half a selection is added to both, so that it is finite."""
+    """Ratio of shares along the last axis; half a selection is added to every count so that the ratio is finite."""
     return np.asarray(normalized(inside.astype(np.float64) + 0.5) / normalized(outside.astype(np.float64) + 0.5))
 
 
 def flat_blocks(blocks: ProblemBlocks, datasets: tuple[str, ...]) -> tuple[Blocks, dict[str, Blocks]]:
-    """Selections of all datasets `[B, L * E]`, and of each that has any, as a part of that array."""
+    """Selections of all datasets `[B, L * E]`, and of each dataset that has any, as a view of that array."""
     keys = sorted(blocks.counts)
     flat: Blocks = np.empty((len(keys), int(np.prod(blocks.shape))), dtype=np.float32)
     for row, key in zip(flat, keys, strict=True):

@@ -1,4 +1,4 @@
-"""Expert load: how often each expert of a layer is used, with which weight, and how evenly."""
+"""Expert load: how often and with what weight each expert of a layer is used, and how even the load is."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from analysis.counts.accumulator import Counts, Floats
 
 @dataclass(frozen=True)
 class LoadStatistics:
-    """Per MoE layer; all arrays `[L]` but counts, share and mass_share `[L, E]`.
+    """Load per MoE layer; arrays are `[L]`, those with the suffix `_LE` are `[L, E]`.
 
-    share_LE: fraction of a layer's selections that went to each expert; mass_share_LE: fraction of the sum of routing weights,
-    None without weights. A layer without selections has zeros.
-    entropy_bits: of the share; entropy_share: over log2(E), 1 for even load. coverage: fraction of experts used at all.
-    max_over_mean: load of the busiest expert over the mean. gini: mean absolute difference of two experts' loads over twice the
-    mean, 0 for even load, (E-1)/E if one expert has all. cv: standard deviation over mean.
+    share_LE: fraction of a layer's selections that went to each expert. mass_share_LE: fraction of the sum of routing weights;
+    None if weights were not recorded. A layer without selections has zeros.
+    entropy_bits: entropy of share_LE. entropy_share: entropy divided by log2(E), 1 for even load. coverage: fraction of experts
+    used at all. max_over_mean: load of the busiest expert divided by the mean load. gini: mean absolute difference of two
+    experts' loads divided by twice the mean, 0 for even load, (E-1)/E if one expert has all. cv: standard deviation divided by
+    mean.
     """
 
     tokens: int
@@ -35,7 +36,7 @@ class LoadStatistics:
 
 
 def load_statistics(counts_LE: Counts, tokens: int = 0, mass_LE: Floats | None = None) -> LoadStatistics:
-    """Evenness of `counts_LE` `[L, E]`."""
+    """Load statistics of selection counts. tokens: number of tokens counted; mass_LE: sums of routing weights, if recorded."""
     experts = counts_LE.shape[1]
     share_LE = normalized(counts_LE)
     entropy_bits = entropy(share_LE)
@@ -58,7 +59,7 @@ def load_statistics(counts_LE: Counts, tokens: int = 0, mass_LE: Floats | None =
 
 
 def normalized(counts: npt.NDArray[Any]) -> Floats:
-    """Counts over their sum along the last axis; zeros where that is zero."""
+    """Counts divided by their sum along the last axis; zeros where the sum is zero."""
     total = counts.sum(-1, keepdims=True)
     return np.asarray(np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0))
 
@@ -71,7 +72,7 @@ def entropy(probabilities: Floats) -> Floats:
 
 
 def binary_entropy(probabilities: Floats) -> Floats:
-    """Entropy in bits of whether each event happens, without the temporary arrays of all outcomes side by side."""
+    """Entropy in bits of each event with the given probability; `entropy` of both outcomes would need far larger arrays."""
     bits: Floats = np.zeros(probabilities.shape)
     for each in (probabilities, 1 - probabilities):
         terms = np.log2(each, where=each > 0, out=np.zeros(each.shape))

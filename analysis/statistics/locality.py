@@ -1,4 +1,4 @@
-"""Within a layer, over the tokens of a problem: repetition at a distance, reuse of experts, and consistency of segments."""
+"""Temporal locality within a layer, over the tokens of a problem: repetition at a distance, reuse, similarity of segments."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from analysis.counts.locality import SEGMENT, ReuseCounts
 from analysis.counts.pairs import LeadingPairs
 from analysis.statistics.load import normalized
 
-# Longer ones are as good as never.
+# The control leaves out longer gaps: reuse after so many tokens hardly differs from no reuse.
 LONGEST_EXPECTED_GAP = 1 << 20
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """Of one dataset (or all): shares per distance and layer `[N, L]`, `nan` where nothing could be compared.
+    """Repetition in one dataset (or all): shares per distance and layer `[N, L]`, `nan` where no tokens could be compared.
 
-    first: the first choice is that of the earlier token. first_or_second: one of the two strongest is one of its two strongest.
-    shared: experts in common, of K. *_shuffled `[L]`: the same for two tokens drawn from all of this dataset; it follows from
-    the counts, so there is no noise in it. Chance: 1/E; 1 - C(E-2, 2)/C(E, 2); K/E.
+    first: both tokens have the same strongest expert. first_or_second: the two strongest experts of both tokens have one in
+    common. shared: experts in common, divided by K. *_shuffled `[L]`: the same for two tokens drawn at random from this
+    dataset, computed exactly from the counts. Chance: 1/E; 1 - C(E-2, 2)/C(E, 2); K/E.
     """
 
     dataset: str
@@ -40,9 +40,9 @@ class Repetition:
 def repetition(
     same_NL3: Counts, seen_NL: Counts, first_LE: Counts, load_LE: Counts, leading: LeadingPairs | None, top_k: int, dataset: str
 ) -> Repetition:
-    """Shares from the counts of one dataset, or of several.
+    """Repetition from the counts of one or more datasets.
 
-    leading: pairs of the two strongest; without it first_or_second_shuffled is `nan`.
+    leading: pairs of the two strongest experts; without them first_or_second_shuffled is `nan`.
     """
     with np.errstate(invalid="ignore"):
         shares = same_NL3 / np.where(seen_NL > 0, seen_NL, np.nan)[..., None]
@@ -54,7 +54,7 @@ def repetition(
         either_shuffled = np.full_like(first_shuffled, np.nan)
     else:
         tokens_L = np.maximum(first_LE.sum(1), 1)
-        # Sets of one or two meet in one or two experts: P(meet) = E(number in common) - P(two in common).
+        # Two sets of two have 0, 1 or 2 experts in common: P(at least one) = E(number in common) - P(two in common).
         both = ((leading.pairs_LEE / tokens_L[:, None, None]) ** 2).sum((1, 2)) / 2
         either_shuffled = ((leading.members_LE / tokens_L[:, None]) ** 2).sum(1) - both
     return Repetition(
@@ -70,7 +70,7 @@ def repetition(
 
 
 def repetition_chance(experts: int, top_k: int) -> tuple[float, float, float]:
-    """Chance of `Repetition.first`, `.first_or_second` and `.shared` under uniform independent routing."""
+    """`Repetition.first`, `.first_or_second` and `.shared` expected under uniform independent routing."""
     leading = min(2, top_k)
     meet = 1 - comb(experts - leading, leading) / comb(experts, leading)
     return 1 / experts, meet, top_k / experts
@@ -78,15 +78,17 @@ def repetition_chance(experts: int, top_k: int) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class ReuseStatistics:
-    """Per layer. Reuse is within a problem; a use without an earlier one is cold.
+    """Reuse of experts per layer. Reuse is counted within a problem; an expert's first use in a problem is a cold use.
 
-    gap_edges `[B+1]`: tokens since the last use fall into [edge, next edge). gap_share `[L, B]`: of the uses that are not cold;
-    gap_shuffled `[L, B]`: if every token of a problem drew its experts from the layer's load. median_gap `[L]`, by linear
-    interpolation within its range. cold_share `[L]`: of all uses; cold_shuffled likewise.
-    between_share `[L, E]`: other experts (0, 1, ...) that the tokens in between used: the LRU stack distance, with all
-    experts of a token as one access. working_set `[L]`: distinct experts in a segment of SEGMENT tokens, over E;
-    working_set_shuffled: for tokens drawn from the layer's load. adjacent `[L]`: a selection of one segment and one of the
-    next are of the same expert; adjacent_shuffled: two selections of the whole trace are.
+    gap_edges `[B+1]`: edges of the buckets [edge, next edge) of gaps, in tokens since the last use. gap_share `[L, B]`:
+    share of the reuses in each bucket. gap_shuffled `[L, B]`: its expected value if every token drew its experts from the
+    layer's load. median_gap `[L]`: by linear interpolation within its bucket. cold_share `[L]`: cold uses as a share of all
+    uses; cold_shuffled: its expected value under the same control.
+    between_share `[L, E]`: share of the reuses by the number (0, 1, ...) of other experts used by the tokens in between; this
+    is the LRU stack distance with all experts of a token as one access. working_set `[L]`: distinct experts in a segment of
+    SEGMENT tokens, divided by E; working_set_shuffled: for tokens drawn from the layer's load. adjacent `[L]`: probability
+    that two selections, one from each of two adjacent segments, are of the same expert; adjacent_shuffled: of any two
+    selections in the trace.
     """
 
     gap_edges: Counts
@@ -104,8 +106,8 @@ class ReuseStatistics:
 
 
 def reuse_statistics(counts: ReuseCounts, load_LE: Counts, tokens: int) -> ReuseStatistics:
-    """Statistics of reuse. load_LE: selections; tokens: of the trace."""
-    # Over all gaps that the problems have room for, also those that were not seen.
+    """Statistics of reuse. load_LE: selections; tokens: number of tokens in the trace."""
+    # Buckets cover every gap that fits into the longest problem, including gaps that never occurred.
     longest = min(max(counts.lengths, default=1), LONGEST_EXPECTED_GAP)
     buckets = max(int(longest).bit_length(), int(np.flatnonzero(counts.gaps.any(0)).max(initial=0)) + 1)
     edges = 1 << np.arange(buckets + 1)
@@ -132,10 +134,10 @@ def reuse_statistics(counts: ReuseCounts, load_LE: Counts, tokens: int) -> Reuse
 
 
 def _expected_reuse(lengths: Counter[int], used_LE: Floats, edges: Counts) -> tuple[Floats, Floats]:
-    """Expected numbers of gaps `[L, B]` and cold uses `[L]`, if each token used expert e with probability used_LE,
-    independently.
+    """Expected numbers of gaps `[L, B]` and cold uses `[L]` if tokens used each expert independently with probability used_LE.
 
-    A gap of g is used - not used (g - 1 times) - used: used^2 (1 - used)^(g-1) at each of length - g positions of a problem.
+    A gap of g tokens is a use, g - 1 tokens without a use, and a use. Its probability is used^2 (1 - used)^(g-1) at each of
+    the (length - g) positions of a problem.
     """
     longest = min(max(lengths, default=1), int(edges[-1]) - 1, LONGEST_EXPECTED_GAP)
     sizes = np.array(sorted(lengths), dtype=np.int64)

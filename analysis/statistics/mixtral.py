@@ -1,4 +1,4 @@
-"""Table 5 of "Mixtral of Experts" (Jiang et al., 2024, arXiv 2401.04088), beside a trace of Mixtral."""
+"""Table 5 of "Mixtral of Experts" (Jiang et al., 2024, arXiv 2401.04088), compared with a trace of Mixtral."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ TABLE_5: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One layer of one dataset in percent, beside the lowest and highest of the paper's domains.
+    """One layer of one dataset, in percent, compared with the lowest and highest value of the paper's domains.
 
-    within: both within the paper's range, widened by a tenth of it on either side for data that the paper did not see.
+    within: both values lie within the paper's range, widened by a tenth of its width on either side to allow for data that the
+    paper did not use.
     """
 
     dataset: str
@@ -38,13 +39,13 @@ class Comparison:
 
 
 def is_mixtral_8x7b(model: ModelMetadata) -> bool:
-    """Whether a trace is of the model that Table 5 is of."""
+    """Whether the model is the one that Table 5 describes."""
     name = f"{model.id} {model.architecture or ''}".lower()
     return "mixtral" in name and len(model.moe_layers) == 32 and (model.num_experts, model.top_k) == (8, 2)
 
 
 def compare_with_table_5(repetitions: list[Repetition], model: ModelMetadata) -> list[Comparison]:
-    """Every dataset at the paper's three layers; empty unless the trace is of Mixtral 8x7B."""
+    """Compare every dataset at the paper's three layers; empty unless the model is Mixtral 8x7B."""
     if not is_mixtral_8x7b(model):
         return []
     compared = []

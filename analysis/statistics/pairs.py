@@ -1,4 +1,4 @@
-"""Experts that one token uses together, within a layer: pairs against independence, and how many different sets there are."""
+"""Experts that a token uses together within a layer: pairs compared with independence, and the number of distinct sets."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from analysis.counts.pairs import SKETCH, PairCounts
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """Per layer `[L]`, and pairs `[L, E, E]`, symmetric with a zero diagonal.
+    """Statistics per layer `[L]`, and pairs `[L, E, E]`, symmetric with a zero diagonal.
 
-    lift_LEE: pairs counted over pairs expected if no expert preferred another (`expected_pairs`).
-    unique_sets `[L]`: different sets; an estimate, with 0.8 % standard error, where there are more than 16,384. possible_sets:
-    E choose K. even_sets: how many of them as many tokens would find if every set were equally likely.
-    top_pair `[L, 2]`, top_lift `[L]`: the largest lift of the pairs that are expected at least 25 times; 0 if there are none.
-    shuffled_top_lift `[L]`: the largest of as many pairs that were drawn without preferences.
+    lift_LEE: pairs counted, divided by the pairs expected if no expert preferred another (`expected_pairs`).
+    unique_sets `[L]`: number of distinct sets; above 16,384 it is an estimate with 0.8 % standard error. possible_sets: E
+    choose K. even_sets: expected number of distinct sets of the same number of tokens if every set were equally likely.
+    top_pair `[L, 2]`, top_lift `[L]`: the pair with the largest lift, among the pairs expected at least 25 times; lift 0 if
+    there are none. shuffled_top_lift `[L]`: the largest lift among the same number of pairs, drawn without preferences.
     """
 
     counts_LEE: Counts
@@ -33,13 +33,13 @@ class PairStatistics:
     shuffled_top_lift: Floats
 
 
-# Below this a lift is noise: its relative standard error is a fifth.
+# A pair expected less often has a noisy lift: at 25, its relative standard error is a fifth.
 MIN_EXPECTED = 25
 ITERATIONS = 200
 
 
 def pair_statistics(counts: PairCounts, top_k: int, seed: int = 0) -> PairStatistics | None:
-    """Statistics of the pairs; None for K = 1, where there are none, and for too many experts to count them."""
+    """Statistics of the pairs; None for K = 1, which has no pairs, and if there were too many experts to count pairs."""
     if top_k < 2 or not counts.fits:
         return None
     together = counts.together
@@ -62,7 +62,7 @@ def pair_statistics(counts: PairCounts, top_k: int, seed: int = 0) -> PairStatis
             [min(estimate_distinct(sketch), tokens, possible) for sketch in counts.sketches], dtype=np.float64
         ),
         possible_sets=possible,
-        # possible * (1 - (1 - 1/possible)^tokens), without cancellation; no set comes twice if there are that many.
+        # possible * (1 - (1 - 1/possible)^tokens), without cancellation; beyond 2^52 sets none is expected to occur twice.
         even_sets=tokens
         if possible > 1 << 52
         else -possible * np.expm1(tokens * np.log1p(-1 / possible))
@@ -75,14 +75,14 @@ def pair_statistics(counts: PairCounts, top_k: int, seed: int = 0) -> PairStatis
 
 
 def _largest(lift: Floats, expected: Floats) -> tuple[Counts, Floats]:
-    """Place in `[E * E]` and value of the largest lift of each layer, of pairs that are expected often enough."""
+    """Index in `[E * E]` and value of the largest lift of each layer, among pairs that are expected often enough."""
     enough = np.where(expected >= MIN_EXPECTED, lift, 0).reshape(len(lift), -1)
     best = enough.argmax(1)
     return best, np.take_along_axis(enough, best[:, None], 1)[:, 0]
 
 
 def drawn_pairs(expected_EE: Floats, random: np.random.Generator) -> Counts:
-    """As many pairs as are expected, drawn without preferences; symmetric."""
+    """Draw the expected number of pairs without preferences; symmetric."""
     upper = np.triu(expected_EE)
     total = upper.sum()
     if total == 0:
@@ -92,11 +92,11 @@ def drawn_pairs(expected_EE: Floats, random: np.random.Generator) -> Counts:
 
 
 def expected_pairs(in_pairs_LE: Counts) -> Floats:
-    """Pairs of experts i and j `[..., E, E]` if none preferred another, for the pairs that each is in `[..., E]`; symmetric.
+    """Pairs of experts i and j `[..., E, E]` expected if no expert preferred another; symmetric.
 
-    In proportion to a_i a_j, with nothing on the diagonal and the given sums: quasi-independence (Goodman, 1968). The a are
-    found by iteration; with even load all pairs are equally likely. Where one expert is in more than half of the pairs, sums
-    are only approached.
+    in_pairs_LE: number of pairs that each expert is in `[..., E]`. The result is proportional to a_i a_j off the diagonal, zero
+    on it, and has the given row sums: quasi-independence (Goodman, 1968). The a are found by iteration. With even load all
+    pairs are equally likely. If one expert is in more than half of the pairs, the row sums are only approximated.
     """
     sums = in_pairs_LE.astype(np.float64)
     a = np.sqrt(sums)
@@ -111,7 +111,7 @@ def expected_pairs(in_pairs_LE: Counts) -> Floats:
 
 
 def estimate_distinct(sketch: npt.NDArray[np.uint64]) -> float:
-    """Different values that were seen: exact while all hashes are kept, else (k - 1) over the k-th smallest hash in [0, 1)."""
+    """Number of distinct values: exact while the sketch holds all hashes, else (k - 1) / (k-th smallest hash in [0, 1))."""
     if len(sketch) < SKETCH:
         return float(len(sketch))
     return (len(sketch) - 1) / (float(sketch[-1]) / 2.0**64)

@@ -1,6 +1,6 @@
 """Cross-layer patterns: which experts at layer n+k follow an expert at layer n (k = 1: single hop, k > 1: multi-hop).
 
-Layers count MoE layers only. Rows of a token are paired with rows of the same token.
+n and k count MoE layers only. Every pair is of two layers of the same token.
 """
 
 from __future__ import annotations
@@ -17,17 +17,24 @@ from analysis.statistics.load import entropy, normalized
 
 @dataclass(frozen=True)
 class HopStatistics:
-    """One hop, from each layer n to n+hop; arrays `[L - hop]`. "shuffled": layer n+hop's tokens permuted over the whole trace.
+    """One hop, from each layer n to n+hop; arrays `[L - hop]`.
 
-    information_bits: mutual information of the strongest experts at n and n+hop, Miller-Madow corrected; and shuffled.
+    The control "shuffled" permutes the experts of layer n+hop over all tokens of the trace.
 
-    top1: how often the strongest expert at n+hop is guessed right: conditional_top1, by the most frequent one given the
-    strongest at n; held_out_top1, the same where each half of the problems judges what the other half says; shuffled_top1;
-    marginal_top1, by the layer's most frequent (popularity); chance is 1/E. topk: which fraction of the experts at n+hop are
-    among K guesses, given one of the experts at n, over all K x K pairs: conditional_topk, held_out_topk, shuffled_topk;
-    marginal_topk: the layer's K most used; chance is K/E. same_strongest: the strongest expert has the same index at n and
-    n+hop; same_selected: an expert at n has the index of one at n+hop. independent_strongest, independent_selected: what the
-    loads of both layers alone give (the shuffled control's expectation). Chance is 1/E and K/E.
+    information_bits: mutual information of the strongest experts at n and n+hop, Miller-Madow corrected;
+    information_shuffled_bits: of the control.
+
+    *_top1: accuracy of predicting the strongest expert at n+hop. conditional_top1 predicts the expert most frequent after the
+    strongest expert at n, counted and evaluated on the same tokens. held_out_top1 is two-fold cross-validated: counted on one
+    half of the problems and evaluated on the other. shuffled_top1 is conditional_top1 of the control. marginal_top1 predicts
+    the layer's most frequent expert (popularity). Chance is 1/E.
+
+    *_topk: recall of the K experts at n+hop with K predictions from one expert at n, over all K x K pairs: conditional_topk,
+    held_out_topk and shuffled_topk as above; marginal_topk predicts the layer's K most used experts. Chance is K/E.
+
+    same_strongest: the strongest experts at n and n+hop have the same index. same_selected: the index of an expert selected at
+    n is also selected at n+hop. independent_strongest, independent_selected: their expected values from the loads of both
+    layers alone, which is the expectation of the shuffled control. Chance is 1/E and K/E.
     """
 
     hop: int
@@ -48,9 +55,9 @@ class HopStatistics:
 
 
 def hop_statistics(counts: TransitionCounts, hop: int, top_k: int, seed: int = 0) -> HopStatistics:
-    """Statistics of hop `hop` (1..H). seed: for the shuffled control."""
+    """Statistics of hop `hop` (1..H). seed: of the shuffled control."""
     random = np.random.default_rng((seed, hop))
-    # A layer at a time: in int64, the tables of all of them would take twice the memory of the counts.
+    # One layer at a time: in int64, the tables of all layers would take twice the memory of the counts.
     rows = []
     for layer in range(counts.strongest.shape[2] - hop):
         strongest_FEE, pairs_FEE = (table[:, hop - 1, layer].astype(np.int64) for table in (counts.strongest, counts.pairs))
@@ -80,18 +87,18 @@ def _statistics_of(strongest_FEE: Counts, pairs_FEE: Counts, top_k: int, random:
     }
 
 
-def hits(judged_EE: Counts, said_EE: Counts, guesses: int) -> float:
-    """Share of the pairs in `judged` whose later expert is among the `guesses` most frequent ones of its row in `said`.
+def hits(test_EE: Counts, train_EE: Counts, guesses: int) -> float:
+    """Share of the pairs in `test_EE` whose later expert is among the `guesses` most frequent ones of its row in `train_EE`.
 
-    Equal counts, and rows that `said` knows nothing of, go by the layer's totals.
+    Ties, and rows without counts in `train_EE`, are decided by the layer's totals.
     """
-    # A share is at most 1, so halved it decides between equal counts only.
-    guessed = np.argpartition(-(said_EE + normalized(said_EE.sum(0)) / 2), guesses - 1, axis=1)[:, :guesses]
-    return float(np.take_along_axis(judged_EE, guessed, 1).sum() / max(judged_EE.sum(), 1))
+    # A share is at most 1, so half of it only breaks ties between counts.
+    guessed = np.argpartition(-(train_EE + normalized(train_EE.sum(0)) / 2), guesses - 1, axis=1)[:, :guesses]
+    return float(np.take_along_axis(test_EE, guessed, 1).sum() / max(test_EE.sum(), 1))
 
 
 def held_out_hits(counts_FEE: Counts, guesses: int) -> float:
-    """`hits` where each of the two folds is judged by what the other says; `nan` if a fold has nothing."""
+    """`hits` by two-fold cross-validation: each fold is evaluated with the counts of the other; `nan` if a fold is empty."""
     totals_F = counts_FEE.sum((1, 2))
     if totals_F.min() == 0:
         return float("nan")
@@ -100,11 +107,11 @@ def held_out_hits(counts_FEE: Counts, guesses: int) -> float:
 
 
 def shuffled_table(counts_EE: Counts, random: np.random.Generator) -> Counts:
-    """A table of the same margins, drawn as if the later experts were permuted over all pairs (Patefield, 1981).
+    """A random table with the same margins, distributed as if the later experts were permuted over all pairs (Patefield, 1981).
 
-    It keeps the loads of both layers and destroys the link, without the tokens themselves.
+    It keeps the loads of both layers and removes the dependence between them, without needing the tokens themselves.
     """
-    # Of one expert there is one table, which the algorithm does not find.
+    # With one expert there is only one such table, which SciPy's algorithm does not handle.
     if not counts_EE.any() or counts_EE.shape[0] == 1:
         return counts_EE
     drawn = random_table(counts_EE.sum(1), counts_EE.sum(0)).rvs(1, method="patefield", random_state=random)[0]
@@ -112,9 +119,9 @@ def shuffled_table(counts_EE: Counts, random: np.random.Generator) -> Counts:
 
 
 def transition_probabilities(pair_counts: Counts) -> Floats:
-    """P(expert j at layer n+k | expert i at layer n) from pair counts `[..., E, E]`: rows sum to 1, or 0 if i is unused.
+    """P(expert j at layer n+k | expert i at layer n) from pair counts `[..., E, E]`: rows sum to 1, or to 0 if i is unused.
 
-    With K > 1 it is the chance that a random one of the K selected experts at n+k is j, given that i is selected at n.
+    With K > 1 it is the probability that one of the K experts at n+k, picked at random, is j, given that i is selected at n.
     """
     return normalized(pair_counts)
 
@@ -122,7 +129,7 @@ def transition_probabilities(pair_counts: Counts) -> Floats:
 def mutual_information(joint_counts: Counts) -> Floats:
     """Mutual information in bits from joint counts `[..., E, E]`, with the Miller-Madow bias correction (Miller, 1955).
 
-    The correction subtracts (m_xy - m_x - m_y + 1) / (2 N ln 2), m being the number of non-empty cells and margins.
+    The correction subtracts (m_xy - m_x - m_y + 1) / (2 N ln 2), where m are the numbers of non-empty cells and margins.
     """
     total = joint_counts.sum((-2, -1), keepdims=True)
     joint = joint_counts / np.maximum(total, 1)

@@ -1,4 +1,4 @@
-"""Routing weights: their distribution by rank, and how much the router preferred the last expert it chose to the next."""
+"""Routing weights by rank, and the router's margin between the last selected expert and the next."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class WeightStatistics:
-    """quantiles `[L, K, 5]` of the weights as the model applies them, at QUANTILES, within 1/64; mean `[L, K]`.
+    """Routing weights as the model applies them, per layer and rank; `nan` for ranks that no token has.
 
-    `nan` for ranks that no token has.
-
-    even: 1/K, what each of K experts would have if they shared a sum of 1 evenly.
+    quantiles `[L, K, 5]`: at QUANTILES, with a relative error of at most 1/64. mean `[L, K]`. even: 1/K, the weight of each
+    expert if K experts shared a sum of 1 evenly.
     """
 
     quantiles: Floats
@@ -28,10 +27,9 @@ class WeightStatistics:
 
 
 def weight_statistics(counts: WeightCounts) -> WeightStatistics | None:
-    """Statistics of the weights; None if none were recorded."""
+    """Statistics of the weights; None if weights were not recorded."""
     if not counts.histogram.any():
         return None
-    # The middle of a bin.
     values = HALVES[(np.arange(BINS) << SHIFT) + (1 << SHIFT) // 2]
     values[0], values[-1] = 0.0, HALVES[0x7BFF]
     totals = counts.histogram.sum(-1)
@@ -47,9 +45,10 @@ def weight_statistics(counts: WeightCounts) -> WeightStatistics | None:
 
 @dataclass(frozen=True)
 class MarginStatistics:
-    """quantiles `[L, 5]` of the margin in logits at QUANTILES, within MARGIN_BIN; `nan` where a layer has no logits.
+    """Margin between the K-th largest router logit and the next, per layer; `nan` for layers without logits.
 
-    close `[L]`: share of tokens whose margin is below CLOSE: a change of the router's inputs that small changes the set.
+    quantiles `[L, 5]`: at QUANTILES, in logits, with an error of at most MARGIN_BIN. close `[L]`: share of tokens whose margin
+    is below CLOSE: a change of the logits that small changes the set of selected experts.
     """
 
     quantiles: Floats
@@ -57,7 +56,7 @@ class MarginStatistics:
 
 
 def margin_statistics(counts: MarginCounts) -> MarginStatistics | None:
-    """Statistics of the margins; None where no logits were recorded."""
+    """Statistics of the margins; None if logits were not recorded."""
     if not counts.histogram.any():
         return None
     totals_L = counts.histogram.sum(1)

@@ -182,7 +182,7 @@ def test_too_many_hops_are_refused(make_trace: Make, random_problems: Make, monk
     trace = make_trace(random_problems(count=2, tokens=5, layers=6, num_experts=8, top_k=2), 8, name="six")
     monkeypatch.setattr("analysis.counts.counting.MAX_TRANSITION_BYTES", 4 * 6 * 81 * 4 * 2)
     assert axes_of(trace, survey_trace(trace)).hops == 2
-    with pytest.raises(TraceError, match="choose at most 2 --hops"):
+    with pytest.raises(TraceError, match="choose at most 2 hops"):
         axes_of(trace, survey_trace(trace), 3)
 
 

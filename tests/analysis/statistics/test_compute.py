@@ -70,7 +70,7 @@ def test_files_of_a_trace(trace: Trace, tmp_path: Path) -> None:
     assert titles == [
         "Expert load",
         "Cross-layer transitions",
-        "How far ahead a layer tells",
+        "Prediction across layers",
         "Repetition over tokens",
         "Reuse of experts",
         "Pairs within a token",
@@ -150,7 +150,7 @@ def test_a_domain_called_all_is_not_all(make_trace: Make, random_problems: Make)
 
 @pytest.mark.parametrize("kind", ["one token", "one expert", "K = E", "one problem"])
 def test_odd_traces_are_told_truly(kind: str, make_trace: Make, tmp_path: Path) -> None:
-    """No headline has a number that is none, and no guess is judged on its own tokens without a word."""
+    """No headline has a number that is not one, and predictions evaluated on their own tokens are marked as such."""
     count, tokens, experts = {
         "one token": (8, 1, 4),
         "one expert": (8, 20, 4),
@@ -169,8 +169,8 @@ def test_odd_traces_are_told_truly(kind: str, make_trace: Make, tmp_path: Path) 
     assert "nan" not in text
     assert "inf" not in text
     if kind == "one problem":
-        assert "too few problems" in dict(findings)["How far ahead a layer tells"]
-        assert "too few tokens to tell preferred pairs" in dict(findings)["Pairs within a token"]
+        assert "too few problems" in dict(findings)["Prediction across layers"]
+        assert "too few tokens to identify preferred pairs" in dict(findings)["Pairs within a token"]
 
 
 def test_empty_traces_are_refused(make_trace: Make, random_problems: Make) -> None:
@@ -197,7 +197,7 @@ def test_several_traces_are_compared(make_trace: Make, random_problems: Make, tm
     assert bits["plain"] < 0.3
     assert rows["chance of an expert (K/E)"] == {"plain": 0.25, "linked": 0.25}
     assert "Jensen-Shannon" in dict(findings)["Expert load"]
-    assert "Layers tell most about the next in linked" in dict(findings)["Side by side"]
+    assert "Layers predict the next layer best in linked" in dict(findings)["Side by side"]
     for name in ("plain", "linked"):
         assert (tmp_path / "r" / name / "report.html").is_file()
     assert json.loads((tmp_path / "r" / "statistics.json").read_text())["traces"].keys() == {"plain", "linked"}

@@ -57,14 +57,14 @@ def test_guesses_by_hand() -> None:
     both = folds.sum(0)
     assert both.tolist() == [[4, 4], [8, 0]]
     assert hits(folds[0], folds[0], 1) == pytest.approx(7 / 8)
-    # Fold 0 judged by fold 1: from 0 it guesses 0, right once; from 1 always right. The other way round likewise.
+    # Fold 0 predicted by fold 1: from 0 it guesses 0, right once; from 1 always right. The other way round likewise.
     assert held_out_hits(folds, 1) == pytest.approx((1 + 4 + 1 + 4) / 16)
     assert np.isnan(held_out_hits(np.array([[[1, 1], [0, 0]], [[0, 0], [0, 0]]]), 1))
 
 
 def test_unknown_rows_are_guessed_by_popularity() -> None:
-    judged, said = np.array([[0, 0, 0], [0, 0, 5]]), np.array([[0, 1, 3], [0, 0, 0]])
-    assert hits(judged, said, 1) == 1.0
+    test, train = np.array([[0, 0, 0], [0, 0, 5]]), np.array([[0, 1, 3], [0, 0, 0]])
+    assert hits(test, train, 1) == 1.0
 
 
 def test_mutual_information_by_hand() -> None:

@@ -138,8 +138,8 @@ def test_the_report_answers(trace: Trace, run: Path, runner: CliRunner, tmp_path
     # Without times there are hit rates.
     simulated(runner, str(trace.path), "--out", str(tmp_path / "sim"))
     again = runner.invoke(app, arguments, catch_exceptions=False)
-    assert "of the requested experts were in the cache: 50% of all experts, l" in again.output
-    assert "nothing fetched ahead, if copies took no time" in again.output
+    assert "a cache with 50% of all experts, l" in again.output
+    assert "no prefetching, if transfers took no time" in again.output
 
 
 def test_without_generated_tokens_all_are_taken_as_such(make_trace: Make, random_problems: Make, runner: CliRunner) -> None:
