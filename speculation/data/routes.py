@@ -97,13 +97,16 @@ class Routes:
 
     @property
     def group_tokens(self) -> list[int]:
+        """The number of tokens in each group: there is one group."""
         return [len(self)]
 
     @property
     def problem_ids(self) -> npt.NDArray[np.int32]:
+        """The ids of the problems with at least one token here, int32 `[P]`, ascending."""
         return np.unique(self.problem_ids_T)
 
     def group(self, number: int) -> Routes:
+        """These routes, which are the only group."""
         return self
 
     def of_problems(self, is_chosen_T: npt.NDArray[np.bool_]) -> Routes:
@@ -111,6 +114,9 @@ class Routes:
 
         Args:
             is_chosen_T: bool `[T]`, true for every token of the problems to keep.
+
+        Returns:
+            The routes of these problems, copied.
         """
         place_T = np.cumsum(is_chosen_T) - 1
         fields = {name: getattr(self, name) for name in Routes.__dataclass_fields__ if name != "router"}

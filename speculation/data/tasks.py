@@ -97,10 +97,13 @@ class Shape:
         return cls(layers=len(model.moe_layers), experts=model.num_experts, top_k=model.top_k, horizon=horizon, task=task)
 
     def target_layers(self, hop: int) -> npt.NDArray[np.int64]:
-        """For each layer l, the index of the MoE layer that a prediction `hop` ahead is about, `[L]`; -1 if it does not exist.
+        """For each MoE layer l, the index of the layer that a prediction `hop` ahead is about; -1 if it does not exist.
 
         Args:
             hop: How far ahead, 1 to H. For tasks other than `next-layer`, the predicted layer is l itself.
+
+        Returns:
+            int64 `[L]`.
         """
         layers = np.arange(self.layers)
         if self.task != Task.NEXT_LAYER:

@@ -29,7 +29,7 @@ class BackoffCounts(Predictor):
     """An n-gram model: P(expert | context), where the context is up to three experts of the nearest known routes.
 
     The context of order 1 is the strongest expert of the nearest known route. Order 2 is its two strongest experts. Order 3
-    adds the strongest expert of the second nearest route.
+    adds the strongest expert of the second nearest route. If K is 1, order 2 holds the one expert twice.
 
     For next-layer, the nearest route is the token's own at layer l, and the second nearest its own at layer l-1. For the other
     tasks, they are the routes at layer l of the last known token and of the token before it.
