@@ -39,7 +39,7 @@ class BackoffCounts(Predictor):
     """
 
     name: ClassVar[str] = "backoff-counts"
-    about: ClassVar[str] = "counts after the last experts in order, backing off to shorter contexts"
+    about: ClassVar[str] = "n-gram counts over the last experts, backing off to shorter contexts"
     source: ClassVar[str] = "baseline; n-gram models with back-off"
     sees: ClassVar[str] = "routes of layers l and l-1, or of the last two tokens"
 

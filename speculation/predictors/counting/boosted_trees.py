@@ -44,9 +44,9 @@ class BoostedTrees(Predictor):
     """
 
     name: ClassVar[str] = "boosted-trees"
-    about: ClassVar[str] = "gradient-boosted trees per layer over routes, the same tokens before, and recent use"
+    about: ClassVar[str] = "gradient-boosted trees per layer over routes, earlier occurrences of the same tokens, recent use"
     source: ClassVar[str] = "baseline; gradient boosting (Friedman, 2001) with scikit-learn's trees"
-    sees: ClassVar[str] = "route of layer l, of the last known token, of the same tokens before, recent use"
+    sees: ClassVar[str] = "routes of layer l, of the last known token, of earlier occurrences of the same tokens; recent use"
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)

@@ -28,7 +28,7 @@ class TokenIdentity(Predictor):
     """
 
     name: ClassVar[str] = "token-identity"
-    about: ClassVar[str] = "where the same token of the vocabulary went in the training problems"
+    about: ClassVar[str] = "the experts that the same token of the vocabulary selected in the training problems"
     source: ClassVar[str] = "baseline; tokens as in OLMoE (arXiv:2409.02060)"
     sees: ClassVar[str] = "which token it is"
 

@@ -25,7 +25,7 @@ class Hybrid(ContextPredictor):
 
     name: ClassVar[str] = "hybrid"
     about: ClassVar[str] = "512 shared features; a sigmoid head for h = 1, a transformer of 2 layers over h = 1..H"
-    source: ClassVar[str] = "joint prediction of current and coming experts"
+    source: ClassVar[str] = "joint prediction of current and upcoming experts"
     can_take_router_inputs: ClassVar[bool] = True
     default_width: ClassVar[int] = 64
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=6, batch_tokens=256, learning_rate=1.5e-3)

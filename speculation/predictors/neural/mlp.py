@@ -27,8 +27,8 @@ class MlpPredictor(NeuralPredictor):
 
     name: ClassVar[str] = "mlp"
     about: ClassVar[str] = "residual MLP over the routes of layers <= l, the preceding token's routes and the token"
-    source: ClassVar[str] = "the usual small predictor, here over routes"
-    sees: ClassVar[str] = "routes of layers <= l, of the preceding token, which token it is; or router inputs too"
+    source: ClassVar[str] = "the usual small architecture, applied to routes"
+    sees: ClassVar[str] = "routes of layers <= l, of the preceding token, which token it is; optionally router inputs"
     default_width: ClassVar[int] = 80
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.NEXT_LAYER})
     can_take_router_inputs: ClassVar[bool] = True

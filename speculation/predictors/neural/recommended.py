@@ -38,9 +38,11 @@ class Recommended(NeuralPredictor):
     """
 
     name: ClassVar[str] = "recommended"
-    about: ClassVar[str] = "residual blocks over the layers; routes so far, of the last token, and of the same tokens before"
+    about: ClassVar[str] = (
+        "residual blocks over the layers; routes so far, of the last token, and of earlier occurrences of the same tokens"
+    )
     source: ClassVar[str] = "this project (docs/predictors.md)"
-    sees: ClassVar[str] = "all routes that the task knows, which tokens these are"
+    sees: ClassVar[str] = "all routes that the task allows, which tokens they are"
     default_width: ClassVar[int] = 256
     token_width: ClassVar[int] = 64
     # The width of a block's hidden layer, as a multiple of the state's.

@@ -24,7 +24,7 @@ class Transformer(ContextPredictor):
 
     name: ClassVar[str] = "transformer"
     about: ClassVar[str] = "transformer of 6 layers over the model's layers; losses for the set and for the strongest expert"
-    source: ClassVar[str] = "the usual large predictor, here over routes"
+    source: ClassVar[str] = "the usual large architecture, applied to routes"
     can_share: ClassVar[bool] = True
     can_take_router_inputs: ClassVar[bool] = True
     width_multiple: ClassVar[int] = 8
