@@ -97,7 +97,7 @@ def made(folder: Path) -> Trace:
 def measure(name: str, routes: Routes, shape: Shape, seconds: float) -> None:
     cls = find_predictor(name)
     assert issubclass(cls, NeuralPredictor)
-    predictor = cls(shape, frequent_tokens(routes, cls.max_kinds, at_least=2))
+    predictor = cls(shape, frequent_tokens(routes, cls.max_vocabulary, min_count=2))
     size = cls.defaults.batch_tokens
     found: dict[str, list[float]] = {}
     for _ in range(ROUNDS):

@@ -1,7 +1,9 @@
-"""Expert predictors: they learn from traces which experts come next; and what their predictions are worth.
+"""Expert predictors: train them on traces, evaluate them, and measure what their predictions are worth to a cache of experts.
 
-`load_predictor` reads a trained one; a `History` gives it what a runtime knows, layer by layer. `load_routes` and `load_run`
-are for evaluating many tokens at once. Nothing is imported before it is used: counting predictors need no torch.
+A runtime loads a trained predictor with `load_predictor` and feeds it one token and one layer at a time through a `History`.
+To evaluate many tokens at once, use `load_run` and `load_routes`.
+
+Names are imported on first use, because counting predictors do not need torch.
 """
 
 from __future__ import annotations

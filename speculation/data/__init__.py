@@ -1,1 +1,1 @@
-"""What predictors learn from: routes of a trace, tasks, histories, repeated tokens, router inputs."""
+"""The data that predictors learn from: routes of a trace, prediction tasks, histories, repeated tokens, router inputs."""

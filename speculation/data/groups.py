@@ -1,4 +1,4 @@
-"""A trace larger than memory, to learn from: one group of its problems in memory at a time."""
+"""Training on a trace that is larger than memory: one group of problems is in memory at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from speculation.data.routes import Routes, load_problems, problems_of_part
 
 
 class RouteGroups:
-    """One part of `trace`, as a `RouteSource`: problems in order, cut into groups of about so many shards' rows each.
+    """One part of the split of `trace`, as a `RouteSource` whose groups are read on demand.
 
-    A shard is a routing file of the trace (`routing/part-*.parquet`, at most 16.8 M rows). The trace is read once to count.
+    Problems stay in order. Each group holds about as many rows as `shards_per_group` shards; a shard is a routing file of the
+    trace (`routing/part-*.parquet`, at most 16.8 M rows). The constructor reads the trace once to count the tokens.
     Raises `EmptyPartError` if no problem falls into the part.
     """
 
@@ -33,26 +34,26 @@ class RouteGroups:
                 self.problem_ids = np.union1d(self.problem_ids, ids_T)
         if not self._spans:
             raise EmptyPartError(f"{trace.path}: no problem falls into the {part} part of the split; collect more problems")
-        self._held: tuple[int, Routes] | None = None
+        self._loaded: tuple[int, Routes] | None = None
 
     def __len__(self) -> int:
         return sum(self.group_tokens)
 
     def group(self, number: int) -> Routes:
-        """One group; it stays in memory until another is asked for."""
-        if self._held is None or self._held[0] != number:
-            # First, so that no two are in memory.
-            self._held = None
-            self._held = (number, self._load(self._spans[number], self.problem_ids))
-        return self._held[1]
+        """Load one group. It stays in memory until another group is requested."""
+        if self._loaded is None or self._loaded[0] != number:
+            # Release the old group before loading the new one, so that two are never in memory.
+            self._loaded = None
+            self._loaded = (number, self._load(self._spans[number], self.problem_ids))
+        return self._loaded[1]
 
     def _load(self, span: range, problem_ids: npt.NDArray[np.int32]) -> Routes:
         return load_problems(self._trace, problem_ids, self._part, among=span, router_inputs=self._router_inputs)
 
     def _problems_in(self, span: range, wanted: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """The problem of each token of a group `[T]`."""
+        """The problem id of each token in a span of problems `[T]`."""
         if self._router_inputs:
-            # Some problems may have none of these.
+            # Problems without recorded router inputs are left out, so they must be loaded to be counted.
             try:
                 return self._load(span, wanted).problem_ids_T
             except EmptyPartError:

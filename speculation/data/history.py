@@ -1,4 +1,4 @@
-"""What an offloading runtime tells a predictor, token by token and layer by layer, and what it gets back."""
+"""The interface between an offloading runtime and a predictor: a `History` goes in, a `Prediction` comes out."""
 
 from __future__ import annotations
 
@@ -15,15 +15,28 @@ from speculation.data.routes import Routes
 from speculation.data.tasks import Shape
 
 FIRST_CAPACITY = 256
-# In place of an expert, where a predictor abstains.
-NOBODY = -1
+# The expert id in a `Prediction` where the predictor abstains.
+ABSTAIN = -1
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Experts, the likeliest first, and P(expert is among the K) of each: both `[H, E]`, or `[L, H, E]` of a whole token.
+    """A ranking of the experts, most probable first, with a probability for each.
 
-    Near the last layer there are fewer than H rows: those of layers that exist.
+    For `next-layer`, row h - 1 of the first axis is about the layer h ahead. Near the last layer there are fewer than H rows:
+    only layers that exist have one. For `next-token` and `whole-path`, a prediction covers every layer.
+
+    Args:
+        expert_ids: int64 `[H, E]` (`next-layer`) or `[L, H, E]` (other tasks). Expert ids in descending order of score, or -1
+            everywhere in a row where the predictor abstains.
+        scores: float32, same shape. The predicted probability, 0 to 1, that the expert is among the K selected ones; 0
+            where the predictor abstains.
+
+    Example:
+        >>> import numpy as np
+        >>> prediction = Prediction.of(np.array([[0.25, 0.75, 0.5]]))
+        >>> prediction.expert_ids.tolist(), prediction.scores.tolist()
+        ([[1, 2, 0]], [[0.75, 0.5, 0.25]])
     """
 
     expert_ids: npt.NDArray[np.int64]
@@ -31,17 +44,39 @@ class Prediction:
 
     @classmethod
     def of(cls, probabilities: npt.NDArray[np.floating[Any]]) -> Prediction:
-        """Sorted along the last axis; equal scores by expert id."""
+        """Rank experts by probability, ties by expert id.
+
+        Args:
+            probabilities: `[..., E]`, the probability of each expert.
+        """
         order = np.argsort(-probabilities, axis=-1, kind="stable")
         return cls(order, np.take_along_axis(probabilities, order, -1).astype(np.float32))
 
 
 @dataclass
 class History:
-    """One sequence as far as it is known: `begin` a token, then `add` its routes in the order of the MoE layers.
+    """The tokens and routes of one sequence that are known so far.
 
-    position: of the first token in the sequence, if what came before is not told. layer: place of the last layer known of
-    the current token, -1 before the first. cache: what predictors carry on.
+    A runtime calls `begin` for each token, and `add` for each MoE layer of that token, in the order of the layers. After any
+    of these calls, `Predictor.predict` predicts from the history, if the predictor's task allows a prediction there.
+
+    Args:
+        shape: The shape of the predictors that will use this history (`predictor.shape`).
+        position: The position of the first token in the sequence, from 0. Set it if the history starts in the middle of a
+            sequence.
+        tokens: The number of tokens begun. Updated by `begin`.
+        layer: The index, among the MoE layers, of the last layer added for the current token; -1 before its first layer.
+            Updated by `add`.
+        cache: State that predictors keep between calls, by predictor name.
+
+    Example:
+        >>> history = History(Shape(layers=2, experts=4, top_k=2, horizon=1))
+        >>> history.begin(vocab_id=17)
+        >>> history.add(expert_ids=[3, 1], weights=[0.25, 0.75])
+        >>> history.tokens, history.layer
+        (1, 0)
+        >>> history.routes.expert_ids_TLK[0, 0].tolist()  # sorted by weight
+        [1, 3]
     """
 
     shape: Shape
@@ -71,7 +106,15 @@ class History:
         self._hidden_TLD: npt.NDArray[np.float16] | None = None
 
     def begin(self, vocab_id: int | None, *, is_decode: bool = True) -> None:
-        """The next token; vocab_id: None if unknown. Raises `SpecmoeError` if routes of the last one are missing."""
+        """Start the next token.
+
+        Args:
+            vocab_id: The token's vocabulary id, or None if it is unknown.
+            is_decode: Whether the token was generated (decode) rather than part of the prompt (prefill).
+
+        Raises:
+            SpecmoeError: Routes of the previous token are missing at some layer.
+        """
         if self.tokens and self.layer != self.shape.layers - 1:
             raise SpecmoeError(f"token {self.tokens - 1} has routes of {self.layer + 1} layers, expected {self.shape.layers}")
         token = self.tokens
@@ -92,22 +135,29 @@ class History:
     def add(
         self, expert_ids: npt.ArrayLike, weights: npt.ArrayLike | None = None, router_input: npt.ArrayLike | None = None
     ) -> None:
-        """The K experts of the current token at the next MoE layer, and their weights, in any order; equal if not told.
+        """Add the experts that the current token selected at the next MoE layer.
 
-        router_input: `[D]`, for predictors that need it: then of every token and layer.
+        Args:
+            expert_ids: `[K]`, in any order.
+            weights: `[K]`, the routing weights in the same order; 1 / K each if None.
+            router_input: `[D]`, the router's input at this layer, for predictors that need it. If it is given once, it must be
+                given for every token and layer.
+
+        Raises:
+            SpecmoeError: No layer is expected here, or a shape or value is invalid. The history is unchanged.
         """
         ids = np.asarray(expert_ids)
         if self.tokens == 0 or self.layer == self.shape.layers - 1:
-            raise SpecmoeError("no layer is expected: begin a token first")
+            raise SpecmoeError("no MoE layer is expected here: begin a token first")
         given = np.full(ids.shape, 1 / self.shape.top_k) if weights is None else np.asarray(weights)
         if ids.shape != (self.shape.top_k,) or given.shape != ids.shape or ids.min() < 0 or ids.max() >= self.shape.experts:
             raise SpecmoeError(f"experts {ids.tolist()}: expected {self.shape.top_k} from 0 to {self.shape.experts - 1}")
         if len(set(ids.tolist())) < len(ids) or not np.isfinite(given).all():
-            raise SpecmoeError(f"experts {ids.tolist()}, weights {given.tolist()}: expected different ones, and finite weights")
+            raise SpecmoeError(f"experts {ids.tolist()}, weights {given.tolist()}: expected distinct experts, finite weights")
         if router_input is not None:
             self._set_router_input(np.asarray(router_input, dtype=np.float16))
         elif self._hidden_TLD is not None:
-            raise SpecmoeError("router input: expected one for every token and layer, as for those before")
+            raise SpecmoeError("router input is missing: expected one for every token and layer, as given so far")
         self.layer += 1
         order = np.argsort(-given, kind="stable")
         self._arrays["expert_ids_TLK"][self.tokens - 1, self.layer] = ids[order]
@@ -115,23 +165,26 @@ class History:
 
     @property
     def routes(self) -> Routes:
-        """All tokens (views); layers of the current one that are not known yet are zeros."""
+        """The routes of all tokens so far, as views of the history's arrays.
+
+        Layers of the current token that have not been added yet hold zeros.
+        """
         if self._routes is None:
             views = {name: array[: self.tokens] for name, array in self._arrays.items()}
             matches = Matches(views.pop("index_T"), views.pop("order_T"))
             previous_T = views.pop("previous_T")
             self._routes = Routes(**views, router=self._router())
-            # As the cached properties would find them, in time that grows with the sequence.
+            # The cached properties would compute the same, but in time proportional to the length of the sequence.
             vars(self._routes).update(matches=matches, previous_T=previous_T)
         return self._routes
 
     def _set_router_input(self, given: npt.NDArray[np.float16]) -> None:
-        """Of the layer that is added next."""
+        """Store the router input of the layer that is added next."""
         expected = given.shape[:1] if self._hidden_TLD is None else self._hidden_TLD.shape[2:]
         if given.ndim != 1 or given.shape != expected:
             raise SpecmoeError(f"router input of shape {given.shape}, expected {expected}")
         if self._hidden_TLD is None or len(self._hidden_TLD) < self.tokens:
-            # With as many tokens as the other arrays have room for.
+            # The same capacity as the other arrays, so that all grow together.
             grown = np.zeros((len(self._arrays["first_T"]), self.shape.layers, len(given)), dtype=np.float16)
             if self._hidden_TLD is not None:
                 grown[: len(self._hidden_TLD)] = self._hidden_TLD
@@ -139,7 +192,7 @@ class History:
         self._hidden_TLD[self.tokens - 1, self.layer + 1] = given
 
     def _router(self) -> RouterInputs | None:
-        """Without the routers' weights: predictors have them."""
+        """The router inputs, without the routers' weights: predictors store the weights that they need."""
         if self._hidden_TLD is None or len(self._hidden_TLD) < self.tokens:
             return None
         nothing = np.zeros((self.shape.layers, self.shape.experts), dtype=np.float32)

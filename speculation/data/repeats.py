@@ -1,4 +1,7 @@
-"""Where the same tokens occurred before: the routes that followed them then are the best single guess."""
+"""Find where the same tokens occurred earlier in a sequence.
+
+The routes recorded at the earlier place are the best single predictor of the routes now.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 UNKNOWN_TOKEN = -1
-# Lengths of the runs of tokens that are looked for; the longest that occurred before counts.
+# Lengths of the runs of tokens that are searched for. If several occurred before, the longest one is used.
 RUN_LENGTHS = (1, 2, 4, 8)
-# Odd constants with well mixed bits (the fractional parts of the golden ratio, and of xxHash).
+# Odd constants with well mixed bits: the fractional part of the golden ratio, and a prime of xxHash64.
 _MIX, _SPREAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 
 
 @dataclass(frozen=True)
 class Matches:
-    """For each token `[T]`: index_T, of the latest earlier token of the same stretch at which the same run of tokens ended; -1
-    if there is none. order_T: 1 + the number of the run's length in RUN_LENGTHS; 0 if there is none.
+    """For each token, the latest earlier place in the same stretch where the same run of tokens ended.
+
+    index_T: `[T]`, the index of the token at that place, or -1 without a match.
+    order_T: `[T]`, 1 + the index in RUN_LENGTHS of the length of the matching run, or 0 without a match.
     """
 
     index_T: npt.NDArray[np.int64]
@@ -25,14 +30,16 @@ class Matches:
 
 
 def find_matches(token_keys_T: npt.NDArray[np.int64], first_T: npt.NDArray[np.int64]) -> Matches:
-    """Matches of every token; first_T: index of the first token of its stretch. Unknown tokens match nothing.
+    """Find the match of every token. Unknown tokens match nothing.
 
-    Runs are compared by hashes of 64 bits: different ones would be taken for the same in 3 of 10^10 stretches of 10^5 tokens.
+    Runs are compared by 64-bit hashes. Two different runs collide in about 3 of 10^10 stretches of 10^5 tokens.
+
+    token_keys_T: `[T]`, the identity of each token. first_T: `[T]`, the index of the first token of each token's stretch.
     """
     count = len(token_keys_T)
     index_T, order_T = np.full(count, -1), np.zeros(count, dtype=np.int64)
     depth_T = np.arange(count) - first_T
-    # How many known tokens end here, without a gap: a run with an unknown one is none.
+    # The number of consecutive known tokens that end here: a run must not contain an unknown token.
     last_unknown_T = np.maximum.accumulate(np.where(token_keys_T == UNKNOWN_TOKEN, np.arange(count), -1))
     known_T = np.minimum(depth_T + 1, np.arange(count) - last_unknown_T)
     hash_T = np.zeros(count, dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""Router inputs of a trace (`hidden/`) and the routers' own weights (`gates.safetensors`), for predictors that need them."""
+"""The router inputs of a trace (`hidden/`) and the routers' weights (`gates.safetensors`), for predictors that need them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ MAX_HIDDEN_BYTES = 16 << 30
 
 @dataclass(frozen=True)
 class RouterInputs:
-    """hidden_TLD: float16 `[T, L, D]`, what each layer's router was given. Of the routers: weight_LED `[L, E, D]`, bias_LE, and
-    correction_LE, which is added to sigmoid scores to select by; zeros, and None, where the model has none.
+    """The hidden states that the routers received, and the routers' weights.
+
+    hidden_TLD: float16 `[T, L, D]`, the input of each layer's router.
+    weight_LED: `[L, E, D]`, the routers' weights.
+    bias_LE: `[L, E]`, the routers' biases; zeros if the model has none.
+    correction_LE: `[L, E]`, the correction that is added to the sigmoid scores before experts are selected; None if the model
+    has none.
     """
 
     hidden_TLD: npt.NDArray[np.float16]
@@ -28,17 +33,18 @@ class RouterInputs:
     correction_LE: npt.NDArray[np.float32] | None
 
     def of_tokens(self, tokens: npt.NDArray[Any]) -> RouterInputs:
-        """Of some tokens only: a mask, or indices."""
+        """Select some tokens, by a boolean mask or by indices."""
         return RouterInputs(self.hidden_TLD[tokens], self.weight_LED, self.bias_LE, self.correction_LE)
 
 
 def with_router_inputs(trace: Trace, chunk: RoutingChunk) -> tuple[RoutingChunk, RouterInputs]:
-    """The tokens of `chunk` whose router inputs were recorded, and these; whole problems.
+    """Keep the problems of `chunk` whose router inputs were recorded, and read those router inputs.
 
-    Raises `TraceError` if there are none, not of all MoE layers, or if they take more memory than MAX_HIDDEN_BYTES.
+    Raises `TraceError` if the trace has no router inputs, if they do not cover all MoE layers, or if they exceed
+    MAX_HIDDEN_BYTES. Raises `EmptyPartError` if none of these problems has router inputs.
     """
     layers = list(trace.metadata.model.moe_layers)
-    how = f"collect with --capture-hidden {','.join(map(str, layers))}"
+    how = f"collect it again with capture_hidden {','.join(map(str, layers))}"
     if not (trace.path / HIDDEN_FOLDER).is_dir() or not (trace.path / GATES_FILE).is_file():
         raise TraceError(f"{trace.path} has no router inputs ({HIDDEN_FOLDER}/ and {GATES_FILE}): {how}")
     wanted = np.unique(chunk.problem_ids_T)
@@ -53,14 +59,14 @@ def with_router_inputs(trace: Trace, chunk: RoutingChunk) -> tuple[RoutingChunk,
         if size > MAX_HIDDEN_BYTES:
             raise TraceError(f"{trace.path}: its router inputs take more than {MAX_HIDDEN_BYTES >> 30} GiB")
     if not pieces:
-        # Their recording ends after so many tokens, at the end of a problem.
-        raise EmptyPartError(f"{trace.path} has router inputs of none of these problems: {how} and more --hidden-tokens")
+        # Router inputs are recorded up to a limit of tokens, which ends at the end of a problem.
+        raise EmptyPartError(f"{trace.path} has no router inputs for any of these problems: {how} and more hidden_tokens")
     all_ids, all_layers = np.concatenate(ids), np.concatenate(found_layers)
     if len(all_layers) % len(layers) or (all_layers.reshape(-1, len(layers)) != layers).any():
         raise TraceError(f"{trace.path} has router inputs of layers {sorted(set(all_layers.tolist()))}, expected all: {how}")
     kept = np.isin(chunk.problem_ids_T, all_ids)
     if not np.array_equal(chunk.problem_ids_T[kept], all_ids[:: len(layers)]):
-        raise TraceError(f"{trace.path}: some problems have router inputs of other tokens than routing")
+        raise TraceError(f"{trace.path}: some problems have router inputs for different tokens than routing")
     hidden_TLD = np.concatenate(pieces).reshape(-1, len(layers), pieces[0].shape[1])
     return chunk.take(kept), RouterInputs(hidden_TLD, *_gates(trace, layers, hidden_TLD.shape[2]))
 
@@ -72,7 +78,7 @@ def _gates(trace: Trace, layers: list[int], width: int) -> tuple[Any, Any, Any]:
     path, experts = trace.path / GATES_FILE, trace.metadata.model.num_experts
     try:
         if path.stat().st_size > MAX_GATE_BYTES:
-            raise TraceError(f"{path} is larger than {MAX_GATE_BYTES >> 30} GiB, which no routers need")
+            raise TraceError(f"{path} is larger than {MAX_GATE_BYTES >> 30} GiB, the limit for routers' weights")
         tensors = {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise TraceError(f"{path} cannot be read: {first_line(error)}") from error
@@ -88,5 +94,5 @@ def _gates(trace: Trace, layers: list[int], width: int) -> tuple[Any, Any, Any]:
 
     weight = stacked("weight", (experts, width), None)
     if weight is None:
-        raise TraceError(f"{path} has no weights of layers {layers}")
+        raise TraceError(f"{path} has no router weights for layers {layers}")
     return weight, stacked("bias", (experts,), 0.0), stacked("e_score_correction_bias", (experts,), None)

@@ -1,4 +1,4 @@
-"""Routes of one side of a problem-level split: what predictors are fitted on and judged by."""
+"""The routes of one part of a problem-level split, which predictors are fitted on or evaluated on."""
 
 from __future__ import annotations
 
@@ -22,47 +22,65 @@ from speculation.data.router_inputs import RouterInputs, with_router_inputs
 
 TOKEN_FIELDS = [("problem_id", pa.int32()), ("token_id", pa.int32()), ("phase", pa.string())]
 TOKEN_ROWS = 1 << 16
-# Shares of the hash space in percent. A problem's side depends on its prompt alone, so it never changes when a trace grows.
+# Upper bounds in percent of the hash space. A problem's part depends on its prompt alone, so it never changes as a trace grows.
 _UP_TO = {"train": 70, "validation": 80, "test": 100}
 
 
 class RouteSource(Protocol):
-    """Routes to learn from, in groups of whole problems: one group in memory is enough."""
+    """Routes in groups of whole problems. Only one group needs to be in memory at a time."""
 
     @property
     def group_tokens(self) -> list[int]:
-        """Tokens of each group; none is empty."""
+        """The number of tokens in each group; no group is empty."""
         ...
 
     @property
     def problem_ids(self) -> npt.NDArray[np.int32]:
-        """Of the problems that have a token here `[P]`, ascending."""
+        """The ids of the problems with at least one token here, `[P]`, ascending."""
         ...
 
     def __len__(self) -> int:
-        """Tokens, of all groups."""
+        """The number of tokens in all groups."""
         ...
 
     def group(self, number: int) -> Routes:
-        """One group in memory."""
+        """Load one group into memory."""
         ...
 
 
 def each_group(source: RouteSource) -> Iterator[Routes]:
-    """All groups, one after the other."""
+    """Load all groups, one after the other."""
     return (source.group(number) for number in range(len(source.group_tokens)))
 
 
 @dataclass(frozen=True)
 class Routes:
-    """Tokens of whole problems, in order; as a `RouteSource`, one group.
+    """The routes of T tokens of whole problems, in order. As a `RouteSource`, it is a single group.
 
-    expert_ids_TLK `[T, L, K]` and weights_TLK `[T, L, K]` as in the trace, sorted by weight; equal weights if it has none.
-    problem_ids_T, token_ids_T `[T]`: problem and position in the sequence.
-    token_keys_T `[T]`: which token it is: its vocabulary id, a digest of its text where there is no id, or UNKNOWN_TOKEN.
-    is_decode_T `[T]`: generated, not prompt.
-    first_T `[T]`: index here of the first token of the unbroken stretch that the token is in: all of `first_T[t]..t` is known.
-    router: what the routers were given, where that was recorded and asked for.
+    A *stretch* is a sequence of tokens of one problem without a gap in their positions.
+
+    Args:
+        expert_ids_TLK: uint8 or uint16 `[T, L, K]`, the selected experts as in the trace, sorted by weight, descending.
+        weights_TLK: float16 `[T, L, K]`, their routing weights; 1 / K each if the trace has no weights.
+        problem_ids_T: int32 `[T]`, the problem of each token.
+        token_ids_T: int32 `[T]`, the token's position in its sequence (prompt + output), from 0.
+        token_keys_T: int64 `[T]`, the token's identity: its vocabulary id; a digest of its text if the trace has no ids; or -1
+            if unknown.
+        is_decode_T: bool `[T]`, whether the token was generated (decode) rather than part of the prompt (prefill).
+        first_T: int64 `[T]`, the index in these arrays of the first token of the stretch that the token is in. The routes of
+            tokens `first_T[t]` to `t` are all known.
+        router: The inputs of the routers, if they were recorded and requested.
+
+    Example:
+        >>> from speculation.data.history import History
+        >>> from speculation.data.tasks import Shape
+        >>> history = History(Shape(layers=2, experts=4, top_k=1, horizon=1))
+        >>> history.begin(vocab_id=17)
+        >>> history.add([3])
+        >>> history.add([0])
+        >>> routes = history.routes
+        >>> len(routes), routes.expert_ids_TLK.tolist(), routes.token_keys_T.tolist()
+        (1, [[[3], [0]]], [17])
     """
 
     expert_ids_TLK: npt.NDArray[np.unsignedinteger[Any]]
@@ -79,17 +97,27 @@ class Routes:
 
     @property
     def group_tokens(self) -> list[int]:
+        """The number of tokens in each group: there is one group."""
         return [len(self)]
 
     @property
     def problem_ids(self) -> npt.NDArray[np.int32]:
+        """The ids of the problems with at least one token here, int32 `[P]`, ascending."""
         return np.unique(self.problem_ids_T)
 
     def group(self, number: int) -> Routes:
+        """These routes, which are the only group."""
         return self
 
     def of_problems(self, is_chosen_T: npt.NDArray[np.bool_]) -> Routes:
-        """The routes of some problems only; is_chosen_T `[T]`: true for all tokens of these."""
+        """Select problems.
+
+        Args:
+            is_chosen_T: bool `[T]`, true for every token of the problems to keep.
+
+        Returns:
+            The routes of these problems, copied.
+        """
         place_T = np.cumsum(is_chosen_T) - 1
         fields = {name: getattr(self, name) for name in Routes.__dataclass_fields__ if name != "router"}
         arrays: dict[str, Any] = {name: array[is_chosen_T] for name, array in fields.items()}
@@ -98,24 +126,27 @@ class Routes:
 
     @cached_property
     def previous_T(self) -> npt.NDArray[np.int64]:
-        """Index of the token directly before `[T]`, or -1."""
+        """The index of the token directly before each one in its stretch, int64 `[T]`; -1 for the first."""
         index_T = np.arange(len(self))
         return np.where(self.first_T < index_T, index_T - 1, -1)
 
     @cached_property
     def followers_T(self) -> npt.NDArray[np.int64]:
-        """How many tokens follow directly, without a gap `[T]`."""
+        """The number of tokens that follow each one in its stretch, int64 `[T]`."""
         firsts_S, counts_S = np.unique(self.first_T, return_counts=True)
         return np.asarray(np.repeat(firsts_S + counts_S - 1, counts_S) - np.arange(len(self)))
 
     @cached_property
     def matches(self) -> Matches:
-        """Where the run of tokens that ends at each one ended before."""
+        """For each token, the latest earlier place where the same run of tokens ended."""
         return find_matches(self.token_keys_T, self.first_T)
 
 
 def part_of(prompt: str) -> str:
-    """train, validation or test (70 : 10 : 20), from the SHA-256 of the prompt; equal prompts fall on one side."""
+    """The part that a prompt belongs to: train, validation or test (70 : 10 : 20).
+
+    It depends on the SHA-256 of the prompt alone, so that equal prompts are always in the same part.
+    """
     return _part_of_digest(digest(prompt))
 
 
@@ -124,10 +155,25 @@ def _part_of_digest(number: int) -> str:
 
 
 def load_routes(trace: Trace, part: str, *, router_inputs: bool = False) -> Routes:
-    """The routes of one part of `trace`, in memory.
+    """Load the routes of one part of a trace into memory.
 
-    part: train, validation, test, or all. A trace without prompts is split by its problem ids. router_inputs: with them, and
-    then only of the problems that have them. Raises `EmptyPartError` if no problem falls into the part.
+    A trace is split by a hash of the prompt, 70 : 10 : 20. A trace without prompts is split by its problem ids.
+
+    Args:
+        trace: An open trace.
+        part: "train", "validation", "test" or "all".
+        router_inputs: Also load the router inputs. Only problems whose router inputs were recorded are then returned.
+
+    Returns:
+        The routes of all problems of the part, in the order of the trace.
+
+    Raises:
+        EmptyPartError: No problem falls into the part.
+        TraceError: The trace has tokens without an expert, or lacks the router inputs.
+
+    Example:
+        >>> routes = load_routes(Trace.open("traces/math"), "test")  # doctest: +SKIP
+        >>> tokens, layers, top_k = routes.expert_ids_TLK.shape  # doctest: +SKIP
     """
     return load_problems(trace, problems_of_part(trace, part), part, router_inputs=router_inputs)
 
@@ -135,7 +181,10 @@ def load_routes(trace: Trace, part: str, *, router_inputs: bool = False) -> Rout
 def load_problems(
     trace: Trace, problem_ids: npt.NDArray[np.int32], part: str, *, among: range | None = None, router_inputs: bool = False
 ) -> Routes:
-    """As `load_routes`, of these problems. among: they are in this range of ids, and nothing else is read."""
+    """Load the routes of the given problems, like `load_routes`.
+
+    part: the name of the part, for error messages. among: a range of ids that contains these problems; only it is read.
+    """
     pieces = []
     for chunk in trace.chunks(problems=among):
         keep_T = np.isin(chunk.problem_ids_T, problem_ids)
@@ -151,17 +200,23 @@ def load_problems(
 
 
 def router_inputs_of(routes: Routes, name: str, width: int | None = None) -> RouterInputs:
-    """The router inputs, for the predictor of this name. Raises `SpecmoeError` if there are none, or of another width."""
+    """The router inputs of `routes`, for the predictor called `name`.
+
+    Raises `SpecmoeError` if `routes` has no router inputs, or if their width is not `width`.
+    """
     if routes.router is None:
-        raise SpecmoeError(f"{name} needs router inputs: a trace collected with --capture-hidden of all MoE layers")
+        raise SpecmoeError(f"{name} needs router inputs: a trace collected with capture_hidden for all MoE layers")
     found = routes.router.hidden_TLD.shape[2]
     if width not in {None, found}:
-        raise SpecmoeError(f"{name} takes router inputs of width {width}, these have {found}")
+        raise SpecmoeError(f"{name} takes router inputs of width {width}, these have width {found}")
     return routes.router
 
 
 def router_input_scale(source: RouteSource, name: str) -> npt.NDArray[np.float64]:
-    """1 / the standard deviation of each router input `[L, D]`: models differ in the size of their activations."""
+    """1 / the standard deviation of each dimension of the router inputs `[L, D]`.
+
+    Predictors scale by it because models differ in the size of their activations.
+    """
     sizes = router_inputs_of(source.group(0), name).hidden_TLD.shape[1:]
     sum_LD, squares_LD = np.zeros(sizes), np.zeros(sizes)
     for routes in each_group(source):
@@ -176,7 +231,11 @@ def router_input_scale(source: RouteSource, name: str) -> npt.NDArray[np.float64
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """The known tokens `[N]`: ascending `problem_id << 32 | token_id`, which token each is, and whether it was generated."""
+    """What `tokens.parquet` says about N tokens.
+
+    places_N: `problem_id << 32 | token_id`, ascending. token_keys_N: the identity of each token. is_decode_N: whether it was
+    generated.
+    """
 
     places_N: npt.NDArray[np.int64]
     token_keys_N: npt.NDArray[np.int64]
@@ -184,7 +243,7 @@ class TokenFacts:
 
 
 def make_routes(chunk: RoutingChunk, facts: TokenFacts | None = None) -> Routes:
-    """Routes of a chunk of whole problems."""
+    """Build `Routes` from a chunk of whole problems."""
     place_T = _places(chunk.problem_ids_T, chunk.token_ids_T)
     token_keys_T = np.full(len(chunk), UNKNOWN_TOKEN, dtype=np.int64)
     is_decode_T = np.zeros(len(chunk), dtype=np.bool_)
@@ -206,23 +265,23 @@ def make_routes(chunk: RoutingChunk, facts: TokenFacts | None = None) -> Routes:
 
 
 def equal_weights(chunk: RoutingChunk) -> npt.NDArray[np.float16]:
-    """1/K for every expert: what is known where nothing was recorded."""
+    """Weights of 1/K for every expert, for traces without weights."""
     return np.full(chunk.expert_ids_TLK.shape, 1 / chunk.expert_ids_TLK.shape[-1], dtype=np.float16)
 
 
 def route_digests(trace: Trace, routes: RouteSource) -> npt.NDArray[np.uint64]:
-    """What identifies the problems of `routes` `[P]`, ascending: digests of what decides the split of `trace`."""
+    """Digests that identify the problems of `routes` `[P]`, ascending: hashes of the field by which `trace` is split."""
     digests = _digests(trace)
     return np.unique(np.array([digests[int(i)] for i in routes.problem_ids], dtype=np.uint64))
 
 
 def problems_of_part(trace: Trace, part: str) -> npt.NDArray[np.int32]:
-    """Ids of the problems that fall into a part `[P]`, ascending. Raises `TraceError` if predictors cannot use the trace."""
+    """The ids of the problems in a part `[P]`, ascending. Raises `TraceError` if predictors cannot use the trace."""
     if trace.metadata.record.empty_slots:
         count = trace.metadata.record.empty_slots
         raise TraceError(
-            f"{trace.path}: {count:,} slots have no expert, and predictors are judged by sets of K: "
-            "convert the source again with --drop-incomplete"
+            f"{trace.path}: {count:,} slots have no expert, but predictors are evaluated on complete sets of K experts: "
+            "convert the source again with drop_incomplete"
         )
     chosen = [problem_id for problem_id, number in _digests(trace).items() if part in {"all", _part_of_digest(number)}]
     return np.array(sorted(chosen), dtype=np.int32)
@@ -247,7 +306,7 @@ def _token_facts(trace: Trace, problems: range | None) -> TokenFacts | None:
 
 
 def _tokens_of(trace: Trace, identity: pa.Field | None, problems: range) -> pa.Table:
-    """The rows of `tokens.parquet` about these problems; no more of it is in memory at a time."""
+    """The rows of `tokens.parquet` for these problems, read in pieces so that the rest is never in memory."""
     schema = pa.schema([*TOKEN_FIELDS, *([identity] if identity else [])])
     tables = [schema.empty_table()]
     for table in stream_table(trace.path / TOKENS_FILE, schema, TOKEN_ROWS, problems.start):
@@ -262,7 +321,7 @@ def _tokens_of(trace: Trace, identity: pa.Field | None, problems: range) -> pa.T
 
 
 def _token_keys(tokens: pa.Table, identity: pa.Field | None) -> npt.NDArray[np.int64]:
-    """Which token each is, by the column that says so."""
+    """The identity of each token, from the column `identity`: vocabulary ids as they are, texts as digests."""
     if identity is None:
         return np.full(len(tokens), UNKNOWN_TOKEN, dtype=np.int64)
     column = tokens.column(identity.name)

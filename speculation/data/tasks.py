@@ -1,4 +1,4 @@
-"""What is predicted from what: the three tasks, and a task for one model (`Shape`)."""
+"""The three prediction tasks: what each predicts and what it may see. `Shape` is a task applied to one model."""
 
 from __future__ import annotations
 
@@ -13,24 +13,50 @@ from profiler.errors import SpecmoeError
 from profiler.trace.schema import ModelMetadata
 from speculation.data.routes import Routes
 
-# Numbers in the tables of the counting predictors: 1 GB. Also bounds what a stranger's run can make a reader allocate.
+# Numbers in a table of a counting predictor: 1 GB in float32. Also bounds what an untrusted run can make a reader allocate.
 MAX_TABLE = 250_000_000
 
 
 class Task(StrEnum):
-    """A prediction for token t and layer l, h = 1..H ahead; every task also knows all routes of earlier tokens."""
+    """What a predictor predicts at token t and MoE layer l, for h = 1..H ahead.
 
-    # Known: t's routes at layers <= l, t's identity. Predicted: t's experts at layer l + h.
+    Every task also sees all routes of earlier tokens.
+
+    - `NEXT_LAYER` sees the vocabulary id of token t and its routes at layers up to l, and predicts its experts at layer l + h.
+    - `NEXT_TOKEN` sees the vocabulary id and all routes of token t, and predicts the experts of token t + h at layer l.
+    - `WHOLE_PATH` sees the vocabulary id of token t and none of its routes, and predicts its experts at every layer l.
+      Its horizon is 1.
+
+    Example:
+        >>> Task("next-layer")
+        <Task.NEXT_LAYER: 'next-layer'>
+    """
+
     NEXT_LAYER = "next-layer"
-    # Known: everything of t. Predicted: the experts of token t + h at layer l.
     NEXT_TOKEN = "next-token"
-    # Known: t's identity, nothing of t's routes. Predicted: t's experts at layer l; h is 1.
     WHOLE_PATH = "whole-path"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a predictor must know: the model's L MoE layers, E experts, K per token; the task, and how far ahead (H)."""
+    """The sizes that a predictor is built for: those of the model, and the task.
+
+    Args:
+        layers: L, the number of MoE layers, 1 to 10,000.
+        experts: E, the number of experts per layer, 1 to 65,536.
+        top_k: K, the number of experts selected per token and layer, 1 to 1,024 and at most E.
+        horizon: H, how far ahead the predictor predicts: layers for `next-layer` (at most L - 1), tokens for `next-token`,
+            1 for `whole-path`.
+        task: What is predicted.
+
+    Raises:
+        SpecmoeError: A size is out of range, or the count tables would exceed 250 million numbers.
+
+    Example:
+        >>> shape = Shape(layers=4, experts=8, top_k=2, horizon=2)
+        >>> shape.target_layers(hop=2).tolist()
+        [2, 3, -1, -1]
+    """
 
     layers: int
     experts: int
@@ -52,17 +78,33 @@ class Shape:
             raise SpecmoeError(f"top_k {self.top_k} exceeds experts {self.experts}")
         if self.horizon * self.layers * self.experts**2 > MAX_TABLE:
             raise SpecmoeError(
-                f"{self.horizon} horizons over {self.layers} layers of {self.experts} experts: the count tables would exceed "
+                f"horizon {self.horizon} with {self.layers} layers of {self.experts} experts: the count tables would exceed "
                 f"{MAX_TABLE:,} numbers; choose a smaller horizon"
             )
 
     @classmethod
     def of(cls, model: ModelMetadata, horizon: int, task: Task = Task.NEXT_LAYER) -> Shape:
-        """The shape of a traced model. Raises `SpecmoeError` if it has no layer `horizon` ahead."""
+        """The shape of a traced model.
+
+        Args:
+            model: The model in a trace's metadata (`trace.metadata.model`).
+            horizon: H, how far ahead to predict, in layers or tokens.
+            task: What is predicted.
+
+        Raises:
+            SpecmoeError: The horizon does not suit the task and the model, or the shape exceeds a limit.
+        """
         return cls(layers=len(model.moe_layers), experts=model.num_experts, top_k=model.top_k, horizon=horizon, task=task)
 
     def target_layers(self, hop: int) -> npt.NDArray[np.int64]:
-        """For each layer l `[L]`, the layer that is predicted from it `hop` ahead; -1 where there is none."""
+        """For each MoE layer l, the index of the layer that a prediction `hop` ahead is about; -1 if it does not exist.
+
+        Args:
+            hop: How far ahead, 1 to H. For tasks other than `next-layer`, the predicted layer is l itself.
+
+        Returns:
+            int64 `[L]`.
+        """
         layers = np.arange(self.layers)
         if self.task != Task.NEXT_LAYER:
             return layers
@@ -71,9 +113,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Targets:
-    """The true experts of some predictions: ids_TLK `[T, L, K]`; is_valid_TL `[T, L]`, false where nothing is predicted.
+    """The true experts that some predictions are about.
 
-    tokens_T `[T]`: index in the routes of the token whose experts these are; meaningless where nothing is predicted.
+    ids_TLK: `[T, L, K]`, the experts' ids.
+    is_valid_TL: `[T, L]`, false where nothing is predicted: the target layer or token does not exist.
+    tokens_T: `[T]`, the index in the routes of the token that these experts belong to; meaningless where nothing is predicted.
     """
 
     ids_TLK: npt.NDArray[Any]
@@ -82,7 +126,7 @@ class Targets:
 
 
 def targets(routes: Routes, shape: Shape, tokens_T: npt.NDArray[np.int64], hop: int) -> Targets:
-    """What predictions `hop` ahead, made at these tokens of `routes`, are about."""
+    """The true experts for predictions made at the tokens `tokens_T` of `routes`, `hop` layers or tokens ahead."""
     layers_L = shape.target_layers(hop)
     target_T, exists_T = tokens_T, np.ones(len(tokens_T), dtype=np.bool_)
     if shape.task == Task.NEXT_TOKEN:

@@ -1,1 +1,1 @@
-"""Expert predictors: `base` is what all offer, `registry` names them, `features` is what several compute."""
+"""Expert predictors: `base` defines their interface, `registry` lists them by name, `features` holds what several compute."""

@@ -1,4 +1,4 @@
-"""What every expert predictor offers."""
+"""The interface of every expert predictor."""
 
 from __future__ import annotations
 
@@ -20,10 +20,35 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Predictor(ABC):
-    """What every predictor offers. A class has a name for the command line; `about`, a line; `source`, where it is from.
+    """Predicts the experts that a token will select, from routes that are already known.
 
-    sees: what it looks at. tasks: those that it can be fitted for. needs_router_inputs: routes must have them.
-    can_take_router_inputs: if asked to (`TrainingOptions.router_inputs`).
+    Load a trained predictor with `load_predictor`. At run time, call `predict` with a `History`. To evaluate many tokens at
+    once, call `probabilities` with `Routes`. A new predictor is a subclass listed in `registry`.
+
+    Args:
+        shape: The sizes of the model, and the task.
+
+    Attributes:
+        name: The name in `specmoe train --predictor` and in run directories.
+        about: One line on how it predicts.
+        source: The paper or method that it is taken from.
+        sees: What it conditions on.
+        tasks: The tasks that it can be fitted for.
+        defaults: Its own training options.
+        needs_router_inputs: Whether it works only on routes with router inputs.
+        can_take_router_inputs: Whether it uses router inputs if `TrainingOptions.router_inputs` is set.
+
+    Raises:
+        SpecmoeError: The predictor does not support the task of `shape`.
+
+    Example:
+        >>> from speculation.predictors.counting.popularity import Popularity
+        >>> predictor = Popularity(Shape(layers=2, experts=4, top_k=2, horizon=1))  # not fitted: all experts are equally likely
+        >>> history = History(predictor.shape)
+        >>> history.begin(vocab_id=17)
+        >>> history.add(expert_ids=[3, 1])
+        >>> predictor.predict(history).scores.tolist()  # the experts of the second MoE layer
+        [[0.5, 0.5, 0.5, 0.5]]
     """
 
     name: ClassVar[str]
@@ -49,29 +74,61 @@ class Predictor(ABC):
         on_progress: Progress,
         out: Path | None = None,
     ) -> Epochs:
-        """Learn from `train`; returns the history of training. out: a folder for checkpoints and logs.
+        """Learn from routes.
 
-        Raises `SpecmoeError` if there are several groups, and this predictor needs all routes at once.
+        Args:
+            train: The routes to learn from.
+            validation: The routes for early stopping, or None to train for all epochs. Counting predictors ignore them.
+            options: Settings of training. Counting predictors use at most the seed.
+            on_progress: Called after every epoch.
+            out: A folder for checkpoints and logs; None to write nothing.
+
+        Returns:
+            One entry of losses per epoch; empty for counting predictors.
+
+        Raises:
+            SpecmoeError: `train` has several groups but this predictor needs all routes at once, or the options do not suit it.
         """
 
     @property
     def takes_router_inputs(self) -> bool:
-        """Whether this one, as it was fitted, looks at router inputs."""
+        """Whether this predictor, as it was fitted, uses router inputs."""
         return self.needs_router_inputs
 
     @abstractmethod
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
-        """P(expert is among the K), predicted at `tokens` of `routes`: `[T, L, H, E]`.
+        """The probability of each expert to be among the K selected ones, for many tokens at once.
 
-        Entry [t, l, h-1] is about layer `shape.target_layers(h)[l]`, of token t or, for next-token, of token t + h; meaningless
-        where there is no such layer. What the task does not know must not influence it.
+        Implementations must use nothing that the task does not allow them to see.
+
+        Args:
+            routes: Known routes. Tokens before `tokens` are the context.
+            tokens: The indices in `routes` of the tokens to predict at.
+
+        Returns:
+            float32 `[T, L, H, E]`. Entry `[t, l, h-1]` is about the MoE layer `shape.target_layers(h)[l]` of token t or, for
+            `next-token`, of token t + h. Entries about a layer that does not exist are meaningless.
+
+        Raises:
+            SpecmoeError: The predictor needs router inputs and `routes` has none, or they have another width.
         """
 
     def predict(self, history: History) -> Prediction:
-        """What comes, as a runtime would ask: next-layer, after the last known layer l of the current token, about l+1 to l+H;
-        whole-path and next-token, about all layers.
+        """Predict from what a runtime knows now.
 
-        Raises `SpecmoeError` if the history has another shape, or does not tell what the task knows.
+        Call a `next-layer` predictor after `History.add`: it predicts layers l+1 to l+H of the current token, where l is the
+        last layer added. Call a `whole-path` predictor at any time after `History.begin`, and a `next-token` predictor after
+        the last layer of a token: both predict all layers.
+
+        Args:
+            history: The sequence so far. It must have the layers, experts and top-k of this predictor.
+
+        Returns:
+            The ranked experts: `[H', E]` with H' <= H for `next-layer`, `[L, H, E]` for the other tasks.
+
+        Raises:
+            SpecmoeError: The history belongs to a model of another shape, is at a point where the task predicts nothing, or
+                lacks router inputs that the predictor needs.
         """
         self.check(history)
         probabilities_LHE = self.probabilities(history.routes, slice(history.tokens - 1, history.tokens))[0]
@@ -80,46 +137,49 @@ class Predictor(ABC):
         return Prediction.of(probabilities_LHE[history.layer, : self.shape.layers - 1 - history.layer])
 
     def check(self, history: History) -> None:
-        """Raise `SpecmoeError` if nothing can be predicted after `history`."""
+        """Raise `SpecmoeError` if this predictor cannot predict from `history` at this point."""
         own, other = (replace(shape, horizon=1, task=Task.NEXT_TOKEN) for shape in (self.shape, history.shape))
         if own != other:
-            raise SpecmoeError(f"{self.name} is for {self.shape}, the history for {history.shape}")
+            raise SpecmoeError(f"{self.name} is for {self.shape}, but the history is for {history.shape}")
         known = {Task.NEXT_LAYER: range(self.shape.layers - 1), Task.WHOLE_PATH: range(-1, self.shape.layers)}
         expected = known.get(self.shape.task, range(self.shape.layers - 1, self.shape.layers))
         if not history.tokens or history.layer not in expected:
             where = f"after layer {history.layer} of token {history.tokens - 1}" if history.tokens else "before the first token"
-            raise SpecmoeError(f"{self.name}: {self.shape.task} has nothing to predict {where}")
+            raise SpecmoeError(f"{self.name}: {self.shape.task} predicts nothing {where}")
 
     @abstractmethod
     def arrays(self) -> Arrays:
-        """Everything learned, for safetensors."""
+        """All learned arrays by name, to be stored as safetensors."""
 
     @classmethod
     def parameters_for(cls, shape: Shape) -> int | None:
-        """Learned numbers for a model of this shape, with as many kinds of tokens as it takes; None if the data decides."""
+        """The number of learned parameters for a model of this shape, with the largest vocabulary that the predictor accepts.
+
+        None if the number depends on the training data.
+        """
         return int(sum(array.size for array in cls(shape).arrays().values() if np.issubdtype(array.dtype, np.floating)))
 
     def settings(self) -> dict[str, Any]:
-        """What `restore` needs besides the arrays, for config.json."""
+        """What `restore` needs in addition to the arrays; stored in config.json."""
         return {}
 
     @classmethod
     @abstractmethod
     def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
-        """The inverse of `arrays` and `settings`. Raises `SpecmoeError` if they do not fit together."""
+        """Rebuild a predictor from its `settings` and `arrays`. Raises `SpecmoeError` if they do not fit together."""
 
 
-def whole(predictor: Predictor, train: RouteSource) -> Routes:
-    """All routes at once. Raises `SpecmoeError` if they come in several groups."""
+def single_group(predictor: Predictor, train: RouteSource) -> Routes:
+    """All routes at once. Raises `SpecmoeError` if `train` has several groups."""
     if len(train.group_tokens) > 1:
-        raise SpecmoeError(f"{predictor.name} is fitted to all routes at once: leave out --shards-per-group")
+        raise SpecmoeError(f"{predictor.name} is fitted to all routes at once: leave out shards_per_group")
     return train.group(0)
 
 
 def expected_array(arrays: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """`arrays[name]` as float32. Raises `SpecmoeError` if it is absent, of another shape, or not finite."""
+    """`arrays[name]` as float32. Raises `SpecmoeError` if it is missing, has another shape, or is not finite."""
     array = arrays.get(name)
     if array is None or array.shape != shape or not np.isfinite(array).all():
-        found = "nothing" if array is None else str(array.shape)
+        found = "missing" if array is None else str(array.shape)
         raise SpecmoeError(f"stored predictor: array {name!r} is {found}, expected finite numbers of shape {shape}")
     return array.astype(np.float32)

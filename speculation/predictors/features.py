@@ -1,4 +1,4 @@
-"""What several predictors compute from routes: frequencies, last known sets, recent use, rows of frequent tokens."""
+"""Features that several predictors compute from routes: expert frequency, last known token, recent use, frequent tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from speculation.predictors.base import Arrays
 def recent_use(
     routes: Routes, tokens_T: npt.NDArray[np.int64], known_T: npt.NDArray[np.int64], experts: int, windows: tuple[int, ...]
 ) -> npt.NDArray[np.float32]:
-    """Mean weight of each expert over the last known tokens of the stretch, up to so many of them: `[T, W, L, E]`."""
+    """The mean relative weight of each expert over the last known tokens of the stretch, `[T, W, L, E]`.
+
+    tokens_T: the tokens to compute it for. known_T: for each, the last token whose routes are known, or -1. windows: the W
+    window lengths in ascending order; each window holds at most that many tokens.
+    """
     layers = routes.expert_ids_TLK.shape[1]
     use_TWLE = np.zeros((len(tokens_T), len(windows), layers, experts), dtype=np.float32)
     _add_recent(
@@ -52,7 +56,7 @@ def _add_recent(
             continue
         begin = last + 1
         for w in range(len(windows)):
-            # Each window goes on from the sums of the one before.
+            # Each window continues from the sums of the shorter one.
             end, begin = begin, max(first_T[n], last + 1 - windows[w])
             if w > 0:
                 use[n, w] = use[n, w - 1]
@@ -67,40 +71,40 @@ def _add_recent(
             use[n, w] /= np.float32(last + 1 - max(first_T[n], last + 1 - windows[w]))
 
 
-def frequent_tokens(source: RouteSource, most: int, at_least: int) -> npt.NDArray[np.int64]:
-    """Keys of the most frequent tokens, ascending; of those that occur at least so often."""
+def frequent_tokens(source: RouteSource, max_tokens: int, min_count: int) -> npt.NDArray[np.int64]:
+    """The keys of the `max_tokens` most frequent tokens that occur at least `min_count` times, ascending."""
     found = [np.unique(routes.token_keys_T, return_counts=True) for routes in each_group(source)]
     keys, place_N = np.unique(np.concatenate([keys for keys, _ in found]), return_inverse=True)
     counts = np.bincount(place_N, np.concatenate([counts for _, counts in found]), len(keys)).astype(np.int64)
     keys, counts = keys[keys != UNKNOWN_TOKEN], counts[keys != UNKNOWN_TOKEN]
-    keys, counts = keys[counts >= at_least], counts[counts >= at_least]
-    return np.sort(keys[np.argsort(-counts, kind="stable")[: max(0, most)]])
+    keys, counts = keys[counts >= min_count], counts[counts >= min_count]
+    return np.sort(keys[np.argsort(-counts, kind="stable")[: max(0, max_tokens)]])
 
 
 def token_rows(keys: npt.NDArray[np.int64], token_keys_T: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """1 + the place of each token in `keys`, which are ascending; 0 if it is not among them."""
+    """The table row of each token: 1 + its index in `keys` (ascending), or 0 if it is not in `keys`."""
     if not len(keys):
         return np.zeros(len(token_keys_T), dtype=np.int64)
     found_T = np.minimum(np.searchsorted(keys, token_keys_T), len(keys) - 1)
     return np.where(keys[found_T] == token_keys_T, found_T + 1, 0)
 
 
-def stored_keys(arrays: Arrays, most: int) -> npt.NDArray[np.int64]:
-    """The keys of a stored predictor. Raises `SpecmoeError` if they are none, or more than `most`."""
+def stored_keys(arrays: Arrays, max_tokens: int) -> npt.NDArray[np.int64]:
+    """The token keys of a stored predictor. Raises `SpecmoeError` if they are invalid, or more than `max_tokens`."""
     keys = arrays.get("keys")
-    if keys is None or keys.ndim != 1 or keys.dtype != np.int64 or len(keys) > most or (np.diff(keys) <= 0).any():
-        raise SpecmoeError(f"stored predictor: expected 'keys' of at most {most} tokens, ascending")
+    if keys is None or keys.ndim != 1 or keys.dtype != np.int64 or len(keys) > max_tokens or (np.diff(keys) <= 0).any():
+        raise SpecmoeError(f"stored predictor: expected 'keys' of at most {max_tokens} tokens, ascending")
     return keys
 
 
 def expert_frequency(source: RouteSource, shape: Shape) -> npt.NDArray[np.float32]:
-    """Share of tokens that select each expert `[L, E]`; a row sums to K."""
+    """The share of tokens that select each expert, `[L, E]`; each row sums to K."""
     counts_LE = sum(count_experts(routes.expert_ids_TLK, shape.experts) for routes in each_group(source))
     return np.asarray(counts_LE / len(source), dtype=np.float32)
 
 
 def at_targets(values_LX: npt.NDArray[Any], shape: Shape) -> npt.NDArray[Any]:
-    """Values by layer `[L, ...]` where predictions are about that layer `[L, H, ...]`; zero where there is none."""
+    """Arrange values by layer `[L, ...]` by the predictions about it `[L, H, ...]`; zero if the target layer does not exist."""
     ahead_LHX = np.zeros((shape.layers, shape.horizon, *values_LX.shape[1:]), dtype=values_LX.dtype)
     for hop in range(1, shape.horizon + 1):
         layers_L = shape.target_layers(hop)
@@ -109,5 +113,5 @@ def at_targets(values_LX: npt.NDArray[Any], shape: Shape) -> npt.NDArray[Any]:
 
 
 def last_known(routes: Routes, shape: Shape, tokens_T: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Index of the last token all of whose routes the task knows at these tokens; -1 where there is none."""
+    """For each token, the index of the last token whose routes the task sees at every layer; -1 if no token is known yet."""
     return tokens_T if shape.task == Task.NEXT_TOKEN else routes.previous_T[tokens_T]

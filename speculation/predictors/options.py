@@ -1,4 +1,4 @@
-"""Settings of training, and what it tells while it runs."""
+"""Training options, and the types in which training reports its progress."""
 
 from __future__ import annotations
 
@@ -6,23 +6,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Epochs = list[dict[str, float]]
-"""An entry per epoch, of losses by name; empty for what is counted in one pass."""
+"""One entry per epoch, with losses by name; empty for counting predictors, which make a single pass."""
 Progress = Callable[[int, int, dict[str, float]], None]
-"""Called with how many epochs are done, of how many, and the last one's entry."""
+"""Called with the number of completed epochs, the total number of epochs, and the entry of the last one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """Settings that neural predictors use, each class with defaults of its own; counting predictors ignore them.
+    """Training options of neural predictors. Each class has its own defaults (`Predictor.defaults`).
 
-    batch_tokens: tokens per step and process, each with all its layers. warm_up: share of the updates during which the learning
-    rate rises. average: the weights kept are a mean over about so many last updates. accumulate: steps per update. patience:
-    epochs without a better validation loss before stopping. precision: no, bf16 or fp16; None for what the device is good at.
-    checkpoint_seconds: between checkpoints. epoch_tokens: an epoch is so many tokens, drawn at random; None for all. width,
-    context: of the network's states, and tokens that it sees; None for the predictor's own. adaptive_context: all of it only
-    where the routing of the last known token is uncertain, else two tokens. shared_layers: one head for all layers.
-    router_inputs: look at these besides the routes. shards_per_group: routes are in memory by groups of about so many routing
-    files of the trace, not all at a time; an epoch takes group by group, in random order.
+    Counting predictors ignore all of them except `seed` and `shards_per_group`.
+
+    Args:
+        seed: Seed of weights, batches and dropout.
+        epochs: The maximum number of epochs.
+        batch_tokens: Tokens per step and process, each with all its layers.
+        learning_rate: The peak learning rate of AdamW.
+        weight_decay: The weight decay of matrices; biases and norms have none.
+        dropout: The dropout probability.
+        warm_up: The share of the updates during which the learning rate rises.
+        clip: The maximum gradient norm.
+        average: The stored weights are a moving average over about this many updates.
+        accumulate: Steps per update of the weights (gradient accumulation).
+        patience: Epochs without a better validation loss before training stops.
+        precision: Mixed precision: "no", "bf16" or "fp16". None: the best that the device supports.
+        max_seconds: Stop after the epoch that exceeds this time.
+        checkpoint_seconds: Seconds between checkpoints.
+        epoch_tokens: Tokens per epoch, drawn at random. None: all tokens.
+        width: The width of the network's states. None: the predictor's own.
+        context: The number of tokens whose routes the network sees in order. None: the predictor's own.
+        adaptive_context: Use the whole context only where the routing of the last known token is uncertain, otherwise two
+            tokens.
+        shared_layers: Use one head for all layers instead of one per layer.
+        shards_per_group: Keep only about this many routing files of the trace in memory at a time. An epoch then goes through
+            these groups in random order. None: the whole trace.
+        router_inputs: Use the router inputs in addition to the routes.
     """
 
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Expert predictors by name; `specmoe predictors` lists them."""
+"""All expert predictors by name, as `specmoe predictors` lists them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from speculation.predictors.base import Predictor
 
 
 def predictor_classes() -> dict[str, type[Predictor]]:
-    """Every predictor by name, baselines first. Imported here so that counting predictors need no torch."""
+    """All predictor classes by name, baselines first.
+
+    They are imported when this is called, so that importing this module does not import torch.
+    """
     from speculation.predictors.counting.backoff_counts import BackoffCounts
     from speculation.predictors.counting.boosted_trees import BoostedTrees
     from speculation.predictors.counting.conditional_counts import ConditionalCounts
@@ -55,7 +58,7 @@ def predictor_classes() -> dict[str, type[Predictor]]:
 
 
 def find_predictor(name: str) -> type[Predictor]:
-    """The class by name. Raises `SpecmoeError` listing what exists."""
+    """The predictor class called `name`. Raises `SpecmoeError`, which lists the known names, if there is no such predictor."""
     classes = predictor_classes()
     if name not in classes:
         raise SpecmoeError(f"unknown predictor {name!r}: expected one of {', '.join(classes)}")

@@ -1,1 +1,1 @@
-"""Fitting a predictor to a trace and storing it as a run."""
+"""Train a predictor on a trace and store it as a run directory."""

@@ -1,4 +1,4 @@
-"""The model card of a run, and the run on the Hugging Face hub."""
+"""The model card of a run, and its upload to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from speculation.predictors.base import Predictor
 from speculation.predictors.options import Epochs, TrainingOptions
 
 CARD_FILE = "README.md"
-# What a run is; logs and checkpoints stay.
+# The files of a run that are uploaded; logs and checkpoints are not.
 PUSHED = ["config.json", "*.safetensors", "metrics.json", "provenance.json", "training.csv", CARD_FILE]
 
 
 def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, facts: dict[str, Any], trace: Trace) -> str:
-    """Markdown: what is predicted from what, for which model, what it was trained on, and how to use it."""
+    """The model card as Markdown: task, model, training data, and how to use the predictor."""
     shape, model = predictor.shape, trace.metadata.model
-    judged = facts["validation_problems"] > 0
-    told = "expert_ids, weights, router_input" if predictor.takes_router_inputs else "expert_ids, weights"
+    has_validation = facts["validation_problems"] > 0
+    arguments = "expert_ids, weights, router_input" if predictor.takes_router_inputs else "expert_ids, weights"
     when = {Task.NEXT_LAYER: "after each layer but the last", Task.NEXT_TOKEN: "after all layers"}.get(
         shape.task, "after begin"
     )
@@ -44,11 +44,11 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         f"- **size**: {facts['parameters']:,} parameters, {facts['bytes']:,} bytes",
         f"- **trained on**: {facts['train_problems']} problems, {facts['train_tokens']:,} tokens of "
         f"{plain_text(trace.path.name)} ({plain_text(data)}), in {facts['train_seconds']:.0f} s",
-        *([f"- **stopped early on**: {facts['validation_problems']} other problems"] if history and judged else []),
+        *([f"- **early stopping on**: {facts['validation_problems']} other problems"] if history and has_validation else []),
         *([f"- **last epoch**: {last}"] if last else []),
         f"- **source**: {plain_text(predictor.source)}",
         "",
-        "How good it is, beside chance, popularity and a shuffled control, on problems that it was not trained on:",
+        "To evaluate it on held-out problems, next to chance, popularity and a shuffled control:",
         "",
         "    specmoe evaluate RUN --trace TRACE",
         "",
@@ -57,9 +57,9 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         "",
         'predictor = load_predictor("RUN")',
         "history = History(predictor.shape)",
-        "history.begin(vocab_id)              # a token",
-        f"history.add({told})     # its experts at the first MoE layer, then the second, ...",
-        f"predictor.predict(history)           # {when}: expert ids and scores",
+        "history.begin(vocab_id)              # start a token",
+        f"history.add({arguments})     # its experts at the first MoE layer, then at the second, ...",
+        f"predictor.predict(history)           # {when}: ranked expert ids and their scores",
         "```",
         "",
         "| option | value |",
@@ -71,5 +71,5 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
 
 
 def push_run(run: Path, repository: str, *, private: bool = False) -> str:
-    """Upload a run as the model `repository` and return its address. Raises `TraceError` with the hub's words if it refuses."""
+    """Upload a run as the model `repository` and return its URL. Raises `TraceError` with the hub's message if it fails."""
     return push_folder(run, repository, kind="model", message="Expert predictor", patterns=PUSHED, private=private)

@@ -1,4 +1,4 @@
-"""Train a predictor, and the counting baselines beside it, on the training problems of a trace."""
+"""Train a predictor, and the counting baselines it is compared with, on the training problems of a trace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from speculation.predictors.registry import find_predictor
 from speculation.training.runs import BASELINES, CONFIG_FILE, Run, load_run, save_run
 
 Load = Callable[[Trace, str], RouteSource]
-"""Reads a part of a trace, in the groups that were asked for."""
+"""Loads one part of a trace, in one group or in several."""
 
 
 def train(
@@ -35,11 +35,28 @@ def train(
     resume: bool = False,
     on_progress: Progress = lambda done, total, entry: None,
 ) -> Run:
-    """Fit on the training part of the split, stop early on the validation part, and write the run directory `out`.
+    """Train a predictor on the training part of a trace and write the run directory `out`.
 
-    validation: another trace to stop early on; then all of `trace` is trained on, and the two must share no problem. options:
-    None for the predictor's own defaults. resume: go on where a training into `out` was cut off. Raises `SpecmoeError` for an
-    unknown predictor or horizon, if `out` is taken, or if no problem is left to train on.
+    Neural predictors stop early by the loss on the validation part.
+
+    Args:
+        trace: The trace to train on.
+        predictor_name: A name listed by `specmoe predictors`.
+        out: The run directory to write. It must not exist, or be empty.
+        task: What the predictor predicts.
+        horizon: H, how far ahead it predicts: layers, or tokens for `next-token`.
+        validation: Another trace for early stopping. All of `trace` is then used for training, and the two traces must share
+            no problem.
+        options: Training options; None for the predictor's defaults.
+        resume: Continue an interrupted training in `out` from its last checkpoint.
+        on_progress: Called after every epoch.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        SpecmoeError: The predictor is unknown, the horizon or an option does not suit it, `out` is not empty, there is nothing
+            to resume, no problem is left to train on, or training diverges.
     """
     predictor_class = find_predictor(predictor_name)
     _check_out(out, resume)
@@ -47,7 +64,7 @@ def train(
     predictor = predictor_class(shape)
     options = options or predictor_class.defaults
     if options.router_inputs and not (predictor_class.can_take_router_inputs or predictor_class.needs_router_inputs):
-        raise SpecmoeError(f"{predictor_name} has no use for router inputs: leave out --router-inputs")
+        raise SpecmoeError(f"{predictor_name} does not use router inputs: leave out router_inputs")
     needs = predictor_class.needs_router_inputs or options.router_inputs
 
     def load(of: Trace, part: str) -> RouteSource:
@@ -57,7 +74,7 @@ def train(
 
     train_routes = load(trace, "train" if validation is None else "all")
     validation_routes = (
-        _validation_part(trace, load) if validation is None else _other_trace(trace, train_routes, validation, load)
+        _validation_part(trace, load) if validation is None else _validation_trace(trace, train_routes, validation, load)
     )
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -89,25 +106,30 @@ def _check_out(out: Path, resume: bool) -> None:
     if resume and not is_empty and not (out / CHECKPOINTS).is_dir():
         raise SpecmoeError(f"{out} has no {CHECKPOINTS}/: nothing to resume")
     if not resume and not is_empty:
-        hint = ", or --resume" if (out / CHECKPOINTS).is_dir() and not (out / CONFIG_FILE).is_file() else ""
-        raise SpecmoeError(f"{out} exists and is not an empty folder: choose another --out{hint}")
+        hint = ", or resume its training" if (out / CHECKPOINTS).is_dir() and not (out / CONFIG_FILE).is_file() else ""
+        raise SpecmoeError(f"{out} exists and is not an empty folder: choose another folder{hint}")
 
 
 def _validation_part(trace: Trace, load: Load) -> RouteSource | None:
     try:
         return load(trace, "validation")
     except EmptyPartError:
-        # Few problems: none fell into the validation part, so there is no early stopping.
+        # With few problems, none may fall into the validation part: train without early stopping.
         return None
 
 
-def _other_trace(trace: Trace, train_routes: RouteSource, validation: Trace, load: Load) -> RouteSource:
+def _validation_trace(trace: Trace, train_routes: RouteSource, validation: Trace, load: Load) -> RouteSource:
     if Shape.of(validation.metadata.model, 1) != Shape.of(trace.metadata.model, 1):
         raise SpecmoeError(f"{validation.path}: its model has another number of layers, experts or top-k than {trace.path}")
     if split_key(validation) != split_key(trace) or split_key(trace) in {"source key", "problem id"}:
-        raise SpecmoeError(f"{trace.path} and {validation.path} do not both tell prompts: shared ones could not be found out")
+        raise SpecmoeError(
+            f"{trace.path} and {validation.path} do not both contain prompts, or the same hash of them: "
+            "problems that they share could not be detected"
+        )
     routes = load(validation, "all")
     shared = np.intersect1d(route_digests(trace, train_routes), route_digests(validation, routes))
     if len(shared):
-        raise SpecmoeError(f"{len(shared)} problems of {validation.path} are in {trace.path} too: choose another --validation")
+        raise SpecmoeError(
+            f"{len(shared)} problems of {validation.path} are also in {trace.path}: choose another validation trace"
+        )
     return routes

@@ -1,15 +1,15 @@
-"""A run directory: a trained predictor, the popularity baseline fitted on the same problems, and where they came from.
+"""A run directory: a trained predictor, the counting baselines fitted on the same problems, and their provenance.
 
-config.json              predictor, task, shape, settings, options
-model.safetensors        what the predictor learned
-baselines.safetensors    the counting baselines, so that every evaluation stands beside them
-problems.safetensors     digests of the problems that it was trained on: no evaluation takes them for held out
+config.json              predictor, task, shape, settings, training options with the seed
+model.safetensors        the learned arrays of the predictor
+baselines.safetensors    the counting baselines, so that every evaluation can compare with them
+problems.safetensors     digests of the training problems, so that no evaluation counts them as held out
 metrics.json             training history and sizes
 README.md                the model card
-training.csv             losses by epoch, while it trains
+training.csv             losses by epoch, written during training
 tensorboard/             the same, for TensorBoard
-checkpoints/             of a training that is not finished
-provenance.json          trace, versions, command line, git commit, seed
+checkpoints/             checkpoints, until training is finished
+provenance.json          trace, versions, command line, git commit
 """
 
 from __future__ import annotations
@@ -51,10 +51,23 @@ MAX_DOCUMENT_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Run:
-    """A loaded run: the predictor, and the baselines by name.
+    """A run directory that was loaded with `load_run`.
 
-    split: what decided which problems it was trained on (see `splits.split_key`). trace_sha256: of that trace's manifest.
-    trained_on: digests of those problems, ascending. train_seconds: of the training.
+    Args:
+        path: The run directory.
+        name: The name of the predictor.
+        predictor: The trained predictor.
+        baselines: The counting baselines by name, fitted on the same problems.
+        split: The field by whose hash the trace was split into training and held-out problems, such as "prompt" (see
+            `profiler.trace.splits.split_key`).
+        trace_sha256: The SHA-256 of the trace's manifest; None if the trace had no manifest.
+        trained_on: uint64 `[P]`, digests of the training problems, ascending.
+        train_seconds: The duration of the training in seconds.
+
+    Example:
+        >>> run = load_run(Path("runs/math"))  # doctest: +SKIP
+        >>> run.name, sorted(run.baselines)  # doctest: +SKIP
+        ('recommended', ['conditional-counts', 'popularity', 'previous-token'])
     """
 
     path: Path
@@ -77,7 +90,10 @@ def save_run(
     trace: Trace,
     trained_on: npt.NDArray[np.uint64],
 ) -> None:
-    """Write the run directory; `config.json` last, so that a run that has one is whole. Checkpoints go then."""
+    """Write the run directory and remove the checkpoints.
+
+    `config.json` is written last, so that a run directory that has it is complete.
+    """
     path.mkdir(parents=True, exist_ok=True)
     arrays = predictor.arrays()
     _save_arrays(path / "model.safetensors", arrays)
@@ -105,17 +121,47 @@ def save_run(
 
 
 def load_predictor(path: str | Path) -> Predictor:
-    """The fitted predictor of a run directory. Raises `SpecmoeError` if it is none. Nothing is unpickled.
+    """Load the trained predictor of a run directory.
 
-    >>> predictor = load_predictor("runs/math")  # doctest: +SKIP
+    Untrusted run directories are safe to load: nothing is unpickled, and sizes are limited.
+
+    Args:
+        path: A run directory, as written by `specmoe train`.
+
+    Returns:
+        The trained predictor, on the GPU if it is a neural predictor and CUDA is available.
+
+    Raises:
+        SpecmoeError: `path` is not a run directory, or its files are invalid or inconsistent.
+
+    Example:
+        >>> predictor = load_predictor("runs/math")  # doctest: +SKIP
+        >>> history = History(predictor.shape)  # doctest: +SKIP
+        >>> history.begin(vocab_id=17)  # doctest: +SKIP
+        >>> history.add(expert_ids=[3, 1], weights=[0.75, 0.25])  # doctest: +SKIP
+        >>> prediction = predictor.predict(history)  # doctest: +SKIP
     """
     return load_run(Path(path)).predictor
 
 
 def load_run(path: Path) -> Run:
-    """Load a run. Raises `SpecmoeError` if it is none, or if its files do not fit together. Nothing is unpickled."""
+    """Load a run directory: the predictor, its baselines, and what it was trained on.
+
+    Untrusted run directories are safe to load: nothing is unpickled, and sizes are limited.
+
+    Args:
+        path: A run directory, as written by `specmoe train`.
+
+    Raises:
+        SpecmoeError: `path` is not a run directory, or its files are invalid or inconsistent.
+
+    Example:
+        >>> run = load_run(Path("runs/math"))  # doctest: +SKIP
+        >>> routes = load_routes(Trace.open("traces/math"), "test")  # doctest: +SKIP
+        >>> probabilities_TLHE = run.predictor.probabilities(routes, slice(0, 100))  # doctest: +SKIP
+    """
     if not (path / "config.json").is_file():
-        raise SpecmoeError(f"{path} is not a run: it has no config.json (made by 'specmoe train')")
+        raise SpecmoeError(f"{path} is not a run directory: it has no config.json, which 'specmoe train' writes")
     try:
         config = _read_json(path / "config.json")
         if config["task"] not in set(Task):
@@ -135,7 +181,7 @@ def load_run(path: Path) -> Run:
         baselines[baseline] = find_predictor(baseline).restore(shape, {}, own)
     trained_on = _load_arrays(path / "problems.safetensors").get("digests")
     if trained_on is None or trained_on.ndim != 1 or trained_on.dtype != np.uint64:
-        raise SpecmoeError(f"{path}/problems.safetensors: expected 'digests' of problems")
+        raise SpecmoeError(f"{path}/problems.safetensors: expected 'digests', uint64 of one dimension")
     return Run(path, name, predictor, baselines, split, trace_sha256, trained_on, _train_seconds(path / "metrics.json"))
 
 
@@ -151,17 +197,17 @@ def _train_seconds(path: Path) -> float:
 
 def _read_json(path: Path) -> Any:
     if path.stat().st_size > MAX_DOCUMENT_BYTES:
-        raise SpecmoeError(f"{path} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB, which no run needs")
+        raise SpecmoeError(f"{path} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB, the limit for a run")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def count_parameters(arrays: Arrays) -> int:
-    """Learned numbers: floating-point arrays, not vocabularies."""
+    """The number of learned parameters: those in floating-point arrays, not vocabularies."""
     return int(sum(array.size for array in arrays.values() if np.issubdtype(array.dtype, np.floating)))
 
 
 def manifest_sha256(trace: Trace) -> str | None:
-    """Identifies the content of a complete trace."""
+    """The SHA-256 of the trace's manifest, which identifies its content; None if the trace is incomplete."""
     manifest = trace.path / MANIFEST_FILE
     return sha256_of(manifest) if manifest.is_file() else None
 
@@ -175,7 +221,7 @@ def _save_arrays(path: Path, arrays: Arrays) -> None:
 def _load_arrays(path: Path) -> Arrays:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise SpecmoeError(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB, which no predictor needs")
+            raise SpecmoeError(f"{path} is larger than {MAX_FILE_BYTES >> 30} GiB, the limit for a predictor")
         return dict(load_file(path))
     except (OSError, SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise SpecmoeError(f"{path} cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Gradient-boosted trees, one sequence per layer, with a leaf for all experts at once."""
+"""Baseline: gradient-boosted trees, one sequence of trees per layer; each leaf holds a value for every expert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from profiler.errors import SpecmoeError
 from speculation.data.repeats import RUN_LENGTHS
 from speculation.data.routes import Routes, RouteSource
 from speculation.data.tasks import MAX_TABLE, Shape, Task, targets
-from speculation.predictors.base import Arrays, Predictor, expected_array, whole
+from speculation.predictors.base import Arrays, Predictor, expected_array, single_group
 from speculation.predictors.features import at_targets, expert_frequency, last_known, recent_use
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
@@ -21,25 +21,32 @@ ROUNDS = 12
 LEAVES = 48
 RATE = 0.4
 SAMPLE_TOKENS, SAMPLE_NUMBERS = 12_000, 100_000_000
-# Of the curvature of a leaf: keeps the steps of small leaves small.
+# Added to the curvature of a leaf, to keep the steps of leaves with few tokens small.
 RIDGE = 5.0
 WINDOW = 16
-# Each tree takes LEAVES - 1 splits; a node is a split or a leaf.
+# A binary tree with LEAVES leaves has LEAVES - 1 splits.
 NODES = 2 * LEAVES - 1
 
 
 class BoostedTrees(Predictor):
-    """Trees (scikit-learn's) fitted to the gradient of the logistic loss of all E experts, with Newton steps in the leaves.
+    """Regression trees of scikit-learn, fitted to the gradient of the logistic loss of all E experts, with Newton steps in the
+    leaves.
 
-    Features, each `[E]`: weights of the nearest known route (next-layer: the token's at l), of the last known token at the
-    predicted layer, of the place where the same tokens occurred before, and the mean use over the last tokens. Only splits and
-    leaves are stored.
+    The features are four vectors `[E]` and a number:
+
+    - the weights of the nearest known route (for next-layer, the token's own at layer l);
+    - the weights of the last known token at the predicted layer;
+    - the weights at the place where the same tokens occurred before;
+    - the mean use of each expert over the last 16 tokens;
+    - the length of the run of tokens that occurred before.
+
+    Only splits and leaves are stored.
     """
 
     name: ClassVar[str] = "boosted-trees"
-    about: ClassVar[str] = "gradient-boosted trees per layer over routes, the same tokens before, and recent use"
+    about: ClassVar[str] = "gradient-boosted trees per layer over routes, earlier occurrences of the same tokens, recent use"
     source: ClassVar[str] = "baseline; gradient boosting (Friedman, 2001) with scikit-learn's trees"
-    sees: ClassVar[str] = "route of layer l, of the last known token, of the same tokens before, recent use"
+    sees: ClassVar[str] = "routes of layer l, of the last known token, of earlier occurrences of the same tokens; recent use"
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -47,7 +54,7 @@ class BoostedTrees(Predictor):
         if int(np.prod(trees)) * max(LEAVES * shape.experts, 4 * NODES) > MAX_TABLE:
             raise SpecmoeError(f"{self.name}: the leaves would exceed {MAX_TABLE:,} numbers; choose a smaller horizon")
         self._start_LHE = np.zeros((shape.layers, shape.horizon, shape.experts), dtype=np.float32)
-        # Children and the feature of each node; -1 for a leaf, whose number is then in `left`.
+        # Left child, right child and feature of each node. For a leaf, the feature is -1 and the first entry is its index.
         self._nodes_LHRN3 = np.full((*trees, NODES, 3), -1, dtype=np.int32)
         self._limit_LHRN = np.zeros((*trees, NODES), dtype=np.float32)
         self._leaf_LHRFE = np.zeros((*trees, LEAVES, shape.experts), dtype=np.float32)
@@ -60,7 +67,7 @@ class BoostedTrees(Predictor):
         on_progress: Progress,
         out: Path | None = None,
     ) -> Epochs:
-        shape, routes = self.shape, whole(self, train)
+        shape, routes = self.shape, single_group(self, train)
         random = np.random.default_rng(options.seed)
         frequency_LHE = np.clip(at_targets(expert_frequency(routes, shape), shape), 1e-4, 1 - 1e-4)
         self._start_LHE = np.log(frequency_LHE / (1 - frequency_LHE)).astype(np.float32)
@@ -109,7 +116,7 @@ class BoostedTrees(Predictor):
             nodes[:count, 0] = np.where(is_leaf, leaf_of_node, parts.children_left)
             nodes[:count, 1] = np.where(is_leaf, 0, parts.children_right)
             nodes[:count, 2] = np.where(is_leaf, -1, parts.feature)
-            # Stored in half precision: what is judged is what is stored.
+            # Rounded to half precision as in the file, so that the predictor behaves the same before and after storage.
             self._limit_LHRN[layer, step, number, :count] = parts.threshold
             self._leaf_LHRFE[layer, step, number] = value_FE.astype(np.float16)
             score_TE += self._leaf_LHRFE[layer, step, number][leaf_T]
@@ -129,14 +136,14 @@ class BoostedTrees(Predictor):
         return np.asarray(1 / (1 + np.exp(-score_TLHE)), dtype=np.float32)
 
     def _features(self, routes: Routes, tokens_T: npt.NDArray[np.int64], hop: int) -> npt.NDArray[np.float32]:
-        """`[T, L, 4 E + 1]`: see the class; last, how long a run of tokens occurred before."""
+        """The features `[T, L, 4 E + 1]`, in the order of the class's docstring."""
         shape = self.shape
         layers_L = np.maximum(shape.target_layers(hop), 0)
         last_T = last_known(routes, shape, tokens_T)
         nearest_T = tokens_T if shape.task == Task.NEXT_LAYER else np.where(last_T >= 0, routes.previous_T[last_T], -1)
         match_T, order_T = routes.matches.index_T[tokens_T], routes.matches.order_T[tokens_T]
         if shape.task == Task.NEXT_TOKEN:
-            # What followed there, as far as that is known.
+            # The token that followed the match by `hop`, if its routes are already known.
             match_T = np.where((match_T >= 0) & (match_T + hop <= tokens_T), match_T + hop, -1)
         parts: list[npt.NDArray[Any]] = [
             self._dense(routes, nearest_T, np.arange(shape.layers)),
@@ -150,7 +157,7 @@ class BoostedTrees(Predictor):
     def _dense(
         self, routes: Routes, index_T: npt.NDArray[np.int64], layers_L: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
-        """Weights of the experts `[T, L, E]`; zero where the index is -1."""
+        """The weights of all experts `[T, L, E]`; zero where the index is -1."""
         dense_TLE = np.zeros((len(index_T), self.shape.layers, self.shape.experts), dtype=np.float32)
         ids_TLK = routes.expert_ids_TLK[index_T][:, layers_L].astype(np.int64)
         weights_TLK = routes.weights_TLK[index_T][:, layers_L].astype(np.float32) * (index_T >= 0)[:, None, None]
@@ -173,16 +180,16 @@ class BoostedTrees(Predictor):
         predictor._leaf_LHRFE = expected_array(arrays, "leaf_LHRFE", predictor._leaf_LHRFE.shape)
         nodes = arrays.get("nodes_LHRN3")
         if nodes is None or nodes.dtype != np.int32 or nodes.shape != predictor._nodes_LHRN3.shape:
-            raise SpecmoeError("stored predictor: expected 'nodes_LHRN3' of splits")
+            raise SpecmoeError(f"stored predictor: expected 'nodes_LHRN3', int32 of shape {predictor._nodes_LHRN3.shape}")
         left, right, feature = nodes[..., 0], nodes[..., 1], nodes[..., 2]
-        # Children come after their parent: no walk is endless, and none leaves the table.
+        # Children come after their parent: every walk through a tree ends, and none leaves the table.
         own = np.arange(NODES)
         is_split = feature >= 0
         is_sound = np.where(
             is_split, (left > own) & (right > own) & (np.maximum(left, right) < NODES), (left >= -1) & (left < LEAVES)
         )
         if not is_sound.all() or feature.max(initial=-1) > 4 * shape.experts:
-            raise SpecmoeError("stored predictor: the nodes of 'nodes_LHRN3' are no trees")
+            raise SpecmoeError("stored predictor: the nodes of 'nodes_LHRN3' are not trees")
         predictor._nodes_LHRN3 = nodes
         return predictor
 

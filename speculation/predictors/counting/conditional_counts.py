@@ -1,4 +1,4 @@
-"""Baseline: which experts followed the last known experts of the layer, by counting."""
+"""Baseline: counts of which experts follow the last known experts of the layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from speculation.predictors.base import Arrays, Predictor, expected_array
 from speculation.predictors.features import expert_frequency
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
-# Tokens' worth of popularity mixed into each row, for experts that are rarely seen.
+# The weight of popularity in each row, in tokens: smooths the rows of experts that are rarely seen.
 PRIOR_TOKENS = 10.0
-# Keeps the odds of experts that never or always follow finite.
+# Keeps the log-odds of experts that never or always follow finite.
 SMALLEST_PROBABILITY = 1e-4
 
 
@@ -24,9 +24,9 @@ class ConditionalCounts(Predictor):
     """Naive Bayes over the K experts of the last known route of layer l, with a table of counts for each (l, h).
 
     The last known route is the token's own at layer l; for whole-path, the preceding token's. log-odds(j) = log-odds(popularity
-    of j) + sum over the known experts i of the change that knowing i makes. Rows of rare experts are smoothed towards
-    popularity. Knows nothing else: no other layers, no tokens. The K experts are not independent, so its probabilities are too
-    extreme; the ranking is what it is for.
+    of j) + sum over the known experts i of the change in log-odds of j that i brings. Rows of rare experts are smoothed toward
+    popularity. It sees no other layers, and not which token it is. The K experts are not independent, so its probabilities are
+    too extreme; use its ranking.
     """
 
     name: ClassVar[str] = "conditional-counts"

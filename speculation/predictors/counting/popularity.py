@@ -1,4 +1,4 @@
-"""Baseline: each layer's most used experts, whatever the token."""
+"""Baseline: each layer's most frequently used experts, regardless of the token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
 
 class Popularity(Predictor):
-    """P(expert among the K) = its frequency in the training problems, per layer `[L, E]`."""
+    """P(expert is among the K) = the share of training tokens that selected it, per layer `[L, E]`."""
 
     name: ClassVar[str] = "popularity"
     about: ClassVar[str] = "frequency of each expert per layer"

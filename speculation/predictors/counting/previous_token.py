@@ -1,4 +1,4 @@
-"""Baseline: the experts of the last token whose routes are known."""
+"""Baseline: the experts of the last token whose routes are known are selected again."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
 
 class PreviousToken(Predictor):
-    """P(e is selected), counted apart for an expert that had rank r in the last known route at that layer, and for every other.
+    """P(e is selected), counted separately for an expert that had rank r in the last known route at that layer, and for each
+    expert that was not in it.
 
-    The last known route is the preceding token's; for next-token, the token's own. A first token has popularity.
+    The last known route is the preceding token's; for next-token, the token's own. A token without a predecessor is predicted
+    by popularity.
     """
 
     name: ClassVar[str] = "previous-token"

@@ -1,4 +1,4 @@
-"""All counts at once: what each known route and the token say, multiplied."""
+"""Baseline: the counting predictors combined as a product of experts (here, an 'expert' is a predictor)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from speculation.data.routes import Routes, RouteSource
 from speculation.data.tasks import Shape, targets
-from speculation.predictors.base import Arrays, Predictor, expected_array, whole
+from speculation.predictors.base import Arrays, Predictor, expected_array, single_group
 from speculation.predictors.counting.backoff_counts import BackoffCounts
 from speculation.predictors.counting.conditional_counts import ConditionalCounts
 from speculation.predictors.counting.previous_token import PreviousToken
@@ -19,16 +19,16 @@ from speculation.predictors.features import at_targets, expert_frequency
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
 MEMBERS: tuple[type[Predictor], ...] = (ConditionalCounts, BackoffCounts, PreviousToken, TokenIdentity)
-# Tokens that the weights of the members are fitted on, and steps of Newton's method for it.
+# Limits on the tokens, and on the numbers, that the weights of the members are fitted on; steps of Newton's method.
 SAMPLE_TOKENS, SAMPLE_NUMBERS = 4000, 50_000_000
 STEPS = 12
 SMALLEST_PROBABILITY = 1e-4
 
 
 class ProductOfExperts(Predictor):
-    """log-odds = log-odds of popularity + sum over the counting predictors of weight times the change that each one makes.
+    """log-odds = log-odds of popularity + the weighted sum of the changes in log-odds that each counting predictor makes.
 
-    The weights, one per member, layer and horizon, and a constant, are those of a logistic regression on training tokens.
+    A logistic regression on training tokens fits the weights, one per member, layer and horizon, and a constant.
     """
 
     name: ClassVar[str] = "product-of-experts"
@@ -40,7 +40,7 @@ class ProductOfExperts(Predictor):
         super().__init__(shape)
         self._members = [cls(shape) for cls in MEMBERS]
         self._popularity_LHE = np.zeros((shape.layers, shape.horizon, shape.experts), dtype=np.float32)
-        # Of each member, then a constant.
+        # The weight of each member; the constant is last.
         self._weight_LHM = np.zeros((shape.layers, shape.horizon, len(MEMBERS) + 1), dtype=np.float32)
 
     def fit(
@@ -51,21 +51,21 @@ class ProductOfExperts(Predictor):
         on_progress: Progress,
         out: Path | None = None,
     ) -> Epochs:
-        shape, routes = self.shape, whole(self, train)
+        shape, routes = self.shape, single_group(self, train)
         self._popularity_LHE = _log_odds(at_targets(expert_frequency(routes, shape), shape))
         for member in self._members:
             member.fit(routes, None, options, on_progress)
-        # Counts know their own tokens too well: the weights are of counts that have not seen the sample's problems.
+        # Counts fit their own tokens too well: to fit the weights, use counts that have not seen the sample's problems.
         is_held_out_T = np.isin(routes.problem_ids_T, routes.problem_ids[::5])
-        judges, sample = self._members, routes
+        held_out_members, sample = self._members, routes
         if not is_held_out_T.all():
             sample = routes.of_problems(is_held_out_T)
-            judges = [cls(shape) for cls in MEMBERS]
-            for judge in judges:
-                judge.fit(routes.of_problems(~is_held_out_T), None, options, on_progress)
+            held_out_members = [cls(shape) for cls in MEMBERS]
+            for member in held_out_members:
+                member.fit(routes.of_problems(~is_held_out_T), None, options, on_progress)
         per_token = shape.layers * shape.horizon * shape.experts * len(MEMBERS)
         stop = min(len(sample), SAMPLE_TOKENS, max(1, SAMPLE_NUMBERS // per_token))
-        changes_TLHEM = self._changes(judges, sample, slice(0, stop))
+        changes_TLHEM = self._changes(held_out_members, sample, slice(0, stop))
         for hop in range(1, shape.horizon + 1):
             true = targets(sample, shape, np.arange(stop), hop)
             for layer in range(shape.layers):
@@ -85,7 +85,7 @@ class ProductOfExperts(Predictor):
         return np.asarray(1 / (1 + np.exp(-log_odds_TLHE)), dtype=np.float32)
 
     def _changes(self, members: list[Predictor], routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
-        """How each member changes the log-odds `[T, L, H, E, M]`."""
+        """The change that each member makes to the log-odds of popularity, `[T, L, H, E, M]`."""
         return np.stack([_log_odds(member.probabilities(routes, tokens)) - self._popularity_LHE for member in members], axis=-1)
 
     @classmethod
@@ -110,7 +110,7 @@ class ProductOfExperts(Predictor):
 def logistic_weights(
     features_NM: npt.NDArray[np.floating[Any]], offset_N: npt.NDArray[Any], is_true_N: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Weights and a constant `[M + 1]` of a slightly regularised logistic regression with an offset, by Newton's method."""
+    """Weights and constant `[M + 1]` of a slightly regularized logistic regression with an offset, by Newton's method."""
     design = np.column_stack([features_NM, np.ones(len(features_NM))]).astype(np.float64)
     weights = np.zeros(design.shape[1])
     for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""Baseline: which experts this token of the vocabulary went to before."""
+"""Baseline: the experts that this token of the vocabulary was routed to in the training problems."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from speculation.predictors.base import Arrays, Predictor, expected_array
 from speculation.predictors.features import expert_frequency, frequent_tokens, stored_keys, token_rows
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
-# Kinds of tokens with a row of their own, the most frequent ones.
-MAX_KINDS = 16_384
-# Tokens' worth of popularity mixed into each row.
+# The maximum number of distinct tokens with their own row; the most frequent ones have one.
+MAX_VOCABULARY = 16_384
+# The weight of popularity in each row, in tokens.
 PRIOR_TOKENS = 1.0
 
 
 class TokenIdentity(Predictor):
-    """P(e at layer l | token), counted `[V, S, L, E]`; S = H for next-token, where the token is the one H before, else 1.
+    """P(e at layer l | token), a table of counts `[V, S, L, E]`.
 
-    Row 0 is popularity: of tokens without a row.
+    For next-token, S = H: step s is about the token s + 1 after the given one. For other tasks, S = 1 and the table is about
+    the token itself. Row 0 holds popularity, for tokens without their own row.
     """
 
     name: ClassVar[str] = "token-identity"
-    about: ClassVar[str] = "where the same token of the vocabulary went in the training problems"
+    about: ClassVar[str] = "the experts that the same token of the vocabulary selected in the training problems"
     source: ClassVar[str] = "baseline; tokens as in OLMoE (arXiv:2409.02060)"
     sees: ClassVar[str] = "which token it is"
 
@@ -47,15 +48,15 @@ class TokenIdentity(Predictor):
     ) -> Epochs:
         shape = self.shape
         row_numbers = shape.layers * shape.experts * self._steps
-        self._keys = frequent_tokens(train, most=min(MAX_KINDS, MAX_TABLE // row_numbers - 1), at_least=1)
+        self._keys = frequent_tokens(train, max_tokens=min(MAX_VOCABULARY, MAX_TABLE // row_numbers - 1), min_count=1)
         popularity_LE = expert_frequency(train, shape)
-        # Of tokens: float32 counts exactly up to 16 million per cell.
+        # float32 counts tokens exactly up to 16 million per cell.
         table_VSLE = np.zeros((len(self._keys) + 1, self._steps, shape.layers, shape.experts), dtype=np.float32)
         tokens_VS = np.zeros(table_VSLE.shape[:2], dtype=np.int64)
         for routes in each_group(train):
             row_T = token_rows(self._keys, routes.token_keys_T)
             for step in range(self._steps):
-                # The token itself, at every layer; or the one that is step + 1 later.
+                # Count the routes of the token itself or, for next-token, of the token step + 1 later.
                 ids_TLK, row_N = routes.expert_ids_TLK, row_T
                 if shape.task == Task.NEXT_TOKEN:
                     true = targets(routes, shape, np.arange(len(routes)), step + 1)
@@ -93,8 +94,8 @@ class TokenIdentity(Predictor):
     @classmethod
     def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
         steps = shape.horizon if shape.task == Task.NEXT_TOKEN else 1
-        most = min(MAX_KINDS, MAX_TABLE // (shape.layers * shape.experts * steps) - 1)
-        predictor = cls(shape, stored_keys(arrays, most))
+        max_tokens = min(MAX_VOCABULARY, MAX_TABLE // (shape.layers * shape.experts * steps) - 1)
+        predictor = cls(shape, stored_keys(arrays, max_tokens))
         table = predictor._probability_VSLE
         predictor._probability_VSLE = expected_array(arrays, "probability_VSLE", table.shape)
         return predictor

@@ -1,4 +1,4 @@
-"""Baseline: chance."""
+"""Baseline: chance, as a random ranking."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
 
 class Uniform(Predictor):
-    """K / E for every expert, give or take a ten-thousandth, so that the ranking is a random one and not that of the ids."""
+    """K / E for every expert, plus relative noise of up to 0.00005, so that the ranking is random instead of by expert id."""
 
     name: ClassVar[str] = "uniform"
     about: ClassVar[str] = "a random ranking: chance, measured"

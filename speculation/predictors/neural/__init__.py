@@ -1,1 +1,1 @@
-"""Predictors that are networks: one file each; `base` and `loop` are what they share."""
+"""Neural predictors, one file each; `base`, `context` and `loop` hold what they share."""

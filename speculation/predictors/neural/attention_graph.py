@@ -1,4 +1,4 @@
-"""Attention among the experts of a layer, along a learned graph."""
+"""Attention among the experts of a layer, biased by a learned graph."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from speculation.predictors.options import TrainingOptions
 
 
 class AttentionGraph(ContextPredictor):
-    """Every expert of the predicted layer is a node: what it was used for in the context, who it is, and what the context was.
+    """Every expert of the predicted layer is a node. Its features are its use in the context, its identity, and the context.
 
-    Nodes attend to each other; a learned E x E graph per head is added to the scores. One head says which experts are selected,
-    another how much that is worth: what it does not trust is left to popularity.
+    Nodes attend to each other; a learned E x E graph per attention head is added to the scores. A routing head predicts which
+    experts are selected. A confidence head predicts how many of them are right; the lower the confidence, the closer the result
+    is to popularity.
     """
 
     name: ClassVar[str] = "attention-graph"
@@ -30,11 +31,11 @@ class AttentionGraph(ContextPredictor):
     default_width: ClassVar[int] = 32
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=3, batch_tokens=128, learning_rate=2e-3)
 
-    def build(self, kinds: int) -> nn.Module:
-        return GraphNetwork(self.shape, kinds, self.form.context, self.form.width)
+    def build(self, vocabulary_size: int) -> nn.Module:
+        return GraphNetwork(self.shape, vocabulary_size, self.config.context, self.config.width)
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Of the selection; and of the confidence, which shall be the share of the true experts that are found."""
+        """The loss of the selection, plus that of the confidence, whose target is the share of true experts in the top K."""
         true_TLHE, is_valid_TLH = self.truth(routes, tokens_T)
         logits_TLHE, confidence_TLH = network(**self.tensors(routes, tokens_T), with_confidence=True)
         first = logits_TLHE.topk(self.shape.top_k, dim=-1).indices
@@ -47,14 +48,14 @@ class AttentionGraph(ContextPredictor):
 class GraphNetwork(nn.Module):
     """See `AttentionGraph`."""
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int) -> None:
+    def __init__(self, shape: Shape, vocabulary_size: int, context: int, width: int) -> None:
         super().__init__()
         self.is_next_layer, self.experts = shape.task == Task.NEXT_LAYER, shape.experts
-        self.embedding = ContextEmbedding(shape, kinds, context, 4 * width)
+        self.embedding = ContextEmbedding(shape, vocabulary_size, context, 4 * width)
         self.join = nn.Linear(context * 4 * width, width)
         self.used = nn.Linear(context, width)
         self.node = nn.Parameter(torch.randn(shape.layers, shape.experts, width) * 0.3)
-        # How the context speaks to each expert.
+        # Maps the context to a score for each expert.
         self.affinity = nn.Parameter(torch.randn(shape.layers, 4 * width, shape.experts) * 0.02)
         self.attention = nn.ModuleList(GraphAttention(shape.experts, width, heads=4) for _ in range(2))
         self.blocks = nn.ModuleList(Block(width, 2) for _ in range(2))
@@ -64,11 +65,11 @@ class GraphNetwork(nn.Module):
         self.bias_LHE = nn.Parameter(torch.zeros(shape.layers, shape.horizon, shape.experts))
 
     def forward(self, ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor, with_confidence: bool = False) -> Any:
-        """Logits `[T, L, H, E]`; with_confidence: and the log-odds `[T, L, H]` that they are trusted with."""
+        """Logits `[T, L, H, E]`; with_confidence: also the confidence in them `[T, L, H]`, as log-odds."""
         tokens, context, layers, _ = ids.shape
         dense_TCLE = torch.zeros(tokens, context, layers, self.experts, device=ids.device).scatter_(3, ids, weights)
         if self.is_next_layer:
-            # Of earlier tokens, the layer that is predicted first.
+            # Of earlier tokens, layer l sees the routes at layer l + 1, which it predicts first.
             ahead = nn.functional.pad(dense_TCLE[:, :-1, 1:], (0, 0, 0, 1))
             dense_TCLE = torch.cat([ahead, dense_TCLE[:, -1:]], dim=1)
         embedded_TLCD = self.embedding(ids, weights, row)
@@ -88,7 +89,7 @@ class GraphNetwork(nn.Module):
 
 
 class GraphAttention(nn.Module):
-    """Multi-head attention among nodes `[N, E, D]` with a learned graph in its scores."""
+    """Multi-head attention among nodes `[N, E, D]`, with a learned graph added to its scores."""
 
     def __init__(self, experts: int, width: int, heads: int) -> None:
         super().__init__()

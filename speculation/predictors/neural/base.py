@@ -1,4 +1,4 @@
-"""What neural predictors share: tokens with rows of their own, training, and weights stored in half precision."""
+"""What neural predictors share: token embeddings, training, and weights stored in half precision."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ MAX_SETTING = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
-    """What a network is built by, besides the shape: kept in config.json.
+class NetworkConfig:
+    """The sizes of a network that do not follow from the `Shape`; stored in config.json.
 
-    width: of its states. context: tokens whose routes it sees in order; 1 if it has no such context. uncertain_above: it sees
-    all of these only where the last known token's routing is less certain than this, else two; None for always all.
-    shared_layers: one head for all layers. hidden: D, of the router inputs that it sees besides routes; 0 if none. Raises
-    `SpecmoeError` for what no network has.
+    width: the width of its states.
+    context: the number of tokens whose routes it sees in order; 1 if it has no such context.
+    uncertain_above: it sees its whole context only where the `uncertainty` of the last known token's routing is above this, and
+    two tokens elsewhere. None: always the whole context.
+    shared_layers: whether one head serves all layers.
+    hidden: D, the width of the router inputs that it sees in addition to the routes; 0 if it sees none.
+
+    Raises `SpecmoeError` if a value is invalid.
     """
 
     width: int
@@ -55,52 +59,52 @@ class Form:
 
 
 class NeuralPredictor(Predictor):
-    """A network from arrays of routes to logits `[T, L, H, E]`, trained with binary cross-entropy on membership in the set.
+    """A network from arrays of routes to logits `[T, L, H, E]`, trained with binary cross-entropy: is the expert among the K?
 
-    max_kinds: tokens with an embedding of their own: the most frequent that occur twice, as one cannot teach; row 0 is shared
-    by all others.
+    max_vocabulary: the maximum number of distinct tokens with their own embedding. The most frequent ones get one, if they
+    occur at least twice: little can be learned from a single occurrence. All other tokens share row 0.
     """
 
-    max_kinds: ClassVar[int] = 8192
+    max_vocabulary: ClassVar[int] = 8192
     default_width: ClassVar[int]
 
-    # Whether one head can serve all layers; what the width must be a multiple of, as attention's heads share it.
+    # Whether one head can serve all layers; and what the width must be a multiple of, because attention heads divide it.
     can_share: ClassVar[bool] = False
     width_multiple: ClassVar[int] = 1
 
-    def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, form: Form | None = None) -> None:
+    def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, config: NetworkConfig | None = None) -> None:
         super().__init__(shape)
         self.keys = np.zeros(0, dtype=np.int64) if keys is None else keys
-        self.form = form or Form(width=self.default_width, context=self.default_context())
-        if self.form.width % self.width_multiple:
-            raise SpecmoeError(f"width {self.form.width}: expected a multiple of {self.width_multiple} for {self.name}")
+        self.config = config or NetworkConfig(width=self.default_width, context=self.default_context())
+        if self.config.width % self.width_multiple:
+            raise SpecmoeError(f"width {self.config.width}: expected a multiple of {self.width_multiple} for {self.name}")
         self.network = self.build(len(self.keys) + 1)
 
     def default_context(self) -> int:
-        """C, the tokens whose routes the network sees in order; 1 if it has no such context."""
+        """C, the number of tokens whose routes the network sees in order; 1 if it has no such context."""
         return 1
 
-    def form_by(self, options: TrainingOptions, train: RouteSource) -> Form:
-        """The form that these options ask for. Raises `SpecmoeError` if this predictor has no such choice."""
+    def config_for(self, options: TrainingOptions, train: RouteSource) -> NetworkConfig:
+        """The network that these options request. Raises `SpecmoeError` if this predictor does not support an option."""
         if options.shared_layers and not self.can_share:
-            raise SpecmoeError(f"{self.name} has no head that could be shared: leave out --shared-layers")
-        if self.form.context == 1 and (options.context or options.adaptive_context):
-            raise SpecmoeError(f"{self.name} has no context to choose: leave out --context and --adaptive-context")
+            raise SpecmoeError(f"{self.name} has no head that could be shared: leave out shared_layers")
+        if self.config.context == 1 and (options.context or options.adaptive_context):
+            raise SpecmoeError(f"{self.name} has no context to choose: leave out context and adaptive_context")
         chosen = {"width": options.width, "context": options.context}
         sizes = {name: size for name, size in chosen.items() if size is not None}
         if options.router_inputs:
             if self.shape.task == Task.WHOLE_PATH:
-                raise SpecmoeError("whole-path knows nothing of the token's routers: leave out --router-inputs")
+                raise SpecmoeError("whole-path sees nothing of the token's routers: leave out router_inputs")
             sizes["hidden"] = router_inputs_of(train.group(0), self.name).hidden_TLD.shape[2]
-        return type(self)(self.shape, form=replace(self.form, **sizes, shared_layers=options.shared_layers)).form
+        return type(self)(self.shape, config=replace(self.config, **sizes, shared_layers=options.shared_layers)).config
 
     @abstractmethod
-    def build(self, kinds: int) -> nn.Module:
-        """A new network for `kinds` rows of tokens, with a parameter `bias_LHE` that is added to its logits."""
+    def build(self, vocabulary_size: int) -> nn.Module:
+        """A new network whose token embedding has `vocabulary_size` rows, with a parameter `bias_LHE` added to its logits."""
 
     @abstractmethod
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
-        """What the network's `forward` takes for these tokens, by name."""
+        """The arguments of the network's `forward` for these tokens, by name."""
 
     def fit(
         self,
@@ -111,8 +115,8 @@ class NeuralPredictor(Predictor):
         out: Path | None = None,
     ) -> Epochs:
         torch.manual_seed(options.seed)
-        self.keys = frequent_tokens(train, self.max_kinds, at_least=2)
-        self.form = self.form_by(options, train)
+        self.keys = frequent_tokens(train, self.max_vocabulary, min_count=2)
+        self.config = self.config_for(options, train)
         self.network = self.build(len(self.keys) + 1)
         for module in self.network.modules():
             if isinstance(module, nn.Dropout):
@@ -123,9 +127,9 @@ class NeuralPredictor(Predictor):
         return fit_network(self, train, validation, options, on_progress, out)
 
     def prepare(self, train: RouteSource) -> None:
-        """Set what the new network takes from the training routes before it is trained: where it starts from.
+        """Initialize the new network from the training routes.
 
-        That is the popularity baseline: the log-odds of each expert's frequency.
+        Its bias is set to the log-odds of each expert's frequency, so that training starts from the popularity baseline.
         """
         log_odds_LE = torch.logit(torch.from_numpy(expert_frequency(train, self.shape)), eps=1e-4).numpy()
         bias: Any = self.network.bias_LHE
@@ -136,16 +140,16 @@ class NeuralPredictor(Predictor):
 
     @property
     def takes_router_inputs(self) -> bool:
-        return self.needs_router_inputs or self.form.hidden > 0
+        return self.needs_router_inputs or self.config.hidden > 0
 
     def hidden_of(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
-        """The router inputs of these tokens as the network's input `hidden` `[T, L, D]`, if it takes them."""
-        if not self.form.hidden:
+        """The network's input `hidden` `[T, L, D]`, the router inputs of these tokens; empty if it does not use them."""
+        if not self.config.hidden:
             return {}
-        return {"hidden": router_inputs_of(routes, self.name, self.form.hidden).hidden_TLD[tokens_T].astype(np.float32)}
+        return {"hidden": router_inputs_of(routes, self.name, self.config.hidden).hidden_TLD[tokens_T].astype(np.float32)}
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Mean binary cross-entropy over the experts of all valid predictions."""
+        """The mean binary cross-entropy over the experts of all valid predictions."""
         logits_TLHE = network(**self.tensors(routes, tokens_T))
         return mean_cross_entropy(logits_TLHE, *self.truth(routes, tokens_T))
 
@@ -153,13 +157,13 @@ class NeuralPredictor(Predictor):
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
         self.network.eval()
         tokens_T = np.arange(*tokens.indices(len(routes)))
-        # Of what a network holds in between, its batches in training are the measure.
-        parts = [tokens_T[start : start + self._at_once] for start in range(0, len(tokens_T), self._at_once)] or [tokens_T]
-        made = [self.network(**self.tensors(routes, part)).sigmoid().float().cpu().numpy() for part in parts]
-        return np.concatenate(made)
+        size = self._inference_batch_tokens
+        parts = [tokens_T[start : start + size] for start in range(0, len(tokens_T), size)] or [tokens_T]
+        return np.concatenate([self.network(**self.tensors(routes, part)).sigmoid().float().cpu().numpy() for part in parts])
 
     @property
-    def _at_once(self) -> int:
+    def _inference_batch_tokens(self) -> int:
+        # Inference needs no gradients, so twice a training batch fits into the same memory.
         return 2 * self.defaults.batch_tokens
 
     def arrays(self) -> Arrays:
@@ -169,17 +173,17 @@ class NeuralPredictor(Predictor):
     @classmethod
     def parameters_for(cls, shape: Shape) -> int | None:
         with torch.device("meta"):
-            network = cls(shape, np.arange(cls.max_kinds)).network
+            network = cls(shape, np.arange(cls.max_vocabulary)).network
         return sum(parameter.numel() for parameter in network.parameters())
 
     def settings(self) -> dict[str, Any]:
-        return asdict(self.form)
+        return asdict(self.config)
 
     @classmethod
     def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
-        keys = stored_keys(arrays, cls.max_kinds)
+        keys = stored_keys(arrays, cls.max_vocabulary)
         try:
-            form = Form(**settings)
+            config = NetworkConfig(**settings)
         except (SpecmoeError, TypeError) as error:
             raise SpecmoeError(f"stored predictor: settings: {error}") from error
         weights = {
@@ -188,14 +192,15 @@ class NeuralPredictor(Predictor):
             if name.startswith(PREFIX)
         }
         try:
-            # Without memory first: only weights that are there may take any.
+            # Compare the shapes on the meta device first, so that untrusted settings cannot make us allocate more memory than
+            # the stored weights take.
             with torch.device("meta"):
-                expected = cls(shape, keys, form).network.state_dict()
+                expected = cls(shape, keys, config).network.state_dict()
             for name in sorted(expected.keys() | weights.keys()):
-                sides = [tuple(side[name].shape) if name in side else "nothing" for side in (weights, expected)]
+                sides = [tuple(side[name].shape) if name in side else "missing" for side in (weights, expected)]
                 if sides[0] != sides[1]:
                     raise SpecmoeError(f"stored predictor: weights {name!r} are {sides[0]}, expected {sides[1]}")
-            predictor = cls(shape, keys, form)
+            predictor = cls(shape, keys, config)
             predictor.network.load_state_dict(weights)
         except (RuntimeError, AssertionError) as error:
             raise SpecmoeError(f"stored predictor: weights do not fit: {' '.join(str(error).split())[:500]}") from error
@@ -209,7 +214,7 @@ class NeuralPredictor(Predictor):
         return {name: torch.from_numpy(array).to(device) for name, array in self.inputs(routes, tokens_T).items()}
 
     def truth(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """1 where an expert is in the true set `[T, L, H, E]`, and which predictions are about something `[T, L, H]`."""
+        """Targets `[T, L, H, E]`, 1 where an expert is in the true set, and a mask `[T, L, H]`, 1 where the target exists."""
         shape, device = self.shape, next(self.network.parameters()).device
         true_TLHE = torch.zeros(len(tokens_T), shape.layers, shape.horizon, shape.experts, device=device)
         is_valid_TLH = np.zeros(true_TLHE.shape[:3], dtype=np.float32)
@@ -222,19 +227,22 @@ class NeuralPredictor(Predictor):
 
 
 def mean_cross_entropy(logits_TLHE: torch.Tensor, true_TLHE: torch.Tensor, is_valid_TLH: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of membership in the set, over the experts of all valid predictions."""
+    """The mean binary cross-entropy over the experts of all valid predictions."""
     losses = nn.functional.binary_cross_entropy_with_logits(logits_TLHE.float(), true_TLHE, reduction="none").mean(-1)
     return (losses * is_valid_TLH).sum() / is_valid_TLH.sum().clamp(min=1)
 
 
 def relative_weights(weights_TLK: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
-    """Weights over their sum within each (token, layer): comparable between models that renormalize and those that do not."""
+    """Weights divided by their sum for each token and layer, so that models with and without renormalization are comparable."""
     weights = weights_TLK.astype(np.float32)
     return np.asarray(weights / np.maximum(weights.sum(-1, keepdims=True), 1e-6))
 
 
 class PairEmbedding(nn.Module):
-    """Sum over a route's K experts of an embedding of (layer, expert), times weight: `[T, L, K]` twice to `[T, L, D]`."""
+    """Embeds a route: the weighted sum of the embeddings of its K (layer, expert) pairs.
+
+    Takes expert ids and weights `[T, L, K]`, returns `[T, L, D]`.
+    """
 
     offset_L1: torch.Tensor
 
@@ -251,7 +259,9 @@ class PairEmbedding(nn.Module):
 
 
 class RouterInputEmbedding(nn.Module):
-    """Router inputs `[T, L, D]`, each in the units of the training tokens, to states of all layers alike."""
+    """Scales router inputs `[T, L, D]` by the statistics of the training tokens and projects them, with one matrix for all
+    layers.
+    """
 
     scale: torch.Tensor
 
@@ -266,7 +276,10 @@ class RouterInputEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Norm, a hidden layer `times` as wide, dropout: what is added to a state `[..., D]`."""
+    """A residual branch: norm and an MLP with dropout whose hidden layer is `times` as wide as the state `[..., D]`.
+
+    Returns the branch only; the caller adds it to the state.
+    """
 
     def __init__(self, width: int, times: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A pattern model and a statistics model, each weighted by how sure it is; silent where both are unsure."""
+"""A pattern model and a statistics model, each weighted by its confidence; abstains where the confidence is low."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from speculation.data.history import NOBODY, History, Prediction
+from speculation.data.history import ABSTAIN, History, Prediction
 from speculation.data.routes import Routes
 from speculation.data.tasks import Shape
 from speculation.predictors.neural.base import mean_cross_entropy
@@ -20,11 +20,11 @@ from speculation.predictors.options import TrainingOptions
 
 
 class Ensemble(ContextPredictor):
-    """An LSTM over the routes and an MLP over statistics, trained together, each with a loss of its own and one of their mean.
+    """An LSTM over the routes and an MLP over statistics, trained together with a loss for each and a loss for their mean.
 
-    A model's confidence in a prediction is its mean probability of the K experts that it gives first; the means of the logits
-    are weighted by it. Where the confidence of the result is below `threshold`, `predict` names nobody; `probabilities` says
-    what it would have said, and the evaluation's precision by coverage what silence wins at any threshold.
+    A model's confidence in a prediction is the mean probability of its top K experts. The logits of the two models are averaged
+    with these confidences as weights. Where the confidence of the result is below `threshold`, `predict` abstains.
+    `probabilities` never abstains; the evaluation's precision by coverage shows what abstaining gains at each threshold.
     """
 
     name: ClassVar[str] = "ensemble"
@@ -35,14 +35,14 @@ class Ensemble(ContextPredictor):
     default_width: ClassVar[int] = 128
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=5, batch_tokens=256, learning_rate=1.5e-3)
 
-    def build(self, kinds: int) -> nn.Module:
-        return EnsembleNetwork(self.shape, kinds, self.form.context, self.form.width)
+    def build(self, vocabulary_size: int) -> nn.Module:
+        return EnsembleNetwork(self.shape, vocabulary_size, self.config.context, self.config.width)
 
     def predict(self, history: History) -> Prediction:
-        """As every predictor's; all ids are NOBODY, and all scores 0, where it abstains."""
+        """Predict as every predictor does, except that all ids are ABSTAIN and all scores 0 where the ensemble abstains."""
         found = super().predict(history)
         is_sure = found.scores[..., : self.shape.top_k].mean(-1, keepdims=True) >= self.threshold
-        return Prediction(np.where(is_sure, found.expert_ids, NOBODY), np.where(is_sure, found.scores, np.float32(0)))
+        return Prediction(np.where(is_sure, found.expert_ids, ABSTAIN), np.where(is_sure, found.scores, np.float32(0)))
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         return super().inputs(routes, tokens_T) | statistics_of(self.shape, routes, tokens_T)
@@ -56,18 +56,18 @@ class Ensemble(ContextPredictor):
 class EnsembleNetwork(nn.Module):
     """See `Ensemble`."""
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int) -> None:
+    def __init__(self, shape: Shape, vocabulary_size: int, context: int, width: int) -> None:
         super().__init__()
         self.top_k = shape.top_k
-        self.pattern = LstmNetwork(shape, kinds, context, width)
-        self.statistics = StatisticsNetwork(shape, kinds, context, width)
-        # Of both models, besides their own.
+        self.pattern = LstmNetwork(shape, vocabulary_size, context, width)
+        self.statistics = StatisticsNetwork(shape, vocabulary_size, context, width)
+        # Added to both models; each has its own bias as well.
         self.bias_LHE = nn.Parameter(torch.zeros(shape.layers, shape.horizon, shape.experts))
 
     def forward(
         self, ids: torch.Tensor, weights: torch.Tensor, row: torch.Tensor, each: bool = False, **more: torch.Tensor
     ) -> Any:
-        """Logits `[T, L, H, E]`; each: of the mean, the pattern model, and the statistics model."""
+        """Logits `[T, L, H, E]`; each: a tuple of those of the weighted mean, the pattern model and the statistics model."""
         models = self.pattern(ids, weights, row), self.statistics(ids, weights, row, **more)
         stacked = torch.stack(models) + self.bias_LHE
         confidence = stacked.sigmoid().topk(self.top_k, dim=-1).values.mean(-1, keepdim=True)

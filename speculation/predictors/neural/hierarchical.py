@@ -1,4 +1,4 @@
-"""First which cluster of experts, then which expert of the cluster."""
+"""Hierarchical prediction: first the cluster of experts, then the expert within the cluster."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CLUSTERS = 8
 class Hierarchical(ContextPredictor):
     """A transformer encoder (4 layers, 8 heads) over the layers; log P(e) = log P(c) + log P(e | c) for the cluster c of e.
 
-    The experts of a layer are clustered by which experts they are selected with. P is a share of the layer's selections; its
-    logarithm, scaled, and a bias make the log-odds of being selected.
+    The experts of a layer are clustered by the experts that they are selected with. P is a distribution over the layer's
+    experts; the log-odds of being selected are its scaled logarithm plus a bias.
     """
 
     name: ClassVar[str] = "hierarchical"
@@ -32,14 +32,14 @@ class Hierarchical(ContextPredictor):
     default_width: ClassVar[int] = 128
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=4, batch_tokens=256, learning_rate=1e-3)
 
-    def build(self, kinds: int) -> nn.Module:
-        return HierarchicalNetwork(self.shape, kinds, self.form.context, self.form.width)
+    def build(self, vocabulary_size: int) -> nn.Module:
+        return HierarchicalNetwork(self.shape, vocabulary_size, self.config.context, self.config.width)
 
     def prepare(self, train: RouteSource) -> None:
         super().prepare(train)
         targets_LH = np.stack([self.shape.target_layers(hop) for hop in range(1, self.shape.horizon + 1)], axis=1)
         cluster_LE = torch.from_numpy(clusters_of(train, self.shape))
-        # Where no layer is predicted, any clusters do.
+        # Where the target layer does not exist, the clusters do not matter.
         buffer: Any = self.network.cluster_LHE
         buffer.copy_(cluster_LE[torch.from_numpy(np.maximum(targets_LH, 0))])
 
@@ -48,12 +48,12 @@ class Hierarchical(ContextPredictor):
         predictor = super().restore(shape, settings, arrays)
         clusters: Any = predictor.network.cluster_LHE
         if not ((clusters >= 0) & (clusters < CLUSTERS)).all():
-            raise SpecmoeError(f"stored predictor: 'cluster_LHE' has other numbers than 0 to {CLUSTERS - 1}")
+            raise SpecmoeError(f"stored predictor: 'cluster_LHE' has values outside 0 to {CLUSTERS - 1}")
         return predictor
 
 
 def clusters_of(source: RouteSource, shape: Shape, seed: int = 0) -> Any:
-    """The cluster of each expert `[L, E]`: k-means over the experts' shares of joint selections within a layer."""
+    """The cluster of each expert `[L, E]`, by k-means on how often the expert is selected together with each other one."""
     from sklearn.cluster import KMeans
 
     count = min(CLUSTERS, shape.experts)
@@ -63,23 +63,24 @@ def clusters_of(source: RouteSource, shape: Shape, seed: int = 0) -> Any:
             ids_TK = routes.expert_ids_TLK[:, layer].astype(np.int64)
             pairs = (ids_TK[:, :, None] * shape.experts + ids_TK[:, None, :]).reshape(-1)
             together_LEE[layer] += np.bincount(pairs, minlength=shape.experts**2).reshape(shape.experts, shape.experts)
-    made = np.zeros((shape.layers, shape.experts), dtype=np.int64)
+    cluster_LE = np.zeros((shape.layers, shape.experts), dtype=np.int64)
     for layer, together_EE in enumerate(together_LEE):
         np.fill_diagonal(together_EE, 0)
         share_EE = together_EE / np.maximum(together_EE.sum(1, keepdims=True), 1)
-        # Fewer distinct profiles than clusters, as when an expert was never used with another, are fewer clusters.
+        # k-means needs at least as many distinct profiles as clusters. Experts that were never selected together with another
+        # one all have the same profile, zeros.
         distinct = len(np.unique(share_EE.round(9), axis=0))
-        made[layer] = KMeans(min(count, distinct), n_init=4, random_state=seed).fit_predict(share_EE)
-    return made
+        cluster_LE[layer] = KMeans(min(count, distinct), n_init=4, random_state=seed).fit_predict(share_EE)
+    return cluster_LE
 
 
 class HierarchicalNetwork(ContextNetwork):
-    """See `Hierarchical`; cluster_LHE is of the predicted layer's experts."""
+    """See `Hierarchical`. cluster_LHE: the cluster of each expert of the predicted layer."""
 
     cluster_LHE: torch.Tensor
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int) -> None:
-        super().__init__(shape, kinds, context, width)
+    def __init__(self, shape: Shape, vocabulary_size: int, context: int, width: int) -> None:
+        super().__init__(shape, vocabulary_size, context, width)
         self.join = nn.Linear(context * width, width)
         self.encoder = Encoder(shape, width, depth=4, heads=8)
         self.clusters = nn.Parameter(torch.randn(shape.layers, width, shape.horizon * CLUSTERS) * 0.02)
@@ -96,10 +97,10 @@ class HierarchicalNetwork(ContextNetwork):
         cluster_TLHC = torch.einsum("tld,ldo->tlo", state_TLD, self.clusters).float()
         cluster_TLHC = cluster_TLHC.reshape(*cluster_TLHC.shape[:2], -1, CLUSTERS)
         is_in_LHCE = nn.functional.one_hot(self.cluster_LHE, CLUSTERS).transpose(2, 3).bool()
-        # Logarithm of the sum over each cluster's experts; of an empty cluster it is not used.
+        # The normalizer of the softmax within each cluster; that of an empty cluster is not used.
         inside = expert_TLHE[:, :, :, None].masked_fill(~is_in_LHCE, -1e4).logsumexp(-1)
         of_cluster_TLHC = cluster_TLHC.masked_fill(~is_in_LHCE.any(-1), -1e4).log_softmax(-1) - inside
         cluster_TLHE = self.cluster_LHE.expand(len(row), -1, -1, -1)
         log_share_TLHE = expert_TLHE + of_cluster_TLHC.gather(3, cluster_TLHE)
-        # An even share is 1 / E: there the bias alone speaks.
+        # Relative to the uniform share 1 / E, at which only the bias remains.
         return torch.as_tensor(self.scale * (log_share_TLHE + float(np.log(self.shape.experts))) + self.bias_LHE)

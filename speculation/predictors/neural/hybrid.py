@@ -1,4 +1,4 @@
-"""Shared features, a head for what comes first, and a small transformer for all that comes."""
+"""Shared features with two heads: a linear one for h = 1, and a small transformer over all h."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ FEATURES = 512
 
 
 class Hybrid(ContextPredictor):
-    """512 features of the context serve a sigmoid head for h = 1 and, with a position each, h = 1..H as a sequence through a
-    transformer of 2 layers. Both are trained; for h = 1 their logits are added.
+    """512 features of the context feed two heads: a sigmoid head for h = 1, and a transformer of 2 layers over the sequence
+    h = 1..H, with an embedding for each position. Both are trained; for h = 1 their logits are added.
     """
 
     name: ClassVar[str] = "hybrid"
     about: ClassVar[str] = "512 shared features; a sigmoid head for h = 1, a transformer of 2 layers over h = 1..H"
-    source: ClassVar[str] = "joint prediction of current and coming experts"
+    source: ClassVar[str] = "joint prediction of current and upcoming experts"
     can_take_router_inputs: ClassVar[bool] = True
     default_width: ClassVar[int] = 64
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=6, batch_tokens=256, learning_rate=1.5e-3)
 
-    def build(self, kinds: int) -> nn.Module:
-        return HybridNetwork(self.shape, kinds, self.form.context, self.form.width, self.form.hidden)
+    def build(self, vocabulary_size: int) -> nn.Module:
+        return HybridNetwork(self.shape, vocabulary_size, self.config.context, self.config.width, self.config.hidden)
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Of all predictions, and of the first head alone."""
+        """The loss of all predictions, plus half the loss of the first head alone."""
         true_TLHE, is_valid_TLH = self.truth(routes, tokens_T)
         logits_TLHE, first_TLHE = network(**self.tensors(routes, tokens_T), with_first=True)
         first_loss = mean_cross_entropy(first_TLHE, true_TLHE[:, :, :1], is_valid_TLH[:, :, :1])
@@ -44,11 +44,11 @@ class Hybrid(ContextPredictor):
 class HybridNetwork(nn.Module):
     """See `Hybrid`."""
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int, hidden: int = 0) -> None:
+    def __init__(self, shape: Shape, vocabulary_size: int, context: int, width: int, hidden: int = 0) -> None:
         one = Shape(layers=shape.layers, experts=shape.experts, top_k=shape.top_k, horizon=1, task=shape.task)
         super().__init__()
         self.shape = shape
-        self.embedding = ContextEmbedding(shape, kinds, context, width, hidden)
+        self.embedding = ContextEmbedding(shape, vocabulary_size, context, width, hidden)
         self.head = LayerHead(one, FEATURES)
         self.shared = nn.Sequential(
             nn.Linear(context * width, FEATURES), nn.GELU(), nn.Dropout(0.1), nn.Linear(FEATURES, FEATURES), nn.GELU()
@@ -69,7 +69,7 @@ class HybridNetwork(nn.Module):
         hidden: torch.Tensor | None = None,
         with_first: bool = False,
     ) -> Any:
-        """Logits `[T, L, H, E]`; with_first: and those of the first head alone `[T, L, 1, E]`."""
+        """Logits `[T, L, H, E]`; with_first: also those of the first head alone `[T, L, 1, E]`."""
         features_TLD = self.shared(self.embedding(ids, weights, row, hidden).flatten(2))
         first_TLHE = self.head(features_TLD).float()
         steps = self.enter(features_TLD)[:, :, None] + self.position

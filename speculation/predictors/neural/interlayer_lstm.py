@@ -11,12 +11,12 @@ from speculation.data.tasks import Shape
 from speculation.predictors.neural.context import ContextNetwork, ContextPredictor
 from speculation.predictors.options import TrainingOptions
 
-# Models with at least so many experts are given one more token of context.
+# Models with at least this many experts per layer get one more token of context.
 FINE_GRAINED = 48
 
 
 class InterlayerLstm(ContextPredictor):
-    """For each layer, an LSTM of width 256 goes over the embedded routes of three tokens, four for fine-grained models."""
+    """For each layer, an LSTM of width 256 reads the embedded routes of three tokens, or four for fine-grained models."""
 
     name: ClassVar[str] = "interlayer-lstm"
     about: ClassVar[str] = "LSTM over the embedded routes of the last three or four tokens"
@@ -28,15 +28,17 @@ class InterlayerLstm(ContextPredictor):
     def default_context(self) -> int:
         return 4 if self.shape.experts >= FINE_GRAINED else 3
 
-    def build(self, kinds: int) -> nn.Module:
-        return LstmNetwork(self.shape, kinds, self.form.context, self.form.width, is_shared=self.form.shared_layers)
+    def build(self, vocabulary_size: int) -> nn.Module:
+        return LstmNetwork(
+            self.shape, vocabulary_size, self.config.context, self.config.width, is_shared=self.config.shared_layers
+        )
 
 
 class LstmNetwork(ContextNetwork):
     """See `InterlayerLstm`."""
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int, *, is_shared: bool = False) -> None:
-        super().__init__(shape, kinds, context, width, is_shared=is_shared)
+    def __init__(self, shape: Shape, vocabulary_size: int, context: int, width: int, *, is_shared: bool = False) -> None:
+        super().__init__(shape, vocabulary_size, context, width, is_shared=is_shared)
         self.lstm = nn.LSTM(width, width, batch_first=True)
         self.dropout = nn.Dropout(0.1)
 

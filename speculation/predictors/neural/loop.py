@@ -1,7 +1,7 @@
 """The training loop of neural predictors: AdamW, cosine schedule, averaged weights, early stopping, checkpoints, exact resume.
 
-Accelerate does devices, precision and several GPUs; batches are built from whole routes by the predictor. Checkpoints are
-safetensors and JSON: a folder may come from somebody else, so nothing in it is ever unpickled.
+Accelerate handles devices, mixed precision and several GPUs; the predictor builds batches from routes. Checkpoints are
+safetensors and JSON: a checkpoint folder may be untrusted, so nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
@@ -31,26 +31,31 @@ from profiler.trace.writer import write_text
 from speculation.data.routes import Routes, RouteSource, each_group
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
-# In a run's folder, while it is trained.
+# The folder of checkpoints in a run directory; it exists only during training.
 CHECKPOINTS = "checkpoints"
 LOG, BOARD, STATE_FILE = "training.csv", "tensorboard", "state.json"
-# Batches for judging a network need no gradients: they may be larger than those for training.
-JUDGED_TOKENS = 2048
+# Evaluation needs no gradients, so its batches can be larger than those of training.
+EVALUATION_TOKENS = 2048
 
 
 class Trainable(Protocol):
-    """What a predictor gives to `fit_network`: its network, and the loss of some tokens."""
+    """What `fit_network` needs of a predictor: its network, and a loss."""
 
     network: nn.Module
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Mean loss of the predictions made at these tokens."""
+        """The mean loss of the predictions made at these tokens."""
         ...
 
 
 @dataclass
-class _State:
-    """Where training is: the step is within the epoch."""
+class _TrainingState:
+    """The progress of a training, as a checkpoint stores it.
+
+    epoch: the current epoch, from 0. step: the number of steps done in it. best_loss, best_epoch: of the best validation so
+    far. total: the sum of the losses of this epoch's steps. seconds: training time so far. history: entries of the finished
+    epochs.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -69,10 +74,10 @@ def fit_network(
     on_progress: Progress,
     folder: Path | None = None,
 ) -> Epochs:
-    """Train `model.network` in place; it ends with the averaged weights of the best epoch. Returns an entry per epoch.
+    """Train `model.network` in place and return one entry per epoch. It ends with the averaged weights of the best epoch.
 
-    folder: for checkpoints and logs; a training that was cut off there goes on where its last checkpoint was, and ends with the
-    very weights that it would have had. Raises `SpecmoeError` if the loss is no number.
+    folder: a folder for checkpoints and logs. An interrupted training continues from the last checkpoint in it, and ends with
+    exactly the weights that it would have had without the interruption. Raises `SpecmoeError` if the loss is not finite.
     """
     from accelerate import Accelerator
 
@@ -85,18 +90,18 @@ def fit_network(
     tokens_G = _tokens_of_epoch(train, options.epoch_tokens)
     steps = sum(math.ceil(tokens / (options.batch_tokens * accelerator.num_processes)) for tokens in tokens_G)
     if steps * options.epochs < options.accumulate:
-        raise SpecmoeError(f"--accumulate {options.accumulate}: the training has only {steps * options.epochs} steps")
+        raise SpecmoeError(f"accumulate {options.accumulate}: the training has only {steps * options.epochs} steps")
     optimizer = torch.optim.AdamW(
         _decay_groups(model.network, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98)
     )
     updates = math.ceil(steps / options.accumulate) * options.epochs
-    averaged = AveragedModel(model.network, accelerator.device, multi_avg_fn=_following(options.average))
+    averaged = AveragedModel(model.network, accelerator.device, multi_avg_fn=_moving_average(options.average))
     average = averaged.module.requires_grad_(False)
     network, optimizer = accelerator.prepare(model.network, optimizer)
     best = copy.deepcopy(average)
     kept = {"network": accelerator.unwrap_model(network), "average": average, "best": best}
-    what = _lasting(options) | {"data": _identity(model, train)}
-    state = _resume(accelerator, folder, kept, optimizer, what)
+    fingerprint = _fixed_options(options) | {"data": _identity(model, train)}
+    state = _resume(accelerator, folder, kept, optimizer, fingerprint)
     averaged.n_averaged.fill_((state.epoch * steps + state.step) // options.accumulate)
     schedule = _schedule(optimizer, options, updates, done=int(averaged.n_averaged))
     history = state.history or []
@@ -105,7 +110,7 @@ def fit_network(
     board: Any = None
     while state.epoch < options.epochs:
         network.train()
-        # Stays on the device: asking for it would wait for every step.
+        # Summed on the device: reading the loss in every step would wait for the device.
         total = torch.tensor(state.total, device=accelerator.device)
         for routes, tokens_T in _batches(train, tokens_G, options, state, accelerator):
             with accelerator.accumulate(network), accelerator.autocast():
@@ -121,17 +126,17 @@ def fit_network(
                 averaged.update_parameters(accelerator.unwrap_model(network))
                 schedule.step()
             is_due = time.monotonic() - saved > options.checkpoint_seconds
-            # Between updates there are gradients that no checkpoint holds.
+            # Checkpoints do not store accumulated gradients, so save only right after an update.
             if folder is not None and is_due and accelerator.sync_gradients:
                 state.total, state.seconds, state.history = float(total), time.monotonic() - began, history
-                _save(accelerator, folder, state, kept, optimizer, what)
+                _save(accelerator, folder, state, kept, optimizer, fingerprint)
                 saved = time.monotonic()
         entry = {"epoch": state.epoch + 1, "train_loss": float(total) / steps, "seconds": round(time.monotonic() - began, 1)}
         if validation is not None:
-            at_once = min(JUDGED_TOKENS, 2 * options.batch_tokens)
-            entry["validation_loss"] = mean_loss(model, average, validation, accelerator, at_once)
+            batch_tokens = min(EVALUATION_TOKENS, 2 * options.batch_tokens)
+            entry["validation_loss"] = mean_loss(model, average, validation, accelerator, batch_tokens)
         if not all(map(math.isfinite, entry.values())):
-            raise SpecmoeError(f"training diverged in epoch {state.epoch + 1}: choose a smaller --learning-rate")
+            raise SpecmoeError(f"training diverged in epoch {state.epoch + 1}: choose a smaller learning_rate")
         if validation is None or entry["validation_loss"] < state.best_loss:
             state.best_loss, state.best_epoch = entry.get("validation_loss", math.inf), state.epoch
             best.load_state_dict(average.state_dict())
@@ -147,7 +152,7 @@ def fit_network(
         state.epoch, state.step, state.total = state.epoch + 1, 0, 0.0
     if board is not None:
         board.close()
-    # Accelerate wraps the network's `forward` in mixed precision.
+    # Accelerate wrapped the network's `forward` for mixed precision; return it unwrapped.
     model.network = accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     model.network.load_state_dict(best.state_dict())
     return history
@@ -155,21 +160,21 @@ def fit_network(
 
 @torch.inference_mode()
 def mean_loss(
-    model: Trainable, network: nn.Module, source: RouteSource, accelerator: Any, at_once: int = JUDGED_TOKENS
+    model: Trainable, network: nn.Module, source: RouteSource, accelerator: Any, batch_tokens: int = EVALUATION_TOKENS
 ) -> float:
-    """Mean loss over all tokens of `source`, in the precision of training."""
+    """The mean loss over all tokens of `source`, in the precision of training."""
     network.eval()
     total = 0.0
     for routes in each_group(source):
-        for start in range(0, len(routes), at_once):
-            tokens_T = np.arange(start, min(start + at_once, len(routes)))
+        for start in range(0, len(routes), batch_tokens):
+            tokens_T = np.arange(start, min(start + batch_tokens, len(routes)))
             with accelerator.autocast():
                 total += float(model.loss(network, routes, tokens_T)) * len(tokens_T)
     return total / len(source)
 
 
 def best_precision() -> str:
-    """bf16 where the device computes in it, else no mixed precision."""
+    """The mixed precision that suits the device: "bf16" if it supports it natively, else "fp16" on a GPU, "no" on a CPU."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -177,15 +182,15 @@ def best_precision() -> str:
 
 
 def _tokens_of_epoch(train: RouteSource, epoch_tokens: int | None) -> list[int]:
-    """Tokens that an epoch takes of each group: all, or its share of `epoch_tokens`."""
+    """The number of tokens that an epoch takes from each group: all of them, or the group's share of `epoch_tokens`."""
     share = min(1.0, (epoch_tokens or len(train)) / len(train))
     return [max(1, round(tokens * share)) for tokens in train.group_tokens]
 
 
 def _batches(
-    train: RouteSource, tokens_G: list[int], options: TrainingOptions, state: _State, accelerator: Any
+    train: RouteSource, tokens_G: list[int], options: TrainingOptions, state: _TrainingState, accelerator: Any
 ) -> Iterator[tuple[Routes, npt.NDArray[np.int64]]]:
-    """The routes and tokens of each step from `state.step` on: groups in random order, and so the tokens of each."""
+    """The routes and tokens of each step from `state.step` on. Groups, and the tokens in each group, are in random order."""
     random = np.random.default_rng([options.seed, state.epoch])
     done, size = state.step, options.batch_tokens * accelerator.num_processes
     for group in random.permutation(len(tokens_G)) if len(tokens_G) > 1 else [0]:
@@ -197,7 +202,10 @@ def _batches(
 
 
 def _share(order_T: npt.NDArray[np.int64], step: int, batch: int, accelerator: Any) -> npt.NDArray[np.int64]:
-    """The tokens of this step and process; the last step of several processes repeats some from the start."""
+    """The tokens of this step and process.
+
+    In the last step, a process without tokens of its own repeats the first batch, because all processes must take the step.
+    """
     processes = accelerator.num_processes
     start = (step * processes + accelerator.process_index) * batch
     chosen = order_T[start : start + batch]
@@ -205,14 +213,14 @@ def _share(order_T: npt.NDArray[np.int64], step: int, batch: int, accelerator: A
 
 
 def _decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and the scales of norms do not."""
+    """Parameter groups for AdamW: weight decay applies to matrices, not to biases and the scales of norms."""
     decaying = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in network.parameters() if parameter.ndim < 2]
     return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def _cosine(update: int, updates: int, warm_up: float) -> float:
-    """The share of the learning rate at this update: it rises from 0 to 1 first, and falls to 0 then."""
+    """The factor of the learning rate at this update: a linear warm-up to 1, then a cosine decay to 0."""
     rising = max(1, int(warm_up * updates))
     if update < rising:
         return (update + 1) / rising
@@ -220,36 +228,42 @@ def _cosine(update: int, updates: int, warm_up: float) -> float:
 
 
 def _schedule(optimizer: Any, options: TrainingOptions, updates: int, done: int) -> LambdaLR:
-    """The learning rate by update, after `done` of them. On the plain optimizer: Accelerate's would step once per process."""
+    """The schedule of the learning rate, after `done` updates.
+
+    It is attached to PyTorch's optimizer, because Accelerate's scheduler would step once per process.
+    """
     plain = getattr(optimizer, "optimizer", optimizer)
     for group in plain.param_groups:
         group["initial_lr"] = options.learning_rate
     return LambdaLR(plain, lambda update: _cosine(update, updates, options.warm_up), last_epoch=done - 1)
 
 
-def _following(most: float) -> Callable[[Any, Any, Any], None]:
-    """How averaged weights follow the network: by 1 / `most` of the way, at first by more.
+def _moving_average(window: float) -> Callable[[Any, Any, Any], None]:
+    """An exponential moving average of the weights over about `window` updates, for `AveragedModel`.
 
-    At first over the last tenth of what there is: the first weights are of no use.
+    Early in training it covers about the last tenth of the updates so far, because the first weights are of no use.
     """
 
     @torch.no_grad()
-    def follow(average: Any, network: Any, updates: Any) -> None:
-        torch._foreach_lerp_(list(average), list(network), max(1 / most, 10 / (10 + int(updates))))
+    def update(average: Any, network: Any, updates: Any) -> None:
+        torch._foreach_lerp_(list(average), list(network), max(1 / window, 10 / (10 + int(updates))))
 
-    return follow
+    return update
 
 
-def _resume(accelerator: Any, folder: Path | None, kept: dict[str, nn.Module], optimizer: Any, what: dict[str, Any]) -> _State:
+def _resume(
+    accelerator: Any, folder: Path | None, kept: dict[str, nn.Module], optimizer: Any, fingerprint: dict[str, Any]
+) -> _TrainingState:
+    """Load the last checkpoint in `folder`, if there is one. Raises `SpecmoeError` if it belongs to another training."""
     if folder is None or not (folder / CHECKPOINTS / STATE_FILE).is_file():
-        return _State()
+        return _TrainingState()
     try:
         document = json.loads((folder / CHECKPOINTS / STATE_FILE).read_text(encoding="utf-8"))
-        if document["of"] != what:
+        if document["of"] != fingerprint:
             raise SpecmoeError(
-                f"{folder / CHECKPOINTS} is of a training with other options or data: resume with those, or remove it"
+                f"{folder / CHECKPOINTS} is from a training with other options or data: resume with those, or remove it"
             )
-        state = _State(**{**document["state"], "best_loss": float(document["state"]["best_loss"])})
+        state = _TrainingState(**{**document["state"], "best_loss": float(document["state"]["best_loss"])})
         checkpoint = folder / CHECKPOINTS / Path(document["folder"]).name
         device = str(accelerator.device)
         for name, network in kept.items():
@@ -260,15 +274,15 @@ def _resume(accelerator: Any, folder: Path | None, kept: dict[str, nn.Module], o
             accelerator.scaler.load_state_dict(document["scaler"])
     except SpecmoeError:
         raise
-    except Exception as error:  # whatever a broken checkpoint causes
+    except Exception as error:  # a broken checkpoint can raise anything
         raise SpecmoeError(
             f"{folder / CHECKPOINTS} cannot be resumed: {first_line(error)}; remove it to start again"
         ) from error
     return state
 
 
-def _lasting(options: TrainingOptions) -> dict[str, Any]:
-    """What must be the same when a training goes on: all but when it stops or saves."""
+def _fixed_options(options: TrainingOptions) -> dict[str, Any]:
+    """The options that must be the same when a training is resumed: all but those on when it stops or saves."""
     return {name: value for name, value in asdict(options).items() if name not in {"max_seconds", "checkpoint_seconds"}}
 
 
@@ -282,9 +296,17 @@ def _identity(model: Trainable, train: RouteSource) -> str:
 
 
 def _save(
-    accelerator: Any, folder: Path, state: _State, kept: dict[str, nn.Module], optimizer: Any, what: dict[str, Any]
+    accelerator: Any,
+    folder: Path,
+    state: _TrainingState,
+    kept: dict[str, nn.Module],
+    optimizer: Any,
+    fingerprint: dict[str, Any],
 ) -> None:
-    """Write a checkpoint next to the last, then name it: a kill in between leaves the last one."""
+    """Write a checkpoint next to the previous one, then point the state file to it.
+
+    If the process is killed in between, the previous checkpoint is still valid.
+    """
     checkpoint = folder / CHECKPOINTS / f"step-{state.epoch}-{state.step}"
     checkpoint.mkdir(parents=True, exist_ok=True)
     save_file(_random_state(), checkpoint / f"random-{accelerator.process_index}.safetensors")
@@ -296,7 +318,7 @@ def _save(
     save_file(_optimizer_state(optimizer), checkpoint / "optimizer.safetensors")
     progress = {**vars(state), "best_loss": str(state.best_loss)}
     scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-    document = {"folder": checkpoint.name, "state": progress, "scaler": scaler, "of": what}
+    document = {"folder": checkpoint.name, "state": progress, "scaler": scaler, "of": fingerprint}
     write_text(folder / CHECKPOINTS / STATE_FILE, json.dumps(document) + "\n")
     for old in (folder / CHECKPOINTS).glob("step-*"):
         if old != checkpoint:
@@ -304,7 +326,7 @@ def _save(
 
 
 def _optimizer_state(optimizer: Any) -> dict[str, torch.Tensor]:
-    """AdamW's tensors by the parameter's number: `3.exp_avg`."""
+    """AdamW's tensors, named by the index of their parameter: `3.exp_avg`."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{name}": tensor for number, tensors in state.items() for name, tensor in tensors.items()}
 
@@ -313,13 +335,13 @@ def _load_optimizer(optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
-        # Where PyTorch counts the updates: on the host, whatever the device.
+        # PyTorch keeps the count of updates on the host, regardless of the device.
         state.setdefault(int(number), {})[name] = tensor.cpu() if name == "step" else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _random_state() -> dict[str, torch.Tensor]:
-    """State of PyTorch's generators; NumPy's are made anew from the seed in every epoch."""
+    """The state of PyTorch's random generators. NumPy's need none: each epoch creates its own from the seed."""
     state = {"cpu": torch.get_rng_state()}
     return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
 
@@ -331,7 +353,7 @@ def _load_random(state: dict[str, torch.Tensor]) -> None:
 
 
 def _write_log(folder: Path, history: Epochs) -> None:
-    """All epochs as CSV."""
+    """Write the entries of all epochs as CSV."""
     with (folder / LOG).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[-1]))
         writer.writeheader()
@@ -339,7 +361,7 @@ def _write_log(folder: Path, history: Epochs) -> None:
 
 
 def _open_board(folder: Path, epoch: int) -> Any:
-    """TensorBoard's log from `epoch` on. What a cut-off training logged beyond its last checkpoint is replaced."""
+    """TensorBoard's log from `epoch` on. It replaces what an interrupted training logged after its last checkpoint."""
     from tensorboardX import SummaryWriter
 
     return SummaryWriter(str(folder / BOARD), purge_step=epoch, filename_suffix=f".{epoch:05d}")

@@ -20,26 +20,26 @@ BLOCKS = 2
 
 
 class MlpPredictor(NeuralPredictor):
-    """Inputs for layer l: the token's routes at layers <= l, all routes of the preceding token, and which token it is.
+    """Inputs for layer l: the token's routes at layers <= l, all routes of the preceding token, and the token's identity.
 
     One network serves all layers; a head per layer gives E logits for each of the H layers ahead.
     """
 
     name: ClassVar[str] = "mlp"
     about: ClassVar[str] = "residual MLP over the routes of layers <= l, the preceding token's routes and the token"
-    source: ClassVar[str] = "the usual small predictor, here over routes"
-    sees: ClassVar[str] = "routes of layers <= l, of the preceding token, which token it is; or router inputs too"
+    source: ClassVar[str] = "the usual small architecture, applied to routes"
+    sees: ClassVar[str] = "routes of layers <= l, of the preceding token, which token it is; optionally router inputs"
     default_width: ClassVar[int] = 80
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.NEXT_LAYER})
     can_take_router_inputs: ClassVar[bool] = True
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=30, batch_tokens=256, warm_up=0.05)
 
-    def build(self, kinds: int) -> nn.Module:
-        return RouteNetwork(self.shape, kinds, self.form.width, self.form.hidden)
+    def build(self, vocabulary_size: int) -> nn.Module:
+        return RouteNetwork(self.shape, vocabulary_size, self.config.width, self.config.hidden)
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         previous_T = routes.previous_T[tokens_T]
-        # A first token has no predecessor: its row is masked out.
+        # A first token has no predecessor: index -1 reads another token's routes, whose weights are set to zero.
         has_previous_T = (previous_T >= 0).astype(np.float32)
         inputs: dict[str, npt.NDArray[Any]] = {
             "ids_TLK": routes.expert_ids_TLK[tokens_T].astype(np.int64),
@@ -53,13 +53,14 @@ class MlpPredictor(NeuralPredictor):
 
 
 class RouteNetwork(nn.Module):
-    """Embeddings of (layer, expert) pairs, summed with the routing weights; cumulative over layers, so that layer l sees
-    no later layer.
+    """A residual MLP over sums of (layer, expert) embeddings, weighted by the routing weights.
+
+    The token's own embeddings are summed cumulatively over layers, so that layer l sees no later layer.
     """
 
     offset_L: torch.Tensor
 
-    def __init__(self, shape: Shape, kinds: int, width: int, hidden: int = 0) -> None:
+    def __init__(self, shape: Shape, vocabulary_size: int, width: int, hidden: int = 0) -> None:
         super().__init__()
         self.shape = shape
         pairs = shape.layers * shape.experts
@@ -67,7 +68,7 @@ class RouteNetwork(nn.Module):
         self.current = nn.Embedding(pairs, width)
         self.previous = nn.Embedding(pairs, width)
         self.previous_ahead = nn.Embedding(pairs, width)
-        self.token = nn.Sequential(nn.Embedding(kinds, TOKEN_WIDTH), nn.Linear(TOKEN_WIDTH, width, bias=False))
+        self.token = nn.Sequential(nn.Embedding(vocabulary_size, TOKEN_WIDTH), nn.Linear(TOKEN_WIDTH, width, bias=False))
         self.layer = nn.Embedding(shape.layers, width)
         self.hidden = RouterInputEmbedding(shape.layers, hidden, width) if hidden else None
         self.blocks = nn.ModuleList(
@@ -98,7 +99,7 @@ class RouteNetwork(nn.Module):
         seen_TLD = _weighted(self.seen(now), weights_TLK).cumsum(1)
         previous_TD = _weighted(self.previous(before), previous_weights_TLK).sum(1)
         ahead_TLD = _weighted(self.previous_ahead(before), previous_weights_TLK)
-        # Layer l is given the preceding token's route at the layer that it predicts first.
+        # Layer l sees the preceding token's route at layer l + 1, which it predicts first.
         ahead_TLD = torch.cat([ahead_TLD[:, 1:], torch.zeros_like(ahead_TLD[:, :1])], dim=1)
         per_token_TD = previous_TD + self.token(token_row_T)
         state = seen_TLD + _weighted(self.current(now), weights_TLK) + ahead_TLD + per_token_TD[:, None] + self.layer.weight

@@ -1,4 +1,4 @@
-"""Without training: a later layer's own router, asked with what this layer's router was given."""
+"""Prediction without training: apply the router of a later layer to the router input of this layer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MAX_WIDTH = 65_536
 class NextGate(Predictor):
     """P = K times the softmax of the router of layer l+h, applied to the router input of layer l.
 
-    The residual stream changes little from layer to layer; that it was normed with layer l's scale is not corrected. Where the
-    model selects by sigmoid scores with a correction, the ranking is by these.
+    This works because the residual stream changes little from layer to layer. The router input is normalized with the scale of
+    layer l, which is not corrected. If the model selects experts by sigmoid scores with a correction, those rank the experts.
     """
 
     name: ClassVar[str] = "next-gate"
@@ -35,7 +35,7 @@ class NextGate(Predictor):
         super().__init__(shape)
         self._weight_LED = np.zeros((shape.layers, shape.experts, width), dtype=np.float32)
         self._bias_LE = np.zeros((shape.layers, shape.experts), dtype=np.float32)
-        # Of the sigmoid scores; not a number where the model selects by the logits themselves.
+        # Added to the sigmoid scores; NaN if the model selects experts by the logits themselves.
         self._correction_LE = np.full((shape.layers, shape.experts), np.nan, dtype=np.float32)
 
     def fit(
@@ -67,7 +67,7 @@ class NextGate(Predictor):
                     logits_TE = np.log(np.maximum(score_TE, 1e-6))
                 share_TE = np.exp(logits_TE - logits_TE.max(1, keepdims=True))
                 chance_TE = shape.top_k * share_TE / share_TE.sum(1, keepdims=True)
-                # Beyond 1 the order still counts: p / (1 + p) keeps it.
+                # K times a share can exceed 1. p / (1 + p) stays below 1 and keeps the ranking.
                 result_TLHE[:, layer, hop - 1] = chance_TE / (1 + chance_TE)
         return result_TLHE
 
@@ -83,7 +83,7 @@ class NextGate(Predictor):
     def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
         weight = arrays.get("weight_LED")
         if weight is None or weight.ndim != 3 or not 1 <= weight.shape[2] <= MAX_WIDTH:
-            raise SpecmoeError("stored predictor: expected 'weight_LED' of the routers")
+            raise SpecmoeError(f"stored predictor: expected 'weight_LED' of 3 dimensions, the last at most {MAX_WIDTH:,}")
         predictor = cls(shape)
         predictor._weight_LED = expected_array(arrays, "weight_LED", (shape.layers, shape.experts, weight.shape[2]))
         predictor._bias_LE = expected_array(arrays, "bias_LE", (shape.layers, shape.experts))

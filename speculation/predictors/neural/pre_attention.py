@@ -1,4 +1,4 @@
-"""Linear predictors on what this layer's router was given, before the next layer's attention runs."""
+"""Linear predictors on the router input of this layer, which is known before the next layer's attention runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 from profiler.errors import SpecmoeError
 from speculation.data.routes import Routes, RouteSource, router_input_scale, router_inputs_of
 from speculation.data.tasks import Shape, Task
-from speculation.predictors.neural.base import Form, NeuralPredictor
+from speculation.predictors.neural.base import NetworkConfig, NeuralPredictor
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
 
 class PreAttention(NeuralPredictor):
     """For each layer, a logistic regression on its router input for the experts of the layers after it.
 
-    width: D, of the router inputs; the trace decides.
+    The width of its network is D, that of the trace's router inputs.
     """
 
     name: ClassVar[str] = "pre-attention"
@@ -32,8 +32,8 @@ class PreAttention(NeuralPredictor):
     default_width: ClassVar[int] = 1
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=15, batch_tokens=128, learning_rate=5e-3, average=300)
 
-    def build(self, kinds: int) -> nn.Module:
-        return LinearNetwork(self.shape, self.form.width)
+    def build(self, vocabulary_size: int) -> nn.Module:
+        return LinearNetwork(self.shape, self.config.width)
 
     def fit(
         self,
@@ -44,8 +44,8 @@ class PreAttention(NeuralPredictor):
         out: Path | None = None,
     ) -> Epochs:
         if options.width is not None:
-            raise SpecmoeError(f"{self.name} is as wide as the router inputs: leave out --width")
-        self.form = Form(width=router_inputs_of(train.group(0), self.name).hidden_TLD.shape[2])
+            raise SpecmoeError(f"{self.name} is as wide as the router inputs: leave out width")
+        self.config = NetworkConfig(width=router_inputs_of(train.group(0), self.name).hidden_TLD.shape[2])
         return super().fit(train, validation, options, on_progress, out)
 
     def prepare(self, train: RouteSource) -> None:
@@ -54,7 +54,7 @@ class PreAttention(NeuralPredictor):
         scale.copy_(torch.from_numpy(router_input_scale(train, self.name)))
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
-        return {"hidden": router_inputs_of(routes, self.name, self.form.width).hidden_TLD[tokens_T].astype(np.float32)}
+        return {"hidden": router_inputs_of(routes, self.name, self.config.width).hidden_TLD[tokens_T].astype(np.float32)}
 
     @classmethod
     def parameters_for(cls, shape: Shape) -> int | None:

@@ -1,4 +1,5 @@
-"""The predictor that won: a residual network over the layers, told what the routes were when the same tokens came before."""
+"""The best predictor of this project: a residual network over the layers that sees the routes of earlier occurrences of the
+same tokens."""
 
 from __future__ import annotations
 
@@ -24,34 +25,44 @@ POSITIONS = 16
 
 
 class Recommended(NeuralPredictor):
-    """For each layer, from: the routes so far (next-layer), the last known token's routes, the routes at the latest earlier
-    place where the same run of tokens ended (`repeats`), the recent use of every expert, and which tokens these are.
+    """Predicts each layer from five inputs:
 
-    A state goes through a residual block per layer, as the model's own residual stream does, and takes in the layer's routes.
+    - the token's routes so far (next-layer only);
+    - the routes of the last known token;
+    - the routes at the latest earlier place where the same run of tokens ended (`speculation.data.repeats`);
+    - the recent use of every expert;
+    - the identity of the token and of the two before it.
+
+    A state passes through one residual block per layer, like the model's own residual stream, and the routes of each layer are
+    added to it.
     """
 
     name: ClassVar[str] = "recommended"
-    about: ClassVar[str] = "residual blocks over the layers; routes so far, of the last token, and of the same tokens before"
+    about: ClassVar[str] = (
+        "residual blocks over the layers; routes so far, of the last token, and of earlier occurrences of the same tokens"
+    )
     source: ClassVar[str] = "this project (docs/predictors.md)"
-    sees: ClassVar[str] = "all routes that the task knows, which tokens these are"
+    sees: ClassVar[str] = "all routes that the task allows, which tokens they are"
     default_width: ClassVar[int] = 256
     token_width: ClassVar[int] = 64
-    # Of a hidden layer, in widths of the state.
+    # The width of a block's hidden layer, as a multiple of the state's.
     times: ClassVar[int] = 2
     # Tokens over which the recent use of experts is averaged.
     windows: ClassVar[tuple[int, ...]] = (4, 16, 128)
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=7, batch_tokens=512, dropout=0.2)
 
-    def build(self, kinds: int) -> nn.Module:
-        return RecommendedNetwork(self.shape, kinds, self.form.width, self.token_width, self.times, len(self.windows))
+    def build(self, vocabulary_size: int) -> nn.Module:
+        return RecommendedNetwork(
+            self.shape, vocabulary_size, self.config.width, self.token_width, self.times, len(self.windows)
+        )
 
     def predict(self, history: History) -> Prediction:
-        """As every predictor's, the state carried on from layer to layer: what was computed before is not computed again."""
+        """Predict as every predictor does, but reuse the state of the layers below instead of computing it again."""
         if self.shape.task != Task.NEXT_LAYER:
             return super().predict(history)
         self.check(history)
         stream = history.cache.get(self.name)
-        if stream is None or stream.of is not self:
+        if stream is None or stream.predictor is not self:
             stream = history.cache[self.name] = Stream(self)
         is_new = stream.token != history.tokens - 1 or stream.layer >= history.layer
         inputs = self.inputs(history.routes, np.array([history.tokens - 1])) if is_new else None
@@ -63,7 +74,7 @@ class Recommended(NeuralPredictor):
         match, order_T = routes.matches.index_T[tokens_T], routes.matches.order_T[tokens_T]
         known_T = tokens_T if shape.task == Task.NEXT_TOKEN else routes.previous_T[tokens_T]
         steps = np.arange(1, shape.horizon + 1) if shape.task == Task.NEXT_TOKEN else np.zeros(1, dtype=np.int64)
-        # What followed there; beyond this token, the same run goes on from there again.
+        # The routes that followed the match. Beyond the current token, assume that the tokens since the match repeat.
         cycle_T = np.maximum(tokens_T - match, 1)
         ahead_TS = (steps - 1) % cycle_T[:, None] + 1 if shape.task == Task.NEXT_TOKEN else steps[None]
         match_TS = np.where(order_T[:, None] > 0, match[:, None] + ahead_TS, -1)
@@ -90,7 +101,7 @@ class Recommended(NeuralPredictor):
 
 
 def _routes_at(routes: Routes, index_TS: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Experts and relative weights `[T, S, L, K]`; weights are zero where the index is -1."""
+    """Expert ids and relative weights at these tokens `[T, S, L, K]`; weights are zero where the index is -1."""
     weights_TSLK = relative_weights(routes.weights_TLK[index_TS]) * (index_TS >= 0)[..., None, None]
     return routes.expert_ids_TLK[index_TS].astype(np.int64), weights_TSLK.astype(np.float32)
 
@@ -98,7 +109,7 @@ def _routes_at(routes: Routes, index_TS: npt.NDArray[np.int64]) -> tuple[npt.NDA
 class RecommendedNetwork(nn.Module):
     """See `Recommended`. D is the width of the state."""
 
-    def __init__(self, shape: Shape, kinds: int, width: int, token_width: int, times: int, windows: int) -> None:
+    def __init__(self, shape: Shape, vocabulary_size: int, width: int, token_width: int, times: int, windows: int) -> None:
         super().__init__()
         layers, experts = shape.layers, shape.experts
         self.shape = shape
@@ -106,12 +117,12 @@ class RecommendedNetwork(nn.Module):
         self.now = PairEmbedding(layers, experts, width) if shape.task == Task.NEXT_LAYER else None
         self.last = PairEmbedding(layers, experts, width)
         self.matches = nn.ModuleList(PairEmbedding(layers, experts, width) for _ in range(self.steps))
-        # How much a match counts, by the length of the run; 0 is none.
+        # The weight of a match, by `Matches.order_T`: the length of the matching run. Entry 0 is for tokens without a match.
         self.trust = nn.Parameter(torch.ones(len(RUN_LENGTHS) + 1))
-        self.unknown = UnknownAtRandom(0.1)
+        self.unknown = UnknownTokenDropout(0.1)
         self.order = nn.Embedding(len(RUN_LENGTHS) + 1, width)
         self.position = nn.Embedding(POSITIONS, width)
-        self.token = nn.Embedding(kinds, token_width)
+        self.token = nn.Embedding(vocabulary_size, token_width)
         self.tokens = nn.Linear(TOKENS_BACK * token_width, width)
         self.recent_all = nn.Linear(windows * layers * experts, width)
         self.recent_layer = nn.Parameter(torch.randn(layers, windows * experts, width) * 0.1)
@@ -120,7 +131,7 @@ class RecommendedNetwork(nn.Module):
         for embedding in (self.order, self.position, self.token):
             nn.init.normal_(embedding.weight, std=0.3)
         self.context = nn.ModuleList(Block(width, times) for _ in range(2))
-        # Of a next-layer prediction from the last layer there is none.
+        # For next-layer, nothing is predicted from the last layer.
         self.layers = layers - (shape.task == Task.NEXT_LAYER)
         self.blocks = nn.ModuleList(Block(width, times) for _ in range(self.layers))
         self.norm_scale = nn.Parameter(torch.ones(layers, 1, width))
@@ -140,7 +151,7 @@ class RecommendedNetwork(nn.Module):
         now_ids: torch.Tensor | None = None,
         now_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits `[T, L, H, E]`. Shapes of the inputs: `Recommended.inputs`."""
+        """Logits `[T, L, H, E]`, from the arrays that `Recommended.inputs` returns."""
         tokens, shape = len(order), self.shape
         last_TLD = self.last(last_ids, last_weights)
         trust_T11 = self.trust[order][:, None, None]
@@ -156,7 +167,7 @@ class RecommendedNetwork(nn.Module):
             + self.position(position)
             + self.last_all(last_TLD.sum(1))
             + self.match_all(match_TLD.sum(1))
-            # The means are of the size of 1 / E; 5 was tried first.
+            # Scaled because the means are of the order of 1 / E. 5 was the first value tried.
             + self.recent_all(5 * recent.reshape(tokens, -1))
         ).float()
         for block in self.context:
@@ -164,7 +175,7 @@ class RecommendedNetwork(nn.Module):
         hints_TLD = last_TLD + match_TLD + recent_TLD
         if self.now is not None and now_ids is not None:
             now_TLD = self.now(now_ids, now_weights)
-            # Layer l is given hints about the layer that it predicts first.
+            # Layer l sees the hints about layer l + 1, which it predicts first.
             hints_TLD = hints_TLD[:, 1:]
         states = []
         for layer, block in enumerate(self.blocks):
@@ -181,8 +192,11 @@ class RecommendedNetwork(nn.Module):
         return logits_TLHE + self.bias_LHE
 
 
-class UnknownAtRandom(nn.Module):
-    """While training, some rows of tokens become 0, that of unknown ones: new texts have tokens that nothing was learned of."""
+class UnknownTokenDropout(nn.Module):
+    """Replaces random token rows with row 0, that of unknown tokens, during training.
+
+    New texts contain tokens without their own embedding; the network must learn to predict without one.
+    """
 
     def __init__(self, share: float) -> None:
         super().__init__()

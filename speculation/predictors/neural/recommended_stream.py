@@ -1,4 +1,4 @@
-"""`recommended` one layer at a time: the same numbers as the network's, without its overhead for one token."""
+"""`recommended` one layer at a time: the same results as the network, without PyTorch's overhead for a single token."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ EPSILON = 1e-5
 
 
 class Stream:
-    """Carries the state of one sequence's current token from layer to layer. of: the predictor whose weights these are."""
+    """Keeps the state of the current token of one sequence from layer to layer. predictor: the `Recommended` to compute."""
 
-    def __init__(self, of: Any) -> None:
-        weights = of.network.state_dict().items()
+    def __init__(self, predictor: Any) -> None:
+        weights = predictor.network.state_dict().items()
         arrays = {name: np.ascontiguousarray(tensor.detach().cpu().float().numpy()) for name, tensor in weights}
-        self.of = of
+        self.predictor = predictor
         self._arrays = arrays
-        self._experts, self._horizon = of.shape.experts, of.shape.horizon
+        self._experts, self._horizon = predictor.shape.experts, predictor.shape.horizon
         self._context = _stacked(arrays, "context", 2)
-        self._blocks = _stacked(arrays, "blocks", of.shape.layers - 1)
+        self._blocks = _stacked(arrays, "blocks", predictor.shape.layers - 1)
         self._all = np.concatenate(
             [arrays["tokens.weight"], arrays["last_all.weight"], arrays["match_all.weight"], 5 * arrays["recent_all.weight"]],
             axis=1,
@@ -35,7 +35,7 @@ class Stream:
         self.token, self.layer = -1, -1
 
     def logits(self, history: History, inputs: dict[str, npt.NDArray[Any]] | None) -> Array:
-        """Logits `[H, E]` at the history's last layer; inputs: of the token, needed if it is a new one."""
+        """Logits `[H, E]` at the history's last known layer. inputs: `Recommended.inputs` of a new token, otherwise None."""
         if inputs is not None:
             self._begin(inputs)
             self.token, self.layer = history.tokens - 1, -1

@@ -1,4 +1,4 @@
-"""A network that is told statistics of the routing besides the routes of the last few tokens."""
+"""A network that sees statistics of the routing in addition to the routes of the last few tokens."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from speculation.predictors.neural.base import Block
 from speculation.predictors.neural.context import ContextNetwork, ContextPredictor
 from speculation.predictors.options import TrainingOptions
 
-# Tokens over which the use of experts is averaged: recent, and historical.
+# Lengths in tokens of the two windows, recent and historical, over which the use of experts is averaged.
 WINDOWS = (16, 256)
-# Kinds of tokens: of the prompt or generated, times the longest run of tokens that occurred before.
+# Token types: prompt or generated, times the length of the longest run of tokens that occurred before.
 TYPES = 2 * (len(RUN_LENGTHS) + 1)
 
 
 class StatisticsAware(ContextPredictor):
-    """Adds, for each layer: the frequency of every expert over the last 16 and 256 tokens, the entropy of these, how many
-    different experts were used (diversity), and the token's type: prompt or generated, and whether it, and those before it,
-    occurred earlier in the text.
+    """An MLP over the routes of the last few tokens and, for each layer:
+
+    - the frequency of every expert over the last 16 and 256 tokens;
+    - the entropy of these frequencies;
+    - the share of experts that were used (diversity);
+    - the token's type: prompt or generated, and the length of the run of tokens, ending with it, that occurred earlier.
     """
 
     name: ClassVar[str] = "statistics-aware"
@@ -37,15 +40,15 @@ class StatisticsAware(ContextPredictor):
     default_width: ClassVar[int] = 128
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=6, batch_tokens=256, learning_rate=1.5e-3)
 
-    def build(self, kinds: int) -> nn.Module:
-        return StatisticsNetwork(self.shape, kinds, self.form.context, self.form.width)
+    def build(self, vocabulary_size: int) -> nn.Module:
+        return StatisticsNetwork(self.shape, vocabulary_size, self.config.context, self.config.width)
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         return super().inputs(routes, tokens_T) | statistics_of(self.shape, routes, tokens_T)
 
 
 def statistics_of(shape: Shape, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
-    """`statistics` `[T, L, S]` of the layer that is predicted first, from earlier tokens; `type` `[T]`."""
+    """The inputs `statistics` `[T, L, S]`, about the layer that is predicted first, and `type` `[T]`."""
     known_T = tokens_T if shape.task == Task.NEXT_TOKEN else routes.previous_T[tokens_T]
     use_TWLE = recent_use(routes, tokens_T, known_T, shape.experts, WINDOWS)
     bits_TWL = entropy(use_TWLE.astype(np.float64)) / np.log2(max(shape.experts, 2))
@@ -66,8 +69,8 @@ def statistics_of(shape: Shape, routes: Routes, tokens_T: npt.NDArray[np.int64])
 class StatisticsNetwork(ContextNetwork):
     """See `StatisticsAware`."""
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int) -> None:
-        super().__init__(shape, kinds, context, width)
+    def __init__(self, shape: Shape, vocabulary_size: int, context: int, width: int) -> None:
+        super().__init__(shape, vocabulary_size, context, width)
         features = len(WINDOWS) * (shape.experts + 2)
         self.join = nn.Linear(context * width, width)
         self.statistics = nn.Parameter(torch.randn(shape.layers, features, width) * 0.1)

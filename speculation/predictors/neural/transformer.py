@@ -17,23 +17,25 @@ from speculation.predictors.options import TrainingOptions
 
 
 class Transformer(ContextPredictor):
-    """Six layers of width 512 with 8 heads over the model's layers, each of which is given its context of three tokens.
+    """A transformer of 6 layers, width 512 and 8 heads, over the model's layers; each one sees a context of three tokens.
 
-    Losses: membership in the set, and which expert is the strongest.
+    Two losses are added: one for the set of experts, and one for the strongest expert.
     """
 
     name: ClassVar[str] = "transformer"
     about: ClassVar[str] = "transformer of 6 layers over the model's layers; losses for the set and for the strongest expert"
-    source: ClassVar[str] = "the usual large predictor, here over routes"
+    source: ClassVar[str] = "the usual large architecture, applied to routes"
     can_share: ClassVar[bool] = True
     can_take_router_inputs: ClassVar[bool] = True
     width_multiple: ClassVar[int] = 8
     default_width: ClassVar[int] = 512
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=2, batch_tokens=128, learning_rate=3e-4, warm_up=0.1)
 
-    def build(self, kinds: int) -> nn.Module:
-        form = self.form
-        return TransformerNetwork(self.shape, kinds, form.context, form.width, form.hidden, is_shared=form.shared_layers)
+    def build(self, vocabulary_size: int) -> nn.Module:
+        config = self.config
+        return TransformerNetwork(
+            self.shape, vocabulary_size, config.context, config.width, config.hidden, is_shared=config.shared_layers
+        )
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         true_TLHE, is_valid_TLH = self.truth(routes, tokens_T)
@@ -50,8 +52,10 @@ class Transformer(ContextPredictor):
 class TransformerNetwork(ContextNetwork):
     """See `Transformer`."""
 
-    def __init__(self, shape: Shape, kinds: int, context: int, width: int, hidden: int = 0, *, is_shared: bool = False) -> None:
-        super().__init__(shape, kinds, context, width, hidden=hidden, is_shared=is_shared)
+    def __init__(
+        self, shape: Shape, vocabulary_size: int, context: int, width: int, hidden: int = 0, *, is_shared: bool = False
+    ) -> None:
+        super().__init__(shape, vocabulary_size, context, width, hidden=hidden, is_shared=is_shared)
         self.join = nn.Linear(context * width, width)
         self.encoder = Encoder(shape, width, depth=6, heads=8)
 

@@ -312,7 +312,7 @@ def test_every_later_command_copes_with_what_is_missing(tmp_path: Path) -> None:
     for row in rows:
         counted[row["layer"], row["expert_ids"]] += 1
     assert np.allclose(statistics.load.share_LE, counted / counted.sum(1, keepdims=True))
-    with pytest.raises(TraceError, match=r"15 slots have no expert.*--drop-incomplete"):
+    with pytest.raises(TraceError, match=r"15 slots have no expert.*drop_incomplete"):
         load_routes(trace, "all")
     source.write_text("".join(json.dumps(row | {"expert_ids": [0, 1]}) + "\n" for row in rows))
     routes = load_routes(import_trace(source, tmp_path / "u"), "all")

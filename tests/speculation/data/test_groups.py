@@ -116,7 +116,7 @@ def test_a_training_by_groups_resumes_to_the_very_same_weights(trace: Trace, tmp
         patch.setattr(mlp, "loss", fails)
         with pytest.raises(KeyboardInterrupt):
             train(trace, "mlp", tmp_path / "cut", options=options)
-    with pytest.raises(SpecmoeError, match="of a training with other options or data"):
+    with pytest.raises(SpecmoeError, match="from a training with other options or data"):
         train(trace, "mlp", tmp_path / "cut", options=replace(options, shards_per_group=2), resume=True)
     resumed = train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
     expected, found = whole.predictor.arrays(), resumed.predictor.arrays()
@@ -133,7 +133,7 @@ def test_one_group_is_trained_as_the_whole(trace: Trace, tmp_path: Path) -> None
 
 def test_what_needs_all_routes_says_so(trace: Trace, tmp_path: Path) -> None:
     for name in ("backoff-counts", "product-of-experts", "boosted-trees"):
-        with pytest.raises(SpecmoeError, match=f"{name} is fitted to all routes at once: leave out --shards-per-group"):
+        with pytest.raises(SpecmoeError, match=f"{name} is fitted to all routes at once: leave out shards_per_group"):
             train(trace, name, tmp_path / name, options=TrainingOptions(shards_per_group=1))
         assert not (tmp_path / name).exists()
 

@@ -1,4 +1,4 @@
-"""What a runtime tells token by token and layer by layer: the same predictions as from whole routes, for every predictor."""
+"""A history fed token by token and layer by layer gives the same predictions as whole routes, for every predictor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from profiler.errors import SpecmoeError
 from profiler.trace.schema import RoutingChunk
 from speculation import load_predictor
-from speculation.data.history import FIRST_CAPACITY, NOBODY, History, Prediction
+from speculation.data.history import ABSTAIN, FIRST_CAPACITY, History, Prediction
 from speculation.data.routes import Routes, make_routes
 from speculation.data.tasks import Shape, Task
 from speculation.predictors.base import Predictor
@@ -29,7 +29,7 @@ def shape_of(task: Task, horizon: int = 2) -> Shape:
 
 
 def random_routes(problems: int = 12, tokens: int = 25, seed: int = 0) -> Routes:
-    """Problems whose tokens come from few kinds, so that many occurred before, and whose routes follow from them."""
+    """Problems with few distinct tokens, so that many occurred before, and whose routes follow from the tokens."""
     random = np.random.default_rng(seed)
     count = problems * tokens
     keys = random.integers(0, 9, count)
@@ -85,7 +85,7 @@ def test_predictions_are_those_from_whole_routes(name: str, task: Task, monkeypa
             assert by_expert(predictor.predict(history)) == pytest.approx(expected_LHE, abs=2e-5)
 
 
-def test_the_ensemble_names_nobody_where_it_is_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ensemble_abstains_where_it_is_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor, routes = fitted("ensemble", Task.NEXT_LAYER, horizon=1), random_routes(1, 20, seed=6)
     confidence = np.sort(predictor.probabilities(routes, slice(0, 20))[:, :-1, 0], axis=-1)[..., -TOP_K:].mean(-1)
     monkeypatch.setattr(Ensemble, "threshold", float(np.median(confidence)) + 1e-6)
@@ -98,7 +98,7 @@ def test_the_ensemble_names_nobody_where_it_is_unsure(monkeypatch: pytest.Monkey
             if layer < LAYERS - 1:
                 found = predictor.predict(history)
                 is_sure = confidence[token, layer] >= Ensemble.threshold
-                assert (found.expert_ids == NOBODY).all() != is_sure
+                assert (found.expert_ids == ABSTAIN).all() != is_sure
                 assert (found.scores > 0).all() == is_sure
                 silent += not is_sure
     assert 20 < silent < 40
@@ -157,27 +157,27 @@ def test_what_cannot_be_told_or_predicted_is_named(tmp_path: Path) -> None:
     history = History(predictor.shape)
     with pytest.raises(SpecmoeError, match="begin a token first"):
         history.add([0, 1])
-    with pytest.raises(SpecmoeError, match="next-layer has nothing to predict before the first token"):
+    with pytest.raises(SpecmoeError, match="next-layer predicts nothing before the first token"):
         predictor.predict(history)
     history.begin(5)
-    with pytest.raises(SpecmoeError, match="nothing to predict after layer -1 of token 0"):
+    with pytest.raises(SpecmoeError, match="predicts nothing after layer -1 of token 0"):
         predictor.predict(history)
     for wrong in ([0, 8], [0], [-1, 2]):
         with pytest.raises(SpecmoeError, match="expected 2 from 0 to 7"):
             history.add(wrong)
     for ids, weights in (([3, 3], None), ([0, 1], [float("nan"), 1.0])):
-        with pytest.raises(SpecmoeError, match="expected different ones, and finite weights"):
+        with pytest.raises(SpecmoeError, match="expected distinct experts, finite weights"):
             history.add(ids, weights)
     history.add([0, 1])
     with pytest.raises(SpecmoeError, match="token 0 has routes of 1 layers, expected 4"):
         history.begin(6)
     for _ in range(3):
         history.add([0, 1])
-    with pytest.raises(SpecmoeError, match="nothing to predict after layer 3 of token 0"):
+    with pytest.raises(SpecmoeError, match="predicts nothing after layer 3 of token 0"):
         predictor.predict(history)
     with pytest.raises(SpecmoeError, match="begin a token first"):
         history.add([0, 1])
-    with pytest.raises(SpecmoeError, match="the history for"):
+    with pytest.raises(SpecmoeError, match="the history is for"):
         predictor.predict(History(Shape(layers=5, experts=8, top_k=2, horizon=2)))
     history = History(predictor.shape)
     history.begin(1)
@@ -186,7 +186,7 @@ def test_what_cannot_be_told_or_predicted_is_named(tmp_path: Path) -> None:
     # Nothing of it stays.
     assert history.layer == -1
     history.add([0, 1], None, np.zeros(8))
-    with pytest.raises(SpecmoeError, match="router input: expected one for every token and layer"):
+    with pytest.raises(SpecmoeError, match="router input is missing: expected one for every token and layer"):
         history.add([0, 1])
     with pytest.raises(SpecmoeError, match="is not a run"):
         load_predictor(tmp_path)

@@ -33,7 +33,7 @@ OPTIONS = TrainingOptions(epochs=12, batch_tokens=64, dropout=0.0, learning_rate
 
 
 def options_of(name: str, **others: Any) -> TrainingOptions:
-    """Of a predictor that takes router inputs: those that can do without are told to."""
+    """Options for a predictor that takes router inputs; predictors for which they are optional are set to use them."""
     cls = predictor_classes()[name]
     return replace(OPTIONS, **({} if cls.needs_router_inputs else {"router_inputs": True, "width": 32}), **others)
 
@@ -166,7 +166,7 @@ def test_only_recorded_problems_are_used(make_trace: Make) -> None:
 
 def test_traces_without_them_are_told_how(make_trace: Make, random_problems: Any, tmp_path: Path) -> None:
     plain = make_trace(random_problems(count=20, tokens=5, layers=3, num_experts=8, top_k=2), 8, name="plain")
-    with pytest.raises(TraceError, match=r"no router inputs \(hidden/ and gates.safetensors\): collect with --capture-hidden"):
+    with pytest.raises(TraceError, match=r"no router inputs \(hidden/ and gates.safetensors\): collect it again with"):
         train(plain, "next-gate", tmp_path / "run")
     assert not (tmp_path / "run").exists()
     partly = make_routed(make_trace, drift=0.5, layers=[0, 2])
@@ -184,9 +184,9 @@ def test_traces_without_them_are_told_how(make_trace: Make, random_problems: Any
 
 def test_who_has_no_use_for_them_says_so(make_trace: Make, tmp_path: Path) -> None:
     trace = make_routed(make_trace, drift=0.5)
-    with pytest.raises(SpecmoeError, match="popularity has no use for router inputs: leave out --router-inputs"):
+    with pytest.raises(SpecmoeError, match="popularity does not use router inputs: leave out router_inputs"):
         train(trace, "popularity", tmp_path / "run", options=TrainingOptions(router_inputs=True))
-    with pytest.raises(SpecmoeError, match="whole-path knows nothing of the token's routers: leave out --router-inputs"):
+    with pytest.raises(SpecmoeError, match="whole-path sees nothing of the token's routers: leave out router_inputs"):
         train(trace, "hybrid", tmp_path / "run", task=Task.WHOLE_PATH, options=options_of("hybrid"))
     assert not (tmp_path / "run").exists()
 

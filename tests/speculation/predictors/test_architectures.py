@@ -27,7 +27,7 @@ from speculation.evaluation.evaluate import evaluate
 from speculation.evaluation.leaderboard import leaderboard_rows
 from speculation.predictors.counting.backoff_counts import BACK_OFF, BackoffCounts
 from speculation.predictors.counting.product_of_experts import logistic_weights
-from speculation.predictors.neural.base import Form
+from speculation.predictors.neural.base import NetworkConfig
 from speculation.predictors.neural.ensemble import Ensemble, EnsembleNetwork
 from speculation.predictors.neural.hierarchical import CLUSTERS, Hierarchical, HierarchicalNetwork, clusters_of
 from speculation.predictors.options import TrainingOptions
@@ -145,7 +145,7 @@ def test_clusters_are_of_experts_selected_together() -> None:
 
 def test_shares_of_the_hierarchy_are_a_distribution() -> None:
     shape = Shape(layers=3, experts=12, top_k=2, horizon=2)
-    predictor = Hierarchical(shape, form=Form(width=32, context=3))
+    predictor = Hierarchical(shape, config=NetworkConfig(width=32, context=3))
     network = predictor.network
     assert isinstance(network, HierarchicalNetwork)
     network.cluster_LHE.copy_(torch.arange(12) % 5)
@@ -159,7 +159,7 @@ def test_shares_of_the_hierarchy_are_a_distribution() -> None:
 
 def test_the_surer_model_of_the_ensemble_counts_more() -> None:
     shape = Shape(layers=2, experts=8, top_k=2, horizon=1)
-    predictor = Ensemble(shape, form=Form(width=32, context=3))
+    predictor = Ensemble(shape, config=NetworkConfig(width=32, context=3))
     network = predictor.network
     assert isinstance(network, EnsembleNetwork)
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_a_shared_head_is_smaller_and_stays(trace: Trace, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("recommended", {"context": 4}, "recommended has no context to choose: leave out --context"),
+        ("recommended", {"context": 4}, "recommended has no context to choose: leave out context"),
         ("mlp", {"adaptive_context": True}, "mlp has no context to choose"),
         ("hybrid", {"shared_layers": True}, "hybrid has no head that could be shared"),
     ],
@@ -241,7 +241,7 @@ def test_clusters_that_do_not_exist_and_times_that_are_none_are_refused(trace: T
     run = train(trace, "hierarchical", tmp_path / "run", options=replace(OPTIONS, epochs=1))
     arrays = load_file(run.path / "model.safetensors")
     save_file({**arrays, "network.cluster_LHE": arrays["network.cluster_LHE"] + 100}, run.path / "model.safetensors")
-    with pytest.raises(SpecmoeError, match="'cluster_LHE' has other numbers than 0 to 7"):
+    with pytest.raises(SpecmoeError, match="'cluster_LHE' has values outside 0 to 7"):
         load_run(run.path)
     save_file(arrays, run.path / "model.safetensors")
     metrics = json.loads((run.path / "metrics.json").read_text())
@@ -308,5 +308,5 @@ def test_trees_that_are_none_are_refused(trace: Trace, tmp_path: Path) -> None:
         assert broken["nodes_LHRN3"][0, 0, 0, 0, 2] >= 0
         broken["nodes_LHRN3"][node] = value
         save_file(broken, path)
-        with pytest.raises(SpecmoeError, match="are no trees"):
+        with pytest.raises(SpecmoeError, match="are not trees"):
             load_run(run.path)

@@ -333,7 +333,7 @@ def test_wrong_choices_are_named(markov_trace: Trace, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").write_text("")
-    with pytest.raises(SpecmoeError, match="choose another --out"):
+    with pytest.raises(SpecmoeError, match="choose another folder"):
         train(markov_trace, "popularity", tmp_path / "taken")
 
 

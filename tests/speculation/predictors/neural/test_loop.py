@@ -46,16 +46,16 @@ def weights(run: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_resumed_training_ends_with_the_very_same_weights(accumulate: int, trace: Trace, tmp_path: Path) -> None:
-    # A checkpoint at every step: the last one is from the middle of an epoch's end, before it was judged.
+    # A checkpoint at every step: the last one is from the end of an epoch, before its evaluation.
     options = replace(OPTIONS, checkpoint_seconds=0.0, accumulate=accumulate)
     whole = train(trace, "mlp", tmp_path / "whole", options=options)
     with pytest.raises(KilledError):
         train(trace, "mlp", tmp_path / "cut", options=options, on_progress=cut_off_at(2))
-    with pytest.raises(SpecmoeError, match="choose another --out, or --resume"):
+    with pytest.raises(SpecmoeError, match="choose another folder, or resume its training"):
         train(trace, "mlp", tmp_path / "cut", options=options)
-    with pytest.raises(SpecmoeError, match="of a training with other options or data: resume with those, or remove it"):
+    with pytest.raises(SpecmoeError, match="from a training with other options or data: resume with those, or remove it"):
         train(trace, "mlp", tmp_path / "cut", options=replace(options, learning_rate=1e-4), resume=True)
-    with pytest.raises(SpecmoeError, match="of a training with other options or data"):
+    with pytest.raises(SpecmoeError, match="from a training with other options or data"):
         train(trace, "mlp", tmp_path / "cut", horizon=2, options=options, resume=True)
     resumed = train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
     expected, found = weights(whole.path), weights(resumed.path)
@@ -70,7 +70,7 @@ def test_a_resumed_training_ends_with_the_very_same_weights(accumulate: int, tra
 
 def test_more_steps_per_update_than_there_are(trace: Trace, tmp_path: Path) -> None:
     steps = OPTIONS.epochs * -(-len(load_routes(trace, "train")) // OPTIONS.batch_tokens)
-    with pytest.raises(SpecmoeError, match=f"--accumulate 1000: the training has only {steps} steps"):
+    with pytest.raises(SpecmoeError, match=f"accumulate 1000: the training has only {steps} steps"):
         train(trace, "mlp", tmp_path / "run", options=replace(OPTIONS, accumulate=1000))
     assert not (tmp_path / "run").exists()
 
@@ -132,7 +132,7 @@ def test_all_of_a_trace_is_trained_on_with_another_to_stop_early_on(
     assert evaluate(run, other, part="all").trained_on == 0
     assert evaluate(run, trace, part="test").trained_on == evaluate(run, trace, part="test").problems
     shared = make_trace(problems, 8, name="shared", prompts=[f"prompt {number}" for number in range(4, 13)])
-    with pytest.raises(SpecmoeError, match=r"9 problems of .*shared are in .*trace too"):
+    with pytest.raises(SpecmoeError, match=r"9 problems of .*shared are also in .*trace: choose another validation trace"):
         train(trace, "popularity", tmp_path / "leaky", validation=shared)
     assert not (tmp_path / "leaky").exists()
 

@@ -1,4 +1,4 @@
-"""What `recommended` is told, by hand; and that it uses it."""
+"""The inputs of `recommended`, by hand; and that it uses them."""
 
 from __future__ import annotations
 
