@@ -9,7 +9,8 @@ Example:
     >>> import vllm_patch
     >>> vllm_patch.enable()  # before vLLM starts
     >>> from vllm import LLM
-    >>> llm = LLM("allenai/OLMoE-1B-7B-0125")
+    >>> from profiler.models.resolve import demo_model_folder
+    >>> llm = LLM(str(demo_model_folder()))
     >>> with vllm_patch.Recording(llm, "traces/mine") as recording:
     ...     recording.add(llm.generate(["Why is the sky blue?"]))
 """

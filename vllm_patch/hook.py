@@ -166,14 +166,14 @@ def source_is_patched(hook: Hook) -> bool:
     return SOURCE_ATTRIBUTE in owner.__code__.co_varnames
 
 
-def _copying(choose: Callable[..., Any], copy: Copy) -> Callable[..., Any]:
-    @functools.wraps(choose)
-    def choose_and_copy(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        chosen = choose(hidden_states, router_logits, *args, **kwargs)
-        copy(hidden_states, router_logits, chosen[0], chosen[1])
-        return chosen
+def _copying(select: Callable[..., Any], copy: Copy) -> Callable[..., Any]:
+    @functools.wraps(select)
+    def select_and_copy(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        selected = select(hidden_states, router_logits, *args, **kwargs)
+        copy(hidden_states, router_logits, selected[0], selected[1])
+        return selected
 
-    return choose_and_copy
+    return select_and_copy
 
 
 class _CurrentLayer:
@@ -187,15 +187,15 @@ def _attach_in_kernel(hook: Hook, layer: MoELayer, copy: Copy) -> None:
     current = getattr(module, "specmoe_current", None)
     if current is None:
         current = module.specmoe_current = _CurrentLayer()
-        choose = getattr(module, hook.wraps)
+        select = getattr(module, hook.wraps)
 
-        def choose_and_copy(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            chosen = choose(hidden_states, router_logits, *args, **kwargs)
+        def select_and_copy(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            selected = select(hidden_states, router_logits, *args, **kwargs)
             if current.copy is not None:
-                current.copy(hidden_states, router_logits, chosen[0], chosen[1])
-            return chosen
+                current.copy(hidden_states, router_logits, selected[0], selected[1])
+            return selected
 
-        setattr(module, hook.wraps, choose_and_copy)
+        setattr(module, hook.wraps, select_and_copy)
     experts = layer.module.routed_experts
     forward = experts.forward_monolithic
 

@@ -76,8 +76,8 @@ class LocalVllm:
 def open_vllm(path: Path | None = None) -> LocalVllm:
     """Read the vLLM at `path` (the package folder, or a checkout that contains it). Default: the installed vLLM.
 
-    Raises `PatchError` if there is no vLLM, if its source has no known form of expert selection, or if a file differs from what
-    is expected.
+    Raises `PatchError` if vLLM is not found, if its source has no known form of expert selection, or if a file differs from
+    what is expected.
     """
     package = _package_folder(path)
     hook = _find_hook(package)
