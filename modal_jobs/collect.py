@@ -245,7 +245,7 @@ def _path(text: str | None) -> Path | None:
 main_signature, main_annotations = plain_signature(RentedJobOptions)
 collect_here.__name__ = "main"
 collect_here.__annotations__ = main_annotations
-# mypy: functions accept attributes, but their type does not declare them.
+# Functions accept attributes, but their type does not declare them.
 collect_here.__signature__ = main_signature  # type: ignore[attr-defined]
 main = app.local_entrypoint(name="main")(collect_here)
 
