@@ -1,4 +1,4 @@
-# Two commands: `make demo` installs everything and runs the main job, `make test` runs every check.
+# The two main commands: `make demo` installs everything and runs the whole pipeline, `make test` runs every check.
 PYTHON ?= python3
 VENV ?= .venv
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -7,8 +7,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 help:
 	@echo "make demo   install into $(VENV), then collect, train, evaluate and analyze on the embedded model"
-	@echo "make test   install into $(VENV), then lint, types and all tests"
-	@echo "make fast   lint, types and the tests that start no engine"
+	@echo "make test   install into $(VENV), then run lint, type checks and all tests"
+	@echo "make fast   install into $(VENV), then run lint, type checks and the tests that start no engine"
 
 install:
 	@$(PYTHON) install.py $(VENV)
@@ -20,11 +20,11 @@ demo: install
 	@rm -rf specmoe-demo
 	@$(VENV)/bin/specmoe demo --out specmoe-demo
 
-# llmcompressor cannot share an environment with vLLM.
+# llmcompressor and vLLM require different versions of transformers, so they need separate environments.
 install-quantize:
 	@$(PYTHON) install.py $(VENV)-quantize --quantize
 
-# Two installations at a time: one waits for the network while the other unpacks.
+# The two installations run in parallel: one waits for the network while the other unpacks.
 test:
 	@$(MAKE) --no-print-directory -j 2 install-tests install-quantize
 	@$(MAKE) --no-print-directory lint

@@ -1,1 +1,1 @@
-"""Measurements, as ratios in one run: `python -m benchmarks.NAME` from the repository's root."""
+"""Measurements, as ratios within one run: `python -m benchmarks.NAME` from the root of the repository."""

@@ -1,10 +1,11 @@
-"""Counting load and transitions against pandas and against a loop with Counter; then the whole analysis, as traces grow.
+"""Speed of counting load and transitions, compared with pandas and a loop over Counter; then of the whole analysis.
 
     python -m benchmarks.analysis [--trace DIR ...] [--rows 100000000]
 
-First, one core, data in memory for all three: expert load and all K x K pairs of adjacent layers. The results are compared.
-Then the one pass of `specmoe analyze` over files with every statistic, in a process of its own, on made traces of 1/100, 1/10
-and all of --rows (Mixtral-shaped, a Markov chain over layers; 100 million rows take 1 GB of disk), on one core and on all.
+First, on one core and with all data in memory: expert load, and all K x K pairs of adjacent layers, counted in three ways. The
+results must be equal. Then the single pass of `specmoe analyze` over files, with every statistic, in a separate process, on one
+core and on all. It runs on synthetic traces of 1/100, 1/10 and all of --rows: Mixtral-shaped, a Markov chain over layers; 100
+million rows take 1 GB of disk.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from profiler.trace.schema import PROBLEMS_FILE, PROBLEMS_SCHEMA, Metadata, Mode
 from profiler.trace.stream import RoutingWriter
 from profiler.trace.writer import write_manifest, write_metadata, write_table
 
-MIXTRAL = ModelMetadata(id="made", moe_layers=list(range(32)), num_experts=8, top_k=2)
+MIXTRAL = ModelMetadata(id="synthetic", moe_layers=list(range(32)), num_experts=8, top_k=2)
 TOKENS_PER_PROBLEM = 500
-# What the slow versions are timed on; their cost per row does not depend on the number of rows.
+# The slow versions are timed on this many tokens. Their cost per row does not depend on the number of rows.
 PANDAS_TOKENS, LOOP_TOKENS = 20_000, 1_000
 REPEATS = 3
 
@@ -54,25 +55,27 @@ def main() -> None:
         child(Path(arguments.child[0]), int(arguments.child[1]))
         return
     with tempfile.TemporaryDirectory() as folder:
-        made = [make_trace(Path(folder) / f"made-{part}", arguments.rows // part // 32) for part in (100, 10, 1)]
-        one_core()
-        for path in [made[0], *arguments.trace]:
+        synthetic = [
+            write_synthetic_trace(Path(folder) / f"synthetic-{part}", arguments.rows // part // 32) for part in (100, 10, 1)
+        ]
+        use_one_core()
+        for path in [synthetic[0], *arguments.trace]:
             compare(Trace.open(path))
-        every_core()
-        for path in [*arguments.trace, *made]:
+        use_every_core()
+        for path in [*arguments.trace, *synthetic]:
             measure(path)
 
 
-def one_core() -> None:
+def use_one_core() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def every_core() -> None:
+def use_every_core() -> None:
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 def compare(trace: Trace) -> None:
-    """Three ways to the same counts."""
+    """Time three ways to compute the same counts."""
     model = trace.metadata.model
     pieces, tokens = [], 0
     for piece in trace.chunks():
@@ -89,10 +92,10 @@ def compare(trace: Trace) -> None:
         part = chunk.take(slice(0, min(limit, len(chunk))))
         prepare(count, part, model)
         seconds, counted = best(partial(count, part, model))
-        for mine, theirs in zip(count_ours(part, model), counted, strict=True):
-            assert (mine == theirs).all(), f"{name} counts otherwise"
+        for expected, actual in zip(count_ours(part, model), counted, strict=True):
+            assert (expected == actual).all(), f"the counts of {name} differ"
         rate = len(part) * layers / seconds
-        print(f"  {name:<20}  {rate / 1e6:9.3f} M rows/s  ours is {rows / ours / rate:7.1f} x as fast")
+        print(f"  {name:<20}  {rate / 1e6:9.3f} M rows/s  compiled loops are {rows / ours / rate:7.1f} x as fast")
 
 
 Tables = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
@@ -100,7 +103,7 @@ Tables = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 def count_ours(chunk: RoutingChunk, model: ModelMetadata) -> Tables:
     layers, experts = len(model.moe_layers), model.num_experts
-    axes = Axes(tuple(model.moe_layers), experts, model.top_k, 1, False, ("made",), ())
+    axes = Axes(tuple(model.moe_layers), experts, model.top_k, 1, False, ("synthetic",), ())
     nothing_T = np.zeros(len(chunk), dtype=np.int32)
     frame = Frame(RoutingChunk(chunk.problem_ids_T, chunk.token_ids_T, chunk.expert_ids_TLK, None), *[nothing_T] * 4)
     load, transitions = LoadCounts(axes), TransitionCounts(axes)
@@ -110,10 +113,10 @@ def count_ours(chunk: RoutingChunk, model: ModelMetadata) -> Tables:
 
 
 def prepare(count: Callable[..., Any], part: RoutingChunk, model: ModelMetadata) -> None:
-    """Each version's own form of the data, which it would have read so: not timed."""
+    """Convert the data to the form that each version works on. Not timed: each version could have read it in that form."""
     layers, top_k = len(model.moe_layers), model.top_k
     if count is count_pandas:
-        FORMS["pandas"] = pd.DataFrame(
+        INPUTS["pandas"] = pd.DataFrame(
             {
                 "token": np.repeat(np.arange(len(part)), layers * top_k),
                 "layer": np.tile(np.repeat(np.arange(layers), top_k), len(part)),
@@ -121,14 +124,14 @@ def prepare(count: Callable[..., Any], part: RoutingChunk, model: ModelMetadata)
             }
         )
     else:
-        FORMS["loop"] = part.expert_ids_TLK.tolist()
+        INPUTS["loop"] = part.expert_ids_TLK.tolist()
 
 
-FORMS: dict[str, Any] = {}
+INPUTS: dict[str, Any] = {}
 
 
 def count_pandas(_: RoutingChunk, model: ModelMetadata) -> Tables:
-    frame, layers, experts = FORMS["pandas"], len(model.moe_layers), model.num_experts
+    frame, layers, experts = INPUTS["pandas"], len(model.moe_layers), model.num_experts
     load = frame.groupby(["layer", "expert"]).size()
     later = frame.assign(layer=frame["layer"] - 1)
     joined = frame.merge(later, on=["token", "layer"], suffixes=("", "_later"))
@@ -144,7 +147,7 @@ def count_loop(_: RoutingChunk, model: ModelMetadata) -> Tables:
     layers, experts = len(model.moe_layers), model.num_experts
     load: Counter[tuple[int, int]] = Counter()
     pairs: Counter[tuple[int, int, int]] = Counter()
-    for token in FORMS["loop"]:
+    for token in INPUTS["loop"]:
         for layer, experts_K in enumerate(token):
             for expert in experts_K:
                 load[layer, expert] += 1
@@ -161,7 +164,7 @@ def count_loop(_: RoutingChunk, model: ModelMetadata) -> Tables:
 
 
 def best(work: Callable[[], Tables]) -> tuple[float, Tables]:
-    """The best of a few, after one that may compile."""
+    """The best time of `REPEATS` runs, after a first one that may compile."""
     result, times = work(), []
     for _attempt in range(REPEATS):
         began = time.perf_counter()
@@ -170,13 +173,13 @@ def best(work: Callable[[], Tables]) -> tuple[float, Tables]:
     return min(times), result
 
 
-def make_trace(path: Path, tokens: int) -> Path:
-    """A trace of a Markov chain: each layer's experts follow from the layer before with probability one half."""
+def write_synthetic_trace(path: Path, tokens: int) -> Path:
+    """A trace of a Markov chain: with probability one half, a layer's experts follow from those of the previous layer."""
     random = np.random.default_rng(0)
     path.mkdir(parents=True)
     write_metadata(path, Metadata(model=MIXTRAL, engine="none", hook="none"))
     problems = max(2, tokens // TOKENS_PER_PROBLEM)
-    blocks = list(made_blocks(random, min(problems, 64)))
+    blocks = list(synthetic_blocks(random, min(problems, 64)))
     with RoutingWriter(run_folder(path, 0), MIXTRAL) as writer:
         for problem in range(problems):
             ids, weights = blocks[problem % len(blocks)]
@@ -191,7 +194,7 @@ def make_trace(path: Path, tokens: int) -> Path:
     return path
 
 
-def made_blocks(random: np.random.Generator, count: int) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+def synthetic_blocks(random: np.random.Generator, count: int) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
     for _ in range(count):
         ids = random.random((TOKENS_PER_PROBLEM, 32, 8)).argsort(-1)[:, :, :2]
         for layer in range(1, 32):
@@ -202,7 +205,7 @@ def made_blocks(random: np.random.Generator, count: int) -> Iterator[tuple[np.nd
 
 
 def measure(path: Path) -> None:
-    """Every statistic over a trace, on one core and on all."""
+    """Compute every statistic of a trace, on one core and on all cores."""
     rows = Trace.open(path).num_rows
     shown = []
     for workers in sorted({1, os.cpu_count() or 1}):
@@ -216,7 +219,7 @@ def measure(path: Path) -> None:
         speed = f"{rows / found['count'] / 1e6:5.2f} M rows/s ({found['count']:.1f} s)"
         shown.append(f"{workers} threads: {speed}, peak {found['peak']:.0f} MiB")
         rest = found["rest"]
-    print(f"{path.name}: {rows:,} rows, every statistic. {'; '.join(shown)}; then {rest:.1f} s whatever the rows")
+    print(f"{path.name}: {rows:,} rows, every statistic. {'; '.join(shown)}; plus {rest:.1f} s for any number of rows")
 
 
 def child(path: Path, workers: int) -> None:
@@ -224,10 +227,10 @@ def child(path: Path, workers: int) -> None:
     from analysis.statistics.compute import Source, make_statistics
 
     if workers == 1:
-        one_core()
+        use_one_core()
     pa.set_cpu_count(workers)
     trace = Trace.open(path)
-    # Compiled loops are kept on disk; loading them is not counting.
+    # Compiled loops are cached on disk, and loading them must not be timed as counting.
     count_trace(Trace.open(path), workers=1) if trace.num_rows < 2_000_000 else None
     began = time.perf_counter()
     counts = count_trace(trace, workers=workers)
@@ -242,7 +245,7 @@ def child(path: Path, workers: int) -> None:
 
 
 def peak_mib() -> float:
-    """Of this program alone: `getrusage` also counts what its parent had when it was started."""
+    """Peak memory of this process alone. `getrusage` would include what its parent had when it started this process."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 

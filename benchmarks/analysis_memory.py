@@ -1,9 +1,10 @@
-"""Peak memory of `specmoe analyze`, files to report, on traces of hard shapes.
+"""Peak memory of `specmoe analyze`, from files to report, on traces of difficult shapes.
 
     python -m benchmarks.analysis_memory [--only NAME] [--trace DIR ...]
 
-Each trace is made, analyzed by the command in a process of its own with as many threads as it likes, and deleted. The report is
-written too. Routing is random: what is measured does not depend on it. 8 GB of disk and half an hour.
+Each synthetic trace is written, analyzed by the command in a separate process with its default number of threads, and deleted.
+The measurement includes writing the report. Routing is random, since memory does not depend on it. Needs 8 GB of disk and half
+an hour.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from profiler.trace.schema import (
 from profiler.trace.writer import TEXT_PER_GROUP, BlockWriter, write_manifest, write_metadata
 
 LIMIT_MIB = 1024
-# Runs the command and prints its own high-water mark: the kernel counts what a parent had into `getrusage` of a child.
+# Runs the command and prints its peak memory. `getrusage` of a child would include what its parent had.
 CHILD = """
 import sys
 from pathlib import Path
@@ -53,9 +54,10 @@ finally:
 
 @dataclass(frozen=True)
 class Case:
-    """A trace of `problems` x `tokens` tokens. prompt_bytes: of each problem's text. kinds: of vocabulary ids.
+    """A trace of `problems` x `tokens` tokens.
 
-    one_group: `problems.parquet` has a single row group, as of a writer that does not care; its text does not repeat.
+    prompt_bytes: length of each problem's text. vocabulary: number of vocabulary ids that tokens are drawn from.
+    one_group: `problems.parquet` has a single row group, as a careless writer would leave it, and text that does not repeat.
     """
 
     layers: int
@@ -64,7 +66,7 @@ class Case:
     problems: int
     tokens: int
     prompt_bytes: int = 20
-    kinds: int = 50_000
+    vocabulary: int = 50_000
     logits: bool = False
     datasets: int = 3
     one_group: bool = False
@@ -85,9 +87,9 @@ CASES = {
     "one layer of 6,000 experts, many problems": Case(1, 6_000, 4, 5_000, 5),
     "two million problems": Case(1, 4, 1, 2_000_000, 1),
     "long texts": Case(4, 8, 2, 20_000, 10, prompt_bytes=200_000),
-    "all text in a row group": Case(1, 4, 1, 400_000, 1, prompt_bytes=1_000, one_group=True),
+    "all text in one row group": Case(1, 4, 1, 400_000, 1, prompt_bytes=1_000, one_group=True),
     "pages of 200 MB": Case(58, 256, 8, 1_300, 5, prompt_bytes=200_000, one_group=True),
-    "as many kinds of tokens as tokens": Case(4, 8, 2, 3_000, 1_000, kinds=2**31 - 1),
+    "all tokens distinct": Case(4, 8, 2, 3_000, 1_000, vocabulary=2**31 - 1),
 }
 
 
@@ -97,18 +99,19 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, action="append", default=[], help="a trace directory; may be repeated")
     arguments = parser.parse_args()
     for path in arguments.trace:
-        print(f"{path.name}: {measured(path)}", flush=True)
+        print(f"{path.name}: {measure(path)}", flush=True)
     for name, case in CASES.items():
         if arguments.only in {None, name}:
             with tempfile.TemporaryDirectory() as folder:
-                print(f"{name}, {described(case)}: {measured(make(Path(folder) / 'made', case))}", flush=True)
+                trace = write_synthetic_trace(Path(folder) / "synthetic", case)
+                print(f"{name}, {describe(case)}: {measure(trace)}", flush=True)
 
 
-def described(case: Case) -> str:
+def describe(case: Case) -> str:
     return f"{case.layers} x {case.experts}, K = {case.top_k}, {case.problems:,} problems of {case.tokens} tokens"
 
 
-def measured(path: Path) -> str:
+def measure(path: Path) -> str:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-c", CHILD, "analyze", str(path), "--out", f"{out}/report"]
@@ -119,10 +122,10 @@ def measured(path: Path) -> str:
     return f"peak {peak:,.0f} MiB, {time.perf_counter() - began:.0f} s{'' if peak < LIMIT_MIB else f', more than {LIMIT_MIB}'}"
 
 
-def make(path: Path, case: Case) -> Path:
-    """A complete trace. Files are written as they are made: whatever the case, this program stays small."""
+def write_synthetic_trace(path: Path, case: Case) -> Path:
+    """Write a complete trace. Files are written in pieces, so that this process stays small in every case."""
     path.mkdir()
-    model = ModelMetadata(id="made", moe_layers=list(range(case.layers)), num_experts=case.experts, top_k=case.top_k)
+    model = ModelMetadata(id="synthetic", moe_layers=list(range(case.layers)), num_experts=case.experts, top_k=case.top_k)
     write_metadata(path, Metadata(model=model, engine="none", hook="none"))
     random = np.random.default_rng(0)
     routing = BlockWriter(path / ROUTING_FOLDER, model.moe_layers, routing_schema(case.experts, case.top_k))
@@ -137,7 +140,7 @@ def make(path: Path, case: Case) -> Path:
         logits.close()
     with pq.ParquetWriter(path / TOKENS_FILE, TOKENS_SCHEMA, compression="zstd") as tokens:
         for ids_T, positions_T in tokens_of(case, 100_000):
-            vocabulary_T = random.integers(case.kinds, size=len(ids_T))
+            vocabulary_T = random.integers(case.vocabulary, size=len(ids_T))
             columns = [ids_T, positions_T, vocabulary_T, pa.array(["decode"] * len(ids_T))]
             tokens.write_table(pa.table(columns, names=TOKENS_SCHEMA.names).cast(TOKENS_SCHEMA))
     with pq.ParquetWriter(path / PROBLEMS_FILE, PROBLEMS_SCHEMA, compression="zstd") as problems:
@@ -163,14 +166,14 @@ def make(path: Path, case: Case) -> Path:
 
 
 def tokens_of(case: Case, at_once: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Problem ids and positions of at most `at_once` tokens at a time."""
+    """Problem ids and positions of the tokens, at most `at_once` tokens at a time."""
     for start in range(0, case.problems * case.tokens, at_once):
         token = np.arange(start, min(start + at_once, case.problems * case.tokens))
         yield (token // case.tokens).astype(np.int32), (token % case.tokens).astype(np.int32)
 
 
 def random_routes(random: np.random.Generator, case: Case, tokens: int) -> dict[str, np.ndarray]:
-    """K different experts, by steps of 1 to E / K from a random one; and weights that fall."""
+    """K different experts, in steps of 1 to E / K from a random one, with descending weights."""
     shape = (tokens, case.layers, case.top_k)
     steps_TLK = random.integers(1, max(2, case.experts // case.top_k + 1), size=shape).cumsum(-1)
     ids_TLK = (steps_TLK + random.integers(case.experts, size=(*shape[:2], 1))) % case.experts

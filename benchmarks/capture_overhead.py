@@ -1,16 +1,16 @@
-"""What capturing costs next to other ways: tokens/s against vLLM without a plugin, on the same prompts, interleaved in one run.
+"""The cost of capture compared with alternatives: tokens/s relative to plain vLLM, on the same prompts, interleaved in one run.
 
     python -m benchmarks.capture_overhead [--model demo|dummy] [--rounds 7] [--compiled] [--routed-experts]
 
-The arms `off`, `on` and `writing` are those of `python -m vllm_patch check --overhead`, which explains how they take turns.
-Further ones:
+The arms `off`, `on` and `writing` are those of `python -m vllm_patch check --overhead`; `vllm_patch/check/overhead.py` explains
+how they take turns. Further arms:
 
-    again      vLLM without a plugin in a second engine: how far from 1 the ratio of equals is
-    logger     a plain hook as published patches have it: per layer .tolist() and a line of JSON per token
-    routed     vLLM's own enable_return_routed_experts (ids only), with --routed-experts; runs on CPU with 0.30 alone
+    again      vLLM without a plugin in a second engine: shows how far from 1 the ratio of two equal engines is
+    logger     a plain hook as in published patches: .tolist() for each layer and a line of JSON for each token
+    routed     vLLM's own enable_return_routed_experts (ids only), with --routed-experts; on CPU it runs with 0.30 only
 
-The dummy model has random weights and Mixtral's shape (on a CPU 8 layers of hidden size 512): it says what capture costs, and
-nothing about routing.
+The dummy model has random weights and Mixtral's shape (on a CPU, 8 layers of hidden size 512): it shows the cost of capture and
+says nothing about routing.
 """
 
 from __future__ import annotations
@@ -25,14 +25,23 @@ from pathlib import Path
 from typing import Any
 
 from profiler.models.resolve import demo_model_folder
-from vllm_patch.check.overhead import Arm, Plan, Workload, gpu_bytes, measure_workload, parse_plan, plan_for, serve
+from vllm_patch.check.overhead import (
+    Arm,
+    OverheadPlan,
+    OverheadWorkload,
+    gpu_bytes,
+    measure_workload,
+    parse_plan,
+    plan_for,
+    serve,
+)
 
 ARMS = ("off", "again", "on", "writing", "logger")
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
 
 
 class PlainLogger:
-    """A worker extension that hooks every router as a plain patch does."""
+    """A worker extension that hooks every router, as a simple patch would."""
 
     model_runner: Any
 
@@ -64,10 +73,10 @@ def main() -> None:
     parser.add_argument("--routed-experts", action="store_true")
     parser.add_argument("--without-logger", action="store_true")
     options = parser.parse_args()
-    # .tolist() breaks the graph of a compiled model, and compilation with it.
+    # .tolist() breaks the graph of a compiled model, so compilation fails.
     skipped = {"logger"} if options.compiled or options.without_logger else set()
     names = [name for name in ARMS if name not in skipped] + ["routed"] * options.routed_experts
-    plan = plan_of(options)
+    plan = plan_from_options(options)
     with tempfile.TemporaryDirectory(prefix="capture-overhead-") as folder, contextlib.ExitStack() as stack:
         command = [sys.executable, "-m", "benchmarks.capture_overhead", "serve"]
         arms = [stack.enter_context(Arm(name, [*command, name], plan, Path(folder))) for name in names]
@@ -75,17 +84,17 @@ def main() -> None:
             arm.wait_until_ready()
         result = measure_workload(plan, plan.workloads[0], arms, None)
     print(f"{result.model}, {'compiled' if options.compiled else 'eager'}, {result.workload}, {result.rounds} rounds")
-    print(f"{'':8}{'tokens/s':>10}{'ratio to off':>14}   least-most")
+    print(f"{'':8}{'tokens/s':>10}{'ratio to off':>14}   min-max")
     for name, speed in result.tokens_per_second.items():
         ratio = result.ratios.get(name)
         shown = "" if ratio is None else f"{ratio.median:14.3f}   {ratio.least:.3f}-{ratio.most:.3f}"
         print(f"{name:8}{speed:10,.0f}{shown}")
-    print(f"writing: {result.rows_per_round:,} rows a round, the engine waited {result.writer_waits} times for the writer")
+    print(f"writing: {result.rows_per_round:,} rows per round; the engine waited {result.writer_waits} times for the writer")
 
 
-def plan_of(options: argparse.Namespace) -> Plan:
-    """One workload of short prompts, on the embedded model or a dummy one."""
-    workload = Workload(
+def plan_from_options(options: argparse.Namespace) -> OverheadPlan:
+    """One workload of short prompts, on the embedded model or a dummy model."""
+    workload = OverheadWorkload(
         name=f"{options.requests} requests of {PROMPT_TOKENS} + {NEW_TOKENS} tokens",
         requests=options.requests,
         prompt_tokens=PROMPT_TOKENS,
@@ -97,8 +106,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
     return replace(plan, model="demo model", folder=str(demo_model_folder())) if options.model == "demo" else plan
 
 
-def serve_arm(arm: str, plan: Plan) -> None:
-    """An arm in a process of its own."""
+def serve_arm(arm: str, plan: OverheadPlan) -> None:
+    """Run one arm, in the process that `Arm` started."""
     if arm == "logger":
         path = str(Path(tempfile.mkdtemp(prefix="capture-overhead-log-", dir=plan.scratch)) / "log.jsonl")
         serve(

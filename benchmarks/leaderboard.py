@@ -1,9 +1,9 @@
-"""Train every predictor on one trace, judge them on another, and write the leaderboard.
+"""Train every predictor on one trace, evaluate them on another, and write the leaderboard.
 
     python -m benchmarks.leaderboard TRACE --validation OTHER --out DIR [--only NAME ...]
 
-Runs that are finished in DIR are kept, so that a call that was cut off goes on. Training is cut short for the larger
-networks (SHORT): about five minutes each on two cores, which is far from what they need. An hour in all.
+Finished runs in DIR are kept, so an interrupted call can be continued. Training of the larger networks is shortened (SHORT) to
+about five minutes each on two cores, far less than they need. The whole benchmark takes an hour.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHORT: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--validation", type=Path, required=True, help="another trace, to stop early on and to judge by")
+    parser.add_argument("--validation", type=Path, required=True, help="another trace, for early stopping and evaluation")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", action="append", choices=list(predictor_classes()))
     arguments = parser.parse_args()
@@ -50,7 +50,7 @@ def main() -> None:
         if Task.NEXT_LAYER not in cls.tasks or (arguments.only and name not in arguments.only):
             continue
         if cls.needs_router_inputs and not (trace.path / HIDDEN_FOLDER).is_dir():
-            print(f"{name}: left out, {trace.path.name} has no router inputs")
+            print(f"{name}: skipped, because {trace.path.name} has no router inputs")
             continue
         began = time.perf_counter()
         out = arguments.out / name

@@ -1,9 +1,9 @@
-"""What needs a GPU and no vLLM: training, evaluation and replay on real routing, each as a user would run it.
+"""The commands that use a GPU but not vLLM: training, evaluation and replay of real routing, as a user would run them.
 
     python -m benchmarks.on_gpu TRAIN_TRACE VALIDATION_TRACE --out FOLDER [--seconds 200] [--model gpt-oss-20b]
 
-Every step is a `specmoe` command in a process of its own. `FOLDER/on_gpu.json` is rewritten after each, so that a run that is
-cut keeps what it has.
+Every step is a `specmoe` command in a separate process. `FOLDER/on_gpu.json` is rewritten after each step, so that an
+interrupted run keeps its results.
 """
 
 from __future__ import annotations

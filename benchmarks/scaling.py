@@ -1,10 +1,10 @@
-"""What many tokens cost: measured on this machine for the parts that run on a CPU, estimated for the GPU.
+"""The cost of large collections: measured on this machine for the parts that run on a CPU, estimated for the GPU.
 
     python -m benchmarks.scaling [--tokens 100000 1000000 10000000] [--folder DIR]
 
-Measured, one core, routing of Mixtral's shape (32 layers, 8 experts, top-2; uniform and independent, the worst case for
-compression), problems of 500 tokens, in shards of 8,192 problems as on Modal: capture, seal and tables of every shard; merging;
-reading everything back, checked. Estimated: `profiler.plan.estimate`, for every model of the registry.
+Measured on one core: capturing and sealing every shard, with its tables; merging; reading everything back, with checks. Routing
+has Mixtral's shape (32 layers, 8 experts, top-2) and is uniform and independent, the worst case for compression. Problems have
+500 tokens, in shards of 8,192 problems as on Modal. Estimated: `profiler.plan.estimate`, for every model of the registry.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.trace_io import MIXTRAL, TOKENS_PER_PROBLEM, made_blocks
+from benchmarks.trace_io import MIXTRAL, TOKENS_PER_PROBLEM, synthetic_blocks
 from profiler.capture.finish import finish_trace
 from profiler.capture.requests import Sequence
 from profiler.capture.sealing import run_folder
@@ -37,7 +37,7 @@ from profiler.trace.schema import Metadata
 from profiler.trace.stream import RoutingWriter
 
 SIZES = [10**6, 10**8, 10**10]
-# Of 400 + 100 tokens, a question with a short answer; and texts that are only read.
+# (share of prompt tokens, tokens per problem): a question with a short answer; and texts that the model only reads.
 MIXES = {"400 + 100": (0.8, 500), "texts of 1,000": (0.999, 1001)}
 PROMPT = "x" * 1600
 
@@ -45,7 +45,7 @@ PROMPT = "x" * 1600
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="*", default=[10**5, 10**6, 10**7])
-    parser.add_argument("--folder", type=Path, help="where to write; default: the system's folder for temporary files")
+    parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
     parser.add_argument("--child", nargs=2, metavar=("TOKENS", "DIR"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -73,11 +73,11 @@ def main() -> None:
 
 
 def measure(tokens: int, folder: Path) -> dict[str, object]:
-    """One size, in a process of its own, so that its peak memory is its own."""
+    """Measure one size. `main` runs it in a separate process, so that sizes do not share their peak memory."""
     pa.set_cpu_count(1)
     found: dict[str, object] = {}
     problems = tokens // TOKENS_PER_PROBLEM
-    blocks = list(made_blocks(64))
+    blocks = list(synthetic_blocks(64))
     parts = []
     began = time.monotonic()
     for first in range(0, problems, LARGE_SHARD):
@@ -108,7 +108,7 @@ def measure(tokens: int, folder: Path) -> dict[str, object]:
 
 
 def write_shard(path: Path, problems: range, blocks: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> Trace:
-    """Problems of `TOKENS_PER_PROBLEM` tokens, whose routing are the blocks in turn."""
+    """Write a shard of problems of `TOKENS_PER_PROBLEM` tokens that cycle through the blocks of routing."""
     path.mkdir(parents=True)
     routed = TOKENS_PER_PROBLEM - 1
     sequences = []
@@ -122,7 +122,7 @@ def write_shard(path: Path, problems: range, blocks: list[tuple[int, np.ndarray,
                 Sequence(
                     problem_id=problem,
                     captured_as=(0, problem),
-                    dataset="made",
+                    dataset="synthetic",
                     source_key=str(problem),
                     prompt=PROMPT,
                     output="",
@@ -134,9 +134,9 @@ def write_shard(path: Path, problems: range, blocks: list[tuple[int, np.ndarray,
 
 
 def print_estimates() -> None:
-    """Time, money and bytes for every model of the registry on the default GPU."""
+    """Print time, cost and trace size for every model of the registry on the default GPU."""
     gpu = find_gpu(DEFAULT_GPU)
-    print(f"estimated, not measured: one {gpu.name}; GPU hours, dollars and trace for so many tokens")
+    print(f"estimated, not measured: one {gpu.name}; GPU hours, dollars and trace size by number of tokens")
     for name, (share, length) in MIXES.items():
         print(f"{name:<28}{'tokens/s':>10}" + "".join(f"{f'10^{len(str(size)) - 1} tokens':>34}" for size in SIZES))
         for entry in MODELS.values():
@@ -162,7 +162,7 @@ def print_estimates() -> None:
 
 
 def peak_mib() -> float:
-    """Of this process so far."""
+    """Peak memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

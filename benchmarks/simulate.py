@@ -1,9 +1,10 @@
-"""Speed of the simulation: requests per second of every policy, with and without prefetching, against a plain Python LRU.
+"""Speed of the simulation: requests per second of every policy, with and without prefetching, compared with a plain Python LRU.
 
     python -m benchmarks.simulate [--trace DIR] [--requests N]
 
-A request is one token at one layer: K experts at once. On one core, compiled code warm; a made trace of gpt-oss-20b's shape
-(24 layers of 32 experts, top-4), in which a token's experts resemble those of the token before. Medians of three.
+A request is one token at one layer: K experts at once. Runs on one core, with compiled code warm, on synthetic requests of
+gpt-oss-20b's shape (24 layers of 32 experts, top-4), in which a token's experts resemble those of the previous token. Times are
+medians of three.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from speculation.offload.simulate import Setting, Workload, simulate
 
 LAYERS, EXPERTS, TOP_K = 24, 32, 4
 ROUNDS = 3
-# Of the requests, what the plain version is timed on.
+# The plain version is timed on this fraction of the requests: one in 20.
 PLAIN_SHARE = 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, help="default: a made one")
+    parser.add_argument("--trace", type=Path, help="default: synthetic requests")
     parser.add_argument("--requests", type=int, default=4_000_000)
     arguments = parser.parse_args()
-    requests = read(arguments.trace) if arguments.trace else made(arguments.requests // LAYERS)
+    requests = read_requests(arguments.trace) if arguments.trace else synthetic_requests(arguments.requests // LAYERS)
     workload = Workload(requests, np.tile(np.arange(requests.num_experts, 0, -1.0), (requests.layers, 1)))
     count = requests.steps * requests.layers
     capacity = requests.num_experts // 4
@@ -51,11 +52,13 @@ def main() -> None:
     began = time.perf_counter()
     _ = workload.ahead
     print(f"next uses, for Belady: {count / (time.perf_counter() - began) / 1e6:.2f} M requests/s")
-    few = first(requests, requests.steps // PLAIN_SHARE)
+    few = first_steps(requests, requests.steps // PLAIN_SHARE)
     found = []
     plain = seconds(lambda: found.append(plain_lru(few, capacity))) * requests.steps / few.steps
     ours = simulate(Workload(few, workload.popularity_LE), Setting(Rule.LRU, capacity)).total(Count.HIT)
-    print(f"plain Python LRU, on a {PLAIN_SHARE}th: {count / plain / 1e6:.3f} M requests/s; hits {found[0]:,}, ours {ours:,}")
+    print(
+        f"plain Python LRU, on 1/{PLAIN_SHARE}: {count / plain / 1e6:.3f} M requests/s; hits {found[0]:,}, simulated {ours:,}"
+    )
     for is_global in (False, True):
         size = capacity * requests.layers if is_global else capacity
         for rule in Rule:
@@ -70,17 +73,17 @@ def main() -> None:
     ):
         for rule in (Rule.LRU, Rule.BELADY):
             took = seconds(partial(simulate, workload, Setting(rule, capacity), plan, costs))
-            print(f"{rule.name.lower()}, {name} fetched ahead, with times: {count / took / 1e6:.2f} M requests/s")
+            print(f"{rule.name.lower()}, {name} prefetched, with times: {count / took / 1e6:.2f} M requests/s")
     if not arguments.trace:
         for part in (10, 3, 1):
-            some = made(arguments.requests // LAYERS // part)
+            some = synthetic_requests(arguments.requests // LAYERS // part)
             work = Workload(some, workload.popularity_LE)
             took = seconds(partial(simulate, work, Setting(Rule.LRU, capacity)))
             print(f"lru, {some.steps * LAYERS:,} requests: {took / (some.steps * LAYERS) * 1e9:.0f} ns per request")
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """The median of some rounds after one that is not counted: compiled code is warm, arrays are there."""
+    """The median of `ROUNDS` rounds, after a warm-up round that compiles code and allocates arrays."""
     run()
     found = []
     for _ in range(ROUNDS):
@@ -90,8 +93,8 @@ def seconds(run: Callable[[], object]) -> float:
     return median(found)
 
 
-def first(requests: Requests, steps: int) -> Requests:
-    """The first steps only."""
+def first_steps(requests: Requests, steps: int) -> Requests:
+    """The requests of the first `steps` steps."""
     starts_R = requests.starts_R[: steps * requests.layers + 1]
     tokens = requests.first_S[steps]
     return replace(
@@ -106,7 +109,7 @@ def first(requests: Requests, steps: int) -> Requests:
 
 
 def plain_lru(requests: Requests, capacity: int) -> int:
-    """Hits of a least-recently-used cache per layer in an ordered dictionary."""
+    """Hits of one least-recently-used cache per layer, implemented with ordered dictionaries."""
     caches: list[OrderedDict[int, None]] = [OrderedDict.fromkeys(range(capacity - 1, -1, -1)) for _ in range(requests.layers)]
     experts, starts = requests.experts_N.tolist(), requests.starts_R.tolist()
     hits = 0
@@ -126,8 +129,8 @@ def plain_lru(requests: Requests, capacity: int) -> int:
     return hits
 
 
-def made(steps: int) -> Requests:
-    """Of each token half of the experts that the token before had at that layer, the others at random."""
+def synthetic_requests(steps: int) -> Requests:
+    """Requests in which each token keeps half of the previous token's experts at each layer; the others are random."""
     random = np.random.default_rng(0)
     score_SLE = random.random((steps, LAYERS, EXPERTS), dtype=np.float32)
     ids_SLK = np.argpartition(score_SLE, TOP_K, axis=2)[:, :, :TOP_K].astype(np.int32)
@@ -150,8 +153,8 @@ def made(steps: int) -> Requests:
     )
 
 
-def read(path: Path) -> Requests:
-    """One sequence at a time."""
+def read_requests(path: Path) -> Requests:
+    """The requests of a trace, with one sequence running at a time."""
     trace = Trace.open(path)
     return requests_of(load_routes(trace, "all"), trace.metadata.model.num_experts)
 

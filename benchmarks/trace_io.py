@@ -1,10 +1,10 @@
-"""Writing, reading and size of traces, against a logger that writes one `json.dumps` per row, side by side in one run.
+"""Write speed, read speed and size of traces, compared in one run with a logger that writes one `json.dumps` per row.
 
     python -m benchmarks.trace_io [--trace DIR ...] [--tokens 100000] [--encodings] [--rows 100000000]
 
-Made routing is uniform and independent, Mixtral-shaped (32 layers, 8 experts, top-2): the worst case for compression. --trace
-adds real ones. --encodings: size and speed of other encodings of the rows. --rows: how time and memory grow up to so many made
-rows (100 million take 2 GB of disk).
+Synthetic routing is Mixtral-shaped (32 layers, 8 experts, top-2), uniform and independent: the worst case for compression.
+--trace adds real traces. --encodings: size and speed of other encodings of the rows. --rows: how time and memory grow up to
+this many synthetic rows (100 million take 2 GB of disk).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from profiler.trace.schema import Metadata, ModelMetadata
 from profiler.trace.stream import RoutingWriter
 from profiler.trace.writer import write_manifest, write_metadata
 
-MIXTRAL = ModelMetadata(id="made", moe_layers=list(range(32)), num_experts=8, top_k=2)
+MIXTRAL = ModelMetadata(id="synthetic", moe_layers=list(range(32)), num_experts=8, top_k=2)
 TOKENS_PER_PROBLEM = 500
-# The plain logger is timed on this many rows: its cost per row does not depend on their number.
+# The plain logger is timed on this many rows. Its cost per row does not depend on the number of rows.
 LOGGER_ROWS = 100_000
 REPEATS = 3
-# Blocks that are made before the clock starts, and then used in turn. Together they are larger than a row group, so that
-# compression finds no repeats.
-MADE_BLOCKS = 64
+# The number of blocks that are generated before the clock starts and then reused in turn. Together they are larger than a row
+# group, so that compression finds no repeats.
+SYNTHETIC_BLOCKS = 64
 
 
 Block = tuple[int, np.ndarray, np.ndarray, np.ndarray]
@@ -48,7 +48,7 @@ Block = tuple[int, np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Data:
-    """Blocks of routing, and the model that they are of."""
+    """Blocks of routing, and their model."""
 
     name: str
     model: ModelMetadata
@@ -62,7 +62,7 @@ class Data:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, action="append", default=[], help="a trace directory; may be repeated")
-    parser.add_argument("--tokens", type=int, default=100_000, help="made tokens")
+    parser.add_argument("--tokens", type=int, default=100_000, help="number of synthetic tokens")
     parser.add_argument("--encodings", action="store_true")
     parser.add_argument("--rows", type=int, default=0)
     parser.add_argument("--child", nargs=3, metavar=("WORK", "ROWS", "DIR"), help=argparse.SUPPRESS)
@@ -70,9 +70,9 @@ def main() -> None:
     if arguments.child:
         child(arguments.child[0], int(arguments.child[1]), Path(arguments.child[2]))
         return
-    # One core: whatever a library would spread over more.
+    # The comparison is on one core; pyarrow would use more.
     pa.set_cpu_count(1)
-    data = [Data("made, K = 2", MIXTRAL, list(made_blocks(max(1, arguments.tokens // TOKENS_PER_PROBLEM))))]
+    data = [Data("synthetic, K = 2", MIXTRAL, list(synthetic_blocks(max(1, arguments.tokens // TOKENS_PER_PROBLEM))))]
     data += [real_data(path) for path in arguments.trace]
     for each in data:
         compare(each)
@@ -85,7 +85,7 @@ def main() -> None:
 
 def compare(data: Data) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        # The best of three of everything: a machine that does other things besides is measured otherwise.
+        # The best of three of each measurement, because other programs on the machine disturb single ones.
         directories = [Path(folder) / f"trace-{attempt}" for attempt in range(REPEATS)]
         write = min(timed(partial(write_trace, path, data.model, iter(data.blocks))) for path in directories)
         trace = Trace.open(directories[0])
@@ -109,23 +109,23 @@ def compare(data: Data) -> None:
 
 
 def scan_groups(trace: Trace) -> None:
-    """Decode every row group, and look at nothing."""
+    """Decode every row group and discard the result."""
     for path in trace.routing_files:
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 file.read_row_group(group)
 
 
-def made_blocks(problems: int) -> Iterator[Block]:
+def synthetic_blocks(problems: int) -> Iterator[Block]:
     random = np.random.default_rng(0)
-    made = []
-    for _ in range(min(problems, MADE_BLOCKS)):
+    routing = []
+    for _ in range(min(problems, SYNTHETIC_BLOCKS)):
         shape = (TOKENS_PER_PROBLEM, len(MIXTRAL.moe_layers))
         ids = random.random((*shape, MIXTRAL.num_experts), dtype=np.float32).argsort(-1)[:, :, : MIXTRAL.top_k]
-        made.append((ids.astype(np.int16), random.dirichlet(np.ones(MIXTRAL.top_k), size=shape).astype(np.float32)))
+        routing.append((ids.astype(np.int16), random.dirichlet(np.ones(MIXTRAL.top_k), size=shape).astype(np.float32)))
     positions = np.arange(TOKENS_PER_PROBLEM)
     for problem in range(problems):
-        yield problem, positions, *made[problem % len(made)]
+        yield problem, positions, *routing[problem % len(routing)]
 
 
 def real_data(path: Path) -> Data:
@@ -137,14 +137,14 @@ def real_data(path: Path) -> Data:
         for first, end in zip(starts.tolist(), [*starts[1:].tolist(), len(chunk)], strict=True):
             part = chunk.take(slice(first, end))
             assert part.weights_TLK is not None
-            # As an engine hands them over: int16 ids, float32 weights.
+            # The types in which an engine delivers them: int16 ids, float32 weights.
             ids, weights = part.expert_ids_TLK.astype(np.int16), part.weights_TLK.astype(np.float32)
             blocks.append((int(part.problem_ids_T[0]), part.token_ids_T, ids, weights))
     return Data(f"{path.name}, K = {trace.metadata.model.top_k}", trace.metadata.model, blocks)
 
 
 def write_trace(directory: Path, model: ModelMetadata, blocks: Iterator[Block]) -> None:
-    """As `specmoe collect` does: capture in the order of finishing, seal, hash."""
+    """Write a trace as `specmoe collect` does: capture problems in the order in which they finish, seal, hash."""
     directory.mkdir()
     write_metadata(directory, Metadata(model=model, engine="none", hook="none"))
     tokens = {}
@@ -157,7 +157,7 @@ def write_trace(directory: Path, model: ModelMetadata, blocks: Iterator[Block]) 
 
 
 def write_log(path: Path, data: Data) -> tuple[int, float]:
-    """One JSON line per row, as published patches write them; returns rows and seconds."""
+    """Write one JSON line per row, as published patches do. Returns rows and seconds."""
     rows = 0
     began = time.perf_counter()
     with path.open("w", encoding="utf-8") as file:
@@ -173,8 +173,11 @@ def write_log(path: Path, data: Data) -> tuple[int, float]:
 
 
 def entropy_bytes(data: Data) -> tuple[float, float]:
-    """Bytes per row that a code would need which knows how often each id occurs at each layer and rank, and each float16 at
-    each rank, but nothing of what depends on what."""
+    """Bytes per row of ids and of weights, for an ideal code without context.
+
+    Such a code knows how often each id occurs at each layer and rank, and how often each float16 occurs at each rank, but no
+    dependencies between them.
+    """
     ids = np.concatenate([block[2] for block in data.blocks])
     bits = np.concatenate([block[3] for block in data.blocks]).astype(np.float16).view(np.uint16)
     _, layers, top_k = ids.shape
@@ -188,7 +191,7 @@ def entropy_bits(values: np.ndarray) -> float:
 
 
 def compare_encodings(data: Data) -> None:
-    """Row groups of the same size; the chosen encoding first."""
+    """Compare encodings, with row groups of the same size; the encoding that traces use comes first."""
     with tempfile.TemporaryDirectory() as folder:
         write_trace(Path(folder) / "trace", data.model, iter(data.blocks))
         table = Trace.open(Path(folder) / "trace").to_arrow().combine_chunks()
@@ -216,7 +219,7 @@ def compare_encodings(data: Data) -> None:
             for field in table.schema
         ]
         table = table.cast(pa.schema(may_be_null))
-        measure_encoding("the same, columns that may be null", table, Path(folder) / "rows.parquet", variants[-1][1])
+        measure_encoding("the same, with nullable columns", table, Path(folder) / "rows.parquet", variants[-1][1])
 
 
 def measure_encoding(name: str, table: pa.Table, path: Path, settings: dict[str, Any]) -> None:
@@ -227,7 +230,7 @@ def measure_encoding(name: str, table: pa.Table, path: Path, settings: dict[str,
 
 
 def grow(most: int) -> None:
-    """Time and peak memory of writing and of scanning, each in a process of its own."""
+    """Measure time and peak memory of writing and of scanning, each in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         for rows in (most // 10, most // 3, most):
             for work in ("write", "scan"):
@@ -242,10 +245,10 @@ def child(work: str, rows: int, directory: Path) -> None:
     problems = max(1, rows // TOKENS_PER_PROBLEM // len(MIXTRAL.moe_layers))
     rows = problems * TOKENS_PER_PROBLEM * len(MIXTRAL.moe_layers)
     if work == "write":
-        seconds = timed(lambda: write_trace(directory, MIXTRAL, made_blocks(problems)))
+        seconds = timed(lambda: write_trace(directory, MIXTRAL, synthetic_blocks(problems)))
     else:
         seconds = timed(lambda: sum(len(chunk) for chunk in Trace.open(directory).chunks()))
-    # Not getrusage: its peak begins with that of the process that started this one.
+    # The peak of getrusage would include that of the process that started this one.
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
     print(f"{work:6} {rows:>12,} rows: {seconds:6.1f} s, {rows / seconds / 1e6:6.2f} M rows/s, peak {peak:4.0f} MiB")

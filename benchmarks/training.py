@@ -1,13 +1,13 @@
-"""Training throughput: batches built from whole routes, against a plain loop over a per-sample DataLoader, same networks.
+"""Training throughput: batches built from whole routes, compared with a per-sample DataLoader, for the same networks.
 
     python -m benchmarks.training [--trace DIR] [--seconds S]
 
-The plain loop is what a first version does: a Dataset whose `__getitem__` makes the inputs and the target of one sample, joined
-by the default collate function; without workers, and with two. Its sample is one prediction (a token at a layer), as its
-target is; or, as a first step away from that, one token with all its layers. Both are given this project's own features and
-networks, which compute all layers of a token; a sample that is one prediction uses one of them, so beside its training stands
-what it would be if its network took no time: the least that can be said. A token counts as done when all its layers are.
-Tokens per second, one run, alternating, medians of three.
+The DataLoader loop is what a first version would do: a Dataset whose `__getitem__` computes the inputs and the target of one
+sample, joined by the default collate function, without workers and with two. A sample is either one prediction (a token at a
+layer) or one token with all its layers. Both use this project's features and networks, which compute all layers of a token. A
+sample that is one prediction needs only one of these layers, so the benchmark also prints a lower bound of the slowdown: what
+it would be if the network took no time. A token counts when all its layers are done. Tokens per second are medians of three
+rounds that alternate within one run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LOADERS = ("a prediction a sample", "a prediction a sample, 2 workers", "a token
 
 
 class Tokens(Dataset[dict[str, Any]]):
-    """One token per item: inputs and target, as the network takes them but for the batch."""
+    """One token per item: the network's inputs and target, without the batch dimension."""
 
     def __init__(self, predictor: NeuralPredictor, routes: Routes) -> None:
         self.predictor, self.routes = predictor, routes
@@ -54,11 +54,11 @@ class Tokens(Dataset[dict[str, Any]]):
 
 
 class Predictions(Dataset[dict[str, Any]]):
-    """One token at one layer per item: what the network takes of the token, the layer, and the target there."""
+    """One token at one layer per item: the network's inputs for the token, the layer, and the target at the next layer."""
 
     def __init__(self, predictor: NeuralPredictor, routes: Routes) -> None:
         self.predictor, self.routes = predictor, routes
-        # The last layer has no next one.
+        # There is nothing to predict after the last layer.
         self.layers = predictor.shape.layers - 1
 
     def __len__(self) -> int:
@@ -75,11 +75,11 @@ class Predictions(Dataset[dict[str, Any]]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, help="default: a made trace of the shape of gpt-oss-20b")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--trace", type=Path, help="default: a synthetic trace of gpt-oss-20b's shape")
+    parser.add_argument("--seconds", type=float, default=4.0, help="duration of each measurement")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        trace = Trace.open(arguments.trace) if arguments.trace else made(Path(folder))
+        trace = Trace.open(arguments.trace) if arguments.trace else synthetic_trace(Path(folder))
         routes = load_routes(trace, "all")
         shape = Shape.of(trace.metadata.model, 1)
         print(f"{trace.path.name}: {len(routes):,} tokens, {shape}; {torch.get_num_threads()} threads")
@@ -87,11 +87,11 @@ def main() -> None:
             measure(name, routes, shape, arguments.seconds)
 
 
-def made(folder: Path) -> Trace:
-    """40,000 tokens of random routing."""
-    from benchmarks.analysis_memory import Case, make
+def synthetic_trace(folder: Path) -> Trace:
+    """A trace of 40,000 tokens with random routing."""
+    from benchmarks.analysis_memory import Case, write_synthetic_trace
 
-    return Trace.open(make(folder / "made", Case(24, 32, 4, 100, 400)))
+    return Trace.open(write_synthetic_trace(folder / "synthetic", Case(24, 32, 4, 100, 400)))
 
 
 def measure(name: str, routes: Routes, shape: Shape, seconds: float) -> None:
@@ -102,7 +102,7 @@ def measure(name: str, routes: Routes, shape: Shape, seconds: float) -> None:
     found: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
         for what, batches in sources(predictor, routes, size).items():
-            # A sample of one layer is a part of a token.
+            # A sample with one layer is a fraction of a token.
             tokens = size / (shape.layers - 1) if "prediction" in what else size
             found.setdefault(f"{what}, batches", []).append(speed(batches, tokens, seconds, lambda batch: None))
             found.setdefault(f"{what}, training", []).append(speed(batches, tokens, seconds, trainer(predictor)))
@@ -159,7 +159,7 @@ def trainer(predictor: NeuralPredictor) -> Callable[[dict[str, Any]], None]:
 
 
 def speed(batches: Batches, tokens: float, seconds: float, use: Callable[[dict[str, Any]], None]) -> float:
-    """Tokens per second, of batches of so many; the first one, with which workers start, is not counted."""
+    """Tokens per second, for batches of `tokens` tokens. The first batch is not timed, because it starts the workers."""
     source = batches()
     use(next(source))
     began, done = time.perf_counter(), 0.0

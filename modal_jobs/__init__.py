@@ -1,1 +1,1 @@
-"""Jobs on rented GPUs."""
+"""Jobs on GPUs rented from Modal."""

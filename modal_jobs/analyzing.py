@@ -1,6 +1,6 @@
-"""Analyze a trace where it is: its parts are counted each by itself, and the counts added up.
+"""Analyze a trace where it is stored: each part is counted independently, and the counts are merged.
 
-On the Volume, `SOURCE/analysis-HASH/` has what was counted, a file per part, so that no part is counted twice.
+On the Volume, `SOURCE/analysis-HASH/` stores the counts in one file per part, so that no part is counted twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from profiler.trace.writer import sha256_of
 
 @dataclass(frozen=True)
 class Part:
-    """Problems `first` up to, without, `end` of the trace in a folder of the Volume."""
+    """Problems `first` to `end` - 1 of the trace in a folder of the Volume."""
 
     folder: str
     first: int
@@ -40,7 +40,11 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisJob:
-    """What to count where. key: of the content of all parts and of how they are counted. metadata: of the whole trace, JSON."""
+    """What to count, and where.
+
+    source: folder of the run or trace on the Volume. key: hash of the content of all parts and of how they are counted.
+    metadata: of the whole trace, as JSON. caveats: of all parts.
+    """
 
     source: str
     key: str
@@ -50,18 +54,19 @@ class AnalysisJob:
     caveats: tuple[str, ...]
 
     def stored(self, number: int) -> str:
-        """Path on the Volume of the counts of a part."""
+        """The path of a part's counts on the Volume."""
         return f"{self.source}/analysis-{self.key}/part-{number:05d}.npz"
 
     def described(self) -> Source:
-        """What was analyzed, for the statistics."""
+        """A description of what was analyzed, for the statistics."""
         return Source(self.source, Metadata.model_validate_json(self.metadata), self.caveats)
 
 
 def plan_analysis(volume: Path, source: str, *, pieces: int, hops: int | None) -> AnalysisJob:
-    """Look at the tables of a run or trace in the folder `source` of a mounted Volume, and settle what is to be counted.
+    """Read the tables of the run or trace in the folder `source` of a mounted Volume, and decide what to count.
 
-    pieces: how many parts a trace is cut into; a run has its shards. Raises `TraceError`, also if shards are missing.
+    pieces: number of parts that a trace is split into; the parts of a run are its shards.
+    Raises `TraceError`, also if shards are missing.
     """
     folder = volume / source
     if (folder / MANIFEST_FILE).is_file():
@@ -90,7 +95,7 @@ def plan_analysis(volume: Path, source: str, *, pieces: int, hops: int | None) -
 
 
 def count_part(volume: Path, job: AnalysisJob, number: int) -> bool:
-    """Count a part and store the counts on the mounted Volume; returns whether that had been done before."""
+    """Count a part and store the counts on the mounted Volume. Returns whether they had been stored before."""
     path = volume / job.stored(number)
     if path.is_file():
         return True
@@ -98,15 +103,18 @@ def count_part(volume: Path, job: AnalysisJob, number: int) -> bool:
     trace = Trace.open(volume / part.folder)
     counts = count_trace(trace, axes=job.axes, problems=part.problems)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A container that was preempted may still be writing.
+    # A preempted container may still be writing.
     temporary = path.with_name(f"{path.name}.{uuid4().hex}")
     temporary.write_bytes(counts.save())
     temporary.rename(path)
     return False
 
 
-def add_up(job: AnalysisJob, stored: Iterable[bytes]) -> TraceCounts:
-    """The counts of all parts together, one at a time in memory. Raises `TraceError` if a part's are of something else."""
+def merge_counts(job: AnalysisJob, stored: Iterable[bytes]) -> TraceCounts:
+    """Merge the counts of all parts, with one part in memory at a time.
+
+    Raises `TraceError` if stored counts are not readable or do not belong to the job.
+    """
     total: TraceCounts | None = None
     for number, content in enumerate(stored):
         try:

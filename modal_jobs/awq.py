@@ -1,7 +1,7 @@
-"""Make a 4-bit AWQ checkpoint of a mixture of experts with llmcompressor, its routers left as they are and checked to be so.
+"""Quantize a mixture-of-experts checkpoint to 4-bit AWQ with llmcompressor. Routers stay unquantized, which is verified.
 
-AutoAWQ, which made most public AWQ checkpoints, was archived in 2025; the vLLM project's llmcompressor took over its work. It
-needs other versions of transformers than vLLM, so it has an environment of its own: `pip install 'speculative-moe[quantize]'`.
+AutoAWQ, which made most public AWQ checkpoints, was archived in 2025; the vLLM project's llmcompressor is its successor. It
+needs other versions of transformers than vLLM, so it needs a separate environment: `pip install 'speculative-moe[quantize]'`.
 
     python -m modal_jobs.awq SOURCE TARGET --dataset demo-math,demo-code
 
@@ -25,19 +25,20 @@ from profiler.collect.selection import Selection, select
 from profiler.engines import Sampling
 from profiler.errors import ModelError, SpecmoeError
 
-# AWQ's search for scales: points on the grid of exponents.
+# Points on the grid of exponents in AWQ's search for scales.
 GRID = 20
-# Texts that are kept from calibration, to compare routing before and after.
+# Texts that are held out from calibration, to compare routing before and after.
 HELD_OUT = 8
 ROUTER = re.compile(r"\.(gate|router)\.weight$")
-KEPT = [r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$", "lm_head"]
+UNQUANTIZED = [r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$", "lm_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeReport:
-    """What was made. agreement: share of the chosen experts that are the same before and after, on texts not calibrated with.
+    """The result of a quantization.
 
-    packed, routers: how many weight matrices are in 4 bits, and how many routers there are, none of them among those.
+    packed: number of weight matrices in 4 bits. routers: number of routers, none of which is quantized. bytes: size of the
+    checkpoint. agreement: share of selected experts that are the same before and after, on held-out texts of `tokens` tokens.
     """
 
     packed: int
@@ -58,10 +59,13 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the checkpoint folder `source` into `target`: symmetric, 4 bits, one scale for `group_size` inputs.
 
-    Of the form of Qwen2-MoE or OLMoE; DeepSeek-MoE v1 after `as_qwen2_moe`. Layers whose inputs are no
-    multiple of the group stay as they are. Raises `ModelError` on other models and if the result is not what it should be.
+    The model must be a Qwen2-MoE or OLMoE; a DeepSeek-MoE v1 must first be converted with `as_qwen2_moe`. Layers whose number
+    of inputs is not a multiple of the group size stay unquantized. Raises `ModelError` for other models, or if the result fails
+    `check_checkpoint`.
+
+    texts: calibration and held-out texts, more than `HELD_OUT`. max_tokens: texts are truncated to this. say: reports progress.
     """
-    # A bar for every layer's search makes thousands of lines where there is no terminal.
+    # Without a terminal, a progress bar for every layer's search prints thousands of lines.
     os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -74,24 +78,24 @@ def quantize(
     if target.exists():
         raise ModelError(f"{target} exists: delete it first")
     if len(texts) <= HELD_OUT:
-        raise ModelError(f"{len(texts)} texts to calibrate with: expected more than {HELD_OUT}")
-    _spare_pinning()
+        raise ModelError(f"{len(texts)} texts for calibration: expected more than {HELD_OUT}")
+    _disable_pinning_on_cpu()
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
     if model.config.model_type not in {"qwen2_moe", "olmoe"}:
         raise ModelError(f"{source} is {model.config.model_type}: expected qwen2_moe or olmoe")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoded = [list(tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]) for text in texts]
-    # The two must not share texts; every so many of them, since texts come dataset by dataset.
+    # The two sets must not share texts. Held-out texts are evenly spaced, because texts are ordered by dataset.
     step = len(encoded) // HELD_OUT
     held_out = encoded[::step][:HELD_OUT]
     calibration = [tokens for number, tokens in enumerate(encoded) if number % step or number // step >= HELD_OUT]
     model.to(device)
     before = [_routes(model, tokens) for tokens in held_out]
     if device == "cuda":
-        # llmcompressor brings one layer after the other to the GPU.
+        # llmcompressor moves one layer at a time to the GPU.
         model.to("cpu")
-    odd = [
+    indivisible = [
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module.in_features % group_size and "lm_head" not in name
@@ -105,13 +109,13 @@ def quantize(
         recipe=[
             AWQModifier(mappings=_mappings(model), n_grid=GRID),
             QuantizationModifier(
-                ignore=KEPT + odd,
+                ignore=UNQUANTIZED + indivisible,
                 config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
             ),
         ],
         num_calibration_samples=len(calibration),
         max_seq_length=max_tokens,
-        # Also those to which the router sends none of these tokens.
+        # Otherwise, experts to which the router sends no calibration token would not be calibrated.
         moe_calibrate_all_experts=True,
     )
     model.to(device)
@@ -132,9 +136,9 @@ def quantize(
 
 
 def check_checkpoint(folder: Path) -> tuple[int, int]:
-    """Weight matrices in 4 bits and routers of a checkpoint folder. Reads names and types only.
+    """The numbers of 4-bit weight matrices and of routers in a checkpoint folder. Reads tensor names and types only.
 
-    Raises `ModelError` if a router is quantized, if there is none, or if no expert is quantized.
+    Raises `ModelError` if a router is quantized, if there are no routers, or if no expert is quantized.
     """
     from safetensors import safe_open
 
@@ -147,7 +151,7 @@ def check_checkpoint(folder: Path) -> tuple[int, int]:
     wrong = [name for name, kind in routers.items() if kind not in {"BF16", "F16", "F32"}]
     wrong += [name for name in packed if ROUTER.search(name.replace(".weight_packed", ".weight"))]
     if wrong:
-        raise ModelError(f"{folder}: the router {wrong[0]} is quantized: routes would not be the model's")
+        raise ModelError(f"{folder}: the router {wrong[0]} is quantized, so routes would differ from the model's")
     if not routers:
         raise ModelError(f"{folder} has no routers")
     if not any(".experts." in name for name in packed):
@@ -156,10 +160,10 @@ def check_checkpoint(folder: Path) -> tuple[int, int]:
 
 
 def _mappings(model: Any) -> list[Any]:
-    """Which layers share an input that AWQ scales.
+    """The groups of layers that share an input, which AWQ scales.
 
-    llmcompressor's own for Qwen2-MoE leave out the router, the shared expert and its gate, which read the same norm: their
-    outputs would change with its scales. All readers of a norm are in here.
+    llmcompressor's own mappings for Qwen2-MoE omit the router, the shared expert and its gate. These read the same norm, so
+    AWQ's scales would change their outputs. The mappings here include every reader of a norm.
     """
     from llmcompressor.modifiers.transform.awq import AWQMapping
 
@@ -196,8 +200,8 @@ def _agreement(before: list[Any], after: list[Any]) -> float:
     return shared / total
 
 
-def _spare_pinning() -> None:
-    """llmcompressor 0.14 pins memory for transfers to an accelerator even where there is none, and fails."""
+def _disable_pinning_on_cpu() -> None:
+    """Work around llmcompressor 0.14, which pins memory even without an accelerator, and fails."""
     import torch
     from llmcompressor.pipelines.cache import IntermediatesCache
 
@@ -211,11 +215,11 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     source: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
-    target: Annotated[Path, typer.Argument(help="The folder to make.")],
-    dataset: Annotated[str, typer.Option(help="Texts to calibrate with.")] = "wikitext-2,gsm8k,humaneval",
-    data_files: Annotated[Path | None, typer.Option(help="A local file instead of the hub.")] = None,
-    num_texts: Annotated[int, typer.Option(min=HELD_OUT + 1)] = 256,
-    group_size: Annotated[int, typer.Option(min=1)] = 128,
+    target: Annotated[Path, typer.Argument(help="The folder to create.")],
+    dataset: Annotated[str, typer.Option(help="Datasets for calibration, comma-separated.")] = "wikitext-2,gsm8k,humaneval",
+    data_files: Annotated[Path | None, typer.Option(help="A local file to read instead of the hub.")] = None,
+    num_texts: Annotated[int, typer.Option(min=HELD_OUT + 1, help="Number of texts.")] = 256,
+    group_size: Annotated[int, typer.Option(min=1, help="Number of inputs that share a scale.")] = 128,
 ) -> None:
     """Quantize a checkpoint to 4 bits."""
     try:
@@ -227,17 +231,17 @@ def main(
 
 
 def calibration_texts(dataset: str, count: int, data_files: Path | None, source: Path) -> list[str]:
-    """Prompts of datasets, spread evenly. Raises `DatasetError`."""
+    """Prompts for calibration, taken evenly from comma-separated datasets. Raises `DatasetError`."""
     names = tuple(name.strip() for name in dataset.split(","))
     selection = Selection(datasets=names, num_problems=count, data_files=data_files, sampling=Sampling())
     return [problem.prompt for problem in select(selection, str(source))]
 
 
 def describe_report(target: Path, report: QuantizeReport) -> str:
-    """The end of a quantization, for people."""
+    """The report as text, for the terminal."""
     return (
-        f"{target}: {report.bytes / 1e9:.2f} GB, {report.packed} matrices in 4 bits, {report.routers} routers as they were; "
-        f"{report.agreement:.1%} of the experts chosen on {report.tokens:,} held-out tokens are those of the original"
+        f"{target}: {report.bytes / 1e9:.2f} GB, {report.packed} matrices in 4 bits, {report.routers} unquantized routers; "
+        f"{report.agreement:.1%} of the experts selected on {report.tokens:,} held-out tokens are the original model's"
     )
 
 

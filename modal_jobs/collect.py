@@ -1,14 +1,14 @@
 """Collect routing on rented GPUs.
 
     modal run modal_jobs/collect.py --dataset gsm8k --model mixtral-8x7b --num-problems 100
-    modal run --detach modal_jobs/collect.py ...            # goes on when this machine is gone
-    modal run modal_jobs/collect.py::download --run-id RUN  # fetch what a detached run made
-    specmoe plan ...                                        # what it would do and cost, without an account
+    modal run --detach modal_jobs/collect.py ...            # continues when this machine disconnects
+    modal run modal_jobs/collect.py::download --run-id RUN  # fetch the trace of a detached run
+    specmoe plan ...                                        # what it would do and cost; needs no account
 
-The work is in `profiler.plan.job`, `modal_jobs.shards` and `modal_jobs.download`; this file carries it to Modal.
+The work is in `profiler.plan.job`, `modal_jobs.shards` and `modal_jobs.download`; this file runs it on Modal.
 """
 
-# No `from __future__ import annotations` here: Modal reads the types of class parameters as they are.
+# No `from __future__ import annotations` here: Modal needs the types of class parameters as types, not as strings.
 
 import os
 import re
@@ -83,9 +83,9 @@ class Collector:
 
     @modal.enter()
     def start(self) -> None:
-        """Load the model from the cache. What cannot be loaded is answered by every call: retrying would not help."""
+        """Load the model from the cache. If that fails, every call returns the reason, since retrying would not help."""
         self._since = self._began = time.monotonic()
-        # Weights were fetched before: no token is needed here, and nothing is to change between two containers.
+        # The weights are in the cache: no token is needed, and nothing must change between two containers.
         os.environ["HF_HUB_OFFLINE"] = "1"
         self._refusal: str | None = None
         try:
@@ -93,12 +93,12 @@ class Collector:
             self._collector = start_collector(self._job, _pinned(self._folder) or self._job.revision, say=say)
         except SpecmoeError as error:
             self._refusal = first_line(error)
-        # Compiled code and the like, for the next container.
+        # Keeps compiled code and other caches for the next container.
         cache_volume.commit()
 
     @modal.method()
     def collect(self, shard: int) -> ShardReport:
-        """Collect a shard, or find that it is finished."""
+        """Collect a shard, unless it is finished already."""
         if self._refusal is not None:
             return ShardReport(shard=shard, error=self._refusal)
         rate = dollars_per_hour(device_name(), find_gpu(self.gpu))
@@ -114,16 +114,16 @@ class Collector:
                 spent=lambda: rate * (time.monotonic() - self._began) / 3600,
             )
         except EngineStoppedError as error:
-            # Another container may do better; this one must not take, and fail, all other shards.
+            # Another container may succeed. This one must not take all other shards and fail them.
             modal.experimental.stop_fetching_inputs()
             raise RuntimeError(f"shard {shard}: {first_line(error)}") from error
         except SpecmoeError as error:
             return ShardReport(shard=shard, error=first_line(error))
         except Exception as error:
-            # Modal tries again; the caller of a map gets errors without the input that they are of.
+            # Modal retries. The message names the shard, because the caller of a map gets errors without their input.
             raise RuntimeError(f"shard {shard}: {type(error).__name__}: {first_line(error)}") from error
         before, self._since = self._since, time.monotonic()
-        return report.took(self._since - before, rate)
+        return report.with_cost(self._since - before, rate)
 
     @modal.exit()
     def stop(self) -> None:
@@ -138,7 +138,10 @@ class Collector:
 
 @app.function(image=cpu_image(), volumes={CACHE: cache_volume}, timeout=4 * 60 * 60, retries=2)
 def fetch_weights(checkpoint: str, revision: str | None) -> tuple[str | None, str]:
-    """Put the model's files into the cache, on a machine without a GPU. Returns their commit, and an error's line or ""."""
+    """Download the model's files into the cache, on a machine without a GPU.
+
+    Returns their commit, and an error message of one line, empty if there is none.
+    """
     try:
         commit = fetch_checkpoint(checkpoint, revision, say=say)
     except SpecmoeError as error:
@@ -149,15 +152,15 @@ def fetch_weights(checkpoint: str, revision: str | None) -> tuple[str | None, st
 
 @app.function(image=cpu_image(), volumes={TRACES: trace_volume}, timeout=DAY, retries=6, nonpreemptible=True)
 def orchestrate(run_id: str, gpu: str | None, containers: int, secret: str | None) -> list[ShardReport]:
-    """Fetch the weights, then collect all shards that are not finished; goes on when the client is gone.
+    """Fetch the weights, then collect all unfinished shards. Continues when the client disconnects.
 
-    After a day, the longest time that Modal gives, it is started anew and finds what is finished.
+    After a day, the longest timeout that Modal allows, it is restarted and skips the finished shards.
     """
     run = Path(TRACES) / run_id
     job = read_job(run.joinpath(JOB_FILE).read_bytes(), JOB_FILE)
     todo = [shard for shard in range(job.num_shards) if finished_attempt(run, job, shard) is None]
     if len(todo) < job.num_shards:
-        say(f"{job.num_shards - len(todo)} of {job.num_shards} shards were finished before")
+        say(f"{job.num_shards - len(todo)} of {job.num_shards} shards were already finished")
     if not todo:
         return []
     if job.checkpoint is not None:
@@ -166,24 +169,24 @@ def orchestrate(run_id: str, gpu: str | None, containers: int, secret: str | Non
         if refusal:
             return [ShardReport(shard=shard, error=refusal) for shard in todo]
         if commit is not None and _pinned(run) is None:
-            # All shards are of the same weights, also those that are collected after the repository has changed.
+            # All shards must use the same weights, even if the repository changes in between.
             write_text(run / COMMIT_FILE, commit)
             trace_volume.commit()
-    # Modal turns the class into one of its own, which type checkers do not see.
-    where = cast("modal.Cls", Collector).with_options(max_containers=containers, gpu=gpu)
-    collector = where(run_id=run_id, gpu=gpu or DEFAULT_GPU)
+    # Modal's decorator replaces the class with a `modal.Cls`, which type checkers do not see.
+    configured = cast("modal.Cls", Collector).with_options(max_containers=containers, gpu=gpu)
+    collector = configured(run_id=run_id, gpu=gpu or DEFAULT_GPU)
     outcomes = collector.collect.map(todo, order_outputs=False, return_exceptions=True)
     return list(_watch(outcomes, todo, job))
 
 
 def _pinned(run: Path) -> str | None:
-    """The commit of the weights that the run was begun with."""
+    """The commit of the weights that the run started with, or None."""
     path = run / COMMIT_FILE
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def _watch(outcomes: Iterable[ShardReport | BaseException], todo: list[int], job: CollectJob) -> Iterator[ShardReport]:
-    """Reports as they come, saying what all have cost so far; those of containers that died without a word at the end."""
+    """Yield reports as they arrive, printing the total cost so far. Shards whose container died without a report come last."""
     dollars = hours = 0.0
     tokens = 0
     left, nameless = list(todo), []
@@ -196,8 +199,8 @@ def _watch(outcomes: Iterable[ShardReport | BaseException], todo: list[int], job
         tokens, hours, dollars = tokens + report.tokens, hours + report.seconds / 3600, dollars + report.dollars
         result = f"failed: {report.error}" if report.error else f"finished, {report.tokens:,} tokens"
         say(
-            f"shard {report.shard + 1} of {job.num_shards} {result}; in all {tokens:,} tokens, {hours:.2f} GPU hours, "
-            f"about ${dollars:.2f}, {len(left)} shards to go"
+            f"shard {report.shard + 1} of {job.num_shards} {result}; total {tokens:,} tokens, {hours:.2f} GPU hours, "
+            f"about ${dollars:.2f}, {len(left)} shards left"
         )
         yield report
     for shard in left:
@@ -205,13 +208,13 @@ def _watch(outcomes: Iterable[ShardReport | BaseException], todo: list[int], job
 
 
 def _failed(error: BaseException) -> ShardReport | None:
-    """The report of a shard whose method raised; None if the container died before it could say which."""
+    """The report of a shard whose collection raised an error; None if the error does not name the shard."""
     named = re.match(r"shard (\d+): (.*)", first_line(error))
     return None if named is None else ShardReport(shard=int(named.group(1)), error=named.group(2))
 
 
 def collect_here(**arguments: Any) -> None:
-    """Collect a trace and bring it here."""
+    """Collect a trace on rented GPUs and download it."""
     with one_line_errors("collect"):
         options = RentedJobOptions(**{**arguments, "data_files": _path(arguments.get("data_files"))})
         plan = make_plan(options)
@@ -223,14 +226,14 @@ def collect_here(**arguments: Any) -> None:
         print("\n".join(plan.lines()), flush=True)
         began = time.monotonic()
         call = orchestrate.spawn(job.run_id, options.gpu, options.containers, secret)
-        print(f"  with --detach it goes on without this machine; then: ...::download --run-id {job.run_id}", flush=True)
+        print(f"  with --detach it continues without this machine; then: ...::download --run-id {job.run_id}", flush=True)
         reports = call.get()
         failed = [report for report in reports if report.error]
         for report in failed:
             print(f"shard {report.shard + 1} of {job.num_shards} failed: {report.error}")
         if failed:
             raise SpecmoeError(f"{len(failed)} of {job.num_shards} shards failed: run again to resume; finished ones are kept")
-        _bring(trace_volume, job.run_id, target)
+        _download(trace_volume, job.run_id, target)
         _print_end(reports, time.monotonic() - began)
 
 
@@ -238,39 +241,39 @@ def _path(text: str | None) -> Path | None:
     return Path(text) if text else None
 
 
-# Modal reads a command line's arguments from the function's signature and annotations.
+# Modal derives the command line's arguments from the function's signature and annotations.
 main_signature, main_annotations = plain_signature(RentedJobOptions)
 collect_here.__name__ = "main"
 collect_here.__annotations__ = main_annotations
-# A function takes attributes, which its type does not say.
+# Functions accept attributes, but their type does not declare them.
 collect_here.__signature__ = main_signature  # type: ignore[attr-defined]
 main = app.local_entrypoint(name="main")(collect_here)
 
 
 def fetch_run(run_id: str, out: str | None = None, volume: str = TRACE_VOLUME) -> None:
-    """Fetch a finished run from the Volume, verify it and merge it into one trace."""
+    """Download a finished run from the Volume, verify it and merge it into one trace."""
     with one_line_errors("collect"):
-        _bring(modal.Volume.from_name(volume), run_id, Path(out or f"traces/{run_id}"))
+        _download(modal.Volume.from_name(volume), run_id, Path(out or f"traces/{run_id}"))
 
 
-# An app of its own, which needs no image; and not bound to a name, so that `modal run modal_jobs/collect.py` means `main`.
+# A separate app, which needs no image. Its entry point is unnamed here, so that `modal run modal_jobs/collect.py` means `main`.
 download = modal.App("specmoe-download")
 download.local_entrypoint(name="download")(fetch_run)
 
 
 def _upload(plan: Plan) -> CollectJob:
-    """Put the job onto the Volume, unless it is there: then it keeps the shards that it was begun with."""
+    """Upload the job to the Volume. If it is there already, it keeps the shards that it started with."""
     stored = stored_job(trace_volume, plan.job.run_id)
     if stored is not None:
         finished = len(finished_shards(trace_volume, stored))
-        print(f"{stored.run_id} was begun before: {finished} of {stored.num_shards} shards are finished", flush=True)
+        print(f"{stored.run_id} was started before: {finished} of {stored.num_shards} shards are finished", flush=True)
         return stored
     with tempfile.TemporaryDirectory() as folder:
         write_job(Path(folder), plan.job, plan.problems)
         try:
             _put(Path(folder), plan.job.run_id, force=False)
         except FileExistsError:
-            # Somebody else began the same run a moment ago; or an upload was cut off before the job's own file.
+            # Another client started the same run a moment ago, or an upload was interrupted before the job's own file.
             stored = stored_job(trace_volume, plan.job.run_id)
             if stored is not None:
                 return stored
@@ -280,13 +283,16 @@ def _upload(plan: Plan) -> CollectJob:
 
 def _put(folder: Path, run_id: str, *, force: bool) -> None:
     with trace_volume.batch_upload(force=force) as batch:
-        # The job's own file last: with it, a run exists.
+        # The job's own file comes last: a run exists once it is there.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == JOB_FILE):
             batch.put_file(path, f"/{run_id}/{path.name}")
 
 
 def _secret(job: CollectJob, name: str | None) -> str | None:
-    """The secret with the Hugging Face token that the model's repository wants, looked up before anything is paid for."""
+    """The name of the secret with the Hugging Face token that the model's repository requires, or None if it requires none.
+
+    The secret is looked up before anything costs money.
+    """
     if name is None and not job.is_gated:
         return None
     name = name or HF_SECRET
@@ -300,7 +306,7 @@ def _secret(job: CollectJob, name: str | None) -> str | None:
     return name
 
 
-def _bring(volume: modal.Volume, run_id: str, target: Path) -> None:
+def _download(volume: modal.Volume, run_id: str, target: Path) -> None:
     trace = download_run(volume, run_id, target, say=say)
     size = sum(entry.bytes for entry in trace.manifest.files.values()) if trace.manifest else 0
     print(f"{target}: {trace.problems.num_rows} problems, {trace.num_rows:,} routing rows, {size / 1e6:.1f} MB, complete")
@@ -315,5 +321,5 @@ def _print_end(reports: list[ShardReport], seconds: float) -> None:
             print(f"  shard {report.shard + 1}: {report.tokens:,} tokens, {speed}{report.device}, {report.usage}")
     print(
         f"{tokens:,} tokens in {seconds:.0f} s, {hours:.2f} GPU hours, about ${dollars:.2f} "
-        "(without attempts that were lost, and the minute that machines idle before they stop)"
+        "(not counting lost attempts and the minute that machines idle before they stop)"
     )

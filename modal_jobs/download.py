@@ -1,4 +1,4 @@
-"""Bring a run's finished shards from a Volume to this machine, verified, and merge them into one trace."""
+"""Download a run's finished shards from a Volume, verify them, and merge them into one trace."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from profiler.trace.reader import Trace
 from profiler.trace.schema import MANIFEST_FILE, Manifest, ManifestEntry
 from profiler.trace.writer import check_free, sha256_of
 
-# A job or manifest is some kilobytes; what is longer than this is neither.
+# Jobs and manifests are some kilobytes; a longer file is neither.
 MAX_DOCUMENT = 64 << 20
 ATTEMPTS = 2
 
 
 class Volume(Protocol):
-    """What is used of `modal.Volume`."""
+    """The part of `modal.Volume` that downloads use."""
 
     def listdir(self, path: str, *, recursive: bool = False) -> list[Any]:
-        """Entries with a `path` from the root of the Volume."""
+        """Entries, whose `path` is relative to the root of the Volume."""
         ...
 
     def read_file(self, path: str) -> Iterator[bytes]:
-        """The content in pieces."""
+        """The file's content, in pieces."""
         ...
 
 
 def stored_job(volume: Volume, run_id: str) -> CollectJob | None:
-    """The job of a run as it was first uploaded; None if there is no such run."""
+    """The job of a run, as it was first uploaded; None if there is no such run."""
     names = {PurePosixPath(entry.path).parts[0] for entry in volume.listdir("/")}
     if run_id not in names:
         return None
@@ -45,12 +45,12 @@ def stored_job(volume: Volume, run_id: str) -> CollectJob | None:
         return None
     job = read_job(_read_document(volume, f"{run_id}/{JOB_FILE}"), f"{run_id}/{JOB_FILE}")
     if job.run_id != run_id:
-        raise TraceError(f"{run_id}/{JOB_FILE} on the Volume is of run {job.run_id}")
+        raise TraceError(f"{run_id}/{JOB_FILE} on the Volume belongs to run {job.run_id}")
     return job
 
 
 def finished_shards(volume: Volume, job: CollectJob) -> dict[int, list[str]]:
-    """Folders on the Volume of the attempts at each shard that seem complete: their manifest lists files that are there."""
+    """The folders on the Volume of each shard's attempts that look complete: all files in their manifest exist."""
     names = {entry.path.lstrip("/") for entry in volume.listdir(job.run_id, recursive=True)}
     shards: dict[int, list[str]] = {}
     for path in sorted(names):
@@ -61,7 +61,7 @@ def finished_shards(volume: Volume, job: CollectJob) -> dict[int, list[str]]:
         try:
             manifest = _read_manifest(volume, folder)[0]
         except TraceError:
-            # Cut off while it was written.
+            # The container was stopped while it wrote the manifest.
             continue
         if all(f"{folder}/{name}" in names for name in manifest.files):
             shards.setdefault(int(found.group(1)), []).append(folder)
@@ -71,15 +71,15 @@ def finished_shards(volume: Volume, job: CollectJob) -> dict[int, list[str]]:
 def download_run(
     volume: Volume, run_id: str, out: Path, *, about: dict[str, Any] | None = None, say: Callable[[str], None]
 ) -> Trace:
-    """Make the complete trace `out` of a finished run. What was downloaded before and is whole is not downloaded again.
+    """Download a finished run as the complete trace `out`. Intact files of an earlier download are not downloaded again.
 
-    about: entries for the metadata's `capture`. Raises `TraceError` if there is no such run, if it is not finished, or if a
-    file does not have the SHA-256 that its shard's manifest says.
+    about: entries to add to the metadata's `capture`. Raises `TraceError` if there is no such run, if it is not finished, or if
+    a file's SHA-256 does not match its shard's manifest.
     """
     check_free(out)
     job = stored_job(volume, run_id)
     if job is None:
-        raise TraceError(f"no run {run_id} on the Volume; 'modal volume ls NAME' lists what there is")
+        raise TraceError(f"no run {run_id} on the Volume; 'modal volume ls NAME' lists its content")
     shards = finished_shards(volume, job)
     if len(shards) < job.num_shards:
         raise TraceError(
@@ -97,7 +97,7 @@ def download_run(
 
 
 def _fetch_shard(volume: Volume, job: CollectJob, shard: int, attempts: list[str], target: Path) -> int:
-    """Download the first of the attempts that is whole and of this shard; returns bytes downloaded."""
+    """Download the first attempt that is intact and holds this shard. Returns the number of bytes downloaded."""
     last: TraceError | None = None
     for path in attempts:
         try:
@@ -113,10 +113,10 @@ def _fetch_shard(volume: Volume, job: CollectJob, shard: int, attempts: list[str
 
 
 def fetch_trace(volume: Volume, path: str, target: Path) -> int:
-    """Download the trace folder `path` and compare every file with its manifest; returns bytes downloaded.
+    """Download the trace folder `path` and verify every file against the manifest. Returns the number of bytes downloaded.
 
-    A file has its name only when it is whole, the manifest comes last. What else is in `target`, of an earlier download, is
-    removed. Raises `TraceError` naming the file.
+    A file gets its final name only when it is complete, and the manifest comes last. Other files in `target`, left by an
+    earlier download, are removed. Raises `TraceError` that names the file.
     """
     manifest, text = _read_manifest(volume, path)
     (target / MANIFEST_FILE).unlink(missing_ok=True)
@@ -140,8 +140,8 @@ def fetch_trace(volume: Volume, path: str, target: Path) -> int:
                 break
             if attempt == ATTEMPTS:
                 raise TraceError(
-                    f"{path}/{name}: {reason}, twice; if that stays so, 'modal volume rm -r' the folder {path} and run the "
-                    "same collection again: only that shard is computed again"
+                    f"{path}/{name}: {reason}, twice; if this persists, 'modal volume rm -r' the folder {path} and run the "
+                    "same collection again: only that shard is recomputed"
                 )
         fetched += entry.bytes
     (target / MANIFEST_FILE).write_bytes(text)
@@ -151,14 +151,14 @@ def fetch_trace(volume: Volume, path: str, target: Path) -> int:
 def _read_manifest(volume: Volume, path: str) -> tuple[Manifest, bytes]:
     text = _read_document(volume, f"{path}/{MANIFEST_FILE}")
     try:
-        # Paths that leave the folder are refused here.
+        # Validation also rejects paths that leave the folder.
         return Manifest.model_validate_json(text), text
     except ValidationError as error:
-        raise TraceError(f"{path}/{MANIFEST_FILE} on the Volume is no manifest: {error.errors()[0]['msg']}") from error
+        raise TraceError(f"{path}/{MANIFEST_FILE} on the Volume is not a manifest: {error.errors()[0]['msg']}") from error
 
 
 def _fetch_file(volume: Volume, path: str, local: Path, entry: ManifestEntry) -> str | None:
-    """Download one file; returns what is wrong with it, or None."""
+    """Download one file. Returns what is wrong with it, or None."""
     temporary = local.with_name(local.name + ".part")
     digest, size = hashlib.sha256(), 0
     with temporary.open("wb") as file:
@@ -171,7 +171,7 @@ def _fetch_file(volume: Volume, path: str, local: Path, entry: ManifestEntry) ->
     if size != entry.bytes:
         reason = f"more than {entry.bytes} bytes" if size > entry.bytes else f"{size} bytes, expected {entry.bytes}"
     elif digest.hexdigest() != entry.sha256:
-        reason = "its SHA-256 is not what the manifest says"
+        reason = "its SHA-256 does not match the manifest"
     else:
         temporary.replace(local)
         return None
@@ -184,5 +184,5 @@ def _read_document(volume: Volume, path: str) -> bytes:
     for piece in volume.read_file(path):
         content += piece
         if len(content) > MAX_DOCUMENT:
-            raise TraceError(f"{path} on the Volume is larger than {MAX_DOCUMENT >> 20} MiB: it is not ours")
+            raise TraceError(f"{path} on the Volume is larger than {MAX_DOCUMENT >> 20} MiB: it is not a job or manifest")
     return content

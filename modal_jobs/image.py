@@ -1,4 +1,4 @@
-"""What the rented machines run: container images, Volumes, and where they are mounted."""
+"""The environment of rented machines: container images, Volumes, and where they are mounted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import modal
 from profiler.plan.job import VLLM
 
 ROOT = Path(__file__).resolve().parent.parent
-# vLLM's PyTorch, 2.13, is built for CUDA 13.0.
+# vLLM's version of PyTorch, 2.13, is built for CUDA 13.0.
 CUDA_IMAGE = "nvidia/cuda:13.0.1-devel-ubuntu22.04"
 TORCH_CPU = "https://download.pytorch.org/whl/cpu"
 PYTHON = "3.12"
@@ -36,36 +36,39 @@ ENVIRONMENT = {
 def with_project(image: modal.Image, extras: str) -> modal.Image:
     """The image with this project installed, so that vLLM finds the plugin by its entry point."""
     return (
-        image.add_local_dir(ROOT, SOURCE, copy=True, ignore=not_ours(ROOT))
+        image.add_local_dir(ROOT, SOURCE, copy=True, ignore=files_to_ignore(ROOT))
         .run_commands(f"python -m pip install '{SOURCE}{extras}'")
         .env(ENVIRONMENT)
     )
 
 
-def not_ours(root: Path) -> modal.FilePatternMatcher:
-    """What stays here of the project's folder. As patterns: by those Modal need not walk through environments and traces."""
+def files_to_ignore(root: Path) -> modal.FilePatternMatcher:
+    """The files of the project's folder that are not uploaded.
+
+    They are given as patterns, so that Modal does not walk through environments and traces.
+    """
     names = (path.name for path in root.iterdir() if path.name not in PROJECT)
     return modal.FilePatternMatcher(*(re.sub(r"([\\*?\[\]! ])", r"\\\1", name) for name in names), "**/__pycache__")
 
 
 def gpu_image() -> modal.Image:
-    """vLLM with CUDA's compiler, which some kernels need at their first run."""
+    """vLLM with the CUDA compiler, which some kernels need on their first run."""
     base = modal.Image.from_registry(CUDA_IMAGE, add_python=PYTHON).entrypoint([])
     return with_project(base.uv_pip_install(VLLM), "[collect]")
 
 
 def quantize_image() -> modal.Image:
-    """llmcompressor, which needs other versions than vLLM."""
+    """llmcompressor, which requires other versions of its dependencies than vLLM."""
     return with_project(modal.Image.debian_slim(python_version=PYTHON), "[quantize]")
 
 
 def train_image() -> modal.Image:
-    """PyTorch for GPUs, as it comes from the package index."""
+    """PyTorch for GPUs, from the default package index."""
     return with_project(modal.Image.debian_slim(python_version=PYTHON), "[collect,train]")
 
 
 def cpu_image() -> modal.Image:
-    """Without vLLM: what downloads, watches and merges."""
+    """No vLLM: for functions that download, orchestrate and analyze."""
     base = modal.Image.debian_slim(python_version=PYTHON).uv_pip_install("torch", index_url=TORCH_CPU)
     return with_project(base, "[analysis,collect]")
 

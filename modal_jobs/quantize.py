@@ -1,4 +1,4 @@
-"""Make an AWQ checkpoint on a rented GPU, onto the cache Volume, where `modal_jobs/collect.py --precision awq` finds it.
+"""Create an AWQ checkpoint on a rented GPU, in the cache Volume, where `modal_jobs/collect.py --precision awq` finds it.
 
     modal run modal_jobs/quantize.py --model qwen1.5-moe
 
@@ -24,7 +24,7 @@ app = modal.App("specmoe-quantize")
 
 @app.function(image=cpu_image(), volumes={CACHE: cache_volume}, timeout=4 * 60 * 60, retries=2)
 def fetch(model: str, revision: str | None) -> str:
-    """Put the published weights into the cache. Returns an error's line, empty if there is none."""
+    """Download the published weights into the cache. Returns an error message of one line, empty if there is none."""
     try:
         fetch_checkpoint(model, revision, say=say)
     except SpecmoeError as error:
@@ -35,7 +35,7 @@ def fetch(model: str, revision: str | None) -> str:
 
 @app.function(image=quantize_image(), gpu="A100-80GB", volumes={CACHE: cache_volume}, timeout=8 * 60 * 60, memory=128 * 1024)
 def make(model: str, revision: str | None, name: str, texts: list[str], group_size: int) -> tuple[str, str]:
-    """Quantize; returns a line that says what was made, and an error's line, one of them empty."""
+    """Quantize a model. Returns a description of the checkpoint and an error message of one line; one of them is empty."""
     from huggingface_hub import snapshot_download
 
     from profiler.models.deepseek_v1 import local_rewriting
@@ -44,7 +44,7 @@ def make(model: str, revision: str | None, name: str, texts: list[str], group_si
     target = quantized_checkpoint(name, QUANTIZE_PRECISION)
     try:
         if target.is_dir():
-            return f"{target} is there already", ""
+            return f"{target} already exists", ""
         source = Path(snapshot_download(model, revision=revision, local_files_only=True))
         if resolve_model(str(source)).metadata.architecture == "DeepseekForCausalLM":
             source = local_rewriting(str(source), None, model.replace("/", "--"), say=say)
@@ -66,24 +66,24 @@ def main(
     revision: str | None = None,
     gpu: str = "A100-80GB",
 ) -> None:
-    """Quantize a model of the registry, or any hub id of the form of Qwen2-MoE, OLMoE or DeepSeek-MoE v1."""
+    """Quantize a model of the registry, or a hub id of a Qwen2-MoE, OLMoE or DeepSeek-MoE v1 model."""
     with one_line_errors("quantize"):
         find_gpu(gpu, rented=True)
         entry = MODELS.get(model)
         if entry is not None and QUANTIZE_PRECISION not in entry.quantizable:
-            raise ModelError(f"{model} has {', '.join(entry.precisions)}: nothing is to be made")
+            raise ModelError(f"{model} has the precisions {', '.join(entry.precisions)}: there is nothing to quantize")
         if entry is None and "/" not in model:
             raise ModelError(f"unknown model {model!r}: expected one of {', '.join(MODELS)}, or a hub id like org/name")
         repository = next(iter(entry.checkpoints.values())) if entry else model
         texts = calibration_texts(dataset, num_texts, Path(data_files) if data_files else None, Path(repository))
         print(f"{repository} to 4 bits with {len(texts)} texts of {dataset}, on {gpu}", flush=True)
         refusal = fetch.remote(repository, revision)
-        made = ""
+        description = ""
         if not refusal:
-            made, refusal = make.with_options(gpu=gpu).remote(repository, revision, model, texts, group_size)
+            description, refusal = make.with_options(gpu=gpu).remote(repository, revision, model, texts, group_size)
         if refusal:
             raise ModelError(refusal)
-        print(made)
+        print(description)
         print(
             f"collect with it: modal run modal_jobs/collect.py --model {model} --precision {QUANTIZE_PRECISION} --dataset ..."
         )

@@ -1,4 +1,4 @@
-"""What the Modal files have in common: how errors and progress reach a terminal."""
+"""How errors and progress of all Modal apps reach the terminal."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from profiler.errors import SpecmoeError, first_line, printable
 
 @contextmanager
 def one_line_errors(name: str) -> Iterator[None]:
-    """Errors that a user can meet as one line and exit code 1."""
+    """Turn errors that users can cause or encounter into one line and exit code 1."""
     try:
         yield
     except (modal.exception.NotFoundError, modal.exception.InvalidError) as error:
         raise SystemExit(f"{name}: {printable(first_line(error))}") from None
     except modal.exception.Error as error:
-        # A lost connection, or a limit of time.
+        # For example, a lost connection or a timeout.
         raise SystemExit(f"{name}: {type(error).__name__}: {printable(first_line(error))}; run again to resume") from None
     except (SpecmoeError, OSError) as error:
         raise SystemExit(f"{name}: {printable(' '.join(str(error).split()))}") from None
 
 
 def say(text: str) -> None:
-    """Print a line at once: Modal shows what its machines print."""
+    """Print a line and flush it, so that Modal shows it immediately."""
     print(printable(text), flush=True)

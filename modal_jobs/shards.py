@@ -1,8 +1,8 @@
-"""One shard of a collection on a Volume: found if it is finished, resumed if it was begun, else collected.
+"""Collect one shard of a collection on a Volume: skip it if it is finished, resume it if it was started, else collect it.
 
-On the Volume, `RUN/shard-00003/ATTEMPT/` is a trace directory. Every attempt has a folder of its own, since a container that
-was preempted may still commit its files after another has taken over: no file is ever written by two. An attempt with a
-manifest is complete; one without is what the next attempt goes on from.
+On the Volume, `RUN/shard-00003/ATTEMPT/` is a trace directory. Every attempt has its own folder, because a preempted container
+may still commit its files after another has taken over: no file is ever written by two containers. An attempt with a manifest
+is complete; the next attempt continues from one without.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ REPORT_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """How a shard went. cached: it was finished before. error: why there is no trace, one line.
+    """The outcome of a shard. cached: it was already finished. error: why there is no trace, in one line.
 
-    seconds: of the container since its last report, its start included; dollars: what they cost.
+    seconds: container time since its last report, including its start. dollars: the cost of that time.
     """
 
     shard: int
@@ -53,18 +53,18 @@ class ShardReport:
     device: str = ""
     usage: Usage | None = None
 
-    def took(self, seconds: float, rate: float) -> ShardReport:
-        """The report with the time that the machine took, at `rate` dollars per hour."""
+    def with_cost(self, seconds: float, rate: float) -> ShardReport:
+        """The report with the machine's time and its cost, at `rate` dollars per hour."""
         return replace(self, seconds=seconds, dollars=seconds * rate / 3600)
 
 
 def shard_folder(run: Path, shard: int) -> Path:
-    """Where the attempts at a shard are."""
+    """The folder that holds the attempts at a shard."""
     return run / f"shard-{shard:05d}"
 
 
 def finished_attempt(run: Path, job: CollectJob, shard: int) -> Path | None:
-    """The first attempt that is a complete trace of the shard's problems. What is left of others is passed over."""
+    """The first attempt that is a complete trace of the shard's problems, or None. Incomplete attempts are ignored."""
     for manifest in sorted(shard_folder(run, shard).glob(f"*/{MANIFEST_FILE}")):
         if holds_shard(manifest.parent, job, shard):
             return manifest.parent
@@ -72,13 +72,13 @@ def finished_attempt(run: Path, job: CollectJob, shard: int) -> Path | None:
 
 
 def finished_parts(volume: Path, source: str) -> tuple[CollectJob, list[Path]]:
-    """The job of the run in the folder `source` of a mounted Volume, and its shards in order.
+    """The job of the run in the folder `source` of a mounted Volume, and the trace folders of its shards, in order.
 
-    Raises `TraceError`, also if one is missing.
+    Raises `TraceError` if there is no such run, or if a shard is not finished.
     """
     folder = volume / source
     if not (folder / JOB_FILE).is_file():
-        raise TraceError(f"no run or trace {source} on the Volume; 'modal volume ls NAME' lists what there is")
+        raise TraceError(f"no run or trace {source} on the Volume; 'modal volume ls NAME' lists its content")
     job = read_job((folder / JOB_FILE).read_bytes(), f"{source}/{JOB_FILE}")
     parts = [finished_attempt(folder, job, shard) for shard in range(job.num_shards)]
     found = [part for part in parts if part is not None]
@@ -88,7 +88,7 @@ def finished_parts(volume: Path, source: str) -> tuple[CollectJob, list[Path]]:
 
 
 def holds_shard(folder: Path, job: CollectJob, shard: int) -> bool:
-    """Whether a folder is a complete trace of exactly the problems of a shard."""
+    """Whether a folder is a complete trace of exactly a shard's problems."""
     try:
         ids = Trace.open(folder).problems.column("problem_id").to_pylist()
     except TraceError:
@@ -106,10 +106,10 @@ def collect_shard(
     say: Callable[[str], None],
     spent: Callable[[], float] = lambda: 0.0,
 ) -> ShardReport:
-    """Leave a complete trace of the shard in the folder `run` (which has the job's files), unless there is one.
+    """Collect a complete trace of the shard in the folder `run` (which has the job's files), unless there is one.
 
-    commit: makes what was written visible to others; called every 10 s, so that little is lost with this machine. say: told how
-    it goes. spent: dollars of this machine so far. Raises `SpecmoeError` if it cannot be collected.
+    commit: makes written files visible to other machines; called every 10 s, so that little is lost if this machine fails.
+    say: reports progress. spent: the cost of this machine so far, in dollars. Raises `SpecmoeError` if collection fails.
     """
     folder = shard_folder(run, shard)
     done = finished_attempt(run, job, shard)
@@ -123,7 +123,7 @@ def collect_shard(
         datasets=shard_datasets(job, problems),
         sampling=Sampling(temperature=job.temperature, top_p=job.top_p, seed=job.seed),
         recipe=job.recipe,
-        # A budget for the whole run cannot be shared by machines that do not see each other.
+        # Machines cannot share the run's token budget, because they do not communicate: each gets an equal part.
         hidden_tokens=-(-job.hidden_tokens // job.num_shards),
         out=attempt,
         resume=True,
@@ -134,8 +134,8 @@ def collect_shard(
         except TraceError as error:
             if not resumed:
                 raise
-            # What another machine left cannot be used: it is not worth more than the time that it saves.
-            say(f"shard {shard + 1}: begins anew, since its earlier attempt cannot be resumed ({error})")
+            # Resuming only saves time: if the earlier attempt is unusable, start over.
+            say(f"shard {shard + 1}: starting over, because its earlier attempt cannot be resumed ({error})")
             shutil.rmtree(attempt)
             summary = collector.collect(replace(collection, out=attempt))
     commit()
@@ -143,7 +143,7 @@ def collect_shard(
 
 
 def start_collector(job: CollectJob, revision: str | None, *, say: Callable[[str], None]) -> TraceCollector:
-    """A collector for the job, whose engine has started. revision: commit of the weights. Raises `SpecmoeError`."""
+    """A collector for the job, with its engine started. revision: commit of the weights. Raises `SpecmoeError`."""
     collector = TraceCollector(
         job.model,
         engine=job.engine,
@@ -162,16 +162,16 @@ def start_collector(job: CollectJob, revision: str | None, *, say: Callable[[str
 
 
 def dollars_per_hour(device: str, asked: Gpu) -> float:
-    """What the machine costs: of the GPU that it has, if it can be told from its name, else of the one asked for."""
+    """The price of the machine: with its actual GPU if the device name identifies it, else with the requested GPU."""
     found = named_gpu(device)
     price = asked.dollars_per_hour if found is None or found.dollars_per_hour is None else found.dollars_per_hour
     return (price or 0.0) + HOST_DOLLARS
 
 
 def _continue_from(folder: Path, attempt: Path) -> bool:
-    """Copy what the attempt that came furthest has; returns whether there is one.
+    """Copy the files of the earlier attempt that got furthest. Returns whether there is one.
 
-    Nothing is removed: another machine may still be at work there.
+    Nothing is removed, because another machine may still be working there.
     """
     begun = [path for path in folder.glob("*/") if (path / METADATA_FILE).is_file() and (path / CAPTURE_FOLDER).is_dir()]
     if not begun:
@@ -185,15 +185,15 @@ def _continue_from(folder: Path, attempt: Path) -> bool:
 
 @contextmanager
 def _committing(commit: Callable[[], None], say: Callable[[str], None]) -> Iterator[None]:
-    """Commit every `COMMIT_SECONDS`, and once more when the block is left, however it is left."""
+    """Commit every `COMMIT_SECONDS`, and once more when the block exits, even with an error."""
     done = threading.Event()
 
     def work() -> None:
         while not done.wait(COMMIT_SECONDS):
             try:
                 commit()
-            except Exception as error:  # whatever the Volume's client raises: the next one may go well
-                say(f"what was recorded could not be committed: {first_line(error)}")
+            except Exception as error:  # any error of the Volume's client: the next commit may succeed
+                say(f"recorded files could not be committed: {first_line(error)}")
 
     thread = threading.Thread(target=work, name="specmoe-commit", daemon=True)
     thread.start()
@@ -207,7 +207,7 @@ def _committing(commit: Callable[[], None], say: Callable[[str], None]) -> Itera
 
 @contextmanager
 def _reporting(collector: TraceCollector, name: str, say: Callable[[str], None], spent: Callable[[], float]) -> Iterator[None]:
-    """Have the collector say how far it is, every `REPORT_SECONDS`."""
+    """Make the collector report its progress every `REPORT_SECONDS`."""
     last = -REPORT_SECONDS
 
     def progress(now: CollectProgress) -> None:

@@ -1,4 +1,4 @@
-"""Train expert predictors on a rented GPU, on what was collected there or on a trace from here.
+"""Train expert predictors on a rented GPU, on a run that was collected there or on a local trace.
 
     modal run modal_jobs/train.py --run-id RUN --out runs/mine
     modal run modal_jobs/train.py --trace traces/math --out runs/math
@@ -40,7 +40,7 @@ app = modal.App("specmoe-train")
     retries=modal.Retries(max_retries=2, initial_delay=1.0),
 )
 def train(job: TrainJob, volume: str) -> str:
-    """Train on the mounted Volume of this name. Returns an error's line, empty if there is none."""
+    """Train on the mounted Volume `volume`. Returns an error message of one line, empty if there is none."""
     try:
         train_on_volume(Path(TRACES), job, Path("/tmp/specmoe"), say=say)
     except SpecmoeError as error:
@@ -65,14 +65,14 @@ def main(
     gpu: str = DEFAULT_GPU,
     volume: str = TRACE_VOLUME,
 ) -> None:
-    """Train a predictor on a run or a local trace, and bring it here."""
+    """Train a predictor on a run or a local trace, and download it."""
     with one_line_errors("train"):
         find_gpu(gpu, rented=True)
         defaults = find_predictor(predictor).defaults
         if task not in set(Task):
             raise SpecmoeError(f"unknown task {task!r}: expected one of {', '.join(Task)}")
         if (run_id is None) == (trace is None):
-            raise SpecmoeError("expected one of --run-id, of a collected run, and --trace, of a folder here")
+            raise SpecmoeError("expected either --run-id, of a collected run, or --trace, a local trace folder")
         target = Path(out or f"runs/{predictor}")
         if target.exists():
             raise SpecmoeError(f"{target} exists: choose another --out")
@@ -91,7 +91,7 @@ def main(
         refusal = remote.remote(job, volume)
         if refusal:
             raise SpecmoeError(refusal)
-        # What an earlier download left there may be of another job: `fetch_trace` removes it.
+        # An earlier download of another job may have left files there: `fetch_trace` removes them.
         building = target.with_name(target.name + ".part")
         fetched = fetch_trace(store, job.name, building)
         (building / MANIFEST_FILE).unlink()

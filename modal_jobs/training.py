@@ -1,4 +1,4 @@
-"""Train a predictor where the trace is: on a Volume that holds a collected run's shards, or a trace that was uploaded."""
+"""Train a predictor where the trace is stored: on a Volume that holds a collected run's shards or an uploaded trace."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from speculation.training.fit import train
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """What to train on what. source: folder on the Volume, of a run (with its shards) or of a trace."""
+    """What to train, and on which data. source: folder on the Volume of a run (with its shards) or of a trace."""
 
     source: str
     predictor: str
@@ -34,15 +34,15 @@ class TrainJob:
 
     @property
     def name(self) -> str:
-        """Of the result on the Volume: the same job has the same, and is not trained twice."""
+        """The name of the result on the Volume. Equal jobs have equal names, so that no job is trained twice."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         return f"{self.source}/trained/{self.predictor}-{digest[:10]}"
 
 
 def open_source(volume: Path, source: str, work: Path) -> Trace:
-    """The trace in the folder `source` of a mounted Volume; the shards of a run are merged into `work`.
+    """The trace in the folder `source` of a mounted Volume. The shards of a run are merged into a trace in `work`.
 
-    Raises `TraceError` if there is none, or if shards are missing.
+    Raises `TraceError` if there is no such run or trace, or if shards are missing.
     """
     folder = volume / source
     if (folder / MANIFEST_FILE).is_file():
@@ -55,13 +55,13 @@ def open_source(volume: Path, source: str, work: Path) -> Trace:
 
 
 def train_on_volume(volume: Path, job: TrainJob, work: Path, *, say: Callable[[str], None]) -> Path:
-    """Train and judge a predictor; returns the folder on the Volume, a run directory with its evaluation and a manifest.
+    """Train and evaluate a predictor. Returns the folder on the Volume: a run directory with its evaluation and a manifest.
 
-    A job that was done is not done again. Raises `SpecmoeError`.
+    A finished job is not run again. Raises `SpecmoeError`.
     """
     done = volume / job.name
     if (done / MANIFEST_FILE).is_file():
-        say(f"{job.name} was trained before")
+        say(f"{job.name} was already trained")
         return done
     trace = open_source(volume, job.source, work)
     say(f"{job.source}: {trace.problems.num_rows:,} problems, {trace.num_rows:,} routing rows")
@@ -76,8 +76,8 @@ def train_on_volume(volume: Path, job: TrainJob, work: Path, *, say: Callable[[s
     try:
         evaluation = evaluate(run, trace)
     except SpecmoeError as error:
-        # Too few problems for a test part: the run is of use on another trace.
-        say(f"not judged: {error}")
+        # There are too few problems for a test part; the run can still be used on another trace.
+        say(f"not evaluated: {error}")
     else:
         write_text(result / EVALUATION_FILE, evaluation.to_json())
     files = {

@@ -1,4 +1,4 @@
-"""Put a trace from here onto a Volume, once."""
+"""Upload a local trace to a Volume, once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from profiler.trace.writer import sha256_of
 
 
 def upload_trace(store: modal.Volume, trace: Trace) -> str:
-    """Upload a trace, its manifest last; returns its folder there. The same content has the same, and is uploaded once."""
+    """Upload a trace, its manifest last. Returns its folder on the Volume.
+
+    The folder is named after the content, so that the same content is uploaded only once. Raises `TraceError` if the trace is
+    faulty.
+    """
     faults = trace.faults(verify=True)
     if faults or trace.manifest is None:
         raise TraceError(f"{trace.path}: {faults[0]}")

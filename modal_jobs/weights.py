@@ -1,4 +1,4 @@
-"""Put a checkpoint into the cache, so that machines with a GPU never wait for a download."""
+"""Download a checkpoint into the cache, so that machines with a GPU never wait for a download."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 
 from profiler.errors import ModelError, first_line
 
-# Not the copies in other formats that repositories carry besides (original/, metal/, *.pt, *.gguf).
+# These exclude the copies in other formats that many repositories contain (original/, metal/, *.pt, *.gguf).
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 IGNORED = ["original/*", "metal/*", "*/*"]
 
 
 def fetch_checkpoint(checkpoint: str, revision: str | None, *, say: Callable[[str], None]) -> str | None:
-    """Download a hub repository into $HF_HOME and return its commit; of a folder, see that it is there and return None.
+    """Download a hub repository into $HF_HOME and return its commit. For a local folder, check that it exists and return None.
 
-    Raises `ModelError` if the folder or repository does not exist, or if the repository wants a token.
+    Raises `ModelError` if the folder or repository does not exist, or if the repository requires a token.
     """
     if Path(checkpoint).is_absolute():
         if not (Path(checkpoint) / "config.json").is_file():
             name = Path(checkpoint).name.rpartition("-")[0].replace("--", "/")
             raise ModelError(
-                f"no checkpoint {checkpoint} on the cache Volume: make it first with "
+                f"no checkpoint {checkpoint} on the cache Volume: create it first with "
                 f"modal run modal_jobs/quantize.py --model {name}"
             )
         return None
@@ -33,7 +33,7 @@ def fetch_checkpoint(checkpoint: str, revision: str | None, *, say: Callable[[st
         folder = snapshot_download(checkpoint, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED)
     except GatedRepoError as error:
         raise ModelError(
-            f"{checkpoint} wants an account that accepted its terms: accept them on huggingface.co, put the token into a Modal "
+            f"{checkpoint} needs an account that accepted its terms: accept them on huggingface.co, put the token into a Modal "
             "secret (modal secret create huggingface-secret HF_TOKEN=hf_...) and add --hf-secret huggingface-secret"
         ) from error
     except RepositoryNotFoundError as error:

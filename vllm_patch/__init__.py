@@ -1,9 +1,18 @@
-"""How routing leaves vLLM: a hook on expert selection in the fused MoE layers, streamed to Parquet.
+"""Records routing inside vLLM: a hook on expert selection in the fused MoE layers, streamed to Parquet.
 
-vLLM finds the plugin through the entry point group `vllm.general_plugins`; it does nothing unless the environment variable
-`SPECMOE_CAPTURE` is 1. `releases` knows which function chooses experts in which release, `hook` wraps it, `buffers` hold what
-the hooks copy, `steps` labels rows with their requests, `recorder` queues and `capture_files` write them. `recording` is for
-programs with an `LLM` of their own, `serving` for servers, `source` for the patch of a local vLLM.
+vLLM finds the plugin through the entry point group `vllm.general_plugins`. The plugin does nothing unless the environment
+variable `SPECMOE_CAPTURE` is 1. `releases` knows which function selects experts in which release, `hook` wraps that function,
+`buffers` holds what the hooks copy, `steps` labels rows with their requests, `recorder` queues the rows, and `capture_files`
+writes them. `recording` is for programs that create their own `LLM`, `serving` for servers, and `source` patches a local vLLM.
+
+Example:
+    >>> import vllm_patch
+    >>> vllm_patch.enable()  # before vLLM starts
+    >>> from vllm import LLM
+    >>> from profiler.models.resolve import demo_model_folder
+    >>> llm = LLM(str(demo_model_folder()))
+    >>> with vllm_patch.Recording(llm, "traces/mine") as recording:
+    ...     recording.add(llm.generate(["Why is the sky blue?"]))
 """
 
 from __future__ import annotations
@@ -17,7 +26,7 @@ __all__ = ["Recording", "enable"]
 
 
 def __getattr__(name: str) -> Any:
-    # vLLM imports this package for its plugin, in every process: that must cost nothing where nothing is recorded.
+    # vLLM imports this package in every process to load the plugin: the import must be cheap where nothing is recorded.
     if name in __all__:
         from vllm_patch import recording
 

@@ -1,4 +1,4 @@
-"""`python -m vllm_patch`: check capture on this machine, patch the source of a local vLLM, seal what a killed server left."""
+"""`python -m vllm_patch`: check capture on this machine, patch a local vLLM, seal the trace of a killed server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_patch import source
 from vllm_patch.releases import OLDEST_CPU_ROUTER, parse_release
 
 app = typer.Typer(
-    help="Insert the routing hook into the source of a local vLLM, for forks and where plugins cannot be used.",
+    help="Check routing capture on this machine, patch the source of a local vLLM, or seal the trace of a killed server.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -24,7 +24,7 @@ Vllm = Annotated[
 
 @app.command()
 def apply(vllm: Vllm = None) -> None:
-    """Insert the hook; does nothing where it is in.
+    """Insert the hook into the source of a local vLLM. Does nothing if the hook is already there.
 
     Example: python -m vllm_patch apply --vllm ~/src/vllm
     """
@@ -35,7 +35,7 @@ def apply(vllm: Vllm = None) -> None:
 
 @app.command()
 def revert(vllm: Vllm = None) -> None:
-    """Remove the hook; the files get back the bytes that they had.
+    """Remove the hook and restore the files byte for byte.
 
     Example: python -m vllm_patch revert
     """
@@ -46,7 +46,7 @@ def revert(vllm: Vllm = None) -> None:
 
 @app.command()
 def status(vllm: Vllm = None) -> None:
-    """Say which vLLM this is, where its hook goes, and whether it is in.
+    """Show the vLLM version, where the hook goes, and whether it is applied.
 
     Example: python -m vllm_patch status
     """
@@ -55,7 +55,7 @@ def status(vllm: Vllm = None) -> None:
 
 @app.command()
 def diff(vllm: Vllm = None) -> None:
-    """Print what apply inserts, as a patch for 'git apply'.
+    """Print the lines that 'apply' inserts, as a patch for 'git apply'.
 
     Example: python -m vllm_patch diff --vllm ~/src/vllm > specmoe.patch
     """
@@ -65,29 +65,31 @@ def diff(vllm: Vllm = None) -> None:
 @app.command()
 def check(
     family: Annotated[
-        list[str] | None, typer.Option(help="A family of routers, several times if wanted. Default: all that are known.")
+        list[str] | None, typer.Option(help="A router family to check; may be repeated. Default: all known families.")
     ] = None,
     model: Annotated[
-        list[Path] | None, typer.Option(help="A model's folder, instead of small synthetic ones.", exists=True)
+        list[Path] | None,
+        typer.Option(help="A model folder to check instead of the small synthetic models; may be repeated.", exists=True),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Each model in one mode only, the one that users' runs have.")] = False,
-    overhead: Annotated[bool, typer.Option("--overhead", help="Also measure what capture costs, in tokens/s.")] = False,
-    replay: Annotated[bool, typer.Option("--replay", help="Also run 'specmoe replay' of a small trace here.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run each model in one mode only: the one most users run.")] = False,
+    overhead: Annotated[bool, typer.Option("--overhead", help="Also measure the cost of capture, in tokens/s.")] = False,
+    replay: Annotated[bool, typer.Option("--replay", help="Also run 'specmoe replay' on a small trace.")] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results to this file, again after each step.")
+        Path | None, typer.Option("--json", help="Write the results to this file; it is rewritten after each step.")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(min=10, help="Seconds for all of it; the most valuable steps come first.")
+        float | None,
+        typer.Option(min=10, help="Time limit for the whole check, in seconds. The most valuable steps run first."),
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep models, traces and logs in this folder.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Engines at a time. Default: one; on a GPU one for every 4 cores.")
+        int | None, typer.Option(min=1, help="Engines to run at a time. Default: 1; on a GPU, 1 for every 4 cores.")
     ] = None,
 ) -> None:
-    """Compare what is recorded here, by the installed vLLM on this device, with transformers.
+    """Compare the routing that the installed vLLM records on this device with transformers.
 
-    Small models with random weights, one of each family of routers, run in the modes that matter on this device; every set of
-    experts and every weight is compared. Exit code 1 if something is wrong, or a model that you named could not be compared.
+    Small models with random weights, one for each router family, run in the modes that matter on this device. Every expert set
+    and every weight is compared. The exit code is 1 if anything is wrong, or if a model that you named could not be compared.
 
     Example: python -m vllm_patch check --overhead --json check.json
     """
@@ -113,16 +115,16 @@ def check(
 
 @app.command()
 def finish(
-    directory: Annotated[Path, typer.Argument(help="A trace-NNNNN folder that a server left unfinished.", exists=True)],
+    directory: Annotated[Path, typer.Argument(help="A trace-NNNNN folder that a server left incomplete.", exists=True)],
 ) -> None:
-    """Seal what a server has recorded; it does so itself unless it was killed.
+    """Seal the trace of a server that was killed. A server that stops normally seals its own traces.
 
     Example: python -m vllm_patch finish traces/served/trace-00000
     """
     from vllm_patch.serving.server import finish as finish_served
 
     trace = finish_served(directory)
-    typer.echo(f"{directory}: {trace.problems.num_rows} problems" if trace else f"{directory} held no request and was removed")
+    typer.echo(f"{directory}: {trace.problems.num_rows} problems" if trace else f"{directory} held no requests and was removed")
 
 
 def _show(local: source.LocalVllm, lines: list[str]) -> None:
@@ -131,7 +133,7 @@ def _show(local: source.LocalVllm, lines: list[str]) -> None:
     typer.echo(f"vLLM {local.version or 'of unknown version'} in {local.package}")
     typer.echo(f"hook: {local.hook.function} in {local.hook.source}: {local.state}")
     if local.version and parse_release(local.version) < OLDEST_CPU_ROUTER:
-        typer.echo("on CPU this release routes inside its kernels: they are hooked when the model is loaded")
+        typer.echo("on CPU, this release routes inside its kernels: the hook wraps them when the model is loaded")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Rows of one step on their way to the host; `arrays` waits for the copy, if it is still under way."""
+    """The rows of one step, being copied to the host. `arrays` waits until the copy is done."""
 
     tensors: dict[str, torch.Tensor]
     copied: Any = None
@@ -28,7 +28,7 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def arrays(self) -> Arrays:
-        """The rows as arrays `[T, L, W]`."""
+        """The rows as arrays `[T, L, W]`, by name."""
         if self.copied is not None:
             self.copied.synchronize()
         return {name: tensor.numpy() for name, tensor in self.tensors.items()}
@@ -37,8 +37,10 @@ class Snapshot:
 class CaptureBuffers:
     """Buffers `[max_tokens, L, W]` at fixed addresses: expert ids and weights, and optionally logits and router inputs.
 
-    They are allocated once, before the engine measures memory and captures CUDA graphs. logits: W = E, all layers.
-    hidden_layers: positions among the L layers whose router inputs are kept, with W = hidden_size.
+    They are allocated once, before the engine measures memory and captures CUDA graphs. W is K for expert ids and weights.
+
+    logits: whether to record router logits, with W = E, of all layers.
+    hidden_layers: positions (among the L layers) of the layers whose router inputs are recorded, with W = hidden_size.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class CaptureBuffers:
             self.tensors["logits"] = buffer(layers, num_experts, torch.float16)
         if hidden_layers:
             self.tensors["hidden"] = buffer(len(hidden_layers), hidden_size, torch.float16)
-        # -1 is out of range: it marks rows that no hook wrote in this step, and the writer refuses them.
+        # -1 is not a valid expert id: it marks rows that no hook wrote in this step, and the writer rejects them.
         self.clear()
         # mypy: PyTorch leaves streams and events without annotations.
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call] # as below
@@ -82,10 +84,12 @@ class CaptureBuffers:
         self.tensors["expert_ids"].fill_(-1)
 
     def copy_of_layer(self, position: int, output_scale: float = 1.0) -> Copy:
-        """What the hook of the MoE layer at `position` (of L) calls.
+        """The function that the hook of the MoE layer at `position` (of L) calls.
 
-        output_scale: factor of the experts' output that is not in the router's weights.
-        Unconditional, on the device, without allocation or Python state: compilers inline it and CUDA graphs replay it.
+        It runs unconditionally and on the device, without allocation or Python state, so that compilers can inline it and CUDA
+        graphs can replay it.
+
+        output_scale: a factor that the model applies to the experts' output and that the router's weights do not include.
         """
         ids_TK = self.tensors["expert_ids"][:, position]
         weights_TK = self.tensors["weights"][:, position]
@@ -118,9 +122,9 @@ class CaptureBuffers:
         return copies[0] if len(copies) == 1 else _all(copies)
 
     def snapshot(self, rows: int, *, hidden: bool) -> Snapshot:
-        """Copy the first `rows` rows of a finished step and mark them as unwritten.
+        """Copy the first `rows` rows of a finished step, then mark them as unwritten.
 
-        On a GPU the copy to pinned memory runs on a stream of its own, beside the next step.
+        On a GPU, the copy to pinned memory runs on its own stream and overlaps the next step.
         """
         names = [name for name in self.tensors if hidden or name != "hidden"]
         copies = {name: self.tensors[name][:rows].clone() for name in names}
@@ -131,7 +135,7 @@ class CaptureBuffers:
         with torch.cuda.stream(self._stream):
             host = {}
             for name, tensor in copies.items():
-                # The allocator must not hand this memory out again before the side stream has read it.
+                # The allocator must not reuse this memory before the copy stream has read it.
                 tensor.record_stream(self._stream)
                 host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 host[name].copy_(tensor, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The files of a running capture: one folder, or, for servers, one after another."""
+"""The files of a running capture: a single folder, or a sequence of folders for servers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from vllm_patch.buffers import Arrays
 NO_END = np.iinfo(np.int32).max
 
 OpenWriters = Callable[[Path], tuple[RoutingWriter, dict[str, ValuesWriter]]]
-"""Opens the writers of a run's folder: routing, and logits and hidden where they are recorded."""
+"""Opens the writers of a run's folder: one for routing, and one each for `logits` and `hidden` if they are recorded."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A batch with numbers for names: request `[T]` and position `[T]` of each row, requests that began and that ended."""
+class CapturedRows:
+    """A batch of rows, whose requests are identified by number.
+
+    numbers_T, positions_T: request number and sequence position of each row. steps: arrays `[T, L, W]` of each step, by name.
+    hidden: for each step, which rows' router inputs are kept `[T]`; None if none are. requests: those that started in this
+    batch. finished: the numbers of those that ended.
+    """
 
     numbers_T: npt.NDArray[np.int32]
     positions_T: npt.NDArray[np.int32]
@@ -33,21 +38,23 @@ class Rows:
 
 
 class Files(Protocol):
-    """Where the writer's thread puts rows."""
+    """The destination of the writer thread's rows."""
 
     @property
     def rows(self) -> int: ...
 
-    def write(self, rows: Rows) -> None: ...
+    def write(self, rows: CapturedRows) -> None: ...
 
     def close(self) -> None: ...
 
 
 class CaptureFiles:
-    """The open files of one run's folder. first, end: the request numbers whose rows go here.
+    """The open files of one run's folder.
 
-    Whatever was handed to `write` is readable when it returns, should the process be killed then. Routing comes last: where a
-    position has routing, it has all that was recorded of it.
+    When `write` returns, everything passed to it is readable, even if the process is killed right after. Routing is written
+    last: a position that has routing has everything else that was recorded for it, too.
+
+    first, end: this folder holds the rows of requests numbered `first` to `end` - 1.
     """
 
     def __init__(self, directory: Path, open_writers: OpenWriters, first: int = 0) -> None:
@@ -58,12 +65,12 @@ class CaptureFiles:
         self._routing, self._values = open_writers(directory)
         self._requests: IO[str] = (directory / REQUESTS_FILE).open("w", encoding="utf-8")
 
-    def write(self, rows: Rows) -> None:
+    def write(self, rows: CapturedRows) -> None:
         lines = [request.to_json() + "\n" for request in rows.requests if self.first <= request.number < self.end]
         if lines:
             self._requests.writelines(lines)
             self._requests.flush()
-        # Stable: rows of one request keep the order in which they were computed.
+        # A stable sort keeps each request's rows in the order in which they were computed.
         order_T = np.argsort(rows.numbers_T, kind="stable")
         order_T = order_T[slice(*np.searchsorted(rows.numbers_T[order_T], [self.first, self.end]))]
         if not len(order_T):
@@ -78,15 +85,15 @@ class CaptureFiles:
         self.rows += ids_TLK.shape[0] * ids_TLK.shape[1]
         self.nbytes += ids_TLK.nbytes + weights_TLK.nbytes
 
-    def _write_hidden(self, rows: Rows) -> None:
+    def _write_hidden(self, rows: CapturedRows) -> None:
         first = 0
         for hidden_T, step in zip(rows.hidden, rows.steps, strict=True):
             of_step = slice(first, first + len(step["weights"]))
             first = of_step.stop
             if hidden_T is not None:
                 numbers_T = rows.numbers_T[of_step]
-                mine_T = hidden_T & (numbers_T >= self.first) & (numbers_T < self.end)
-                self._values["hidden"].add(numbers_T[mine_T], rows.positions_T[of_step][mine_T], step["hidden"][mine_T])
+                kept_T = hidden_T & (numbers_T >= self.first) & (numbers_T < self.end)
+                self._values["hidden"].add(numbers_T[kept_T], rows.positions_T[of_step][kept_T], step["hidden"][kept_T])
 
     def close(self) -> None:
         self._requests.close()
@@ -95,7 +102,7 @@ class CaptureFiles:
 
 
 class RotatingFiles:
-    """One `CaptureFiles` after another; earlier ones stay open until their last request has finished."""
+    """A sequence of `CaptureFiles`. Earlier ones stay open until their last request has finished."""
 
     def __init__(self, begin: Callable[[], Path], end: Callable[[Path], object], limit: int, open_writers: OpenWriters) -> None:
         self._begin, self._end, self._limit, self._open_writers = begin, end, limit, open_writers
@@ -108,7 +115,7 @@ class RotatingFiles:
     def rows(self) -> int:
         return self._closed_rows + sum(files.rows for files in self._open)
 
-    def write(self, rows: Rows) -> None:
+    def write(self, rows: CapturedRows) -> None:
         if rows.requests:
             self._active |= {request.number for request in rows.requests}
             self._next_number = rows.requests[-1].number + 1

@@ -1,4 +1,4 @@
-"""The routers' own weights, as files for predictors that need them."""
+"""Save the routers' weights, for predictors that need them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ BIASES = ("bias", "e_score_correction_bias")
 
 @torch.inference_mode()
 def save_gates(model: torch.nn.Module, layers: list[MoELayer], hidden_size: int, path: Path) -> None:
-    """Write `layers.{index}.weight` `[E, D]` (and biases, where there are any) of every MoE layer's gate.
+    """Write `layers.{index}.weight` `[E, D]`, and biases if there are any, of every MoE layer's gate.
 
-    Raises `LookupError` if a layer has no gate beside its experts.
+    Raises `LookupError` if no gate is found next to a layer's experts.
     """
     tensors: dict[str, torch.Tensor] = {}
     for layer in layers:
@@ -34,24 +34,24 @@ def _weight(gate: Any, num_experts: int, hidden_size: int) -> torch.Tensor:
     weight = gate.weight
     if weight.shape == (num_experts, hidden_size):
         return cast("torch.Tensor", weight)
-    # CPU kernels keep weights packed in a form of their own, and quantized ones are codes: ask the gate itself, whose
-    # answer to the unit vectors is exact.
+    # CPU kernels pack weights in their own layout, and quantized weights are codes. Run the gate on the unit vectors instead:
+    # its output for them is exactly its weights.
     units = torch.eye(hidden_size, dtype=getattr(gate, "params_dtype", weight.dtype), device=weight.device)
-    answer = gate(units)
-    logits = answer[0] if isinstance(answer, tuple) else answer
+    output = gate(units)
+    logits = output[0] if isinstance(output, tuple) else output
     if getattr(gate, "bias", None) is not None:
         logits = logits - gate.bias
     if logits.shape != (hidden_size, num_experts):
-        raise LookupError(f"a gate answers {tuple(logits.shape)}, expected {(hidden_size, num_experts)}")
+        raise LookupError(f"a gate returned logits of shape {tuple(logits.shape)}, expected {(hidden_size, num_experts)}")
     return cast("torch.Tensor", logits.T)
 
 
 def _gate_of(model: torch.nn.Module, layer: MoELayer) -> Any:
-    """The module that computes the router logits: the layer's own, or its sibling in the model's MoE block."""
+    """The module that computes the router logits: inside the layer, or next to it in the model's MoE block."""
     block = model.get_submodule(layer.name.rpartition(".")[0])
     for owner in (layer.module, block):
         for name in ("gate", "router"):
             gate = getattr(owner, name, None)
             if isinstance(gate, torch.nn.Module) and isinstance(getattr(gate, "weight", None), torch.Tensor):
                 return gate
-    raise LookupError(f"layer {layer.index}: no gate beside its experts")
+    raise LookupError(f"layer {layer.index}: no gate found next to its experts")

@@ -1,6 +1,6 @@
-"""Find the MoE layers of a loaded vLLM model and have each copy its routing into the recorder's buffers.
+"""Find the MoE layers of a loaded vLLM model and make each layer copy its routing into the recorder's buffers.
 
-What is wrapped is the release's business (`releases`); wrapped or patched in the source, the copy is the same.
+`releases` decides which function is wrapped. The copy is the same whether the function is wrapped or its source is patched.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from vllm_patch.releases import Hook
 Copy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Called in every forward pass with (router inputs `[T, D]`, router logits `[T, E]`, weights `[T, K]`, ids `[T, K]`)."""
 
-# Set on a layer or router where the source of vLLM itself was patched to call it (`vllm_patch.source`).
+# The attribute of a layer or router that vLLM's source calls if it was patched (`vllm_patch.source`).
 SOURCE_ATTRIBUTE = "specmoe_copy"
 
 
 class UnsupportedModelError(Exception):
-    """Routing of this model or engine setting cannot be recorded truthfully; the text says why and what to do."""
+    """Routing cannot be recorded correctly for this model or engine setting. The message says why and what to do."""
 
 
 class MoELayer:
-    """One MoE layer of a loaded model: decoder layer `index`, E, K, and the modules that its hook needs."""
+    """One MoE layer of a loaded model: the index of its decoder layer, E, K, and the modules that its hook needs."""
 
     def __init__(self, name: str, module: Any) -> None:
         self.name = name
@@ -40,14 +40,14 @@ class MoELayer:
             if isinstance(getattr(owner, attribute, None), int):
                 self.num_experts = int(getattr(owner, attribute))
                 break
-        # A factor of the experts' output, applied after the router's weights: it belongs to the weights as applied.
+        # A factor that the model applies to the experts' output, after the router's weights: recorded weights include it.
         self.output_scale = 1.0
         router: Any = getattr(module, "router", None)
         self.top_k = int(router.top_k if hasattr(router, "top_k") else module.top_k)
 
     @property
     def is_monolithic(self) -> bool:
-        """Whether the layer's kernel routes internally, past the router."""
+        """Whether the layer's kernel routes internally and bypasses the router."""
         owners: list[Any] = [self.module, getattr(self.module, "quant_method", None)]
         for owner in owners:
             if hasattr(owner, "is_monolithic"):
@@ -56,59 +56,59 @@ class MoELayer:
 
     @property
     def balances_load(self) -> bool:
-        """Whether ids are remapped to copies of experts (EPLB)."""
+        """Whether expert ids are remapped to replicas of experts (EPLB)."""
         return bool(getattr(self.module, "enable_eplb", False))
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Raise `UnsupportedModelError` for engine settings under which rows would be lost or mislabeled.
+    """Raise `UnsupportedModelError` for engine settings that would lose or mislabel rows.
 
     config: vLLM's `VllmConfig`.
     """
     parallel = config.parallel_config
     if parallel.pipeline_parallel_size > 1:
-        raise UnsupportedModelError("pipeline parallelism splits the layers over workers: use pipeline_parallel_size=1")
+        raise UnsupportedModelError("pipeline parallelism splits layers across workers: use pipeline_parallel_size=1")
     if parallel.data_parallel_size > 1:
-        raise UnsupportedModelError("data parallelism splits the tokens over workers: use data_parallel_size=1")
+        raise UnsupportedModelError("data parallelism splits tokens across workers: use data_parallel_size=1")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
-            raise UnsupportedModelError(f"context parallelism splits sequences over workers: use {name}=1")
+            raise UnsupportedModelError(f"context parallelism splits sequences across workers: use {name}=1")
     if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:
-        raise UnsupportedModelError("micro-batching (DBO) overlaps steps: run without --enable-dbo and --ubatch-size")
+        raise UnsupportedModelError("micro-batching (DBO) overlaps steps: run without enable_dbo and ubatch_size")
     if getattr(parallel, "enable_expert_parallel", False) and parallel.tensor_parallel_size > 1:
         raise UnsupportedModelError(
-            "expert parallelism may route a share of the tokens on each worker: run without --enable-expert-parallel"
+            "with expert parallelism, each worker may route only some of the tokens: use enable_expert_parallel=False"
         )
     if getattr(parallel, "distributed_executor_backend", None) == "ray":
-        raise UnsupportedModelError("Ray runs steps past the worker's own call: use --distributed-executor-backend mp")
+        raise UnsupportedModelError("Ray bypasses the worker's execute_model: use distributed_executor_backend='mp'")
     if getattr(config.cache_config, "kv_sharing_fast_prefill", False):
-        raise UnsupportedModelError("fast prefill skips tokens in some layers: run without --kv-sharing-fast-prefill")
+        raise UnsupportedModelError("fast prefill skips tokens in some layers: use kv_sharing_fast_prefill=False")
     if getattr(config.model_config, "enable_prompt_embeds", False):
-        raise UnsupportedModelError("prompt embeddings have no token ids to record: run without --enable-prompt-embeds")
+        raise UnsupportedModelError("prompt embeddings have no token ids to record: use enable_prompt_embeds=False")
     if getattr(config.model_config, "is_diffusion", False):
-        raise UnsupportedModelError("diffusion models route a position many times: choose an autoregressive model")
+        raise UnsupportedModelError("diffusion models route each position many times: choose an autoregressive model")
     if config.speculative_config is not None:
-        raise UnsupportedModelError("speculative decoding also routes rejected drafts: run without a speculative config")
+        raise UnsupportedModelError("speculative decoding also routes rejected drafts: run without speculative_config")
     if os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
-        raise UnsupportedModelError("vLLM simulates routing: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
+        raise UnsupportedModelError("vLLM simulates the routing: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
 
 
 def find_moe_layers(model: torch.nn.Module, hook: Hook) -> list[MoELayer]:
-    """The model's MoE layers, by decoder layer.
+    """The model's MoE layers, in the order of their decoder layers.
 
-    Raises `UnsupportedModelError` if there is none, if a layer's kernel bypasses the hook, or if layers differ in E or K.
+    Raises `UnsupportedModelError` if the model has none, if a layer's kernel bypasses the hook, or if layers differ in E or K.
     """
     modules = cast("Iterator[tuple[str, Any]]", model.named_modules())
     method = "select_experts" if hook.owner == "module" else hook.wraps
     found: dict[int, MoELayer] = {}
     for name, module in modules:
         owner = module if hook.owner == "layer" else getattr(module, "router", None)
-        # A layer and the runner inside it may share a router: the outer one comes first.
+        # A layer and the runner inside it may share a router. The layer is visited first and wins.
         if hasattr(owner, method) and id(owner) not in found:
             found[id(owner)] = MoELayer(name, module)
     layers = sorted(found.values(), key=lambda layer: layer.index)
     if not layers:
-        raise UnsupportedModelError(f"{type(model).__name__} has no MoE layer with a router that this release knows")
+        raise UnsupportedModelError(f"{type(model).__name__} has no MoE layer whose router can be hooked in this vLLM release")
     shapes = {(layer.num_experts, layer.top_k) for layer in layers}
     if len(shapes) > 1:
         raise UnsupportedModelError(f"the MoE layers differ in (experts, top-k): {sorted(shapes)}; expected one shape")
@@ -124,17 +124,17 @@ def find_moe_layers(model: torch.nn.Module, hook: Hook) -> list[MoELayer]:
         if type(getattr(layer.module, "router", None)).__name__ == "ZeroExpertRouter" or getattr(
             layer.module, "zero_expert_num", None
         ):
-            raise UnsupportedModelError(f"layer {layer.index} has zero experts, which vLLM renumbers before they can be seen")
+            raise UnsupportedModelError(f"layer {layer.index} has zero experts, which vLLM renumbers before the hook sees them")
         if layer.balances_load and not hook.logical:
-            raise UnsupportedModelError("in this release expert load balancing hides the model's own ids: disable EPLB")
+            raise UnsupportedModelError("in this release, expert load balancing hides the model's own expert ids: disable EPLB")
     return layers
 
 
 def _output_scale(model: torch.nn.Module, layer: MoELayer) -> float:
-    """`routed_scaling_factor` where it multiplies the experts' output and not already the router's weights.
+    """The `routed_scaling_factor` that multiplies the experts' output; 1 if the router's weights already include it.
 
-    From 0.24 on the runner has a factor of its own for the output; before, the model's MoE block multiplies, unless the layer
-    was given the factor for its router.
+    From vLLM 0.24 on, the runner has its own factor for the output. Before, the model's MoE block multiplies the output, unless
+    the layer passes the factor to its router.
     """
     module = layer.module
     if hasattr(module, "routed_experts"):
@@ -145,7 +145,7 @@ def _output_scale(model: torch.nn.Module, layer: MoELayer) -> float:
 
 
 def attach(hook: Hook, layer: MoELayer, copy: Copy) -> None:
-    """Have `layer` call `copy` whenever it has chosen experts."""
+    """Make `layer` call `copy` each time it has selected experts."""
     if hook.owner == "module":
         _attach_in_kernel(hook, layer, copy)
         return
@@ -166,18 +166,18 @@ def source_is_patched(hook: Hook) -> bool:
     return SOURCE_ATTRIBUTE in owner.__code__.co_varnames
 
 
-def _copying(choose: Callable[..., Any], copy: Copy) -> Callable[..., Any]:
-    @functools.wraps(choose)
-    def choose_and_copy(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        chosen = choose(hidden_states, router_logits, *args, **kwargs)
-        copy(hidden_states, router_logits, chosen[0], chosen[1])
-        return chosen
+def _copying(select: Callable[..., Any], copy: Copy) -> Callable[..., Any]:
+    @functools.wraps(select)
+    def select_and_copy(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        selected = select(hidden_states, router_logits, *args, **kwargs)
+        copy(hidden_states, router_logits, selected[0], selected[1])
+        return selected
 
-    return choose_and_copy
+    return select_and_copy
 
 
 class _CurrentLayer:
-    """The layer whose kernel is running, for a function that serves all layers."""
+    """The layer whose kernel is running, for a selection function that all layers share."""
 
     copy: Copy | None = None
 
@@ -187,15 +187,15 @@ def _attach_in_kernel(hook: Hook, layer: MoELayer, copy: Copy) -> None:
     current = getattr(module, "specmoe_current", None)
     if current is None:
         current = module.specmoe_current = _CurrentLayer()
-        choose = getattr(module, hook.wraps)
+        select = getattr(module, hook.wraps)
 
-        def choose_and_copy(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            chosen = choose(hidden_states, router_logits, *args, **kwargs)
+        def select_and_copy(hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            selected = select(hidden_states, router_logits, *args, **kwargs)
             if current.copy is not None:
-                current.copy(hidden_states, router_logits, chosen[0], chosen[1])
-            return chosen
+                current.copy(hidden_states, router_logits, selected[0], selected[1])
+            return selected
 
-        setattr(module, hook.wraps, choose_and_copy)
+        setattr(module, hook.wraps, select_and_copy)
     experts = layer.module.routed_experts
     forward = experts.forward_monolithic
 

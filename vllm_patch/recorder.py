@@ -1,4 +1,4 @@
-"""Collect labeled steps from the engine and write them in a thread of its own, behind a queue of bounded size."""
+"""Take labeled steps from the engine and write them in a separate thread, behind a queue of bounded size."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from profiler.trace.rows import check_ids, check_weights, refuse_repeats
 from profiler.trace.schema import ModelMetadata
 from profiler.trace.stream import HIDDEN_STREAM, LOGITS_STREAM, RoutingWriter, ValuesWriter
 from vllm_patch.buffers import CaptureBuffers, Snapshot
-from vllm_patch.capture_files import CaptureFiles, Files, RotatingFiles, Rows
+from vllm_patch.capture_files import CapturedRows, CaptureFiles, Files, RotatingFiles
 from vllm_patch.steps import NewRequest, Step
 
-# Bytes that may wait for the writer before the engine waits for it; as many again may be in its hands.
+# Bytes that may be queued before the engine waits for the writer. The writer may hold as many again.
 QUEUE_BYTES = 32 << 20
-# The writer takes what has come when this much waits, or after this time: large batches cost the least. What it has written
-# survives a kill: a crash costs what waits, one second of it at most or a full queue.
+# The writer takes the queue when it holds this many bytes, or after this time: large batches cost least per row. Written rows
+# survive a kill, so a crash loses only the queue: one second of rows at most, or a full queue.
 BATCH_BYTES = 8 << 20
 BATCH_SECONDS = 1.0
 
 
 @dataclass
 class _Batch:
-    """Steps that wait for the writer, in order: labels, rows, and which rows' router inputs are kept."""
+    """Queued steps, in order: their labels, their rows, and a mask of the rows whose router inputs are kept."""
 
     steps: list[Step] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
@@ -40,7 +40,7 @@ class _Batch:
 
 
 class _Numbering:
-    """Gives requests numbers in the order in which they appear, and rows those of their requests."""
+    """Numbers requests in the order in which they appear, and labels rows with these numbers."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -48,13 +48,13 @@ class _Numbering:
         self._numbers: dict[str, int] = {}
         self._last: tuple[list[str], npt.NDArray[np.int32]] = ([], np.empty(0, dtype=np.int32))
 
-    def rows(self, batch: _Batch) -> Rows:
+    def rows(self, batch: _Batch) -> CapturedRows:
         numbers, positions = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.int32)]
         requests: list[CapturedRequest] = []
         finished: list[int] = []
         for step in batch.steps:
             finished += [self._numbers.pop(name) for name in step.finished if name in self._numbers]
-            # A preempted request may come back as a new one.
+            # A preempted request may reappear as a new one.
             requests += [self._add(new) for new in step.new if new.request_id not in self._numbers]
             numbers_B = self._of(step.request_ids, changed=bool(step.new or step.finished))
             starts_B = step.starts_B.astype(np.int32, copy=False)
@@ -67,7 +67,7 @@ class _Numbering:
                 first_rows_B = np.cumsum(counts_B, dtype=np.int32) - counts_B
                 positions.append(np.arange(step.rows, dtype=np.int32) + np.repeat(starts_B - first_rows_B, counts_B))
         arrays = [snapshot.arrays() for snapshot in batch.snapshots]
-        return Rows(np.concatenate(numbers), np.concatenate(positions), arrays, batch.hidden, requests, finished)
+        return CapturedRows(np.concatenate(numbers), np.concatenate(positions), arrays, batch.hidden, requests, finished)
 
     def _add(self, new: NewRequest) -> CapturedRequest:
         number = self._numbers[new.request_id] = self.requests
@@ -76,17 +76,19 @@ class _Numbering:
         return CapturedRequest(number, new.request_id, new.label, new.prompt_token_ids, new.cached_tokens)
 
     def _of(self, names: list[str], *, changed: bool) -> npt.NDArray[np.int32]:
-        """Numbers of the requests; -1 for those that began before the capture."""
+        """Numbers of the requests; -1 for those that started before the capture."""
         if changed or names != self._last[0]:
             self._last = (names, np.array([self._numbers.get(name, -1) for name in names], dtype=np.int32))
         return self._last[1]
 
 
 class Recorder:
-    """Takes snapshots of `buffers` after each step (`record`) and writes them to a capture folder between `start` and `stop`.
+    """Between `start` and `stop`, copies `buffers` after each step (`record`) and writes the rows to a capture folder.
 
-    moe_layers: decoder layer index of each of the L MoE layers. hidden_layers: those whose router inputs are recorded.
-    Requests are numbered from 0 as they appear; rows carry these numbers, `requests.jsonl` says which request has which.
+    Requests are numbered from 0 as they appear. Rows carry these numbers; `requests.jsonl` maps them to request ids.
+
+    moe_layers: decoder layer index of each of the L MoE layers. hidden_layers: the decoder layers whose router inputs are
+    recorded. hidden_tokens: no further request's router inputs are recorded once this many tokens have been.
     """
 
     def __init__(
@@ -107,24 +109,26 @@ class Recorder:
 
     @property
     def recording(self) -> bool:
-        """Between `start` and `stop`."""
+        """Whether a capture is running: `start` was called, and `stop` was not."""
         return self._thread is not None
 
     def start(self, directory: Path, hidden_tokens: int | None = None) -> dict[str, Any]:
-        """Begin writing to `directory`; answers the facts of the loaded model, or `error`.
+        """Begin writing to `directory`. Returns the `facts` of the loaded model, or `error`.
 
-        hidden_tokens: a budget of router inputs instead of the one that the recorder was made with.
+        hidden_tokens: a token budget for router inputs that replaces the recorder's own.
         """
         if hidden_tokens is not None:
             self._hidden_budget = hidden_tokens
         return self._start(lambda: CaptureFiles(directory, self._open_writers))
 
     def start_rotating(self, begin: Callable[[], Path], end: Callable[[Path], object], limit: int) -> dict[str, Any]:
-        """As `start`, into one folder after another.
+        """Like `start`, but writes to a sequence of folders.
 
-        begin: makes a folder and returns it. A request stays with the folder that was open when it started. Once a folder
-        holds `limit` bytes of rows (0: no limit), new requests go to the next; when its last request has finished, it is
-        closed and `end` is called with it, in the writer's thread.
+        A request stays in the folder that was open when it started. Once a folder holds `limit` bytes of rows, new requests
+        go to the next folder. A folder is closed when its last request has finished.
+
+        begin: creates a folder and returns it. end: called with each closed folder, in the writer thread.
+        limit: in bytes; 0 for no limit.
         """
         return self._start(lambda: RotatingFiles(begin, end, limit, self._open_writers))
 
@@ -140,7 +144,7 @@ class Recorder:
         self._batch = _Batch()
         self._stopping = False
         self._change = threading.Condition()
-        # Warm-up runs wrote here too: the first step must not be taken for theirs.
+        # Warm-up runs wrote to the buffers: their rows must not pass for rows of the first step.
         self.buffers.clear()
         try:
             self._files = open_files()
@@ -151,18 +155,18 @@ class Recorder:
         return self.facts()
 
     def facts(self) -> dict[str, Any]:
-        """The model as loaded, and what capture takes: bytes on the device, and at most on the host."""
+        """Facts of the loaded model, and the memory that capture takes: on the device, and at most on the host."""
         return {
             "moe_layers": self.moe_layers,
             "num_experts": self.num_experts,
             "top_k": self.top_k,
             "device_bytes": self.buffers.nbytes,
-            # What waits (one step, if that is more), and the same in the writer's hands with a sorted copy.
+            # The queue (or one step, if that is larger); and as much again held by the writer, with a sorted copy.
             "host_bytes": 3 * max(QUEUE_BYTES, self.buffers.nbytes),
         }
 
     def record(self, step: Step) -> None:
-        """Take the rows of a finished step. Waits if the writer is behind; does nothing once it has failed."""
+        """Queue the rows of a finished step. Waits if the writer is behind; does nothing after the capture has failed."""
         if self._error is not None:
             return
         hidden_T = self._choose_hidden(step)
@@ -184,13 +188,13 @@ class Recorder:
                 self._change.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """End the capture with this reason; what is written stays, and the engine goes on."""
+        """End the capture with this error. Written rows stay readable, and the engine continues."""
         with self._change:
             self._error = self._error or error
             self._change.notify_all()
 
     def stop(self) -> dict[str, Any]:
-        """Write what is left and close; answers what `status` does."""
+        """Write the queued rows and close the files. Returns the same as `status`."""
         if self._thread is None:
             return {"error": "no capture is running in this engine"}
         with self._change:
@@ -201,9 +205,10 @@ class Recorder:
         return self.status()
 
     def status(self) -> dict[str, Any]:
-        """Answers `rows`, `requests` and `unlabeled` ones, how often and long the engine waited; `error` if there is one.
+        """Counts of `rows`, `requests` and `unlabeled` requests; how often (`waits`) and how long the engine waited; `error`.
 
-        Rows that came after the error were dropped. Before the first `start` nothing was recorded, and all are 0.
+        `error` is there only if the capture failed; rows that came after the error were dropped. All counts are 0 before the
+        first `start`.
         """
         if self._files is None:
             return {"rows": 0, "requests": 0, "unlabeled": 0, "waits": 0, "wait_seconds": 0.0}
@@ -228,7 +233,10 @@ class Recorder:
         return RoutingWriter(directory, model), values
 
     def _choose_hidden(self, step: Step) -> npt.NDArray[np.bool_] | None:
-        """Which rows' router inputs are kept `[T]`; None for no row. Whole requests, until the budget is used up."""
+        """A mask of the rows whose router inputs are kept `[T]`; None if no row's are.
+
+        Router inputs are kept for whole requests, until the token budget is used up.
+        """
         if not self._hidden_layers:
             return None
         self._hidden_requests -= step.finished
@@ -241,7 +249,7 @@ class Recorder:
         return hidden_T if hidden_T.any() else None
 
     def _verify(self, snapshot: Snapshot) -> None:
-        """Look at the first rows at once: a hook that misses its target must not be found out at the end."""
+        """Check the first rows immediately: a hook that does not work must not go unnoticed until the end."""
         arrays = snapshot.arrays()
         self._verified = True
         try:
@@ -252,7 +260,7 @@ class Recorder:
             unwritten = (arrays["expert_ids"] == -1).all(axis=(0, 2))
             layers = [layer for layer, missed in zip(self.moe_layers, unwritten, strict=True) if missed]
             reason = f"no routing arrived from layers {layers}" if layers else str(error)
-            self._error = RuntimeError(f"{reason}: this vLLM or its MoE kernel routes past the hook; nothing was recorded")
+            self._error = RuntimeError(f"{reason}: this vLLM or its MoE kernel bypasses the hook; nothing was recorded")
 
     def _write(self) -> None:
         files = self._files
@@ -270,10 +278,10 @@ class Recorder:
                     break
             files.close()
         except BaseException as error:
-            # What had been written before stays and is readable.
+            # Rows that were written before the error stay readable.
             with contextlib.suppress(Exception):
                 files.close()
-            # Read by record(), status() and stop(): the engine goes on, the collection fails with this reason.
+            # record(), status() and stop() read the error: the engine continues, and the collection fails with this reason.
             with self._change:
                 self._error = error
                 self._change.notify_all()

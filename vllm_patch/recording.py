@@ -1,6 +1,6 @@
-"""Record what a `vllm.LLM` of your own routes: call `enable()` before vLLM is started, and run it inside a `Recording`.
+"""Record the routing of your own `vllm.LLM`: call `enable()` before vLLM starts, and generate inside a `Recording`.
 
-docs/capture.md has a program.
+docs/capture.md shows a complete program.
 """
 
 from __future__ import annotations
@@ -31,18 +31,53 @@ _SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 
 def enable(options: CaptureOptions | None = None) -> None:
-    """Switch the plugin on for engines that this process starts from now on, with a compile cache of their own."""
+    """Switch capture on for the engines that this process starts from now on.
+
+    Call it before vLLM starts: the engine's processes inherit the switch through environment variables. Captured engines get
+    their own compile cache, because vLLM's key for compiled code does not tell captured and plain runs apart.
+
+    Args:
+        options: What to record besides expert ids and weights, such as router logits. Default: nothing else.
+
+    Example:
+        >>> import vllm_patch
+        >>> from profiler.capture.options import CaptureOptions
+        >>> vllm_patch.enable(CaptureOptions(logits=True))
+    """
     os.environ.update((options or CaptureOptions()).to_environment())
     keep_compiled_code_apart()
 
 
 class Recording:
-    """Records all requests of `llm` while it is entered; leaving it writes a complete trace to `out`.
+    """A context manager that records all requests of an engine and writes a complete trace when it exits.
 
-    Every sample of every output handed to `add` becomes a problem, in that order. Requests that never came back (aborted
-    ones) keep the routing of their prompt and are marked incomplete.
-    Raises `EngineError` if the engine cannot record, `TraceError` if `out` is taken; leaving it by an exception keeps what
-    was captured in `out/capture`.
+    Every sample of every output passed to `add` becomes a problem, in that order. Requests whose output is never added
+    (aborted ones) keep the routing of their prompt and are marked `abort`. If the block raises an exception, no trace is
+    written, and the captured rows stay in `out/capture`.
+
+    Args:
+        llm: The `vllm.LLM` to record, started after `enable()`.
+        out: The trace directory to write. It must not exist, or be empty.
+
+    Attributes:
+        out: The trace directory.
+        trace: The complete trace, a `profiler.Trace`; None until the block has exited.
+
+    Raises:
+        EngineError: On entry, if the engine cannot record; the message says why. On exit, if recording failed.
+        TraceError: On entry, if `out` exists and is not an empty folder. On exit, if no request ran inside the block, or if
+            an output passed to `add` was not generated inside it.
+
+    Example:
+        >>> import vllm_patch
+        >>> vllm_patch.enable()
+        >>> from vllm import LLM
+        >>> from profiler.models.resolve import demo_model_folder
+        >>> llm = LLM(str(demo_model_folder()))
+        >>> with vllm_patch.Recording(llm, "traces/mine") as recording:
+        ...     recording.add(llm.generate(["Why is the sky blue?"]))
+        >>> recording.trace.problems.num_rows
+        1
     """
 
     def __init__(self, llm: Any, out: str | Path) -> None:
@@ -53,14 +88,18 @@ class Recording:
         self.trace: Trace | None = None
 
     def add(self, outputs: Iterable[Any]) -> None:
-        """Outputs of `llm.generate` or `llm.chat`: what was asked and answered."""
+        """Add outputs to the trace, with their prompts and generated text.
+
+        Args:
+            outputs: What `llm.generate` or `llm.chat` returned inside the block: `vllm.RequestOutput` objects.
+        """
         self._outputs += outputs
 
     def __enter__(self) -> Self:
         if self.out.exists() and any(self.out.iterdir()):
             raise TraceError(f"{self.out} exists and is not an empty folder: choose another one")
         self._facts = self._workers.start(run_folder(self.out, 0))
-        # For what is left of it, should this process be killed.
+        # Makes the captured rows usable if this process is killed.
         write_metadata(self.out, self._metadata())
         return self
 
@@ -71,7 +110,7 @@ class Recording:
         requests = read_requests(run_folder(self.out, 0))
         if not requests:
             shutil.rmtree(self.out)
-            raise TraceError(f"{self.out}: no request ran while this was recorded")
+            raise TraceError(f"{self.out}: no request ran during the recording")
         metadata = self._metadata()
         waits = {"writer_waits": answer["waits"], "writer_wait_seconds": round(answer["wait_seconds"], 3)}
         metadata = metadata.model_copy(update={"capture": metadata.capture | waits})
@@ -87,7 +126,7 @@ class Recording:
                 name = f"{sample.index}_{output.request_id}" if len(output.outputs) > 1 else output.request_id
                 request = by_id.get(name)
                 if request is None:
-                    raise TraceError(f"output {output.request_id!r} was not run while this was recorded")
+                    raise TraceError(f"output {output.request_id!r} was not generated during the recording")
                 seen.add(request.number)
                 sequences.append(
                     Sequence(
@@ -122,7 +161,7 @@ class Recording:
         return sequences
 
     def _text(self, token_ids: list[int]) -> str:
-        """The prompt's text; its token ids where the engine has no tokenizer."""
+        """The prompt's text, or its token ids if the engine has no tokenizer."""
         if self._llm.llm_engine.vllm_config.model_config.skip_tokenizer_init:
             return " ".join(map(str, token_ids))
         return str(self._llm.get_tokenizer().decode(token_ids))

@@ -1,6 +1,6 @@
-"""Which function decides routing in which vLLM release. Nothing else in this package knows versions.
+"""Which function selects experts in which vLLM release. No other module of this package depends on the version.
 
-Read from the sources of every release named here; `docs/vllm-releases.md` says which ones were run.
+The table was read from the source of every release it names; `docs/vllm-releases.md` lists the releases that were run.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ Release = tuple[int, int]
 
 
 class UnsupportedReleaseError(Exception):
-    """This vLLM release has no hook; the text says which have."""
+    """There is no hook for this vLLM release. The message says which releases are supported."""
 
 
 @dataclass(frozen=True)
 class Hook:
-    """Where the releases `first` to `last` choose experts.
+    """Where the releases `first` to `last` select experts.
 
-    module, function: the source of the choice; the function takes (hidden_states, router_logits, ...) and returns
-    (weights, ids, ...). owner: what holds the method that is wrapped, per layer: the MoE layer itself, its router, or, for
-    monolithic CPU kernels, the module, whose function then serves all layers.
-    logical: whether the ids are the model's own even when vLLM balances load over copies of experts (EPLB).
+    module, function: the function that selects experts; it takes (hidden_states, router_logits, ...) and returns
+    (weights, ids, ...). owner: the object whose method is wrapped: each MoE layer, its router, or, for monolithic CPU kernels,
+    the module, whose function all layers share. wraps: the name of that method or function.
+    logical: whether the ids are the model's own even when vLLM balances load over replicas of experts (EPLB).
     """
 
     first: Release
@@ -39,7 +39,7 @@ class Hook:
 
     @property
     def name(self) -> str:
-        """For metadata: the function and what is wrapped to reach it."""
+        """The wrapped method or function and its module, for metadata."""
         where = self.module.removeprefix(f"{_PACKAGE}.")
         return f"{where}.{self.wraps}" if self.owner == "module" else f"{self.owner} {self.wraps} ({where})"
 
@@ -55,7 +55,7 @@ HOOKS = (
     Hook((0, 15), (0, 23), f"{_PACKAGE}.router.base_router", "BaseRouter.select_experts", "router", "_compute_routing"),
     Hook((0, 24), (0, 33), f"{_PACKAGE}.router.base_router", "BaseRouter._select_experts", "router", "_compute_routing"),
 )
-# CPU builds choose experts inside their kernels up to 0.29, by a function of the kernel's module.
+# Up to 0.29, CPU builds select experts inside their kernels, with a function of the kernel's module.
 CPU_HOOKS = (
     Hook((0, 24), (0, 27), f"{_PACKAGE}.cpu_fused_moe", "select_experts", "module", "select_experts", cpu=True),
     Hook((0, 28), (0, 29), f"{_PACKAGE}.experts.cpu_moe", "select_experts", "module", "select_experts", cpu=True),
@@ -67,17 +67,17 @@ OLDEST_CPU_ROUTER: Release = (0, 30)
 
 
 def parse_release(version: str) -> Release:
-    """(major, minor) of a version such as `0.32.0+cpu`. Raises `UnsupportedReleaseError` if it is no version."""
+    """(major, minor) of a version such as `0.32.0+cpu`. Raises `UnsupportedReleaseError` if it is not a version."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if not found:
-        raise UnsupportedReleaseError(f"vLLM calls itself version {version!r}: expected a release such as 0.32.0")
+        raise UnsupportedReleaseError(f"vLLM reports version {version!r}: expected a release such as 0.32.0")
     return int(found.group(1)), int(found.group(2))
 
 
 def resolve_hook(version: str, *, cpu: bool) -> Hook:
-    """The hook of a release; for one that is newer than all known, the newest.
+    """The hook of a release. Releases newer than all known ones get the newest hook.
 
-    Raises `UnsupportedReleaseError` for older ones.
+    Raises `UnsupportedReleaseError` for releases older than the oldest known one.
     """
     release = parse_release(version)
     hooks = CPU_HOOKS if cpu else HOOKS
@@ -89,5 +89,5 @@ def resolve_hook(version: str, *, cpu: bool) -> Hook:
 
 
 def is_known(version: str) -> bool:
-    """Whether the release is one whose sources were read; others must prove themselves on their first step."""
+    """Whether the source of this release was read. For other releases, the first step shows whether the hook works."""
     return OLDEST <= parse_release(version) <= NEWEST

@@ -1,9 +1,9 @@
-"""Insert the hook into the source of a local vLLM, for people who keep a fork or cannot use plugins.
+"""Insert the hook into the source of a local vLLM, for people who maintain a fork or cannot use plugins.
 
-Two files get a few marked lines: the function that chooses experts calls the recorder's copy, if its router carries one, and
-the worker's module loads the recorder when SPECMOE_CAPTURE=1. Everything else is the plugin's code; where both are active,
-the plugin sees the lines and wraps nothing. CPU builds up to 0.29 choose experts inside their kernels: there the second file
-does all of it when the model is loaded.
+Two files get a few marked lines. The function that selects experts calls the recorder's copy function if its router has one,
+and the worker's module loads the recorder when SPECMOE_CAPTURE=1. Everything else is the plugin's code: if the plugin is
+active too, it detects the lines and wraps nothing. CPU builds up to 0.29 select experts inside their kernels: there, the second
+file alone does the work, when the model is loaded.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ HOOK_LINES = (
 
 
 class PatchError(SpecmoeError):
-    """This vLLM cannot be patched or reverted; nothing was changed."""
+    """This vLLM cannot be patched or reverted. Nothing was changed."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One file of a vLLM package: its text as it is, and with and without our lines."""
+    """One file of a vLLM package: its current text, and its text without and with our lines."""
 
     path: Path
     current: str
@@ -53,13 +53,13 @@ class Edit:
 
     @property
     def applied(self) -> bool:
-        """Whether our lines are in."""
+        """Whether the file contains our lines."""
         return self.current == self.patched
 
 
 @dataclass(frozen=True)
 class LocalVllm:
-    """A vLLM package on disk. version: by its own file or installation record; None for a checkout that has neither."""
+    """A vLLM package on disk. version: from its version file or installation record; None for a checkout that has neither."""
 
     package: Path
     version: str | None
@@ -68,16 +68,16 @@ class LocalVllm:
 
     @property
     def state(self) -> str:
-        """applied, not applied, or partly applied."""
+        """`applied`, `not applied` or `partly applied`."""
         applied = [edit.applied for edit in self.edits]
         return "applied" if all(applied) else "partly applied" if any(applied) else "not applied"
 
 
 def open_vllm(path: Path | None = None) -> LocalVllm:
-    """Read the vLLM at `path` (the package folder, or a checkout that contains it), or the installed one.
+    """Read the vLLM at `path` (the package folder, or a checkout that contains it). Default: the installed vLLM.
 
-    Raises `PatchError` if there is none, if no known form of expert selection is in its source, or if a file is not as
-    expected.
+    Raises `PatchError` if vLLM is not found, if its source has no known form of expert selection, or if a file differs from
+    what is expected.
     """
     package = _package_folder(path)
     hook = _find_hook(package)
@@ -85,17 +85,17 @@ def open_vllm(path: Path | None = None) -> LocalVllm:
 
 
 def apply(vllm: LocalVllm) -> list[Path]:
-    """Insert what is not in yet; returns the changed files, none if all was there. Either all files change or none."""
+    """Insert the lines that are missing. Returns the changed files, if any. Either all files change or none."""
     return _replace({edit.path: edit.patched for edit in vllm.edits if not edit.applied})
 
 
 def revert(vllm: LocalVllm) -> list[Path]:
-    """Remove our lines and nothing else; returns the changed files."""
+    """Remove our lines and nothing else. Returns the changed files."""
     return _replace({edit.path: edit.plain for edit in vllm.edits if edit.applied})
 
 
 def diff(vllm: LocalVllm) -> str:
-    """What `apply` inserts (or has inserted), as a patch for `git apply` at the root of a checkout."""
+    """The lines that `apply` inserts (or has inserted), as a patch for `git apply` at the root of a checkout."""
     text = ""
     for edit in vllm.edits:
         name = f"vllm/{edit.path.relative_to(vllm.package).as_posix()}"
@@ -108,12 +108,12 @@ def _package_folder(path: Path | None) -> Path:
     if path is None:
         spec = importlib.util.find_spec("vllm")
         if spec is None or not spec.submodule_search_locations:
-            raise PatchError("no vLLM is installed here: name one with --vllm PATH")
+            raise PatchError("vLLM is not installed here: give the path of a vLLM package folder or checkout")
         return Path(spec.submodule_search_locations[0])
     for folder in (path, path / "vllm"):
         if (folder / "model_executor").is_dir() and (folder / WORKER_FILE).is_file():
             return folder.resolve()
-    raise PatchError(f"{path} is no vLLM: expected its package folder or a checkout, with model_executor/ and {WORKER_FILE}")
+    raise PatchError(f"{path} is not a vLLM: expected a package folder or checkout with model_executor/ and {WORKER_FILE}")
 
 
 def _version(package: Path) -> str | None:
@@ -127,13 +127,13 @@ def _version(package: Path) -> str | None:
 
 
 def _find_hook(package: Path) -> Hook:
-    """By the source itself, newest form first: forks call themselves what they like."""
+    """Identify the hook by the source, newest form first: the version number of a fork can be anything."""
     for hook in reversed(HOOKS):
         path = package / hook.source
         if path.is_file() and _find_function(_parse(path, _read(path)), hook.function) is not None:
             return hook
     known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-    raise PatchError(f"{package}: no function of vLLM {known} that chooses experts; looked for {_places()}")
+    raise PatchError(f"{package}: no function that selects experts as in vLLM {known}; looked for {_places()}")
 
 
 def _places() -> str:
@@ -146,20 +146,20 @@ def _hook_edit(package: Path, hook: Hook) -> Edit:
     plain = _without_block(path, current)
     function = _find_function(_parse(path, plain), hook.function)
     if function is None:
-        raise PatchError(f"{path}: no {hook.function}")
+        raise PatchError(f"{path}: no function {hook.function}")
     names = [argument.arg for argument in function.args.args]
     places = [place for statement in function.body if (place := _place(statement)) is not None]
     if names[:3] != ["self", "hidden_states", "router_logits"] or len(places) != 1:
         raise PatchError(
-            f"{path}, line {function.lineno}: {hook.function} is not as expected: arguments (self, hidden_states, "
-            "router_logits, ...) and one statement that sets topk_weights and topk_ids from _compute_routing, or one "
+            f"{path}, line {function.lineno}: {hook.function} does not have the expected form: arguments (self, hidden_states, "
+            "router_logits, ...), and one statement that sets topk_weights and topk_ids from _compute_routing or one "
             "'if self.enable_eplb' that remaps topk_ids"
         )
     return _edit(path, current, plain, HOOK_LINES, places[0], " " * function.body[0].col_offset)
 
 
 def _place(statement: ast.stmt) -> int | None:
-    """Number of lines before the insertion: behind the choice of experts, before ids are remapped to their copies."""
+    """Number of lines before the insertion point: after experts are selected, before ids are remapped to replicas."""
     if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call):
         called = statement.value.func
         if isinstance(called, ast.Attribute) and called.attr == "_compute_routing":
@@ -185,12 +185,12 @@ def _edit(path: Path, current: str, plain: str, inserted: tuple[str, ...], after
     lines = plain.splitlines(keepends=True)
     end = "\r\n" if lines[0].endswith("\r\n") else "\n"
     if not lines[-1].endswith(end):
-        raise PatchError(f"{path}: the last line has no end; expected the file as vLLM ships it")
+        raise PatchError(f"{path}: the last line has no line ending; expected the file as vLLM ships it")
     block = [f"{indent}{line}".rstrip() + end for line in (BEGIN, *inserted, END)]
     patched = "".join([*lines[:after], *block, *lines[after:]])
     if current not in (plain, patched):
         number = 1 + next(i for i, line in enumerate(current.splitlines()) if BEGIN in line)
-        raise PatchError(f"{path}, line {number}: the marked lines are not ours as they were inserted: remove them by hand")
+        raise PatchError(f"{path}, line {number}: the marked lines were changed after they were inserted: remove them by hand")
     return Edit(path, current, plain, patched)
 
 
@@ -217,7 +217,7 @@ def _parse(path: Path, text: str) -> ast.Module:
     try:
         return ast.parse(text)
     except SyntaxError as error:
-        raise PatchError(f"{path}, line {error.lineno}: not Python: {error.msg}") from error
+        raise PatchError(f"{path}, line {error.lineno}: not valid Python: {error.msg}") from error
 
 
 def _read(path: Path) -> str:
@@ -228,7 +228,7 @@ def _read(path: Path) -> str:
 
 
 def _replace(texts: dict[Path, str]) -> list[Path]:
-    """Write every file beside its target first; then swap them in, and swap back if one of these swaps fails."""
+    """Write every file next to its target first. Then swap the files in, and swap all back if one swap fails."""
     before = {path: path.read_bytes() for path in texts}
     temporary = {path: path.with_name(path.name + ".specmoe-tmp") for path in texts}
     done: list[Path] = []

@@ -1,4 +1,4 @@
-"""Say which request and which sequence positions the rows of one engine step belong to."""
+"""Label the rows of an engine step with their requests and sequence positions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class NewRequest:
-    """A request that is new in a step.
+    """A request that appears for the first time in a step.
 
-    label: `extra_args["problem_id"]`, as the client gave it; None if it gave none. cached_tokens: from the prefix cache.
+    label: `extra_args["problem_id"]` as the client passed it, or None. cached_tokens: tokens taken from the prefix cache.
     """
 
     request_id: str
@@ -24,10 +24,11 @@ class NewRequest:
 
 @dataclass(frozen=True)
 class Step:
-    """Row labels of one `execute_model` call. Little is computed here: the engine waits.
+    """Row labels of one `execute_model` call. Little is computed here, because the engine waits for it.
 
-    request_ids, starts_B: per request in the order of the rows, its id and first position in the sequence. scheduled: its
-    number of rows. rows: all of them. new: requests that appear for the first time. finished: those that ended before.
+    request_ids, starts_B: id and first sequence position of each request, in the order of the rows. scheduled: number of rows
+    of each request. rows: number of rows in total. new: requests that appear for the first time. finished: requests that ended
+    before this step.
     """
 
     request_ids: list[str]
@@ -39,9 +40,9 @@ class Step:
 
 
 def label_rows(runner: Any, scheduler_output: Any) -> Step:
-    """Labels from vLLM's model runner just after it ran `scheduler_output`.
+    """The labels of a step, read from vLLM's model runner just after it ran `scheduler_output`.
 
-    The V2 runner keeps the batch in `execute_model_state.input_batch`, the V1 runner in `input_batch`; both hold, per
+    The V2 runner keeps the batch in `execute_model_state.input_batch`, the V1 runner in `input_batch`. Both store, for each
     request in row order, how many tokens had been computed before the step.
     """
     request_ids: list[str] = []
@@ -53,7 +54,7 @@ def label_rows(runner: Any, scheduler_output: Any) -> Step:
         else:
             batch = runner.input_batch
             request_ids, computed = batch.req_ids[: batch.num_reqs], batch.num_computed_tokens_cpu
-        # A copy: the runner goes on in place.
+        # A copy, because the runner updates the array in place.
         starts_B = np.array(computed[: len(request_ids)])
     return Step(
         request_ids=request_ids,

@@ -1,4 +1,4 @@
-"""Capture in one vLLM worker: attach a recorder when the model is loaded, record its steps, answer the collector's calls."""
+"""Capture in one vLLM worker: attach a recorder when the model is loaded, record steps, and answer the collector's calls."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ log = logging.getLogger("vllm.specmoe")
 
 
 class WorkerCapture:
-    """Capture in one vLLM worker: wraps the worker's `load_model` and `execute_model`, and answers its calls.
+    """Capture in one vLLM worker: wraps its `load_model`, `execute_model` and `shutdown`, and answers the collector's calls.
 
-    Warm-up and profiling runs go past `Worker.execute_model` and so are never recorded. A model or setting that cannot be
-    recorded does not stop the engine: the reason is kept and answered by every call.
+    Warm-up and profiling runs bypass `Worker.execute_model`, so they are never recorded. A model or setting that cannot be
+    recorded does not stop the engine: every call returns the reason.
     """
 
     def __init__(self, worker: Any, options: CaptureOptions) -> None:
@@ -43,7 +43,7 @@ class WorkerCapture:
         setattr(worker, STOP, self.stop)
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Load, then allocate buffers and wrap the routers: before memory profiling and compilation."""
+        """Load the model, then allocate buffers and wrap the routers, before memory profiling and compilation."""
         from vllm_patch.hook import UnsupportedModelError
         from vllm_patch.releases import UnsupportedReleaseError
 
@@ -55,14 +55,14 @@ class WorkerCapture:
             except (UnsupportedModelError, UnsupportedReleaseError) as refusal:
                 self._refusal = str(refusal)
             except Exception as error:
-                # A model of a form that nobody foresaw must not stop somebody's server.
-                self._refusal = f"the recorder does not fit this model: {type(error).__name__}: {error}"
+                # An unexpected kind of model must not stop a server.
+                self._refusal = f"the recorder does not support this model: {type(error).__name__}: {error}"
             if self._options.out:
                 self._serve()
         return result
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the step, then hand its rows to the recorder."""
+        """Run the step, then pass its rows to the recorder."""
         from vllm_patch.steps import label_rows
 
         result = self._execute_model(scheduler_output, *args, **kwargs)
@@ -70,12 +70,12 @@ class WorkerCapture:
             try:
                 self._recorder.record(label_rows(self._worker.model_runner, scheduler_output))
             except Exception as error:
-                # Whatever it is, the engine's requests must not suffer from being watched.
+                # No error of the recorder may disturb the engine's requests.
                 self._recorder.fail(error)
         return result
 
     def shutdown(self, *args: Any, **kwargs: Any) -> Any:
-        """Close what a server records by itself, then shut down."""
+        """Close a server's recording, then shut down."""
         if self._options.out and self._recorder is not None and self._recorder.recording:
             answer = self._recorder.stop()
             if "error" in answer:
@@ -85,9 +85,9 @@ class WorkerCapture:
         return self._shutdown(*args, **kwargs)
 
     def start(self, directory: str, hidden_tokens: int | None = None) -> dict[str, Any]:
-        """Begin recording into `directory`, router inputs of `hidden_tokens` (default: as the engine was started).
+        """Begin recording into `directory`. Returns facts of the loaded model, or `error`.
 
-        Answers facts of the loaded model, or `error`.
+        hidden_tokens: the token budget for router inputs; default: the one in the engine's options.
         """
         if self._refusal is not None:
             return {"error": self._refusal}
@@ -104,7 +104,7 @@ class WorkerCapture:
         return {**answer, **self._facts}
 
     def status(self) -> dict[str, Any]:
-        """Answers the facts while nothing is recorded, else the recorder's status; `error` if there is one."""
+        """While recording, the recorder's status; otherwise facts of the loaded model. With `error`, if there is one."""
         if self._refusal is not None:
             return {"error": self._refusal}
         if self._recorder is None:
@@ -112,16 +112,16 @@ class WorkerCapture:
         return self._recorder.status() if self._recorder.recording else {**self._recorder.facts(), **self._facts}
 
     def stop(self) -> dict[str, Any]:
-        """Write everything out. Answers the final status."""
+        """Write all queued rows and stop recording. Returns the final status."""
         return self._recorder.stop() if self._recorder is not None else {}
 
     def _serve(self) -> None:
-        """Record from now on until shutdown. What cannot be recorded is said in the log, and the server goes on."""
+        """Record until shutdown. If that is impossible, the reason is logged and the server continues."""
         out, options = Path(self._options.out), self._options
         error = self._refusal
         if error is None and self._recorder is not None:
             try:
-                # Made once, here: a later trace must not depend on a hub, nor run gates beside the engine's own steps.
+                # Only once, now: later traces must not depend on the hub, nor run gates while the engine runs steps.
                 metadata = self._metadata()
                 self._save_gates(out)
                 sealer = self._sealer = Sealer()
@@ -170,7 +170,7 @@ class WorkerCapture:
         )
 
     def _save_gates(self, directory: Path) -> None:
-        """The routers' weights, where router inputs or logits are recorded too."""
+        """Save the routers' weights if router inputs or logits are recorded."""
         if self._options.logits or self._options.hidden_layers:
             from vllm_patch.gates import save_gates
 
@@ -192,9 +192,11 @@ class WorkerCapture:
         indices = [layer.index for layer in layers]
         absent = sorted(set(options.hidden_layers) - set(indices))
         if absent:
-            raise UnsupportedModelError(f"--capture-hidden {absent[0]}: expected MoE layers, of {indices[0]}..{indices[-1]}")
+            raise UnsupportedModelError(
+                f"router inputs of layer {absent[0]}: not an MoE layer; expected layers among {indices[0]}..{indices[-1]}"
+            )
         if options.hidden_layers and any(getattr(x.module, "routed_input_transform", None) is not None for x in layers):
-            raise UnsupportedModelError("--capture-hidden: this model's experts see another input than its router")
+            raise UnsupportedModelError("router inputs: this model's experts get a different input than its router")
         buffers = CaptureBuffers(
             max_tokens=_most_tokens(config),
             layers=len(layers),
@@ -209,7 +211,7 @@ class WorkerCapture:
             attach(hook, layer, buffers.copy_of_layer(position, layer.output_scale))
         how = "vLLM's patched source" if source_is_patched(hook) else "wrapped when loaded"
         if not is_known(vllm.__version__):
-            how += f", release {vllm.__version__} unknown, checked on its first step"
+            how += f", release {vllm.__version__} unknown, checked on the first step"
         self._facts = {"hook": f"{hook.name}, {how}", "known_release": is_known(vllm.__version__)}
         self._recorder = Recorder(
             buffers,
@@ -222,7 +224,7 @@ class WorkerCapture:
 
 
 def _most_tokens(config: Any) -> int:
-    """Most rows of one forward pass: what a step can schedule, or its padding for CUDA graphs or tensor parallelism."""
+    """The largest number of rows in a forward pass: a step's token limit, padded for CUDA graphs and tensor parallelism."""
     graphs = getattr(config.compilation_config, "cudagraph_capture_sizes", None) or [0]
     most = int(max(config.scheduler_config.max_num_batched_tokens, *graphs))
     ranks = int(config.parallel_config.tensor_parallel_size)

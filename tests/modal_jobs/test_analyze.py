@@ -11,7 +11,7 @@ import pytest
 from support.offline_modal import OfflineModal, last_line, needs_modal
 
 from analysis.cli import analyze_trace
-from modal_jobs.analyzing import AnalysisJob, add_up, count_part, plan_analysis
+from modal_jobs.analyzing import AnalysisJob, count_part, merge_counts, plan_analysis
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.schema import MANIFEST_FILE
@@ -48,7 +48,7 @@ def test_a_run_and_a_trace_are_analysed_where_they_are(trace: Trace, tmp_path: P
     assert np.array_equal(here[1], there[1])
 
     again = account.run(*ANALYZE, "--run-id", run_id, "--out", str(tmp_path / "again"))
-    assert again.stdout.count("was counted before") == 2
+    assert again.stdout.count("had been counted before") == 2
 
     done = account.run(*ANALYZE, "--trace", str(trace.path), "--containers", "2", "--out", str(tmp_path / "uploaded"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,7 +81,7 @@ def test_parts_of_one_trace_add_up(volume: Path, trace: Trace) -> None:
     from analysis.counts.counting import TraceCounts
 
     job = plan_analysis(volume, "mine", pieces=3, hops=2)
-    total = add_up(job, counted(volume, job))
+    total = merge_counts(job, counted(volume, job))
     whole = TraceCounts(job.axes)
     whole.count(trace)
     for name, part in whole.parts.items():
@@ -105,7 +105,7 @@ def test_other_content_or_hops_are_counted_anew(volume: Path, trace: Trace) -> N
 def test_broken_counts_are_named(volume: Path) -> None:
     job = plan_analysis(volume, "mine", pieces=3, hops=1)
     with pytest.raises(TraceError, match=r"mine/analysis-\w+/part-00001\.npz: stored counts are not readable.*modal volume rm"):
-        add_up(job, [counted(volume, job)[0], b"broken"])
+        merge_counts(job, [counted(volume, job)[0], b"broken"])
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:

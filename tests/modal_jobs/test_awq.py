@@ -79,7 +79,7 @@ def test_experts_are_in_4_bits_and_routers_are_not(family: str, tmp_path: Path) 
     assert packed == 3 * 4 + sparse * 16 * 3 + (sparse * 3 + 3 if family == "qwen2_moe" else 0)
     # With Qwen's gates of shared experts.
     assert routers == sparse
-    said = re.search(r"([\d.]+)% of the experts chosen on ([\d,]+) held-out tokens", done.stdout)
+    said = re.search(r"([\d.]+)% of the experts selected on ([\d,]+) held-out tokens", done.stdout)
     assert said is not None
     # Random weights of no use: four bits change the hidden states, but far from all routes.
     assert 50 < float(said.group(1)) < 100
@@ -139,7 +139,7 @@ def test_the_job_leaves_a_checkpoint_where_collect_finds_it(tmp_path: Path) -> N
     job = ["run", "modal_jobs/quantize.py", "--model", "tiny/moe", "--dataset", "gsm8k", "--data-files", str(prompts)]
     done = account.run(*job, "--group-size", "32", FAKEMODAL_PYTHON=str(PYTHON))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 routers as they were" in done.stdout
+    assert "2 unquantized routers" in done.stdout
     checkpoint = account.volume("specmoe-cache") / "checkpoints" / "tiny--moe-awq"
     assert check_checkpoint(checkpoint)[1] == 2
     assert load_file(checkpoint / "model.safetensors")["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
@@ -189,7 +189,7 @@ def test_a_hub_models_commit_is_pinned_for_the_whole_run(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--model", "mixtral-8x7b"], "quantize: mixtral-8x7b has bf16, awq: nothing is to be made"),
+        (["--model", "mixtral-8x7b"], "quantize: mixtral-8x7b has the precisions bf16, awq: there is nothing to quantize"),
         (["--model", "mixtrall"], "quantize: unknown model 'mixtrall': expected one of mixtral-8x7b"),
         (["--model", "qwen1.5-moe", "--gpu", "TPU"], "quantize: unknown GPU 'TPU': expected one of L4"),
     ],

@@ -88,7 +88,7 @@ def test_three_containers_of_which_two_are_preempted_make_the_trace_of_one_machi
     assert trace.metadata.capture["devices"] == {"CPU": 3}
     for shard in (1, 2, 3):
         assert f"shard {shard} of 3: 20 of 20 problems" in done.stdout
-    assert "0 shards to go" in done.stdout
+    assert "0 shards left" in done.stdout
     assert "60 problems" in done.stdout
     assert "complete" in done.stdout
     assert not (tmp_path / "trace.shards").exists()

@@ -12,7 +12,7 @@ from support.offline_modal import ROOT
 pytest.importorskip("modal")
 
 from modal_jobs import collect
-from modal_jobs.image import PROJECT, not_ours
+from modal_jobs.image import PROJECT, files_to_ignore
 from modal_jobs.shards import ShardReport
 from profiler.plan.job import CollectJob
 
@@ -54,7 +54,7 @@ def test_nothing_else_goes_into_the_image(tmp_path: Path) -> None:
         (tmp_path / name / "__pycache__" / "file.pyc").touch()
     (tmp_path / "README.md").touch()
     (tmp_path / "notes.md").touch()
-    stays = not_ours(tmp_path)
+    stays = files_to_ignore(tmp_path)
     assert stays.can_prune_directories()
     paths = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
     assert {str(path) for path in paths if not stays(path)} == {"README.md", "profiler/file.py", "analysis/file.py"}

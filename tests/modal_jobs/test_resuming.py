@@ -86,7 +86,7 @@ def test_a_corrupted_block_is_caught(finished: tuple[OfflineModal, Path, str], t
     routing.write_bytes(content)
     done = damaged.run("run", "modal_jobs/collect.py::download", "--run-id", run_id, "--out", str(tmp_path / "trace"))
     assert done.returncode == 1
-    assert "routing/part-00000.parquet: its SHA-256 is not what the manifest says, twice" in last_line(done)
+    assert "routing/part-00000.parquet: its SHA-256 does not match the manifest, twice" in last_line(done)
     assert "modal volume rm" in last_line(done)
     assert not (tmp_path / "trace").exists()
 

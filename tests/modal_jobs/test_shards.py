@@ -138,7 +138,7 @@ def test_an_attempt_that_cannot_be_resumed_is_thrown_away(
     (complete / "metadata.json").write_text("{}")
     again = collect(run, job[0], 0, collector, said)
     assert again.problems == 5
-    assert any("begins anew, since its earlier attempt cannot be resumed" in line for line in said)
+    assert any("starting over, because its earlier attempt cannot be resumed" in line for line in said)
     assert finished_attempt(run, job[0], 0) == shard_folder(run, 0) / str(again.attempt)
 
 
@@ -190,7 +190,7 @@ def test_a_manifest_that_leaves_its_folder_is_refused(
     manifest = attempt / MANIFEST_FILE
     manifest.write_text(manifest.read_text().replace('"tokens.parquet"', '"../../../../tokens.parquet"'))
     volume = LocalVolume(run.parent)
-    with pytest.raises(TraceError, match=r"manifest.json on the Volume is no manifest: .* leaves the trace directory"):
+    with pytest.raises(TraceError, match=r"manifest.json on the Volume is not a manifest: .* leaves the trace directory"):
         fetch_trace(volume, str(attempt.relative_to(run.parent)), tmp_path / "fetched")
     # Such a shard is none that is finished.
     with pytest.raises(TraceError, match=r"1 of 2 shards of .* are finished"):
@@ -237,7 +237,7 @@ def test_a_commit_that_fails_is_tried_again(
 
     said: list[str] = []
     collect_shard(run, job[0], 0, collector, commit=commit, say=said.append)
-    assert "what was recorded could not be committed: the server is busy" in said
+    assert "recorded files could not be committed: the server is busy" in said
     assert len(commits) > 2
 
 

@@ -51,7 +51,7 @@ def test_a_trace_from_here_is_trained_on_there(trace: Trace, account: OfflineMod
 
     again = account.run(*TRAIN, "--trace", str(trace.path), "--out", str(tmp_path / "again"))
     assert again.returncode == 0, again.stderr
-    assert "was trained before" in again.stdout
+    assert "was already trained" in again.stdout
     assert "uploading" not in again.stdout
     # On a Volume of another name.
     assert account.run("volume", "create", "elsewhere").returncode == 0
@@ -82,7 +82,7 @@ def test_a_collected_run_is_trained_on_where_it_is(account: OfflineModal, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "train: expected one of --run-id, of a collected run, and --trace, of a folder here"),
+        ([], "train: expected either --run-id, of a collected run, or --trace, a local trace folder"),
         (["--run-id", "none"], "train: no run or trace none on the Volume"),
         (["--trace", "absent"], "train: absent: no such trace directory"),
         (["--run-id", "x", "--gpu", "TPU"], "train: unknown GPU 'TPU': expected one of L4"),

@@ -115,11 +115,11 @@ def test_windows_line_ends_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ROUTER_FORM.format(name="other"), "no function of vLLM 0.12 to 0.33 that chooses experts"),
+        (ROUTER_FORM.format(name="other"), "no function that selects experts as in vLLM 0.12 to 0.33"),
         (ROUTER_FORM.format(name="_select_experts").replace("_compute_routing", "_compute"), r"line 3: BaseRouter\._select"),
-        (ROUTER_FORM.format(name="_select_experts").replace("hidden_states, router", "x, router", 1), "not as expected"),
-        ("class BaseRouter:\n  def _select_experts(self:\n", "line 2: not Python"),
-        (ROUTER_FORM.format(name="_select_experts") + "# no end", "last line has no end"),
+        (ROUTER_FORM.format(name="_select_experts").replace("hidden_states, router", "x, router", 1), "not have the expected"),
+        ("class BaseRouter:\n  def _select_experts(self:\n", "line 2: not valid Python"),
+        (ROUTER_FORM.format(name="_select_experts") + "# no end", "last line has no line ending"),
         (ROUTER_FORM.format(name="_select_experts") + BEGIN + "\n", "1 begin and 0 end marks"),
     ],
 )
@@ -136,7 +136,7 @@ def test_edited_lines_of_ours_are_not_thrown_away(tmp_path: Path) -> None:
     path = checkout(tmp_path, "0.33.0")
     source.apply(open_vllm(tmp_path))
     path.write_text(path.read_text().replace("is not None", "is not False"))
-    with pytest.raises(PatchError, match="line 7: the marked lines are not ours"):
+    with pytest.raises(PatchError, match="line 7: the marked lines were changed"):
         source.revert(open_vllm(tmp_path))
 
 
@@ -178,7 +178,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert ": applied" in run("status", "--vllm", str(tmp_path)).stdout
     elsewhere = run("status", "--vllm", str(tmp_path / ".git"))
     assert (elsewhere.returncode, elsewhere.stderr.count("\n")) == (1, 1)
-    assert "is no vLLM: expected its package folder or a checkout" in elsewhere.stderr
+    assert "is not a vLLM: expected a package folder or checkout" in elsewhere.stderr
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """`python -m vllm_patch check`: does capture work with this vLLM, on this device, for these models?
 
-`families` makes small models with random weights, `jobs` says what is run, `worker` runs it in processes of its own,
-`agreement` compares what was recorded with `transformers`, `overhead` times capture, and `results` holds what was found.
-`run` does all of it in the order of its worth and stops in time.
+`families` creates small models with random weights, `jobs` lists the runs, `worker` runs them in separate processes,
+`agreement` compares recorded routing with `transformers`, `overhead` times capture, and `results` defines the result document.
+`run` runs everything, the most valuable steps first, within a time limit.
 """

@@ -1,4 +1,4 @@
-"""Compare a recorded trace with `transformers` over the same tokens, and say whether differences are ties or errors."""
+"""Compare a recorded trace with `transformers` on the same tokens, and decide whether differences are ties or errors."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ import numpy.typing as npt
 from profiler.engines.transformers import route
 from profiler.trace.reader import Trace
 
-# Recorded weights are float16, below 1 for most routers, and the engines round in their own way.
+# Recorded weights are float16, below 1 for most routers, and engines round differently.
 WEIGHT_TOLERANCE = {"float32": 2**-12 + 1e-5, "bfloat16": 0.05, "float16": 0.01}
-# Two implementations may choose differently where the last chosen and the first rejected router logit are this close, in
-# standard deviations of the layer's logits. bfloat16 has 8 bits: the widest gap seen on a trained model is 0.024.
+# Two implementations may select different experts if the lowest selected and the highest rejected router logit are this close,
+# in standard deviations of the layer's logits. bfloat16 has 8 bits: the widest gap seen on a trained model is 0.024.
 TIE_GAP = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.02}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """A trace against `transformers`. A set is the experts of one token at one layer.
+class OracleAgreement:
+    """How far a trace agrees with `transformers`, the oracle. A set is the experts of one token at one layer.
 
     compared, differing: numbers of sets.
-    origins: differing sets that no earlier difference explains: none in their sequence at the same or an earlier token and a
-    lower layer. Every other difference may follow from one of these, because its router saw another input.
-    widest_gap: over the origins, the score of the last chosen expert minus that of the first rejected one, in standard
+    origins: differing sets that no earlier difference explains: no set of the same sequence differs at the same or an earlier
+    token and a lower layer. Any other difference may follow from an origin, because its router got a different input.
+    widest_gap: over the origins, the largest gap between the lowest selected and the highest rejected score, in standard
     deviations of the layer's scores.
-    weight_error: the largest difference of a weight, over equal sets. weight_ratio: recorded over expected weights, the median.
-    missing: positions that should have been recorded and were not.
-    first: where the first origin is.
+    weight_error: the largest difference between recorded and expected weights, over equal sets. weight_ratio: the median ratio
+    of recorded to expected weights, over equal sets.
+    missing: number of positions that should have been recorded and were not.
+    first: location of the first origin.
     """
 
     compared: int
@@ -43,7 +44,7 @@ class Agreement:
     first: str
 
     def verdict(self, dtype: str) -> tuple[str, str]:
-        """(`exact`, `ties` or `wrong`, why) for an engine that ran in `dtype`."""
+        """The verdict (`exact`, `ties` or `wrong`) and its reason, for an engine that ran in `dtype`."""
         tolerance = WEIGHT_TOLERANCE[dtype]
         if self.missing:
             return "wrong", f"{self.missing} positions were not recorded"
@@ -58,12 +59,12 @@ class Agreement:
             return "wrong", f"weights differ by up to {self.weight_error:.4f} (median ratio {self.weight_ratio:.3f})"
         if self.differing:
             gap = f"widest gap {self.widest_gap:.4f}"
-            return "ties", f"{self.differing:,} of {self.compared:,} sets differ; all begin at near ties ({gap})"
+            return "ties", f"{self.differing:,} of {self.compared:,} sets differ; all differences start at near ties ({gap})"
         return "exact", f"all {self.compared:,} sets are equal"
 
 
 def load_oracle(folder: Path, dtype: str = "float32") -> Any:
-    """The `transformers` model of a checkpoint, which serves as the reference."""
+    """The `transformers` model of a checkpoint, used as the reference."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -84,13 +85,13 @@ def vocabulary(trace: Trace) -> dict[int, list[int]]:
 
 
 def by_expert(ids_TLK: npt.NDArray[Any], weights_TLK: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    """The pairs of each set in the order of their expert ids."""
+    """The (id, weight) pairs of each set, sorted by expert id."""
     order = np.argsort(ids_TLK, -1)
     return np.take_along_axis(ids_TLK, order, -1), np.take_along_axis(weights_TLK.astype(np.float64), order, -1)
 
 
-def compare(trace: Trace, oracle: Any) -> Agreement:
-    """Compare every recorded set with the reference's."""
+def compare(trace: Trace, oracle: Any) -> OracleAgreement:
+    """Compare every recorded set with that of the reference."""
     layers = trace.metadata.model.moe_layers
     top_k = trace.metadata.model.top_k
     cached = dict(zip(*(trace.problems.column(name).to_pylist() for name in ("problem_id", "cached_tokens")), strict=True))
@@ -125,7 +126,7 @@ def compare(trace: Trace, oracle: Any) -> Agreement:
                 )
             gap_TL = np.stack(scores.gaps, axis=1)[chunk.token_ids_T]
             widest = max(widest, float(gap_TL[origin_TL].max()))
-    return Agreement(
+    return OracleAgreement(
         compared=compared,
         differing=differing,
         origins=origins,
@@ -138,7 +139,7 @@ def compare(trace: Trace, oracle: Any) -> Agreement:
 
 
 def _has_earlier_difference(differs_TL: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Whether a set at the same or an earlier token and a lower layer differs `[T, L]`: then this one had another input."""
+    """Whether a set at the same or an earlier token and a lower layer differs `[T, L]`: this router's input differed, too."""
     seen_TL = np.logical_or.accumulate(np.logical_or.accumulate(differs_TL, axis=0), axis=1)
     earlier_TL = np.zeros_like(differs_TL)
     earlier_TL[:, 1:] = seen_TL[:, :-1]
@@ -146,7 +147,7 @@ def _has_earlier_difference(differs_TL: npt.NDArray[np.bool_]) -> npt.NDArray[np
 
 
 class _Scores:
-    """Takes the routers' inputs, layer by layer, and keeps the gaps `[T]` of each."""
+    """Receives the routers' inputs layer by layer, and keeps each layer's gaps `[T]`."""
 
     def __init__(self, model: Any, top_k: int) -> None:
         self._model, self._top_k = model, top_k
@@ -157,10 +158,10 @@ class _Scores:
 
 
 def _gap(model: Any, router: Any, inputs: Any, top_k: int) -> npt.NDArray[np.float64]:
-    """Between the last chosen and the first rejected score `[T]`, in standard deviations of the layer's scores.
+    """The gap between the lowest selected and the highest rejected score `[T]`, in standard deviations of the layer's scores.
 
-    Scores are what the choice is made by: logits, or their sigmoid with a correction bias. Where groups of experts are chosen
-    first, the gap between groups counts too.
+    Scores are the values by which experts are selected: logits, or their sigmoid plus a correction bias. If groups of experts
+    are selected first, the gap between groups counts too.
     """
     import torch
 
@@ -178,16 +179,16 @@ def _gap(model: Any, router: Any, inputs: Any, top_k: int) -> npt.NDArray[np.flo
     if correction is not None and groups > kept:
         members_TGM = scores_TE.reshape(len(scores_TE), groups, -1)
         best_TG = np.sort(members_TGM, -1)[..., -2:].sum(-1)
-        gap_T = _between(best_TG, kept)
+        gap_T = _top_k_gap(best_TG, kept)
         rejected_TG = best_TG < np.sort(best_TG, -1)[:, -kept][:, None]
         scores_TE = np.where(np.repeat(rejected_TG, members_TGM.shape[-1], axis=1), -1e9, scores_TE)
     if top_k < scores_TE.shape[1]:
-        gap_T = np.minimum(gap_T, _between(scores_TE, top_k))
+        gap_T = np.minimum(gap_T, _top_k_gap(scores_TE, top_k))
     return gap_T / spread
 
 
-def _between(scores_TE: npt.NDArray[np.float64], top_k: int) -> npt.NDArray[np.float64]:
-    """The K-th largest score minus the next `[T]`."""
+def _top_k_gap(scores_TE: npt.NDArray[np.float64], top_k: int) -> npt.NDArray[np.float64]:
+    """The K-th largest score minus the next one `[T]`."""
     ordered = np.sort(scores_TE, -1)
     difference: npt.NDArray[np.float64] = ordered[:, -top_k] - ordered[:, -top_k - 1]
     return difference

@@ -1,4 +1,4 @@
-"""The output of `python -m vllm_patch check`: lines while it runs, then the tables."""
+"""The output of `python -m vllm_patch check`: progress lines while it runs, then tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLORS = {Verdict.exact: "green", Verdict.ties: "green", Verdict.wrong: "bold re
 
 
 def run_and_print(check: Check) -> CheckDocument:
-    """Run the check and print it. Raises `SpecmoeError` for models that are neither families nor folders."""
+    """Run the check and print its results. Raises `SpecmoeError` for models that are neither families nor folders."""
     for model in check.models:
         if model not in (*FAMILY_NAMES, "demo") and "/" not in model:
             raise SpecmoeError(f"unknown family {model!r}: expected one of {', '.join(FAMILY_NAMES)}, demo")
@@ -32,7 +32,7 @@ def run_and_print(check: Check) -> CheckDocument:
         console.print(f"\nReplay, {escape(replay['case'])}; {escape(replay['device'])}, {replay['tokens']:,} tokens")
         for row in replay["rows"]:
             ratio = row["tokens_per_second"] / row["estimated"]
-            console.print(f"  {escape(row['case'])}: {row['tokens_per_second']:.1f} tokens/s, {ratio:.2f} of the simulation's")
+            console.print(f"  {escape(row['case'])}: {row['tokens_per_second']:.1f} tokens/s, {ratio:.2f} x the simulation's")
     for note in document.notes:
         console.print(escape(printable(note)))
     console.print("\n" + escape(verdict_line(document)))

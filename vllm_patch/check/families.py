@@ -1,8 +1,8 @@
-"""Mixture-of-experts checkpoints with small random weights, one for each family of routers that vLLM serves.
+"""Small mixture-of-experts checkpoints with random weights, one for each router family that vLLM serves.
 
     python -m vllm_patch.check.families FOLDER
 
-vLLM's CPU kernels want head sizes of 32 or 64 and DeepSeek-V2's real attention dimensions; everything else is small.
+vLLM's CPU kernels require head sizes of 32 or 64, and DeepSeek-V2's real attention dimensions. Everything else is small.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SHAPE = {
 }
 
 
-# Where the published checkpoints name another class than the one in transformers.
+# Class names that published checkpoints spell differently from transformers.
 ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}
-# Endings of the names of routers' weights, and of the biases that only take part in the choice.
+# Name endings of router weights, and of biases that affect only the selection of experts.
 ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight", ".gate.e_score_correction_bias", ".router.bias")
 
 
@@ -42,7 +42,7 @@ def mixtral() -> Any:
 
 
 def qwen2_moe() -> Any:
-    """Softmax over all experts, not renormalized, and a shared expert."""
+    """Softmax over all experts, not renormalized; with a shared expert."""
     config = transformers.Qwen2MoeConfig(
         **SHAPE,
         num_key_value_heads=2,
@@ -57,7 +57,7 @@ def qwen2_moe() -> Any:
 
 
 def qwen3_moe() -> Any:
-    """Renormalized; its second layer is dense, so MoE layers are 0 and 2."""
+    """Renormalized softmax. The second layer is dense, so the MoE layers are 0 and 2."""
     config = transformers.Qwen3MoeConfig(
         **SHAPE,
         num_key_value_heads=2,
@@ -81,7 +81,7 @@ def olmoe() -> Any:
 
 
 def latent_attention(*, mscale: float) -> dict[str, Any]:
-    """DeepSeek's multi-head latent attention, in the real models' dimensions, with their yarn positions."""
+    """DeepSeek's multi-head latent attention, with the dimensions and YaRN positions of the real models."""
     return {
         "kv_lora_rank": 512,
         "q_lora_rank": None,
@@ -102,7 +102,7 @@ def latent_attention(*, mscale: float) -> dict[str, Any]:
 
 
 def deepseek_v2() -> Any:
-    """DeepSeek-V2-Lite: a dense first layer, shared experts, yarn positions as in the real model."""
+    """DeepSeek-V2-Lite: a dense first layer, shared experts, and YaRN positions as in the real model."""
     config = transformers.DeepseekV2Config(
         **SHAPE | {"max_position_embeddings": 16384},
         num_key_value_heads=4,
@@ -122,7 +122,7 @@ def deepseek_v2() -> Any:
 
 
 def deepseek_v3() -> Any:
-    """Sigmoid scores, a correction bias for the choice only, groups of experts, renormalized and scaled weights."""
+    """Sigmoid scores, a correction bias that affects only the selection, groups of experts, renormalized and scaled weights."""
     config = transformers.DeepseekV3Config(
         **SHAPE | {"max_position_embeddings": 16384},
         num_key_value_heads=4,
@@ -136,7 +136,7 @@ def deepseek_v3() -> Any:
         norm_topk_prob=True,
         routed_scaling_factor=2.5,
         num_nextn_predict_layers=0,
-        # As in the real model's config; read by vLLM only.
+        # As in the real model's config; only vLLM reads them.
         topk_method="noaux_tc",
         scoring_func="sigmoid",
         **latent_attention(mscale=1.0),
@@ -164,7 +164,7 @@ def glm4_moe() -> Any:
 
 
 def gpt_oss() -> Any:
-    """A router with a bias; softmax over the chosen experts only."""
+    """A router with a bias; softmax over the selected experts only."""
     config = transformers.GptOssConfig(
         **{**SHAPE, "intermediate_size": 128},
         num_key_value_heads=2,
@@ -178,13 +178,13 @@ def gpt_oss() -> Any:
 
 
 def granitemoe() -> Any:
-    """Softmax over the chosen experts only, no bias."""
+    """Softmax over the selected experts only; no bias."""
     config = transformers.GraniteMoeConfig(**SHAPE, num_key_value_heads=2, num_local_experts=16, num_experts_per_tok=4)
     return transformers.GraniteMoeForCausalLM(config)
 
 
 def phimoe() -> Any:
-    """Phi-3.5-MoE: two experts by a router of its own (sparsemixer). vLLM takes the real model's biases for granted."""
+    """Phi-3.5-MoE: two experts, selected by its own kind of router (SparseMixer). vLLM requires the real model's biases."""
     config = transformers.PhimoeConfig(
         **SHAPE, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True
     )
@@ -192,7 +192,7 @@ def phimoe() -> Any:
 
 
 def llama4() -> Any:
-    """One expert per token, whose weight (a sigmoid) multiplies its input."""
+    """One expert per token. The expert's weight (a sigmoid) multiplies its input."""
     config = transformers.Llama4TextConfig(
         **{**SHAPE, "intermediate_size": 128},
         intermediate_size_mlp=256,
@@ -221,7 +221,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 def make(name: str, folder: Path) -> Path:
-    """Write checkpoint `name` (one of FAMILIES, or deepseek_v1) to `folder / name` in float32."""
+    """Write the checkpoint `name` (one of FAMILIES, or deepseek_v1) to `folder / name` in float32."""
     torch.manual_seed(0)
     target = folder / name
     if name == "deepseek_v1":
@@ -230,7 +230,7 @@ def make(name: str, folder: Path) -> Path:
         model = FAMILIES[name]().float().eval()
         with torch.no_grad():
             for module, weight in model.named_parameters():
-                # The defaults (0.02, or zero) make routers so indifferent that rounding decides.
+                # The default initialization (0.02, or zero) makes router logits so similar that rounding decides.
                 if module.endswith(ROUTERS):
                     weight.normal_(std=0.2)
         model.save_pretrained(target)
@@ -242,7 +242,7 @@ def make(name: str, folder: Path) -> Path:
 
 
 def _make_deepseek_v1(target: Path) -> None:
-    """DeepSeek v1 has no class in transformers: a Llama with experts from layer 1 on, under the names of its checkpoints."""
+    """Write a DeepSeek v1 checkpoint: a Llama with experts from layer 1 on. Its class is not in transformers."""
     hidden, experts, expert_size, shared = SHAPE["hidden_size"], 16, 64, 2
     config = {
         **SHAPE,
@@ -298,8 +298,10 @@ def _make_deepseek_v1(target: Path) -> None:
 
 
 def deepseek_v1_oracle(folder: Path) -> Any:
-    """A `transformers` model with the weights of the deepseek_v1 checkpoint: DeepSeek-V3's code has other attention, so
-    Qwen2-MoE, whose shared expert is gated, serves with the gate forced open.
+    """A `transformers` model with the weights of the deepseek_v1 checkpoint.
+
+    The classes of later DeepSeek models have a different attention, so this is a Qwen2-MoE model. Its shared expert is gated;
+    the gate is forced open.
     """
     from safetensors.torch import load_file
 
@@ -337,7 +339,7 @@ def deepseek_v1_oracle(folder: Path) -> Any:
             prefix = name.removesuffix("down_proj")
             state[name] = torch.stack([weights[f"{prefix}{e}.down_proj.weight"] for e in range(16)])
         elif name.endswith("shared_expert_gate.weight"):
-            # The gate is sigmoid(0 . x) = 1/2: doubling the shared expert's output opens it.
+            # The gate is sigmoid(0 . x) = 1/2, so doubling the shared expert's output forces it open.
             state[name] = torch.zeros_like(state[name])
         elif name.endswith("_proj.bias"):
             state[name] = torch.zeros_like(state[name])

@@ -1,22 +1,22 @@
-"""What `check` runs: a model, and the way in which vLLM runs it."""
+"""The jobs of `check`: a model, and the mode in which vLLM runs it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Prompts of many lengths in one batch; then, where prefix caching is on, prompts that share a prefix, twice.
+# A batch of prompts of many lengths. With prefix caching, two batches of prompts that share a prefix follow.
 MIXED_PROMPTS, LONGEST_PROMPT, NEW_TOKENS = 12, 90, 24
 SHARED_PROMPTS, SHARED_PREFIX = 4, 300
-# Below the longest prompt: prompts are prefilled in pieces, mixed with decoding requests.
+# Less than the longest prompt, so that prompts are prefilled in chunks, mixed with decoding requests.
 CHUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """How vLLM runs. chunked: prompts are prefilled in pieces. workers: vLLM's usual processes instead of this one.
+    """How vLLM runs. chunked: prompts are prefilled in chunks. workers: vLLM runs in its own processes, not in this one.
 
-    runner: 1 or 2 for one of the two model runners that some releases have, None for the release's own choice.
+    runner: 1 or 2 for one of the two model runners that some releases have; None for the release's default.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Mode:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What must be set before vLLM is imported; jobs with equal environments share a process."""
+        """Variables to set before vLLM is imported. Jobs with equal environments share a process."""
         variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(self.workers))}
         if self.runner is not None:
             variables["VLLM_USE_V2_MODEL_RUNNER"] = str(int(self.runner == 2))
@@ -37,7 +37,7 @@ class Mode:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One engine start: the model (a family's name, `demo`, or a folder), the mode, and the type of its numbers."""
+    """One engine run: the model (a family's name, `demo`, or a folder), the mode, and the dtype."""
 
     model: str
     mode: Mode
@@ -45,16 +45,16 @@ class Job:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The model and the mode, for tables."""
         return f"{self.model} {self.mode.name}"
 
     def to_json(self) -> dict[str, Any]:
-        """For the worker."""
+        """The job as a JSON object, for the worker process."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Job:
-        """As `to_json` wrote it."""
+        """The job that `to_json` wrote."""
         return cls(**{**values, "mode": Mode(**values["mode"])})
 
 
@@ -65,7 +65,7 @@ COMPILED_CACHED = Mode(name="compiled, chunked prefill, prefix caching", compile
 WORKERS = Mode(name="eager, worker process", workers=True, prefix_caching=True)
 COMPILED_WORKERS = Mode(name="compiled, worker process", compiled=True, workers=True)
 
-# Those that `families` makes: named here, since that module takes seconds to import.
+# The families that `families` can create. They are listed here because importing that module takes seconds.
 FAMILY_NAMES = (
     "mixtral",
     "qwen2_moe",
@@ -80,12 +80,15 @@ FAMILY_NAMES = (
     "phimoe",
     "llama4",
 )
-# Attention kernels for multi-head latent attention on GPUs take half precision only.
+# On GPUs, the kernels for multi-head latent attention support only half precision.
 HALF_PRECISION_ON_GPU = ("deepseek_v2", "deepseek_v3")
 
 
 def jobs_for(models: list[str], *, on_gpu: bool, runners: tuple[int, ...] = (), quick: bool = False) -> list[Job]:
-    """Jobs in the order of their worth: every model in the mode that users' runs have first. quick: these only."""
+    """The jobs, most valuable first: every model in the mode that most users run, then further modes.
+
+    quick: only the first of these. runners: the model runners to choose between; see `Mode.runner`.
+    """
 
     def dtype(model: str) -> str:
         return "bfloat16" if on_gpu and model in HALF_PRECISION_ON_GPU else "float32"

@@ -1,11 +1,11 @@
-"""What capture costs: tokens/s with it over tokens/s without, in engines side by side, one running at a time.
+"""Measure the cost of capture: the ratio of tokens/s with and without it, in engines that take turns.
 
-    python -m vllm_patch.check.overhead ARM PLAN     (started by `measure_overhead`: an arm)
+    python -m vllm_patch.check.overhead ARM PLAN     (one arm; started by `measure_overhead`)
 
-Arms: `off` is vLLM without any plugin; `on` has the plugin, with its copies inside the graph, and records nothing; `writing`
-records every token, and its clock stops when all rows are on disk. Each is an engine with processes of its own, stopped by
-SIGSTOP while another runs. The first round warms up and is discarded; the order of the arms changes from round to round.
-The model has dummy weights and Mixtral's shape: this says what capture costs, nothing about routing.
+Arms: `off` is vLLM without any plugin. `on` has the plugin, with its copies inside the graph, but records nothing. `writing`
+records every token, and its clock stops when all rows are on disk. Each arm is an engine with its own processes, which are
+stopped with SIGSTOP while another arm runs. The first round warms up and is discarded; the order of the arms alternates between
+rounds. The model has dummy weights and Mixtral's shape, so this measures the cost of capture and says nothing about routing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vllm_patch.check.results import OverheadResult, Ratio
 ARMS = ("off", "on", "writing")
 WARM_REQUESTS = 8
 ROUNDS = 6
-# A layer of Mixtral 8x7B in bfloat16; the rest of an engine on a GPU besides weights and cache.
+# A layer of Mixtral 8x7B in bfloat16, and the GPU memory of an engine besides weights and cache.
 LAYER_BYTES, OTHER_BYTES = 2.91e9, 6e9
 MOST_LAYERS = 8
 MIXTRAL = {
@@ -52,14 +52,14 @@ MIXTRAL = {
     "sliding_window": None,
     "torch_dtype": "bfloat16",
 }
-# What two cores run in a second or two.
+# Small enough for two cores to run a workload in a second or two.
 SMALL = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
 SMALL |= {"head_dim": 64, "num_hidden_layers": 8, "max_position_embeddings": 2048}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
-    """Requests of equal shape, all at once."""
+class OverheadWorkload:
+    """Requests of equal shape, all submitted at once."""
 
     name: str
     requests: int
@@ -73,53 +73,59 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What all arms run. settings: of `vllm.LLM`, without the model. config: of the dummy model; folder: a real one instead.
+class OverheadPlan:
+    """What every arm runs.
 
-    scratch: where arms put their files. They are killed, so whoever started them removes it.
+    model: a description, for the results. config: the dummy model's config. settings: arguments of `vllm.LLM`, except the
+    model. folder: a real checkpoint to run instead of the dummy model. scratch: where arms put their files; arms are killed,
+    so the process that started them removes it.
     """
 
     model: str
     config: dict[str, Any]
     settings: dict[str, Any]
-    workloads: tuple[Workload, ...]
+    workloads: tuple[OverheadWorkload, ...]
     rounds: int = ROUNDS
     folder: str = ""
     scratch: str = ""
 
 
-def plan_for(memory: int) -> Plan:
-    """Sized to the device: on a GPU three engines side by side, with CUDA graphs; on a CPU a small model, eager."""
+def plan_for(memory: int) -> OverheadPlan:
+    """A plan that fits the device: on a GPU three engines that share it, with CUDA graphs; on a CPU a small model, eager.
+
+    memory: bytes of the GPU; 0 for a CPU. Raises `EngineError` if the GPU is too small.
+    """
     if not memory:
-        return Plan(
+        return OverheadPlan(
             model="Mixtral's shape, 8 layers, hidden size 512, dummy weights",
             config=MIXTRAL | SMALL,
             settings={"max_model_len": 512, "enforce_eager": True},
             workloads=(
-                Workload(name="decode: 16 requests of 64 + 32 tokens", requests=16, prompt_tokens=64, new_tokens=32),
-                Workload(name="prefill: 8 requests of 256 + 4 tokens", requests=8, prompt_tokens=256, new_tokens=4),
+                OverheadWorkload(name="decode: 16 requests of 64 + 32 tokens", requests=16, prompt_tokens=64, new_tokens=32),
+                OverheadWorkload(name="prefill: 8 requests of 256 + 4 tokens", requests=8, prompt_tokens=256, new_tokens=4),
             ),
         )
     cache = 5 << 30
     layers = int((0.92 * memory / len(ARMS) - cache - OTHER_BYTES) // LAYER_BYTES)
     if layers < 1:
-        raise EngineError(f"{memory / 1e9:.0f} GB of GPU memory do not hold three engines with a layer of Mixtral each")
+        raise EngineError(f"{memory / 1e9:.0f} GB of GPU memory cannot hold three engines with one layer of Mixtral each")
     layers = min(MOST_LAYERS, layers)
-    return Plan(
+    return OverheadPlan(
         model=f"Mixtral 8x7B's shape, {layers} layers, dummy weights",
         config=MIXTRAL | {"num_hidden_layers": layers},
         settings={"max_model_len": 4096, "gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": cache},
         workloads=(
-            Workload(name="decode: 128 requests of 64 + 512 tokens", requests=128, prompt_tokens=64, new_tokens=512),
-            Workload(name="prefill: 64 requests of 2048 + 8 tokens", requests=64, prompt_tokens=2048, new_tokens=8),
+            OverheadWorkload(name="decode: 128 requests of 64 + 512 tokens", requests=128, prompt_tokens=64, new_tokens=512),
+            OverheadWorkload(name="prefill: 64 requests of 2048 + 8 tokens", requests=64, prompt_tokens=2048, new_tokens=8),
         ),
     )
 
 
 def measure_overhead(folder: Path, deadline: float | None = None) -> Iterator[OverheadResult]:
-    """A result for each workload. Rounds end early, with at least two, where the deadline (`time.monotonic`) comes.
+    """Yield a result for each workload.
 
-    Raises `EngineError` if an arm does not start or ends.
+    deadline: on the clock of `time.monotonic`. When it passes, the rounds end early, after at least two.
+    Raises `EngineError` if an arm does not start, or exits.
     """
     memory = gpu_bytes()
     plan = plan_for(memory)
@@ -128,7 +134,7 @@ def measure_overhead(folder: Path, deadline: float | None = None) -> Iterator[Ov
         for arm in arms:
             stack.enter_context(arm)
             if not memory:
-                # Side by side, starts would share the cores.
+                # Engines that start at the same time would compete for the cores.
                 arm.wait_until_ready()
         for arm in arms:
             arm.wait_until_ready()
@@ -139,8 +145,8 @@ def measure_overhead(folder: Path, deadline: float | None = None) -> Iterator[Ov
             yield measure_workload(plan, workload, arms, share)
 
 
-def measure_workload(plan: Plan, workload: Workload, arms: list[Arm], deadline: float | None) -> OverheadResult:
-    """The rounds of one workload over arms that are ready; the first arm is the one that others are compared with."""
+def measure_workload(plan: OverheadPlan, workload: OverheadWorkload, arms: list[Arm], deadline: float | None) -> OverheadResult:
+    """Run the rounds of one workload on arms that are ready. The first arm is the baseline."""
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     last: dict[str, Any] = {}
     for number in range(plan.rounds + 1):
@@ -175,9 +181,9 @@ def measure_workload(plan: Plan, workload: Workload, arms: list[Arm], deadline: 
 
 
 class Arm:
-    """A child process that runs one arm, stopped whenever it is not its turn."""
+    """A child process that runs one arm, and is stopped while other arms run."""
 
-    def __init__(self, name: str, command: list[str], plan: Plan, folder: Path) -> None:
+    def __init__(self, name: str, command: list[str], plan: OverheadPlan, folder: Path) -> None:
         self.name = name
         self._command, self._plan, self._folder = command, plan, folder
         self._is_ready = False
@@ -198,7 +204,7 @@ class Arm:
                     **os.environ,
                     **common_environment(),
                     **(captures if self.name in {"on", "writing"} else {"VLLM_PLUGINS": ""}),
-                    # Captured and plain runs share vLLM's key for compiled code.
+                    # vLLM's key for compiled code is the same for captured and plain runs.
                     "VLLM_CACHE_ROOT": str(self._folder / f"cache-{self.name}"),
                 },
                 start_new_session=True,
@@ -211,15 +217,15 @@ class Arm:
         self._process.wait()
 
     def wait_until_ready(self) -> None:
-        """Until the engine has started; then stop it. Raises `EngineError` if it does not."""
+        """Wait until the engine has started, then stop it. Raises `EngineError` if it does not start."""
         if not self._is_ready:
             if self._read() != "ready":
                 raise EngineError(f"the engine of arm {self.name!r} did not start")
             self._is_ready = True
             self._signal(signal.SIGSTOP)
 
-    def run(self, workload: Workload) -> dict[str, Any]:
-        """Run the workload once: `seconds`, and the recorder's status where it records."""
+    def run(self, workload: OverheadWorkload) -> dict[str, Any]:
+        """Run the workload once. Returns `seconds`, and the recorder's status if the arm records."""
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(asdict(workload)) + "\n")
@@ -234,23 +240,23 @@ class Arm:
         if not line:
             lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             causes = [line for line in lines if "Error" in line] or lines
-            raise EngineError(f"the engine of arm {self.name!r} ended: {causes[-1][:300] if causes else 'it said nothing'}")
+            raise EngineError(f"the engine of arm {self.name!r} exited: {causes[-1][:300] if causes else 'its log is empty'}")
         return line
 
     def _signal(self, number: int) -> None:
         os.killpg(self._process.pid, number)
 
 
-def parse_plan(text: str) -> Plan:
-    """A plan as `Arm` hands it to its process."""
+def parse_plan(text: str) -> OverheadPlan:
+    """The plan that `Arm` passed to its process."""
     values = json.loads(text)
-    return Plan(**{**values, "workloads": tuple(Workload(**each) for each in values["workloads"])})
+    return OverheadPlan(**{**values, "workloads": tuple(OverheadWorkload(**each) for each in values["workloads"])})
 
 
-def serve(arm: str, plan: Plan, prepare: Callable[[Any], object] | None = None, **settings: Any) -> None:
-    """An arm: start the engine, then run a workload for every line on standard input and answer with seconds and rows.
+def serve(arm: str, plan: OverheadPlan, prepare: Callable[[Any], object] | None = None, **settings: Any) -> None:
+    """Run an arm: start the engine, then run a workload for each line on standard input and print its seconds and rows.
 
-    prepare: called with the `LLM` once it has started. settings: of `vllm.LLM`, besides the plan's.
+    prepare: called with the `LLM` after it has started. settings: arguments of `vllm.LLM` in addition to the plan's.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -267,12 +273,12 @@ def serve(arm: str, plan: Plan, prepare: Callable[[Any], object] | None = None, 
             disable_log_stats=True,
             **(plan.settings | settings),
         )
-        workers = Workers(llm, "install speculative-moe there")
+        workers = Workers(llm, "install speculative-moe in vLLM's environment")
         if prepare is not None:
             prepare(llm)
         print("ready", file=answers, flush=True)
         for number, line in enumerate(sys.stdin):
-            workload = Workload(**json.loads(line))
+            workload = OverheadWorkload(**json.loads(line))
             random = np.random.default_rng(0)
             sampling = SamplingParams(max_tokens=workload.new_tokens, temperature=0, ignore_eos=True, detokenize=False)
             shape = workload.requests, workload.prompt_tokens
@@ -292,7 +298,7 @@ def serve(arm: str, plan: Plan, prepare: Callable[[Any], object] | None = None, 
 
 
 def gpu_bytes() -> int:
-    """Memory of the GPU, 0 without one; in a process of its own, so that this one does not hold it."""
+    """Free memory of the GPU, or 0 without a GPU. A separate process reads it, so that this one does not occupy the GPU."""
     code = "import torch; print(torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.strip().splitlines()[-1])

@@ -1,4 +1,4 @@
-"""`specmoe replay` of a small trace on this device: real copies and products against the simulation."""
+"""Run `specmoe replay` of a small trace on this device: real transfers and GEMMs, compared with the simulation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 from profiler.errors import EngineError
 
 PROBLEMS, TOKENS = 24, 120
-# (name, MB of an expert, MB of the rest of a layer). The first is gpt-oss-20b's, too large for the memory of most CPUs' caches.
+# (name, MB of an expert, MB of the rest of a layer). The first is gpt-oss-20b's, which is too large for most CPU caches.
 GPU_CASES = (("experts of 13.2 MB, as gpt-oss-20b's", "13.2", "30"), ("experts of 1 MB", "1", "1"))
 CPU_CASES = GPU_CASES[1:]
 
 
 def measure_replay(folder: Path, *, on_gpu: bool, deadline: float | None = None) -> Iterator[dict[str, Any]]:
-    """The documents of `specmoe replay`, with the name of its `case` added to each.
+    """Yield the document of `specmoe replay` for each case, with the name of the `case` added.
 
-    What is replayed is the embedded model's routing of its own kinds of text, recorded through `transformers`.
-    Raises `EngineError` with the reason of a command that failed.
+    The replayed trace is the embedded model's routing of the kinds of text it was trained on, recorded with `transformers`.
+    Raises `EngineError` if a command fails; the message gives the reason.
     """
     trace = folder / "replayed"
     if not (trace / "manifest.json").is_file():
@@ -39,7 +39,7 @@ def measure_replay(folder: Path, *, on_gpu: bool, deadline: float | None = None)
 
 
 def run_specmoe(arguments: list[str], deadline: float | None) -> None:
-    """Run the command in a process of its own, so that this one holds no GPU."""
+    """Run the command in a separate process, so that this one does not occupy the GPU."""
     limit = None if deadline is None else max(5.0, deadline - time.monotonic())
     try:
         done = subprocess.run([sys.executable, "-m", "specmoe", *arguments], capture_output=True, text=True, timeout=limit)

@@ -1,4 +1,4 @@
-"""What `check` found, as one document: `--json` writes it after every step, and the table is printed from it."""
+"""The results of `check`, as one document. `--json` writes it after every step, and the tables are printed from it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Verdict(StrEnum):
-    """exact: every set and weight equal. ties: sets differ where rounding decides. wrong: capture is not to be trusted.
+    """The verdict on one job.
 
-    refused: the recorder says why it cannot record. failed: vLLM or the reference does not run this. skipped: no time was left.
+    exact: all sets are equal, and all weights up to rounding. ties: sets differ only where rounding decides. wrong: capture
+    cannot be trusted. refused: the recorder refused to record; the detail says why. failed: vLLM or the reference could not run
+    the model. skipped: no time was left.
     """
 
     exact = "exact"
@@ -29,9 +31,9 @@ class _Part(BaseModel):
 
 
 class JobResult(_Part):
-    """One model in one mode. compared, differing: sets of experts, of one token at one layer.
+    """One model in one mode. compared, differing: numbers of expert sets; a set is the experts of one token at one layer.
 
-    What is not known, because the run ended early, is None.
+    Fields are None if they are unknown because the run ended early.
     """
 
     model: str
@@ -53,7 +55,7 @@ class JobResult(_Part):
 
 
 class Ratio(_Part):
-    """Tokens/s of an arm over those without the plugin, in the same round: median, least and most over the rounds."""
+    """Tokens/s of an arm divided by tokens/s without the plugin in the same round: median, minimum and maximum over rounds."""
 
     median: float
     least: float
@@ -61,9 +63,9 @@ class Ratio(_Part):
 
 
 class OverheadResult(_Part):
-    """One workload. Tokens per second are medians over the rounds; the first round was discarded.
+    """One workload. Tokens per second are medians over the rounds, without the discarded first round.
 
-    off_spread: of the tokens/s without the plugin, least and most over their median.
+    off_spread: minimum and maximum of the tokens/s without the plugin, divided by their median.
     """
 
     workload: str
@@ -79,7 +81,7 @@ class OverheadResult(_Part):
 
 
 class CheckDocument(_Part):
-    """All of it. notes: what went wrong beside the jobs, and what was not covered."""
+    """The whole document. notes: errors outside the jobs, and what was not covered."""
 
     version: int = 1
     device: str
@@ -93,12 +95,12 @@ class CheckDocument(_Part):
     seconds: float = 0.0
 
     def write(self, path: Path) -> None:
-        """Replace the file by this document: a reader sees the old one or the new one."""
+        """Write the document atomically: a reader sees the old file or the new one."""
         temporary = path.with_name(f".{path.name}.part")
         temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
 
     def passed(self, named: Iterable[str] = ()) -> bool:
-        """Nothing is wrong, something is right, and so is each of the models that the user `named`."""
+        """Whether no job is wrong, at least one is right, and each model that the user `named` has one that is right."""
         right = {job.model for job in self.jobs if job.verdict in {Verdict.exact, Verdict.ties}}
         return bool(right) and right >= set(named) and all(job.verdict != Verdict.wrong for job in self.jobs)

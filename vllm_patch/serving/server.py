@@ -1,9 +1,9 @@
-"""Capture of online traffic: a server's engine records into `OUT/trace-00000`, `trace-00001`, ... by itself.
+"""Capture of online traffic: a server's engine records into `OUT/trace-00000`, `trace-00001`, ...
 
     SPECMOE_CAPTURE=1 SPECMOE_CAPTURE_OUT=traces/served vllm serve MODEL
 
-The worker writes rows; the process with the scheduler writes what each finished request said (`OUT/finished.jsonl`). A
-process of its own (`sealer`) joins both when a trace is full or the server is gone, so that no request waits for it.
+The worker writes rows. The process that runs the scheduler writes the output of each finished request (`OUT/finished.jsonl`).
+A separate process (`sealer`) joins the two when a trace is full or the server has exited, so that no request waits for it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from vllm_patch.serving import sealer
 
 DATASET = "served"
 FINISHED_FILE = "finished.jsonl"
-# How long a stopping server waits for its last trace to be sealed; the sealing goes on without it.
+# How long a stopping server waits for its last trace to be sealed. Sealing continues after that without the server.
 SEAL_SECONDS = 3.0
-# How long the engine may take to write what is left; it is not waited for once it has gone.
+# How long the engine may take to write its queued rows at shutdown. The wait ends as soon as the engine exits.
 SHUTDOWN_SECONDS = 15.0
 
 log = logging.getLogger("vllm.specmoe")
 
 
 def log_finished_requests(out: Path) -> None:
-    """Have vLLM's scheduler, where this process has one, append each request that ends to `out/finished.jsonl`. Idempotent."""
+    """Make vLLM's scheduler append each finished request to `out/finished.jsonl`, if it runs in this process. Idempotent."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    # mypy: vLLM is not typed here, and a function's attributes never are.
+    # mypy: vLLM is untyped here, and a function's type does not declare attributes.
     free: Any = Scheduler._free_request
     if hasattr(free, "specmoe_original"):
         return
@@ -55,7 +55,7 @@ def log_finished_requests(out: Path) -> None:
         record = {
             "request_id": request.request_id,
             "output_token_ids": list(request.output_token_ids),
-            # Not `or`: vLLM's STOP is number 0.
+            # `reason or ABORTED` would be wrong: vLLM's STOP has the value 0.
             "finish_reason": ABORTED if reason is None else str(reason),
         }
         _append(out, record)
@@ -66,9 +66,9 @@ def log_finished_requests(out: Path) -> None:
 
 
 def log_stop_strings(out: Path) -> None:
-    """Have vLLM's front process, if this is it, note which requests it ended at a stop string. Idempotent.
+    """Make vLLM's front-end process, if this is it, log the requests that it ends at a stop string. Idempotent.
 
-    The scheduler only learns that such a request is to be aborted.
+    The scheduler sees such a request only as aborted.
     """
     from vllm.v1.engine.output_processor import OutputProcessor
 
@@ -89,16 +89,19 @@ def log_stop_strings(out: Path) -> None:
 
 
 def _append(out: Path, record: dict[str, Any]) -> None:
-    """Add a line; a full disk costs the record, not the request."""
+    """Append a line. A full disk loses the record but does not disturb the request."""
     try:
         with (out / FINISHED_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, separators=(",", ":")) + "\n")
     except OSError as error:
-        log.error("specmoe: a finished request is not recorded: %s", error)
+        log.error("specmoe: a finished request was not recorded: %s", error)
 
 
-def be_patient_at_shutdown() -> None:
-    """Have the server's front process give its engine time to close the trace; by default vLLM kills it at once. Idempotent."""
+def extend_shutdown_timeout() -> None:
+    """Make the server's front-end process give its engine time to close the trace. Idempotent.
+
+    By default, vLLM kills the engine immediately.
+    """
     from vllm.v1.engine import utils
 
     # mypy: as above.
@@ -107,36 +110,38 @@ def be_patient_at_shutdown() -> None:
         return
 
     @functools.wraps(stop)
-    def stop_patiently(processes: Any, timeout: float | None = None) -> Any:
+    def stop_with_timeout(processes: Any, timeout: float | None = None) -> Any:
         return stop(processes, timeout=max(timeout or 0.0, SHUTDOWN_SECONDS))
 
-    stop_patiently.specmoe_original = stop  # type: ignore[attr-defined]
-    utils.shutdown = stop_patiently
+    stop_with_timeout.specmoe_original = stop  # type: ignore[attr-defined]
+    utils.shutdown = stop_with_timeout
 
 
 def next_trace(out: Path) -> Path:
-    """The first `trace-NNNNN` under `out` that does not exist."""
+    """The path of the next trace under `out`: `trace-NNNNN`, one after the highest number there."""
     taken = [int(match.group(1)) for path in out.glob("trace-*") if (match := re.fullmatch(r"trace-(\d{5})", path.name))]
     return out / f"trace-{max(taken, default=-1) + 1:05d}"
 
 
 def begin_trace(directory: Path, metadata: Metadata) -> Path:
-    """Make a trace directory and return the folder that its rows go to."""
+    """Create a trace directory and return the folder for its rows."""
     directory.mkdir(parents=True)
     write_metadata(directory, metadata)
     return run_folder(directory, 0)
 
 
 class Sealer:
-    """A process apart that finishes traces: those that are closed, and those still open when this process is gone.
+    """A separate process that seals traces: those that are closed, and those still open when this process exits.
 
-    It hangs on a pipe, not in this process's tree: vLLM may kill an engine that is slow to stop, with all its children.
+    It is connected by a pipe and is not in this process's tree: vLLM may kill an engine that is slow to stop, with all its
+    children.
     """
 
     def __init__(self) -> None:
         reader, writer = os.pipe()
         try:
-            # Returns at once: what stays is a child of nobody. As a file: the package's imports would stay in memory with it.
+            # Returns immediately: the program forks and leaves this process's tree. It runs as a file and not with -m, because
+            # the package's imports would stay in memory with it.
             subprocess.run([sys.executable, "-I", sealer.__file__], stdin=reader, stdout=subprocess.DEVNULL, check=True)
         finally:
             os.close(reader)
@@ -144,16 +149,16 @@ class Sealer:
         self._last: Path | None = None
 
     def opened(self, directory: Path) -> None:
-        """To be sealed when this process is gone, if not before."""
-        self._say("open", directory)
+        """Have the trace sealed when this process exits, unless it is closed before."""
+        self._send("open", directory)
 
     def closed(self, directory: Path) -> None:
-        """To be sealed now."""
+        """Have the trace sealed now."""
         self._last = directory
-        self._say("close", directory)
+        self._send("close", directory)
 
     def wait(self) -> None:
-        """Give the sealing of the trace that was closed last a little time."""
+        """Wait up to `SEAL_SECONDS` for the trace that was closed last to be sealed."""
         deadline = time.monotonic() + SEAL_SECONDS
         while self._last is not None and self._last.exists() and not (self._last / MANIFEST_FILE).exists():
             if time.monotonic() > deadline:
@@ -161,27 +166,29 @@ class Sealer:
                 break
             time.sleep(0.1)
 
-    def _say(self, what: str, directory: Path) -> None:
+    def _send(self, command: str, directory: Path) -> None:
         try:
-            self._pipe.write(json.dumps([what, str(directory.absolute())]) + "\n")
+            self._pipe.write(json.dumps([command, str(directory.absolute())]) + "\n")
         except OSError as error:
-            log.error("nothing seals %s (%s): run 'python -m vllm_patch finish' on it", directory, error)
+            log.error("%s will not be sealed (%s): run 'python -m vllm_patch finish' on it", directory, error)
 
 
 def finish(directory: Path) -> Trace | None:
-    """Seal the trace of a server that has stopped or moved on; None if it held no request, and then it is removed.
+    """Seal a trace whose server has stopped or started the next trace.
 
-    A problem's id is what its client gave as `vllm_xargs={"problem_id": N}`; requests that gave none, text, or a number that
-    another request has, get the smallest free numbers, and their request id (or text) is their source key.
-    Raises `TraceError` if `directory` is no unfinished trace.
+    Returns None, and removes the folder, if the trace has no requests.
+
+    A problem's id is the number that its client passed as `vllm_xargs={"problem_id": N}`. Requests with no number, with text,
+    or with a number that another request has get the smallest free numbers. Their source key is their request id (or text).
+    Raises `TraceError` if `directory` is not an unsealed trace.
     """
     if not (directory / METADATA_FILE).is_file() or not (directory / CAPTURE_FOLDER).is_dir():
-        raise TraceError(f"{directory} is no unfinished trace: expected {METADATA_FILE} and {CAPTURE_FOLDER}/")
+        raise TraceError(f"{directory} is not an unsealed trace: expected {METADATA_FILE} and {CAPTURE_FOLDER}/")
     requests = read_requests(run_folder(directory, 0))
     if not requests:
         shutil.rmtree(directory)
         return None
-    # What is missing is said anew, should an earlier sealing have been cut short.
+    # Sealing computes the gaps; those of an earlier sealing that was interrupted must not stay.
     metadata = Trace.open(directory, allow_incomplete=True).metadata.model_copy(update={"gaps": []})
     finished = _read_finished(directory.parent / FINISHED_FILE, {request.request_id for request in requests})
     decode = _decoder(metadata)
@@ -210,16 +217,16 @@ def _read_finished(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
         return {}
     with path.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines if line.endswith("\n")]
-    mine = [record for record in records if record["request_id"] in wanted]
-    stopped = {record["request_id"] for record in mine if "stopped" in record}
-    finished = {record["request_id"]: record for record in mine if "stopped" not in record}
+    selected = [record for record in records if record["request_id"] in wanted]
+    stopped = {record["request_id"] for record in selected if "stopped" in record}
+    finished = {record["request_id"]: record for record in selected if "stopped" not in record}
     for request_id in stopped & finished.keys():
         finished[request_id]["finish_reason"] = "stop"
     return finished
 
 
 def _decoder(metadata: Metadata) -> Any:
-    """Token ids to text; to the ids themselves as text where there is no tokenizer."""
+    """A function from token ids to text. Without a tokenizer, the text is the ids themselves."""
     from transformers import AutoTokenizer
 
     name = metadata.capture.get("tokenizer")

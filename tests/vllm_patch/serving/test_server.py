@@ -184,7 +184,7 @@ def test_traces_are_sealed_when_closed_and_when_the_server_is_killed(tmp_path: P
 
 
 def test_only_unfinished_traces_can_be_finished(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match=r"is no unfinished trace: expected metadata\.json and capture/"):
+    with pytest.raises(TraceError, match=r"is not an unsealed trace: expected metadata\.json and capture/"):
         finish(tmp_path)
     assert next_trace(tmp_path).name == "trace-00000"
     (tmp_path / "trace-00041" / CAPTURE_FOLDER).mkdir(parents=True)
