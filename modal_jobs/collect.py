@@ -50,7 +50,7 @@ from profiler.plan.job import (
     FALLBACK_GPU,
     JOB_FILE,
     CollectJob,
-    Plan,
+    JobPlan,
     make_plan,
     read_job,
     write_job,
@@ -258,7 +258,7 @@ download = modal.App("specmoe-download")
 download.local_entrypoint(name="download")(fetch_run)
 
 
-def _upload(plan: Plan) -> CollectJob:
+def _upload(plan: JobPlan) -> CollectJob:
     """Put the job onto the Volume, unless it is there: then it keeps the shards that it was begun with."""
     stored = stored_job(trace_volume, plan.job.run_id)
     if stored is not None:

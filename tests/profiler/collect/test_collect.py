@@ -127,7 +127,7 @@ def test_an_engine_that_fails_later_says_how_to_go_on(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(transformers, "route", fail_later)
     monkeypatch.setattr(transformers.TransformersEngine, "__init__", _light_engine)
-    with pytest.raises(EngineError, match="the engine failed; what was recorded before stays: --resume goes on from there"):
+    with pytest.raises(EngineError, match="the engine failed; what was recorded before is kept: resume the collection"):
         collect(options(tmp_path / "t"))
     assert (tmp_path / "t" / "metadata.json").is_file()
 
@@ -163,7 +163,7 @@ def test_an_out_that_is_taken_is_refused_untouched(collected: Trace, tmp_path: P
 
 
 def test_data_files_go_with_one_dataset(tmp_path: Path) -> None:
-    with pytest.raises(SpecmoeError, match="one --dataset"):
+    with pytest.raises(SpecmoeError, match="one dataset only"):
         collect(options(tmp_path / "t", data_files=tmp_path / "x.parquet"))
 
 
