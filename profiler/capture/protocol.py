@@ -54,7 +54,7 @@ class Workers:
     """The workers of `llm`, a `vllm.LLM`.
 
     Every method raises `EngineError` if a worker refuses, fails, or does not know the call.
-    advice: ends the error's text where the plugin is not loaded; says what to do.
+    advice: what to do if the plugin is not loaded; that error's text ends with it.
     """
 
     def __init__(self, llm: Any, advice: str) -> None:

@@ -64,7 +64,7 @@ def problem_ids(requests: list[CapturedRequest]) -> dict[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedProblem(_JsonLine):
-    """A problem that a run is going to run: one line of `planned.jsonl`, written before the engine starts on it."""
+    """A problem that a run has planned: one line of `planned.jsonl`, written before the engine starts on it."""
 
     problem_id: Count
     dataset: str

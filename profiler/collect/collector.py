@@ -46,9 +46,16 @@ class CollectedTrace:
     summary: CollectSummary
 
     def save(self, path: str | Path) -> Trace:
-        """Move the trace to `path`, a new or empty directory, and open it there.
+        """Move the trace to a new place and open it there.
 
-        Raises `TraceError` if `path` holds a trace or other files, or if the trace has been saved already.
+        Args:
+            path: The new trace directory. It must not exist, or be empty.
+
+        Returns:
+            The trace at `path`.
+
+        Raises:
+            TraceError: `path` holds files, or this trace has been saved already.
         """
         target = Path(path)
         check_free(target)
@@ -85,11 +92,11 @@ class TraceCollector:
             are requested.
 
     Example:
-        >>> if __name__ == "__main__":
-        ...     with TraceCollector("demo", engine="transformers") as collector:
-        ...         collected = collector.collect_from_datasets(["demo-math", "demo-code"], num_problems=8)
-        ...     trace = collected.save("traces/demo")
-        ...     print(trace.problems.num_rows)
+        >>> from profiler import TraceCollector
+        >>> with TraceCollector("demo", engine="transformers") as collector:
+        ...     collected = collector.collect_from_datasets(["demo-math", "demo-code"], num_problems=8)
+        >>> trace = collected.save("traces/demo")
+        >>> trace.problems.num_rows
         8
     """
 
@@ -141,7 +148,8 @@ class TraceCollector:
                 (`profiler.datasets.problems.take_tokens`).
             max_tokens_per_problem: Limit on the prompt and output tokens of a problem; longer prompts lose their tail.
             data_files: Local .parquet or .jsonl file to read instead of the hub; allowed with one dataset only.
-            sampling: How output tokens are sampled (`profiler.engines.Sampling`); greedy by default.
+            sampling: How output tokens are sampled (`profiler.engines.Sampling`); greedy by default, with each dataset's own
+                maximum of new tokens.
 
         Returns:
             The trace in a temporary folder; move it with `CollectedTrace.save`.
@@ -216,7 +224,12 @@ class TraceCollector:
         self.close()
 
     def start(self) -> Engine:
-        """Start the engine if it is not running, and return it."""
+        """Start the engine if it is not running, and return it.
+
+        Raises:
+            EngineError: The engine is not installed or does not support an option.
+            ModelError: The engine cannot load the model.
+        """
         if self._engine is None:
             self.on_stage(f"starting {self.engine_name} with {self.model.metadata.id}")
             began = time.monotonic()

@@ -22,7 +22,7 @@ def collect(
     """Run the model over the problems and write a complete trace to `options.out`.
 
     on_stage: called with a line of text at the start of every stage. on_progress: called when the
-    engine begins, and after every problem.
+    engine begins and after every problem.
     Raises `SpecmoeError`. Whatever can be checked before the engine starts is checked then, before anything is written.
     """
     check_free(options.out, resume=options.resume)
