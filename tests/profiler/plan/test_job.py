@@ -101,7 +101,7 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"model": "mixtral-8x7b", "precision": "gptq"}, ModelError, "no gptq checkpoint: expected one of bf16, awq"),
         ({"precision": "awq"}, ModelError, "precision chooses a checkpoint of a short name"),
         ({"model": "mixtrall"}, ModelError, "unknown model 'mixtrall'"),
-        ({"model": "."}, ModelError, "is a folder of this machine"),
+        ({"model": "."}, ModelError, "is a folder on this machine"),
         ({"engine": "sglang"}, EngineError, "unknown engine 'sglang'"),
         ({"dtype": "int3"}, EngineError, "unknown dtype 'int3'"),
         ({"containers": 0}, EngineError, "containers 0: expected 1 to 100"),
