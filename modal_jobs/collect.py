@@ -50,7 +50,7 @@ from profiler.plan.job import (
     FALLBACK_GPU,
     JOB_FILE,
     CollectJob,
-    Plan,
+    JobPlan,
     make_plan,
     read_job,
     write_job,
@@ -261,7 +261,7 @@ download = modal.App("specmoe-download")
 download.local_entrypoint(name="download")(fetch_run)
 
 
-def _upload(plan: Plan) -> CollectJob:
+def _upload(plan: JobPlan) -> CollectJob:
     """Upload the job to the Volume. If it is there already, it keeps the shards that it started with."""
     stored = stored_job(trace_volume, plan.job.run_id)
     if stored is not None:

@@ -1,4 +1,4 @@
-"""Commands over traces: collect, convert, inspect, models, datasets."""
+"""Commands that create, convert and show traces: collect, plan, convert, formats, inspect."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 app = typer.Typer()
 messages = Console(stderr=True, highlight=False)
 
-
+# Exit code of a shell command that SIGINT ended: 128 + 2.
 INTERRUPTED = 130
 
 
 def run_app(app: typer.Typer, name: str) -> None:
-    """Run a command line: exit 0 on success, 2 on wrong usage, 1 with one clear line on anything else that a user can meet."""
+    """Run a command line and exit: 0 on success, 2 on wrong usage, 130 if interrupted, else 1. An error is one line."""
     command = typer.main.get_command(app)
     try:
         result = command.main(args=sys.argv[1:] or ["--help"], prog_name=name, standalone_mode=False)
@@ -45,10 +45,10 @@ def run_app(app: typer.Typer, name: str) -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail(name, "interrupted", INTERRUPTED)
     except Exception as error:
-        # A defect of ours, or a file broken in a way that nobody thought of: still one line, and the way to more.
+        # A bug, or an input broken in an unforeseen way: still one line, which says how to see the traceback.
         if os.environ.get("SPECMOE_TRACEBACK") == "1":
             raise
-        _fail(name, f"unexpected {type(error).__name__}: {error} (SPECMOE_TRACEBACK=1 shows where)", 1)
+        _fail(name, f"unexpected {type(error).__name__}: {error} (set SPECMOE_TRACEBACK=1 to see the traceback)", 1)
     else:
         code = result if isinstance(result, int) else 0
         if code == INTERRUPTED:
@@ -67,7 +67,7 @@ AS_JSON = switch("as_json", "--json", "Print the result as JSON.")
 @app.command()
 @typer_command(LocalOptions, AS_JSON)
 def collect(options: LocalOptions, *, as_json: bool) -> None:
-    """Run a model over a dataset and record which experts every token uses.
+    """Run a model over a dataset and record which experts each token uses.
 
     Example: specmoe collect --model demo --dataset demo-math --num-problems 20 --out traces/math
     """
@@ -89,9 +89,11 @@ def collect(options: LocalOptions, *, as_json: bool) -> None:
 @app.command()
 @typer_command(RentedOptions, AS_JSON)
 def plan(options: RentedOptions, *, as_json: bool) -> None:
-    """Say what 'modal run modal_jobs/collect.py' would do with these arguments: where, in what time, at what cost.
+    """Show what 'modal run modal_jobs/collect.py' would run with these arguments, on which GPUs, with estimated time and cost.
 
-    Needs no account. Example: specmoe plan --model mixtral-8x7b --dataset gsm8k --num-problems 1000
+    Needs no account.
+
+    Example: specmoe plan --model mixtral-8x7b --dataset gsm8k --num-problems 1000
     """
     from profiler.plan.job import make_plan
 
@@ -103,7 +105,7 @@ def plan(options: RentedOptions, *, as_json: bool) -> None:
 
 
 def collect_with_progress(options: LocalOptions) -> CollectSummary:
-    """`profiler.collect.job.collect` with a progress bar, or plain lines where there is no terminal."""
+    """`profiler.collect.job.collect` with a progress bar, or with plain lines if standard error is not a terminal."""
     from profiler.collect.job import collect as run
 
     if not messages.is_terminal:
@@ -121,7 +123,7 @@ def collect_with_progress(options: LocalOptions) -> CollectSummary:
         TimeRemainingColumn(),
         TextColumn("{task.fields[usage]}"),
     )
-    # A descriptor of its own: while vLLM starts, standard error leads to vLLM's log.
+    # A duplicate of the descriptor: while vLLM starts, standard error is redirected to vLLM's log.
     terminal = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), highlight=False)
     with Progress(*columns, console=terminal, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
         task = progress.add_task("checking", total=None, usage="")
@@ -133,7 +135,7 @@ def collect_with_progress(options: LocalOptions) -> CollectSummary:
 
 
 def print_summary(summary: CollectSummary) -> None:
-    """The end of `collect`, for people."""
+    """Print the summary of a collection as text."""
     typer.echo(
         f"{summary.trace}: {summary.problems} problems, {summary.prompt_tokens:,} prompt and "
         f"{summary.output_tokens:,} generated tokens, {summary.rows:,} routing rows, {_size(summary.bytes)}"
@@ -142,21 +144,21 @@ def print_summary(summary: CollectSummary) -> None:
         speed = summary.tokens_per_second
         typer.echo(
             f"{summary.engine}: started in {summary.start_seconds:.1f} s, ran {summary.generate_seconds:.1f} s, "
-            + (f"{speed:,.0f} tokens/s" if speed is not None else f"{summary.resumed} problems were finished before")
+            + (f"{speed:,.0f} tokens/s" if speed is not None else f"{summary.resumed} problems were finished by earlier runs")
         )
     typer.echo(str(summary.usage))
     if len(summary.by_dataset) > 1:
-        gave = (f"{name} {problems} problems, {tokens:,} tokens" for name, (problems, tokens) in summary.by_dataset.items())
-        typer.echo("; ".join(gave))
+        parts = (f"{name} {problems} problems, {tokens:,} tokens" for name, (problems, tokens) in summary.by_dataset.items())
+        typer.echo("; ".join(parts))
     tokens = summary.prompt_tokens + summary.output_tokens
     if summary.target_tokens is not None and tokens < summary.target_tokens:
-        typer.echo(f"{tokens:,} of {summary.target_tokens:,} tokens: answers ended early, or the datasets hold no more")
+        typer.echo(f"{tokens:,} of {summary.target_tokens:,} tokens: outputs ended early, or the datasets hold no more")
     if summary.truncated_problems:
-        typer.echo(f"{summary.truncated_problems} prompts were too long and kept only their head")
+        typer.echo(f"{summary.truncated_problems} prompts were too long and lost their tail")
 
 
 class ConvertTo(StrEnum):
-    """What `convert` makes."""
+    """Output formats of `convert`."""
 
     trace = "trace"
     jsonl = "jsonl"
@@ -165,28 +167,28 @@ class ConvertTo(StrEnum):
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A trace, or what another tool recorded (see --from).")],
-    target: Annotated[Path, typer.Argument(help="The trace directory, file or folder to make.")],
+    source: Annotated[Path, typer.Argument(help="A trace, or the recording of another tool (see --from).")],
+    target: Annotated[Path, typer.Argument(help="The trace directory, file or folder to create.")],
     to: Annotated[ConvertTo, typer.Option(help="trace: from any format. jsonl, hub-folder: from a trace.")] = ConvertTo.trace,
     format_name: Annotated[
-        str | None, typer.Option("--from", metavar="FORMAT", help="See 'specmoe formats'; default: by content.")
+        str | None, typer.Option("--from", metavar="FORMAT", help="See 'specmoe formats'; default: detected.")
     ] = None,
-    model: Annotated[str, typer.Option(help="What the model is called, where the source does not say.")] = "unknown",
+    model: Annotated[str, typer.Option(help="Name of the model, if the source does not record it.")] = "unknown",
     num_experts: Annotated[
-        int | None, typer.Option(min=1, max=MAX_EXPERTS, help="Experts per layer, where the source does not say.")
+        int | None, typer.Option(min=1, max=MAX_EXPERTS, help="Experts per layer, if the source does not record it.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="A-B,C", help="Import only these layers: tokens need rows at no others.")
+        str | None, typer.Option(metavar="A-B,C", help="Import only these layers; tokens need no rows at others.")
     ] = None,
     drop_incomplete: Annotated[
-        bool, typer.Option("--drop-incomplete", help="Leave out tokens with fewer than K experts, instead of empty slots.")
+        bool, typer.Option("--drop-incomplete", help="Drop tokens with fewer than K experts instead of keeping empty slots.")
     ] = False,
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="With --to hub-folder: also upload it to the Hugging Face hub.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: make the dataset private.")] = False,
 ) -> None:
-    """Turn what other tools recorded into a trace, or a trace into JSON lines or a Hugging Face dataset.
+    """Convert a recording of another tool to a trace, or a trace to JSON lines or a Hugging Face dataset.
 
     Example: specmoe convert dumps/routes.npz traces/served
     """
@@ -198,7 +200,7 @@ def convert(
     if format_name is not None and format_name not in FORMATS:
         raise typer.BadParameter(f"{format_name!r}: expected one of {', '.join(FORMATS)}", param_hint="--from")
     if push is not None and to is not ConvertTo.hub_folder:
-        raise typer.BadParameter("goes with --to hub-folder", param_hint="--push")
+        raise typer.BadParameter("needs --to hub-folder", param_hint="--push")
     if to is ConvertTo.trace:
         options = ImportOptions(
             model=model,
@@ -223,16 +225,16 @@ def convert(
 
         if not is_folder_of(trace, target):
             if target.exists() and (not target.is_dir() or any(target.iterdir())):
-                raise TraceError(f"{target} exists and is not of this trace: choose another folder")
+                raise TraceError(f"{target} exists and is not an export of this trace: choose another folder")
             write_hub_folder(trace, target)
-        typer.echo(f"{target}: {_size(_bytes(target))}, a dataset with a card")
+        typer.echo(f"{target}: {_size(_bytes(target))}, a Hugging Face dataset with a card")
         if push is not None:
             typer.echo(push_folder(target, push, private=private))
 
 
 @app.command()
 def formats(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """List what 'specmoe convert' reads.
+    """List the formats that 'specmoe convert' reads.
 
     Example: specmoe formats
     """
@@ -242,7 +244,7 @@ def formats(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:
-    """Layer numbers and ranges with commas."""
+    """Parse comma-separated layer numbers and ranges; None without them."""
     if text is None:
         return None
     if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text.replace(" ", "")):
@@ -259,10 +261,10 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 @app.command()
 def inspect(
     trace: Annotated[Path, typer.Argument(help="A trace directory.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Also compare every file with its sha256.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Also check the sha256 of every file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Say what a trace holds, whether it is complete, and what is missing. Exits with 1 if it is incomplete.
+    """Show what a trace holds, whether it is complete, and what is missing. Exits with 1 if it is incomplete.
 
     Example: specmoe inspect traces/math --verify
     """

@@ -1,4 +1,4 @@
-"""Command lines made from dataclasses whose fields are `profiler.collect.options.option`s."""
+"""Build command lines from dataclasses whose fields are `profiler.collect.options.option`s."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Options = TypeVar("Options")
 
 
 def switch(name: str, flag: str, help: str) -> inspect.Parameter:  # noqa: A002 - as typer calls it
-    """A further parameter of a command: a switch that is off."""
+    """An extra parameter of a command: a switch that is off by default."""
     annotation = Annotated[bool, typer.Option(flag, help=help)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
 
 
 def typer_command(options: type[Options], *more: inspect.Parameter) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a function `f(options, **more)` the signature of a typer command with an argument for each field.
+    """Decorate a function `f(options, **more)` as a typer command with one argument for each field of `options`.
 
-    more: further parameters.
+    more: extra parameters, which the function receives by keyword.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,7 +35,7 @@ def typer_command(options: type[Options], *more: inspect.Parameter) -> Callable[
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
         parameters = [_parameter(field, kind) for field, kind in _fields(options)]
-        # A function takes attributes, which its type does not say.
+        # Functions have arbitrary attributes, but their type does not declare this one.
         command.__signature__ = inspect.Signature([*parameters, *more])  # type: ignore[attr-defined]
         return command
 
@@ -43,7 +43,10 @@ def typer_command(options: type[Options], *more: inspect.Parameter) -> Callable[
 
 
 def plain_signature(options: type[Any]) -> tuple[inspect.Signature, dict[str, Any]]:
-    """The fields as parameters of plain types, for command lines that know only those; paths and choices are text."""
+    """The fields as parameters of plain types, and their annotations, for command lines that know only those (Modal).
+
+    Paths and choices become strings.
+    """
     parameters = []
     for field, kind in _fields(options):
         is_optional = NoneType in get_args(kind)
@@ -56,17 +59,17 @@ def plain_signature(options: type[Any]) -> tuple[inspect.Signature, dict[str, An
 
 
 def _fields(options: type[Any]) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """Fields with their types, those without a default first."""
+    """The fields and their types; fields without a default come first."""
     types = get_type_hints(options)
     fields = sorted(dataclasses.fields(options), key=lambda field: field.default is not dataclasses.MISSING)
     return [(field, types[field.name]) for field in fields]
 
 
 def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
-    said = field.metadata
-    flags = [said["flag"]] if "flag" in said else [_flag(field.name)] if kind is bool else []
-    bounds = {name: said[name] for name in ("min", "max", "metavar") if name in said}
-    return _with_default(field, Annotated[kind, typer.Option(*flags, help=said["help"], **bounds)])
+    metadata = field.metadata
+    flags = [metadata["flag"]] if "flag" in metadata else [_flag(field.name)] if kind is bool else []
+    bounds = {name: metadata[name] for name in ("min", "max", "metavar") if name in metadata}
+    return _with_default(field, Annotated[kind, typer.Option(*flags, help=metadata["help"], **bounds)])
 
 
 def _with_default(field: dataclasses.Field[Any], annotation: Any) -> inspect.Parameter:
@@ -75,5 +78,5 @@ def _with_default(field: dataclasses.Field[Any], annotation: Any) -> inspect.Par
 
 
 def _flag(name: str) -> str:
-    """A switch without its opposite."""
+    """The flag of a boolean field, without the `--no-` flag that typer would add."""
     return "--" + name.replace("_", "-")

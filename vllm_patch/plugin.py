@@ -24,13 +24,13 @@ def register() -> None:
     """The plugin's entry point. Cheap and idempotent; patches nothing unless SPECMOE_CAPTURE=1."""
     if os.environ.get(SWITCH) != "1":
         return
-    from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, keep_compiled_code_apart
+    from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, separate_compile_cache
     from profiler.models.deepseek_v1 import register_config
     from vllm_patch.serving.server import extend_shutdown_timeout, log_finished_requests, log_stop_strings
 
     options = CaptureOptions.from_environment(dict(os.environ))
     assert options is not None
-    keep_compiled_code_apart()
+    separate_compile_cache()
     register_config()
     if os.environ.get(OWNER_VARIABLE, str(os.getpid())) != str(os.getpid()):
         _end_with_parent()

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from profiler.capture.finish import finish_trace
 from profiler.capture.metadata import captured_metadata
-from profiler.capture.options import CaptureOptions, keep_compiled_code_apart
+from profiler.capture.options import CaptureOptions, separate_compile_cache
 from profiler.capture.protocol import Workers
 from profiler.capture.requests import ABORTED, CapturedRequest, Sequence, read_requests
 from profiler.capture.sealing import run_folder
@@ -45,7 +45,7 @@ def enable(options: CaptureOptions | None = None) -> None:
         >>> vllm_patch.enable(CaptureOptions(logits=True))
     """
     os.environ.update((options or CaptureOptions()).to_environment())
-    keep_compiled_code_apart()
+    separate_compile_cache()
 
 
 class Recording:

@@ -1,1 +1,1 @@
-"""From a running capture to a trace: options, requests, sealing."""
+"""Capture options, the protocol with vLLM's workers, and turning a finished capture into a trace."""

@@ -1,4 +1,4 @@
-"""How a finished capture becomes a complete trace: sealed rows, tables, gaps, and the manifest last."""
+"""Turn a finished capture into a complete trace: seal the rows, write tables and gaps, and write the manifest last."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from profiler.trace.schema import (
 from profiler.trace.stream import ROUTING_STREAM
 from profiler.trace.writer import write_manifest, write_metadata, write_table
 
-# Problem ids named in a line about gaps; the tables have them all.
+# A gap's line names at most this many problem ids; the tables hold all of them.
 NAMED_PROBLEMS = 10
 
 
 def finish_trace(
-    directory: Path, metadata: Metadata, sequences: list[Sequence], *, jsonl: bool = False, others_abandoned: bool = False
+    directory: Path, metadata: Metadata, sequences: list[Sequence], *, jsonl: bool = False, drop_other_requests: bool = False
 ) -> Trace:
-    """Seal `directory/capture` as the routing of `sequences` and write tables, gaps and the manifest.
+    """Seal `directory/capture` as the routing of `sequences`, and write the tables, the gaps and the manifest.
 
-    others_abandoned: leave out rows of requests that are not among the sequences.
-    Raises `TraceError` if the capture has rows of other requests, or none at all.
+    jsonl: also write the routing as JSON lines. drop_other_requests: drop the rows of requests that are not in `sequences`.
+    Raises `TraceError` if nothing was captured, or if there are rows of other requests and `drop_other_requests` is False.
     """
     sequences = sorted(sequences, key=lambda sequence: sequence.problem_id)
     if not any((run_folder(directory, run) / ROUTING_STREAM).is_file() for run in runs_of(directory)):
@@ -48,7 +48,7 @@ def finish_trace(
         metadata.model,
         {sequence.problem_id: sequence.tokens for sequence in sequences},
         {s.problem_id: s.captured_as for s in sequences if s.captured_as is not None},
-        others_abandoned=others_abandoned,
+        drop_other_requests=drop_other_requests,
     )
     counts = Counter(sequence.dataset for sequence in sequences)
     datasets = metadata.datasets or [DatasetMetadata(name=name, problems=count) for name, count in counts.items()]
@@ -64,7 +64,7 @@ def finish_trace(
 
 
 def _gaps(sequences: list[Sequence], missing: Missing) -> list[str]:
-    """What is not in the routing, a line for each cause."""
+    """Describe what is missing from the routing, one line per cause."""
     cached = {s.problem_id: s.cached_tokens for s in sequences if s.cached_tokens}
     explained, unexplained = 0, {}
     for problem_id, gaps_G2 in missing.items():

@@ -1,4 +1,4 @@
-"""The metadata of a trace that an engine recorded, made in one place for collections, programs and servers."""
+"""Build the metadata of a captured trace, in one place for collections, user programs and servers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def captured_metadata(
     capture: dict[str, Any],
     **rest: Any,
 ) -> Metadata:
-    """`model` as its config says, with what is `loaded` (MoE layers, E, K, dtype) in place of it.
+    """Metadata of a trace of `model`, whose config values are replaced by those of the loaded model.
 
-    versions: of the engine; this package's is added. capture: how it was recorded. rest: further fields of `Metadata`.
+    loaded: fields of `ModelMetadata` as the engine reports them (MoE layers, E, K, dtype). versions: the engine's; this
+    package's version is added. capture: how the trace was recorded. rest: further fields of `Metadata`.
     """
     return Metadata(
         model=model.model_copy(update=loaded),

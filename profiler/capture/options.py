@@ -1,4 +1,4 @@
-"""What is captured: options, and the environment variables by which engines' processes receive them."""
+"""Capture options, and the environment variables that pass them to the engine's processes."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Self
 
 from profiler.errors import EngineError
 
-# The plugin has the name too: it must not import this module where nothing is recorded.
+# The plugin repeats this name, because it must not import this module while capture is off.
 _VARIABLE = "SPECMOE_CAPTURE"
-# Inside vLLM's cache, for code that was compiled with the copies.
+# Folder inside vLLM's cache for code that was compiled with capture's copies in it.
 OWN_CACHE = "specmoe"
-# The process that started an engine only to collect with it: the engine ends when that process does.
+# Id of the process that started an engine only to collect with it: the engine ends when that process ends.
 OWNER_VARIABLE = f"{_VARIABLE}_OWNER"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions:
-    """What is recorded besides expert ids and weights. Engines read it from the environment of their worker processes.
+    """What is recorded besides expert ids and weights. Worker processes read it from their environment.
 
-    logits: all router logits, float16. hidden_layers: decoder layers whose router inputs are recorded, float16.
-    hidden_tokens: no request is admitted to the recording of router inputs once so many tokens have been recorded.
-    out: where a server records by itself from its start; empty for engines that are told when and where.
-    rotate_megabytes: a server begins a new trace for new requests when the rows of this one have grown to this; 0 for never.
+    logits: record all router logits, float16. hidden_layers: decoder layers whose router inputs are recorded, float16.
+    hidden_tokens: once the router inputs of this many tokens have been recorded, those of further requests are not.
+    out: folder that a server records into from its start; empty for engines that a collector starts and stops recording on.
+    rotate_megabytes: when a trace's rows reach this size, a server starts a new trace for new requests; 0 for never.
     """
 
     logits: bool = False
@@ -35,7 +35,7 @@ class CaptureOptions:
     rotate_megabytes: int = 0
 
     def to_environment(self) -> dict[str, str]:
-        """Variables that switch the plugin on with these options."""
+        """The environment variables that switch the plugin on with these options."""
         return {
             _VARIABLE: "1",
             f"{_VARIABLE}_LOGITS": str(int(self.logits)),
@@ -47,7 +47,7 @@ class CaptureOptions:
 
     @classmethod
     def from_environment(cls, environment: dict[str, str]) -> Self | None:
-        """The options, or None if capture is off. Raises `EngineError` on values that are no numbers."""
+        """The options, or None if capture is off. Raises `EngineError` on values that are not whole numbers."""
         if environment.get(_VARIABLE) != "1":
             return None
         try:
@@ -65,16 +65,16 @@ class CaptureOptions:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """Layer numbers with commas, ascending. Raises `EngineError` on anything else."""
+    """Parse comma-separated layer numbers; returned in ascending order. Raises `EngineError` on anything else."""
     if not re.fullmatch(r"(\d{1,5}(,\d{1,5})*)?", text.replace(" ", "")):
-        raise EngineError(f"--capture-hidden {text!r}: expected layer numbers with commas, such as 1,5")
+        raise EngineError(f"capture_hidden {text!r}: expected layer numbers separated by commas, such as 1,5")
     return tuple(sorted({int(layer) for layer in text.split(",") if layer.strip()}))
 
 
-def keep_compiled_code_apart() -> None:
-    """Give vLLM a folder `specmoe` of its own inside its cache: captured and plain runs share its key for compiled code.
+def separate_compile_cache() -> None:
+    """Point vLLM's cache at its subfolder `specmoe`: vLLM gives captured and plain runs the same key for compiled code.
 
-    Does nothing in processes that inherit the folder.
+    Does nothing in processes that inherit the setting.
     """
     plain = os.environ.get("VLLM_CACHE_ROOT") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm"
     if Path(plain).name != OWN_CACHE:

@@ -1,13 +1,13 @@
-"""What a collecting process and vLLM's workers say to each other: three calls over `LLM.collective_rpc`.
+"""The protocol between a collecting process and vLLM's workers: three calls over `LLM.collective_rpc`.
 
 | call | arguments | answer |
 |---|---|---|
-| `specmoe_start` | folder, tokens whose router inputs are recorded (None: as the engine was started) | `LoadedFacts` |
-| `specmoe_status` | none | `LoadedFacts` while nothing is recorded, else `RecorderStatus` |
-| `specmoe_stop` | none | `RecorderStatus`, when everything is on disk |
+| `specmoe_start` | folder, budget of tokens with router inputs (None: the engine's own option) | `LoadedFacts` |
+| `specmoe_status` | none | `RecorderStatus` during a recording, else `LoadedFacts` |
+| `specmoe_stop` | none | `RecorderStatus`, once everything is on disk |
 
-An answer with the key `error` is a refusal or a failure, as one line. With tensor parallelism the first worker records; the
-others answer their rank and are ignored. The workers' side is `vllm_patch.worker`.
+An answer with the key `error` reports a refusal or a failure, in one line. With tensor parallelism the first worker records;
+the others answer with their rank and are ignored. The workers' side is `vllm_patch.worker`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ START, STATUS, STOP = "specmoe_start", "specmoe_status", "specmoe_stop"
 
 
 class RecorderFacts(TypedDict):
-    """The model as loaded, and the memory that capture takes: bytes on the device, and at most on the host."""
+    """The loaded model, and the memory that capture takes: device_bytes, and host_bytes at most."""
 
     moe_layers: list[int]
     num_experts: int
@@ -31,14 +31,17 @@ class RecorderFacts(TypedDict):
 
 
 class LoadedFacts(RecorderFacts):
-    """... and how its routers were reached. known_release: whether this vLLM's sources were read."""
+    """`RecorderFacts` and the hook that reaches the routers. known_release: whether this vLLM release is a known one."""
 
     hook: str
     known_release: bool
 
 
 class RecorderStatus(TypedDict):
-    """rows: written so far. unlabeled: requests without a problem id. waits: how often the engine waited for the writer."""
+    """Progress of a recording.
+
+    rows: written so far. unlabeled: requests without a problem id. waits: how often the engine had to wait for the writer.
+    """
 
     rows: int
     requests: int
@@ -48,9 +51,10 @@ class RecorderStatus(TypedDict):
 
 
 class Workers:
-    """The workers of `llm`, a `vllm.LLM`. Every call raises `EngineError` if a worker refuses, fails or does not know the call.
+    """The workers of `llm`, a `vllm.LLM`.
 
-    advice: what to do where the plugin is not loaded.
+    Every method raises `EngineError` if a worker refuses, fails, or does not know the call.
+    advice: what to do if the plugin is not loaded; that error's text ends with it.
     """
 
     def __init__(self, llm: Any, advice: str) -> None:
@@ -62,7 +66,7 @@ class Workers:
         return cast("LoadedFacts", self._call(START, str(folder.resolve()), hidden_tokens))
 
     def facts(self) -> LoadedFacts:
-        """The loaded model, while nothing is recorded."""
+        """Facts of the loaded model; call it only while nothing is being recorded."""
         return cast("LoadedFacts", self._call(STATUS))
 
     def check(self) -> None:

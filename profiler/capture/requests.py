@@ -1,4 +1,4 @@
-"""What a run leaves beside its rows: its requests, the problems that it planned, and those that it completed."""
+"""What a run stores next to its rows: its requests, the problems it planned, and those it completed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from profiler.errors import TraceError
 REQUESTS_FILE, PLANNED_FILE, COMPLETIONS_FILE = "requests.jsonl", "planned.jsonl", "completions.jsonl"
 ABORTED = "abort"
 
-
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 """A number that fits the tables' int32."""
 
 
 class _JsonLine:
-    """A record that is one line of a run's files; a line with other fields is none."""
+    """A record that is one JSON line in a file of a run. A line with unknown fields is rejected."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     def to_json(self) -> str:
-        """The line, without its end."""
+        """The record as JSON, without a line break."""
         return json.dumps(vars(self), separators=(",", ":"))
 
 
@@ -35,7 +34,8 @@ class _JsonLine:
 class CapturedRequest(_JsonLine):
     """A request as the engine's worker saw it.
 
-    number: what its rows have as problem id. label: what the client gave as problem id. cached_tokens: from the prefix cache.
+    number: the request's number in this run, which its captured rows carry as problem id. label: the problem id that the client
+    gave. cached_tokens: prompt tokens taken from the prefix cache.
     """
 
     number: Count
@@ -46,12 +46,12 @@ class CapturedRequest(_JsonLine):
 
 
 def read_requests(run: Path) -> list[CapturedRequest]:
-    """The requests of a run's folder, in the order in which they started. Raises `TraceError` on a line that is none."""
+    """The requests in a run's folder, in the order in which they started. Raises `TraceError` on an invalid line."""
     return _records(run / REQUESTS_FILE, CapturedRequest)
 
 
 def problem_ids(requests: list[CapturedRequest]) -> dict[int, int]:
-    """Problem id by request number: the clients' own where they are numbers and not taken, else the smallest free ones."""
+    """Map request numbers to problem ids: the client's label if it is a number not yet taken, else the smallest free id."""
     ids: dict[int, int] = {}
     taken: set[int] = set()
     for request in requests:
@@ -64,7 +64,7 @@ def problem_ids(requests: list[CapturedRequest]) -> dict[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedProblem(_JsonLine):
-    """A problem that a run set out to do: one line of `planned.jsonl`, written before the engine begins."""
+    """A problem that a run has planned: one line of `planned.jsonl`, written before the engine starts on it."""
 
     problem_id: Count
     dataset: str
@@ -74,7 +74,7 @@ class PlannedProblem(_JsonLine):
     truncated_tokens: Count
 
     def sequence(self, source: Source | None, request: CapturedRequest | None = None) -> Sequence:
-        """As a sequence that was begun and not finished."""
+        """The problem as a sequence that was started and not finished."""
         cached = 0 if request is None else request.cached_tokens
         return Sequence(
             **vars(self), captured_as=source, output="", output_token_ids=[], cached_tokens=cached, finish_reason=ABORTED
@@ -83,7 +83,7 @@ class PlannedProblem(_JsonLine):
 
 @dataclass(frozen=True, kw_only=True)
 class CompletedProblem(_JsonLine):
-    """A problem that a run finished: one line of `completions.jsonl`, written at once."""
+    """A problem that a run finished: one line of `completions.jsonl`, written as soon as it finishes."""
 
     problem_id: Count
     output: str
@@ -93,12 +93,12 @@ class CompletedProblem(_JsonLine):
 
 
 def read_planned(run: Path) -> list[PlannedProblem]:
-    """What a run set out to do. Raises `TraceError` on a line that is no such record."""
+    """The problems that a run planned. Raises `TraceError` on an invalid line."""
     return _records(run / PLANNED_FILE, PlannedProblem)
 
 
 def read_completed(directory: Path, run: int) -> dict[int, Sequence]:
-    """The problems that a run of the trace `directory` finished. Raises `TraceError` on a line that is no such record."""
+    """The problems that run number `run` of the trace `directory` finished. Raises `TraceError` on an invalid line."""
     folder = run_folder(directory, run)
     planned = {problem.problem_id: problem for problem in read_planned(folder)}
     requests = {request.label: request for request in read_requests(folder)}
@@ -106,14 +106,14 @@ def read_completed(directory: Path, run: int) -> dict[int, Sequence]:
     for completion in _records(folder / COMPLETIONS_FILE, CompletedProblem):
         problem_id = completion.problem_id
         if problem_id not in planned:
-            raise TraceError(f"{folder / COMPLETIONS_FILE}: problem {problem_id}, which {PLANNED_FILE} does not have")
+            raise TraceError(f"{folder / COMPLETIONS_FILE}: problem {problem_id} is not in {PLANNED_FILE}")
         source = (run, requests[problem_id].number) if problem_id in requests else None
         completed[problem_id] = replace(planned[problem_id].sequence(source), **vars(completion))
     return completed
 
 
 def free_ids(taken: Container[int]) -> Iterator[int]:
-    """Whole numbers from 0 that are not taken, as long as there are."""
+    """Whole numbers from 0 that are not in `taken`, up to the largest int32."""
     return (number for number in range(2**31) if number not in taken)
 
 
@@ -121,7 +121,7 @@ _Record = TypeVar("_Record")
 
 
 def _records(path: Path, kind: type[_Record]) -> list[_Record]:
-    """JSON lines as `kind`; a last line without its end was cut off by a kill and is left out."""
+    """Parse JSON lines as `kind`. A last line without a line break was cut off by a kill and is left out."""
     if not path.is_file():
         return []
     adapter = TypeAdapter(kind)
@@ -141,9 +141,9 @@ def _records(path: Path, kind: type[_Record]) -> list[_Record]:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequence:
-    """One problem that was run: prompt and output tokens, and what the tables say of it.
+    """One problem that was run: its prompt and output tokens, and its entries in the trace's tables.
 
-    captured_as: run, and the number of its rows there; None if no step ever routed it.
+    captured_as: the run that captured it, and its request number in that run; None if no step routed it.
     cached_tokens: prompt tokens taken from the prefix cache, which are not routed again.
     """
 
@@ -161,5 +161,5 @@ class Sequence:
 
     @property
     def tokens(self) -> int:
-        """N, prompt and output."""
+        """N: the number of tokens, prompt and output."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)

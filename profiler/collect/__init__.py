@@ -1,1 +1,1 @@
-"""Collecting a trace: which problems, with which engine, resumed where it was interrupted."""
+"""Collect a trace: select problems, run an engine over them, resume an interrupted collection."""

@@ -1,4 +1,4 @@
-"""What is collected and what came of it: the data of a collection, without the engine."""
+"""The data of a collection, without the engine: its settings, its progress, and a summary of the trace."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from profiler.errors import EngineError
 from profiler.trace.reader import Trace
 from profiler.trace.schema import DatasetMetadata
 
-# Beyond this, sampling is noise and vLLM refuses it.
+# Above this, sampled text is noise, and vLLM refuses the value.
 MAX_TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """What one trace is to hold.
+    """What to collect into one trace.
 
     problems: by their id in the trace. datasets: where they come from. sampling: its `max_new_tokens` is not used, since every
-    problem has its own. recipe: how the problems were chosen, for the metadata. hidden_tokens: how many may have their router
-    inputs recorded. resume: go on with what is in `out`.
+    problem has its own. out: the trace directory. recipe: how the problems were chosen, for the metadata. hidden_tokens:
+    budget of tokens whose router inputs are recorded. jsonl: also write the routing as JSON lines. resume: continue the
+    interrupted collection in `out`, if there is one.
     """
 
     problems: dict[int, Problem]
@@ -38,7 +39,11 @@ class Collection:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectProgress:
-    """How far a run is. tokens: prompt and output of the problems that this run finished, in `seconds` of running."""
+    """Progress of a run.
+
+    problems: finished so far, by this run or an earlier one, of `total`. tokens: prompt and output tokens of the problems that
+    this run finished, in `seconds`.
+    """
 
     problems: int
     total: int
@@ -49,9 +54,10 @@ class CollectProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectSummary:
-    """What the trace holds. Times in seconds, `bytes` of the whole directory. resumed: problems that were finished before.
+    """What the trace holds. Times are in seconds; `bytes` is the size of the whole directory.
 
-    by_dataset: problems and tokens (prompt and output) of each. target_tokens: asked for, if tokens were.
+    resumed: problems that earlier runs had finished. by_dataset: dataset -> (problems, tokens), prompt and output.
+    target_tokens: the requested number of tokens; None if a number of problems was requested.
     """
 
     trace: Path
@@ -71,22 +77,22 @@ class CollectSummary:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Prompt and output tokens through the model per second, capture included; None if earlier runs did a part."""
+        """Prompt and output tokens per second, with capture; None if earlier runs finished some of the problems."""
         if self.resumed:
             return None
         return (self.prompt_tokens + self.output_tokens) / max(self.generate_seconds, 1e-9)
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raise `EngineError` on values that no engine takes."""
+    """Raise `EngineError` on values that no engine accepts."""
     if not 0 < sampling.top_p <= 1 or not 0 <= sampling.temperature <= MAX_TEMPERATURE:
-        raise EngineError(f"expected --top-p above 0 up to 1 and --temperature 0 to {MAX_TEMPERATURE:g}")
+        raise EngineError(f"expected top_p above 0 and at most 1, and temperature from 0 to {MAX_TEMPERATURE:g}")
 
 
 def summarize(
     trace: Trace, *, resumed: int, usage: Usage, start_seconds: float = 0.0, generate_seconds: float = 0.0
 ) -> CollectSummary:
-    """What a complete trace holds."""
+    """Summarize a complete trace."""
     columns = trace.problems.select(["dataset", "prompt_tokens", "output_tokens", "truncated_tokens"]).to_pydict()
     by_dataset: dict[str, tuple[int, int]] = {}
     for name, *tokens in zip(columns["dataset"], columns["prompt_tokens"], columns["output_tokens"], strict=True):

@@ -1,7 +1,7 @@
-"""A model that is loaded once and collects one trace after another: problems -> engine with capture -> sealed directory.
+"""Load a model once and collect one trace after another: problems -> engine with capture -> sealed directory.
 
-A collection that was killed is resumed: problems that an earlier run finished, and whose routing is all there, are kept; the
-others run again, in a run of their own.
+When a killed collection is resumed, problems that an earlier run finished, and whose routing is complete, are kept. All others
+run again, in a new run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from profiler.capture.metadata import captured_metadata
 from profiler.capture.requests import COMPLETIONS_FILE, PLANNED_FILE, CompletedProblem, PlannedProblem, Sequence, read_completed
 from profiler.capture.sealing import captured_positions, run_folder, runs_of
 from profiler.collect.collection import Collection, CollectProgress, CollectSummary, check_sampling, summarize
-from profiler.collect.resume import finished_problems, hidden_tokens_used, refuse_other_settings
+from profiler.collect.resume import check_settings, finished_problems, hidden_tokens_used
 from profiler.collect.selection import Selection, describe, select
 from profiler.collect.usage import UsageMonitor
 from profiler.datasets.problems import Problem
@@ -38,16 +38,29 @@ from profiler.trace.writer import check_free, exclusive, public_command, write_m
 
 @dataclass(frozen=True)
 class CollectedTrace:
-    """A trace in a folder of its own, which `save` moves to its place; what is not saved is left in that folder."""
+    """A complete trace in a temporary folder; `save` moves it. A trace that is never saved stays in that folder.
+
+    summary: what the trace holds, and its current path (`summary.trace`).
+    """
 
     summary: CollectSummary
 
     def save(self, path: str | Path) -> Trace:
-        """Move the trace to `path`. Raises `TraceError` if that exists, or if it has been saved already."""
+        """Move the trace to a new place and open it there.
+
+        Args:
+            path: The new trace directory. It must not exist, or be empty.
+
+        Returns:
+            The trace at `path`.
+
+        Raises:
+            TraceError: `path` holds files, or this trace has been saved already.
+        """
         target = Path(path)
         check_free(target)
         if not self.summary.trace.is_dir():
-            raise TraceError(f"{self.summary.trace} is gone: it was saved before")
+            raise TraceError(f"{self.summary.trace} does not exist any more: the trace was saved before")
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             target.rmdir()
@@ -57,16 +70,34 @@ class CollectedTrace:
 
 
 class TraceCollector:
-    """Collects traces of one model. The engine starts with the first one and stays until `close` (or the end of `with`).
+    """Collects traces of one model.
 
-    model: a name of the registry, `demo`, a hub id or a folder. precision: which checkpoint of a name of the registry; `auto`
-    is the first one that fits on this machine's GPU, without one the published one.
-    Raises `ModelError` if the model is unknown or does not fit.
+    The engine starts with the first collection and keeps running until `close`, or until the end of a `with` block. With the
+    `vllm` engine, a script must start it under `if __name__ == "__main__":`, because vLLM's processes import the script again.
 
-        collector = TraceCollector("qwen1.5-moe")
-        collector.collect_from_datasets(["gsm8k", "imdb"], target_tokens=20000).save("traces/qwen")
+    Args:
+        model: Short name of the registry (`specmoe models`), `demo`, a Hugging Face hub id, or a folder.
+        engine: `vllm` or `transformers`.
+        precision: Checkpoint of a model known by short name. `auto` takes the first one that fits on this machine's GPU, or the
+            published one if there is no GPU.
+        revision: Branch, tag or commit of a hub model.
+        engine_options: How the model is loaded, and what is captured besides experts and weights
+            (`profiler.engines.EngineOptions`).
+        on_stage: Called with a line of text at the start of every stage.
+        on_progress: Called with a `profiler.collect.collection.CollectProgress` when the engine begins and after every problem.
 
-    In a script with vLLM, under `if __name__ == "__main__":`, since its processes import the script again.
+    Raises:
+        ModelError: The model is unknown, cannot be resolved, or does not fit on the GPU.
+        EngineError: The model does not support the requested length, or router inputs of a layer that is not an MoE layer
+            are requested.
+
+    Example:
+        >>> from profiler import TraceCollector
+        >>> with TraceCollector("demo", engine="transformers") as collector:
+        ...     collected = collector.collect_from_datasets(["demo-math", "demo-code"], num_problems=8)
+        >>> trace = collected.save("traces/demo")
+        >>> trace.problems.num_rows
+        8
     """
 
     def __init__(
@@ -86,7 +117,7 @@ class TraceCollector:
         precision = chosen.precision if chosen is not None else precision
         self.model = resolve_model(model, dtype=options.dtype, revision=revision, precision=precision)
         if chosen is not None:
-            # vLLM refuses a context that its keys and values have no room for.
+            # vLLM refuses a context whose keys and values do not fit into its cache.
             longest = min(self.model.max_length, chosen.kv_tokens)
             options = replace(options, batch=options.batch or chosen.batch, max_length=options.max_length or longest)
         elif entry is not None and gpu is not None and gpu.name in entry.small_gpus:
@@ -108,9 +139,25 @@ class TraceCollector:
         data_files: Path | None = None,
         sampling: Sampling | None = None,
     ) -> CollectedTrace:
-        """Collect problems of several datasets, spread evenly, into a temporary folder; `save` it.
+        """Collect problems of several datasets, spread evenly over them, into a temporary folder.
 
-        target_tokens: tokens in all, instead of a number of problems (`profiler.datasets.problems.take_tokens`).
+        Args:
+            datasets: Names of datasets (`specmoe datasets`).
+            num_problems: Total number of problems; a dataset that holds fewer than its share gives all it has.
+            target_tokens: Total number of tokens, prompt and output, instead of a number of problems
+                (`profiler.datasets.problems.take_tokens`).
+            max_tokens_per_problem: Limit on the prompt and output tokens of a problem; longer prompts lose their tail.
+            data_files: Local .parquet or .jsonl file to read instead of the hub; allowed with one dataset only.
+            sampling: How output tokens are sampled (`profiler.engines.Sampling`); greedy by default, with each dataset's own
+                maximum of new tokens.
+
+        Returns:
+            The trace in a temporary folder; move it with `CollectedTrace.save`.
+
+        Raises:
+            DatasetError: A dataset is unknown, cannot be read or is empty, or a number is below 1.
+            ModelError: The model or its tokenizer cannot be loaded.
+            EngineError: The engine is not installed, or the capture failed.
         """
         selection = Selection(
             datasets=tuple(datasets),
@@ -136,27 +183,36 @@ class TraceCollector:
         return CollectedTrace(summary)
 
     def collect(self, collection: Collection) -> CollectSummary:
-        """Run the problems and leave a complete trace in `collection.out`.
+        """Run the problems and write a complete trace to `collection.out`.
 
-        Raises `SpecmoeError`; everything that can be checked before the engine starts is, and then nothing is written.
+        Args:
+            collection: The problems, where they come from, and the directory of the trace.
+
+        Returns:
+            Counts, sizes and times of the trace.
+
+        Raises:
+            SpecmoeError: `out` is taken, the model cannot be loaded, or the capture failed. Whatever can be checked before the
+                engine starts is checked then, before anything is written. Rows of an interrupted run stay in `out`, where a
+                collection with `resume=True` continues.
         """
         out = collection.out
         check_free(out, resume=collection.resume)
         created = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         with exclusive(out), UsageMonitor() as monitor:
-            # Another collector may have begun or finished it since the first look.
+            # Another collector may have started or finished a trace here since the first check.
             check_free(out, resume=collection.resume)
-            begun = (out / METADATA_FILE).exists()
+            was_started = (out / METADATA_FILE).exists()
             try:
                 return self._collect(collection, monitor)
             except BaseException:
-                if not begun:
+                if not was_started:
                     _discard_if_empty(out, created)
                 raise
 
     def close(self) -> None:
-        """Stop the engine, if it was started."""
+        """Stop the engine if it is running."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -168,7 +224,12 @@ class TraceCollector:
         self.close()
 
     def start(self) -> Engine:
-        """The running engine."""
+        """Start the engine if it is not running, and return it.
+
+        Raises:
+            EngineError: The engine is not installed or does not support an option.
+            ModelError: The engine cannot load the model.
+        """
         if self._engine is None:
             self.on_stage(f"starting {self.engine_name} with {self.model.metadata.id}")
             began = time.monotonic()
@@ -180,23 +241,23 @@ class TraceCollector:
         max_length = self.options.max_length
         facts = self.model.metadata
         if max_length is not None and max_length > self.model.max_length:
-            raise EngineError(f"--max-length {max_length}: {facts.id} was made for {self.model.max_length} tokens at most")
+            raise EngineError(f"max_length {max_length}: {facts.id} supports at most {self.model.max_length} tokens")
         absent = sorted(set(self.options.capture.hidden_layers) - set(facts.moe_layers))
         if absent:
             layers = facts.moe_layers
-            raise EngineError(f"--capture-hidden {absent[0]}: not an MoE layer of {facts.id} ({layers[0]}..{layers[-1]})")
+            raise EngineError(f"hidden layer {absent[0]}: not an MoE layer of {facts.id} ({layers[0]}..{layers[-1]})")
 
     def _collect(self, collection: Collection, monitor: UsageMonitor) -> CollectSummary:
-        """As `collect`, in a folder that is held."""
+        """Like `collect`, in a folder that is locked for this process."""
         out, problems = collection.out, collection.problems
         earlier = Trace.open(out, allow_incomplete=True) if (out / METADATA_FILE).is_file() else None
         sequences: dict[int, Sequence] = {}
         if earlier is not None:
-            refuse_other_settings(earlier.metadata, self._settings(collection), out)
+            check_settings(earlier.metadata, self._settings(collection), out)
             if earlier.manifest is not None:
-                self.on_stage(f"{out} is complete already")
+                self.on_stage(f"{out} is already complete")
                 trace = Trace.open(out)
-                # A kill may have come between the manifest and this.
+                # The earlier run may have been killed after it wrote the manifest and before it removed the folder.
                 shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
                 return summarize(trace, resumed=trace.problems.num_rows, usage=monitor.usage)
             sequences = finished_problems(out, problems)
@@ -204,7 +265,7 @@ class TraceCollector:
         resumed = len(sequences)
         start_seconds, generate_seconds = 0.0, 0.0
         if earlier is not None and resumed == len(problems):
-            # Sealing says anew what is missing.
+            # Sealing determines the gaps again.
             metadata = earlier.metadata.model_copy(update={"gaps": []})
         else:
             engine = self.start()
@@ -214,7 +275,7 @@ class TraceCollector:
                 write_metadata(out, metadata)
             else:
                 now = metadata.model_dump(mode="json", exclude={"created", "command", "gaps"})
-                refuse_other_settings(earlier.metadata, now, out)
+                check_settings(earlier.metadata, now, out)
                 metadata = metadata.model_copy(update={"created": earlier.metadata.created})
             prompts = _encode(engine, {number: p for number, p in problems.items() if number not in sequences})
             for note in [*engine.notes, *self._size_estimates(collection, [prompt for prompt, _ in prompts])]:
@@ -230,7 +291,7 @@ class TraceCollector:
         cut = sum(sequence.truncated_tokens > 0 for sequence in sequences.values())
         counts = {"truncated_problems": cut, "runs": runs, "device": device_name()}
         metadata = metadata.model_copy(update={"capture": metadata.capture | counts})
-        trace = finish_trace(out, metadata, list(sequences.values()), jsonl=collection.jsonl, others_abandoned=runs > 1)
+        trace = finish_trace(out, metadata, list(sequences.values()), jsonl=collection.jsonl, drop_other_requests=runs > 1)
         return summarize(
             trace,
             resumed=resumed,
@@ -247,7 +308,7 @@ class TraceCollector:
         finished: dict[int, Sequence],
         monitor: UsageMonitor,
     ) -> tuple[dict[int, Sequence], dict[str, Any]]:
-        """Run the prompts in a run of their own; returns their sequences and the engine's report."""
+        """Run the prompts as a new run; returns their sequences by problem id, and the engine's report."""
         out = collection.out
         hidden_tokens = collection.hidden_tokens
         if self.options.capture.hidden_layers:
@@ -304,7 +365,7 @@ class TraceCollector:
         return read_completed(out, run), report
 
     def _settings(self, collection: Collection) -> dict[str, Any]:
-        """What the metadata says before an engine was started."""
+        """The part of the metadata that is known before the engine starts."""
         sampling = collection.sampling
         return {
             "model": {"id": self.model.metadata.id, "revision": self.model.metadata.revision},
@@ -345,7 +406,7 @@ class TraceCollector:
         )
 
     def _size_estimates(self, collection: Collection, prompts: list[Prompt]) -> list[str]:
-        """What the optional recordings may take before compression, a line each."""
+        """Estimated sizes of the optional recordings before compression, one line each."""
         capture, facts = self.options.capture, self.model.metadata
         lengths = [len(prompt.token_ids) + prompt.max_new_tokens - 1 for prompt in prompts]
         tokens = sum(lengths)
@@ -357,24 +418,24 @@ class TraceCollector:
                 f"{2 * values / 1e6:,.1f} MB"
             )
         if capture.hidden_layers:
-            # The problem that crosses the budget is still recorded whole.
-            some = min(tokens, collection.hidden_tokens + max(lengths) + 1)
-            values = some * len(capture.hidden_layers) * self.model.hidden_size
+            # The problem that crosses the budget is still recorded to its end.
+            recorded = min(tokens, collection.hidden_tokens + max(lengths) + 1)
+            values = recorded * len(capture.hidden_layers) * self.model.hidden_size
             estimates.append(
-                f"router inputs: about {some:,} tokens x {len(capture.hidden_layers)} layers x {self.model.hidden_size} values"
-                f", {2 * values / 1e6:,.1f} MB (--hidden-tokens)"
+                f"router inputs: about {recorded:,} tokens x {len(capture.hidden_layers)} layers x {self.model.hidden_size} "
+                f"values, {2 * values / 1e6:,.1f} MB (limited by hidden_tokens)"
             )
         return estimates
 
 
 def _encode(engine: Engine, problems: dict[int, Problem]) -> list[tuple[Prompt, int]]:
-    """Prompts, and how many tokens each lost: prompts that leave no room for the output keep their head."""
+    """Encode the prompts; each comes with the number of tokens cut off its tail to leave room for the output."""
     prompts = []
     for problem_id, problem in problems.items():
         room = engine.max_length - problem.max_new_tokens
         if room < 1:
             raise EngineError(
-                f"--max-new-tokens {problem.max_new_tokens} leaves no room for a prompt in {engine.max_length} tokens"
+                f"max_new_tokens {problem.max_new_tokens} leaves no room for a prompt in {engine.max_length} tokens"
             )
         if problem.max_prompt_tokens is not None:
             room = min(room, problem.max_prompt_tokens)
@@ -384,7 +445,7 @@ def _encode(engine: Engine, problems: dict[int, Problem]) -> list[tuple[Prompt, 
 
 
 def _discard_if_empty(out: Path, created: bool) -> None:
-    """Leave no trace directory behind that holds no rows."""
+    """Remove a trace directory that holds no rows."""
     if any(captured_positions(run_folder(out, run)).get(ROUTING_STREAM) for run in runs_of(out)):
         return
     shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Collect a trace as the options of the command line say."""
+"""Collect a trace, given the options of the command line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def collect(
     on_stage: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[CollectProgress], None] = lambda progress: None,
 ) -> CollectSummary:
-    """Run the model over the problems and leave a complete trace in `options.out`.
+    """Run the model over the problems and write a complete trace to `options.out`.
 
-    on_stage: called with a line of text when something begins.
-    Raises `SpecmoeError`; everything that can be checked before the engine starts is, and then nothing is written.
+    on_stage: called with a line of text at the start of every stage. on_progress: called when the
+    engine begins and after every problem.
+    Raises `SpecmoeError`. Whatever can be checked before the engine starts is checked then, before anything is written.
     """
     check_free(options.out, resume=options.resume)
     check_sampling(options.sampling)
@@ -38,7 +39,7 @@ def collect(
     ) as collector:
         problems = select(selection, collector.model.location, collector.model.metadata.revision)
         if options.target_tokens is None and len(problems) < options.num_problems:
-            on_stage(f"taking all {len(problems)} problems that there are, of {options.num_problems} asked for")
+            on_stage(f"taking {len(problems)} problems: the datasets hold fewer than the {options.num_problems} requested")
         capture = options.capture
         try:
             return collector.collect(
@@ -52,5 +53,5 @@ def collect(
             )
         except EngineError as error:
             if (options.out / METADATA_FILE).exists():
-                raise type(error)(f"{error}; what was recorded before stays: --resume goes on from there") from error
+                raise type(error)(f"{error}; what was recorded before is kept: resume the collection to continue") from error
             raise

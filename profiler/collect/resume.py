@@ -1,4 +1,4 @@
-"""Going on with a collection that was interrupted: where it may begin, which settings it needs, what need not run again."""
+"""Resume an interrupted collection: check its settings, and find the problems that need not run again."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from profiler.trace.schema import Metadata
 from profiler.trace.stream import HIDDEN_STREAM, ROUTING_STREAM
 
 
-def refuse_other_settings(before: Metadata, now: dict[str, Any], out: Path) -> None:
-    """Raise `TraceError`, naming the first difference, if a collection is resumed with other settings."""
+def check_settings(before: Metadata, now: dict[str, Any], out: Path) -> None:
+    """Raise `TraceError`, naming the first difference, if the collection in `out` was started with other settings."""
 
     def compare(old: Any, new: Any, name: str) -> None:
         if isinstance(old, dict) and isinstance(new, dict):
@@ -25,16 +25,16 @@ def refuse_other_settings(before: Metadata, now: dict[str, Any], out: Path) -> N
                 compare(old.get(key), new[key], f"{name}.{key}" if name else key)
         elif old != new:
             raise TraceError(
-                f"{out} was begun with {name} {old!r}, now it is {new!r}: resume with the arguments of the first run"
+                f"{out} was started with {name} {old!r}, now it is {new!r}: resume with the arguments of the first run"
             )
 
     compare(before.model_dump(mode="json"), now, "")
 
 
 def finished_problems(out: Path, problems: dict[int, Problem]) -> dict[int, Sequence]:
-    """What earlier runs finished: the output is known, and every position of it was written.
+    """The problems that earlier runs finished, by id: their output is known, and all their positions were captured.
 
-    Raises `TraceError` if a finished problem is not the one that has this number now.
+    Raises `TraceError` if a finished problem differs from the one that now has its id.
     """
     finished = {}
     for run in runs_of(out):
@@ -42,7 +42,7 @@ def finished_problems(out: Path, problems: dict[int, Problem]) -> dict[int, Sequ
         for problem_id, sequence in read_completed(out, run).items():
             if problem_id not in problems or sequence.prompt != problems[problem_id].prompt:
                 raise TraceError(
-                    f"{out}: problem {problem_id} was another one before: the dataset has changed; choose another --out"
+                    f"{out}: problem {problem_id} has another prompt than before: the dataset has changed; choose a new folder"
                 )
             if _is_captured(sequence, positions):
                 finished[problem_id] = sequence
@@ -50,20 +50,20 @@ def finished_problems(out: Path, problems: dict[int, Problem]) -> dict[int, Sequ
 
 
 def hidden_tokens_used(out: Path, finished: dict[int, Sequence]) -> int:
-    """Tokens of the finished problems whose router inputs earlier runs recorded."""
+    """Number of tokens of the finished problems whose router inputs earlier runs recorded."""
     recorded = {run: captured_positions(run_folder(out, run)).get(HIDDEN_STREAM, {}) for run in runs_of(out)}
     sources = [sequence.captured_as for sequence in finished.values() if sequence.captured_as is not None]
     return sum(len(recorded[run].get(number, ())) for run, number in sources)
 
 
 def _is_captured(sequence: Sequence, positions: dict[str, dict[int, npt.NDArray[np.int32]]]) -> bool:
-    """Whether every routed position is in the streams of its run."""
+    """Whether the streams of its run hold every routed position of the sequence."""
     if sequence.captured_as is None or ROUTING_STREAM not in positions:
         return False
     wanted = np.arange(sequence.cached_tokens, sequence.tokens - 1)
     for stream, by_number in positions.items():
         found = by_number.get(sequence.captured_as[1])
-        # Router inputs are recorded of some problems only, but then of all their positions.
+        # Router inputs are recorded for some problems only, but for those at all positions.
         if found is None and stream == HIDDEN_STREAM:
             continue
         if found is None or not np.isin(wanted, found).all():

@@ -1,4 +1,4 @@
-"""Which problems a collection takes: a number of them, or so many tokens, spread evenly over datasets."""
+"""Select the problems of a collection: a number of problems or of tokens, spread evenly over datasets."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ CHARACTERS_PER_TOKEN = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which problems, and how they are answered.
+    """Which problems to take, and how their outputs are sampled.
 
-    num_problems: in all. target_tokens: tokens in all, prompt and output, instead. max_tokens_per_problem: prompts lose their
-    tail to stay within it. data_files: a local file instead of the hub, of one dataset.
+    num_problems: total over all datasets. target_tokens: total tokens, prompt and output, instead of a number of problems.
+    max_tokens_per_problem: limit on prompt and output; longer prompts lose their tail. data_files: a local file to read instead
+    of the hub; allowed with one dataset only.
+    Raises `DatasetError` on numbers below 1.
     """
 
     datasets: tuple[str, ...]
@@ -42,10 +44,10 @@ class Selection:
 
     def __post_init__(self) -> None:
         numbers = {
-            "--num-problems": self.num_problems,
-            "--target-tokens": self.target_tokens,
-            "--max-tokens-per-problem": self.max_tokens_per_problem,
-            "--max-new-tokens": self.sampling.max_new_tokens,
+            "num_problems": self.num_problems,
+            "target_tokens": self.target_tokens,
+            "max_tokens_per_problem": self.max_tokens_per_problem,
+            "max_new_tokens": self.sampling.max_new_tokens,
         }
         for name, value in numbers.items():
             if value is not None and value < 1:
@@ -53,14 +55,16 @@ class Selection:
 
 
 def select(selection: Selection, location: str, revision: str | None = None) -> list[Problem]:
-    """The problems, dataset by dataset. location, revision: of the model whose tokens are counted, if any are.
+    """The selected problems, dataset by dataset.
 
-    Raises `DatasetError`, and `ModelError` if tokens must be counted and cannot be.
+    location, revision: of the model whose tokenizer counts the tokens, if the selection limits tokens.
+    Raises `DatasetError` if a dataset is unknown, named twice, unreadable or empty; `ModelError` if tokens must be counted and
+    the tokenizer cannot be loaded.
     """
     if selection.data_files is not None and len(selection.datasets) > 1:
-        raise DatasetError("--data-files goes with one --dataset, not with several")
+        raise DatasetError("data_files can be given for one dataset only")
     if len(set(selection.datasets)) < len(selection.datasets):
-        raise DatasetError(f"--dataset {','.join(selection.datasets)} names a dataset twice")
+        raise DatasetError(f"{','.join(selection.datasets)} names a dataset twice")
     datasets = [find_dataset(name) for name in selection.datasets]
     sources = {
         dataset.name: read_problems(dataset, data_files=selection.data_files, max_new_tokens=selection.sampling.max_new_tokens)
@@ -70,7 +74,10 @@ def select(selection: Selection, location: str, revision: str | None = None) -> 
 
 
 def guess(selection: Selection) -> list[Problem]:
-    """As `select` without hub and tokenizer: the hub's problems have typical lengths, at four characters a token."""
+    """Like `select`, without the hub or a tokenizer.
+
+    Problems of hub datasets are blanks of typical length; a token counts as four characters.
+    """
 
     def source(dataset: Dataset) -> Iterator[Problem]:
         if dataset.embedded or selection.data_files is not None:
@@ -96,7 +103,7 @@ def _take(
 
 
 def describe(selection: Selection, problems: list[Problem]) -> dict[str, Any]:
-    """What a `Collection` says of the problems: by their ids, their datasets, the sampling, and how they were chosen."""
+    """The arguments of a `Collection` that describe its problems: `problems` by id, `datasets`, `sampling`, `recipe`."""
     counts = Counter(problem.dataset for problem in problems)
     from_file = selection.data_files is not None
     new_tokens = {problem.dataset: problem.max_new_tokens for problem in problems}
@@ -126,7 +133,7 @@ def describe(selection: Selection, problems: list[Problem]) -> dict[str, Any]:
 
 
 def token_counter(location: str, revision: str | None = None) -> Callable[[str], int]:
-    """Counts the tokens of a text as the model's engine will. Raises `ModelError` if there is no tokenizer."""
+    """A function that counts the tokens of a text as the engine will. Raises `ModelError` if the tokenizer cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:

@@ -1,4 +1,4 @@
-"""What a collection takes: memory of this process and its children, and of the GPUs, watched from a thread."""
+"""Resource usage of a collection, sampled in a thread: memory of this process and its children, and of the GPUs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ EVERY_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Peaks in bytes, utilization as the mean of its samples in percent; None of GPUs where NVML does not answer.
+    """Peak memory in bytes and mean GPU utilization in percent. GPU values are None where NVML does not report them.
 
-    host: resident memory of the process and its descendants together; pages that they share count for each of them.
-    device: memory in use on all GPUs, whoever uses it.
+    host_bytes: resident memory of the process and all its descendants; a page that several of them share counts for each.
+    device_bytes: memory in use on all GPUs, by any process. gpu_utilization: mean over samples and GPUs.
     """
 
     host_bytes: int = 0
@@ -35,7 +35,7 @@ class Usage:
 
 
 class UsageMonitor:
-    """Samples usage once a second while it is entered."""
+    """Context manager that samples the usage once a second."""
 
     def __init__(self) -> None:
         self._host = 0
@@ -46,7 +46,7 @@ class UsageMonitor:
 
     @property
     def usage(self) -> Usage:
-        """Of the samples so far."""
+        """The usage over the samples so far."""
         busy = self._busy
         return Usage(
             host_bytes=self._host,
@@ -75,7 +75,7 @@ class UsageMonitor:
             return
         import pynvml
 
-        # Parts of GPUs (MIG) and some virtual ones answer one of the two only.
+        # MIG slices and some virtual GPUs answer only one of the two queries.
         with contextlib.suppress(pynvml.NVMLError):
             used = sum(int(pynvml.nvmlDeviceGetMemoryInfo(device).used) for device in devices)
             self._device = max(self._device or 0, used)
@@ -90,13 +90,13 @@ def _resident_bytes() -> int:
         try:
             total += one.memory_info().rss
         except psutil.Error:
-            # It ended since it was listed.
+            # The process ended after it was listed.
             continue
     return total
 
 
 def _open_devices() -> list[Any]:
-    """NVML's handles of all GPUs; none where there is no driver."""
+    """NVML handles of all GPUs; empty if there is no driver."""
     import pynvml
 
     try:

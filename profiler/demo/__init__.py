@@ -1,1 +1,1 @@
-"""The embedded demo: a small trained Mixtral (`model/`), prompts (`prompts/`), and how the model was trained."""
+"""The embedded demo: a small trained Mixtral (`model/`), prompts (`prompts/`), and the script that trained the model."""

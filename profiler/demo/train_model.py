@@ -1,12 +1,12 @@
 """Train the embedded demo model: a small Mixtral on arithmetic, film reviews and Python source.
 
-Maintainers run it once to make `profiler/demo/model/`; users never need it. Seeded, and resumable after a kill:
+Maintainers ran it once to create `profiler/demo/model/`; users never need it. It is seeded, and resumes after a kill:
 
     python profiler/demo/train_model.py --gsm8k train.parquet --imdb train.parquet --work DIR --steps 4000
-    python profiler/demo/train_model.py ... --export profiler/demo/model      (same flags, once training has ended)
+    python profiler/demo/train_model.py ... --export profiler/demo/model      (same flags, after training)
 
 The Parquet files are the `train` splits of `openai/gsm8k` (main) and `stanfordnlp/imdb`; Python source is the standard
-library of the interpreter that runs this script. A tenth of each domain's documents, chosen by hash, is held out.
+library of the interpreter that runs this script. A tenth of each domain's documents, chosen by a hash, is held out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DOMAINS = ("math", "reviews", "code")
 SEQUENCE_LENGTH = 512
 VOCABULARY = 3072
 TOKENIZER_CHARACTERS_PER_DOMAIN = 2_500_000
-# Excluded from the standard library: tests (repetitive tables) and code that is not the library's own.
+# Folders of the standard library to skip: tests (repetitive tables), and code that is not the library's own.
 STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "encodings", "pydoc_data"}
 
 CONFIG = {
@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gsm8k", type=Path, required=True, help="Parquet file of openai/gsm8k, train")
     parser.add_argument("--imdb", type=Path, required=True, help="Parquet file of stanfordnlp/imdb, train")
-    parser.add_argument("--work", type=Path, required=True, help="tokens and checkpoints are kept here")
+    parser.add_argument("--work", type=Path, required=True, help="folder for tokens and checkpoints")
     parser.add_argument("--export", type=Path, help="write the bfloat16 model and tokenizer to this folder")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=8, help=f"sequences of {SEQUENCE_LENGTH} tokens")
@@ -88,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_documents(gsm8k: Path, imdb: Path) -> dict[str, dict[str, list[str]]]:
-    """Documents per split and domain, in the very form in which `specmoe collect` prompts the model."""
+    """Read the documents: split -> domain -> texts, in the same form in which `specmoe collect` prompts the model."""
     math_rows = pq.read_table(gsm8k).to_pylist()
     review_rows = pq.read_table(imdb).to_pylist()
     math_texts = [
@@ -121,7 +121,7 @@ def read_documents(gsm8k: Path, imdb: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def train_tokenizer(documents: dict[str, list[str]], path: Path) -> Tokenizer:
-    """Byte-level BPE over an equal share of characters of each domain."""
+    """Train a byte-level BPE on the same number of characters from each domain, or load the one at `path`."""
     if path.exists():
         return Tokenizer.from_file(str(path))
     tokenizer = Tokenizer(models.BPE())
@@ -225,9 +225,10 @@ def train(
 
 
 def learning_rate(step: int, arguments: argparse.Namespace) -> float:
-    """Warm-up over 100 steps, constant, then linear to zero over the last 40 %.
+    """Warm-up over 100 steps, then constant, then linear to zero over the last 40 %.
 
-    Unlike a cosine, the constant part does not depend on the number of steps: a resumed run may be made shorter or longer.
+    Unlike a cosine schedule, the constant part does not depend on the number of steps, so a resumed run can be made shorter or
+    longer.
     """
     warm_up = min(1.0, (step + 1) / 100)
     decay = min(1.0, (arguments.steps - step) / (0.4 * arguments.steps))
@@ -235,7 +236,7 @@ def learning_rate(step: int, arguments: argparse.Namespace) -> float:
 
 
 def sample_batch(tokens: dict[str, np.ndarray], batch: int, seed: int, step: int) -> torch.Tensor:
-    """Windows `[B, SEQUENCE_LENGTH + 1]` with every domain equally likely; a function of seed and step alone."""
+    """Windows `[B, SEQUENCE_LENGTH + 1]`, with every domain equally likely. Depends only on the seed and the step."""
     generator = np.random.default_rng((seed, step))
     # A random offset into a fixed rotation of the domains keeps each batch mixed.
     rotation = generator.integers(len(DOMAINS))
@@ -250,7 +251,7 @@ def sample_batch(tokens: dict[str, np.ndarray], batch: int, seed: int, step: int
 def router_losses(router_logits: tuple[torch.Tensor, ...], top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean over layers of the load-balancing loss (Switch Transformer, eq. 4) and the z-loss (ST-MoE, eq. 5).
 
-    Each layer is balanced on its own: balancing the layers' sum, as `MixtralForCausalLM` does, lets a layer collapse.
+    Each layer is balanced separately: balancing the sum over layers, as `MixtralForCausalLM` does, lets a layer collapse.
     """
     balance, z_loss = [], []
     for logits_TE in router_logits:
@@ -292,7 +293,7 @@ def export(
     history: list[dict[str, Any]],
     arguments: argparse.Namespace,
 ) -> None:
-    """Write the bfloat16 checkpoint, the tokenizer and `training.json` (what the model card quotes)."""
+    """Write the bfloat16 checkpoint, the tokenizer, and `training.json`, which the model card quotes."""
     model = model.to(torch.bfloat16)
     model.save_pretrained(arguments.export)
     wrapped = PreTrainedTokenizerFast(
@@ -303,7 +304,7 @@ def export(
         clean_up_tokenization_spaces=False,
     )
     wrapped.save_pretrained(arguments.export)
-    # Losses of the rounded weights, computed in float32: what a user of the checkpoint gets.
+    # Losses of the rounded weights, computed in float32: those of the published checkpoint.
     losses = held_out_loss(model.float(), held_out_tokens, windows=64)
     record = {
         "parameters": model.num_parameters(),
@@ -327,7 +328,7 @@ def export(
 
 
 def unigram_loss(train: dict[str, np.ndarray], held_out: dict[str, np.ndarray]) -> dict[str, float]:
-    """Cross-entropy of held-out tokens under the domain's own token frequencies: what knowing no context costs."""
+    """Cross-entropy of held-out tokens under the domain's token frequencies: the loss of a model without context."""
     losses = {}
     for domain in DOMAINS:
         counts = np.bincount(train[domain], minlength=VOCABULARY) + 1.0

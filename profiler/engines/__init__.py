@@ -1,4 +1,4 @@
-"""Inference engines that run a model over prompts and leave its routing in a capture folder."""
+"""Inference engines: they run a model over prompts and write its routing to a capture folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from profiler.models.resolve import ResolvedModel
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request: the problem it belongs to, its tokens, and how many may be generated."""
+    """One request: its problem, its tokens, and the maximum number of generated tokens."""
 
     problem_id: int
     token_ids: list[int]
@@ -34,7 +34,11 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy. max_new_tokens: for all problems; None for each dataset's own number."""
+    """How output tokens are sampled; temperature 0 is greedy.
+
+    max_new_tokens: maximum for every problem; None takes each dataset's own. ignore_eos: generate the maximum even after an end
+    token.
+    """
 
     max_new_tokens: int | None = None
     temperature: float = 0.0
@@ -45,10 +49,13 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a model is loaded. `compiled` None means the engine's choice for the device.
+    """How a model is loaded, and what is captured.
 
-    batch: sequences at a time; None for the engine's choice. load_in: `8bit` or `4bit` quantizes the weights while they are
-    loaded (transformers only). offload: what a GPU has no room for stays in the host's memory (transformers only).
+    dtype: `auto` or a torch dtype's name. compiled: None for the engine's choice for the device (vllm only). max_length: tokens
+    per sequence; None for the model's own limit. prefix_caching: let vLLM reuse shared prefixes; the reused tokens are missing
+    from the routing. batch: sequences at a time; None for the engine's choice. load_in: `8bit` or `4bit` quantizes the experts
+    while they are loaded (transformers only). offload: layers that do not fit on the GPU stay in host memory (transformers
+    only). verbose: show the engine's log.
     """
 
     dtype: str = "auto"
@@ -66,9 +73,9 @@ class EngineOptions:
 class Engine(Protocol):
     """A loaded model.
 
-    moe_layers, num_experts, top_k: facts of the model; where they come from the config, `generate` refuses a model whose
-    loaded modules or recorded rows contradict them. dtype: the precision that it runs in. compiled: whether it is compiled.
-    notes: what a user should know before the run, a line each.
+    moe_layers, num_experts, top_k: facts of the model. An engine that takes them from the config fails in `generate` if the
+    loaded modules or the recorded rows contradict them. dtype: the precision that the model runs in. compiled: whether the
+    model is compiled. notes: what a user should know before the run, one line each.
     """
 
     name: str
@@ -83,7 +90,7 @@ class Engine(Protocol):
     notes: list[str]
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, with the tokenizer's own special tokens."""
+        """Tokenize a prompt, including the tokenizer's special tokens."""
         ...
 
     def generate(
@@ -96,9 +103,9 @@ class Engine(Protocol):
     ) -> dict[str, Any]:
         """Run all prompts, write their routing to the folder `run`, and report each completion as it finishes.
 
-        hidden_tokens: how many may have their router inputs recorded, where the engine was started to do that. In `run`,
-        `requests.jsonl` labels the number of every request with its problem id. Returns how it went, for the metadata.
-        Raises `EngineError` if routing could not be captured; what had been written stays.
+        hidden_tokens: budget of tokens whose router inputs are recorded, if the capture options name hidden layers. In `run`,
+        `requests.jsonl` maps the number of every request to its problem id. Returns capture statistics for the metadata.
+        Raises `EngineError` if routing could not be captured; rows that were written stay.
         """
         ...
 

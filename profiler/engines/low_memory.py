@@ -1,8 +1,8 @@
-"""Models on GPUs that are too small for them, through transformers: experts in 8 or 4 bits, and layers left on the host.
+"""Run models on GPUs too small for them, through transformers: experts in 8 or 4 bits, and layers kept in host memory.
 
-transformers 5 keeps the experts of a layer in two 3D tensors, which bitsandbytes passes over: it replaces `nn.Linear` only, so
-that `load_in_4bit` alone leaves 95 % of a mixture of experts as it was. Here the experts are quantized, and nothing else:
-routers, attention and shared experts stay as they are, so that a router sees no other error than its input's.
+transformers 5 stores the experts of a layer in two 3D tensors. bitsandbytes replaces only `nn.Linear`, so `load_in_4bit` alone
+leaves 95 % of a mixture of experts unquantized. This module quantizes the experts and nothing else:
+routers, attention and shared experts are unchanged, so that a router's only error is that of its input.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import nn
 
 from profiler.errors import EngineError
 
-# Of the GPU's free memory: the rest is for activations, keys and values.
+# Share of the GPU's free memory for weights; the rest is for activations, keys and values.
 USED_SHARE = 0.8
 INSTALL = "pip install 'speculative-moe[lowmem]'"
 
 
 class QuantizedExperts(nn.Module):
-    """The experts of one layer, each two linear layers of bitsandbytes; takes the place of a fused experts module.
+    """The experts of one layer, each as two bitsandbytes linear layers. Replaces a fused experts module of transformers.
 
-    Same arguments as transformers' modules: hidden states `[T, D]`, expert ids and weights `[T, K]`.
+    It is called with the same arguments: hidden states `[T, D]`, expert ids and weights `[T, K]`.
     """
 
     def __init__(self, fused: Any, load_in: str) -> None:
@@ -43,28 +43,29 @@ class QuantizedExperts(nn.Module):
 
 
 def quantize_experts(model: nn.Module, load_in: str) -> int:
-    """Replace the experts of every layer, in place, one layer after the other; returns how many layers had some.
+    """Replace the experts of every MoE layer by quantized ones, in place, one layer at a time; returns the number of layers.
 
-    Raises `EngineError` if bitsandbytes is not installed, or if the model's experts are not of transformers' common form.
+    load_in: `8bit` or `4bit`.
+    Raises `EngineError` if bitsandbytes is not installed, or if the model has no experts of transformers' common form.
     """
     try:
-        import bitsandbytes  # noqa: F401 - asked for before anything is taken apart
+        import bitsandbytes  # noqa: F401 - fails here, before any layer is replaced
     except ImportError as error:
-        raise EngineError(f"--load-in-{load_in} needs bitsandbytes: {INSTALL}") from error
+        raise EngineError(f"quantizing to {load_in} needs bitsandbytes: {INSTALL}") from error
     fused = [(name, module) for name, module in model.named_modules() if name.endswith(".experts")]
     for name, module in fused:
         weights = (getattr(module, part, None) for part in ("gate_up_proj", "down_proj"))
         if not all(isinstance(weight, nn.Parameter) and weight.ndim == 3 for weight in weights) or not hasattr(
             module, "act_fn"
         ):
-            raise EngineError(f"--load-in-{load_in}: the experts of {type(model).__name__} ({name}) are of another form")
+            raise EngineError(f"cannot quantize to {load_in}: the experts of {type(model).__name__} ({name}) have another form")
         if getattr(module, "gate_up_proj_bias", None) is not None:
-            raise EngineError(f"--load-in-{load_in}: the experts of {type(model).__name__} ({name}) have biases")
+            raise EngineError(f"cannot quantize to {load_in}: the experts of {type(model).__name__} ({name}) have biases")
     if not fused:
         raise EngineError(f"{type(model).__name__} has no experts to quantize")
     count = len(fused)
     while fused:
-        # Nothing else holds the layer then: its memory is free before the next one is quantized.
+        # Popping drops the last reference to the fused layer: its memory is free before the next layer is quantized.
         name, module = fused.pop()
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, QuantizedExperts(module, load_in))
@@ -73,9 +74,10 @@ def quantize_experts(model: nn.Module, load_in: str) -> int:
 
 
 def place(model: Any, device: torch.device, *, offload: bool) -> int:
-    """Move a model to a GPU; with `offload`, only the layers that it has room for. Returns how many stay on the host.
+    """Move a model to a GPU; with `offload`, only the layers that fit. Returns the number of layers that stay on the host.
 
-    Layers that stay are computed there: hidden states travel, weights do not. Raises `EngineError` without accelerate.
+    Layers on the host are computed there: hidden states are transferred, weights are not.
+    Raises `EngineError` if layers must stay on the host and accelerate is not installed.
     """
     layers = model.model.layers
     others = _bytes(model) - sum(map(_bytes, layers))
@@ -89,14 +91,17 @@ def place(model: Any, device: torch.device, *, offload: bool) -> int:
 
 
 def keep_on_host(model: Any, layers: Any, device: torch.device) -> None:
-    """Move everything but `layers` to `device`, and have these compute on the CPU with inputs from and outputs to there."""
+    """Move everything but `layers` to `device`. `layers` compute on the CPU; their inputs and outputs are on `device`.
+
+    Raises `EngineError` if accelerate is not installed.
+    """
     try:
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     except ImportError as error:
-        raise EngineError(f"--offload needs accelerate: {INSTALL}") from error
-    staying = {id(module) for layer in layers for module in layer.modules()}
+        raise EngineError(f"offloading layers needs accelerate: {INSTALL}") from error
+    on_host = {id(module) for layer in layers for module in layer.modules()}
     for module in model.modules():
-        if id(module) in staying:
+        if id(module) in on_host:
             continue
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -108,7 +113,7 @@ def keep_on_host(model: Any, layers: Any, device: torch.device) -> None:
 
 
 def layers_that_fit(layer_bytes: list[int], room: int) -> int:
-    """How many of the first layers have room together."""
+    """The largest number of leading layers whose sizes add up to at most `room` bytes."""
     total = 0
     for count, size in enumerate(layer_bytes):
         total += size
@@ -118,7 +123,7 @@ def layers_that_fit(layer_bytes: list[int], room: int) -> int:
 
 
 def _linear(weight: torch.Tensor, load_in: str) -> nn.Module:
-    """A quantized linear layer without bias for a weight `[out, in]`."""
+    """A quantized linear layer without bias, from a weight `[out, in]`."""
     import bitsandbytes as bnb
 
     outputs, inputs = weight.shape
@@ -128,7 +133,7 @@ def _linear(weight: torch.Tensor, load_in: str) -> nn.Module:
     else:
         linear = bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
         linear.weight = bnb.nn.Params4bit(weight.cpu().clone(), requires_grad=False, quant_type="nf4", module=linear)
-    # What quantizes.
+    # bitsandbytes quantizes in `to`.
     quantized: nn.Module = linear.to("cpu")
     return quantized
 

@@ -1,4 +1,4 @@
-"""Routing through `transformers`, by forward hooks on the routers: the oracle, and the engine where vLLM cannot run."""
+"""Record routing with `transformers`, by forward hooks on the routers: the reference for vLLM, and the engine without it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 class TransformersEngine:
-    """`Engine` over `AutoModelForCausalLM`: generates in batches, then routes each whole sequence in one forward pass."""
+    """`Engine` over `AutoModelForCausalLM`.
+
+    It generates in batches, then records the routing of each sequence in one forward pass over all its tokens.
+    """
 
     name = "transformers"
     hook = "forward hooks on the routers"
 
     def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
         if options.capture.logits or options.capture.hidden_layers:
-            raise EngineError("--capture-logits and --capture-hidden need --engine vllm")
+            raise EngineError("capture of logits and router inputs needs the engine vllm")
         location = model.location
         if model.metadata.architecture == "DeepseekForCausalLM":
             name = re.sub(r"[^\w.-]+", "--", model.metadata.id)
@@ -51,14 +54,14 @@ class TransformersEngine:
         if options.load_in is not None:
             layers = quantize_experts(self._model, options.load_in)
             self.notes.append(
-                f"the experts of {layers} layers are in {options.load_in.removesuffix('bit')} bits; nothing else is"
+                f"the experts of {layers} layers are quantized to {options.load_in.removesuffix('bit')} bits; nothing else is"
             )
         if torch.cuda.is_available():
-            staying = place(self._model, torch.device("cuda"), offload=options.offload)
-            if staying:
-                self.notes.append(f"{staying} layers stay in the host's memory and are computed there")
+            on_host = place(self._model, torch.device("cuda"), offload=options.offload)
+            if on_host:
+                self.notes.append(f"{on_host} layers stay in host memory and are computed there")
         elif options.offload:
-            self.notes.append("no GPU: everything is in the host's memory anyway")
+            self.notes.append("no GPU: offloading has no effect, since all layers are in host memory")
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.compiled = False
         self._batch = options.batch or BATCH
@@ -66,7 +69,7 @@ class TransformersEngine:
         self.moe_layers = [layer for layer, _ in find_routers(self._model)]
         ids_TLK, _ = route(self._model, [0, 0])
         self.top_k = ids_TLK.shape[-1]
-        # Routers do not agree on an attribute for E; the config's value is checked against every id by the writer.
+        # Routers have no common attribute for E. The writer checks every expert id against the config's value.
         self.num_experts = model.metadata.num_experts
         self._model_facts = model.metadata
 
@@ -150,10 +153,10 @@ class TransformersEngine:
 
 
 def find_routers(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
-    """(decoder layer, router module) of every MoE layer, by layer.
+    """Find the router of every MoE layer; returns (decoder layer, router module) pairs in the order of the layers.
 
     A router is a module named `gate` or `router` inside a decoder layer whose siblings include `experts`.
-    Raises `ModelError` if there is none.
+    Raises `ModelError` if the model has none.
     """
     modules = dict(model.named_modules())
     routers = []
@@ -171,9 +174,9 @@ def find_routers(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
 def route(
     model: Any, token_ids: list[int], on_router_input: Callable[[torch.nn.Module, torch.Tensor], None] | None = None
 ) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32]]:
-    """Expert ids and weights `[T, L, K]` of one sequence, read from the routers' own outputs.
+    """Expert ids and weights `[T, L, K]` of one sequence, read from the routers' outputs.
 
-    on_router_input: called with every router and its input `[T, D]`, in the order of the layers.
+    on_router_input: called with each router and its input `[T, D]`, layer by layer.
     Raises `EngineError` if a router does not return expert ids and weights.
     """
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -196,9 +199,10 @@ def route(
 
 
 def _ids_and_weights(router: Any, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The integer tensor `[T, K]` of a router's output and the floating one of the same shape.
+    """Expert ids and weights `[T, K]` in a router's output: its integer tensor, and a floating-point one of the same shape.
 
-    A router that answers scores of all experts `[T, E]`, zero but for the chosen ones (Llama 4), is asked for its `top_k`.
+    Llama 4's router returns scores `[T, E]`, zero except for the chosen experts; here the `top_k` largest are taken.
+    Raises `EngineError` if the output has neither form.
     """
     tensors = [part for part in output if isinstance(part, torch.Tensor)] if isinstance(output, tuple) else []
     for ids in tensors:
@@ -210,4 +214,4 @@ def _ids_and_weights(router: Any, output: Any) -> tuple[torch.Tensor, torch.Tens
     if tensors and isinstance(top_k, int) and (tensors[0] != 0).sum(-1).max() <= top_k:
         weights, ids = tensors[0].flatten(0, -2).topk(top_k, dim=-1)
         return ids, weights
-    raise EngineError("a router of this model returns no expert ids and weights; use --engine vllm")
+    raise EngineError("a router of this model returns no expert ids and weights: use the engine vllm")

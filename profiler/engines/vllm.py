@@ -1,4 +1,4 @@
-"""Routing through vLLM, by the plugin in `vllm_patch` (loaded by vLLM itself, in its worker processes)."""
+"""Record routing with vLLM, by the plugin in `vllm_patch`, which vLLM loads in its worker processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, keep_compiled_code_apart
+from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, separate_compile_cache
 from profiler.capture.protocol import LoadedFacts, Workers
 from profiler.capture.requests import read_requests
 from profiler.engines import Completion, EngineOptions, Prompt, Sampling
@@ -27,7 +27,7 @@ from profiler.models.deepseek_v1 import register_config
 from profiler.models.registry import USED_SHARE
 from profiler.models.resolve import ResolvedModel
 
-LOOK_EVERY_SECONDS = 5.0
+CHECK_EVERY_SECONDS = 5.0
 
 
 class VllmEngine:
@@ -37,10 +37,10 @@ class VllmEngine:
 
     def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
         if options.load_in is not None or options.offload:
-            raise EngineError("--load-in-8bit, --load-in-4bit and --offload need --engine transformers; vLLM has --precision")
+            raise EngineError("quantizing on load and offloading need the engine transformers; vLLM has the option precision")
         if not is_installed():
             raise EngineError(
-                "vLLM is not installed: pip install 'speculative-moe[cpu]' (or [gpu]), or use --engine transformers"
+                "vLLM is not installed: pip install 'speculative-moe[cpu]' (or [gpu]), or use the engine transformers"
             )
         _refuse_scripts_that_cannot_be_imported()
         self._environment_before = _set_environment(options.capture)
@@ -53,8 +53,8 @@ class VllmEngine:
         try:
             import torch
             from vllm import LLM
-        except Exception as error:  # a broken installation fails in whatever way it is broken
-            raise EngineError(f"the installed vLLM does not import: {first_line(error)}") from error
+        except Exception as error:  # a broken installation can raise anything
+            raise EngineError(f"the installed vLLM cannot be imported: {first_line(error)}") from error
 
         register_config()
         on_gpu = torch.cuda.is_available()
@@ -74,28 +74,28 @@ class VllmEngine:
                 **({} if options.batch is None else {"max_num_seqs": options.batch}),
                 **({"gpu_memory_utilization": USED_SHARE} if on_gpu else {}),
             )
-        except Exception as error:  # vLLM raises whatever its loader met
+        except Exception as error:  # vLLM's loaders raise errors of any type
             reason = _root_cause(self._log) or first_line(error)
             raise ModelError(f"vLLM cannot load {model.location}: {reason}{self._keep_log()}") from error
         if self._log is not None:
-            # What vLLM says in this process while it runs and stops; its workers write to the log file.
+            # vLLM's messages in this process, while it runs and stops; those of its workers go to the log file.
             logging.getLogger("vllm").setLevel(logging.ERROR)
         self._tokenizer = self._llm.get_tokenizer()
         self.dtype = str(self._llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")
         self.compiled = compiled
-        # From the config; `generate` compares them with the loaded modules.
+        # Taken from the config; `generate` checks them against the loaded modules.
         self.moe_layers = model.metadata.moe_layers
         self.num_experts = model.metadata.num_experts
         self.top_k = model.metadata.top_k
         plugins = os.environ.get("VLLM_PLUGINS")
-        reason = f"VLLM_PLUGINS={plugins} leaves it out" if plugins is not None else "install speculative-moe there"
+        reason = f"VLLM_PLUGINS={plugins} excludes it" if plugins is not None else "install speculative-moe in its environment"
         self._workers = Workers(self._llm, reason)
         facts = self._workers.facts()
         self.hook = facts["hook"]
         megabytes = [round(size / 1e6, 1) for size in (facts["device_bytes"], facts["host_bytes"])]
         self.notes = [f"capture buffers: {megabytes[0]} MB on the device, at most {megabytes[1]:.0f} MB on the host"]
         if not facts["known_release"]:
-            self.notes.append(f"vLLM {self.versions['vllm']} is newer than all known ones: its first step is checked")
+            self.notes.append(f"vLLM {self.versions['vllm']} is newer than all known releases: its first step is checked")
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))
@@ -109,7 +109,7 @@ class VllmEngine:
         hidden_tokens: int = 0,
     ) -> dict[str, Any]:
         try:
-            # Every wait for the engine is inside: a dead one answers neither steps nor calls.
+            # The watchdog covers every wait for the engine: a dead engine answers neither steps nor calls.
             with _Watchdog():
                 self._check_facts(self._workers.start(run, hidden_tokens))
                 requests = self._add_requests(prompts, sampling)
@@ -119,11 +119,11 @@ class VllmEngine:
             raise EngineStoppedError(f"vLLM stopped while it ran: {error}{self._keep_log()}") from error
         labels = {request.label for request in read_requests(run)}
         if answer["unlabeled"] or len(labels) < len(prompts):
-            raise EngineError(f"{len(prompts) - len(labels)} requests reached the worker without a problem id of their own")
+            raise EngineError(f"{len(prompts) - len(labels)} requests reached the worker without a distinct problem id")
         return {"writer_waits": answer["waits"], "writer_wait_seconds": round(answer["wait_seconds"], 3)}
 
     def _add_requests(self, prompts: list[Prompt], sampling: Sampling) -> dict[str, int]:
-        """Queue every prompt; returns problem ids by request id."""
+        """Queue every prompt; returns request id -> problem id."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -147,18 +147,18 @@ class VllmEngine:
     def _run(self, requests: dict[str, int], on_finished: Callable[[Completion], None]) -> None:
         """Step the engine until every request has finished."""
         engine = self._llm.llm_engine
-        next_look = time.monotonic() + LOOK_EVERY_SECONDS
+        next_check = time.monotonic() + CHECK_EVERY_SECONDS
         while engine.has_unfinished_requests():
             try:
                 outputs = engine.step()
             except Exception as error:
-                # What the engine printed tells more than its client's error.
+                # The engine's own log says more than its client's error.
                 reason = _root_cause(self._log) or first_line(error)
                 raise EngineStoppedError(f"vLLM stopped while it ran: {reason}{self._keep_log()}") from error
-            if time.monotonic() > next_look:
-                # A writer that failed (a full disk) must not be found out at the end of a long run.
+            if time.monotonic() > next_check:
+                # A failed writer (full disk) must be noticed now, not at the end of a long run.
                 self._workers.check()
-                next_look = time.monotonic() + LOOK_EVERY_SECONDS
+                next_check = time.monotonic() + CHECK_EVERY_SECONDS
             for output in outputs:
                 if output.finished:
                     best = output.outputs[0]
@@ -192,46 +192,46 @@ class VllmEngine:
     def _check_facts(self, loaded: LoadedFacts) -> None:
         for name in ("moe_layers", "num_experts", "top_k"):
             if loaded[name] != getattr(self, name):
-                raise EngineError(f"the loaded model has {name} {loaded[name]}, its config.json says {getattr(self, name)}")
+                raise EngineError(f"the loaded model has {name} {loaded[name]}, but its config.json says {getattr(self, name)}")
 
 
 def _refuse_scripts_that_cannot_be_imported() -> None:
-    """vLLM's processes import the script that starts them: it must be a file, and must not start another engine then."""
+    """vLLM's processes import the script that starts them: it must be a file, and importing it must not start an engine."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise EngineError(
             "vLLM's processes import your script again: put what starts the collection under if __name__ == '__main__':"
         )
     path = getattr(sys.modules["__main__"], "__file__", None)
     if path is not None and not Path(path).exists():
-        raise EngineError(f"vLLM's processes import your script again, and {path} is no file: save it as one")
+        raise EngineError(f"vLLM's processes import your script again, but {path} is not a file: save the script to a file")
 
 
 def is_installed() -> bool:
-    """Whether a `vllm` package can be imported."""
+    """Whether a package `vllm` is installed."""
     return importlib.util.find_spec("vllm") is not None
 
 
 def _set_environment(capture: CaptureOptions) -> dict[str, str | None]:
-    """Set what vLLM's engine and worker processes inherit; returns the values before. Must come before vllm is imported."""
+    """Set the environment that vLLM's processes inherit; returns the previous values. Must run before vllm is imported."""
     switches = capture.to_environment() | {OWNER_VARIABLE: str(os.getpid())}
     before = {name: os.environ.get(name) for name in (*switches, "VLLM_CACHE_ROOT")}
     os.environ.update(switches)
-    keep_compiled_code_apart()
+    separate_compile_cache()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # GiB of key-value cache on CPU, where vLLM would otherwise take half of the memory.
+    # GiB of key-value cache on a CPU; vLLM would otherwise take half of the memory.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return before
 
 
 class _EngineDiedError(BaseException):
-    """Raised in the main thread by the watchdog; not an Exception, so that no handler on the way swallows it."""
+    """Raised in the main thread by the watchdog. Not an `Exception`, so that no handler in vLLM swallows it."""
 
 
 class _Watchdog:
-    """While it is entered, interrupts the main thread if one of this process's children dies.
+    """Context manager that interrupts the main thread if one of this process's children dies.
 
-    vLLM's client waits without a limit for an engine that was killed (say, by the kernel for want of memory).
-    A signal of its own, since SIGINT is ignored in background jobs; from other threads than the main one there is no watch.
+    vLLM's client waits forever for an engine that was killed (for example, by the kernel when memory is short). The watchdog
+    uses SIGUSR1, since background jobs ignore SIGINT. It does nothing when entered in another thread than the main one.
     """
 
     def __init__(self) -> None:
@@ -264,7 +264,7 @@ class _Watchdog:
 
     def _interrupt(self, *arguments: Any) -> None:
         if not self._dead() and callable(self._previous):
-            # Somebody else's signal.
+            # The signal came from elsewhere.
             self._previous(*arguments)
             return
         raise _EngineDiedError(self._dead())
@@ -278,7 +278,7 @@ def _new_log() -> Path:
 
 @contextlib.contextmanager
 def _output_to(log: Path | None) -> Iterator[None]:
-    """Send what this process and the processes that it starts print to `log`; the latter for as long as they live."""
+    """Redirect the output of this process to `log`. Processes started inside keep writing there after the block ends."""
     if log is None:
         yield
         return
@@ -299,7 +299,7 @@ def _output_to(log: Path | None) -> Iterator[None]:
 
 
 def _root_cause(log: Path | None) -> str | None:
-    """The first exception that vLLM's processes printed to the log, without the log's prefix."""
+    """The first exception in the log of vLLM's processes, without the prefix of its line; None if there is none."""
     if log is None:
         return None
     text = log.read_text(encoding="utf-8", errors="replace")

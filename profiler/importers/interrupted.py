@@ -80,7 +80,7 @@ def read(source: Path, target: Target) -> None:
     planned_count = sum(dataset.problems for dataset in metadata.datasets) or "an unknown number of"
     gap = f"the collection was interrupted: {len(sequences)} of {planned_count} problems had started"
     metadata = metadata.model_copy(update={"gaps": [gap], "datasets": []})
-    target.is_finished(finish_trace(target.directory, metadata, list(sequences.values()), others_abandoned=True))
+    target.is_finished(finish_trace(target.directory, metadata, list(sequences.values()), drop_other_requests=True))
 
 
 def _copy_run(source: Path, target: Path) -> None:

@@ -1,1 +1,1 @@
-"""A job on rented GPUs before it runs: shards, time and cost."""
+"""Plan a collection on rented GPUs before it runs: shards, time and cost."""

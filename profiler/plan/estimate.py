@@ -1,7 +1,7 @@
-"""What a collection may take on a GPU: time, money, bytes. By a roofline, to be checked against the first shard.
+"""Estimate the time, cost and bytes of a collection on a GPU by a roofline; check it against the first shard.
 
-A step reads all weights and the keys and values of its sequences, or computes for all its tokens, whichever takes longer. The
-shares of a GPU's peaks are what published figures come to (docs/scaling.md); this project has measured nothing on a GPU.
+A step takes the longer of two times: reading all weights and the keys and values of its sequences, or computing all its tokens.
+The shares of a GPU's peaks are derived from published figures (docs/scaling.md), not from measurements of this project.
 """
 
 from __future__ import annotations
@@ -13,22 +13,28 @@ from profiler.datasets.problems import Problem
 from profiler.models.gpus import Gpu
 from profiler.models.registry import ModelEntry, Preset
 
-# Of bandwidth: Qwen1.5-MoE's own 2.01 requests/s of 1000 + 1000 tokens on an A100-80GB are met to 15 %; chosen so.
+# Share of peak bandwidth. Chosen so that the estimate meets Qwen1.5-MoE's published 2.01 requests/s (1000 + 1000 tokens, on an
+# A100-80GB) to 15 %.
 BANDWIDTH_SHARE = 0.4
-# Of arithmetic: a W4A16 kernel of Mixtral's shape at 79 TFLOP/s where an A100 has 312.
+# Share of peak arithmetic: a W4A16 kernel of Mixtral's shape reaches 79 of an A100's 312 TFLOP/s.
 COMPUTE_SHARE = 0.25
-# Until an engine runs: the container, vLLM's start with compilation and graphs, and reading the weights from a Volume, GB/s.
+# Before an engine runs: seconds to start the container and vLLM (with compilation and graphs), and the speed of reading weights
+# from a Volume, in GB/s.
 START_SECONDS, LOADING = 150.0, 0.5
-# What a container asks for besides its GPU, per hour: 4 cores at 0.0472 $ and 32 GiB at 0.008 $.
+# A container's resources besides its GPU; per hour, a core costs $0.0472 and a GiB of memory $0.008.
 CORES, MEMORY_GIB = 4, 32
 HOST_DOLLARS = CORES * 0.0472 + MEMORY_GIB * 0.008
-# Measured (docs/traces.md): 4.25 bytes per row with K = 2, 7.09 with K = 4; one more for each expert where there are over 256.
+# Measured (docs/traces.md): 4.25 bytes per row with K = 2, 7.09 with K = 4. Expert ids take one more byte above 256 experts.
 ROW_BYTES, PAIR_BYTES = 1.4, 1.42
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Times in seconds: of one container's start, of running on all, and until the end. Bytes of the sealed trace."""
+    """Estimated demands of a collection.
+
+    tokens_per_second, start_seconds: of one container. wall_seconds: from the start to the end of the run. gpu_hours, dollars:
+    over all containers. trace_bytes: size of the sealed trace.
+    """
 
     prompt_tokens: int
     new_tokens: int
@@ -43,9 +49,10 @@ class Estimate:
 def estimate(
     entry: ModelEntry, gpu: Gpu, preset: Preset, problems: list[Problem], shard_problems: int, containers: int
 ) -> Estimate:
-    """For a model on such GPUs. Prompt lengths are guessed from their characters; all new tokens are generated.
+    """Estimate a collection of `problems` on containers with one `gpu` each.
 
-    shard_problems: of the largest shard, which bounds the batch.
+    The length of a prompt is guessed from its characters; every problem is assumed to generate all its new tokens.
+    shard_problems: number of problems in the largest shard, which bounds the batch.
     """
     prompts = [
         min(len(problem.prompt) / CHARACTERS_PER_TOKEN + 1, problem.max_prompt_tokens or float("inf")) for problem in problems
@@ -73,9 +80,9 @@ def estimate_tokens(
     batch: int,
     containers: int = 1,
 ) -> Estimate:
-    """As `estimate`, from numbers."""
+    """Like `estimate`, from totals instead of problems. batch: sequences at a time."""
     batch = max(1, batch)
-    # FLOP: two for each active parameter and token.
+    # A token takes two floating-point operations per active parameter.
     compute_per_token = 2 * entry.active * 1e9 / (gpu.tflops * 1e12 * COMPUTE_SHARE)
     length = (prompt_tokens + new_tokens / 2) / max(1, num_problems)
     step_bytes = preset.weights_gb * 1e9 + batch * length * entry.kv_bytes

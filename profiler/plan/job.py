@@ -1,6 +1,6 @@
-"""A collection on rented GPUs before it runs: what it is, in which shards, and what it may take.
+"""Plan a collection on rented GPUs before it runs: the job, its shards, and its estimated time and cost.
 
-`CollectJob` and its problems are all that the machines need to know; `modal_jobs` carries them there.
+A `CollectJob` and its problems are all that the rented machines need; `modal_jobs` sends them there.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ from profiler.trace.schema import DatasetMetadata
 from profiler.trace.writer import write_text
 
 DEFAULT_GPU, FALLBACK_GPU = "A100-80GB", "H100"
-# What rented machines run: the release that the tests run on CPU.
+# The release that rented machines run; the tests run the same one on CPU.
 VLLM = "vllm==0.32.0"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 JOB_FILE, JOB_PROBLEMS_FILE = "job.json", "problems.jsonl"
-# A failure costs a shard at most, and a shard's last sequences leave the GPU half empty: a few per container, none smaller than
-# two full batches, none so large that an hour is lost.
+# A failure loses at most one shard, but the last sequences of every shard leave the GPU half idle. Hence a few shards per
+# container: none smaller than two full batches, none so large that a failure loses an hour.
 SHARDS_PER_CONTAINER = 4
 SMALL_SHARD, LARGE_SHARD = 512, 8192
 MAX_CONTAINERS = 100
-# Their numbers have five digits.
+# Shard numbers have five digits.
 MAX_SHARDS = 99_999
-# Tokens of a sequence unless told otherwise: the same on every GPU, so that a run may go on with another.
+# Default maximum of tokens per sequence. It is the same on every GPU, so that a run can be resumed on another.
 PLANNED_CONTEXT = 8192
 
 
 class CollectJob(BaseModel):
-    """What to collect, as the machines that do it read it (`job.json`).
+    """What to collect, as the rented machines read it (`job.json`).
 
-    shards: first problem of each, and the number of problems behind the last. image: what the machines run. run_id: a readable
-    name with a hash of everything that decides which rows are recorded, the problems included; not of the GPU or the shards.
+    shards: the first problem of each shard, followed by the number of problems. image: the package that the machines run.
+    run_id: a readable name with a hash of everything that determines the recorded rows, including the problems, but not the GPU
+    or the shards.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,12 +80,12 @@ class CollectJob(BaseModel):
 
     @property
     def entry(self) -> ModelEntry | None:
-        """Of the registry, if the model is in it."""
+        """The model's registry entry; None if it has none."""
         return MODELS.get(self.model)
 
     @property
     def checkpoint(self) -> str | None:
-        """What must be there before an engine starts: a hub id or a folder; None for what is in this package."""
+        """The checkpoint that an engine needs: a hub id or a folder; None for the model embedded in this package."""
         if self.entry is not None:
             return checkpoint(self.entry, self.precision)
         if self.precision == QUANTIZE_PRECISION:
@@ -97,10 +98,11 @@ class CollectJob(BaseModel):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A job, its problems, where it runs, and what it may take (None for models of unknown size).
+class JobPlan:
+    """A job, its problems, where it runs, and an estimate of its time and cost.
 
-    guessed: why the problems are none of the dataset's but only of typical length; empty if they are its own.
+    fallback: whether another GPU may be used if `gpu` is not available. estimate: None for models that are not in the registry.
+    guessed: why the problems are blanks of typical length rather than the dataset's own; empty if they are its own.
     """
 
     job: CollectJob
@@ -112,13 +114,13 @@ class Plan:
     guessed: str = ""
 
     def lines(self) -> list[str]:
-        """The plan for people."""
+        """The plan as lines of text."""
         job = self.job
         datasets = ", ".join(f"{dataset.problems} of {dataset.name}" for dataset in job.datasets)
         where = f"{self.gpu.name}{f' (else {FALLBACK_GPU})' if self.fallback else ''}, {self.gpu.dollars_per_hour:.2f} $/h"
         place = job.checkpoint or "embedded"
         if Path(place).is_absolute():
-            place = "made by modal_jobs/quantize.py"
+            place = "created by modal_jobs/quantize.py"
         lines = [
             f"run {job.run_id}" if not self.guessed else f"prompts of typical length, since {self.guessed}",
             f"  problems    {len(self.problems):,} ({datasets}) in {job.num_shards} shards",
@@ -127,18 +129,18 @@ class Plan:
         ]
         found = self.estimate
         if found is None:
-            return [*lines, "  takes       unknown: the model is not in the registry (specmoe models)"]
+            return [*lines, "  estimate    unknown: the model is not in the registry (specmoe models)"]
         return [
             *lines,
             f"  tokens      about {found.prompt_tokens:,} prompt and up to {found.new_tokens:,} generated",
             f"  time        about {_duration(found.wall_seconds)}, {found.gpu_hours:.2f} GPU hours",
             f"  cost        about ${found.dollars:.2f} (GPU, 4 cores and 32 GiB by the hour)",
             f"  trace       about {found.trace_bytes / 1e6:,.0f} MB",
-            "  These are estimates by a roofline, not measured: docs/scaling.md says how.",
+            "  These are estimates by a roofline, not measured; docs/scaling.md describes the method.",
         ]
 
     def document(self) -> dict[str, Any]:
-        """The plan for programs."""
+        """The plan as a JSON document."""
         return {
             **self.job.model_dump(mode="json"),
             **({"run_id": None, "guessed": self.guessed} if self.guessed else {}),
@@ -150,11 +152,11 @@ class Plan:
         }
 
 
-def make_plan(options: RentedOptions, *, may_guess: bool = False) -> Plan:
-    """Choose problems, checkpoint and shards. Needs no account, and the hub only for the dataset (and token counts).
+def make_plan(options: RentedOptions, *, may_guess: bool = False) -> JobPlan:
+    """Choose problems, checkpoint and shards. Needs no account; needs the hub only for the dataset (and to count tokens).
 
-    may_guess: plan with prompts of typical length if the dataset cannot be reached; such a plan is not to be run.
-    Raises `SpecmoeError` if anything that was asked for does not exist or does not fit.
+    may_guess: if the dataset cannot be reached, plan with prompts of typical length. Such a plan must not be run.
+    Raises `SpecmoeError` if an option is invalid, or if the model, dataset or GPU does not exist or does not fit.
     """
     model, precision, engine, dtype = options.model, options.precision, options.engine, options.dtype
     containers, shard_size, max_length, revision = (
@@ -168,17 +170,17 @@ def make_plan(options: RentedOptions, *, may_guess: bool = False) -> Plan:
     rented = find_gpu(options.gpu or DEFAULT_GPU, rented=True)
     check_sampling(selection.sampling)
     if not 1 <= containers <= MAX_CONTAINERS:
-        raise EngineError(f"--containers {containers}: expected 1 to {MAX_CONTAINERS}")
+        raise EngineError(f"containers {containers}: expected 1 to {MAX_CONTAINERS}")
     if engine not in ENGINES:
         raise EngineError(f"unknown engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if dtype not in DTYPES:
-        raise EngineError(f"unknown --dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        raise EngineError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if shard_size is not None and shard_size < 1:
-        raise EngineError(f"--shard-size {shard_size}: expected 1 or more")
+        raise EngineError(f"shard_size {shard_size}: expected 1 or more")
     if hidden_layers and capture.hidden_tokens < 1:
-        raise EngineError(f"--hidden-tokens {capture.hidden_tokens}: expected 1 or more")
+        raise EngineError(f"hidden_tokens {capture.hidden_tokens}: expected 1 or more")
     if engine == "transformers" and (capture.logits or hidden_layers):
-        raise EngineError("--capture-logits and --capture-hidden need --engine vllm")
+        raise EngineError("capture of logits and router inputs needs the engine vllm")
     entry = MODELS.get(model)
     moe_layers: list[int] | None = None
     context: int | None = None
@@ -189,25 +191,25 @@ def make_plan(options: RentedOptions, *, may_guess: bool = False) -> Plan:
     elif precision == QUANTIZE_PRECISION and "/" in model:
         location = model
     elif precision != "auto":
-        raise ModelError(f"--precision chooses among the checkpoints of a short name; {model!r} is none (see 'specmoe models')")
+        raise ModelError(f"precision chooses a checkpoint of a short name, and {model!r} is not one (see 'specmoe models')")
     elif model == DEMO_MODEL:
         location = str(demo_model_folder())
         facts = resolve_model(DEMO_MODEL)
         moe_layers, context = facts.metadata.moe_layers, facts.max_length
     else:
         if Path(model).is_dir():
-            raise ModelError(f"{model} is a folder of this machine: rented ones take short names and hub ids")
+            raise ModelError(f"{model} is a folder on this machine: rented GPUs take short names and hub ids")
         facts = resolve_model(model, revision=revision)
         location, moe_layers, context = facts.location, facts.metadata.moe_layers, facts.max_length
     _check_lengths(model, max_length, context, selection)
     absent = sorted(set(hidden_layers) - set(moe_layers)) if moe_layers is not None else []
     if absent and moe_layers:
-        raise EngineError(f"--capture-hidden {absent[0]}: not an MoE layer of {model} ({moe_layers[0]}..{moe_layers[-1]})")
+        raise EngineError(f"hidden layer {absent[0]}: not an MoE layer of {model} ({moe_layers[0]}..{moe_layers[-1]})")
     guessed = ""
     try:
         problems = select(selection, location, revision)
     except (UnreachableError, ModelError) as error:
-        # The dataset, or the tokenizer that tokens are counted with.
+        # Either the dataset or the tokenizer that counts tokens may be unavailable.
         if not may_guess:
             raise
         problems, guessed = guess(selection), str(error)
@@ -234,28 +236,31 @@ def make_plan(options: RentedOptions, *, may_guess: bool = False) -> Plan:
     )
     containers = min(containers, job.num_shards)
     job = job.model_copy(update={"run_id": _run_id(job, problems)})
-    takes = None
+    estimated = None
     if entry is not None:
         largest = max(end - start for start, end in pairwise(job.shards))
-        takes = estimate(entry, rented, preset(entry, rented, precision), problems, largest, containers)
-    return Plan(job, problems, rented, options.gpu is None, containers, takes, guessed)
+        estimated = estimate(entry, rented, preset(entry, rented, precision), problems, largest, containers)
+    return JobPlan(job, problems, rented, options.gpu is None, containers, estimated, guessed)
 
 
 def cut_into_shards(problems: int, containers: int, shard_size: int | None = None) -> list[int]:
-    """First problem of each shard, and the number of problems. Shards differ by one problem at most."""
+    """The first problem of each shard, followed by the number of problems. Shards differ by at most one problem.
+
+    Raises `EngineError` if there would be more than MAX_SHARDS.
+    """
     if shard_size is None:
         share = -(-problems // containers)
         shard_size = min(share, max(SMALL_SHARD, -(-share // SHARDS_PER_CONTAINER)), LARGE_SHARD)
     count = -(-problems // shard_size)
     if count > MAX_SHARDS:
         raise EngineError(
-            f"--shard-size {shard_size} makes {count:,} shards, expected at most {MAX_SHARDS:,}: choose a larger one"
+            f"shard_size {shard_size} makes {count:,} shards, expected at most {MAX_SHARDS:,}: choose a larger one"
         )
     return [problems * shard // count for shard in range(count + 1)]
 
 
 def write_job(folder: Path, job: CollectJob, problems: list[Problem]) -> None:
-    """Write the two files of a job into `folder`."""
+    """Write a job and its problems into `folder`, as `job.json` and `problems.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / JOB_PROBLEMS_FILE).open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in _problem_lines(problems))
@@ -263,7 +268,7 @@ def write_job(folder: Path, job: CollectJob, problems: list[Problem]) -> None:
 
 
 def read_job(text: str | bytes, where: str) -> CollectJob:
-    """A job from its file's content. Raises `TraceError` if it is none."""
+    """Parse the content of a job's file. Raises `TraceError`, which names `where`, if it is not a job."""
     try:
         return CollectJob.model_validate_json(text)
     except ValidationError as error:
@@ -272,7 +277,7 @@ def read_job(text: str | bytes, where: str) -> CollectJob:
 
 
 def read_shard(folder: Path, job: CollectJob, shard: int) -> dict[int, Problem]:
-    """The problems of one shard, by id. Raises `DatasetError` on a line that is no problem, and if there are too few."""
+    """The problems of one shard, by id. Raises `DatasetError` if a line is not a problem, or if lines are missing."""
     adapter = TypeAdapter(Problem)
     problems = {}
     path = folder / JOB_PROBLEMS_FILE
@@ -284,14 +289,14 @@ def read_shard(folder: Path, job: CollectJob, shard: int) -> dict[int, Problem]:
                 try:
                     problems[number] = adapter.validate_json(line)
                 except ValidationError as error:
-                    raise DatasetError(f"{path}, line {number + 1} is no problem: {error.errors()[0]['msg']}") from error
+                    raise DatasetError(f"{path}, line {number + 1} is not a problem: {error.errors()[0]['msg']}") from error
     if len(problems) < job.shards[shard + 1] - job.shards[shard]:
         raise DatasetError(f"{path} ends before problem {job.shards[shard + 1]}")
     return problems
 
 
 def shard_datasets(job: CollectJob, problems: dict[int, Problem]) -> list[DatasetMetadata]:
-    """The job's datasets, with the numbers of problems that a shard has."""
+    """The job's datasets, with the number of problems that the shard takes from each."""
     return [
         dataset.model_copy(update={"problems": sum(problem.dataset == dataset.name for problem in problems.values())})
         for dataset in job.datasets
@@ -299,13 +304,13 @@ def shard_datasets(job: CollectJob, problems: dict[int, Problem]) -> list[Datase
 
 
 def _check_lengths(model: str, max_length: int | None, context: int | None, selection: Selection) -> None:
-    """Raise `EngineError` on lengths that an engine would refuse, after it was paid for."""
+    """Raise `EngineError` on lengths that an engine would refuse only when the GPU is already rented."""
     if max_length is not None and (max_length < 2 or (context is not None and max_length > context)):
-        raise EngineError(f"--max-length {max_length}: expected 2 to {context or 'the length'} of {model}")
+        raise EngineError(f"max_length {max_length}: expected 2 to {context or 'the length'} of {model}")
     longest = max_length or (min(context, PLANNED_CONTEXT) if context is not None else None)
     new_tokens = selection.sampling.max_new_tokens
     if longest is not None and new_tokens is not None and new_tokens >= longest:
-        raise EngineError(f"--max-new-tokens {new_tokens} leaves no room for a prompt in {longest} tokens")
+        raise EngineError(f"max_new_tokens {new_tokens} leaves no room for a prompt in {longest} tokens")
 
 
 def _run_id(job: CollectJob, problems: list[Problem]) -> str:

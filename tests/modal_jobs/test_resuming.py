@@ -141,8 +141,8 @@ def test_a_detached_run_outlives_its_client(tmp_path: Path) -> None:
             [*("run", "modal_jobs/collect.py", "--dataset", "demo-math", "--gpu", "H200"), "--precision", "bf16"],
             "collect: no Modal secret 'huggingface-secret' with HF_TOKEN, which mistralai/Mixtral-8x7B-v0.1 needs",
         ),
-        ([*COLLECT, "--dataset", "demo-math", "--num-problems", "0"], "collect: --num-problems 0: expected 1 or more"),
-        ([*COLLECT, "--dataset", "demo-math", "--containers", "1000"], "collect: --containers 1000: expected 1 to 100"),
+        ([*COLLECT, "--dataset", "demo-math", "--num-problems", "0"], "collect: num_problems 0: expected 1 or more"),
+        ([*COLLECT, "--dataset", "demo-math", "--containers", "1000"], "collect: containers 1000: expected 1 to 100"),
         (
             ["run", "modal_jobs/collect.py::download", "--run-id", "none", "--volume", "absent"],
             "collect: Volume 'absent' not found",

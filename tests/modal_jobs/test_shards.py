@@ -159,7 +159,7 @@ def test_a_job_without_its_problems_is_refused(run: Path, job: tuple[CollectJob,
     with pytest.raises(DatasetError, match=r"problems\.jsonl ends before problem 10"):
         collect(run, job[0], 1, collector, [])
     (run / "problems.jsonl").write_text("".join([*lines[:6], "{}\n", *lines[7:]]))
-    with pytest.raises(DatasetError, match=r"problems\.jsonl, line 7 is no problem"):
+    with pytest.raises(DatasetError, match=r"problems\.jsonl, line 7 is not a problem"):
         collect(run, job[0], 1, collector, [])
 
 

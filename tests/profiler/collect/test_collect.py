@@ -127,7 +127,7 @@ def test_an_engine_that_fails_later_says_how_to_go_on(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(transformers, "route", fail_later)
     monkeypatch.setattr(transformers.TransformersEngine, "__init__", _light_engine)
-    with pytest.raises(EngineError, match="the engine failed; what was recorded before stays: --resume goes on from there"):
+    with pytest.raises(EngineError, match="the engine failed; what was recorded before is kept: resume the collection"):
         collect(options(tmp_path / "t"))
     assert (tmp_path / "t" / "metadata.json").is_file()
 
@@ -163,7 +163,7 @@ def test_an_out_that_is_taken_is_refused_untouched(collected: Trace, tmp_path: P
 
 
 def test_data_files_go_with_one_dataset(tmp_path: Path) -> None:
-    with pytest.raises(SpecmoeError, match="one --dataset"):
+    with pytest.raises(SpecmoeError, match="one dataset only"):
         collect(options(tmp_path / "t", data_files=tmp_path / "x.parquet"))
 
 
@@ -190,7 +190,7 @@ def specmoe(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["convert", "OUT", "OUT2", "--layers", "5-3"], 2, "'5-3': expected the smaller number first"),
         (["convert", "OUT", "OUT2", "--layers", "all"], 2, "'all': expected numbers and ranges"),
         (["convert", "OUT", "OUT2", "--num-experts", "100000"], 2, "65535"),
-        (["convert", "OUT", "OUT2", "--push", "me/x"], 2, "goes with --to hub-folder"),
+        (["convert", "OUT", "OUT2", "--push", "me/x"], 2, "needs --to hub-folder"),
         (["analyze", "OUT", "--out", "OUT2"], 1, "no such trace directory"),
         (["evaluate", "OUT", "--trace", "OUT"], 1, "is not a run"),
     ],
@@ -234,5 +234,5 @@ def test_a_budget_that_is_not_reached_is_said(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "demo-math 40 problems, 480 tokens; demo-reviews 40 problems, 480 tokens" in lines
-    assert "960 of 100,000 tokens: answers ended early, or the datasets hold no more" in lines
+    assert "960 of 100,000 tokens: outputs ended early, or the datasets hold no more" in lines
     assert any(line.startswith("peak memory ") for line in lines)

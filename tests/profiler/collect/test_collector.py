@@ -39,7 +39,7 @@ def test_a_budget_over_datasets_is_collected_and_saved(collector: TraceCollector
     assert seen[-1].problems == seen[-1].total == len(lengths)
     assert seen[-1].tokens == sum(lengths)
     assert collected.summary.usage.host_bytes > 50_000_000
-    with pytest.raises(TraceError, match="it was saved before"):
+    with pytest.raises(TraceError, match="the trace was saved before"):
         collected.save(tmp_path / "again")
 
 

@@ -162,7 +162,7 @@ def test_a_killed_vllm_run_ends_with_its_engine_and_is_resumed(tmp_path: Path) -
     assert "the collection was interrupted" in salvaged.metadata.gaps[0]
     done = subprocess.run(command(out), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "problems were finished before" in done.stdout
+    assert "problems were finished by earlier runs" in done.stdout
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     assert_same(Trace.open(tmp_path / "whole"), Trace.open(out))
 
@@ -238,9 +238,9 @@ def test_a_torn_completion_runs_again(unfinished: Path, finished: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"max_new_tokens": 5}, "was begun with sampling.max_new_tokens 4, now it is 5"),
-        ({"num_problems": 2}, "was begun with datasets"),
-        ({"engine": "vllm"}, "was begun with engine 'transformers', now it is 'vllm'"),
+        ({"max_new_tokens": 5}, "was started with sampling.max_new_tokens 4, now it is 5"),
+        ({"num_problems": 2}, "was started with datasets"),
+        ({"engine": "vllm"}, "was started with engine 'transformers', now it is 'vllm'"),
         ({"dtype": "bfloat16"}, None),
     ],
 )
@@ -248,7 +248,7 @@ def test_a_collection_is_not_resumed_with_other_settings(unfinished: Path, chang
     if reason is None:
         # What only the engine knows is found out when it has to run.
         (run_folder(unfinished, 0) / COMPLETIONS_FILE).write_text("")
-        reason = "was begun with model.dtype 'float32', now it is 'bfloat16'"
+        reason = "was started with model.dtype 'float32', now it is 'bfloat16'"
     with pytest.raises(TraceError, match=reason):
         collect(options(unfinished, resume=True, **changes))
     assert captured_tokens(unfinished) > 0
@@ -259,7 +259,7 @@ def test_a_changed_dataset_is_found_out(unfinished: Path) -> None:
     lines = planned.read_text().splitlines()
     record = json.loads(lines[0]) | {"prompt": "another one"}
     planned.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
-    with pytest.raises(TraceError, match="problem 0 was another one before"):
+    with pytest.raises(TraceError, match="problem 0 has another prompt than before"):
         collect(options(unfinished, resume=True))
 
 
@@ -306,7 +306,7 @@ def test_an_engine_that_fails_keeps_what_there_is_and_says_how_to_go_on(
 
     with monkeypatch.context() as context:
         context.setattr(transformers, "route", fails)
-        with pytest.raises(EngineError, match="out of memory; what was recorded before stays: --resume goes on"):
+        with pytest.raises(EngineError, match="out of memory; what was recorded before is kept: resume the collection"):
             collect(options(tmp_path / "trace"))
     assert collect(options(tmp_path / "trace", resume=True)).resumed == 2
     assert_same(Trace.open(finished), Trace.open(tmp_path / "trace"))

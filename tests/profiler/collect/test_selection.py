@@ -139,7 +139,7 @@ def test_tokens_are_counted_as_the_engine_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"), [({"num_problems": 0}, "--num-problems 0"), ({"target_tokens": -5}, "--target-tokens -5")]
+    ("changes", "text"), [({"num_problems": 0}, "num_problems 0"), ({"target_tokens": -5}, "target_tokens -5")]
 )
 def test_numbers_below_one_are_refused(changes: dict[str, int], text: str) -> None:
     with pytest.raises(DatasetError, match=f"{text}: expected 1 or more"):

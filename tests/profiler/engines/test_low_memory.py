@@ -87,7 +87,7 @@ def test_collecting_with_experts_in_4_bits_says_so(tmp_path: Path) -> None:
     )
     stages: list[str] = []
     collect(options, on_stage=stages.append)
-    assert "the experts of 8 layers are in 4 bits; nothing else is" in stages
+    assert "the experts of 8 layers are quantized to 4 bits; nothing else is" in stages
     assert Trace.open(tmp_path / "trace").metadata.model.quantization == "bitsandbytes 4bit"
 
 

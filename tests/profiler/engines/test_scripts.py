@@ -17,7 +17,7 @@ SCRIPT = 'from profiler import TraceCollector\nTraceCollector("demo").start()\n'
 
 def test_a_script_from_standard_input_is_told_to_be_a_file() -> None:
     done = subprocess.run([sys.executable, "-"], input=SCRIPT, capture_output=True, text=True)
-    assert "EngineError: vLLM's processes import your script again, and <stdin> is no file" in done.stderr
+    assert "EngineError: vLLM's processes import your script again, but <stdin> is not a file" in done.stderr
 
 
 def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:

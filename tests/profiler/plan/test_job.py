@@ -16,12 +16,12 @@ from profiler.errors import DatasetError, EngineError, ModelError, TraceError
 from profiler.models.gpus import find_gpu, named_gpu
 from profiler.models.registry import MODELS, Preset, preset
 from profiler.plan.estimate import estimate_tokens
-from profiler.plan.job import Plan, cut_into_shards, make_plan, read_job, read_shard, write_job
+from profiler.plan.job import JobPlan, cut_into_shards, make_plan, read_job, read_shard, write_job
 
 OPTIONS = {"model": "demo", "dataset": "demo-math,demo-code", "num_problems": 9, "max_new_tokens": 4}
 
 
-def plan(*, may_guess: bool = False, **changes: Any) -> Plan:
+def plan(*, may_guess: bool = False, **changes: Any) -> JobPlan:
     return make_plan(RentedOptions(**(OPTIONS | changes)), may_guess=may_guess)
 
 
@@ -99,18 +99,18 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"model": "mixtral-8x7b", "gpu": "A10"}, ModelError, "does not fit on A10 with 24 GB"),
         ({"model": "mixtral-8x7b", "precision": "bf16"}, ModelError, "does not fit on A100-80GB"),
         ({"model": "mixtral-8x7b", "precision": "gptq"}, ModelError, "no gptq checkpoint: expected one of bf16, awq"),
-        ({"precision": "awq"}, ModelError, "--precision chooses among the checkpoints of a short name"),
+        ({"precision": "awq"}, ModelError, "precision chooses a checkpoint of a short name"),
         ({"model": "mixtrall"}, ModelError, "unknown model 'mixtrall'"),
-        ({"model": "."}, ModelError, "is a folder of this machine"),
+        ({"model": "."}, ModelError, "is a folder on this machine"),
         ({"engine": "sglang"}, EngineError, "unknown engine 'sglang'"),
-        ({"dtype": "int3"}, EngineError, "unknown --dtype 'int3'"),
-        ({"containers": 0}, EngineError, "--containers 0: expected 1 to 100"),
-        ({"shard_size": 0}, EngineError, "--shard-size 0: expected 1 or more"),
-        ({"max_length": 4096}, EngineError, "--max-length 4096: expected 2 to 1024 of demo"),
-        ({"max_length": 4}, EngineError, "--max-new-tokens 4 leaves no room for a prompt in 4 tokens"),
-        ({"capture_hidden": "9", "hidden_tokens": 5}, EngineError, r"--capture-hidden 9: not an MoE layer of demo \(0..7\)"),
-        ({"capture_hidden": "1", "hidden_tokens": 0}, EngineError, "--hidden-tokens 0: expected 1 or more"),
-        ({"engine": "transformers", "capture_logits": True}, EngineError, "need --engine vllm"),
+        ({"dtype": "int3"}, EngineError, "unknown dtype 'int3'"),
+        ({"containers": 0}, EngineError, "containers 0: expected 1 to 100"),
+        ({"shard_size": 0}, EngineError, "shard_size 0: expected 1 or more"),
+        ({"max_length": 4096}, EngineError, "max_length 4096: expected 2 to 1024 of demo"),
+        ({"max_length": 4}, EngineError, "max_new_tokens 4 leaves no room for a prompt in 4 tokens"),
+        ({"capture_hidden": "9", "hidden_tokens": 5}, EngineError, r"hidden layer 9: not an MoE layer of demo \(0..7\)"),
+        ({"capture_hidden": "1", "hidden_tokens": 0}, EngineError, "hidden_tokens 0: expected 1 or more"),
+        ({"engine": "transformers", "capture_logits": True}, EngineError, "needs the engine vllm"),
         ({"model": "deepseek-moe-16b", "capture_hidden": "0", "hidden_tokens": 5}, EngineError, "not an MoE layer of deepseek"),
         ({"dataset": "x"}, DatasetError, "unknown dataset 'x'"),
     ],
@@ -128,7 +128,7 @@ def test_the_published_checkpoint_is_taken_if_it_fits_and_a_smaller_one_if_not()
     large = plan(model="mixtral-8x7b", gpu="H200")
     assert (large.job.precision, large.job.is_gated) == ("bf16", True)
     made = plan(model="deepseek-moe-16b", precision="awq")
-    assert any("made by modal_jobs/quantize.py" in line for line in made.lines())
+    assert any("created by modal_jobs/quantize.py" in line for line in made.lines())
 
 
 def test_the_estimate_is_near_what_qwen_published() -> None:

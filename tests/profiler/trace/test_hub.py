@@ -103,7 +103,7 @@ def test_a_folder_of_another_trace_is_not_overwritten(trace: Trace, tmp_path: Pa
     (tmp_path / "folder" / "README.md").write_text("mine")
     done = push(trace, tmp_path / "folder", "http://127.0.0.1:9", "good")
     assert done.returncode == 1
-    assert "is not of this trace" in done.stderr
+    assert "is not an export of this trace" in done.stderr
 
 
 def test_without_a_network_the_push_says_so(trace: Trace, tmp_path: Path) -> None:
