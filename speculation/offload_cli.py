@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from analysis.documents.simulation import BOUNDS, SimulatedRow, Simulation
 from profiler.errors import SpecmoeError
 from profiler.models.gpus import find_gpu
 from profiler.models.registry import PRECISIONS
@@ -19,9 +20,10 @@ from profiler.trace.reader import Trace
 from profiler.trace.writer import write_text
 from speculation.cli import PartName
 
+if TYPE_CHECKING:
+    from speculation.offload.study import Study
+
 app = typer.Typer()
-# The rows of each device that are no policy: without a cache, and with every expert in it.
-BOUNDS = ("on demand", "all resident")
 console = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
 
@@ -122,7 +124,8 @@ def simulate(
     Example: specmoe simulate traces/math --device H100 --device "RTX 3090" --cache-gb 8 --out simulations/math
     """
     from speculation.offload.kernel import Rule
-    from speculation.offload.study import Study, run_study, write_study
+    from speculation.offload.simulation_page import write_simulation
+    from speculation.offload.study import Study
 
     study = Study(
         trace=Trace.open(trace),
@@ -145,10 +148,10 @@ def simulate(
     )
     if out is not None and out.exists() and not out.is_dir():
         raise SpecmoeError(f"--out {out} is not a folder")
-    document = run_with_progress(study, run_study)
-    print_study(document)
+    simulation = run_with_progress(study)
+    print_simulation(simulation)
     if out is not None:
-        write_study(document, out)
+        write_simulation(simulation, out)
         typer.echo(f"{out}: simulation.json, simulation.csv, simulation.html")
 
 
@@ -237,11 +240,12 @@ def replay(
         typer.echo(line)
 
 
-def run_with_progress(study: Any, run: Any) -> dict[str, Any]:
+def run_with_progress(study: Study) -> Simulation:
     """Run a study, with a progress bar where there is a terminal."""
+    from speculation.offload.study import run_study
+
     if not messages.is_terminal:
-        found: dict[str, Any] = run(study)
-        return found
+        return run_study(study)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=messages, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
         bar = progress.add_task("predicting", total=None)
@@ -249,43 +253,42 @@ def run_with_progress(study: Any, run: Any) -> dict[str, Any]:
         def on_done(done: int, total: int) -> None:
             progress.update(bar, description="simulating", completed=done, total=total)
 
-        with_bar: dict[str, Any] = run(study, on_done)
-        return with_bar
+        return run_study(study, on_done)
 
 
-def print_study(document: dict[str, Any]) -> None:
+def print_simulation(simulation: Simulation) -> None:
     """Print a table per device (hit rate and tokens/s by cache size), the fastest combinations, and what was assumed."""
-    for device in document["devices"]:
-        rows = [row for row in document["rows"] if row["device"] == device["name"]]
-        is_timed = device["name"] is not None
-        sizes = {row["capacity"]: row for row in rows if row["policy"] not in BOUNDS}
-        title = f"{escape(document['model'])}, {device['name'] or 'transfers that take no time'}: hit rate"
+    for device in simulation.devices:
+        rows = [row for row in simulation.rows if row.device == device.name]
+        is_timed = device.name is not None
+        sizes = {row.capacity: row for row in rows if row.policy not in BOUNDS}
+        title = f"{escape(simulation.model)}, {device.name or 'transfers that take no time'}: hit rate"
         shown = Table(box=None, title=title + (", tokens/s" if is_timed else ""), title_justify="left")
         shown.add_column("policy", no_wrap=True)
         shown.add_column("prefetch")
         for row in sizes.values():
-            size = f", {row['gigabytes']:.1f} GB" if is_timed else ""
-            shown.add_column(f"{row['share']:.0%} ({row['capacity']}{size})", justify="right", no_wrap=True)
-        for policy, prefetch in dict.fromkeys((row["policy"], row["prefetch"]) for row in rows if row["policy"] not in BOUNDS):
-            found = {row["capacity"]: row for row in rows if (row["policy"], row["prefetch"]) == (policy, prefetch)}
+            size = f", {row.gigabytes or 0:.1f} GB" if is_timed else ""
+            shown.add_column(f"{row.share:.0%} ({row.capacity}{size})", justify="right", no_wrap=True)
+        for policy, prefetch in dict.fromkeys((row.policy, row.prefetch) for row in rows if row.policy not in BOUNDS):
+            found = {row.capacity: row for row in rows if (row.policy, row.prefetch) == (policy, prefetch)}
             shown.add_row(policy, escape(prefetch), *(_cell(found[size]) for size in sizes))
         console.print(shown)
         for row in rows:
-            if row["policy"] in BOUNDS and is_timed:
-                typer.echo(f"{row['policy']}: {row['tokens_per_second']:.1f} tokens/s")
-        for row in document["best"]:
-            if row["device"] == device["name"] and is_timed:
+            if row.policy in BOUNDS and is_timed:
+                typer.echo(f"{row.policy}: {row.tokens_per_second or 0:.1f} tokens/s")
+        for row in simulation.best:
+            if row.device == device.name and is_timed:
                 typer.echo(
-                    f"Fastest with {row['gigabytes']:.1f} GB of experts: {row['policy']}, prefetch {row['prefetch']}, "
-                    f"{row['tokens_per_second']:.1f} tokens/s, {row['times_on_demand']:.1f} x on demand"
-                    + (f", {row['gain']:.2f} x the fastest without prefetching" if row["gain"] else "")
+                    f"Fastest with {row.gigabytes or 0:.1f} GB of experts: {row.policy}, prefetch {row.prefetch}, "
+                    f"{row.tokens_per_second or 0:.1f} tokens/s, {row.times_on_demand or 0:.1f} x on demand"
+                    + (f", {row.gain:.2f} x the fastest without prefetching" if row.gain else "")
                 )
-        for line in device["assumptions"]:
+        for line in device.assumptions:
             typer.echo(f"Assumed: {line}")
-    for line in document["notes"]:
+    for line in simulation.notes:
         typer.echo(line)
 
 
-def _cell(row: dict[str, Any]) -> str:
-    speed = row["tokens_per_second"]
-    return f"{row['hit_rate']:.3f}" + ("" if speed is None else f" {speed:6.1f}")
+def _cell(row: SimulatedRow) -> str:
+    speed = row.tokens_per_second
+    return f"{row.hit_rate:.3f}" + ("" if speed is None else f" {speed:6.1f}")

@@ -1,4 +1,4 @@
-"""What `specmoe simulate --out` wrote, read for the report."""
+"""The document of `specmoe simulate`: written to `simulation.json`, printed as a table, shown in the report."""
 
 from __future__ import annotations
 
@@ -6,15 +6,45 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, model_validator
 
+from analysis.documents.evaluation import CONTROL
 from analysis.documents.reading import read_document
 
 SIMULATION_FILE = "simulation.json"
-# Rows that no policy is needed for: no cache, and a cache with room for everything.
-BOUNDS = ("on demand", "all resident")
+# Rows that need no policy: without a cache, and with a cache that has room for every expert.
+ON_DEMAND, ALL_RESIDENT = "on demand", "all resident"
+BOUNDS = (ON_DEMAND, ALL_RESIDENT)
+# The policy and the prefetcher that use future knowledge.
+BELADY, ORACLE = "belady", "oracle"
+DEFINITIONS = {
+    "hit_rate": "experts in the cache when their layer's router chose them, over all that were chosen",
+    "late": "chosen experts whose prefetch was still in transfer, so that their layer waits for it, over all that were chosen",
+    "miss": "chosen experts that were neither cached nor in transfer: demand loads, over all that were chosen",
+    "loads_per_token": "transfers of experts to the device, demand loads and prefetches, per token",
+    "wasted": "prefetched experts that were evicted before a use, or never used, over all prefetched ones",
+    "collisions_per_token": "misses of experts that had been evicted earlier in the same step, per token",
+    "streamed_per_token": "experts loaded for one request and not kept, because the cache had no room for them, per token",
+    "stalled": "share of the time in which the computation waits for transfers",
+    "times_on_demand": "tokens per second over those without a cache",
+    "counts_by_layer": "for each MoE layer, by the name of the event: experts requested, hit, late and missed; transfers "
+    "(loads), and prefetches among them (prefetched), useful and wasted; collisions; experts streamed; predictions dropped "
+    "(the queue or the cache was full, or their layer came first)",
+}
 
 
 class SimulatedRow(BaseModel):
-    """One simulation. share: of all experts that the cache holds; capacity: experts, of each layer or in all."""
+    """One simulation: a device, a cache, a policy and a prefetcher. Rates are of generated tokens; see `DEFINITIONS`.
+
+    Attributes:
+        device: Name of the device; None for transfers that take no time, where everything in seconds is None too.
+        capacity: Number of experts that fit, in each layer's cache or in the one for all layers.
+        share: The same as a share of all experts.
+        policy: The policy, or one of `BOUNDS`.
+        prefetch: The prefetcher.
+        predict_microseconds: Measured time of one prediction.
+        gain: In `Simulation.best`, tokens/s over the best row without prefetching.
+
+    Older files lack the fields that have a default.
+    """
 
     device: str | None
     capacity: int = Field(ge=0)
@@ -22,24 +52,79 @@ class SimulatedRow(BaseModel):
     gigabytes: float | None
     policy: str
     prefetch: str
+    predict_microseconds: float = 0.0
     hit_rate: float = Field(ge=0, le=1)
+    late: float | None = None
+    miss: float | None = None
+    loads_per_token: float | None = None
+    gigabytes_per_token: float | None = None
+    prefetched_per_token: float | None = None
+    wasted: float | None = None
+    collisions_per_token: float | None = None
+    streamed_per_token: float | None = None
+    dropped_per_token: float | None = None
+    prefill_hit_rate: float | None = None
     tokens_per_second: float | None
+    prefill_tokens_per_second: float | None = None
+    stalled: float | None = None
     times_on_demand: float | None
+    counts_by_layer: dict[str, list[int]] = {}
     gain: float | None = None
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a policy and a prefetcher were simulated that use no future knowledge, and no control."""
+        return self.policy not in {*BOUNDS, BELADY} and self.prefetch != ORACLE and not self.prefetch.endswith(CONTROL)
+
+
+class SimulatedCosts(BaseModel):
+    """Bytes and seconds of `speculation.offload.costs.Costs`. copy_seconds: None if nothing can be transferred."""
+
+    model: str
+    device: str
+    precision: str
+    expert_bytes: float
+    copy_seconds: float | None
+    expert_seconds: float
+    token_seconds: float
+    layer_seconds: float
+    layer_token_seconds: float
+    assumptions: list[str] = []
 
 
 class SimulatedDevice(BaseModel):
-    """A device, and what was assumed of it; None for copies that take no time."""
+    """A device, its costs, and what was assumed for them; None for transfers that take no time."""
 
     name: str | None
+    costs: SimulatedCosts | None = None
     assumptions: list[str]
 
 
 class Simulation(BaseModel):
-    """Simulations of one trace. best: of each device and size, the fastest row that knows nothing of what comes."""
+    """All simulations of one trace.
 
-    model: str
+    Attributes:
+        layers, num_experts, top_k: Shape of the model; None in older files.
+        part: Simulated part of the split, with `problems` problems and `tokens` tokens.
+        batch: Sequences decoded at the same time.
+        is_global: Whether one cache serves all layers.
+        notes: What a reader of any of the numbers must know.
+        best: For each device and size, the fastest row that uses no future knowledge.
+        rows: Every simulation.
+    """
+
+    version: int = 1
     trace: str
+    model: str
+    layers: int | None = None
+    num_experts: int | None = None
+    top_k: int | None = None
+    part: str = ""
+    problems: int | None = None
+    tokens: int | None = None
+    batch: int = 1
+    is_global: bool = False
+    definitions: dict[str, str] = {}
     devices: list[SimulatedDevice]
     notes: list[str]
     best: list[SimulatedRow]
@@ -52,7 +137,22 @@ class Simulation(BaseModel):
             raise ValueError("it has no rows, or rows of a device that it does not describe")
         return self
 
+    def to_json(self) -> str:
+        """The file's content."""
+        return self.model_dump_json(indent=1) + "\n"
+
 
 def read_simulation(path: Path) -> Simulation:
-    """A simulation's file, or that of its folder. Raises `TraceError` if it is none."""
+    """Read a simulation from its file, or from the folder that holds it.
+
+    Args:
+        path: `simulation.json`, or the folder that `specmoe simulate --out` wrote.
+
+    Raises:
+        TraceError: There is no such file, or it is not a simulation.
+
+    Example:
+        >>> simulation = read_simulation(Path("simulations/math"))  # doctest: +SKIP
+        >>> simulation.best[0].policy, simulation.best[0].tokens_per_second  # doctest: +SKIP
+    """
     return read_document(path, Simulation, SIMULATION_FILE, "specmoe simulate TRACE --out DIR")

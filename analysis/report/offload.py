@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from analysis.documents.evaluation import CONTROL as CONTROL_NAME
 from analysis.documents.simulation import BOUNDS, SimulatedRow, Simulation
 from analysis.report.figures import CONTROL, Line, Section, html, lines
-
-# The policy and the prefetcher that use future knowledge.
-BELADY, ORACLE = "belady", "oracle"
 
 
 def offload_section(simulation: Simulation, device: str | None, number: str) -> Section:
@@ -21,7 +19,7 @@ def offload_section(simulation: Simulation, device: str | None, number: str) -> 
     for prefetch in dict.fromkeys(row.prefetch for row in rows):
         found = {row.share: row for row in rows if (row.policy, row.prefetch) == (shown, prefetch)}
         values = [_value(found.get(size)) for size in sizes]
-        chosen.append(Line(f"{shown}, {prefetch}", values, CONTROL if prefetch.endswith("control") else None))
+        chosen.append(Line(f"{shown}, {prefetch}", values, CONTROL if prefetch.endswith(CONTROL_NAME) else None))
     y_title = "hit rate" if device is None else "tokens per second"
     figures: tuple[str, ...] = ()
     if len(sizes) > 1:
@@ -29,7 +27,7 @@ def offload_section(simulation: Simulation, device: str | None, number: str) -> 
         drawn = lines(chosen, ticks, "share of all experts in the cache", y_title, as_category=True)
         figures = (html(drawn, f"offload-{number}", headline),)
     header = ("cache", "policy", "prefetcher", "hit rate", "tokens/s", "speedup over on demand")
-    cells = tuple(_cells(row) for row in [*bounds.values(), *rows] if not row.prefetch.endswith("control"))
+    cells = tuple(_cells(row) for row in [*bounds.values(), *rows] if not row.prefetch.endswith(CONTROL_NAME))
     notes = next((each.assumptions for each in simulation.devices if each.name == device), [])
     explanation = (
         "Simulated, not run: the trace's requests are played against a cache of experts, with transfers overlapping "
@@ -47,7 +45,7 @@ def _timed_sentence(row: SimulatedRow) -> str:
 
 
 def _hit_rate_sentence(rows: list[SimulatedRow]) -> str:
-    possible = [row for row in rows if row.policy != BELADY and row.prefetch != ORACLE and not row.prefetch.endswith("control")]
+    possible = [row for row in rows if row.is_possible]
     if not possible:
         return "Every simulated policy or prefetcher uses future knowledge: add one that does not."
     row = max(possible, key=lambda row: row.hit_rate)

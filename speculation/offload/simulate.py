@@ -1,4 +1,4 @@
-"""Play a trace against a cache: hit rates, loads and, where costs are known, tokens per second."""
+"""Simulate a cache of experts on a trace: hit rates, transfers and, if costs are known, tokens per second."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from speculation.offload.kernel import CLOCK, PREDICTION, Count, Limits, Rule, e
 from speculation.offload.plans import PrefetchPlan, no_plan
 from speculation.offload.requests import Requests
 
-# A request's experts have places of their own in the order of uses.
+# Each expert of a request needs its own place in the kernel's order of uses.
 MAX_EXPERTS = 4096
 QUEUE = 64
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is simulated. capacity: experts in the cache, of each layer, or of all layers together (is_global).
+    """The cache to simulate.
 
-    queue: predicted copies that may wait. predict_seconds: from the routing of a layer to what is predicted with it.
+    Attributes:
+        policy: Which expert a full cache evicts.
+        capacity: Experts in the cache of each layer, or in the one cache for all layers.
+        is_global: Whether one cache serves all layers.
+        queue: Prefetches that may wait for the interconnect.
+        predict_seconds: Time from the routing of a layer to the prediction made with it.
     """
 
     policy: Rule
@@ -36,10 +41,14 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What came of it. counts_LC `[L, len(Count)]` of generated tokens, and of prompts; seconds in all, of both apart.
+class SimulationResult:
+    """The result of `simulate`.
 
-    Without costs, copies take no time, and seconds are zero.
+    Attributes:
+        counts_LC: Events per layer while tokens were generated, `[L, len(Count)]`.
+        prefill_counts_LC: The same for prompts.
+        decode_seconds, prefill_seconds: Total time; zero without costs.
+        decode_stall: Time in which the computation waited for transfers while tokens were generated.
     """
 
     setting: Setting
@@ -52,36 +61,36 @@ class Result:
     prefill_seconds: float
 
     def total(self, what: Count) -> int:
-        """Of all layers, while tokens were generated."""
+        """Sum a count over all layers, for generated tokens."""
         return int(self.counts_LC[:, what].sum())
 
     @property
     def hit_rate(self) -> float:
-        """Experts that were in the cache when a generated token asked for them, over all that were asked for."""
+        """Share of the experts chosen for generated tokens that were in the cache."""
         return self.total(Count.HIT) / max(1, self.total(Count.REQUESTED))
 
     @property
     def prefill_hit_rate(self) -> float | None:
-        """The same of prompts; None if there are none."""
+        """The same for prompts; None if there are none."""
         requested = int(self.prefill_counts_LC[:, Count.REQUESTED].sum())
         return int(self.prefill_counts_LC[:, Count.HIT].sum()) / requested if requested else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of decoding; 0 if it never ends, None if nothing is known of time."""
+        """Speed of decoding; 0 if it never ends, None without costs."""
         return _rate(self.decode_tokens, self.decode_seconds)
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
-        """Of prompts."""
+        """Speed of prefill, as above."""
         return _rate(self.prefill_tokens, self.prefill_seconds)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests, and what the training problems say of each expert's popularity `[L, E]`.
+    """Requests, with each expert's popularity in the training problems `[L, E]`.
 
-    Raises `SpecmoeError` if there are more experts than can be kept in order.
+    Raises `SpecmoeError` if there are more experts per layer than the simulation supports.
     """
 
     requests: Requests
@@ -95,26 +104,36 @@ class Workload:
 
     @cached_property
     def ahead(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """When each expert is needed next."""
+        """The request that chooses each expert next: see `uses_ahead`."""
         requests = self.requests
         next_use, first_use = uses_ahead(requests.experts_N, requests.starts_R, requests.layers, requests.num_experts)
         return next_use, first_use
 
     @cached_property
     def popularity(self) -> npt.NDArray[np.int64]:
-        """Ranks `[L * E]`, the most popular highest; equal ones by number."""
+        """Ranks of all experts `[L * E]`, the most popular highest; among equals the lowest number is highest."""
         flat = np.asarray(self.popularity_LE, dtype=np.float64).reshape(-1)
         ranks = np.empty(len(flat), dtype=np.int64)
         ranks[np.lexsort((-np.arange(len(flat)), flat))] = np.arange(len(flat))
         return ranks
 
 
-def simulate(workload: Workload, setting: Setting, plan: PrefetchPlan | None = None, costs: Costs | None = None) -> Result:
-    """Play the requests. plan: what is fetched ahead; costs: None for copies and products that take no time.
+def simulate(
+    workload: Workload, setting: Setting, plan: PrefetchPlan | None = None, costs: Costs | None = None
+) -> SimulationResult:
+    """Play the requests against a cache that is filled at first with the most popular experts.
 
-    The cache begins with the most popular experts. A layer's experts are one request: none of them is given up for another.
-    What finds no room is copied for this request alone. Copies of requests go before those of predictions, but do not cut one
-    off.
+    A layer's experts are one request: none of them is evicted for another. An expert for which the cache has no room is loaded
+    for this request and not kept. Demand loads go before queued prefetches, but do not interrupt one that has begun.
+
+    Args:
+        workload: The requests.
+        setting: The cache.
+        plan: What to prefetch, and when; default: nothing.
+        costs: Default: transfers and computation take no time.
+
+    Raises:
+        SpecmoeError: The capacity is negative, or the queue has no room.
     """
     requests = workload.requests
     if setting.capacity < 0 or setting.queue < 1:
@@ -156,7 +175,7 @@ def simulate(workload: Workload, setting: Setting, plan: PrefetchPlan | None = N
     is_endless = not np.isfinite(ends_S[-1:]).all()
     spans_S = np.diff(ends_S, prepend=0.0) if not is_endless else np.full(requests.steps, np.inf)
     is_decode_S = requests.is_decode_S
-    return Result(
+    return SimulationResult(
         setting,
         counts_LC=counts_KLC[1],
         prefill_counts_LC=counts_KLC[0],
@@ -171,9 +190,9 @@ def simulate(workload: Workload, setting: Setting, plan: PrefetchPlan | None = N
 def capacities(
     workload: Workload, fractions: list[float], gigabytes: list[float], costs: Costs | None, is_global: bool
 ) -> Iterator[int]:
-    """Experts that a cache holds, of each layer or of all: of these shares of all experts, and in these GB.
+    """Compute capacities, per layer or for all layers (is_global), from shares of all experts and from sizes in GB.
 
-    Raises `SpecmoeError` for shares beyond 0 to 1, and for GB that are no size or where an expert's size is not known.
+    Raises `SpecmoeError` if a share is not from 0 to 1, a size is negative, or a size is given without costs.
     """
     layers, experts = workload.requests.layers, workload.requests.num_experts
     pools = 1 if is_global else layers
@@ -185,7 +204,9 @@ def capacities(
         if not 0 <= size < 1e9:
             raise SpecmoeError(f"cache of {size} GB: expected 0 or more")
         if costs is None:
-            raise SpecmoeError("a cache in GB needs the size of an expert: name the --model, or use --cache-fraction")
+            raise SpecmoeError(
+                "a cache size in GB needs the size of an expert: choose a model whose sizes are known, or a share of all experts"
+            )
         yield min(layers * experts // pools, int(size * 1e9 / costs.expert_bytes / pools))
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from analysis.documents.evaluation import CONTROL
+from analysis.documents.simulation import ALL_RESIDENT, ON_DEMAND, ORACLE, SimulatedRow
 from profiler.errors import EmptyPartError, SpecmoeError
 from profiler.trace.reader import Trace
 from speculation.data.routes import Routes, load_routes
@@ -19,14 +21,12 @@ from speculation.offload.costs import Costs
 from speculation.offload.kernel import Count, Rule
 from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests
-from speculation.offload.simulate import QUEUE, Result, Setting, Workload, simulate
+from speculation.offload.simulate import QUEUE, Setting, SimulationResult, Workload, simulate
 from speculation.predictors.base import Predictor
 from speculation.predictors.features import expert_frequency
 from speculation.training.runs import Run
 
-Row = dict[str, Any]
-NONE, ORACLE, POPULARITY = "none", "oracle", "popularity"
-CONTROL = "shuffled control"
+NONE, POPULARITY = "none", "popularity"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def sweep(
     is_global: bool = False,
     queue: int = QUEUE,
     on_done: Callable[[], None] = lambda: None,
-) -> list[Row]:
+) -> list[SimulatedRow]:
     """Simulate every combination of device, capacity, policy and prefetcher, on all cores.
 
     Each device also gets two bounds: `on demand` (no cache, every expert is demand-loaded) and `all resident`.
@@ -129,7 +129,7 @@ def sweep(
         on_done: Called after every simulation, from several threads.
 
     Returns:
-        A row per simulation. `speculation.offload.study.DEFINITIONS` defines its numbers.
+        A row per simulation. `analysis.documents.simulation.DEFINITIONS` defines its numbers.
     """
     everything = workload.requests.num_experts * (workload.requests.layers if is_global else 1)
     # Cached properties: computed once here, instead of by every thread.
@@ -137,23 +137,24 @@ def sweep(
     none = simple_prefetcher(NONE, workload, PrefetchOptions(experts=1))
     jobs: list[tuple[Costs | None, Setting, Prefetcher, str | None]] = []
     for cost, sizes in zip(costs, capacities, strict=True):
-        jobs.append((cost, Setting(Rule.LRU, 0, is_global, queue), none, "on demand"))
+        jobs.append((cost, Setting(Rule.LRU, 0, is_global, queue), none, ON_DEMAND))
         for capacity in sizes:
             for policy in policies:
                 for prefetcher in prefetchers:
                     setting = Setting(policy, capacity, is_global, queue, prefetcher.predict_seconds)
                     jobs.append((cost, setting, prefetcher, None))
-        jobs.append((cost, Setting(Rule.LRU, everything, is_global, queue), none, "all resident"))
+        jobs.append((cost, Setting(Rule.LRU, everything, is_global, queue), none, ALL_RESIDENT))
 
-    def run(job: tuple[Costs | None, Setting, Prefetcher, str | None]) -> Result:
+    def run(job: tuple[Costs | None, Setting, Prefetcher, str | None]) -> SimulationResult:
         cost, setting, prefetcher, _ = job
-        result = simulate(workload, setting, prefetcher.plan, cost)
-        on_done()
-        return result
+        return simulate(workload, setting, prefetcher.plan, cost)
 
+    results: list[SimulationResult] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as threads:
-        results = list(threads.map(run, jobs))
-    slowest = {id(cost): result for (cost, _, _, label), result in zip(jobs, results, strict=True) if label == "on demand"}
+        for result in threads.map(run, jobs):
+            results.append(result)
+            on_done()
+    slowest = {id(cost): result for (cost, _, _, label), result in zip(jobs, results, strict=True) if label == ON_DEMAND}
     return [
         _row(workload, cost, prefetcher, label, result, everything, slowest[id(cost)].tokens_per_second)
         for (cost, _, prefetcher, label), result in zip(jobs, results, strict=True)
@@ -165,37 +166,37 @@ def _row(
     cost: Costs | None,
     prefetcher: Prefetcher,
     label: str | None,
-    result: Result,
+    result: SimulationResult,
     everything: int,
     on_demand: float | None,
-) -> Row:
+) -> SimulatedRow:
     requests, setting, of = workload.requests, result.setting, result.total
     pools = 1 if setting.is_global else requests.layers
     tokens = max(1, result.decode_tokens)
     requested = max(1, of(Count.REQUESTED))
     speed = result.tokens_per_second
-    return {
-        "device": None if cost is None else cost.device,
-        "capacity": setting.capacity,
-        "share": setting.capacity / everything,
-        "gigabytes": None if cost is None else setting.capacity * pools * cost.expert_bytes / 1e9,
-        "policy": label or setting.policy.name.lower(),
-        "prefetch": prefetcher.name,
-        "predict_microseconds": round(setting.predict_seconds * 1e6, 1),
-        "hit_rate": result.hit_rate,
-        "late": of(Count.LATE) / requested,
-        "miss": of(Count.MISS) / requested,
-        "loads_per_token": of(Count.LOADS) / tokens,
-        "gigabytes_per_token": None if cost is None else of(Count.LOADS) * cost.expert_bytes / 1e9 / tokens,
-        "prefetched_per_token": of(Count.PREFETCHED) / tokens,
-        "wasted": of(Count.WASTED) / max(1, of(Count.PREFETCHED)),
-        "collisions_per_token": of(Count.COLLISION) / tokens,
-        "streamed_per_token": of(Count.STREAMED) / tokens,
-        "dropped_per_token": of(Count.DROPPED) / tokens,
-        "prefill_hit_rate": result.prefill_hit_rate,
-        "tokens_per_second": speed,
-        "prefill_tokens_per_second": result.prefill_tokens_per_second,
-        "stalled": result.decode_stall / result.decode_seconds if speed else None,
-        "times_on_demand": speed / on_demand if speed and on_demand else None,
-        "counts_by_layer": {count.name.lower(): result.counts_LC[:, count].tolist() for count in Count},
-    }
+    return SimulatedRow(
+        device=None if cost is None else cost.device,
+        capacity=setting.capacity,
+        share=setting.capacity / everything,
+        gigabytes=None if cost is None else setting.capacity * pools * cost.expert_bytes / 1e9,
+        policy=label or setting.policy.name.lower(),
+        prefetch=prefetcher.name,
+        predict_microseconds=round(setting.predict_seconds * 1e6, 1),
+        hit_rate=result.hit_rate,
+        late=of(Count.LATE) / requested,
+        miss=of(Count.MISS) / requested,
+        loads_per_token=of(Count.LOADS) / tokens,
+        gigabytes_per_token=None if cost is None else of(Count.LOADS) * cost.expert_bytes / 1e9 / tokens,
+        prefetched_per_token=of(Count.PREFETCHED) / tokens,
+        wasted=of(Count.WASTED) / max(1, of(Count.PREFETCHED)),
+        collisions_per_token=of(Count.COLLISION) / tokens,
+        streamed_per_token=of(Count.STREAMED) / tokens,
+        dropped_per_token=of(Count.DROPPED) / tokens,
+        prefill_hit_rate=result.prefill_hit_rate,
+        tokens_per_second=speed,
+        prefill_tokens_per_second=result.prefill_tokens_per_second,
+        stalled=result.decode_stall / result.decode_seconds if speed else None,
+        times_on_demand=speed / on_demand if speed and on_demand else None,
+        counts_by_layer={count.name.lower(): result.counts_LC[:, count].tolist() for count in Count},
+    )

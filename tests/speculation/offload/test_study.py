@@ -74,8 +74,13 @@ def test_a_run_is_worth_something_or_not(trace: Trace, run: Path, runner: CliRun
         ),
         *("--out", str(out)),
     )
-    document = json.loads((out / "simulation.json").read_text())
+    text = (out / "simulation.json").read_text()
+    document = json.loads(text)
     rows = document["rows"]
+    # What is written is what is read.
+    read = read_simulation(out)
+    assert read.to_json() == text
+    assert (read.part, read.layers, read.num_experts, read.top_k) == ("test", 16, 64, 8)
     # Two devices: bounds, and two sizes of two policies with none, the run, its control, and the oracle.
     assert len(rows) == 2 * (2 + 2 * 2 * 4)
     with (out / "simulation.csv").open() as file:
@@ -146,7 +151,7 @@ def test_without_generated_tokens_all_are_taken_as_such(make_trace: Make, random
     problems = random_problems(count=30, tokens=12, layers=16, num_experts=64, top_k=8)
     prompts = make_trace(problems, 64, name="prompts", prompt_tokens=13)
     output = simulated(runner, str(prompts.path), "--model", "olmoe", "--cache-fraction", "0.5")
-    assert "No token is known to be generated: all are simulated as if they were." in output
+    assert "The trace does not say which tokens were generated: all are simulated as if they were." in output
     assert "all resident: " in output
 
 
@@ -154,7 +159,7 @@ def test_one_layer(make_trace: Make, random_problems: Make, runner: CliRunner) -
     trace = make_trace(random_problems(count=30, tokens=12, layers=1, num_experts=8, top_k=1), 8, name="one")
     output = simulated(runner, str(trace.path), "--predictor", "none", "--predictor", "oracle", "--predictor", "popularity")
     assert "oracle" in output
-    assert "The sizes of made are not known: no device was simulated" in output
+    assert "The sizes of made are unknown, so no device was simulated" in output
 
 
 def test_runs_of_the_same_name_and_a_closed_link(trace: Trace, run: Path, runner: CliRunner, tmp_path: Path) -> None:
@@ -190,6 +195,34 @@ def test_a_cache_that_no_device_has(trace: Trace, runner: CliRunner) -> None:
     assert "All of olmoe, 14 GB, would fit on an L4 of 24 GB." in output
 
 
+def test_documents_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    row = {
+        "device": "H100",
+        "capacity": 16,
+        "share": 0.25,
+        "gigabytes": 3.2,
+        "policy": "lru",
+        "prefetch": "none",
+        "predict_microseconds": 0.0,
+        "hit_rate": 0.5,
+        "tokens_per_second": 40.0,
+        "times_on_demand": 2.0,
+    }
+    document = {
+        "trace": "math",
+        "model": "olmoe",
+        "devices": [{"name": "H100", "costs": None, "assumptions": []}],
+        "notes": [],
+        "best": [row | {"gain": None}],
+        "rows": [row],
+    }
+    (tmp_path / "simulation.json").write_text(json.dumps(document))
+    found = read_simulation(tmp_path)
+    assert found.rows[0].hit_rate == 0.5
+    assert found.rows[0].late is None
+    assert found.best[0].is_possible
+
+
 def test_what_is_no_simulation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "simulation.json"
     for text in ("[]", '{"model": "m", "trace": "t", "devices": [], "notes": [], "best": [], "rows": []}'):
@@ -204,10 +237,13 @@ def test_what_is_no_simulation_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--predictor", "nobody"], "--predictor nobody: neither a run, nor none, popularity, oracle or a predictor's name"),
+        (
+            ["--predictor", "nobody"],
+            "predictor 'nobody' is neither the folder of a run, nor none, popularity, oracle or the name of a predictor",
+        ),
         (["--model", "mixtral-8x7b"], "mixtral-8x7b has 32 MoE layers of 8 experts, top-2; the trace 16 of 64, top-8"),
         (["--model", "gpt-9"], "unknown model 'gpt-9'"),
-        (["--cache-gb", "3"], "a cache in GB needs the size of an expert"),
+        (["--cache-gb", "3"], "a cache size in GB needs the size of an expert"),
         (["--device", "TPU"], "unknown GPU 'TPU': expected one of RTX 3090"),
         (["--cache-fraction", "2"], "cache fraction 2.0: expected 0 to 1"),
         (["--predictor", "oracle", "--horizon", "17"], "horizon 17: expected 1 to 16 layers ahead"),
