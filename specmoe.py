@@ -47,6 +47,7 @@ def demo(
 
     Example: specmoe demo --out specmoe-demo
     """
+    from analysis.analyze import analyze_trace
     from profiler.collect.options import LocalOptions
     from profiler.datasets.registry import DEMO_DATASETS
     from profiler.engines.vllm import is_installed
@@ -84,7 +85,9 @@ def demo(
     write_text(out / "evaluation.json", evaluation.to_json())
 
     console.rule("4 of 4: analyze", align="left")
-    statistics, findings = analysis.cli.analyze_trace(trace, out / "report", evaluations=[evaluation])
+    statistics, findings = analyze_trace(
+        trace, out / "report", evaluations=[evaluation], compute=analysis.cli.compute_with_progress
+    )
     analysis.cli.print_statistics(statistics)
     analysis.cli.print_findings(findings)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,14 +11,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from analysis.counts.survey import EVERYTHING, Choice
-from analysis.documents.evaluation import Evaluation, read_evaluation
-from analysis.documents.simulation import Simulation, read_simulation
+from analysis.counts.survey import Choice
+from analysis.documents.evaluation import read_evaluation
+from analysis.documents.simulation import read_simulation
 from profiler.errors import SpecmoeError, printable
 from profiler.trace.reader import Trace
-from profiler.trace.writer import write_text
 
 if TYPE_CHECKING:
+    from analysis.analyze import Findings
+    from analysis.documents.statistics import ComparisonDocument, StatisticsDocument
     from analysis.statistics.compute import Statistics
 
 app = typer.Typer()
@@ -60,16 +58,19 @@ def analyze(
 
     Example: specmoe analyze traces/math --out reports/math
     """
+    from analysis.analyze import analyze_trace, compare_traces
+
     evaluations = [read_evaluation(path) for path in evaluation or []]
     simulations = [read_simulation(path) for path in simulation or []]
     opened = [Trace.open(path) for path in traces]
     choice = Choice(by, without)
+    document: StatisticsDocument | ComparisonDocument
     if len(opened) > 1:
         if evaluations or simulations or tokenizer:
             raise SpecmoeError(
                 "--evaluation, --simulation and --tokenizer need a single trace: several traces are compared with each other"
             )
-        document, findings = compare_traces(opened, out, hops=hops, choice=choice, seed=seed)
+        document, findings = compare_traces(opened, out, hops=hops, choice=choice, seed=seed, compute=compute_with_progress)
     else:
         statistics, findings = analyze_trace(
             opened[0],
@@ -80,115 +81,28 @@ def analyze(
             evaluations=evaluations,
             simulations=simulations,
             tokenizer=tokenizer,
+            compute=compute_with_progress,
         )
-        document = statistics.to_json()
+        document = statistics.to_document()
         if not as_json:
             print_statistics(statistics)
     if as_json:
-        typer.echo(json.dumps(document, indent=1, allow_nan=False))
+        typer.echo(document.to_json(), nl=False)
         return
     print_findings(findings)
     typer.echo(f"report: {out / 'report.html'}")
 
 
-Findings = list[tuple[str, str]]
-"""Title and headline of each section of a report."""
-
-
-def analyze_trace(
-    trace: Trace,
-    out: Path,
-    *,
-    hops: int | None = None,
-    choice: Choice = EVERYTHING,
-    seed: int = 0,
-    evaluations: Sequence[Evaluation] = (),
-    simulations: Sequence[Simulation] = (),
-    tokenizer: str | None = None,
-) -> tuple[Statistics, Findings]:
-    """Compute the statistics of `trace` and write the files of `write_analysis` to `out`."""
-    statistics = _compute(trace, hops, choice, seed)
-    return statistics, write_analysis(statistics, out, evaluations=evaluations, simulations=simulations, tokenizer=tokenizer)
-
-
-def write_analysis(
-    statistics: Statistics,
-    out: Path,
-    *,
-    evaluations: Sequence[Evaluation] = (),
-    simulations: Sequence[Simulation] = (),
-    tokenizer: str | None = None,
-) -> Findings:
-    """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`; returns the report's findings."""
-    import numpy as np
-
-    from analysis.report import write_report
-    from analysis.report.labels import token_labels
-    from analysis.report.tables import write_tables
-
-    labels = token_labels(statistics.axes, statistics.source.metadata.model.id, tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "statistics.json", json.dumps(statistics.to_json(), indent=1, allow_nan=False) + "\n")
-    temporary = out / "transitions.tmp.npz"
-    np.savez_compressed(temporary, probabilities=statistics.probabilities, moe_layers=np.array(statistics.axes.moe_layers))
-    temporary.replace(out / "transitions.npz")
-    write_tables(statistics, labels, out / "tables")
-    return write_report(statistics, out / "report.html", labels, evaluations, simulations)
-
-
-def compare_traces(
-    traces: list[Trace], out: Path, *, hops: int | None = None, choice: Choice = EVERYTHING, seed: int = 0
-) -> tuple[dict[str, Any], Findings]:
-    """Analyze each trace into its own folder in `out`, and write `report.html` and `statistics.json` of the comparison."""
-    from analysis.report import write_comparison
-    from analysis.report.comparison import comparison_table
-    from analysis.statistics.agreement import prompt_agreement, same_problems
-    from analysis.statistics.compute import plain
-
-    names = _names(traces)
-    compared = {}
-    for name, trace in zip(names, traces, strict=True):
-        messages.print(f"{printable(name)}: {printable(str(trace.path))}", markup=False)
-        compared[name] = analyze_trace(trace, out / name, hops=hops, choice=choice, seed=seed)[0]
-    agreements, paired = {}, set()
-    for (first, one), (second, other) in combinations(zip(names, traces, strict=True), 2):
-        agreement = prompt_agreement(Trace.open(one.path), Trace.open(other.path), choice)
-        if same_problems(one, other):
-            paired.add((first, second))
-        if agreement is not None:
-            agreements[f"{first} / {second}"] = agreement
-    document = {
-        "traces": {name: str(trace.path) for name, trace in zip(names, traces, strict=True)},
-        "figures": plain(comparison_table(compared)),
-        "agreement": plain(agreements),
-    }
-    write_text(out / "statistics.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
-    return document, write_comparison(compared, out / "report.html", agreements, paired)
-
-
-def _names(traces: list[Trace]) -> list[str]:
-    """The names of the traces' folders, numbered where a name is taken already."""
-    names: list[str] = []
-    for trace in traces:
-        base = name = trace.path.resolve().name
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{base}-{number}"
-        names.append(name)
-    return names
-
-
-def _compute(trace: Trace, hops: int | None, choice: Choice, seed: int) -> Statistics:
+def compute_with_progress(trace: Trace, *, hops: int | None, choice: Choice, seed: int) -> Statistics:
     """`compute_statistics` with a progress bar, or with two lines if the output is not a terminal."""
     from analysis.statistics.compute import compute_statistics
 
     total = trace.num_rows // max(1, len(trace.metadata.model.moe_layers))
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
-        task = progress.add_task("counting tokens", total=total)
+        task = progress.add_task(f"counting tokens of {escape(printable(trace.path.name))}", total=total)
         if not messages.is_terminal:
-            messages.print(f"counting {total:,} tokens ...")
+            messages.print(f"counting {total:,} tokens of {printable(str(trace.path))} ...", markup=False)
         counted = 0
 
         def advance(tokens: int) -> None:
@@ -196,7 +110,7 @@ def _compute(trace: Trace, hops: int | None, choice: Choice, seed: int) -> Stati
             counted += tokens
             progress.advance(task, tokens)
             if counted == total:
-                progress.update(task, description="computing statistics")
+                progress.update(task, description=f"computing statistics of {escape(printable(trace.path.name))}")
                 if not messages.is_terminal:
                     messages.print("computing statistics ...")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import modal
 
-from analysis.cli import print_findings, write_analysis
+from analysis.analyze import write_analysis
+from analysis.cli import print_findings
 from analysis.statistics.compute import make_statistics
 from modal_jobs.analyzing import AnalysisJob, count_part, merge_counts, plan_analysis
 from modal_jobs.image import TRACE_VOLUME, TRACES, cpu_image, trace_volume

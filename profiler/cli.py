@@ -75,13 +75,7 @@ def collect(options: LocalOptions, *, as_json: bool) -> None:
         raise typer.BadParameter("choose one of --load-in-8bit and --load-in-4bit")
     summary = collect_with_progress(options)
     if as_json:
-        fields = {
-            **vars(summary),
-            "trace": str(summary.trace),
-            "tokens_per_second": summary.tokens_per_second,
-            "usage": vars(summary.usage),
-        }
-        console.print_json(json.dumps(fields))
+        console.print_json(summary.model_dump_json())
     else:
         print_summary(summary)
 

@@ -72,12 +72,48 @@ def prompt_agreement(first: Trace, second: Trace, choice: Choice = EVERYTHING) -
         >>> agreement = prompt_agreement(bf16, awq)  # doctest: +SKIP
         >>> agreement.shared.mean()  # share of the K experts that both precisions select  # doctest: +SKIP
     """
+    return agreement_of(read_prompts(first, choice), read_prompts(second, choice))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a trace.
+
+    Attributes:
+        trace: The trace.
+        is_identified: Whether equal digests mean equal prompts in any trace.
+        digests: Digest of each problem's prompt, by problem id; empty if they are not identified.
+        chosen: Ids of the problems that the choice keeps.
+    """
+
+    trace: Trace
+    is_identified: bool
+    digests: dict[int, int]
+    chosen: set[int]
+
+
+def read_prompts(trace: Trace, choice: Choice = EVERYTHING) -> Prompts:
+    """Read the digests of a trace's prompts once, for any number of comparisons."""
+    if split_key(trace) in {"source key", "problem id"}:
+        return Prompts(trace, False, {}, set())
+    chosen = {
+        problem_id
+        for problem_ids, names in chosen_problems(trace, choice)
+        for problem_id, name in zip(problem_ids.tolist(), names, strict=True)
+        if name is not None
+    }
+    return Prompts(trace, True, problem_digests(trace), chosen)
+
+
+def agreement_of(one: Prompts, other: Prompts) -> Agreement | None:
+    """Compute `prompt_agreement` from prompts that were read before."""
+    first, second = one.trace, other.trace
     a, b = first.metadata.model, second.metadata.model
     if (len(a.moe_layers), a.num_experts, a.top_k) != (len(b.moe_layers), b.num_experts, b.top_k):
         return None
     if first.metadata.record.empty_slots or second.metadata.record.empty_slots:
         return None
-    if split_key(first) != split_key(second) or split_key(first) in {"source key", "problem id"}:
+    if not (one.is_identified and other.is_identified) or split_key(first) != split_key(second):
         return None
     if not (first.has_tokens and second.has_tokens):
         return None
@@ -85,7 +121,7 @@ def prompt_agreement(first: Trace, second: Trace, choice: Choice = EVERYTHING) -
     totals: Counts = np.zeros((3, layers), dtype=np.int64)
     loads = [np.zeros((layers, experts), dtype=np.int64) for _ in range(2)]
     problems = tokens = 0
-    for mine_TLK, theirs_TLK in _same_prompts(first, second, choice):
+    for mine_TLK, theirs_TLK in _same_prompts(one, other):
         problems, tokens = problems + 1, tokens + len(mine_TLK)
         bits = [as_bits(ids_TLK, top_k, experts) for ids_TLK in (mine_TLK, theirs_TLK)]
         common_TL = np.bitwise_count(bits[0] & bits[1]).sum(-1, dtype=np.int64)
@@ -102,40 +138,32 @@ def prompt_agreement(first: Trace, second: Trace, choice: Choice = EVERYTHING) -
 Ids = npt.NDArray[Any]
 
 
-def _same_prompts(first: Trace, second: Trace, choice: Choice) -> Iterator[tuple[Ids, Ids]]:
-    """Expert ids `[T, L, K]` of the prompts that are in both traces, in order."""
-    ours, theirs = _digests(first, choice), _digests(second, choice)
-    number_of = {digest: problem_id for problem_id, digest in sorted(theirs.items(), reverse=True)}
-    others = _prompts(second)
-    other = next(others, None)
-    for problem_id, mine_TLK in _prompts(first):
-        wanted = number_of.get(ours.get(problem_id, -1))
+def _same_prompts(one: Prompts, other: Prompts) -> Iterator[tuple[Ids, Ids]]:
+    """Expert ids `[T, L, K]` of the chosen prompts that are in both traces, in order."""
+    number_of = {
+        digest: problem_id for problem_id, digest in sorted(other.digests.items(), reverse=True) if problem_id in other.chosen
+    }
+    theirs = _prompts(other.trace)
+    candidate = next(theirs, None)
+    for problem_id, mine_TLK in _prompts(one.trace):
+        wanted = number_of.get(one.digests[problem_id]) if problem_id in one.chosen else None
         if wanted is None:
             continue
-        while other is not None and other[0] < wanted:
-            other = next(others, None)
-        if other is None:
+        while candidate is not None and candidate[0] < wanted:
+            candidate = next(theirs, None)
+        if candidate is None:
             return
-        if other[0] == wanted and len(other[1]) == len(mine_TLK):
-            yield mine_TLK, other[1]
+        if candidate[0] == wanted and len(candidate[1]) == len(mine_TLK):
+            yield mine_TLK, candidate[1]
 
 
-def _digests(trace: Trace, choice: Choice) -> dict[int, int]:
-    """Prompt digests of the problems that `choice` keeps, by problem id."""
-    kept = {
-        problem_id
-        for problem_ids, names in chosen_problems(trace, choice)
-        for problem_id, name in zip(problem_ids.tolist(), names, strict=True)
-        if name is not None
-    }
-    return {problem_id: digest for problem_id, digest in problem_digests(trace).items() if problem_id in kept}
-
-
-def same_problems(first: Trace, second: Trace) -> bool:
+def same_problems(one: Prompts, other: Prompts) -> bool:
     """Whether two traces have the same prompts under the same problem ids, so that their problems can be paired."""
-    by = split_key(first)
     return (
-        by == split_key(second) and by not in {"source key", "problem id"} and problem_digests(first) == problem_digests(second)
+        one.is_identified
+        and other.is_identified
+        and split_key(one.trace) == split_key(other.trace)
+        and one.digests == other.digests
     )
 
 

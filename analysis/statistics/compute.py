@@ -13,6 +13,7 @@ from analysis.counts.counting import TraceCounts, count_trace
 from analysis.counts.frames import PHASES
 from analysis.counts.locality import DISTANCES, SEGMENT
 from analysis.counts.survey import ALL, EVERYTHING, Axes, Choice
+from analysis.documents.statistics import StatisticsDocument
 from analysis.statistics.clusters import Clustering, cluster_experts
 from analysis.statistics.contexts import TASKS, ContextStatistics, PreferredTokens, context_statistics, preferred_tokens
 from analysis.statistics.domains import Blocks, DomainDistance, Specialization, domain_distances, flat_blocks, specialization
@@ -150,22 +151,22 @@ class Statistics:
         """Names of the datasets that have tokens."""
         return [dataset for dataset, phase in self.loads if dataset != ALL and phase == ALL]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_document(self) -> StatisticsDocument:
         """The content of `statistics.json`: everything but transition matrices, pairs, preferred tokens and `blocks`.
 
         Returns:
-            JSON values (dictionaries, lists, numbers, text), with the definition of each statistic and its value by chance.
-            Numbers are rounded to six digits; `nan` and infinity are null.
+            The document, with the definition of each statistic and its value by chance. Numbers are rounded to six digits;
+            `nan` and infinity are None.
         """
         model = self.source.metadata.model
         first, either, shared = repetition_chance(model.num_experts, model.top_k)
-        return {
+        content = {
             "trace": self.source.name,
-            "model": model.model_dump(),
+            "model": model,
             "problems": self.problems,
             "tokens": self.tokens,
             "datasets": self.datasets,
-            "caveats": list(self.source.caveats),
+            "caveats": self.source.caveats,
             "definitions": DEFINITIONS,
             "chance": {
                 "top1": 1 / model.num_experts,
@@ -176,18 +177,19 @@ class Statistics:
                 {"dataset": dataset, "phase": phase} | plain(load, skip=("counts_LE",))
                 for (dataset, phase), load in self.loads.items()
             ],
-            "transitions": [plain(hop) for hop in self.hops],
-            "repetition": {"distances": DISTANCES, "results": [plain(each) for each in self.repetitions]},
-            "mixtral_table_5": [plain(each) for each in self.table_5],
+            "transitions": plain(self.hops),
+            "repetition": {"distances": DISTANCES, "results": plain(self.repetitions)},
+            "mixtral_table_5": plain(self.table_5),
             "reuse": plain(self.reuse),
             "pairs": None if self.pairs is None else plain(self.pairs, skip=("counts_LEE", "lift_LEE")),
-            "domains": [plain(each) for each in self.domains],
-            "specialisation": [plain(each) for each in self.specializations],
-            "clusters": [plain(each) for each in self.clusters],
+            "domains": plain(self.domains),
+            "specialisation": plain(self.specializations),
+            "clusters": plain(self.clusters),
             "weights": None if self.weights is None else {"at": QUANTILES} | plain(self.weights),
             "margins": None if self.margins is None else {"at": QUANTILES} | plain(self.margins),
-            "predictability": {"contexts": [plain(each) for each in self.contexts], "tasks": TASKS},
+            "predictability": {"contexts": plain(self.contexts), "tasks": TASKS},
         }
+        return StatisticsDocument.model_validate(content)
 
 
 def compute_statistics(

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from profiler.collect.usage import Usage
 from profiler.datasets.problems import Problem
 from profiler.engines import Sampling
@@ -52,14 +54,19 @@ class CollectProgress:
     usage: Usage
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollectSummary:
-    """What the trace holds. Times are in seconds; `bytes` is the size of the whole directory.
+class CollectSummary(BaseModel):
+    """What the trace holds: the document of `specmoe collect --json`.
+
+    Times are in seconds; `bytes` is the size of the whole directory.
 
     resumed: problems that earlier runs had finished. by_dataset: dataset -> (problems, tokens), prompt and output.
-    target_tokens: the requested number of tokens; None if a number of problems was requested.
+    target_tokens: the requested number of tokens; None if a number of problems was requested. tokens_per_second: prompt and
+    output tokens, with capture; None if earlier runs finished some of the problems.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = 1
     trace: Path
     engine: str
     problems: int
@@ -73,14 +80,8 @@ class CollectSummary:
     bytes: int
     start_seconds: float
     generate_seconds: float
+    tokens_per_second: float | None
     usage: Usage
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Prompt and output tokens per second, with capture; None if earlier runs finished some of the problems."""
-        if self.resumed:
-            return None
-        return (self.prompt_tokens + self.output_tokens) / max(self.generate_seconds, 1e-9)
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -98,13 +99,14 @@ def summarize(
     for name, *tokens in zip(columns["dataset"], columns["prompt_tokens"], columns["output_tokens"], strict=True):
         problems, before = by_dataset.get(name, (0, 0))
         by_dataset[name] = problems + 1, before + sum(tokens)
+    prompt_tokens, output_tokens = sum(columns["prompt_tokens"]), sum(columns["output_tokens"])
     return CollectSummary(
         trace=trace.path,
         engine=trace.metadata.engine,
         problems=trace.problems.num_rows,
         resumed=resumed,
-        prompt_tokens=sum(columns["prompt_tokens"]),
-        output_tokens=sum(columns["output_tokens"]),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
         truncated_problems=sum(cut > 0 for cut in columns["truncated_tokens"]),
         by_dataset=by_dataset,
         target_tokens=trace.metadata.sampling.get("target_tokens"),
@@ -112,5 +114,6 @@ def summarize(
         bytes=sum(path.stat().st_size for path in trace.path.rglob("*") if path.is_file()),
         start_seconds=start_seconds,
         generate_seconds=generate_seconds,
+        tokens_per_second=None if resumed else (prompt_tokens + output_tokens) / max(generate_seconds, 1e-9),
         usage=usage,
     )

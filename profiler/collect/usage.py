@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
+from pydantic import BaseModel, ConfigDict
 
 EVERY_SECONDS = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Usage:
+class Usage(BaseModel):
     """Peak memory in bytes and mean GPU utilization in percent. GPU values are None where NVML does not report them.
 
     host_bytes: resident memory of the process and all its descendants; a page that several of them share counts for each.
     device_bytes: memory in use on all GPUs, by any process. gpu_utilization: mean over samples and GPUs.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host_bytes: int = 0
     device_bytes: int | None = None

@@ -63,7 +63,7 @@ ROWS_AT_A_TIME = 1 << 14
 _DocumentType = TypeVar("_DocumentType", bound=BaseModel)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """An opened trace directory.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import pyarrow as pa
 
@@ -16,23 +17,30 @@ PROMPT_HASHES = ("prompt_sha256", "prompt_md5")
 ROWS_AT_A_TIME = 128
 
 
+_KEYS: WeakKeyDictionary[Trace, str] = WeakKeyDictionary()
+
+
 def split_key(trace: Trace) -> str:
     """What problems are split by: the prompt, the source's hash of it, or, without either, a name valid only in this trace.
 
     Returns "prompt", "prompt_sha256", "prompt_md5", "source key" or "problem id"; the last two mean nothing in another trace.
+    The answer is kept for as long as the trace is open.
     """
+    if trace not in _KEYS:
+        _KEYS[trace] = _find_key(trace)
+    return _KEYS[trace]
+
+
+def _find_key(trace: Trace) -> str:
+    """Find the first of the columns that exists and has a value for every problem, in one pass over the table."""
     if not trace.has_problems:
         return "problem id"
-    return next((name for name in ("prompt", *PROMPT_HASHES) if _is_complete(trace, name)), "source key")
-
-
-def _is_complete(trace: Trace, name: str) -> bool:
-    """Whether the column exists and has a value for every problem."""
     path = trace.path / PROBLEMS_FILE
     with open_parquet(path) as file:
-        if name not in file.schema_arrow.names:
-            return False
-    return not any(table.column(0).null_count for table in stream_table(path, pa.schema([(name, pa.string())]), ROWS_AT_A_TIME))
+        complete = [name for name in ("prompt", *PROMPT_HASHES) if name in file.schema_arrow.names]
+    for table in stream_table(path, pa.schema([(name, pa.string()) for name in complete]), ROWS_AT_A_TIME) if complete else ():
+        complete = [name for name in complete if not table.column(name).null_count]
+    return complete[0] if complete else "source key"
 
 
 def problem_digests(trace: Trace) -> dict[int, int]:

@@ -205,7 +205,7 @@ def capacities(
             raise SpecmoeError(f"cache of {size} GB: expected 0 or more")
         if costs is None:
             raise SpecmoeError(
-                "a cache size in GB needs the size of an expert: choose a model whose sizes are known, or a share of all experts"
+                "a cache size in GB needs the size of an expert: choose a model of known sizes, or a share of all experts"
             )
         yield min(layers * experts // pools, int(size * 1e9 / costs.expert_bytes / pools))
 

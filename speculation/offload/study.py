@@ -128,8 +128,8 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         f"{len(routes.problem_ids)} problems, {decode:,} generated and {len(routes) - decode:,} prompt tokens "
         f"({study.part} part); {study.batch} at a time; {kinds}, filled at first with the most popular experts of training.",
         f"Prefetched: {how.experts} experts per prediction; popularity and oracle {how.horizon} layers ahead. "
-        "Predictors predict for generated tokens only. Their time was measured on this machine, one prediction after the other. The shuffled "
-        "control prefetches what was predicted for other tokens.",
+        "Predictors predict for generated tokens only. Their time was measured on this machine, one prediction after the "
+        "other. The shuffled control prefetches what was predicted for other tokens.",
         *study.trace.caveats(),
     ]
     return Simulation(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.offline_modal import OfflineModal, last_line, needs_modal
 
-from analysis.cli import analyze_trace
+from analysis.analyze import analyze_trace
 from modal_jobs.analyzing import AnalysisJob, count_part, merge_counts, plan_analysis
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 from support.traces import write_made_trace
 
-from analysis.cli import analyze_trace, compare_traces
+from analysis.analyze import analyze_trace, compare_traces
 from profiler.trace.reader import Trace
 
 Make = Callable[..., Trace]

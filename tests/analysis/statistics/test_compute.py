@@ -12,8 +12,9 @@ import pytest
 from support.traces import write_made_trace
 from typer.testing import CliRunner
 
-from analysis.cli import analyze_trace, compare_traces
+from analysis.analyze import analyze_trace, compare_traces
 from analysis.documents.evaluation import Evaluation, read_evaluation
+from analysis.documents.statistics import ComparisonDocument, read_statistics
 from analysis.statistics.compute import DEFINITIONS, compute_statistics
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
@@ -51,7 +52,11 @@ def trace(make_trace: Make, random_problems: Make) -> Trace:
 
 def test_files_of_a_trace(trace: Trace, tmp_path: Path) -> None:
     statistics, findings = analyze_trace(trace, tmp_path / "r", hops=2, evaluations=[Evaluation.model_validate(EVALUATION)])
-    document = json.loads((tmp_path / "r" / "statistics.json").read_text())
+    text = (tmp_path / "r" / "statistics.json").read_text()
+    # What is written is what is read.
+    assert read_statistics(tmp_path / "r") == statistics.to_document()
+    assert read_statistics(tmp_path / "r").to_json() == text
+    document = json.loads(text)
     assert (document["problems"], document["tokens"]) == (14, 560)
     assert [len(hop["information_bits"]) for hop in document["transitions"]] == [2, 1]
     assert document["chance"]["topk"] == 0.25
@@ -191,7 +196,7 @@ def test_several_traces_are_compared(make_trace: Make, random_problems: Make, tm
         ids[:, 1], weights[:, 1] = ids[:, 0], weights[:, 0]
     traces = [make_trace(random, 8, name="plain"), make_trace(linked, 8, name="linked")]
     document, findings = compare_traces(traces, tmp_path / "r")
-    rows = document["figures"]
+    rows = document.figures
     bits = rows["bits shared with the next layer"]
     assert bits["linked"] == pytest.approx(1.5, abs=0.3)
     assert bits["plain"] < 0.3
@@ -200,14 +205,15 @@ def test_several_traces_are_compared(make_trace: Make, random_problems: Make, tm
     assert "Layers predict the next layer best in linked" in dict(findings)["Side by side"]
     for name in ("plain", "linked"):
         assert (tmp_path / "r" / name / "report.html").is_file()
-    assert json.loads((tmp_path / "r" / "statistics.json").read_text())["traces"].keys() == {"plain", "linked"}
+    assert document.traces.keys() == {"plain", "linked"}
+    assert ComparisonDocument.model_validate_json((tmp_path / "r" / "statistics.json").read_text()) == document
 
 
 def test_models_of_other_shapes_are_compared(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
     small = make_trace(random_problems(count=4, tokens=20, layers=2, num_experts=4, top_k=1), 4, name="small")
     large = make_trace(random_problems(count=4, tokens=20, layers=5, num_experts=16, top_k=4), 16, name="large")
     document, findings = compare_traces([small, large], tmp_path / "r")
-    assert document["figures"]["chance of an expert (K/E)"] == {"small": 0.25, "large": 0.25}
+    assert document.figures["chance of an expert (K/E)"] == {"small": 0.25, "large": 0.25}
     assert "Jensen-Shannon" not in dict(findings)["Expert load"]
 
 
@@ -255,4 +261,4 @@ def test_compared_traces_have_names_of_their_own(make_trace: Make, random_proble
     (tmp_path / "x").mkdir()
     traces = [write_made_trace(tmp_path / name, problems, 4) for name in ("a", "x/a", "a-2")]
     document, _ = compare_traces(traces, tmp_path / "r")
-    assert document["traces"] == {"a": str(traces[0].path), "a-2": str(traces[1].path), "a-2-2": str(traces[2].path)}
+    assert document.traces == {"a": str(traces[0].path), "a-2": str(traces[1].path), "a-2-2": str(traces[2].path)}

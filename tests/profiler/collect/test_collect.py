@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from profiler.collect.collection import CollectSummary
 from profiler.collect.job import collect
 from profiler.collect.options import LocalOptions
 from profiler.errors import EngineError, SpecmoeError, TraceError
@@ -236,3 +237,15 @@ def test_a_budget_that_is_not_reached_is_said(tmp_path: Path) -> None:
     assert "demo-math 40 problems, 480 tokens; demo-reviews 40 problems, 480 tokens" in lines
     assert "960 of 100,000 tokens: outputs ended early, or the datasets hold no more" in lines
     assert any(line.startswith("peak memory ") for line in lines)
+
+
+def test_the_summary_as_json_is_read_back(tmp_path: Path) -> None:
+    common = ["collect", "--model", "demo", "--engine", "transformers", "--dataset", "demo-math", "--num-problems", "2"]
+    done = specmoe(*common, "--max-new-tokens", "2", "--out", str(tmp_path / "t"), "--json")
+    assert done.returncode == 0, done.stderr
+    summary = CollectSummary.model_validate_json(done.stdout)
+    assert (summary.trace, summary.problems, summary.output_tokens) == (tmp_path / "t", 2, 4)
+    assert summary.tokens_per_second == pytest.approx(
+        (summary.prompt_tokens + summary.output_tokens) / summary.generate_seconds, rel=1e-6
+    )
+    assert json.loads(summary.model_dump_json()) == json.loads(done.stdout)

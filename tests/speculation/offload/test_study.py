@@ -241,7 +241,7 @@ def test_what_is_no_simulation_is_refused(tmp_path: Path) -> None:
             ["--predictor", "nobody"],
             "predictor 'nobody' is neither the folder of a run, nor none, popularity, oracle or the name of a predictor",
         ),
-        (["--model", "mixtral-8x7b"], "mixtral-8x7b has 32 MoE layers of 8 experts, top-2; the trace 16 of 64, top-8"),
+        (["--model", "mixtral-8x7b"], "mixtral-8x7b has 32 MoE layers of 8 experts, top-2; the trace has 16 of 64, top-8"),
         (["--model", "gpt-9"], "unknown model 'gpt-9'"),
         (["--cache-gb", "3"], "a cache size in GB needs the size of an expert"),
         (["--device", "TPU"], "unknown GPU 'TPU': expected one of RTX 3090"),

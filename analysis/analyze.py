@@ -1,0 +1,109 @@
+"""Analyze traces into folders: statistics, tables, transition matrices and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from analysis.counts.survey import EVERYTHING, Choice
+from analysis.documents.evaluation import Evaluation
+from analysis.documents.simulation import Simulation
+from analysis.documents.statistics import STATISTICS_FILE, ComparisonDocument
+from analysis.report import write_comparison, write_report
+from analysis.report.comparison import comparison_table
+from analysis.report.labels import token_labels
+from analysis.report.tables import write_tables
+from analysis.statistics.agreement import agreement_of, read_prompts, same_problems
+from analysis.statistics.compute import Statistics, compute_statistics, plain
+from profiler.trace.reader import Trace
+from profiler.trace.writer import write_text
+
+Findings = list[tuple[str, str]]
+"""Title and headline of each section of a report."""
+Compute = Callable[..., Statistics]
+"""`compute_statistics`, or a function with the same arguments that also shows progress."""
+
+
+def analyze_trace(
+    trace: Trace,
+    out: Path,
+    *,
+    hops: int | None = None,
+    choice: Choice = EVERYTHING,
+    seed: int = 0,
+    evaluations: Sequence[Evaluation] = (),
+    simulations: Sequence[Simulation] = (),
+    tokenizer: str | None = None,
+    compute: Compute = compute_statistics,
+) -> tuple[Statistics, Findings]:
+    """Compute the statistics of `trace` and write the files of `write_analysis` to `out`."""
+    statistics = compute(trace, hops=hops, choice=choice, seed=seed)
+    return statistics, write_analysis(statistics, out, evaluations=evaluations, simulations=simulations, tokenizer=tokenizer)
+
+
+def write_analysis(
+    statistics: Statistics,
+    out: Path,
+    *,
+    evaluations: Sequence[Evaluation] = (),
+    simulations: Sequence[Simulation] = (),
+    tokenizer: str | None = None,
+) -> Findings:
+    """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`; return the report's findings."""
+    labels = token_labels(statistics.axes, statistics.source.metadata.model.id, tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / STATISTICS_FILE, statistics.to_document().to_json())
+    temporary = out / "transitions.tmp.npz"
+    np.savez_compressed(temporary, probabilities=statistics.probabilities, moe_layers=np.array(statistics.axes.moe_layers))
+    temporary.replace(out / "transitions.npz")
+    write_tables(statistics, labels, out / "tables")
+    return write_report(statistics, out / "report.html", labels, evaluations, simulations)
+
+
+def compare_traces(
+    traces: list[Trace],
+    out: Path,
+    *,
+    hops: int | None = None,
+    choice: Choice = EVERYTHING,
+    seed: int = 0,
+    compute: Compute = compute_statistics,
+) -> tuple[ComparisonDocument, Findings]:
+    """Analyze each trace into its own folder in `out`, and write `report.html` and `statistics.json` of the comparison."""
+    names = _names(traces)
+    compared, prompts = {}, {}
+    for name, trace in zip(names, traces, strict=True):
+        compared[name] = analyze_trace(trace, out / name, hops=hops, choice=choice, seed=seed, compute=compute)[0]
+        prompts[name] = read_prompts(trace, choice)
+    agreements, paired = {}, set()
+    for first, second in combinations(names, 2):
+        if same_problems(prompts[first], prompts[second]):
+            paired.add((first, second))
+        agreement = agreement_of(prompts[first], prompts[second])
+        if agreement is not None:
+            agreements[f"{first} / {second}"] = agreement
+    document = ComparisonDocument.model_validate(
+        {
+            "traces": {name: str(trace.path) for name, trace in zip(names, traces, strict=True)},
+            "figures": plain(comparison_table(compared)),
+            "agreement": plain(agreements),
+        }
+    )
+    write_text(out / STATISTICS_FILE, document.to_json())
+    return document, write_comparison(compared, out / "report.html", agreements, paired)
+
+
+def _names(traces: list[Trace]) -> list[str]:
+    """The names of the traces' folders, numbered where a name is taken already."""
+    names: list[str] = []
+    for trace in traces:
+        base = name = trace.path.resolve().name
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
+    return names
