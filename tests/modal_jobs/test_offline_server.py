@@ -16,7 +16,7 @@ from support.offline_modal import ROOT, OfflineModal, needs_modal
 pytestmark = needs_modal
 
 APP = """
-import os, pathlib, time
+import importlib.util, os, pathlib, time
 import modal
 
 app = modal.App("tried")
@@ -78,12 +78,20 @@ def main():
 
 
 def test_a_container_sees_what_was_uploaded_and_has_a_tmp_of_its_own(account: OfflineModal, tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "mine.py").write_text("WORD = 'uploaded'")
     text = f"""
-@app.function()
+image = modal.Image.debian_slim(python_version="3.12").add_local_dir({str(tmp_path / "package")!r}, "/opt/mine", copy=True)
+image = image.run_commands("python -m pip install '/opt/mine[all]'").env({{"WORD": "from the image"}})
+
+@app.function(image=image)
 def look(number):
+    import mine
+    print(mine.__file__, mine.WORD, os.environ["WORD"], importlib.util.find_spec("profiler"))
     pathlib.Path("/tmp/mine").touch()
     time.sleep(0.2)
-    return sorted(os.listdir("/root/")), os.listdir("/tmp"), os.path.exists({str(tmp_path)!r}), "HOSTS" in os.environ
+    found = [name for name in os.listdir("/root") if name[0] not in "._"]
+    return found, os.listdir("/tmp"), os.path.exists({str(tmp_path)!r}), "HOSTS" in os.environ
 
 @app.local_entrypoint()
 def main():
@@ -92,7 +100,8 @@ def main():
     account.environment["HOSTS"] = "1"
     done = account.run("run", app(tmp_path, text))
     assert done.returncode == 0, done.stderr
-    assert "app.py" in done.stdout
+    assert "/opt/mine/mine.py uploaded from the image None" in done.stdout
+    assert "['app.py'" in done.stdout
     assert "['mine'], False, False)" in done.stdout
 
 

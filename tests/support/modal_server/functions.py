@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from support.modal_server.server import Server
 
 PYTHON = "Python 3.11"
-COPIED = re.compile(r"COPY \. (/\S*[^/\s])/?")
+COPIED = re.compile(r"COPY \. /")
 INSTALLED = re.compile(r"pip install '?(/[^'\[\s]+)")
 
 
@@ -115,7 +116,7 @@ class Functions(Part):
     def environment(self, function: Function) -> Environment:
         """What the function's containers are to have. Images are not built: of the steps, these count.
 
-        `ENV`, `WORKDIR`, `COPY . FOLDER`, and `pip install FOLDER` of what was copied. Other packages are this environment's.
+        `ENV`, `WORKDIR`, the copy of a local folder, and `pip install` of that. Other packages are this environment's.
         """
         variables: dict[str, str] = {}
         folders: dict[str, Path] = {}
@@ -127,8 +128,8 @@ class Functions(Part):
                     variables |= dict(text.split("=", 1) for text in shlex.split(rest))
                 elif step == "WORKDIR":
                     workdir = rest.strip()
-                elif copied := COPIED.fullmatch(command.strip()):
-                    folders[copied.group(1)] = self._copied(image.context_mount_id)
+                elif COPIED.fullmatch(command.strip()):
+                    folders |= self._copied(image.context_mount_id)
                 elif found := INSTALLED.search(command):
                     python_path.append(found.group(1))
         for secret_id in function.definition.secret_ids:
@@ -141,17 +142,21 @@ class Functions(Part):
             return []
         return [*(layer for base in image.base_images for layer in self._layers(base.image_id)), image]
 
-    def _copied(self, mount_id: str) -> Path:
-        """The mount's files as a folder. Containers share it, as they share their image, and with it the compiled modules."""
+    def _copied(self, mount_id: str) -> dict[str, Path]:
+        """The mount's folder. Containers share it, as they share their image, and with it the compiled modules."""
+        files = self.server.store.mounts[mount_id]
+        common = os.path.commonpath([str(Path(name).parent) for name, _ in files])
+        if common == "/":
+            raise GRPCError(Status.UNIMPLEMENTED, "the offline server copies a folder into an image, but not onto its root")
         folder = self.server.state / "images" / mount_id
         if not folder.is_dir():
             building = folder.with_name(new_id("building"))
-            for name, sha256 in self.server.store.mounts[mount_id]:
+            for name, sha256 in files:
                 target = building / name.lstrip("/")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.server.store.path_of(sha256), target)
             building.rename(folder)
-        return folder
+        return {common: folder / common.lstrip("/")}
 
     async def ImageGetOrCreate(
         self, request: pb.ImageGetOrCreateRequest, container: Container | None

@@ -152,9 +152,10 @@ def run_container(specification: Specification) -> None:
     enter(specification)
     os.environ.clear()
     os.environ.update(specification.environment)
-    here = str(Path(__file__).parent)
-    # As `python -m` makes it.
-    sys.path[:] = [specification.workdir, *specification.python_path, *(path for path in sys.path if path != here)]
+    # As `python -m` makes it. What is installed as a link to a checkout is not a part of the image.
+    installed = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
+    sys.path[:] = [specification.workdir, *specification.python_path, *installed]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
     sys.argv = [ENTRY_POINT]
     runpy.run_module(ENTRY_POINT, run_name="__main__", alter_sys=True)
 
