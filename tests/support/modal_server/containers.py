@@ -87,14 +87,15 @@ class Containers(Part):
 
     async def _live(self, container: Container) -> None:
         """Start a container, wait for its end, and see to the inputs that it left."""
+        failure = ""
         try:
             container.folder.mkdir()
             connection = await self.server.listen(container.folder / "socket", container)
             code = await self._run(container)
             connection.close()
         except Exception as error:
-            code = None
-            self.server.apps.say(container, 2, f"container {container.id} could not be run: {error!r}\n")
+            code, failure = None, f"the container could not be run: {error!r}"
+            self.server.apps.say(container, 2, failure + "\n")
         container.stopping = True
         container.ended.set()
         self.server.note(Event(kind="container_end", container=container.id, function=container.function.name))
@@ -110,7 +111,8 @@ class Containers(Part):
         container.working.clear()
         queue = self.queues[container.function.id]
         if code is None:
-            await self._fail(container, pb.GenericResult(status=pb.GenericResult.GENERIC_STATUS_INIT_FAILURE))
+            status = pb.GenericResult.GENERIC_STATUS_INIT_FAILURE
+            await self._fail(container, pb.GenericResult(status=status, exception=failure))
         elif queue and not self.server.apps.apps[container.function.app].ended:
             self.deliver(queue.popleft(), first=True)
 
