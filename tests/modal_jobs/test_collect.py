@@ -78,13 +78,13 @@ def test_three_containers_of_which_two_are_preempted_make_the_trace_of_one_machi
     questions: Path, local: Trace, account: OfflineModal, tmp_path: Path
 ) -> None:
     # Without preemption it is the same with less: tests/modal_jobs/test_resuming.py has that.
-    done = account.run(*arguments(questions, tmp_path / "trace"), FAKEMODAL_PREEMPT="1,2", FAKEMODAL_PREEMPT_AFTER="1")
+    done = account.run(*arguments(questions, tmp_path / "trace"), preempt={1, 2}, preempt_after=1.0)
     assert done.returncode == 0, done.stdout + done.stderr
     trace = Trace.open(tmp_path / "trace")
     assert trace.faults(verify=True) == []
     assert equal(trace, local)
-    assert len([event for event in account.events("container_start") if event[2] == "Collector.*"]) >= 3
-    assert {event[2] for event in account.events("preempt")} == {1, 2}
+    assert len([event for event in account.events("container_start") if event.function == "Collector.*"]) >= 3
+    assert {event.input for event in account.events("preempt")} == {1, 2}
     assert trace.metadata.capture["devices"] == {"CPU": 3}
     for shard in (1, 2, 3):
         assert f"shard {shard} of 3: 20 of 20 problems" in done.stdout
@@ -103,6 +103,6 @@ def test_a_shard_that_is_missing_is_the_only_one_computed_again(
     done = account.run(*arguments(questions, tmp_path / "trace"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 3 shards are finished" in done.stdout
-    written = [str(name) for event in account.events("volume_commit") for name in event[3]]
+    written = [name for event in account.events("volume_commit") for name in event.files]
     assert {name.split("/")[1] for name in written if name.startswith("demo-")} == {"shard-00001"}
     assert equal(Trace.open(tmp_path / "trace"), local)

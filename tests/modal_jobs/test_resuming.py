@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[OfflineModal, Pa
     again = account.run(*JOB, "--out", str(folder / "trace"), "--containers", "2")
     assert again.returncode == 0, again.stderr
     assert "2 of 3 shards are finished" in again.stdout
-    committed = [str(name) for event in account.events("volume_commit") for name in event[3]]
+    committed = [name for event in account.events("volume_commit") for name in event.files]
     assert {name.split("/")[1] for name in committed if name.startswith(run_id)} == {"shard-00001"}
     return account, folder / "trace", run_id
 
@@ -60,7 +60,7 @@ def test_a_run_that_is_finished_computes_nothing(finished: tuple[OfflineModal, P
     account, trace, _ = finished
     done = account.run(*JOB, "--out", str(tmp_path / "trace"))
     assert done.returncode == 0, done.stderr
-    assert [event for event in account.events("container_start") if event[2] != "orchestrate"] == []
+    assert [event for event in account.events("container_start") if event.function != "orchestrate"] == []
     assert Trace.open(tmp_path / "trace").to_arrow().equals(Trace.open(trace).to_arrow())
 
 
@@ -94,9 +94,9 @@ def test_a_corrupted_block_is_caught(finished: tuple[OfflineModal, Path, str], t
 def test_preempted_shards_are_collected_elsewhere(finished: tuple[OfflineModal, Path, str], tmp_path: Path) -> None:
     account = OfflineModal(tmp_path / "account")
     job = [*JOB, "--containers", "3", "--out", str(tmp_path / "trace")]
-    done = account.run(*job, FAKEMODAL_PREEMPT="1,2", FAKEMODAL_PREEMPT_AFTER="0.1")
+    done = account.run(*job, preempt={1, 2}, preempt_after=0.1)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {event[2] for event in account.events("preempt")} == {1, 2}
+    assert {event.input for event in account.events("preempt")} == {1, 2}
     trace, other = Trace.open(tmp_path / "trace"), Trace.open(finished[1])
     assert trace.faults(verify=True) == []
     assert trace.to_arrow().equals(other.to_arrow())

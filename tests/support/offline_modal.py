@@ -1,64 +1,69 @@
-"""Run `modal` commands against an offline stand-in for Modal's servers: the real command line, the real container code, and
-functions in processes of their own, with this environment's packages. Without that stand-in these tests are skipped.
-"""
+"""Run `modal` commands offline: the real command line and container code, against the server in tests/support/modal_server."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SERVER = Path(os.environ.get("FAKEMODAL", ROOT.parent / "shared" / "tools" / "fakemodal.py"))
+if TYPE_CHECKING:
+    from support.modal_server.parts import Event
 
-needs_modal = pytest.mark.skipif(
-    not SERVER.is_file() or importlib.util.find_spec("modal") is None,
-    reason=f"no offline stand-in for Modal at {SERVER} ($FAKEMODAL), or modal is not installed",
-)
+ROOT = Path(__file__).resolve().parents[2]
+
+needs_modal = pytest.mark.skipif(importlib.util.find_spec("modal") is None, reason="modal is not installed")
 
 
 @dataclass
 class OfflineModal:
-    """An account with its Volumes in the folder `state`."""
+    """An account with its Volumes in the folder `state`.
+
+    environment: more variables for its commands. secrets: the account's, by name. happened: in the last command.
+    """
 
     state: Path
-    settings: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    secrets: dict[str, dict[str, str]] = field(default_factory=dict)
+    happened: list[Event] = field(default_factory=list)
 
-    def run(self, *arguments: str, timeout: float = 400, **settings: str) -> subprocess.CompletedProcess[str]:
-        """`modal ARGUMENTS` to its end. settings: of the stand-in, such as FAKEMODAL_PREEMPT."""
-        return self.command("modal", *arguments, timeout=timeout, **settings)
+    def run(self, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+        """`modal ARGUMENTS` to its end. settings: as for `command`."""
+        return self.command(sys.executable, "-m", "modal", *arguments, **settings)
 
-    def command(self, *command: str, timeout: float = 400, **settings: str) -> subprocess.CompletedProcess[str]:
-        """Any command that finds the account in its environment. Containers live until it ends."""
-        self.state.mkdir(parents=True, exist_ok=True)
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "FAKEMODAL_PYTHON": sys.executable,
-            "FAKEMODAL_REPORT": str(self.state / "report.json"),
-            "PYTHONPATH": "",
-            "COLUMNS": "200",
-            **self.settings,
-            **settings,
-        }
-        whole = [sys.executable, str(SERVER), "--state", str(self.state / "server"), "--", *command]
-        return subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout)
+    def command(self, *command: str, timeout: float = 400, **settings: Any) -> subprocess.CompletedProcess[str]:
+        """Any command that finds the account in its environment. Containers live until it ends.
 
-    def events(self, kind: str) -> list[list[object]]:
-        """What happened in the last command: container_start, input, preempt, volume_commit, ..."""
-        report = json.loads((self.state / "report.json").read_text())
-        return [event for event in report["events"] if event[0] == kind]
+        settings: of the server, such as `preempt` (`support.modal_server.parts.Settings`).
+        """
+        from support.modal_server.parts import Settings
+        from support.modal_server.server import Server
+
+        with Server(self.state, dataclasses.replace(Settings(secrets=self.secrets), **settings)) as server:
+            self.happened = server.events
+            environment = {
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "PYTHONPATH": str(ROOT),
+                "COLUMNS": "200",
+                **server.environment,
+                **self.environment,
+            }
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout)
+
+    def events(self, kind: str) -> list[Event]:
+        """Events of one kind in the last command."""
+        return [event for event in self.happened if event.kind == kind]
 
     def volume(self, name: str) -> Path:
         """The committed files of a Volume."""
-        volumes = json.loads((self.state / "server" / "volumes.json").read_text())
-        return self.state / "server" / "volumes" / next(key for key, value in volumes.items() if value["name"] == name)
+        return self.state / "volumes" / name
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:

@@ -1,0 +1,240 @@
+"""A warm interpreter that forks containers: slow imports happen once, not in every container.
+
+The server runs this file as a script, with the interpreter whose packages the containers are to have, and with one end of a
+socket as standard input. It needs only the standard library. Each request is the path of a container's specification, with two
+file descriptors for its output; each answer is a JSON object. When the socket closes, all containers are killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import runpy
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import threading
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Third-party packages only: containers import the project from the files that were uploaded. And none that reads, as it is
+# imported, the environment variables that our images and jobs set (huggingface_hub, transformers, datasets, vllm).
+WARM = [
+    *("modal", "modal._runtime.asgi", "modal._runtime.container_io_manager", "modal._runtime.user_code_imports"),
+    *("numpy", "pyarrow.dataset", "pyarrow.parquet", "pydantic", "typer", "rich.progress"),
+    *("scipy.stats", "sklearn.metrics", "sympy", "torch", "torch._dynamo", "torch.distributed._composable.fsdp"),
+]
+ENTRY_POINT = "modal._container_entrypoint"
+
+NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000
+READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 32, 4096, 16384, 1 << 18
+KILLED_WITH_PARENT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specification:
+    """A container. root: an empty folder to build its file system on.
+
+    environment: all variables. mounts: folders at paths in the container, (path, folder here, read only). files: (path, file
+    here), copied. kept: folders with the interpreter, visible even below the paths that containers have for themselves.
+    """
+
+    root: str
+    workdir: str
+    environment: dict[str, str]
+    python_path: list[str]
+    mounts: list[tuple[str, str, bool]]
+    files: list[tuple[str, str]]
+    kept: list[str] = field(default_factory=lambda: sorted({sys.prefix, sys.base_prefix}))
+
+
+def main() -> None:
+    """Import, then start containers until the socket closes."""
+    for name in WARM:
+        # An environment need not have all.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    specification = start_containers(socket.socket(fileno=os.dup(0)))
+    if specification is None:
+        return
+    code = 1
+    try:
+        run_container(specification)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        leave(code)
+
+
+def start_containers(control: socket.socket) -> Specification | None:
+    """Fork a process for each request; returns its specification in the process, and None in this one at the end."""
+    waiting = selectors.DefaultSelector()
+    waiting.register(control, selectors.EVENT_READ)
+    running: dict[int, int] = {}
+    while True:
+        for key, _ in waiting.select():
+            if key.fileobj is not control:
+                pid = running.pop(key.fd)
+                _, status = os.waitpid(pid, 0)
+                waiting.unregister(key.fd)
+                os.close(key.fd)
+                _answer(control, {"ended": pid, "code": os.waitstatus_to_exitcode(status)})
+                continue
+            request, outputs = _next(control)
+            if not request:
+                for pid in running.values():
+                    os.killpg(pid, signal.SIGKILL)
+                return None
+            starter = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                _detach(control, waiting, running, outputs, starter)
+                return Specification(**json.loads(Path(request.decode()).read_text()))
+            for output in outputs:
+                os.close(output)
+            # Here too: the process may be killed before it gets that far.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.setpgid(pid, pid)
+            handle = os.pidfd_open(pid)
+            running[handle] = pid
+            waiting.register(handle, selectors.EVENT_READ)
+            _answer(control, {"started": request.decode(), "pid": pid})
+
+
+def _next(control: socket.socket) -> tuple[bytes, list[int]]:
+    try:
+        request, outputs, _, _ = socket.recv_fds(control, 1 << 16, 2)
+    except ConnectionResetError:
+        # The server went away with answers unread.
+        return b"", []
+    return request, outputs
+
+
+def _answer(control: socket.socket, answer: dict[str, Any]) -> None:
+    # A server that has gone away is noticed at the next request.
+    with contextlib.suppress(OSError):
+        control.send(json.dumps(answer).encode())
+
+
+def _detach(
+    control: socket.socket, waiting: selectors.BaseSelector, running: dict[int, int], outputs: list[int], starter: int
+) -> None:
+    """Make a process of its own out of the fork: its group, its output, nothing of the starter's, and it dies with that."""
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(KILLED_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != starter:
+        os._exit(1)
+    control.close()
+    waiting.close()
+    for handle in running:
+        os.close(handle)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, output in enumerate([nothing, *outputs]):
+        os.dup2(output, number)
+        os.close(output)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def run_container(specification: Specification) -> None:
+    """Change to the container's file system and environment, and run what runs in Modal's containers."""
+    enter(specification)
+    os.environ.clear()
+    os.environ.update(specification.environment)
+    # As `python -m` makes it. What is installed as a link to a checkout is not a part of the image.
+    installed = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
+    sys.path[:] = [specification.workdir, *specification.python_path, *installed]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
+    sys.argv = [ENTRY_POINT]
+    runpy.run_module(ENTRY_POINT, run_name="__main__", alter_sys=True)
+
+
+def leave(code: int) -> NoReturn:
+    """End a forked process as `multiprocessing` does: without destructors of libraries that wait for the starter's threads."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def enter(specification: Specification) -> None:
+    """Give this process a file system of its own: this machine's, with /root, /tmp, mounts and files of the container."""
+    user, group = os.getuid(), os.getgid()
+    _check(ctypes.CDLL(None, use_errno=True).unshare(NEW_MOUNTS | (NEW_USER if user else 0)), "unshare")
+    if user:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    _mount(None, "/", flags=RECURSIVE | PRIVATE)
+    root = specification.root
+    _mount("tmpfs", root, kind="tmpfs")
+    mounts = {path: (folder, read_only) for path, folder, read_only in specification.mounts}
+    own = {"/root", "/tmp", *mounts}
+    kept = [path for path in specification.kept if any(path.startswith(f"{fresh}/") for fresh in own)]
+    _mirror("/", root, own=own, opened={str(parent) for path in own for parent in Path(path).parents})
+    for path in sorted(own):
+        Path(root + path).mkdir(parents=True, exist_ok=True)
+        if path in mounts:
+            folder, read_only = mounts[path]
+            _mount(folder, root + path, flags=BIND)
+            if read_only:
+                _mount(None, root + path, flags=BIND | REMOUNT | READ_ONLY)
+    for path in kept:
+        Path(root + path).mkdir(parents=True, exist_ok=True)
+        _mount(path, root + path, flags=BIND | RECURSIVE)
+    for path, source in specification.files:
+        Path(root + path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, root + path)
+    os.chroot(root)
+    os.chdir(specification.workdir)
+
+
+def _mirror(folder: str, root: str, *, own: set[str], opened: set[str]) -> None:
+    """Show what is in `folder` below `root`, but for the paths in `own`, whose parents are in `opened`."""
+    for entry in os.scandir(folder):
+        target = root + entry.path
+        if entry.path in own or entry.path == root:
+            continue
+        if entry.path in opened:
+            Path(target).mkdir()
+            _mirror(entry.path, root, own=own, opened=opened)
+        elif entry.is_symlink():
+            Path(target).symlink_to(Path(entry.path).readlink())
+        elif entry.is_dir():
+            Path(target).mkdir()
+            _mount(entry.path, target, flags=BIND | RECURSIVE)
+        elif entry.is_file():
+            Path(target).touch()
+            _mount(entry.path, target, flags=BIND)
+
+
+def _mount(source: str | None, target: str, *, kind: str | None = None, flags: int = 0) -> None:
+    arguments = [None if text is None else text.encode() for text in (source, target, kind)]
+    done = ctypes.CDLL(None, use_errno=True).mount(*arguments, ctypes.c_ulong(flags), None)
+    _check(done, f"mount {source or ''} on {target}")
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(
+            number, f"{what}: {os.strerror(number)}; containers need mount namespaces, and user namespaces without root"
+        )
+
+
+if __name__ == "__main__":
+    main()
