@@ -27,9 +27,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with slow tests first: whichever worker ends last should end with something short."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Modules with long tests first: whichever worker ends last should end with something short."""
+    long = {item.path for item in items if any(item.get_closest_marker(name) for name in ("engine", "modal", "awq", "fuzz"))}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture

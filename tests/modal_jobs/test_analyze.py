@@ -27,7 +27,7 @@ def said(out: Path) -> tuple[dict[str, Any], np.ndarray]:
         return document, stored["probabilities"]
 
 
-@pytest.mark.slow
+@pytest.mark.modal
 @needs_modal
 def test_a_run_and_a_trace_are_analysed_where_they_are(trace: Trace, tmp_path: Path) -> None:
     account = OfflineModal(tmp_path / "account")

@@ -26,7 +26,7 @@ from vllm_patch.check import families
 
 PYTHON = Path(os.environ.get("QUANTIZE_PYTHON", f"{sys.prefix}-quantize/bin/python"))
 needs_llmcompressor = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no {PYTHON}: make install-quantize")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.awq
 
 
 def tiny(family: str, folder: Path) -> Path:

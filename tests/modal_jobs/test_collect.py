@@ -13,7 +13,7 @@ from profiler.collect.options import LocalOptions
 from profiler.engines.vllm import is_installed
 from profiler.trace.reader import Trace
 
-pytestmark = [pytest.mark.slow, needs_modal, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
+pytestmark = [pytest.mark.modal, needs_modal, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
 
 PROBLEMS, NEW_TOKENS = 60, 96
 

@@ -11,7 +11,7 @@ from support.offline_modal import OfflineModal, last_line, needs_modal
 
 from profiler.trace.reader import Trace
 
-pytestmark = [pytest.mark.slow, needs_modal]
+pytestmark = [pytest.mark.modal, needs_modal]
 
 COLLECT = ["run", "modal_jobs/collect.py", "--model", "demo", "--engine", "transformers", "--dtype", "float32"]
 JOB = [*COLLECT, "--dataset", "demo-math,demo-code", "--num-problems", "8", "--max-new-tokens", "4", "--shard-size", "3"]

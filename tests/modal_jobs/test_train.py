@@ -15,7 +15,7 @@ from speculation.predictors.options import TrainingOptions
 from speculation.training.fit import train
 from speculation.training.runs import load_run
 
-pytestmark = [pytest.mark.slow, needs_modal]
+pytestmark = [pytest.mark.modal, needs_modal]
 
 TRAIN = ["run", "modal_jobs/train.py", "--predictor", "conditional-counts"]
 

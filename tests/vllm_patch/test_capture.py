@@ -16,7 +16,7 @@ from profiler.trace.reader import Trace
 from profiler.trace.stream import ROUTING_STREAM, read_index
 from vllm_patch.check.agreement import load_oracle
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
 
 PROBLEMS = 24
 

@@ -21,7 +21,7 @@ from profiler.trace.reader import Trace
 from vllm_patch.check.agreement import load_oracle, vocabulary
 from vllm_patch.check.jobs import FAMILY_NAMES
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
 
 PROGRAM = Path(__file__).parents[1] / "support" / "drive_vllm.py"
 # The first of layers 0 to 2 is dense in some families.

@@ -181,7 +181,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "is not a vLLM: expected a package folder or checkout" in elsewhere.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")
 @pytest.mark.parametrize("plugins", ["", "specmoe"], ids=["the patch alone", "patch and plugin"])
 def test_a_patched_vllm_records_the_same_once(plugins: str, tmp_path: Path) -> None:

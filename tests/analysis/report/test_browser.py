@@ -29,6 +29,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+pytestmark = pytest.mark.browser
 EVIL = "<img src=x onerror='window.hacked=1'></script><script>window.hacked=1</script>"
 
 

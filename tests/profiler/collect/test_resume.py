@@ -96,7 +96,7 @@ def captured_tokens(out: Path) -> int:
     return sum(len(index.token_ids_N) for index in found if index is not None)
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 def test_twenty_kills_at_random_moments_lose_nothing_and_repeat_nothing(collector: Collector, tmp_path: Path) -> None:
     assert collector.run(tmp_path / "whole", None) == 0
     began = time.monotonic()
@@ -133,7 +133,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_repeat_nothing(collecto
     assert resumed >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")
 def test_a_killed_vllm_run_ends_with_its_engine_and_is_resumed(tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from profiler.engines.vllm import is_installed
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
 
 SCRIPT = 'from profiler import TraceCollector\nTraceCollector("demo").start()\n'
 

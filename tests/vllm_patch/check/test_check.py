@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).parents[2] / "support" / "faulty_recorder.py"
 needs_vllm = pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @needs_vllm
 def test_a_wrong_recorder_is_found(tmp_path: Path) -> None:
     faults = ["none", "shifted", "swapped", "unnormalized"]
@@ -41,7 +41,7 @@ def test_a_wrong_recorder_is_found(tmp_path: Path) -> None:
     assert "weights differ" in answers["unnormalized"]["detail"]
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @needs_vllm
 def test_the_command_says_what_it_found(tmp_path: Path) -> None:
     """One family, and a model that vLLM cannot load: the first is compared, the second costs nothing but its line."""

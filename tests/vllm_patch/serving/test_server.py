@@ -199,7 +199,7 @@ def post(port: int, body: dict[str, Any]) -> dict[str, Any]:
         return found
 
 
-@pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")
 def test_a_real_server_records_its_traffic_and_closes_the_trace_on_sigterm(tmp_path: Path) -> None:
     out = tmp_path / "served"
