@@ -33,7 +33,8 @@ from analysis.counts.load import LoadCounts
 from analysis.counts.survey import Axes
 from analysis.counts.transitions import TransitionCounts
 from profiler.capture.sealing import run_folder, seal
-from profiler.trace.reader import Trace, concatenate
+from profiler.trace.decoding import concatenate
+from profiler.trace.reader import Trace
 from profiler.trace.schema import PROBLEMS_FILE, PROBLEMS_SCHEMA, Metadata, ModelMetadata, RoutingChunk
 from profiler.trace.stream import RoutingWriter
 from profiler.trace.writer import write_manifest, write_metadata, write_table

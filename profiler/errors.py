@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-# What libraries can raise when they read an untrusted file: broken content, names that are not text, sizes beyond limits.
+# What libraries raise when they read an untrusted file: broken content, names that are not text, sizes beyond limits. Neither
+# TypeError nor LookupError: those are errors of our own code, and must not be reported as a broken file.
 UNREADABLE = (
     pa.ArrowException,
     ArithmeticError,
     EOFError,
-    LookupError,
     MemoryError,
     OSError,
     RuntimeError,
-    TypeError,
     ValueError,
 )
 

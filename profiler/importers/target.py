@@ -1,20 +1,20 @@
-"""What every importer hands its rows to: it sorts, checks, counts what is missing, and writes the trace."""
+"""Where every importer puts its rows: sorts and checks them, counts what is missing, and writes the trace."""
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pyarrow import ipc
 
-from profiler.capture.sealing import Missing, run_folder, seal
+from profiler.capture.sealing import run_folder, seal
 from profiler.errors import TraceError
+from profiler.importers.buckets import RowBuckets, padded
+from profiler.importers.losses import Losses, holes
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, ImportedProblem, ImportedRows, ImportOptions
 from profiler.trace.reader import Trace
 from profiler.trace.schema import (
@@ -32,26 +32,12 @@ from profiler.trace.schema import (
 from profiler.trace.stream import RoutingWriter
 from profiler.trace.writer import write_manifest, write_metadata, write_table
 
-# Rows are sorted one bucket at a time; tokens of one problem may be spread over several, rows of one token are not.
-BUCKETS = 64
-TOKENS_PER_BUCKET_TURN = 4096
-BUCKETS_FOLDER = "rows"
 # A pair of id and weight while rows are sorted.
 PAIR_BYTES = 8
 
-_ROWS_SCHEMA = pa.schema(
-    [
-        ("problem_id", pa.int32()),
-        ("token_id", pa.int32()),
-        ("layer", pa.int32()),
-        ("expert_ids", pa.list_(pa.int32())),
-        ("weights", pa.list_(pa.float32())),
-    ]
-)
-
 
 class Target:
-    """A trace in the making. Importers set `model_id` and the like, then call `add` and `add_tokens` as they read."""
+    """A trace that is being written. Importers set `model_id` and other attributes, then call `add` and `add_tokens`."""
 
     def __init__(self, directory: Path, source: Path, format_name: str, options: ImportOptions) -> None:
         self.directory = directory
@@ -66,7 +52,7 @@ class Target:
         self.problems: dict[int, ImportedProblem] = {}
         self._format = format_name
         self._ids: dict[tuple[str, ...], int] = {}
-        self._buckets: dict[int, Any] = {}
+        self._buckets = RowBuckets(directory)
         self._rows_of_layer: dict[int, int] = defaultdict(int)
         self._most_experts = 0
         self._fewest_experts = MAX_TOP_K + 1
@@ -75,13 +61,13 @@ class Target:
         self._rows = 0
         self._unknown_weights = 0
         self._known_weights = 0
-        # Why rows that contradict each other cannot be, in a format where they mean something worse than a logger's slip.
+        # Why rows that contradict each other are an error, in a format where they are more than a logger's slip.
         self.contradiction: str | None = None
         self._tokens: list[dict[str, npt.NDArray[Any]]] = []
         self._finished: Trace | None = None
 
     def problem(self, dataset: str, *key: str) -> int:
-        """The number of the problem that the source calls so; new ones are numbered as they come."""
+        """Return the number of the problem with this name in the source. New problems are numbered in the order of calls."""
         name = (dataset, *key)
         if name not in self._ids:
             self._ids[name] = len(self._ids)
@@ -89,7 +75,7 @@ class Target:
         return self._ids[name]
 
     def add(self, rows: ImportedRows, where: str) -> None:
-        """Take rows in any order. Raises `TraceError`, which names `where`, on numbers that no trace can hold."""
+        """Add rows, in any order. Raises `TraceError`, which names `where`, on numbers that a trace cannot hold."""
         layers_N, ids_NK = rows.layers_N, rows.expert_ids_NK
         if self.options.layers is not None:
             rows = rows.where(np.isin(layers_N, self.options.layers))
@@ -108,7 +94,7 @@ class Target:
         if ids_NK.shape[1] > MAX_TOP_K:
             raise TraceError(f"{where}: {ids_NK.shape[1]} experts per token, expected at most {MAX_TOP_K}")
         # Not before: an id of 2^64 - 1 would become an empty slot.
-        ids_NK = rows.expert_ids_NK = ids_NK.astype(np.int32)
+        ids_NK = ids_NK.astype(np.int32)
         present_NK = ids_NK != EMPTY
         counts_N = present_NK.sum(1)
         if rows.weights_NK is not None:
@@ -130,7 +116,7 @@ class Target:
         self._most_experts = max(self._most_experts, int(counts_N.max()))
         self._fewest_experts = min(self._fewest_experts, int(counts_N.min()))
         self._highest = max(self._highest, int(ids_NK.max(initial=-1)))
-        self._spill(rows, present_NK, counts_N)
+        self._buckets.add(replace(rows, expert_ids_NK=ids_NK))
 
     def add_arrays(
         self,
@@ -141,7 +127,7 @@ class Target:
         weights_TLK: npt.NDArray[np.floating[Any]] | None,
         where: str,
     ) -> None:
-        """Take tokens of one problem that have all `layers`, as `[T, L, K]`."""
+        """Add tokens of one problem that have rows at all `layers`, as `[T, L, K]`."""
         tokens, count, top_k = expert_ids_TLK.shape
         self.add(
             ImportedRows(
@@ -163,7 +149,7 @@ class Target:
         vocab_ids_T: npt.NDArray[np.integer[Any]] | pa.Array | None = None,
         texts_T: list[str | None] | pa.Array | None = None,
     ) -> None:
-        """Take what is known of tokens of one problem: their vocabulary ids, or their text, and the phase of all."""
+        """Add what is known about tokens of one problem: vocabulary ids or texts, and their phase."""
         columns: dict[str, Any] = {
             "problem_id": pa.array(np.full(len(token_ids_T), problem_id), pa.int32()),
             "token_id": pa.array(np.asarray(token_ids_T), pa.int32()),
@@ -175,37 +161,35 @@ class Target:
         self._tokens.append(columns)
 
     def is_finished(self, trace: Trace) -> None:
-        """For an importer that has written the whole trace itself."""
+        """Note that the importer has written the whole trace itself."""
         self._finished = trace
 
     def finish(self) -> Trace:
-        """Sort what was taken and write the trace. Raises `TraceError` if nothing is left of it."""
+        """Sort the rows and write the trace. Raises `TraceError` if no token is left."""
         if self._finished is not None:
             return self._finished
         if not self._rows:
             asked = "" if self.options.layers is None else f" at layers {','.join(map(str, self.options.layers))}"
             raise TraceError(f"{self.source}: no routing rows{asked}")
-        for bucket in self._buckets.values():
-            bucket.close()
         model, record = self._model(), self._record()
-        kept = _Kept()
+        losses = Losses()
         with RoutingWriter(run_folder(self.directory, 0), model, record) as writer:
-            for number in sorted(self._buckets):
-                self._assemble(self._bucket(number), model, record, writer, kept)
-        shutil.rmtree(self.directory / BUCKETS_FOLDER)
-        if not kept.tokens:
+            for table in self._buckets.read():
+                self._assemble(table, model, record, writer, losses)
+        self._buckets.remove()
+        if not losses.tokens:
             scarce = min(self._rows_of_layer, key=lambda layer: self._rows_of_layer[layer])
-            reasons = "; ".join(kept.gaps())
+            reasons = "; ".join(losses.gaps())
             raise TraceError(
                 f"{self.source}: nothing is left: {reasons}. Of the layers {model.moe_layers}, layer {scarce} has the fewest "
-                f"rows ({self._rows_of_layer[scarce]:,}); --layers chooses some"
+                f"rows ({self._rows_of_layer[scarce]:,}); choose some of the layers"
             )
-        record = record.model_copy(update={"empty_slots": kept.empty_slots})
-        missing = seal(self.directory, model, {p: last + 2 for p, last in kept.last_token.items()}, record=record)
-        self._write_tables(kept)
-        gaps = [*self.gaps, *kept.gaps(), *_holes(missing), *self._model_gaps(model)]
-        # Counted in one pass: a stranger's file may name as many datasets as it has problems.
-        counts = Counter(self.problems[problem].dataset for problem in kept.last_token if problem in self.problems)
+        record = record.model_copy(update={"empty_slots": losses.empty_slots})
+        missing = seal(self.directory, model, {p: last + 2 for p, last in losses.last_token.items()}, record=record)
+        self._write_tables(losses)
+        gaps = [*self.gaps, *losses.gaps(), *holes(missing), *self._model_gaps(model)]
+        # Counted in one pass: an untrusted file may name as many datasets as it has problems.
+        counts = Counter(self.problems[problem].dataset for problem in losses.last_token if problem in self.problems)
         datasets = [DatasetMetadata(name=name, problems=count) for name, count in sorted(counts.items())]
         write_metadata(
             self.directory,
@@ -223,84 +207,56 @@ class Target:
         write_manifest(self.directory)
         return Trace.open(self.directory)
 
-    def _spill(self, rows: ImportedRows, present_NK: npt.NDArray[np.bool_], counts_N: npt.NDArray[np.integer[Any]]) -> None:
-        """Append the rows to the buckets of their tokens."""
-        offsets = np.concatenate([[0], np.cumsum(counts_N)]).astype(np.int32)
-        weights = np.ones(present_NK.sum()) if rows.weights_NK is None else rows.weights_NK[present_NK]
-        batch = pa.RecordBatch.from_arrays(
-            [
-                pa.array(rows.problem_ids_N.astype(np.int32)),
-                pa.array(rows.token_ids_N.astype(np.int32)),
-                pa.array(rows.layers_N.astype(np.int32)),
-                pa.ListArray.from_arrays(offsets, rows.expert_ids_NK[present_NK].astype(np.int32)),
-                pa.ListArray.from_arrays(offsets, weights.astype(np.float32)),
-            ],
-            schema=_ROWS_SCHEMA,
-        )
-        turn_N = rows.problem_ids_N.astype(np.int64) * 31 + rows.token_ids_N // TOKENS_PER_BUCKET_TURN
-        bucket_N = turn_N % BUCKETS
-        for number in np.unique(bucket_N).tolist():
-            if number not in self._buckets:
-                (self.directory / BUCKETS_FOLDER).mkdir(exist_ok=True)
-                path = self.directory / BUCKETS_FOLDER / f"{number:03d}.arrows"
-                self._buckets[number] = ipc.new_stream(pa.OSFile(str(path), "wb"), _ROWS_SCHEMA)
-            mine_N = bucket_N == number
-            self._buckets[number].write_batch(batch if mine_N.all() else batch.take(pa.array(np.flatnonzero(mine_N))))
-
-    def _bucket(self, number: int) -> pa.Table:
-        with pa.OSFile(str(self.directory / BUCKETS_FOLDER / f"{number:03d}.arrows")) as file:
-            return ipc.open_stream(file).read_all().combine_chunks()
-
     def _assemble(
-        self, table: pa.Table, model: ModelMetadata, record: RecordMetadata, writer: RoutingWriter, kept: _Kept
+        self, table: pa.Table, model: ModelMetadata, record: RecordMetadata, writer: RoutingWriter, losses: Losses
     ) -> None:
-        """Write the tokens of a bucket that have one row at every layer."""
+        """Write the tokens of a bucket that have exactly one row at every layer."""
         if table.num_rows * model.top_k * PAIR_BYTES > MAX_PIECE_BYTES:
             raise TraceError(
-                f"{self.source}: {table.num_rows:,} rows of up to {model.top_k} experts are to be sorted at once: more than "
-                f"{MAX_PIECE_BYTES >> 20} MiB; split the source by problems"
+                f"{self.source}: {table.num_rows:,} rows of up to {model.top_k} experts must be sorted at once, which takes "
+                f"more than {MAX_PIECE_BYTES >> 20} MiB; split the source by problems"
             )
         layers_L = np.array(model.moe_layers)
         problem_N, token_N, layer_N = (table.column(name).to_numpy() for name in ("problem_id", "token_id", "layer"))
-        ids_NK, weights_NK = _padded(table, model.top_k)
+        ids_NK, weights_NK = padded(table, model.top_k)
         order_N = np.lexsort((layer_N, token_N, problem_N))
         key_N = (problem_N.astype(np.int64) << 32 | token_N)[order_N]
         layer_N, ids_NK, weights_NK = layer_N[order_N], ids_NK[order_N], weights_NK[order_N]
         again_N = np.zeros(len(key_N), dtype=np.bool_)
         again_N[1:] = (key_N[1:] == key_N[:-1]) & (layer_N[1:] == layer_N[:-1])
         if again_N.any():
-            # A row that was written twice counts once; two that contradict each other leave nothing to choose.
+            # A row that was written twice counts once. Of two that contradict each other, neither can be trusted.
             same_N = np.zeros_like(again_N)
             same_N[1:] = (ids_NK[1:] == ids_NK[:-1]).all(1) & _equal(weights_NK[1:], weights_NK[:-1]).all(1)
             contradicted = np.unique(key_N[again_N & ~same_N])
             if len(contradicted) and self.contradiction is not None:
                 raise TraceError(f"{self.source}: {self.contradiction}")
-            kept.contradicted += len(contradicted)
+            losses.contradicted += len(contradicted)
             keep_N = ~again_N & ~np.isin(key_N, contradicted)
             key_N, layer_N, ids_NK, weights_NK = key_N[keep_N], layer_N[keep_N], ids_NK[keep_N], weights_NK[keep_N]
         keys_T, first_T, counts_T = np.unique(key_N, return_index=True, return_counts=True)
         whole_T = counts_T == len(layers_L)
-        kept.count_incomplete(keys_T[~whole_T])
+        losses.count_incomplete(keys_T[~whole_T])
         rows_TL = first_T[whole_T][:, None] + np.arange(len(layers_L))
         keys_T = keys_T[whole_T]
         ids_TLK, weights_TLK = ids_NK[rows_TL], weights_NK[rows_TL]
         empty_TLK = ids_TLK == EMPTY
         repeated_T = _repeats(ids_TLK).any(1)
-        kept.repeated += int(repeated_T.sum())
+        losses.repeated += int(repeated_T.sum())
         leave_T = repeated_T
         if record.weights and self._unknown_weights:
             unknown_T = (np.isnan(weights_TLK) & ~empty_TLK).any((1, 2)) & ~leave_T
-            kept.unknown_weights += int(unknown_T.sum())
+            losses.unknown_weights += int(unknown_T.sum())
             leave_T = leave_T | unknown_T
         if self.options.drop_incomplete:
             short_T = empty_TLK.any((1, 2)) & ~leave_T
-            kept.short += int(short_T.sum())
+            losses.short += int(short_T.sum())
             leave_T = leave_T | short_T
         keys_T, ids_TLK, weights_TLK, empty_TLK = (array[~leave_T] for array in (keys_T, ids_TLK, weights_TLK, empty_TLK))
         if not len(keys_T):
             return
-        kept.empty_slots += int(empty_TLK.sum())
-        kept.count(keys_T)
+        losses.empty_slots += int(empty_TLK.sum())
+        losses.count(keys_T)
         ids_TLK = np.where(empty_TLK, model.num_experts, ids_TLK)
         weights = np.where(empty_TLK, 0, weights_TLK).astype(np.float16) if record.weights else None
         writer.add((keys_T >> 32).astype(np.int32), (keys_T & 0xFFFFFFFF).astype(np.int32), ids_TLK, weights)
@@ -336,15 +292,15 @@ class Target:
 
     def _record(self) -> RecordMetadata:
         if 0 < self._weighted_rows < self._rows:
-            raise TraceError(f"{self.source}: {self._rows - self._weighted_rows:,} rows without weights, the others with them")
+            raise TraceError(f"{self.source}: {self._rows - self._weighted_rows:,} rows have no weights, but the others do")
         known = self._known_weights > 0
         if self._weighted_rows and not known:
-            self.gaps.append("the source knows no weight")
-        # For now: the number of slots is known when the rows are assembled.
+            self.gaps.append("the source has no weight")
+        # Not the final value: the number of empty slots is known once the rows are assembled.
         varies = self._fewest_experts < self._most_experts and not self.options.drop_incomplete
         return RecordMetadata(weights=known, empty_slots=int(varies))
 
-    def _write_tables(self, kept: _Kept) -> None:
+    def _write_tables(self, losses: Losses) -> None:
         if self._tokens:
             texts = any("text" in columns for columns in self._tokens)
             names = [*TOKENS_SCHEMA.names, *(["text"] if texts else [])]
@@ -355,7 +311,7 @@ class Target:
             table = pa.concat_tables(pieces).cast(schema).sort_by([("problem_id", "ascending"), ("token_id", "ascending")])
             write_table(self.directory / TOKENS_FILE, table.unify_dictionaries())
         if self.problems:
-            known = sorted(self.problems.keys() & kept.last_token.keys())
+            known = sorted(self.problems.keys() & losses.last_token.keys())
             further = sorted({name for p in known for name in self.problems[p].further} - set(PROBLEMS_SCHEMA.names))
             names = [*PROBLEMS_SCHEMA.names, *further]
             columns: dict[str, list[Any]] = {name: [self.problems[p].further.get(name) for p in known] for name in names}
@@ -367,75 +323,6 @@ class Target:
                 for name, values in columns.items()
             }
             write_table(self.directory / PROBLEMS_FILE, pa.table(arrays))
-
-
-@dataclass
-class _Kept:
-    """What became of the tokens."""
-
-    tokens: int = 0
-    last_token: dict[int, int] = field(default_factory=dict)
-    incomplete: int = 0
-    incomplete_problems: set[int] = field(default_factory=set)
-    contradicted: int = 0
-    repeated: int = 0
-    unknown_weights: int = 0
-    short: int = 0
-    empty_slots: int = 0
-
-    def count(self, keys_T: npt.NDArray[np.int64]) -> None:
-        self.tokens += len(keys_T)
-        problems_T = keys_T >> 32
-        # Keys ascend: the last of a problem is its highest position.
-        last_T = np.append(np.diff(problems_T) > 0, True)
-        for problem, token in zip(problems_T[last_T].tolist(), (keys_T[last_T] & 0xFFFFFFFF).tolist(), strict=True):
-            self.last_token[problem] = max(self.last_token.get(problem, -1), token)
-
-    def count_incomplete(self, keys: npt.NDArray[np.int64]) -> None:
-        self.incomplete += len(keys)
-        self.incomplete_problems |= set(np.unique(keys >> 32).tolist())
-
-    def gaps(self) -> list[str]:
-        left_out = self.incomplete + self.contradicted + self.repeated + self.unknown_weights + self.short
-        of = f"of {self.tokens + left_out:,} tokens"
-        reasons = [
-            (self.incomplete, f"lacked rows at some layer and were dropped, in {len(self.incomplete_problems):,} problems"),
-            (self.contradicted, "had two different rows at a layer and were dropped"),
-            (self.repeated, "named an expert twice at a layer and were dropped"),
-            (self.unknown_weights, "had an unknown weight and were dropped"),
-            (self.short, "went to fewer than K experts and were dropped"),
-        ]
-        return [f"{count:,} {of} {reason}" for count, reason in reasons if count]
-
-
-def _holes(missing: Missing) -> list[str]:
-    """Positions without rows: the beginnings of problems (prompts that were not recorded), and others."""
-    late = beginnings = holes = others = 0
-    for gaps_G2 in missing.values():
-        first = int(gaps_G2[0, 1]) if gaps_G2[0, 0] == 0 else 0
-        rest = int((gaps_G2[:, 1] - gaps_G2[:, 0]).sum()) - first
-        late, beginnings = late + (first > 0), beginnings + first
-        others, holes = others + (rest > 0), holes + rest
-    found = []
-    if late:
-        found.append(f"{late:,} problems begin after position 0, {beginnings:,} positions in: no prefill, or not all")
-    if others:
-        found.append(f"{holes:,} further positions of {others:,} problems have no rows")
-    return found
-
-
-def _padded(table: pa.Table, top_k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """The lists as `[N, K]`, with `EMPTY` and NaN behind shorter ones."""
-    ids, weights = (table.column(name).combine_chunks() for name in ("expert_ids", "weights"))
-    if isinstance(ids, pa.ChunkedArray):
-        ids, weights = pa.concat_arrays(ids.chunks), pa.concat_arrays(weights.chunks)
-    counts_N = np.diff(ids.offsets.to_numpy())
-    ids_NK = np.full((len(counts_N), top_k), EMPTY, dtype=np.int32)
-    weights_NK = np.full((len(counts_N), top_k), np.nan, dtype=np.float32)
-    there_NK = np.arange(top_k) < counts_N[:, None]
-    ids_NK[there_NK] = ids.flatten().to_numpy()
-    weights_NK[there_NK] = weights.flatten().to_numpy(zero_copy_only=False)
-    return ids_NK, weights_NK
 
 
 def _equal(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

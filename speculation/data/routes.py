@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from analysis.counts.survey import token_identity
 from profiler.errors import EmptyPartError, SpecmoeError, TraceError
-from profiler.trace.reader import Trace, concatenate
+from profiler.trace.decoding import concatenate
+from profiler.trace.reader import Trace
 from profiler.trace.schema import DECODE, TOKENS_FILE, RoutingChunk
 from profiler.trace.splits import digest, digest_of_number, problem_digests
 from profiler.trace.untrusted.parquet_files import stream_table

@@ -180,7 +180,7 @@ def test_unknown_weights_are_not_invented(tmp_path: Path) -> None:
     none = re.sub(r"(?m)^((?:-?\d+,){6})[0-9.]+,", r"\1nan,", EDGE)
     trace = import_trace(_written(tmp_path / "n.csv", none), tmp_path / "n")
     assert trace.metadata.record.weights is False
-    assert "the source knows no weight" in trace.metadata.gaps
+    assert "the source has no weight" in trace.metadata.gaps
 
 
 def _written(path: Path, text: str) -> Path:
