@@ -20,8 +20,8 @@ def decode_routing(table: pa.Table, metadata: Metadata, where: str) -> RoutingCh
     layers = len(model.moe_layers)
     if table.num_rows == 0 or table.num_rows % layers:
         raise TraceError(f"{where}: {table.num_rows} rows, expected a multiple of {layers} layers")
-    entries = [] if record.empty_slots else [array for name in table.column_names[3:] for array in entries(table.column(name))]
-    if any(column.null_count for column in [*table.columns, *entries]):
+    lists = [] if record.empty_slots else [array for name in table.column_names[3:] for array in entries(table.column(name))]
+    if any(column.null_count for column in [*table.columns, *lists]):
         raise TraceError(f"{where}: nulls, expected none")
     chunk = decode_rows(table, layers, model.num_experts if record.empty_slots else None)
     if not _is_sound(table, chunk, metadata):

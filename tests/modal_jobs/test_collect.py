@@ -31,21 +31,27 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# vLLM's engine in the process that starts it, which imports vLLM once instead of three times.
+IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
 @pytest.fixture(scope="module")
 def local(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     """The same problems, collected in one go on this machine."""
     out = tmp_path_factory.mktemp("local") / "trace"
-    collect(
-        LocalOptions(
-            model="demo",
-            dataset="gsm8k",
-            out=out,
-            num_problems=PROBLEMS,
-            data_files=questions,
-            max_new_tokens=NEW_TOKENS,
-            dtype="float32",
-        )
+    options = LocalOptions(
+        model="demo",
+        dataset="gsm8k",
+        out=out,
+        num_problems=PROBLEMS,
+        data_files=questions,
+        max_new_tokens=NEW_TOKENS,
+        dtype="float32",
     )
+    with pytest.MonkeyPatch.context() as context:
+        for name, value in IN_ONE_PROCESS.items():
+            context.setenv(name, value)
+        collect(options)
     return Trace.open(out)
 
 
@@ -78,7 +84,7 @@ def test_three_containers_of_which_two_are_preempted_make_the_trace_of_one_machi
     questions: Path, local: Trace, account: OfflineModal, tmp_path: Path
 ) -> None:
     # Without preemption it is the same with less: tests/modal_jobs/test_resuming.py has that.
-    done = account.run(*arguments(questions, tmp_path / "trace"), preempt={1, 2}, preempt_after=1.0)
+    done = account.run(*arguments(questions, tmp_path / "trace"), preempt={1, 2}, preempt_after=1.0, environment=IN_ONE_PROCESS)
     assert done.returncode == 0, done.stdout + done.stderr
     trace = Trace.open(tmp_path / "trace")
     assert trace.faults(verify=True) == []

@@ -1,6 +1,6 @@
 """Runs vLLM with a `Recording` in a process of its own, for `test_exactness`; the scenarios are the functions.
 
-python tests/support/drive_vllm.py SCENARIO OUT MODEL...
+python tests/support/drive_vllm.py SCENARIO OUT MODEL... [-- SCENARIO OUT MODEL...]...
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ def families(out: Path, models: list[str]) -> None:
         llm = start(model)
         with Recording(llm, out / Path(model).name) as recording:
             recording.add(llm.generate(random_prompts(12, 1, 90), greedy(24), use_tqdm=False))
-        llm.llm_engine.engine_core.shutdown()
+        stop(llm)
         del llm
-        gc.collect()
 
 
 def pressure(out: Path, models: list[str]) -> None:
@@ -74,6 +73,7 @@ def pressure(out: Path, models: list[str]) -> None:
         recording.add(llm.generate(random_prompts(4, 100, 100), greedy(200), use_tqdm=False))
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     (out / "metrics.json").write_text(json.dumps({"preemptions": metrics["vllm:num_preemptions"]}))
+    stop(llm)
 
 
 def calls(out: Path, models: list[str]) -> None:
@@ -121,8 +121,25 @@ def half(out: Path, models: list[str]) -> None:
     llm = start(models[0], dtype="bfloat16")
     with Recording(llm, out / "trace") as recording:
         recording.add(llm.generate(random_prompts(16, 10, 200), greedy(40), use_tqdm=False))
+    stop(llm)
+
+
+def stop(llm: Any) -> None:
+    """Free the engine of this process for the next one."""
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+
+
+def main() -> None:
+    scenario: list[str] = []
+    for word in [*sys.argv[1:], "--"]:
+        if word != "--":
+            scenario.append(word)
+            continue
+        name, folder, *models = scenario
+        globals()[name](Path(folder), models)
+        scenario = []
 
 
 if __name__ == "__main__":
-    scenario, folder, *names = sys.argv[1:]
-    globals()[scenario](Path(folder), names)
+    main()

@@ -37,35 +37,49 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def drive(scenario: str, out: Path, *models: Path, **environment: str) -> Path:
-    command = [sys.executable, str(PROGRAM), scenario, str(out), *map(str, models)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **environment})
+def drive(*scenarios: list[object], **environment: str) -> None:
+    words = [str(word) for scenario in scenarios for word in ("--", *scenario)]
+    command = [sys.executable, str(PROGRAM), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def in_one_process(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # One engine after the other in one process: else each would import vLLM three times. Calls, and what `collect` runs, have
+    # workers.
+    out = tmp_path_factory.mktemp("engines")
+    for name in ("families", "half", "pressure"):
+        (out / name).mkdir()
+    drive(
+        ["families", out / "families", *(checkpoints / name for name in FAMILY_NAMES)],
+        ["half", out / "half", demo_model_folder()],
+        ["pressure", out / "pressure", checkpoints / "mixtral"],
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
     return out
 
 
 @pytest.fixture(scope="module")
-def families(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # One engine after the other in one process: else each would import vLLM three times. Calls, and what `collect` runs, have
-    # workers.
-    models = [checkpoints / name for name in FAMILY_NAMES]
-    return drive("families", tmp_path_factory.mktemp("families"), *models, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+def families(in_one_process: Path) -> Path:
+    return in_one_process / "families"
 
 
 @pytest.fixture(scope="module")
-def pressure(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pressure")
-    return drive("pressure", out, checkpoints / "mixtral", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+def pressure(in_one_process: Path) -> Path:
+    return in_one_process / "pressure"
+
+
+@pytest.fixture(scope="module")
+def half(in_one_process: Path) -> Path:
+    return in_one_process / "half"
 
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return drive("calls", tmp_path_factory.mktemp("calls"), demo_model_folder())
-
-
-@pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return drive("half", tmp_path_factory.mktemp("half"), demo_model_folder(), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    out = tmp_path_factory.mktemp("calls")
+    drive(["calls", out, demo_model_folder()])
+    return out
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)

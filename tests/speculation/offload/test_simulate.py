@@ -16,7 +16,7 @@ from speculation.offload.costs import Costs
 from speculation.offload.kernel import Count, Rule
 from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests, requests_of
-from speculation.offload.simulate import Result, Setting, Workload, capacities, simulate
+from speculation.offload.simulate import Setting, SimulationResult, Workload, capacities, simulate
 from speculation.predictors.counting.previous_token import PreviousToken
 from speculation.predictors.options import TrainingOptions
 
@@ -431,7 +431,7 @@ def test_capacities() -> None:
 
 def test_a_plan_without_entries_is_none() -> None:
     workload = workload_from([[[0], [1]], [[2], [0]]], 3)
-    results: list[Result] = [
+    results: list[SimulationResult] = [
         simulate(workload, Setting(Rule.LRU, 1), plan, COSTS) for plan in (None, no_plan(workload.requests))
     ]
     assert (results[0].counts_LC == results[1].counts_LC).all()

@@ -78,5 +78,5 @@ def test_a_run_is_pushed_as_a_model(trace: Trace, tmp_path: Path, hub: tuple[str
     assert all(files[name] == (tmp_path / "run" / name).read_bytes() for name in files)
     done = pushed(trace, tmp_path / "other", address, "--private")
     assert done.returncode == 2
-    assert "goes with --push" in done.stderr
+    assert "needs --push" in done.stderr
     assert not (tmp_path / "other").exists()

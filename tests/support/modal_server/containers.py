@@ -167,6 +167,7 @@ class Containers(Part):
             "PYTHONUNBUFFERED": "1",
             **ONE_THREAD,
             **environment.variables,
+            **self.server.settings.environment,
             "PYTHONPATH": ":".join(environment.python_path),
             "MODAL_SERVER_URL": "unix:///__modal/socket",
             "MODAL_TASK_ID": container.id,

@@ -23,13 +23,14 @@ class Settings:
     """preempt: inputs of a map, by number, whose first container is preempted, so many seconds after the input reached it.
 
     python: the interpreter whose packages containers have. secrets: by name, environment variables and their values.
-    max_containers: of a function that sets no limit.
+    environment: further variables of all containers. max_containers: of a function that sets no limit.
     """
 
     preempt: Set[int] = frozenset()
     preempt_after: float = 0.5
     python: Path = Path(sys.executable)
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     max_containers: int = 4
 
 
