@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install install-tests install-quantize demo test test-all fast lint clean
+.PHONY: help install install-tests install-quantize demo test test-all fast docs lint clean
 
 help:
 	@echo "make demo   install into $(VENV), then collect, train, evaluate and analyze on the embedded model"
 	@echo "make test   install into $(VENV), then run lint, type checks and all tests"
 	@echo "make test-all  as test, with 10,000 mutated inputs per reader instead of 1,000 (an hour more)"
+	@echo "make docs   build the documentation, with the reference of the Python API, into site/"
 	@echo "make fast   install into $(VENV), then run lint, type checks and the tests that start neither engines nor containers"
 
 install:
@@ -38,6 +39,9 @@ test-all:
 fast: install-tests lint
 	@$(VENV)/bin/python -m pytest -m "not (engine or modal or awq or fuzz)"
 
+docs: install-tests
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
 lint: install-tests
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check --quiet .
@@ -45,4 +49,4 @@ lint: install-tests
 	@$(VENV)/bin/lint-imports --no-logo
 
 clean:
-	rm -rf $(VENV) $(VENV)-quantize specmoe-demo
+	rm -rf site $(VENV) $(VENV)-quantize specmoe-demo

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from analysis.counts.counting import TraceCounts, count_trace
     from analysis.documents.evaluation import Evaluation, read_evaluation
     from analysis.documents.simulation import Simulation, read_simulation
+    from analysis.documents.statistics import StatisticsDocument, read_statistics
     from analysis.statistics.agreement import Agreement, prompt_agreement
     from analysis.statistics.compute import Statistics, compute_statistics
 
@@ -21,12 +22,14 @@ __all__ = [
     "Evaluation",
     "Simulation",
     "Statistics",
+    "StatisticsDocument",
     "TraceCounts",
     "compute_statistics",
     "count_trace",
     "prompt_agreement",
     "read_evaluation",
     "read_simulation",
+    "read_statistics",
 ]
 
 _MODULES = {
@@ -36,6 +39,8 @@ _MODULES = {
     "read_evaluation": "documents.evaluation",
     "Simulation": "documents.simulation",
     "read_simulation": "documents.simulation",
+    "StatisticsDocument": "documents.statistics",
+    "read_statistics": "documents.statistics",
     "Agreement": "statistics.agreement",
     "prompt_agreement": "statistics.agreement",
     "Statistics": "statistics.compute",

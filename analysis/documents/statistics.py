@@ -283,6 +283,14 @@ class ComparisonDocument(_Record):
 def read_statistics(path: Path) -> StatisticsDocument:
     """Read the statistics of a trace from `statistics.json`, or from the folder that holds it.
 
-    Raises `TraceError` if there is no such file, or if it is something else.
+    Args:
+        path: `statistics.json`, or the folder that `specmoe analyze --out` wrote.
+
+    Raises:
+        TraceError: There is no such file, or it is something else.
+
+    Example:
+        >>> document = read_statistics(Path("reports/math"))  # doctest: +SKIP
+        >>> document.load[0].entropy_share  # evenness of each layer's load, 1 is even  # doctest: +SKIP
     """
     return read_document(path, StatisticsDocument, STATISTICS_FILE, "specmoe analyze TRACE --out DIR")
