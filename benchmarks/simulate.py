@@ -25,10 +25,10 @@ from profiler.models.registry import MODELS
 from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
 from speculation.offload.costs import costs_of
-from speculation.offload.kernel import Count, Rule
 from speculation.offload.plans import oracle_plan, popularity_plan
 from speculation.offload.requests import Requests, requests_of
 from speculation.offload.simulate import Setting, Workload, simulate
+from speculation.offload.state import Count, Rule
 
 LAYERS, EXPERTS, TOP_K = 24, 32, 4
 ROUNDS = 3

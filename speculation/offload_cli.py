@@ -123,8 +123,8 @@ def simulate(
 
     Example: specmoe simulate traces/math --device H100 --device "RTX 3090" --cache-gb 8 --out simulations/math
     """
-    from speculation.offload.kernel import Rule
     from speculation.offload.simulation_page import write_simulation
+    from speculation.offload.state import Rule
     from speculation.offload.study import Study
 
     study = Study(
@@ -202,9 +202,9 @@ def replay(
 
     Example: specmoe replay traces/math --model gpt-oss-20b --predictor runs/math --cache-fraction .25
     """
-    from speculation.offload.kernel import Rule
     from speculation.offload.replay import default_device
     from speculation.offload.replay_study import Replay, run_replay
+    from speculation.offload.state import Rule
 
     result = run_replay(
         Replay(

@@ -21,7 +21,7 @@ from speculation.data.routes import Routes
 from speculation.data.tasks import Task
 from speculation.offload.costs import COPY_LATENCY, Costs
 from speculation.offload.devices import Cpu, Cuda, Device, Event
-from speculation.offload.kernel import Rule
+from speculation.offload.state import Rule
 from speculation.predictors.base import Predictor
 
 DEVICES: dict[str, type[Cuda] | type[Cpu]] = {"cuda": Cuda, "cpu": Cpu}

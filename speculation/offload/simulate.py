@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
 from speculation.offload.costs import Costs
-from speculation.offload.kernel import CLOCK, PREDICTION, Count, Limits, Rule, expert_records, play, uses_ahead
+from speculation.offload.kernel import play, uses_ahead
 from speculation.offload.plans import PrefetchPlan, no_plan
 from speculation.offload.requests import Requests
+from speculation.offload.state import CLOCK, QUEUED_PREFETCH, Count, Limits, Rule, expert_records
 
 # Each expert of a request needs its own place in the kernel's order of uses.
 MAX_EXPERTS = 4096
@@ -169,7 +170,7 @@ def simulate(
         ),
         workload.popularity,
         expert_records(first_use),
-        np.zeros(setting.queue, dtype=PREDICTION),
+        np.zeros(setting.queue, dtype=QUEUED_PREFETCH),
         np.zeros(1, dtype=CLOCK),
     )
     is_endless = not np.isfinite(ends_S[-1:]).all()

@@ -17,11 +17,11 @@ from speculation.data.routes import Routes, load_routes, route_digests
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import check_run
 from speculation.offload.costs import Costs, costs_of, find_entry
-from speculation.offload.kernel import Rule
 from speculation.offload.replay import default_device, measure
 from speculation.offload.replay_study import Replay, sizes_of
 from speculation.offload.requests import requests_of
 from speculation.offload.simulate import Workload, capacities
+from speculation.offload.state import Rule
 from speculation.offload.sweep import (
     NONE,
     POPULARITY,

@@ -14,10 +14,10 @@ from profiler.errors import SpecmoeError
 from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import Costs
 from speculation.offload.devices import Cpu
-from speculation.offload.kernel import Count, Rule
 from speculation.offload.replay import Sizes, measure, open_device, replay
 from speculation.offload.requests import requests_of
 from speculation.offload.simulate import Setting, Workload, simulate
+from speculation.offload.state import Count, Rule
 from speculation.predictors.counting.conditional_counts import ConditionalCounts
 from speculation.predictors.options import TrainingOptions
 

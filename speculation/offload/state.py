@@ -1,0 +1,128 @@
+"""The state of a simulated cache: policies, counted events, and the records that the compiled loop changes.
+
+Experts are numbered `layer * E + expert`. All times are in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Rule(IntEnum):
+    """Which expert a full cache evicts: the one with the smallest ..."""
+
+    LRU = 0  # last use
+    FIFO = 1  # time of loading
+    LFU = 2  # number of uses so far, cached or not; among equals, last use
+    LFRU = 3  # number of uses so far over the time since the last one
+    POPULARITY = 4  # frequency in the training problems
+    BELADY = 5  # negated time until the next use: needs the future
+
+
+class Count(IntEnum):
+    """Events that are counted, for each layer separately."""
+
+    REQUESTED = 0  # experts that a layer's router chose
+    HIT = 1  # ... that were in the cache
+    LATE = 2  # ... whose prefetch was still in transfer
+    MISS = 3  # ... that were neither: demand loads
+    LOADS = 4  # transfers: demand loads and prefetches
+    PREFETCHED = 5  # prefetches
+    USEFUL = 6  # prefetched experts that were used before they were evicted
+    WASTED = 7  # prefetched experts that were evicted before a use, or never used
+    COLLISION = 8  # misses of experts that had been evicted earlier in the same step
+    STREAMED = 9  # chosen experts for which the cache had no room: loaded for one request, and not kept
+    DROPPED = 10  # predictions that were not acted on: the queue or the cache was full, or their layer came first
+
+
+class Expert:
+    """What the simulation knows of one expert: a record of `EXPERT`.
+
+    where: `ABSENT`, `PRESENT`, `COMING`, `WAITING` or `MISSED`. arrival: when its transfer ends. chosen_by: the last request
+    whose router chose it. predicted_for: the farthest request for which it is predicted. key: what the `Rule` compares.
+    last_use: its place in the order of uses, which decides between equal keys. next_use: the next request that chooses it.
+    waits_for: the request for which its transfer is queued. evicted_in: the last step that evicted it. is_unused_prefetch: it
+    was prefetched and has not been used since.
+    """
+
+    key: int
+    last_use: int
+    next_use: int
+    chosen_by: int
+    predicted_for: int
+    arrival: float
+    waits_for: int
+    evicted_in: int
+    where: int
+    is_unused_prefetch: bool
+
+
+class QueuedPrefetch:
+    """A queued prefetch, a record of `QUEUED_PREFETCH`: the expert, the request it is for, and when it was predicted."""
+
+    expert: int
+    request: int
+    time: float
+
+
+class Clock:
+    """Times and places in the queue, the only record of a `CLOCK` array.
+
+    now: when the router of the current layer has chosen. computed: when the last layer's experts were computed. transfers_end,
+    predictor_ends: when the interconnect and the predictor are free again. head, waiting: the queue's first entry, and how many
+    there are. step, layer, request: the current ones. kind: 1 for generated tokens, 0 for prompts.
+    """
+
+    now: float
+    computed: float
+    transfers_end: float
+    predictor_ends: float
+    head: int
+    waiting: int
+    step: int
+    layer: int
+    request: int
+    kind: int
+
+
+class Limits(NamedTuple):
+    """Numbers that stay. copy_seconds: transfer time of one expert. capacity: experts in each cache."""
+
+    rule: int
+    capacity: int
+    layers: int
+    num_experts: int
+    is_global: bool
+    copy_seconds: float
+
+
+def _record(described: type, **smaller: type) -> np.dtype[np.void]:
+    types = {"int": np.int64, "float": np.float64, "bool": np.bool_}
+    fields = [(name, smaller.get(name, types[kind])) for name, kind in described.__annotations__.items()]
+    return np.dtype(fields, align=True)
+
+
+# 64 bytes: one cache line.
+EXPERT = _record(Expert, evicted_in=np.int32, where=np.int8)
+QUEUED_PREFETCH, CLOCK = _record(QueuedPrefetch), _record(Clock)
+Experts = Sequence[Expert]
+Queue = Sequence[QueuedPrefetch]
+Integers = npt.NDArray[np.int64]
+Seconds = npt.NDArray[np.float64]
+
+ABSENT, PRESENT, COMING, WAITING, MISSED = 0, 1, 2, 3, 4
+NEVER = 1 << 60
+
+
+def expert_records(first_use: Integers) -> npt.NDArray[np.void]:
+    """Records of experts before the first request, none of them cached. first_use `[L * E]`: the request that needs each."""
+    experts = np.zeros(len(first_use), dtype=EXPERT)
+    experts["next_use"] = first_use
+    for name in ("chosen_by", "predicted_for", "evicted_in"):
+        experts[name] = -1
+    return experts
