@@ -420,7 +420,7 @@ def test_capacities() -> None:
     assert list(capacities(workload, [], [7.9], COSTS, True)) == [7]
     with pytest.raises(SpecmoeError, match=r"cache fraction 1\.5: expected 0 to 1"):
         list(capacities(workload, [1.5], [], None, False))
-    with pytest.raises(SpecmoeError, match="a cache in GB needs the size of an expert"):
+    with pytest.raises(SpecmoeError, match="a cache size in GB needs the size of an expert"):
         list(capacities(workload, [], [1.0], None, False))
     for size in (float("nan"), float("inf"), -1.0):
         with pytest.raises(SpecmoeError, match="GB: expected 0 or more"):
