@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.offline_hub import Hub
-from support.traces import Problems, write_made_trace
+from support.traces import MakeProblems, MakeTrace, Problems, write_made_trace
 
 from profiler.trace.reader import Trace
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def make_trace(tmp_path: Path) -> Callable[..., Trace]:
+def make_trace(tmp_path: Path) -> MakeTrace:
     """Make a complete trace: see `write_made_trace`."""
 
     def make(problems: Problems, num_experts: int, *, name: str = "trace", **options: Any) -> Trace:
@@ -43,7 +43,7 @@ def make_trace(tmp_path: Path) -> Callable[..., Trace]:
 
 
 @pytest.fixture
-def random_problems() -> Callable[..., Problems]:
+def random_problems() -> MakeProblems:
     """Problems routed uniformly and independently."""
 
     def make(count: int, tokens: int, layers: int, num_experts: int, top_k: int, seed: int = 0) -> Problems:

@@ -28,7 +28,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_an_old_python(
-    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 10, 4))
     with pytest.raises(SystemExit, match="1"):
@@ -37,7 +37,7 @@ def test_an_old_python(
 
 
 def test_a_full_disk(
-    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     with pytest.raises(SystemExit, match="1"):
@@ -45,7 +45,7 @@ def test_a_full_disk(
     assert "1.0 GiB free on the disk" in one_line(capsys)
 
 
-def test_an_environment_without_pip(install: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_environment_without_pip(install: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import venv
 
     venv.create(tmp_path / ".venv", with_pip=False)

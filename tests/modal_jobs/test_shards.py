@@ -29,7 +29,7 @@ class LocalVolume:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def listdir(self, path: str, *, recursive: bool = False) -> list[Path]:
+    def listdir(self, path: str, *, recursive: bool = False) -> list[Entry]:
         folder = self.root / path.lstrip("/")
         return [Entry(str(found.relative_to(self.root))) for found in (folder.rglob("*") if recursive else folder.iterdir())]
 
@@ -228,7 +228,7 @@ def test_a_commit_that_fails_is_tried_again(
     run: Path, job: tuple[CollectJob, Path], collector: TraceCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "COMMIT_SECONDS", 0.05)
-    commits = []
+    commits: list[int] = []
 
     def commit() -> None:
         commits.append(len(commits))

@@ -28,7 +28,8 @@ def account(tmp_path_factory: pytest.TempPathFactory) -> OfflineModal:
 def tables(run: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
-    return load_file(run / "model.safetensors")
+    stored: dict[str, np.ndarray] = load_file(run / "model.safetensors")
+    return stored
 
 
 def test_a_trace_from_here_is_trained_on_there(trace: Trace, account: OfflineModal, tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.traces import MakeProblems, MakeTrace
 
 from profiler.errors import EXTRAS, first_line, missing_extra
 from profiler.trace.reader import Trace
@@ -28,7 +28,7 @@ specmoe.main()
 
 
 @pytest.fixture
-def trace(make_trace: Callable[..., Trace], random_problems: Callable[..., list[object]]) -> Trace:
+def trace(make_trace: MakeTrace, random_problems: MakeProblems) -> Trace:
     return make_trace(random_problems(count=3, tokens=5, layers=2, num_experts=4, top_k=2), 4)
 
 

@@ -95,12 +95,12 @@ def make_trace(folder: Path) -> Path:
     seal(folder, MODEL, dict.fromkeys(range(3), 21))
     tokens = {"problem_id": [0, 1], "token_id": [0, 0], "vocab_id": [5, None], "phase": ["prefill", "decode"]}
     pq.write_table(pa.Table.from_pydict(tokens).cast(TOKENS_SCHEMA), folder / "tokens.parquet")
-    problem = {
+    problems = {
         "problem_id": [0, 1, 2],
         **{name: ["a", "b", "c"] for name in ("dataset", "source_key", "prompt", "output", "finish_reason")},
         **{name: [1, 2, 3] for name in ("prompt_tokens", "output_tokens", "truncated_tokens", "cached_tokens")},
     }
-    pq.write_table(pa.table(problem), folder / "problems.parquet")
+    pq.write_table(pa.table(problems), folder / "problems.parquet")
     write_manifest(folder)
     return folder
 
@@ -136,11 +136,17 @@ def make_capture(folder: Path) -> Path:
             writer.add(number, np.arange(5), *random_routing(5, number))
     requests = [CapturedRequest(n, f"problem-{n}", n, [1, 2, 3], 0).to_json() for n in range(3)]
     (run / REQUESTS_FILE).write_text("".join(line + "\n" for line in requests))
-    facts = {"dataset": "d", "source_key": "s", "prompt": "p", "prompt_token_ids": [1, 2, 3], "truncated_tokens": 0}
-    planned = [PlannedProblem(problem_id=n, **facts).to_json() for n in range(3)]
+    planned = [
+        PlannedProblem(
+            problem_id=n, dataset="d", source_key="s", prompt="p", prompt_token_ids=[1, 2, 3], truncated_tokens=0
+        ).to_json()
+        for n in range(3)
+    ]
     (run / PLANNED_FILE).write_text("".join(line + "\n" for line in planned))
-    facts = {"output": "o", "output_token_ids": [4, 5, 6], "cached_tokens": 0, "finish_reason": "stop"}
-    completions = [CompletedProblem(problem_id=n, **facts).to_json() for n in range(2)]
+    completions = [
+        CompletedProblem(problem_id=n, output="o", output_token_ids=[4, 5, 6], cached_tokens=0, finish_reason="stop").to_json()
+        for n in range(2)
+    ]
     (run / COMPLETIONS_FILE).write_text("".join(line + "\n" for line in completions))
     return folder
 

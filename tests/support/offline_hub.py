@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 KIND = re.compile("^/api/(datasets|models)/")
@@ -14,6 +14,7 @@ KIND = re.compile("^/api/(datasets|models)/")
 class Hub(BaseHTTPRequestHandler):
     """As much of the Hugging Face hub as takes a commit of small files; knows one user by the token `good`."""
 
+    server: ThreadingHTTPServer
     repositories: dict[str, dict[str, Any]]
 
     def do_POST(self) -> None:
@@ -58,7 +59,7 @@ class Hub(BaseHTTPRequestHandler):
 
     @property
     def _address(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
+        return f"http://127.0.0.1:{self.server.server_port}"
 
     def _answer(self, document: Any, status: int = 200) -> None:
         content = json.dumps(document).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from profiler.trace.stream import RoutingWriter
 from profiler.trace.writer import write_manifest, write_metadata, write_table
 
 Problems = list[tuple[np.ndarray, np.ndarray]]
+# What the fixtures `make_trace` and `random_problems` give.
+MakeTrace = Callable[..., Trace]
+MakeProblems = Callable[..., Problems]
 
 
 def write_made_trace(

@@ -45,7 +45,9 @@ class OldLayer(torch.nn.Module):
         self.layer_name = f"model.layers.{layer_id}.block_sparse_moe.experts"
         self.top_k, self.logical_num_experts, self.enable_eplb = 2, 4, enable_eplb
 
-    def select_experts(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def select_experts(
+        self, hidden_states: torch.Tensor, router_logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
         return router_logits[:, :2], torch.tensor([[1, 3]] * len(hidden_states)), None
 
 
@@ -54,7 +56,8 @@ OLD_HOOK = resolve_hook("0.12.0", cpu=False)
 
 
 def test_each_layer_copies_what_it_chose_and_returns_it_unchanged() -> None:
-    model = torch.nn.Sequential(Layer(5), torch.nn.Linear(2, 2), Layer(3))
+    first = Layer(5)
+    model = torch.nn.Sequential(first, torch.nn.Linear(2, 2), Layer(3))
     layers = find_moe_layers(model, ROUTER_HOOK)
     assert [(layer.index, layer.num_experts, layer.top_k) for layer in layers] == [(3, 4, 2), (5, 4, 2)]
     assert [layer.name for layer in layers] == ["2", "0"]
@@ -64,7 +67,7 @@ def test_each_layer_copies_what_it_chose_and_returns_it_unchanged() -> None:
             layer.module.router._compute_routing, lambda *tensors, index=layer.index: copied.append((index, tensors))
         )
     hidden, logits = torch.zeros(3, 2), torch.ones(3, 4)
-    weights, ids = model[0].router._compute_routing(hidden, logits)
+    weights, ids = first.router._compute_routing(hidden, logits)
     (index, tensors), *rest = copied
     assert index == 5
     assert not rest
@@ -160,7 +163,7 @@ def make_config(speculative: object = None, **parallel: object) -> SimpleNamespa
         ({}, object(), "speculative"),
     ],
 )
-def test_settings_that_would_mislabel_rows_are_refused(parallel: dict, speculative: object, text: str) -> None:
+def test_settings_that_would_mislabel_rows_are_refused(parallel: dict[str, object], speculative: object, text: str) -> None:
     defaults = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "tensor_parallel_size": 1, "enable_dbo": False}
     config = make_config(speculative, **(defaults | parallel))
     with pytest.raises(UnsupportedModelError, match=text):
@@ -175,7 +178,9 @@ def test_tensor_parallelism_and_simulated_routing(monkeypatch: pytest.MonkeyPatc
         refuse_unsupported(config)
 
 
-def scheduled(tokens: dict[str, int], new: dict[str, dict | None] | None = None, finished: tuple[str, ...] = ()) -> object:
+def scheduled(
+    tokens: dict[str, int], new: dict[str, dict[str, object] | None] | None = None, finished: tuple[str, ...] = ()
+) -> object:
     return SimpleNamespace(
         num_scheduled_tokens=tokens,
         total_num_scheduled_tokens=sum(tokens.values()),

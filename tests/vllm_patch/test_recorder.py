@@ -16,6 +16,7 @@ from profiler.trace.schema import ModelMetadata
 from profiler.trace.stream import HIDDEN_STREAM, LOGITS_STREAM, ROUTING_STREAM, gather, read_index
 from vllm_patch import recorder as recorder_module
 from vllm_patch.buffers import CaptureBuffers
+from vllm_patch.capture_files import CapturedRows
 from vllm_patch.recorder import Recorder
 from vllm_patch.steps import NewRequest, Step
 
@@ -161,8 +162,15 @@ def test_a_slow_writer_makes_the_engine_wait_and_loses_nothing(
     monkeypatch.setattr(recorder_module, "QUEUE_BYTES", 1)
     monkeypatch.setattr(recorder_module, "BATCH_BYTES", 1)
     recorder.start(tmp_path / "c")
-    write = recorder._files.write
-    monkeypatch.setattr(recorder._files, "write", lambda batch: (time.sleep(0.05), write(batch)))
+    files = recorder._files
+    assert files is not None
+    write = files.write
+
+    def write_slowly(batch: CapturedRows) -> None:
+        time.sleep(0.05)
+        write(batch)
+
+    monkeypatch.setattr(files, "write", write_slowly)
     for number in range(10):
         run_step(recorder, number % 4, labels([(str(number), 0, 1)], new={str(number): number}))
     answer = recorder.stop()

@@ -6,7 +6,17 @@ import itertools
 
 import pytest
 
-from vllm_patch.releases import CPU_HOOKS, HOOKS, NEWEST, OLDEST, UnsupportedReleaseError, is_known, parse_release, resolve_hook
+from vllm_patch.releases import (
+    CPU_HOOKS,
+    HOOKS,
+    NEWEST,
+    OLDEST,
+    Hook,
+    UnsupportedReleaseError,
+    is_known,
+    parse_release,
+    resolve_hook,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +40,7 @@ def test_the_hook_of_a_release(version: str, cpu: bool, name: str) -> None:
 
 
 @pytest.mark.parametrize("hooks", [HOOKS, CPU_HOOKS])
-def test_ranges_follow_each_other(hooks: tuple) -> None:
+def test_ranges_follow_each_other(hooks: tuple[Hook, ...]) -> None:
     for before, after in itertools.pairwise(hooks):
         assert before.last < after.first or before.last == (0, 29)
         assert before.first <= before.last

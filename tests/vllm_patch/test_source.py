@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from click.testing import Result
 from support.agreement import assert_agrees, assert_complete
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from profiler.engines.vllm import is_installed
 from profiler.models.resolve import demo_model_folder
@@ -88,7 +88,7 @@ def test_apply_and_revert_restore_every_byte(version: str, tmp_path: Path) -> No
 def test_the_hook_sees_the_ids_before_they_are_remapped(version: str, tmp_path: Path) -> None:
     path = checkout(tmp_path, version)
     source.apply(open_vllm(tmp_path))
-    space = {"remap": lambda ids: "copies"}
+    space: dict[str, Any] = {"remap": lambda ids: "copies"}
     exec(path.read_text(), space)
     kind = space.get("FusedMoE") or space["BaseRouter"]
     seen: list[object] = []
@@ -193,6 +193,7 @@ def test_a_patched_vllm_records_the_same_once(plugins: str, tmp_path: Path) -> N
 
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
+    assert spec.submodule_search_locations is not None
     installed = Path(spec.submodule_search_locations[0])
     overlay(installed, tmp_path / "site" / "vllm", ["v1/worker", f"{FOLDER}/router"])
     source.apply(open_vllm(tmp_path / "site"))

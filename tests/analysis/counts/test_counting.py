@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.frames import counted, make_axes, make_frame, uniform
+from support.traces import MakeProblems, MakeTrace
 
 from analysis.counts.accumulator import Accumulator
 from analysis.counts.counting import TraceCounts, axes_of, count_trace
@@ -23,8 +24,6 @@ from analysis.statistics.compute import Source, compute_statistics
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.schema import MANIFEST_FILE, TOKENS_FILE, ModelMetadata
-
-Make = Callable[..., Trace]
 
 
 def assert_equal(first: TraceCounts, second: TraceCounts) -> None:
@@ -62,7 +61,7 @@ def test_cuts_change_nothing(
     vocab = [random.integers(-1, 4, length) for length in lengths]
     axes = make_axes(layers, experts, top_k, hops=min(2, layers - 1), datasets=("a", "b", "c"), vocabulary=(10, 20, 30))
     whole = make_frame(
-        problems, experts, weights=weights, vocab=vocab, datasets=random.integers(0, 3, len(lengths)), first_problem=5
+        problems, experts, weights=weights, vocab=vocab, datasets=random.integers(0, 3, len(lengths)).tolist(), first_problem=5
     )
     expected = count(axes, [whole])
 
@@ -80,7 +79,7 @@ def test_cuts_change_nothing(
 
 
 @pytest.fixture
-def trace(make_trace: Make, random_problems: Make) -> Trace:
+def trace(make_trace: MakeTrace, random_problems: MakeProblems) -> Trace:
     problems = random_problems(count=12, tokens=60, layers=4, num_experts=8, top_k=2)
     return make_trace(
         problems, 8, datasets=["b", "a", "c"] * 4, vocab_ids=[np.arange(61) % 7] * 12, prompt_tokens=10, name="twelve"
@@ -115,7 +114,7 @@ def test_frames_know_dataset_phase_fold_and_token(trace: Trace) -> None:
     assert np.concatenate([part.vocab_T for part in later]).tolist() == frame.vocab_T[300:540].tolist()
 
 
-def test_rows_without_problem_are_refused(trace: Trace, make_trace: Make, random_problems: Make) -> None:
+def test_rows_without_problem_are_refused(trace: Trace, make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     other = make_trace(random_problems(count=3, tokens=60, layers=4, num_experts=8, top_k=2), 8, name="three")
     (trace.path / "problems.parquet").write_bytes((other.path / "problems.parquet").read_bytes())
     with pytest.raises(TraceError, match=r"routing rows of problem 3, which problems\.parquet does not list"):
@@ -173,12 +172,15 @@ def test_stored_counts_of_another_analysis_are_refused() -> None:
 
 def test_pickled_objects_are_not_loaded() -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, **{"load/counts": np.array([{"a": 1}], dtype=object)})
+    stored: dict[str, Any] = {"load/counts": np.array([{"a": 1}], dtype=object)}
+    np.savez(buffer, **stored)
     with pytest.raises(TraceError, match="stored counts are not readable"):
         TraceCounts.restored(make_axes(2, 4, 1), buffer.getvalue())
 
 
-def test_too_many_hops_are_refused(make_trace: Make, random_problems: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_hops_are_refused(
+    make_trace: MakeTrace, random_problems: MakeProblems, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trace = make_trace(random_problems(count=2, tokens=5, layers=6, num_experts=8, top_k=2), 8, name="six")
     monkeypatch.setattr("analysis.counts.counting.MAX_TRANSITION_BYTES", 4 * 6 * 81 * 4 * 2)
     assert axes_of(trace, survey_trace(trace)).hops == 2
@@ -195,7 +197,7 @@ def test_every_accumulator_is_part_of_a_count() -> None:
     assert {type(part) for part in TraceCounts(make_axes(2, 4, 1)).parts.values()} == below(Accumulator)
 
 
-def test_logits_are_counted_once_per_problem(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
+def test_logits_are_counted_once_per_problem(make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -244,7 +246,7 @@ def test_problems_can_be_left_out_and_grouped_by_another_column(trace: Trace) ->
         compute_statistics(trace, choice=choice)
 
 
-def test_threads_do_not_lose_problems_that_are_out_of_order(make_trace: Make, random_problems: Make) -> None:
+def test_threads_do_not_lose_problems_that_are_out_of_order(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     problems = random_problems(count=4, tokens=6, layers=2, num_experts=4, top_k=1)
     first = make_trace(problems[:2], 4, name="first")
     second = make_trace(problems, 4, name="second")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from support.traces import write_made_trace
 
 from analysis.analyze import analyze_trace, compare_traces
 from profiler.trace.reader import Trace
-
-Make = Callable[..., Trace]
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 # As root, and without a network that its own services could look for.

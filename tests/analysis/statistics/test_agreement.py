@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
+from support.traces import MakeProblems, MakeTrace
 
 from analysis.statistics.agreement import prompt_agreement
-from profiler.trace.reader import Trace
-
-Make = Callable[..., Trace]
 
 
-def test_agreement_by_hand(make_trace: Make) -> None:
+def test_agreement_by_hand(make_trace: MakeTrace) -> None:
     # Two prompts of two tokens (a third token is generated), one layer, top-2 of four.
     weights = np.tile([0.75, 0.25], (3, 1, 1))
     mine = [np.array([[[0, 1]], [[2, 3]], [[0, 1]]]), np.array([[[1, 2]], [[3, 0]], [[0, 1]]])]
     theirs = [np.array([[[1, 0]], [[2, 1]], [[2, 3]]]), np.array([[[1, 2]], [[1, 2]], [[2, 3]]])]
-    traces = [
+    first, second = (
         make_trace([(ids, weights) for ids in problems], 4, name=name, prompt_tokens=2)
         for name, problems in (("mine", mine), ("theirs", theirs))
-    ]
-    found = prompt_agreement(*traces)
+    )
+    found = prompt_agreement(first, second)
     assert found is not None
     assert (found.problems, found.tokens) == (2, 4)
     # In common: 2, 1, 2, 0 of 2; the same sets: two of four; the same first: 2 and 2, 1 and 1.
@@ -31,7 +27,7 @@ def test_agreement_by_hand(make_trace: Make) -> None:
     assert found.same_first == pytest.approx([2 / 4])
 
 
-def test_a_trace_agrees_with_itself_and_not_with_a_shuffled_one(make_trace: Make, random_problems: Make) -> None:
+def test_a_trace_agrees_with_itself_and_not_with_a_shuffled_one(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     problems = random_problems(count=10, tokens=60, layers=3, num_experts=8, top_k=2)
     others = random_problems(count=10, tokens=60, layers=3, num_experts=8, top_k=2, seed=1)
     one, two = make_trace(problems, 8, name="one", prompt_tokens=50), make_trace(others, 8, name="two", prompt_tokens=50)
@@ -43,7 +39,7 @@ def test_a_trace_agrees_with_itself_and_not_with_a_shuffled_one(make_trace: Make
     assert random.shared_shuffled == pytest.approx(np.full(3, 0.25), abs=0.02)
 
 
-def test_prompts_are_matched_by_their_text(make_trace: Make, random_problems: Make) -> None:
+def test_prompts_are_matched_by_their_text(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     problems = random_problems(count=4, tokens=6, layers=2, num_experts=4, top_k=1)
     one = make_trace(problems, 4, name="one", prompts=["a", "b", "c", "d"], prompt_tokens=6)
     part = make_trace(problems[1:3], 4, name="part", prompts=["b", "c"], prompt_tokens=6)
@@ -54,7 +50,7 @@ def test_prompts_are_matched_by_their_text(make_trace: Make, random_problems: Ma
     assert prompt_agreement(one, make_trace(problems[:1], 4, name="none", prompts=["z"], prompt_tokens=6)) is None
 
 
-def test_other_shapes_and_lengths_are_not_compared(make_trace: Make, random_problems: Make) -> None:
+def test_other_shapes_and_lengths_are_not_compared(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     one = make_trace(random_problems(count=2, tokens=6, layers=2, num_experts=4, top_k=1), 4, name="one", prompt_tokens=6)
     wide = make_trace(random_problems(count=2, tokens=6, layers=2, num_experts=5, top_k=1), 5, name="wide", prompt_tokens=6)
     short = make_trace(random_problems(count=2, tokens=6, layers=2, num_experts=4, top_k=1), 4, name="short", prompt_tokens=3)

@@ -14,12 +14,12 @@ GROUPS = np.array([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2])
 def grouped(random: np.random.Generator, loads: np.ndarray, strength: float) -> np.ndarray:
     """Counts of pairs with loads, `strength` times as many within a group."""
     expected = np.outer(loads, loads) * np.where(GROUPS[:, None] == GROUPS, strength, 1.0)
-    return random.poisson(expected)
+    return np.asarray(random.poisson(expected))
 
 
 def symmetric(table: np.ndarray) -> np.ndarray:
     upper = np.triu(table, 1)
-    return upper + upper.T
+    return np.asarray(upper + upper.T)
 
 
 @pytest.mark.parametrize("method", [K_MEANS, AGGLOMERATIVE])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support.traces import write_made_trace
+from support.traces import MakeProblems, MakeTrace, write_made_trace
 from typer.testing import CliRunner
 
 from analysis.analyze import analyze_trace, compare_traces
@@ -20,9 +20,7 @@ from profiler.errors import TraceError
 from profiler.trace.reader import Trace
 from specmoe import app
 
-Make = Callable[..., Trace]
-
-EVALUATION = {
+EVALUATION: dict[str, Any] = {
     "run": "mine",
     "task": "next-layer",
     "trace": "t",
@@ -44,7 +42,7 @@ EVALUATION = {
 
 
 @pytest.fixture
-def trace(make_trace: Make, random_problems: Make) -> Trace:
+def trace(make_trace: MakeTrace, random_problems: MakeProblems) -> Trace:
     problems = random_problems(count=14, tokens=40, layers=3, num_experts=8, top_k=2)
     datasets = ["a</script><b>", "b"] * 7
     return make_trace(problems, 8, datasets=datasets, vocab_ids=[np.arange(41) % 5] * 14, prompt_tokens=5)
@@ -111,7 +109,7 @@ def test_tables_have_what_the_statistics_have(trace: Trace, tmp_path: Path) -> N
     assert len(rows("weights")) == 3 * 2
 
 
-def test_cells_do_not_run_as_formulas(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
+def test_cells_do_not_run_as_formulas(make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path) -> None:
     trace = make_trace(random_problems(count=4, tokens=9, layers=2, num_experts=4, top_k=1), 4, datasets=["=1+1", "b"] * 2)
     analyze_trace(trace, tmp_path / "r")
     text = (tmp_path / "r" / "tables" / "domains.csv").read_text()
@@ -121,7 +119,9 @@ def test_cells_do_not_run_as_formulas(make_trace: Make, random_problems: Make, t
     assert ",'," not in load
 
 
-def test_one_layer_one_expert_per_token_and_no_weights(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
+def test_one_layer_one_expert_per_token_and_no_weights(
+    make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path
+) -> None:
     """What a trace cannot tell is left out, and nothing fails for it."""
     problems = random_problems(count=3, tokens=6, layers=1, num_experts=3, top_k=1)
     _, findings = analyze_trace(make_trace(problems, 3), tmp_path / "r")
@@ -135,7 +135,7 @@ def test_one_layer_one_expert_per_token_and_no_weights(make_trace: Make, random_
     assert not (tmp_path / "r" / "tables" / "transitions.csv").exists()
 
 
-def test_layers_keep_the_decoder_s_numbers(tmp_path: Path, random_problems: Make) -> None:
+def test_layers_keep_the_decoder_s_numbers(tmp_path: Path, random_problems: MakeProblems) -> None:
     problems = random_problems(count=4, tokens=8, layers=3, num_experts=4, top_k=2)
     trace = write_made_trace(tmp_path / "trace", problems, 4, first_layer=5)
     analyze_trace(trace, tmp_path / "r")
@@ -143,7 +143,7 @@ def test_layers_keep_the_decoder_s_numbers(tmp_path: Path, random_problems: Make
         assert {row["layer"] for row in csv.DictReader(file)} == {"5", "6", "7"}
 
 
-def test_a_domain_called_all_is_not_all(make_trace: Make, random_problems: Make) -> None:
+def test_a_domain_called_all_is_not_all(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     even = random_problems(count=6, tokens=40, layers=2, num_experts=8, top_k=2)
     one = [(np.tile([0, 1], (40, 2, 1)), weights) for _, weights in even]
     trace = make_trace(even + one, 8, datasets=["math"] * 6 + ["all"] * 6)
@@ -154,7 +154,7 @@ def test_a_domain_called_all_is_not_all(make_trace: Make, random_problems: Make)
 
 
 @pytest.mark.parametrize("kind", ["one token", "one expert", "K = E", "one problem"])
-def test_odd_traces_are_told_truly(kind: str, make_trace: Make, tmp_path: Path) -> None:
+def test_odd_traces_are_told_truly(kind: str, make_trace: MakeTrace, tmp_path: Path) -> None:
     """No headline has a number that is not one, and predictions evaluated on their own tokens are marked as such."""
     count, tokens, experts = {
         "one token": (8, 1, 4),
@@ -178,7 +178,7 @@ def test_odd_traces_are_told_truly(kind: str, make_trace: Make, tmp_path: Path) 
         assert "too few tokens to identify preferred pairs" in dict(findings)["Pairs within a token"]
 
 
-def test_empty_traces_are_refused(make_trace: Make, random_problems: Make) -> None:
+def test_empty_traces_are_refused(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     trace = make_trace(random_problems(count=1, tokens=2, layers=2, num_experts=4, top_k=1), 4)
     for file in trace.routing_files:
         file.unlink()
@@ -189,7 +189,7 @@ def test_empty_traces_are_refused(make_trace: Make, random_problems: Make) -> No
         compute_statistics(Trace.open(trace.path, allow_incomplete=True))
 
 
-def test_several_traces_are_compared(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
+def test_several_traces_are_compared(make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path) -> None:
     random = random_problems(count=8, tokens=30, layers=3, num_experts=8, top_k=2)
     linked = [(ids.copy(), weights.copy()) for ids, weights in random]
     for ids, weights in linked:
@@ -199,6 +199,7 @@ def test_several_traces_are_compared(make_trace: Make, random_problems: Make, tm
     rows = document.figures
     bits = rows["bits shared with the next layer"]
     assert bits["linked"] == pytest.approx(1.5, abs=0.3)
+    assert bits["plain"] is not None
     assert bits["plain"] < 0.3
     assert rows["chance of an expert (K/E)"] == {"plain": 0.25, "linked": 0.25}
     assert "Jensen-Shannon" in dict(findings)["Expert load"]
@@ -209,7 +210,7 @@ def test_several_traces_are_compared(make_trace: Make, random_problems: Make, tm
     assert ComparisonDocument.model_validate_json((tmp_path / "r" / "statistics.json").read_text()) == document
 
 
-def test_models_of_other_shapes_are_compared(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
+def test_models_of_other_shapes_are_compared(make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path) -> None:
     small = make_trace(random_problems(count=4, tokens=20, layers=2, num_experts=4, top_k=1), 4, name="small")
     large = make_trace(random_problems(count=4, tokens=20, layers=5, num_experts=16, top_k=4), 16, name="large")
     document, findings = compare_traces([small, large], tmp_path / "r")
@@ -256,7 +257,7 @@ def test_evaluations_that_cannot_be_shown_are_refused(change: dict[str, object],
         read_evaluation(path)
 
 
-def test_compared_traces_have_names_of_their_own(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
+def test_compared_traces_have_names_of_their_own(make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path) -> None:
     problems = random_problems(count=2, tokens=6, layers=2, num_experts=4, top_k=1)
     (tmp_path / "x").mkdir()
     traces = [write_made_trace(tmp_path / name, problems, 4) for name in ("a", "x/a", "a-2")]

@@ -26,7 +26,8 @@ def test_contexts_by_hand() -> None:
 
     def seen(name: str) -> list[list[int]]:
         """[layer, context, expert] of everything that was counted."""
-        return np.argwhere(counts.strongest[name][0, :, :, :3] == 1).tolist()
+        found: list[list[int]] = np.argwhere(counts.strongest[name][0, :, :, :3] == 1).tolist()
+        return found
 
     assert seen(PREVIOUS_LAYER) == [[1, 0, 1], [1, 1, 1], [2, 1, 0], [2, 1, 2]]
     assert seen(PREVIOUS_TOKEN) == [[0, 0, 1], [1, 1, 1], [2, 2, 0]]

@@ -20,9 +20,12 @@ def test_pairs_by_hand() -> None:
         expected[first, second] += 1
     assert counts.together[0].tolist() == (expected + expected.T).tolist()
     # The two strongest of each token: 0 and 1, twice, and 3 and 2.
-    leading = counts.leading([0]).pairs_LEE[0]
-    assert (leading[0, 1], leading[2, 3], leading.sum()) == (2, 1, 6)
+    leading = counts.leading([0])
+    assert leading is not None
+    pairs = leading.pairs_LEE[0]
+    assert (pairs[0, 1], pairs[2, 3], pairs.sum()) == (2, 1, 6)
     statistics = pair_statistics(counts, 3)
+    assert statistics is not None
     assert statistics.unique_sets.tolist() == [3]
     assert statistics.possible_sets == 10
 
@@ -31,13 +34,16 @@ def test_empty_slots_make_no_pairs() -> None:
     frame = make_frame([np.array([[[0, 1, 4]], [[2, 4, 4]], [[4, 4, 4]]])], 4)
     counts = counted(PairCounts(make_axes(1, 4, 3)), [frame])
     assert counts.together.sum() == 2
-    assert counts.leading([0]).pairs_LEE.sum() == 2
-    assert counts.leading([0]).members_LE.tolist() == [[1, 1, 1, 0]]
+    leading = counts.leading([0])
+    assert leading is not None
+    assert leading.pairs_LEE.sum() == 2
+    assert leading.members_LE.tolist() == [[1, 1, 1, 0]]
 
 
 def test_uniform_routing_has_no_preferred_pairs() -> None:
     ids = uniform(np.random.default_rng(0), 40_000, 1, 8, 3)
     statistics = pair_statistics(counted(PairCounts(make_axes(1, 8, 3)), [make_frame([ids], 8)]), 3)
+    assert statistics is not None
     off_diagonal = statistics.lift_LEE[0][~np.eye(8, dtype=bool)]
     # A pair is expected 40000 x 3 / 28 times, so that lifts have a standard error of 1.5 %.
     assert np.abs(off_diagonal - 1).max() < 0.08
@@ -53,6 +59,7 @@ def test_uneven_load_alone_is_no_preference() -> None:
     first, second = pairs // 6, pairs % 6
     ids = np.stack([first, second], 1)[first != second][:, None, :]
     statistics = pair_statistics(counted(PairCounts(make_axes(1, 6, 2)), [make_frame([ids], 6)]), 2)
+    assert statistics is not None
     assert np.abs(statistics.lift_LEE[0][~np.eye(6, dtype=bool)] - 1).max() < 0.1
 
 
@@ -61,6 +68,7 @@ def test_a_preferred_pair_is_found() -> None:
     ids = uniform(random, 20_000, 2, 6, 2)
     ids[:4000, 1] = [5, 2]
     statistics = pair_statistics(counted(PairCounts(make_axes(2, 6, 2)), [make_frame([ids], 6)]), 2)
+    assert statistics is not None
     assert sorted(statistics.top_pair[1].tolist()) == [2, 5]
     assert statistics.top_lift[1] > 1.5
     assert statistics.top_lift[0] < 1.1

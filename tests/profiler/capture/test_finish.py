@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,10 @@ from profiler.trace.writer import write_metadata
 METADATA = Metadata(model=ModelMetadata(id="made", moe_layers=[1, 4], num_experts=4, top_k=2), engine="none", hook="none")
 
 
-def sequence(problem_id: int, captured_as: int | None, tokens: int, **others: object) -> Sequence:
-    base = Sequence(
+def sequence(
+    problem_id: int, captured_as: int | None, tokens: int, *, cached_tokens: int = 0, finish_reason: str = "unknown"
+) -> Sequence:
+    return Sequence(
         problem_id=problem_id,
         captured_as=None if captured_as is None else (0, captured_as),
         dataset="made",
@@ -30,8 +31,9 @@ def sequence(problem_id: int, captured_as: int | None, tokens: int, **others: ob
         output="o",
         prompt_token_ids=[7],
         output_token_ids=[8] * (tokens - 1),
+        cached_tokens=cached_tokens,
+        finish_reason=finish_reason,
     )
-    return replace(base, **others)
 
 
 def rows(tokens: int, expert: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -112,6 +114,7 @@ def test_logits_and_router_inputs_are_sealed_beside_the_routing(directory: Path)
     assert (positions.tolist(), layers, values[:, 0, 0].tolist()) == ([0, 1], [4], [0.0, 1.0])
     with pytest.raises(TraceError, match="no hidden of problem 0"):
         trace.values("hidden", 0)
+    assert trace.manifest is not None
     assert {"logits/part-00000.parquet", "hidden/part-00000.parquet"} < set(trace.manifest.files)
 
 
@@ -120,7 +123,7 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
         with pytest.raises(TraceError, match="contain a value that is not a finite float16"):
             writer.add(0, np.arange(1), np.full((1, 1, 1), np.inf, np.float16))
         with pytest.raises(TraceError, match="hidden of float64, expected float16"):
-            writer.add(0, np.arange(1), np.zeros((1, 1, 1)))
+            writer.add(0, np.arange(1), np.zeros((1, 1, 1)))  # type: ignore[arg-type] # float64 on purpose
 
 
 def test_options_survive_the_environment() -> None:

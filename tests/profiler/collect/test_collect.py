@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from profiler.collect.collection import CollectSummary
 from profiler.collect.job import collect
 from profiler.collect.options import LocalOptions
 from profiler.errors import EngineError, SpecmoeError, TraceError
+from profiler.models.resolve import ResolvedModel
 from profiler.trace.reader import Trace
 
 
-def options(out: Path, **changes: object) -> LocalOptions:
-    settings = {
+def options(out: Path, **changes: Any) -> LocalOptions:
+    settings: dict[str, Any] = {
         "model": "demo",
         "dataset": "demo-math,demo-code",
         "out": out,
@@ -44,6 +46,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 def test_problems_are_spread_evenly_and_every_file_is_in_the_manifest(collected: Trace) -> None:
     assert collected.problems.column("dataset").to_pylist() == ["demo-math"] * 3 + ["demo-code"] * 2
     assert collected.faults(verify=True) == []
+    assert collected.manifest is not None
     assert set(collected.manifest.files) == {
         "metadata.json",
         "problems.parquet",
@@ -62,7 +65,9 @@ def test_a_sequence_of_n_tokens_gives_n_minus_1_rows_per_layer(collected: Trace)
 
 
 def test_weights_of_a_renormalizing_model_sum_to_one(collected: Trace) -> None:
-    sums = collected.load().weights_TLK.astype(np.float64).sum(-1)
+    weights_TLK = collected.load().weights_TLK
+    assert weights_TLK is not None
+    sums = weights_TLK.astype(np.float64).sum(-1)
     assert np.abs(sums - 1).max() < 2e-3
 
 
@@ -121,7 +126,7 @@ def test_an_engine_that_fails_later_says_how_to_go_on(tmp_path: Path, monkeypatc
 
     route, calls = transformers.route, iter(range(100))
 
-    def fail_later(*arguments: object) -> object:
+    def fail_later(*arguments: Any) -> object:
         if next(calls) == 2:
             raise EngineError("the engine failed")
         return route(*arguments)
@@ -133,7 +138,7 @@ def test_an_engine_that_fails_later_says_how_to_go_on(tmp_path: Path, monkeypatc
     assert (tmp_path / "t" / "metadata.json").is_file()
 
 
-def _light_engine(self: object, model: object, engine_options: object) -> None:
+def _light_engine(self: object, model: ResolvedModel, engine_options: object) -> None:
     """The demo model, without the constructor's own trial run of `route`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

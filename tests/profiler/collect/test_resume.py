@@ -246,7 +246,7 @@ def test_a_torn_completion_runs_again(unfinished: Path, finished: Path) -> None:
         ({"dtype": "bfloat16"}, None),
     ],
 )
-def test_a_collection_is_not_resumed_with_other_settings(unfinished: Path, changes: dict, reason: str | None) -> None:
+def test_a_collection_is_not_resumed_with_other_settings(unfinished: Path, changes: dict[str, Any], reason: str | None) -> None:
     if reason is None:
         # What only the engine knows is found out when it has to run.
         (run_folder(unfinished, 0) / COMPLETIONS_FILE).write_text("")

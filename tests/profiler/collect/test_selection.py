@@ -139,8 +139,8 @@ def test_tokens_are_counted_as_the_engine_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"), [({"num_problems": 0}, "num_problems 0"), ({"target_tokens": -5}, "target_tokens -5")]
+    ("num_problems", "target_tokens", "text"), [(0, None, "num_problems 0"), (100, -5, "target_tokens -5")]
 )
-def test_numbers_below_one_are_refused(changes: dict[str, int], text: str) -> None:
+def test_numbers_below_one_are_refused(num_problems: int, target_tokens: int | None, text: str) -> None:
     with pytest.raises(DatasetError, match=f"{text}: expected 1 or more"):
-        Selection(datasets=("demo-math",), sampling=Sampling(), **changes)
+        Selection(datasets=("demo-math",), num_problems=num_problems, target_tokens=target_tokens, sampling=Sampling())

@@ -77,7 +77,8 @@ def test_ids_that_no_signed_number_holds_are_refused(tmp_path: Path) -> None:
 
 def test_an_array_of_a_billion_layers_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "x.npy").open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|i1", "fortran_order": False, "shape": (1, 10**9, 1)})
+        header = {"descr": "|i1", "fortran_order": False, "shape": (1, 10**9, 1)}
+        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call] # numpy gives it no types
         file.truncate(file.tell() + 10**9)
     with pytest.raises(TraceError, match="more than a trace can hold"):
         import_trace(tmp_path / "x.npy", tmp_path / "t")
@@ -97,7 +98,7 @@ def test_an_array_that_promises_more_than_it_has_is_refused(tmp_path: Path) -> N
 
 def record(
     number: int, mode: int, vocab: list[int], positions: list[int], lengths: list[int] | None, experts: list[int]
-) -> dict:
+) -> dict[str, object]:
     """A pass over layers 0 (dense) and 1, K = 2 of 8 columns; a token's experts are (e, e + 1)."""
     ids = torch.full((2, len(vocab), 8), -1, dtype=torch.int32)
     ids[1, :, 0] = torch.tensor(experts)
@@ -115,12 +116,12 @@ def record(
     }
 
 
-def dump(path: Path, records: list[dict], mapping: list[int]) -> Path:
+def dump(path: Path, records: list[dict[str, object]], mapping: list[int]) -> Path:
     torch.save({"records": records, "last_physical_to_logical_map": torch.tensor([mapping, mapping])}, path)
     return path
 
 
-def convert_dump(tmp_path: Path, records: list[dict], mapping: list[int] | None = None) -> Trace:
+def convert_dump(tmp_path: Path, records: list[dict[str, object]], mapping: list[int] | None = None) -> Trace:
     source = dump(tmp_path / "expert_distribution_recorder_1.5_0.pt", records, mapping or list(range(8)))
     assert find_format(source).name == "sglang"
     return import_trace(source, tmp_path / "t")
@@ -166,7 +167,7 @@ def test_physical_experts_are_mapped_to_the_models_own(tmp_path: Path) -> None:
 
 
 # Ten lists that stand for ten billion when they are written out.
-NESTED: list = [1]
+NESTED: list[object] = [1]
 for _ in range(10):
     NESTED = [NESTED] * 10
 
@@ -199,7 +200,7 @@ def test_files_of_ranks_that_are_copies_are_imported_once(tmp_path: Path) -> Non
 
 
 class Evil:
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return (print, ("executed",))
 
 
@@ -227,7 +228,7 @@ def test_a_dump_with_code_in_it_is_not_run(tmp_path: Path, capsys: pytest.Captur
         ({"topk_ids_of_layer": torch.ones(1, dtype=torch.int32).expand(2, 1, 1 << 40)}, "more elements than its storage holds"),
     ],
 )
-def test_broken_records_are_refused(tmp_path: Path, change: dict, reason: str | None) -> None:
+def test_broken_records_are_refused(tmp_path: Path, change: dict[str, object], reason: str | None) -> None:
     if reason is None:
         assert len(convert_dump(tmp_path, [record(1, 1, [1], [0], [1], [0]) | change]).load()) == 1
         return

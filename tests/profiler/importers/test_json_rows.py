@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from profiler.trace.jsonl import write_jsonl
 from profiler.trace.reader import Trace
 
 
-def line(problem_id: object = 0, layer: int = 0, token_id: int = 0, **changes: object) -> str:
+def line(problem_id: object = 0, layer: int = 0, token_id: float = 0, **changes: object) -> str:
     row = {"problem_id": problem_id, "layer": layer, "token_id": token_id, "expert_ids": [1, 0], "weights": [0.5, 0.5]}
     return json.dumps({name: value for name, value in (row | changes).items() if value is not None})
 
@@ -26,7 +27,7 @@ def old(problem_id: int = 0, layer: int = 0, token_idx: int = 0, **changes: obje
     return json.dumps(row | {"experts": [7, 0], "gating_probs": [0.8, 0.2]} | changes)
 
 
-def convert(tmp_path: Path, lines: list[str], **options: object) -> Trace:
+def convert(tmp_path: Path, lines: list[str], **options: Any) -> Trace:
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     return import_trace(tmp_path / "in.jsonl", tmp_path / "t", options=ImportOptions(**options))
 

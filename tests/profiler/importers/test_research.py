@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -150,7 +151,7 @@ turn,phase,step,layer,slot,expert,weight,residency,expert_bytes,dropped
 """
 
 
-def edge(tmp_path: Path, text: str, **options: object) -> Trace:
+def edge(tmp_path: Path, text: str, **options: Any) -> Trace:
     (tmp_path / "routes.csv").write_text(text)
     assert find_format(tmp_path / "routes.csv").name == "edge-csv"
     return import_trace(tmp_path / "routes.csv", tmp_path / "t", options=ImportOptions(**options))

@@ -18,7 +18,7 @@ from profiler.models.registry import MODELS, Preset, preset
 from profiler.plan.estimate import estimate_tokens
 from profiler.plan.job import JobPlan, cut_into_shards, make_plan, read_job, read_shard, write_job
 
-OPTIONS = {"model": "demo", "dataset": "demo-math,demo-code", "num_problems": 9, "max_new_tokens": 4}
+OPTIONS: dict[str, Any] = {"model": "demo", "dataset": "demo-math,demo-code", "num_problems": 9, "max_new_tokens": 4}
 
 
 def plan(*, may_guess: bool = False, **changes: Any) -> JobPlan:
@@ -196,7 +196,7 @@ def test_the_command_line_says_what_would_run(tmp_path: Path) -> None:
 
 
 def test_a_dataset_out_of_reach_is_planned_with_typical_prompts() -> None:
-    far = {"model": "mixtral-8x7b", "dataset": "gsm8k,squad", "num_problems": 2000, "max_new_tokens": None}
+    far: dict[str, Any] = {"model": "mixtral-8x7b", "dataset": "gsm8k,squad", "num_problems": 2000, "max_new_tokens": None}
     with pytest.raises(DatasetError, match="cannot load openai/gsm8k"):
         plan(**far)
     guessed = plan(**far, may_guess=True)

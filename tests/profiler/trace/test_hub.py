@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support.traces import MakeProblems, MakeTrace
 
 from profiler.errors import TraceError
 from profiler.trace.hub import write_hub_folder
 from profiler.trace.reader import Trace
 
-Make = Callable[..., Trace]
-
 
 @pytest.fixture
-def trace(make_trace: Make, random_problems: Make) -> Trace:
+def trace(make_trace: MakeTrace, random_problems: MakeProblems) -> Trace:
     return make_trace(random_problems(count=2, tokens=5, layers=2, num_experts=8, top_k=2), 8)
 
 

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.traces import MakeProblems, MakeTrace
 
 from profiler.importers import import_trace
 from profiler.importers.rows import ImportOptions
 from profiler.trace.jsonl import write_jsonl
-from profiler.trace.reader import Trace
-
-Make = Callable[..., Trace]
 
 
-def test_the_record_is_spelled_as_documented(make_trace: Make, tmp_path: Path) -> None:
+def test_the_record_is_spelled_as_documented(make_trace: MakeTrace, tmp_path: Path) -> None:
     trace = make_trace([(np.array([[[3, 7]]]), np.array([[[0.6, 0.4]]]))], 8)
     assert write_jsonl(trace, tmp_path / "out.jsonl") == 1
     line = '{"problem_id": 0, "layer": 0, "token_id": 0, "expert_ids": [3, 7], "weights": [0.6, 0.4]}\n'
     assert (tmp_path / "out.jsonl").read_text() == line
 
 
-def test_a_round_trip_keeps_every_bit(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
+def test_a_round_trip_keeps_every_bit(make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path) -> None:
     trace = make_trace(random_problems(count=6, tokens=9, layers=3, num_experts=300, top_k=4), 300)
     write_jsonl(trace, tmp_path / "out.jsonl")
     back = import_trace(tmp_path / "out.jsonl", tmp_path / "back", options=ImportOptions(num_experts=300))
@@ -47,11 +45,11 @@ def test_whatever_rows_go_in_come_out_as_lines(
     """Lists of any length, in any order, with weights or without: the same rows come back, pairs sorted by weight."""
     pairs = st.dictionaries(st.integers(0, 299), st.floats(0, 1000, width=16), min_size=1, max_size=5)
     keys = data.draw(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 9000)), min_size=1, max_size=8))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for problem_id, token_id in keys:
         for layer in (2, 5):
             experts = data.draw(pairs)
-            row = {"problem_id": problem_id, "layer": layer, "token_id": token_id, "expert_ids": list(experts)}
+            row: dict[str, Any] = {"problem_id": problem_id, "layer": layer, "token_id": token_id, "expert_ids": list(experts)}
             rows.append(row | ({"weights": list(experts.values())} if weighted else {}))
     folder = tmp_path_factory.mktemp("property")
     shuffled = data.draw(st.permutations(rows))

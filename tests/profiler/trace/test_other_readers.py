@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -10,15 +9,14 @@ import duckdb
 import numpy as np
 import polars as pl
 import pytest
+from support.traces import MakeProblems, MakeTrace
 
 from profiler.trace.hub import write_hub_folder
 from profiler.trace.reader import Trace
 
-Make = Callable[..., Trace]
-
 
 @pytest.fixture
-def trace(make_trace: Make, random_problems: Make) -> Trace:
+def trace(make_trace: MakeTrace, random_problems: MakeProblems) -> Trace:
     return make_trace(random_problems(count=5, tokens=7, layers=3, num_experts=8, top_k=2), 8)
 
 
@@ -60,14 +58,16 @@ def test_pandas_and_arrow_have_every_row(trace: Trace) -> None:
 def test_duckdb_counts_experts_and_weights(trace: Trace) -> None:
     pairs = f"select layer, unnest(list_zip(expert_ids, weights)) as pair from '{trace.path}/routing/*.parquet'"
     query = f"select layer, pair[1], count(*), sum(pair[2]) from ({pairs}) group by all order by all"
-    found = duckdb.sql(query).fetchall()
+    found = duckdb.sql(query)
+    assert found is not None
+    rows = found.fetchall()
     chunk = trace.load()
     assert chunk.weights_TLK is not None
-    for layer, expert, count, weight in found:
+    for layer, expert, count, weight in rows:
         mine = chunk.expert_ids_TLK[:, layer] == expert
         assert count == mine.sum()
         assert weight == pytest.approx(chunk.weights_TLK[:, layer][mine].astype(np.float64).sum())
-    assert sum(count for _, _, count, _ in found) == trace.num_rows * 2
+    assert sum(count for _, _, count, _ in rows) == trace.num_rows * 2
 
 
 def test_polars_counts_experts(trace: Trace) -> None:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.traces import MakeProblems, MakeTrace
 
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.schema import routing_schema
 from profiler.trace.writer import write_manifest
 
-Make = Callable[..., Trace]
-
 
 @pytest.fixture
-def trace(make_trace: Make, random_problems: Make) -> Trace:
+def trace(make_trace: MakeTrace, random_problems: MakeProblems) -> Trace:
     return make_trace(random_problems(count=5, tokens=7, layers=3, num_experts=8, top_k=2), 8)
 
 
-def edit_json(path: Path, change: Callable[[dict], None]) -> None:
+def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     document = json.loads(path.read_text())
     change(document)
     path.write_text(json.dumps(document))
@@ -45,8 +45,9 @@ def rewrite_routing(trace: Trace, **columns: object) -> None:
     write_manifest(trace.path)
 
 
-def column(trace: Trace, name: str) -> list:
-    return pq.read_table(trace.routing_files[0]).column(name).to_pylist()
+def column(trace: Trace, name: str) -> list[Any]:
+    values: list[Any] = pq.read_table(trace.routing_files[0]).column(name).to_pylist()
+    return values
 
 
 def test_arrays_of_one_problem_equal_that_part_of_the_whole(trace: Trace) -> None:
@@ -214,7 +215,7 @@ def test_rows_that_come_twice_in_different_row_groups_are_refused(trace: Trace) 
         (lambda m: m["files"]["tokens.parquet"].update(rows=1), "tokens.parquet has 40 rows, expected 1"),
     ],
 )
-def test_a_manifest_must_describe_the_files(trace: Trace, change: Callable[[dict], None], fault: str) -> None:
+def test_a_manifest_must_describe_the_files(trace: Trace, change: Callable[[dict[str, Any]], None], fault: str) -> None:
     edit_json(trace.path / "manifest.json", change)
     with pytest.raises(TraceError, match=fault):
         Trace.open(trace.path)

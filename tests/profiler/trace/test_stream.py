@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -27,10 +29,12 @@ def write(folder: Path, blocks: int, tokens: int = 3) -> Path:
 
 
 def experts(index: CaptureIndex, tokens: list[int]) -> list[int]:
-    into = {"expert_ids": np.empty((len(tokens), 2, 2), np.uint8), "weights": np.empty((len(tokens), 2, 2), np.float16)}
+    shape = (len(tokens), 2, 2)
+    into: dict[str, npt.NDArray[Any]] = {"expert_ids": np.empty(shape, np.uint8), "weights": np.empty(shape, np.float16)}
     gather(index, np.array(tokens), into, np.arange(len(tokens)))
     assert (into["weights"][:, 0] == [0.75, 0.25]).all()
-    return into["expert_ids"][:, 0, 0].tolist()
+    found: list[int] = into["expert_ids"][:, 0, 0].tolist()
+    return found
 
 
 def test_tokens_are_found_in_any_order(tmp_path: Path) -> None:

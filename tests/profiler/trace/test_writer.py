@@ -168,6 +168,7 @@ def test_whatever_goes_in_comes_out(tmp_path_factory: pytest.TempPathFactory, we
     seal(directory, MODEL, {0: 4})
     write_manifest(directory)
     chunk = Trace.open(directory).load()
+    assert chunk.weights_TLK is not None
     read = {
         (t, layer, int(e)): w
         for t in range(3)

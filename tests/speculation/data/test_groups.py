@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.traces import MakeProblems, MakeTrace
 
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
@@ -20,7 +20,6 @@ from speculation.predictors.options import TrainingOptions
 from speculation.predictors.registry import find_predictor
 from speculation.training.fit import train
 
-Make = Callable[..., Trace]
 OPTIONS = replace(find_predictor("mlp").defaults, epochs=4, batch_tokens=64, shards_per_group=1)
 ARRAYS = ("expert_ids_TLK", "weights_TLK", "problem_ids_T", "token_ids_T", "token_keys_T", "is_decode_T", "first_T")
 
@@ -30,7 +29,7 @@ def no_progress(done: int, total: int, entry: dict[str, float]) -> None:
 
 
 @pytest.fixture
-def trace(make_trace: Make, random_problems: Make, monkeypatch: pytest.MonkeyPatch) -> Trace:
+def trace(make_trace: MakeTrace, random_problems: MakeProblems, monkeypatch: pytest.MonkeyPatch) -> Trace:
     """40 problems of 20 tokens in 8 shards of one row group each, that end in the middle of problems."""
     monkeypatch.setattr("profiler.trace.writer.ROWS_PER_GROUP", 330)
     monkeypatch.setattr("profiler.trace.writer.ROWS_PER_FILE", 330)

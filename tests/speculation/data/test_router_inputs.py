@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.traces import MakeProblems, MakeTrace
 
 from profiler.errors import SpecmoeError, TraceError
 from profiler.trace.reader import Trace
@@ -26,7 +26,6 @@ from speculation.predictors.registry import predictor_classes
 from speculation.training.fit import train
 from speculation.training.runs import load_run
 
-Make = Callable[..., Trace]
 NAMES = [name for name, cls in predictor_classes().items() if cls.needs_router_inputs or cls.can_take_router_inputs]
 PROBLEMS, TOKENS, LAYERS, EXPERTS, WIDTH = 40, 30, 4, 8, 16
 OPTIONS = TrainingOptions(epochs=12, batch_tokens=64, dropout=0.0, learning_rate=2e-2, average=50)
@@ -35,10 +34,11 @@ OPTIONS = TrainingOptions(epochs=12, batch_tokens=64, dropout=0.0, learning_rate
 def options_of(name: str, **others: Any) -> TrainingOptions:
     """Options for a predictor that takes router inputs; predictors for which they are optional are set to use them."""
     cls = predictor_classes()[name]
-    return replace(OPTIONS, **({} if cls.needs_router_inputs else {"router_inputs": True, "width": 32}), **others)
+    options = OPTIONS if cls.needs_router_inputs else replace(OPTIONS, router_inputs=True, width=32)
+    return replace(options, **others)
 
 
-def make_routed(make_trace: Make, drift: float, *, layers: list[int] | None = None, recorded: int = PROBLEMS) -> Trace:
+def make_routed(make_trace: MakeTrace, drift: float, *, layers: list[int] | None = None, recorded: int = PROBLEMS) -> Trace:
     """A residual stream that drifts from layer to layer, and the top two of each layer's own router."""
     random = np.random.default_rng(0)
     gate_LED = random.normal(size=(LAYERS, EXPERTS, WIDTH)).astype(np.float16)
@@ -66,7 +66,7 @@ def make_routed(make_trace: Make, drift: float, *, layers: list[int] | None = No
     return Trace.open(trace.path)
 
 
-def test_a_stream_that_does_not_drift_is_predicted_without_training(make_trace: Make, tmp_path: Path) -> None:
+def test_a_stream_that_does_not_drift_is_predicted_without_training(make_trace: MakeTrace, tmp_path: Path) -> None:
     trace = make_routed(make_trace, drift=0.0)
     document = evaluate(train(trace, "next-gate", tmp_path / "run", horizon=3), trace)
     for horizon in (1, 2, 3):
@@ -75,7 +75,7 @@ def test_a_stream_that_does_not_drift_is_predicted_without_training(make_trace: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_drifting_stream_is_predicted_in_part(name: str, make_trace: Make, tmp_path: Path) -> None:
+def test_a_drifting_stream_is_predicted_in_part(name: str, make_trace: MakeTrace, tmp_path: Path) -> None:
     trace = make_routed(make_trace, drift=0.5)
     run = train(trace, name, tmp_path / "run", horizon=2, options=options_of(name))
     assert run.predictor.takes_router_inputs
@@ -91,7 +91,7 @@ def test_a_drifting_stream_is_predicted_in_part(name: str, make_trace: Make, tmp
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_later_is_seen(name: str, make_trace: Make) -> None:
+def test_nothing_later_is_seen(name: str, make_trace: MakeTrace) -> None:
     trace = make_routed(make_trace, drift=0.5)
     routes = load_routes(trace, "train", router_inputs=True)
     predictor = predictor_classes()[name](Shape(layers=LAYERS, experts=EXPERTS, top_k=2, horizon=1))
@@ -107,7 +107,7 @@ def test_nothing_later_is_seen(name: str, make_trace: Make) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_runtime_tells_router_inputs_too(name: str, make_trace: Make) -> None:
+def test_a_runtime_tells_router_inputs_too(name: str, make_trace: MakeTrace) -> None:
     trace = make_routed(make_trace, drift=0.5)
     routes = load_routes(trace, "train", router_inputs=True)
     assert routes.router is not None
@@ -133,7 +133,7 @@ def test_a_runtime_tells_router_inputs_too(name: str, make_trace: Make) -> None:
         history.add([0, 1], None, [1, 2, 3])
 
 
-def test_biases_and_corrections_are_used(make_trace: Make) -> None:
+def test_biases_and_corrections_are_used(make_trace: MakeTrace) -> None:
     trace = make_routed(make_trace, drift=0.0)
     gates = load_file(trace.path / "gates.safetensors")
     layers = trace.metadata.model.moe_layers
@@ -153,7 +153,7 @@ def test_biases_and_corrections_are_used(make_trace: Make) -> None:
         assert (again.probabilities(routes, slice(0, 20)) == predictor.probabilities(routes, slice(0, 20))).all()
 
 
-def test_only_recorded_problems_are_used(make_trace: Make) -> None:
+def test_only_recorded_problems_are_used(make_trace: MakeTrace) -> None:
     trace = make_routed(make_trace, drift=0.5, recorded=7)
     routes = load_routes(trace, "all", router_inputs=True)
     assert sorted(set(routes.problem_ids_T.tolist())) == list(range(7))
@@ -164,7 +164,7 @@ def test_only_recorded_problems_are_used(make_trace: Make) -> None:
     assert (chosen.router.hidden_TLD == routes.router.hidden_TLD[3 * TOKENS : 4 * TOKENS]).all()
 
 
-def test_traces_without_them_are_told_how(make_trace: Make, random_problems: Any, tmp_path: Path) -> None:
+def test_traces_without_them_are_told_how(make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path) -> None:
     plain = make_trace(random_problems(count=20, tokens=5, layers=3, num_experts=8, top_k=2), 8, name="plain")
     with pytest.raises(TraceError, match=r"no router inputs \(hidden/ and gates.safetensors\): collect it again with"):
         train(plain, "next-gate", tmp_path / "run")
@@ -182,7 +182,7 @@ def test_traces_without_them_are_told_how(make_trace: Make, random_problems: Any
         load_routes(Trace.open(whole.path, allow_incomplete=True), "all", router_inputs=True)
 
 
-def test_who_has_no_use_for_them_says_so(make_trace: Make, tmp_path: Path) -> None:
+def test_who_has_no_use_for_them_says_so(make_trace: MakeTrace, tmp_path: Path) -> None:
     trace = make_routed(make_trace, drift=0.5)
     with pytest.raises(SpecmoeError, match="popularity does not use router inputs: leave out router_inputs"):
         train(trace, "popularity", tmp_path / "run", options=TrainingOptions(router_inputs=True))
@@ -191,7 +191,7 @@ def test_who_has_no_use_for_them_says_so(make_trace: Make, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_router_inputs_come_by_groups_too(make_trace: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_router_inputs_come_by_groups_too(make_trace: MakeTrace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("profiler.trace.writer.ROWS_PER_GROUP", LAYERS * 45)
     monkeypatch.setattr("profiler.trace.writer.ROWS_PER_FILE", LAYERS * 45)
     trace = make_routed(make_trace, drift=0.5, recorded=20)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.traces import MakeProblems, MakeTrace
 from typer.testing import CliRunner
 
 from analysis.documents.simulation import read_simulation
@@ -18,8 +18,6 @@ from specmoe import app
 from speculation.predictors.options import TrainingOptions
 from speculation.training.fit import train
 
-Make = Callable[..., Trace]
-
 
 @pytest.fixture(scope="module")
 def runner() -> CliRunner:
@@ -27,7 +25,7 @@ def runner() -> CliRunner:
 
 
 @pytest.fixture
-def trace(make_trace: Make, random_problems: Make) -> Trace:
+def trace(make_trace: MakeTrace, random_problems: MakeProblems) -> Trace:
     """Random routing of OLMoE's shape."""
     return make_trace(random_problems(count=30, tokens=12, layers=16, num_experts=64, top_k=8), 64)
 
@@ -87,6 +85,7 @@ def test_a_run_is_worth_something_or_not(trace: Trace, run: Path, runner: CliRun
         assert len(list(csv.DictReader(file))) == len(rows)
 
     def one(device: str, share: float, policy: str, prefetch: str) -> dict[str, Any]:
+        found: dict[str, Any]
         (found,) = [
             row
             for row in rows
@@ -147,7 +146,9 @@ def test_the_report_answers(trace: Trace, run: Path, runner: CliRunner, tmp_path
     assert "no prefetching, if transfers took no time" in again.output
 
 
-def test_without_generated_tokens_all_are_taken_as_such(make_trace: Make, random_problems: Make, runner: CliRunner) -> None:
+def test_without_generated_tokens_all_are_taken_as_such(
+    make_trace: MakeTrace, random_problems: MakeProblems, runner: CliRunner
+) -> None:
     problems = random_problems(count=30, tokens=12, layers=16, num_experts=64, top_k=8)
     prompts = make_trace(problems, 64, name="prompts", prompt_tokens=13)
     output = simulated(runner, str(prompts.path), "--model", "olmoe", "--cache-fraction", "0.5")
@@ -155,7 +156,7 @@ def test_without_generated_tokens_all_are_taken_as_such(make_trace: Make, random
     assert "all resident: " in output
 
 
-def test_one_layer(make_trace: Make, random_problems: Make, runner: CliRunner) -> None:
+def test_one_layer(make_trace: MakeTrace, random_problems: MakeProblems, runner: CliRunner) -> None:
     trace = make_trace(random_problems(count=30, tokens=12, layers=1, num_experts=8, top_k=1), 8, name="one")
     output = simulated(runner, str(trace.path), "--predictor", "none", "--predictor", "oracle", "--predictor", "popularity")
     assert "oracle" in output

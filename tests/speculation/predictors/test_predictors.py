@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.traces import MakeProblems, MakeTrace
 
-from analysis.documents.evaluation import table
+from analysis.documents.evaluation import Metrics, table
 from profiler.errors import SpecmoeError, TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.schema import RoutingChunk
@@ -32,12 +33,11 @@ from speculation.predictors.registry import predictor_classes
 from speculation.training.fit import train
 from speculation.training.runs import load_run
 
-Make = Callable[..., Trace]
 OPTIONS = TrainingOptions(epochs=6, batch_tokens=64)
 
 
 @pytest.fixture
-def markov_trace(make_trace: Make) -> Trace:
+def markov_trace(make_trace: MakeTrace) -> Trace:
     """40 problems, 4 layers, 8 experts, top-2: mostly, expert e is followed by e+1 (strongest) and e+4 at the next layer."""
     random = np.random.default_rng(0)
     problems = []
@@ -63,7 +63,7 @@ def test_the_split_depends_on_the_prompt_alone_and_has_the_stated_shares() -> No
         assert parts.count(part) / 5000 == pytest.approx(share, abs=0.02)
 
 
-def test_duplicates_of_a_prompt_fall_on_one_side(make_trace: Make, random_problems: Make) -> None:
+def test_duplicates_of_a_prompt_fall_on_one_side(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     problems = random_problems(count=40, tokens=3, layers=2, num_experts=4, top_k=1)
     trace = make_trace(problems, 4, prompts=[f"prompt {number // 2}" for number in range(40)])
     sides = {part: set(load_routes(trace, part).problem_ids_T.tolist()) for part in ("train", "validation", "test")}
@@ -73,7 +73,7 @@ def test_duplicates_of_a_prompt_fall_on_one_side(make_trace: Make, random_proble
         assert {problem_id ^ 1 for problem_id in problem_ids} == problem_ids
 
 
-def test_routes_know_vocabulary_phase_and_predecessor(make_trace: Make, random_problems: Make) -> None:
+def test_routes_know_vocabulary_phase_and_predecessor(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     problems = random_problems(count=2, tokens=3, layers=2, num_experts=4, top_k=1)
     vocab = [np.array([5, 6, 7, 8]), np.array([1, 2, 3, 4])]
     routes = load_routes(make_trace(problems, 4, vocab_ids=vocab, prompt_tokens=2), "all")
@@ -82,14 +82,14 @@ def test_routes_know_vocabulary_phase_and_predecessor(make_trace: Make, random_p
     assert routes.previous_T.tolist() == [-1, 0, 1, -1, 3, 4]
 
 
-def test_a_part_without_problems_is_an_error(make_trace: Make, random_problems: Make) -> None:
+def test_a_part_without_problems_is_an_error(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     trace = make_trace(random_problems(count=1, tokens=3, layers=2, num_experts=4, top_k=1), 4)
     empty = next(part for part in ("train", "test") if part != part_of("prompt 0"))
     with pytest.raises(TraceError, match=f"no problem falls into the {empty} part"):
         load_routes(trace, empty)
 
 
-def test_popularity_by_hand(make_trace: Make) -> None:
+def test_popularity_by_hand(make_trace: MakeTrace) -> None:
     ids = np.array([[[0, 1], [2, 3]], [[0, 2], [2, 1]]])
     routes = load_routes(make_trace([(ids, np.tile([0.6, 0.4], (2, 2, 1)))], 4), "all")
     popularity = Popularity(Shape(layers=2, experts=4, top_k=2, horizon=1))
@@ -177,7 +177,8 @@ def test_targets_by_hand() -> None:
     def about(task: Task, hop: int) -> list[list[int]]:
         shape = Shape(layers=3, experts=18, top_k=1, horizon=1 if task == Task.WHOLE_PATH else 2, task=task)
         true = targets(routes, shape, np.arange(6), hop)
-        return np.where(true.is_valid_TL, true.ids_TLK[:, :, 0].astype(int), -1).tolist()
+        found: list[list[int]] = np.where(true.is_valid_TL, true.ids_TLK[:, :, 0].astype(int), -1).tolist()
+        return found
 
     assert about(Task.NEXT_LAYER, 1) == [[3 * t + 1, 3 * t + 2, -1] for t in range(6)]
     assert about(Task.NEXT_LAYER, 2) == [[3 * t + 2, -1, -1] for t in range(6)]
@@ -188,12 +189,12 @@ def test_targets_by_hand() -> None:
 
 
 def test_tasks_have_their_own_horizons() -> None:
-    facts = {"layers": 3, "experts": 8, "top_k": 2}
-    assert Shape(**facts, horizon=7, task=Task.NEXT_TOKEN).target_layers(7).tolist() == [0, 1, 2]
+    shape_of = partial(Shape, layers=3, experts=8, top_k=2)
+    assert shape_of(horizon=7, task=Task.NEXT_TOKEN).target_layers(7).tolist() == [0, 1, 2]
     with pytest.raises(SpecmoeError, match="whole-path predicts the token itself"):
-        Shape(**facts, horizon=2, task=Task.WHOLE_PATH)
+        shape_of(horizon=2, task=Task.WHOLE_PATH)
     with pytest.raises(SpecmoeError, match="expected 1 to 2 for 3 MoE layers"):
-        Shape(**facts, horizon=3)
+        shape_of(horizon=3)
 
 
 def hand_made(ids: list[list[int]], keys: list[int] | None = None) -> Routes:
@@ -274,7 +275,7 @@ def test_learning_the_known_rule_and_the_shuffled_control(markov_trace: Trace, t
 
 
 @pytest.mark.parametrize("task", [Task.NEXT_TOKEN, Task.WHOLE_PATH])
-def test_rules_over_tokens_are_learned(task: Task, make_trace: Make, tmp_path: Path) -> None:
+def test_rules_over_tokens_are_learned(task: Task, make_trace: MakeTrace, tmp_path: Path) -> None:
     """Each token's experts follow from the token before: e is followed by e+1, so that the vocabulary id tells everything."""
     random = np.random.default_rng(0)
     problems, vocab_ids = [], []
@@ -283,7 +284,7 @@ def test_rules_over_tokens_are_learned(task: Task, make_trace: Make, tmp_path: P
         problems.append((np.stack([strongest, (strongest + 4) % 8], -1)[:-1], np.tile([0.7, 0.3], (30, 3, 1))))
         vocab_ids.append(strongest[:, 0] + 100)
     trace = make_trace(problems, 8, vocab_ids=vocab_ids)
-    scores = {}
+    scores: dict[str, Metrics] = {}
     for name in ("token-identity", "conditional-counts", "uniform"):
         document = evaluate(train(trace, name, tmp_path / name, task=task), trace)
         assert document.task == task
@@ -297,7 +298,9 @@ def test_rules_over_tokens_are_learned(task: Task, make_trace: Make, tmp_path: P
     assert scores["token-identity, shuffled control"]["recall@2"] < 0.4
 
 
-def test_on_independent_routing_nobody_beats_chance(make_trace: Make, random_problems: Make, tmp_path: Path) -> None:
+def test_on_independent_routing_nobody_beats_chance(
+    make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path
+) -> None:
     trace = make_trace(random_problems(count=60, tokens=40, layers=3, num_experts=8, top_k=2), 8)
     document = evaluate(train(trace, "mlp", tmp_path / "run", options=OPTIONS), trace)
     for name, result in document.results.items():
@@ -312,7 +315,7 @@ def test_training_is_reproducible(markov_trace: Trace, tmp_path: Path) -> None:
 
 
 def test_a_trace_of_another_model_is_refused(
-    markov_trace: Trace, make_trace: Make, random_problems: Make, tmp_path: Path
+    markov_trace: Trace, make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path
 ) -> None:
     run = train(markov_trace, "popularity", tmp_path / "run")
     other = make_trace(random_problems(count=9, tokens=3, layers=4, num_experts=16, top_k=2), 16, name="other")
@@ -387,7 +390,7 @@ def test_a_converted_trace_cannot_hide_training_problems(markov_trace: Trace, tm
 
 def test_hashes_of_prompts_split_across_traces_and_mere_names_do_not(markov_trace: Trace, tmp_path: Path) -> None:
     from profiler.importers import import_trace
-    from profiler.importers.target import ImportOptions
+    from profiler.importers.rows import ImportOptions
 
     for name in ("first", "second"):
         folder = tmp_path / name

@@ -6,25 +6,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.traces import MakeProblems, MakeTrace
 from tensorboardX.proto.event_pb2 import Event
 
 from profiler.trace.reader import Trace
 from speculation.predictors.options import TrainingOptions
 from speculation.training.fit import train
 
-Make = Callable[..., Any]
-
 
 @pytest.fixture
-def trace(make_trace: Make, random_problems: Make) -> Trace:
-    made = make_trace(random_problems(count=20, tokens=10, layers=3, num_experts=8, top_k=2), 8)
-    assert isinstance(made, Trace)
-    return made
+def trace(make_trace: MakeTrace, random_problems: MakeProblems) -> Trace:
+    return make_trace(random_problems(count=20, tokens=10, layers=3, num_experts=8, top_k=2), 8)
 
 
 def test_the_card_says_what_it_is_and_trusts_no_name(trace: Trace, tmp_path: Path) -> None:
@@ -43,7 +39,7 @@ def test_the_card_says_what_it_is_and_trusts_no_name(trace: Trace, tmp_path: Pat
 
 def test_losses_are_logged_for_tensorboard(trace: Trace, tmp_path: Path) -> None:
     run = train(trace, "mlp", tmp_path / "run", options=TrainingOptions(epochs=3, width=8))
-    logged = {}
+    logged: dict[tuple[str, int], float] = {}
     for path in sorted((run.path / "tensorboard").iterdir()):
         content = path.read_bytes()
         while content:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from support.agreement import assert_agrees, assert_complete
 
-from profiler.capture.requests import CapturedRequest
+from profiler.capture.requests import CapturedRequest, problem_ids
 from profiler.engines.vllm import is_installed
 from profiler.errors import TraceError
 from profiler.models.resolve import demo_model_folder
@@ -29,7 +29,7 @@ from profiler.trace.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
 from vllm_patch.buffers import CaptureBuffers
 from vllm_patch.check.agreement import load_oracle, vocabulary
 from vllm_patch.recorder import Recorder
-from vllm_patch.serving.server import FINISHED_FILE, begin_trace, finish, next_trace, problem_ids
+from vllm_patch.serving.server import FINISHED_FILE, begin_trace, finish, next_trace
 from vllm_patch.steps import NewRequest, Step
 
 METADATA = Metadata(

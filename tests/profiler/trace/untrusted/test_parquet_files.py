@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_much_text_in_a_row_group_is_read_in_order(tmp_path: Path, groups: int) 
     """More than dictionaries are built for, among groups of less."""
     random = np.random.default_rng(0)
     much = [random.bytes(500).hex() for _ in range(30_000)]
-    parts = [["little"] * 5, much, ["", None, "x"]][: groups * 2 - 1] if groups > 1 else [much]
+    parts: list[Sequence[str | None]] = [["little"] * 5, much, ["", None, "x"]] if groups > 1 else [much]
     text = [each for part in parts for each in part]
     with pq.ParquetWriter(tmp_path / "t.parquet", SCHEMA) as writer:
         start = 0

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.traces import MakeProblems, MakeTrace
 
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
@@ -19,12 +20,11 @@ from speculation.evaluation.evaluate import evaluate
 from speculation.predictors.registry import find_predictor
 from speculation.training.fit import train
 
-Make = Callable[..., Trace]
 OPTIONS = replace(find_predictor("mlp").defaults, epochs=4, batch_tokens=64)
 
 
 @pytest.fixture
-def trace(make_trace: Make, random_problems: Make) -> Trace:
+def trace(make_trace: MakeTrace, random_problems: MakeProblems) -> Trace:
     return make_trace(random_problems(count=40, tokens=20, layers=3, num_experts=8, top_k=2), 8)
 
 
@@ -41,7 +41,8 @@ def cut_off_at(epoch: int) -> Callable[[int, int, dict[str, float]], None]:
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
-    return load_file(run / "model.safetensors")
+    stored: dict[str, np.ndarray] = load_file(run / "model.safetensors")
+    return stored
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -123,7 +124,7 @@ def test_training_writes_one_tensorboard_file(trace: Trace, tmp_path: Path) -> N
 
 
 def test_all_of_a_trace_is_trained_on_with_another_to_stop_early_on(
-    trace: Trace, make_trace: Make, random_problems: Make, tmp_path: Path
+    trace: Trace, make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path
 ) -> None:
     problems = random_problems(count=9, tokens=20, layers=3, num_experts=8, top_k=2, seed=1)
     other = make_trace(problems, 8, name="other", prompts=[f"another {number}" for number in range(9)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +13,6 @@ from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import evaluate_predictor, shuffled
 from speculation.predictors.features import recent_use
 from speculation.predictors.neural.recommended import Recommended
-
-Make = Callable[..., object]
 
 
 def routes_of(ids_TLK: np.ndarray, keys: np.ndarray, problem_T: np.ndarray | None = None) -> Routes:
