@@ -86,7 +86,7 @@ def test_two_containers_of_which_one_is_preempted_make_the_trace_of_one_machine(
     questions: Path, local: Trace, account: OfflineModal, tmp_path: Path
 ) -> None:
     # Without preemption it is the same with less: tests/modal_jobs/test_resuming.py has that.
-    done = account.run(*arguments(questions, tmp_path / "trace"), preempt={1}, preempt_after=1.0, environment=IN_ONE_PROCESS)
+    done = account.run(*arguments(questions, tmp_path / "trace"), preempt={1}, preempt_after=0.3, environment=IN_ONE_PROCESS)
     assert done.returncode == 0, done.stdout + done.stderr
     trace = Trace.open(tmp_path / "trace")
     assert trace.faults(verify=True) == []
