@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from analysis.counts.survey import Axes, dataset_indices, token_identity
+from analysis.counts.survey import ROWS_AT_A_TIME, Axes, dataset_indices, token_identity
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.schema import DECODE, PREFILL, TOKENS_FILE, RoutingChunk
@@ -19,7 +19,6 @@ from profiler.trace.splits import digest_of_number, iterate_digests
 from profiler.trace.untrusted.parquet_files import stream_table
 
 PHASES = (PREFILL, DECODE, "unknown")
-ROWS_AT_A_TIME = 1 << 16
 EVERY_PROBLEM = range(1 << 31)
 
 

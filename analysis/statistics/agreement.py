@@ -13,14 +13,12 @@ import pyarrow as pa
 from analysis.counts.accumulator import Counts, Floats
 from analysis.counts.kernels import as_bits
 from analysis.counts.load import count_experts
-from analysis.counts.survey import EVERYTHING, Choice, chosen_problems
+from analysis.counts.survey import EVERYTHING, ROWS_AT_A_TIME, Choice, chosen_problems
 from analysis.statistics.load import normalized
 from profiler.trace.reader import Trace
 from profiler.trace.schema import PREFILL, TOKENS_FILE
 from profiler.trace.splits import problem_digests, split_key
 from profiler.trace.untrusted.parquet_files import stream_table
-
-ROWS_AT_A_TIME = 1 << 16
 
 
 @dataclass(frozen=True)

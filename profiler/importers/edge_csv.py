@@ -19,7 +19,7 @@ import pyarrow as pa
 from pyarrow import csv as pa_csv
 
 from profiler.errors import UNREADABLE, TraceError, first_line
-from profiler.importers.reading import head
+from profiler.importers.reading import BLOCK_BYTES, head
 from profiler.importers.rows import EMPTY, ImportedRows
 from profiler.importers.target import Target
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
@@ -38,7 +38,6 @@ _TYPES = {
     "dropped": pa.int8(),
 }
 _REQUIRED = ("turn", "step", "layer", "slot", "expert")
-BLOCK_BYTES = 4 << 20
 
 
 def detect(source: Path) -> bool:

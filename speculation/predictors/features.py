@@ -16,6 +16,15 @@ from speculation.data.routes import Routes, RouteSource, each_group
 from speculation.data.tasks import Shape, Task
 from speculation.predictors.base import Arrays
 
+# Keeps the log-odds of experts that are never or always used finite.
+SMALLEST_PROBABILITY = 1e-4
+
+
+def log_odds(probability: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    """The log-odds of probabilities, elementwise; those of 0 and 1 are finite."""
+    clipped = np.clip(probability, SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
+    return np.asarray(np.log(clipped / (1 - clipped)))
+
 
 def recent_use(
     routes: Routes, tokens_T: npt.NDArray[np.int64], known_T: npt.NDArray[np.int64], experts: int, windows: tuple[int, ...]

@@ -6,13 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from profiler.trace.hub import plain_text, push_folder
+from profiler.trace.hub import CARD_FILE, plain_text, push_folder
 from profiler.trace.reader import Trace
 from speculation.data.tasks import Task
 from speculation.predictors.base import Predictor
 from speculation.predictors.options import Epochs, TrainingOptions
 
-CARD_FILE = "README.md"
 # The files of a run that are uploaded; logs and checkpoints are not.
 PUSHED = ["config.json", "*.safetensors", "metrics.json", "provenance.json", "training.csv", CARD_FILE]
 

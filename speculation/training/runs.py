@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from profiler.errors import SpecmoeError
-from profiler.trace.reader import Trace
+from profiler.trace.reader import MAX_DOCUMENT_BYTES, Trace
 from profiler.trace.schema import MANIFEST_FILE
 from profiler.trace.splits import split_key
 from profiler.trace.writer import sha256_of, write_text
@@ -46,7 +46,6 @@ from speculation.training.card import CARD_FILE, model_card
 CONFIG_FILE = "config.json"
 BASELINES = ("popularity", "previous-token", "conditional-counts")
 MAX_FILE_BYTES = 4 << 30
-MAX_DOCUMENT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,11 @@ import numpy.typing as npt
 from speculation.data.routes import Routes, RouteSource, each_group
 from speculation.data.tasks import Shape, Task, targets
 from speculation.predictors.base import Arrays, Predictor, expected_array
-from speculation.predictors.features import expert_frequency
+from speculation.predictors.features import expert_frequency, log_odds
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
 # The weight of popularity in each row, in tokens: smooths the rows of experts that are rarely seen.
 PRIOR_TOKENS = 10.0
-# Keeps the log-odds of experts that never or always follow finite.
-SMALLEST_PROBABILITY = 1e-4
 
 
 class ConditionalCounts(Predictor):
@@ -69,8 +67,8 @@ class ConditionalCounts(Predictor):
                     continue
                 smoothed_EE = count_HLEE[hop - 1, layer] + PRIOR_TOKENS * frequency_LE[target]
                 chance_EE = smoothed_EE / (given_HLE[hop - 1, layer] + PRIOR_TOKENS)[:, None]
-                self._popularity_LHE[layer, hop - 1] = _log_odds(frequency_LE[target])
-                self._change_HLEE[hop - 1, layer] = _log_odds(chance_EE) - self._popularity_LHE[layer, hop - 1]
+                self._popularity_LHE[layer, hop - 1] = log_odds(frequency_LE[target])
+                self._change_HLEE[hop - 1, layer] = log_odds(chance_EE) - self._popularity_LHE[layer, hop - 1]
         return []
 
     def probabilities(self, routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
@@ -93,8 +91,3 @@ class ConditionalCounts(Predictor):
         predictor._popularity_LHE = expected_array(arrays, "popularity_LHE", predictor._popularity_LHE.shape)
         predictor._change_HLEE = expected_array(arrays, "change_HLEE", predictor._change_HLEE.shape)
         return predictor
-
-
-def _log_odds(probability: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
-    clipped = np.clip(probability, SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
-    return np.asarray(np.log(clipped / (1 - clipped)))

@@ -15,14 +15,13 @@ from speculation.predictors.counting.backoff_counts import BackoffCounts
 from speculation.predictors.counting.conditional_counts import ConditionalCounts
 from speculation.predictors.counting.previous_token import PreviousToken
 from speculation.predictors.counting.token_identity import TokenIdentity
-from speculation.predictors.features import at_targets, expert_frequency
+from speculation.predictors.features import at_targets, expert_frequency, log_odds
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
 MEMBERS: tuple[type[Predictor], ...] = (ConditionalCounts, BackoffCounts, PreviousToken, TokenIdentity)
 # Limits on the tokens, and on the numbers, that the weights of the members are fitted on; steps of Newton's method.
 SAMPLE_TOKENS, SAMPLE_NUMBERS = 4000, 50_000_000
 STEPS = 12
-SMALLEST_PROBABILITY = 1e-4
 
 
 class ProductOfExperts(Predictor):
@@ -52,7 +51,7 @@ class ProductOfExperts(Predictor):
         out: Path | None = None,
     ) -> Epochs:
         shape, routes = self.shape, single_group(self, train)
-        self._popularity_LHE = _log_odds(at_targets(expert_frequency(routes, shape), shape))
+        self._popularity_LHE = log_odds(at_targets(expert_frequency(routes, shape), shape)).astype(np.float32)
         for member in self._members:
             member.fit(routes, None, options, on_progress)
         # Counts fit their own tokens too well: to fit the weights, use counts that have not seen the sample's problems.
@@ -86,7 +85,7 @@ class ProductOfExperts(Predictor):
 
     def _changes(self, members: list[Predictor], routes: Routes, tokens: slice) -> npt.NDArray[np.float32]:
         """The change that each member makes to the log-odds of popularity, `[T, L, H, E, M]`."""
-        return np.stack([_log_odds(member.probabilities(routes, tokens)) - self._popularity_LHE for member in members], axis=-1)
+        return np.stack([log_odds(member.probabilities(routes, tokens)) - self._popularity_LHE for member in members], axis=-1)
 
     @classmethod
     def parameters_for(cls, shape: Shape) -> int | None:
@@ -119,8 +118,3 @@ def logistic_weights(
         curvature = (design * (chance * (1 - chance))[:, None]).T @ design + np.eye(len(weights))
         weights += np.clip(np.linalg.solve(curvature, gradient), -2, 2)
     return weights
-
-
-def _log_odds(probability: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    clipped = np.clip(probability, SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
-    return np.asarray(np.log(clipped / (1 - clipped)), dtype=np.float32)

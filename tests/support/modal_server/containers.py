@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from collections import defaultdict, deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -34,7 +35,11 @@ MAX_DELIVERIES = 4
 
 @dataclass
 class Container:
-    """A container. working: inputs that it has not answered. waiting: whether it waits for one. stopping: it gets no more."""
+    """A container.
+
+    working: inputs that it has not answered. waiting: whether it waits for one. was_used: whether it ever took one. stopping:
+    it gets no more.
+    """
 
     id: str
     function: Function
@@ -43,6 +48,7 @@ class Container:
     volumes: dict[str, WorkingCopy] = field(default_factory=dict)
     working: dict[str, Input] = field(default_factory=dict)
     waiting: bool = False
+    was_used: bool = False
     stopping: bool = False
     preempted: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -110,6 +116,9 @@ class Containers(Part):
                 )
         container.working.clear()
         queue = self.queues[container.function.id]
+        if code and not container.was_used and not container.preempted and queue:
+            # It could not even ask for an input, so the next one could not either.
+            code, failure = None, f"the container ended with exit code {code} before it took an input"
         if code is None:
             status = pb.GenericResult.GENERIC_STATUS_INIT_FAILURE
             await self._fail(container, pb.GenericResult(status=status, exception=failure))
@@ -182,6 +191,8 @@ class Containers(Part):
             python_path=environment.python_path,
             mounts=mounts,
             files=files,
+            # The interpreters' folders, visible even below the paths that containers have for themselves, such as /tmp.
+            kept=sorted({sys.prefix, sys.base_prefix, str(self.server.settings.python.parent.parent)}),
         )
         (folder / "specification").write_text(json.dumps(asdict(specification)))
         return folder / "specification"
@@ -243,6 +254,7 @@ class Containers(Part):
     def _hand_over(self, one: Input, container: Container) -> pb.FunctionGetInputsItem:
         one.delivered += 1
         container.working[one.id] = one
+        container.was_used = True
         name = container.function.name
         self.server.note(Event(kind="input", container=container.id, function=name, input=one.number))
         if one.call.is_map and one.number in self._preempt:

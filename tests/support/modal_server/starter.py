@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,7 +53,7 @@ class Specification:
     python_path: list[str]
     mounts: list[tuple[str, str, bool]]
     files: list[tuple[str, str]]
-    kept: list[str] = field(default_factory=lambda: sorted({sys.prefix, sys.base_prefix}))
+    kept: list[str]
 
 
 def main() -> None:
