@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from profiler.errors import SpecmoeError
+from profiler.trace.hub import CARD_FILE
 from profiler.trace.reader import MAX_DOCUMENT_BYTES, Trace
 from profiler.trace.schema import MANIFEST_FILE
 from profiler.trace.splits import split_key
@@ -41,7 +42,7 @@ from speculation.predictors.base import Arrays, Predictor
 from speculation.predictors.neural.loop import CHECKPOINTS
 from speculation.predictors.options import Epochs, TrainingOptions
 from speculation.predictors.registry import find_predictor
-from speculation.training.card import CARD_FILE, model_card
+from speculation.training.card import model_card
 
 CONFIG_FILE = "config.json"
 BASELINES = ("popularity", "previous-token", "conditional-counts")
