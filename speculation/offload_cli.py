@@ -28,6 +28,19 @@ console = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
 
 
+# Options that both commands have.
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="Model whose sizes to use; 'specmoe models' lists them. Default: the trace's model."),
+]
+PrecisionName = Annotated[
+    str | None,
+    typer.Option(
+        "--precision", help=f"Precision of the weights: {', '.join(PRECISIONS)}. Default: as the model was published."
+    ),
+]
+
+
 class Policy(StrEnum):
     """Which expert a full cache evicts."""
 
@@ -82,13 +95,8 @@ def simulate(
         bool,
         typer.Option("--measure", help="Estimate for this machine too, from measured transfers and expert computation."),
     ] = False,
-    model: Annotated[
-        str | None, typer.Option(help="Model whose sizes to use; 'specmoe models' lists them. Default: the trace's model.")
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(help=f"Precision of the weights: {', '.join(PRECISIONS)}. Default: as the model was published."),
-    ] = None,
+    model: ModelName = None,
+    precision: PrecisionName = None,
     link: Annotated[
         float | None,
         typer.Option(min=0, help="Bandwidth that large transfers to the GPU reach, in GB/s. Default: 80 % of PCIe's peak."),
@@ -176,13 +184,8 @@ def replay(
     ] = Policy.lru,
     cache_fraction: Annotated[float, typer.Option(min=0, max=1, help="Cache size as a share of all experts.")] = 0.25,
     on: Annotated[On | None, typer.Option(help="Device to replay on. Default: cuda if there is a GPU, else cpu.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model whose sizes to use; 'specmoe models' lists them. Default: the trace's model.")
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(help=f"Precision of the weights: {', '.join(PRECISIONS)}. Default: as the model was published."),
-    ] = None,
+    model: ModelName = None,
+    precision: PrecisionName = None,
     expert_mb: Annotated[
         float | None, typer.Option(min=0.001, help="Size of an expert in MB. Default: that of the model's experts.")
     ] = None,

@@ -126,7 +126,7 @@ def sweep(
         costs: Costs of each device; None for a device on which nothing takes time.
         is_global: One cache for all layers instead of one per layer.
         queue: Prefetches that may wait for the interconnect.
-        on_done: Called after every simulation, from several threads.
+        on_done: Called after every simulation, in this thread.
 
     Returns:
         A row per simulation. `analysis.documents.simulation.DEFINITIONS` defines its numbers.
