@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support import warm
 from support.offline_modal import OfflineModal, needs_modal
 
 from profiler.engines.vllm import is_installed
@@ -34,26 +33,18 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # vLLM's engine in the process that starts it, which imports vLLM once instead of three times.
 IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# Imported once for all containers. The job sets HF_HUB_OFFLINE, which these read, but the tests have it set anyway.
+MODULES = tuple(name for name in warm.LIBRARIES if name.startswith(("transformers", "vllm")))
+SERVER: dict[str, Any] = {"environment": IN_ONE_PROCESS, "modules": MODULES}
 
 
 @pytest.fixture(scope="module")
 def local(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     """The same problems, collected in one go on this machine."""
     out = tmp_path_factory.mktemp("local") / "trace"
-    command = [
-        sys.executable,
-        "-m",
-        "specmoe",
-        "collect",
-        "--model",
-        "demo",
-        "--dataset",
-        "gsm8k",
-        "--data-files",
-        str(questions),
-    ]
+    command = ["collect", "--model", "demo", "--dataset", "gsm8k", "--data-files", str(questions)]
     command += ["--num-problems", str(PROBLEMS), "--max-new-tokens", str(NEW_TOKENS), "--dtype", "float32", "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env={**os.environ, **IN_ONE_PROCESS})
+    assert warm.run("specmoe", *command, environment=IN_ONE_PROCESS).returncode == 0
     return Trace.open(out)
 
 
@@ -86,7 +77,7 @@ def test_two_containers_of_which_one_is_preempted_make_the_trace_of_one_machine(
     questions: Path, local: Trace, account: OfflineModal, tmp_path: Path
 ) -> None:
     # Without preemption it is the same with less: tests/modal_jobs/test_resuming.py has that.
-    done = account.run(*arguments(questions, tmp_path / "trace"), preempt={1}, preempt_after=0.3, environment=IN_ONE_PROCESS)
+    done = account.run(*arguments(questions, tmp_path / "trace"), preempt={1}, preempt_after=0.3, **SERVER)
     assert done.returncode == 0, done.stdout + done.stderr
     trace = Trace.open(tmp_path / "trace")
     assert trace.faults(verify=True) == []
@@ -110,7 +101,7 @@ def test_a_shard_that_is_missing_is_the_only_one_computed_again(
     run = next(path for path in account.volume("specmoe-traces").iterdir() if path.name.startswith("demo-"))
     for manifest in (run / "shard-00001").glob("*/manifest.json"):
         manifest.unlink()
-    done = account.run(*arguments(questions, tmp_path / "trace"))
+    done = account.run(*arguments(questions, tmp_path / "trace"), **SERVER)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 2 shards are finished" in done.stdout
     written = [name for event in account.events("volume_commit") for name in event.files]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
+from support import warm
 from support.agreement import assert_agrees, assert_complete
 
 from profiler.engines.vllm import is_installed
@@ -24,16 +23,18 @@ from vllm_patch.check.agreement import load_oracle
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
 
 PROBLEMS = 24
+IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @pytest.fixture(scope="module", params=["eager", "compiled"])
 def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     """One engine start per mode; prompts of three kinds in one batch, some ended by a stop token, some by length."""
     out = tmp_path_factory.mktemp(request.param) / "trace"
-    command = [sys.executable, "-m", "specmoe", "collect", "--model", "demo", "--dtype", "float32", f"--{request.param}"]
+    command = ["collect", "--model", "demo", "--dtype", "float32", f"--{request.param}"]
     command += ["--dataset", "demo-math,demo-code,demo-reviews", "--num-problems", str(PROBLEMS)]
     command += ["--max-new-tokens", "150", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # One engine in the process that starts it, one in processes of its own, as it is by default.
+    done = warm.run("specmoe", *command, environment=IN_ONE_PROCESS if request.param == "eager" else {})
     assert done.returncode == 0, done.stderr
     assert f"{PROBLEMS} problems" in done.stdout
     return Trace.open(out)
@@ -70,10 +71,9 @@ GSM8K = Path(__file__).parents[3] / "shared" / "datasets" / "gsm8k" / "test.parq
 @pytest.mark.skipif(not GSM8K.is_file(), reason="no local copy of GSM8K")
 def test_gsm8k_from_a_local_file_agrees_with_the_oracle(tmp_path: Path) -> None:
     out = tmp_path / "trace"
-    command = [sys.executable, "-m", "specmoe", "collect", "--model", "demo", "--dtype", "float32", "--dataset", "gsm8k"]
+    command = ["collect", "--model", "demo", "--dtype", "float32", "--dataset", "gsm8k"]
     command += ["--data-files", str(GSM8K), "--num-problems", "20", "--max-new-tokens", "32", "--out", str(out)]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment)
+    assert warm.run("specmoe", *command, environment=IN_ONE_PROCESS).returncode == 0
     trace = Trace.open(out)
     assert_complete(trace)
     assert_agrees(trace, load_oracle(demo_model_folder()))
@@ -88,19 +88,10 @@ def test_a_run_that_is_cut_off_ends_with_one_line_and_leaves_no_process(
 ) -> None:
     short_folder = tempfile.mkdtemp()
     request.addfinalizer(lambda: shutil.rmtree(short_folder, ignore_errors=True))
-    command = [sys.executable, "-m", "specmoe", "collect", "--model", "demo", "--dataset", "demo-math,demo-code,demo-reviews"]
+    command = ["collect", "--model", "demo", "--dataset", "demo-math,demo-code,demo-reviews"]
     command += ["--num-problems", "48", "--max-new-tokens", "850", "--out", str(tmp_path / "trace")]
-    run = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # Not tmp_path: vLLM's sockets are there, and a socket's path may have 107 characters.
-        env={**os.environ, "TMPDIR": short_folder},
-        # A shell's background job hands SIGINT down as ignored, and this suite may run in one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert run.stderr is not None
+    # Not tmp_path: vLLM's sockets are there, and a socket's path may have 107 characters.
+    run = warm.start("specmoe", *command, environment={"TMPDIR": short_folder})
     for line in run.stderr:
         if line.startswith("12 of 48"):
             break
@@ -109,8 +100,8 @@ def test_a_run_that_is_cut_off_ends_with_one_line_and_leaves_no_process(
         os.killpg(run.pid, signal.SIGINT)
     else:
         next(p for p in descendants if "EngineCore" in " ".join(p.cmdline())).kill()
-    _, rest = run.communicate(timeout=60)
-    assert run.returncode == code
+    rest = run.stderr.read()
+    assert run.wait(60) == code
     assert text in rest.splitlines()[-1]
     _, alive = psutil.wait_procs(descendants, timeout=20)
     assert alive == []

@@ -6,13 +6,11 @@ Each scenario of `drive_vllm.py` starts its engines once; the tests look at the 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import warm
 from support.agreement import assert_agrees, assert_complete
 
 from profiler.engines.vllm import is_installed
@@ -23,7 +21,6 @@ from vllm_patch.check.jobs import FAMILY_NAMES
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
 
-PROGRAM = Path(__file__).parents[1] / "support" / "drive_vllm.py"
 # The first of layers 0 to 2 is dense in some families.
 FROM_LAYER_1 = ("deepseek_v1", "deepseek_v2", "deepseek_v3", "glm4_moe")
 # The chosen experts are those of the largest logits: no correction bias, no groups.
@@ -33,14 +30,13 @@ BY_LOGITS = tuple(name for name in FAMILY_NAMES if name not in {"deepseek_v3", "
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    subprocess.run([sys.executable, "-m", "vllm_patch.check.families", folder], check=True, capture_output=True, timeout=300)
+    assert warm.run("vllm_patch.check.families", folder).returncode == 0
     return folder
 
 
 def drive(*scenarios: list[object], **environment: str) -> None:
     words = [str(word) for scenario in scenarios for word in ("--", *scenario)]
-    command = [sys.executable, str(PROGRAM), *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environment})
+    done = warm.run("support.drive_vllm", *words[1:], environment=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -173,9 +169,7 @@ def test_prefix_cache_gaps_are_what_vllm_says_was_cached(calls: Path) -> None:
         total += problem["cached_tokens"]
     (gap,) = trace.metadata.gaps
     assert gap.startswith(f"{total} positions of {sum(p['cached_tokens'] > 0 for p in problems)} problems came from the prefix")
-    shown = subprocess.run(
-        [sys.executable, "-m", "specmoe", "inspect", str(trace.path)], capture_output=True, text=True, check=True
-    )
+    shown = warm.run("specmoe", "inspect", trace.path)
     assert " ".join(gap.split()) in " ".join(shown.stdout.split())
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support import warm
 
 from profiler.collect.collection import CollectSummary
 from profiler.collect.job import collect
@@ -174,7 +174,7 @@ def test_data_files_go_with_one_dataset(tmp_path: Path) -> None:
 
 
 def specmoe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "specmoe", *arguments], capture_output=True, text=True)
+    return warm.run("specmoe", *arguments)
 
 
 @pytest.mark.parametrize(

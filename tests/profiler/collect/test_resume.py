@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from support import warm
 
 from profiler.capture.requests import COMPLETIONS_FILE, PLANNED_FILE
 from profiler.capture.sealing import captured_positions, run_folder, runs_of
@@ -31,7 +32,7 @@ from profiler.trace.stream import ROUTING_STREAM, read_index
 from profiler.trace.writer import exclusive
 
 KILLS = 20
-SETTINGS = {"problems": 30, "new_tokens": 24}
+SETTINGS = {"problems": 18, "new_tokens": 20}
 
 
 def options(out: Path, **changes: object) -> LocalOptions:
@@ -138,18 +139,18 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_repeat_nothing(collecto
 def test_a_killed_vllm_run_ends_with_its_engine_and_is_resumed(tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
         return [
-            *(sys.executable, "-m", "specmoe", "collect", "--model", "demo", "--dataset", "demo-math,demo-code,demo-reviews"),
+            *("specmoe", "collect", "--model", "demo", "--dataset", "demo-math,demo-code,demo-reviews"),
             *("--num-problems", "45", "--max-new-tokens", "200", "--dtype", "float32", "--resume", "--out", str(out)),
         ]
 
     out = tmp_path / "killed"
-    killed = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = warm.start(*command(out))
     deadline = time.monotonic() + 120
     while not (out.is_dir() and runs_of(out) and captured_tokens(out)) and time.monotonic() < deadline:
         time.sleep(0.05)
     engine = psutil.Process(killed.pid).children(recursive=True)
-    killed.kill()
-    killed.wait()
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait(20) == -signal.SIGKILL
     _, alive = psutil.wait_procs(engine, timeout=20)
     assert alive == []
     assert not (out / "manifest.json").exists()
@@ -161,11 +162,11 @@ def test_a_killed_vllm_run_ends_with_its_engine_and_is_resumed(tmp_path: Path) -
     assert 0 < len(salvaged.load()) <= there
     assert "the collection was interrupted" in salvaged.metadata.gaps[0]
     # The engine in the command's own process, which imports vLLM once instead of three times.
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run(command(out), capture_output=True, text=True, env=environment)
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = warm.run(*command(out), environment=environment)
     assert done.returncode == 0, done.stderr
     assert "problems were finished by earlier runs" in done.stdout
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, env=environment)
+    assert warm.run(*command(tmp_path / "whole"), environment=environment).returncode == 0
     assert_same(Trace.open(tmp_path / "whole"), Trace.open(out))
 
 

@@ -11,6 +11,5 @@ have commits; containers can be preempted. Images are recorded, not built, and t
     containers   when containers start and stop, what they ask for
     volumes      committed files, working copies
     store        uploaded files and blobs
-    processes    the server's side of starting containers
-    starter      the warm interpreter that forks them
+    processes    containers' processes, which `support.warm` starts
 """

@@ -16,8 +16,8 @@ from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2 as pb
 
 from support.modal_server.parts import Event, Part, new_id
-from support.modal_server.processes import ONE_THREAD, Process, Starter
-from support.modal_server.starter import Specification
+from support.modal_server.processes import ONE_THREAD, Process, start, starter_of
+from support.starter import Specification
 
 if TYPE_CHECKING:
     from support.modal_server.calls import Input
@@ -128,11 +128,12 @@ class Containers(Part):
     async def _run(self, container: Container) -> int:
         path = self._specify(container)
         self.server.note(Event(kind="container_start", container=container.id, function=container.function.name))
-        starter = Starter.of(self.server.settings.python)
-        container.process = await starter.start(path, lambda number, text: self.server.apps.say(container, number, text))
+        settings = self.server.settings
+        starter = starter_of(settings.python, settings.modules, self.server.functions.environment(container.function).variables)
+        container.process = await start(starter, path, lambda number, text: self.server.apps.say(container, number, text))
         if container.stopping:
             container.process.kill()
-        code = await container.process.code
+        code = await container.process.wait()
         # What it has started and not stopped would keep its output open.
         with suppress(ProcessLookupError):
             os.killpg(container.process.pid, 9)
@@ -185,6 +186,8 @@ class Containers(Part):
             "MODAL_CONTAINER_ARGUMENTS_PATH": "/__modal/arguments",
         }
         specification = Specification(
+            module="modal._container_entrypoint",
+            arguments=[],
             root=str(folder / "root"),
             workdir=environment.workdir,
             environment=variables,

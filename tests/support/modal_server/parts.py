@@ -22,13 +22,15 @@ _numbers = itertools.count(1)
 class Settings:
     """preempt: inputs of a map, by number, whose first container is preempted, so many seconds after the input reached it.
 
-    python: the interpreter whose packages containers have. secrets: by name, environment variables and their values.
+    python: the interpreter whose packages containers have. modules: imported before containers start, with the usual ones; they
+    see the variables of the image, but not those that our code sets. secrets: by name, environment variables and their values.
     environment: further variables of all containers. max_containers: of a function that sets no limit.
     """
 
     preempt: Set[int] = frozenset()
     preempt_after: float = 0.5
     python: Path = Path(sys.executable)
+    modules: tuple[str, ...] = ()
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     max_containers: int = 4

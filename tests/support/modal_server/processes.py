@@ -1,31 +1,44 @@
-"""Start containers through the warm interpreter of an environment, and see them end."""
+"""Start containers, and see them end."""
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
-import json
 import os
 import signal
-import socket
-import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+
+from support import warm
 
 # Containers share this machine's cores: threads that wait for each other while others have the cores take many times as long.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-STARTER = Path(__file__).with_name("starter.py")
+# Third-party packages only: containers import the project from the files that were uploaded. And none that reads, as it is
+# imported, the environment variables that our images and jobs set (huggingface_hub, transformers, datasets).
+WARM = (
+    *("modal", "modal._runtime.asgi", "modal._runtime.container_io_manager", "modal._runtime.user_code_imports"),
+    *("numpy", "pyarrow.dataset", "pyarrow.parquet", "pydantic", "typer", "rich.progress"),
+    *("scipy.stats", "sklearn.metrics", "sympy", "torch", "torch._dynamo", "torch.distributed._composable.fsdp"),
+)
 
 
 @dataclass
 class Process:
-    """A container's process, which is in a group of its own. code: its exit code, once it has ended."""
+    """A container's process, which is in a group of its own. readers: of its output."""
 
-    pid: int
-    code: asyncio.Future[int]
-    readers: list[asyncio.Task[None]] = field(default_factory=list)
+    process: warm.Process
+    readers: list[asyncio.Task[None]]
+
+    @property
+    def pid(self) -> int:
+        """Its process id here."""
+        return self.process.pid
+
+    async def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        return await asyncio.wrap_future(self.process.code)
 
     def interrupt(self) -> None:
         """Ask it to stop, as Ctrl-C does."""
@@ -38,87 +51,36 @@ class Process:
     async def ended(self, seconds: float) -> bool:
         """Whether it ends within some seconds."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self.code), seconds)
-        return self.code.done()
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self.process.code)), seconds)
+        return self.process.code.done()
 
     def _send(self, how: Callable[[int, int], None], number: int) -> None:
-        if not self.code.done():
+        if not self.process.code.done():
             with contextlib.suppress(ProcessLookupError):
                 how(self.pid, number)
 
 
-class Starter:
-    """The warm interpreter of one environment. It lives until this process ends; one server at a time uses it."""
+_starters: dict[tuple[Path, tuple[str, ...]], warm.Starter] = {}
 
-    _all: dict[Path, Starter] = {}  # noqa: RUF012 - a cache for the whole process
 
-    def __init__(self, python: Path) -> None:
-        self._control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "PYTHONPATH"))}
+def starter_of(python: Path, modules: tuple[str, ...] = (), environment: Mapping[str, str] | None = None) -> warm.Starter:
+    """The warm interpreter of an environment. modules: imported beside the usual ones, with these additional variables."""
+    key = (python, modules)
+    if key not in _starters or not _starters[key].alive:
+        whole = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "PYTHONPATH"))}
         # Modal's package decides some things as it is imported, OpenMP the number of its threads.
-        environment |= {"MODAL_IS_REMOTE": "1", "PYTHONUNBUFFERED": "1", **ONE_THREAD}
-        with other:
-            self._process = subprocess.Popen(
-                [str(python), "-P", str(STARTER)], stdin=other.fileno(), env=environment, start_new_session=True, cwd="/"
-            )
-        self._control.setblocking(False)
-        self._started: dict[str, asyncio.Future[int]] = {}
-        self._ended: dict[int, asyncio.Future[int]] = {}
-        atexit.register(self._close)
+        whole |= {"MODAL_IS_REMOTE": "1", "PYTHONUNBUFFERED": "1", **ONE_THREAD, **(environment or {})}
+        _starters[key] = warm.Starter(python, (*WARM, *modules), whole)
+    return _starters[key]
 
-    @classmethod
-    def of(cls, python: Path) -> Starter:
-        """The one of this interpreter, which is started if there is none."""
-        if python not in cls._all or cls._all[python]._process.poll() is not None:
-            cls._all[python] = cls(python)
-        return cls._all[python]
 
-    def attach(self) -> None:
-        """Have this event loop receive its answers."""
-        asyncio.get_running_loop().add_reader(self._control, self._receive)
-
-    def detach(self) -> None:
-        """End that."""
-        asyncio.get_running_loop().remove_reader(self._control)
-        self._started.clear()
-        self._ended.clear()
-
-    async def start(self, specification: Path, say: Callable[[int, str], None]) -> Process:
-        """Start a container. say: gets each line of its output, with 1 for standard output and 2 for errors."""
-        loop = asyncio.get_running_loop()
-        pipes = [os.pipe(), os.pipe()]
-        self._started[str(specification)] = started = loop.create_future()
-        try:
-            socket.send_fds(self._control, [str(specification).encode()], [write for _, write in pipes])
-        finally:
-            for _, write in pipes:
-                os.close(write)
-        pid = await started
-        readers = [asyncio.create_task(_read(read, number, say)) for number, (read, _) in enumerate(pipes, start=1)]
-        return Process(pid, self._ended[pid], readers)
-
-    def _receive(self) -> None:
-        message = self._control.recv(1 << 16)
-        if not message:
-            lost = RuntimeError(f"the process that starts containers has ended: {self._process.args!r}")
-            for waiting in [*self._started.values(), *self._ended.values()]:
-                if not waiting.done():
-                    waiting.set_exception(lost)
-            asyncio.get_running_loop().remove_reader(self._control)
-            return
-        answer = json.loads(message)
-        if "started" in answer:
-            started = self._started.pop(answer["started"], None)
-            if started is not None:
-                self._ended[answer["pid"]] = asyncio.get_running_loop().create_future()
-                started.set_result(answer["pid"])
-        elif answer["ended"] in self._ended:
-            self._ended.pop(answer["ended"]).set_result(answer["code"])
-
-    def _close(self) -> None:
-        # It kills its containers and ends.
-        self._control.close()
-        self._process.wait()
+async def start(starter: warm.Starter, specification: Path, say: Callable[[int, str], None]) -> Process:
+    """Start a container. say: gets each line of its output, with 1 for standard output and 2 for errors."""
+    pipes = [os.pipe(), os.pipe()]
+    started: Future[warm.Process] = starter.start(specification, [write for _, write in pipes])
+    process = await asyncio.wrap_future(started)
+    readers = [asyncio.create_task(_read(read, number, say)) for number, (read, _) in enumerate(pipes, start=1)]
+    return Process(process, readers)
 
 
 async def _read(pipe: int, number: int, say: Callable[[int, str], None]) -> None:

@@ -23,7 +23,6 @@ from support.modal_server.calls import Calls
 from support.modal_server.containers import Container, Containers
 from support.modal_server.functions import Functions
 from support.modal_server.parts import Event, Settings
-from support.modal_server.processes import Starter
 from support.modal_server.store import Store
 from support.modal_server.volumes import Volumes
 
@@ -92,8 +91,6 @@ class Server:
         self.apps, self.calls, self.containers = Apps(self), Calls(self), Containers(self)
         self._parts = (self.store, self.volumes, self.functions, self.apps, self.calls, self.containers)
         await self.store.start()
-        self._starter = Starter.of(self.settings.python)
-        self._starter.attach()
         self._server = await self.listen(self.folder / "socket", None)
 
     async def _stop(self) -> None:
@@ -103,7 +100,6 @@ class Server:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._server.close()
         await self._server.wait_closed()
-        self._starter.detach()
         await self.store.stop()
 
     def _handler(self, name: str, container: Container | None) -> Callable[[Any, Any], Coroutine[Any, Any, None]]:

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from support import warm
 
 from profiler.engines.vllm import is_installed
 from vllm_patch.check.jobs import EAGER, FAMILY_NAMES, Job, jobs_for
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict
 from vllm_patch.check.run import run_jobs
 
-PROGRAM = Path(__file__).parents[2] / "support" / "faulty_recorder.py"
 needs_vllm = pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")
 
 
@@ -23,8 +23,7 @@ needs_vllm = pytest.mark.skipif(not is_installed(), reason="vLLM is not installe
 @needs_vllm
 def test_a_wrong_recorder_is_found(tmp_path: Path) -> None:
     faults = ["none", "shifted", "swapped", "unnormalized"]
-    command = [sys.executable, str(PROGRAM), str(tmp_path), *faults]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = warm.run("support.faulty_recorder", tmp_path, *faults, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
     answers = {}
     for line in done.stdout.splitlines():
         if line.startswith('{"fault"'):

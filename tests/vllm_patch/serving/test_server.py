@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import warm
 from support.agreement import assert_agrees, assert_complete
 
 from profiler.capture.requests import CapturedRequest, problem_ids
@@ -207,18 +208,16 @@ def test_a_real_server_records_its_traffic_and_closes_the_trace_on_sigterm(tmp_p
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {
-        **os.environ,
         "SPECMOE_CAPTURE": "1",
         "SPECMOE_CAPTURE_OUT": str(out),
         "SPECMOE_CAPTURE_LOGITS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(demo_model_folder())]
+    command = ["--model", str(demo_model_folder())]
     command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += ["--dtype", "float32", "--max-model-len", "512", "--no-enable-prefix-caching"]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    server = warm.start("vllm.entrypoints.openai.api_server", *command, environment=environment, log=tmp_path / "log")
     try:
         deadline = time.monotonic() + 120
         while True:
@@ -226,7 +225,7 @@ def test_a_real_server_records_its_traffic_and_closes_the_trace_on_sigterm(tmp_p
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             except (urllib.error.URLError, ConnectionError):
-                assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                assert server.runs, (tmp_path / "log").read_text()[-3000:]
                 assert time.monotonic() < deadline
                 time.sleep(0.5)
         body = {"model": "demo", "prompt": "A train leaves", "max_tokens": 30, "temperature": 0}
@@ -235,10 +234,10 @@ def test_a_real_server_records_its_traffic_and_closes_the_trace_on_sigterm(tmp_p
         bodies += [{**body, "prompt": "def add(", "stop": ["e"], "vllm_xargs": {"problem_id": 30}}]
         with ThreadPoolExecutor(4) as clients:
             answers = list(clients.map(lambda b: post(port, b), bodies))
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) is not None
+        os.kill(server.pid, signal.SIGTERM)
+        server.wait(60)
     finally:
-        if server.poll() is None:
+        if server.runs:
             os.killpg(server.pid, signal.SIGKILL)
     assert appears(out / "trace-00000" / "manifest.json"), (tmp_path / "log").read_text()
     trace = Trace.open(out / "trace-00000")

@@ -1,8 +1,8 @@
-"""A warm interpreter that forks containers: slow imports happen once, not in every container.
+"""A warm interpreter that forks processes: slow imports happen once, not in every process.
 
-The server runs this file as a script, with the interpreter whose packages the containers are to have, and with one end of a
-socket as standard input. It needs only the standard library. Each request is the path of a container's specification, with two
-file descriptors for its output; each answer is a JSON object. When the socket closes, all containers are killed.
+`support.warm` runs this file as a script, with the names of the modules to import as arguments and one end of a socket as
+standard input. It needs only the standard library. Each request is the path of a process's specification, with two file
+descriptors for its output; each answer is a JSON object. When the socket closes, all processes are killed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -21,18 +22,9 @@ import socket
 import sys
 import threading
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
-
-# Third-party packages only: containers import the project from the files that were uploaded. And none that reads, as it is
-# imported, the environment variables that our images and jobs set (huggingface_hub, transformers, datasets, vllm).
-WARM = [
-    *("modal", "modal._runtime.asgi", "modal._runtime.container_io_manager", "modal._runtime.user_code_imports"),
-    *("numpy", "pyarrow.dataset", "pyarrow.parquet", "pydantic", "typer", "rich.progress"),
-    *("scipy.stats", "sklearn.metrics", "sympy", "torch", "torch._dynamo", "torch.distributed._composable.fsdp"),
-]
-ENTRY_POINT = "modal._container_entrypoint"
 
 NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000
 READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 32, 4096, 16384, 1 << 18
@@ -41,35 +33,43 @@ KILLED_WITH_PARENT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Specification:
-    """A container. root: an empty folder to build its file system on.
+    """A process: `python -m MODULE ARGUMENTS`.
 
-    environment: all variables. mounts: folders at paths in the container, (path, folder here, read only). files: (path, file
-    here), copied. kept: folders with the interpreter, visible even below the paths that containers have for themselves.
+    environment: all variables. python_path: folders of modules, after the working directory. root: for a container, an empty
+    folder to build its own file system on. The rest is for containers only. mounts: folders at paths in the container, (path,
+    folder here, read only). files: (path, file here), copied. kept: folders with the interpreter, visible even below the paths
+    that containers have for themselves.
     """
 
-    root: str
+    module: str
+    arguments: list[str]
     workdir: str
     environment: dict[str, str]
     python_path: list[str]
-    mounts: list[tuple[str, str, bool]]
-    files: list[tuple[str, str]]
-    kept: list[str]
+    root: str | None = None
+    mounts: list[tuple[str, str, bool]] = field(default_factory=list)
+    files: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
 
-def main() -> None:
-    """Import, then start containers until the socket closes."""
-    for name in WARM:
+def main() -> NoReturn:
+    """Import, then start processes until the socket closes."""
+    for name in sys.argv[1:]:
         # An environment need not have all.
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    specification = start_containers(socket.socket(fileno=os.dup(0)))
+    # The forks share these objects' memory as long as their garbage collectors do not touch them.
+    gc.freeze()
+    specification = start_processes(socket.socket(fileno=os.dup(0)))
     if specification is None:
-        return
+        os._exit(0)
     code = 1
     try:
-        run_container(specification)
+        run(specification)
         code = 0
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
@@ -77,7 +77,7 @@ def main() -> None:
         leave(code)
 
 
-def start_containers(control: socket.socket) -> Specification | None:
+def start_processes(control: socket.socket) -> Specification | None:
     """Fork a process for each request; returns its specification in the process, and None in this one at the end."""
     waiting = selectors.DefaultSelector()
     waiting.register(control, selectors.EVENT_READ)
@@ -96,11 +96,12 @@ def start_containers(control: socket.socket) -> Specification | None:
                 for pid in running.values():
                     os.killpg(pid, signal.SIGKILL)
                 return None
+            specification = Specification(**json.loads(Path(request.decode()).read_text()))
             starter = os.getpid()
             pid = os.fork()
             if pid == 0:
                 _detach(control, waiting, running, outputs, starter)
-                return Specification(**json.loads(Path(request.decode()).read_text()))
+                return specification
             for output in outputs:
                 os.close(output)
             # Here too: the process may be killed before it gets that far.
@@ -147,17 +148,24 @@ def _detach(
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def run_container(specification: Specification) -> None:
-    """Change to the container's file system and environment, and run what runs in Modal's containers."""
-    enter(specification)
+def run(specification: Specification) -> None:
+    """Run the module in the process's own environment and, if it is a container, file system."""
+    if specification.root is not None:
+        enter(specification, specification.root)
+        # What is installed as a link to a checkout is not a part of the image.
+        sys.path[:] = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
+        links = [finder for finder in sys.meta_path if getattr(finder, "__module__", "").startswith("__editable__")]
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in links]
+    else:
+        os.chdir(specification.workdir)
     os.environ.clear()
     os.environ.update(specification.environment)
-    # As `python -m` makes it. What is installed as a link to a checkout is not a part of the image.
-    installed = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
-    sys.path[:] = [specification.workdir, *specification.python_path, *installed]
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
-    sys.argv = [ENTRY_POINT]
-    runpy.run_module(ENTRY_POINT, run_name="__main__", alter_sys=True)
+    # As `python -m` makes it.
+    sys.path[:] = [specification.workdir, *specification.python_path, *sys.path]
+    sys.argv = [specification.module, *specification.arguments]
+    # A shell's background job hands SIGINT down as ignored, and the tests may run in one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    runpy.run_module(specification.module, run_name="__main__", alter_sys=True)
 
 
 def leave(code: int) -> NoReturn:
@@ -171,7 +179,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def enter(specification: Specification) -> None:
+def enter(specification: Specification, root: str) -> None:
     """Give this process a file system of its own: this machine's, with /root, /tmp, mounts and files of the container."""
     user, group = os.getuid(), os.getgid()
     _check(ctypes.CDLL(None, use_errno=True).unshare(NEW_MOUNTS | (NEW_USER if user else 0)), "unshare")
@@ -180,7 +188,6 @@ def enter(specification: Specification) -> None:
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
     _mount(None, "/", flags=RECURSIVE | PRIVATE)
-    root = specification.root
     _mount("tmpfs", root, kind="tmpfs")
     mounts = {path: (folder, read_only) for path, folder, read_only in specification.mounts}
     own = {"/root", "/tmp", *mounts}

@@ -1,0 +1,204 @@
+"""Python processes that start fast: forks of an interpreter that has already imported the slow libraries.
+
+Importing vLLM takes ten seconds, torch two. A process from here differs from `python -m MODULE` in nothing else, as long as no
+variable changes that a library reads while it is imported: `run` and `start` refuse that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TypeVar
+
+from support.starter import Specification
+
+STARTER = Path(__file__).with_name("starter.py")
+TESTS = Path(__file__).resolve().parents[1]
+
+LIBRARIES = (
+    *("numpy", "pyarrow.dataset", "pyarrow.parquet", "pydantic", "typer", "rich.progress", "scipy.stats", "sklearn.metrics"),
+    *("torch", "torch._dynamo", "datasets", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.mixtral.modeling_mixtral", "transformers.generation.utils"),
+    *("vllm", "vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor", "vllm.v1.worker.cpu_worker"),
+    *("vllm.v1.worker.cpu_model_runner", "vllm.model_executor.models.mixtral"),
+)
+T = TypeVar("T")
+
+# Beginnings of the names of variables that libraries read while they are imported.
+READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "TORCH", "NUMBA_", "VLLM_LOGGING", "VLLM_CONFIGURE", "LD_")
+
+
+@dataclass
+class Process:
+    """A process, which is in a group of its own. code: its exit code, once it has ended; negative for a signal."""
+
+    pid: int
+    code: Future[int]
+
+
+class Starter:
+    """A warm interpreter, which lives until this process ends.
+
+    python: the interpreter. modules: imported beforehand, in `environment`; those that it lacks are left out.
+    """
+
+    def __init__(self, python: Path, modules: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with other:
+            self._process = subprocess.Popen(
+                [str(python), "-P", str(STARTER), *modules],
+                stdin=other.fileno(),
+                env=dict(environment),
+                start_new_session=True,
+                cwd="/",
+            )
+        self._lock = threading.Lock()
+        self._started: dict[str, Future[Process]] = {}
+        self._ended: dict[int, Future[int]] = {}
+        threading.Thread(target=self._receive, name="starter", daemon=True).start()
+        atexit.register(self._close)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can start processes."""
+        return self._process.poll() is None
+
+    def start(self, specification: Path, outputs: Sequence[int]) -> Future[Process]:
+        """Start the process that a file specifies. outputs: descriptors for its standard output and errors; closed here."""
+        started: Future[Process] = _running(Future())
+        try:
+            with self._lock:
+                self._started[str(specification)] = started
+                socket.send_fds(self._control, [str(specification).encode()], list(outputs))
+        finally:
+            for output in outputs:
+                os.close(output)
+        return started
+
+    def _receive(self) -> None:
+        while message := self._next():
+            answer = json.loads(message)
+            with self._lock:
+                if "started" in answer:
+                    code: Future[int] = _running(Future())
+                    self._ended[answer["pid"]] = code
+                    self._started.pop(answer["started"]).set_result(Process(answer["pid"], code))
+                else:
+                    self._ended.pop(answer["ended"]).set_result(answer["code"])
+        lost = RuntimeError(f"the process that starts others has ended: {self._process.args!r}")
+        with self._lock:
+            for started in self._started.values():
+                started.set_exception(lost)
+            for ended in self._ended.values():
+                ended.set_exception(lost)
+
+    def _next(self) -> bytes:
+        with contextlib.suppress(OSError):
+            return self._control.recv(1 << 16)
+        return b""
+
+    def _close(self) -> None:
+        # It kills its processes and ends.
+        self._control.shutdown(socket.SHUT_RDWR)
+        self._process.wait()
+
+
+def _running(future: Future[T]) -> Future[T]:
+    """The same future; whoever waits for it cannot cancel it now."""
+    future.set_running_or_notify_cancel()
+    return future
+
+
+class Running:
+    """A `python -m MODULE ARGUMENTS` that was started. stderr: its standard error, to read, unless there is a log."""
+
+    def __init__(self, process: Process, stderr: IO[str]) -> None:
+        self.pid = process.pid
+        self.stderr = stderr
+        self._code = process.code
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return not self._code.done()
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code. Raises `TimeoutError`."""
+        return self._code.result(timeout)
+
+
+def run(
+    module: str, *arguments: str | Path, environment: Mapping[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run([python, "-m", module, *arguments], capture_output=True, text=True)`.
+
+    environment: additional variables. Raises `subprocess.TimeoutExpired` after killing the process and its group.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = _start(
+            Path(folder), module, arguments, environment, [os.open(path, os.O_WRONLY | os.O_CREAT) for path in outputs]
+        )
+        try:
+            code = process.code.result(timeout)
+        except TimeoutError:
+            os.killpg(process.pid, 9)
+            raise subprocess.TimeoutExpired([module, *arguments], timeout, *(path.read_bytes() for path in outputs)) from None
+        stdout, stderr = (path.read_text(errors="replace") for path in outputs)
+    return subprocess.CompletedProcess([module, *map(str, arguments)], code, stdout, stderr)
+
+
+def start(
+    module: str, *arguments: str | Path, environment: Mapping[str, str] | None = None, log: Path | None = None
+) -> Running:
+    """Start `python -m module arguments` and return at once. log: gets its output; else standard output is dropped."""
+    read, write = os.pipe()
+    output = os.open(os.devnull if log is None else log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    if log is not None:
+        os.dup2(output, write)
+    with tempfile.TemporaryDirectory() as folder:
+        process = _start(Path(folder), module, arguments, environment, [output, write])
+    return Running(process, os.fdopen(read))
+
+
+def _start(
+    folder: Path,
+    module: str,
+    arguments: Sequence[str | Path],
+    environment: Mapping[str, str] | None,
+    outputs: Sequence[int],
+) -> Process:
+    changed = sorted(name for name in environment or {} if name.startswith(READ_AT_IMPORT))
+    if changed:
+        raise ValueError(f"libraries read {', '.join(changed)} while they are imported, which has happened: use subprocess")
+    whole = {**os.environ, **(environment or {})}
+    specification = Specification(
+        module=module,
+        arguments=[str(argument) for argument in arguments],
+        workdir=str(Path.cwd()),
+        environment=whole,
+        python_path=[*filter(None, whole.get("PYTHONPATH", "").split(os.pathsep)), str(TESTS)],
+    )
+    (folder / "specification").write_text(json.dumps(asdict(specification)))
+    return _warm().start(folder / "specification", outputs).result(120)
+
+
+_starter: Starter | None = None
+
+
+def _warm() -> Starter:
+    global _starter
+    if _starter is None or not _starter.alive:
+        _starter = Starter(Path(sys.executable), LIBRARIES, os.environ)
+    return _starter
