@@ -14,7 +14,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.offline_modal import ROOT, OfflineModal, last_line, needs_modal
+from support import warm
+from support.offline_modal import OfflineModal, last_line, needs_modal
 
 from modal_jobs.awq import check_checkpoint
 from profiler.engines.transformers import route
@@ -27,6 +28,11 @@ from vllm_patch.check import families
 PYTHON = Path(os.environ.get("QUANTIZE_PYTHON", f"{sys.prefix}-quantize/bin/python"))
 needs_llmcompressor = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no {PYTHON}: make install-quantize")
 pytestmark = pytest.mark.awq
+# Imported once: they take seven seconds.
+LLMCOMPRESSOR = (
+    *("datasets", "transformers.models.auto.modeling_auto", "llmcompressor.modifiers.quantization"),
+    *("llmcompressor.modifiers.transform.awq", "pydantic", "typer"),
+)
 
 
 def tiny(family: str, folder: Path) -> Path:
@@ -61,9 +67,8 @@ def tiny(family: str, folder: Path) -> Path:
 
 
 def quantize(source: Path, target: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [str(PYTHON), "-m", "modal_jobs.awq", str(source), str(target), "--dataset", "demo-math,demo-code"]
-    whole = [*command, "--num-texts", "32", "--group-size", "32", *more]
-    return subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    arguments = [str(source), str(target), "--dataset", "demo-math,demo-code", "--num-texts", "32", "--group-size", "32"]
+    return warm.run("modal_jobs.awq", *arguments, *more, python=PYTHON, libraries=LLMCOMPRESSOR)
 
 
 @needs_llmcompressor

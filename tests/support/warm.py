@@ -139,17 +139,22 @@ class Running:
 
 
 def run(
-    module: str, *arguments: str | Path, environment: Mapping[str, str] | None = None, timeout: float = 300
+    module: str,
+    *arguments: str | Path,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 300,
+    python: Path = Path(sys.executable),
+    libraries: tuple[str, ...] = LIBRARIES,
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run([python, "-m", module, *arguments], capture_output=True, text=True)`.
 
-    environment: additional variables. Raises `subprocess.TimeoutExpired` after killing the process and its group.
+    environment: additional variables. libraries: imported beforehand. Raises `subprocess.TimeoutExpired` after killing the
+    process and its group.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = _start(
-            Path(folder), module, arguments, environment, [os.open(path, os.O_WRONLY | os.O_CREAT) for path in outputs]
-        )
+        files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in outputs]
+        process = _start(_warm(python, libraries), Path(folder), module, arguments, environment, files)
         try:
             code = process.code.result(timeout)
         except TimeoutError:
@@ -168,11 +173,13 @@ def start(
     if log is not None:
         os.dup2(output, write)
     with tempfile.TemporaryDirectory() as folder:
-        process = _start(Path(folder), module, arguments, environment, [output, write])
+        starter = _warm(Path(sys.executable), LIBRARIES)
+        process = _start(starter, Path(folder), module, arguments, environment, [output, write])
     return Running(process, os.fdopen(read))
 
 
 def _start(
+    starter: Starter,
     folder: Path,
     module: str,
     arguments: Sequence[str | Path],
@@ -191,14 +198,15 @@ def _start(
         python_path=[*filter(None, whole.get("PYTHONPATH", "").split(os.pathsep)), str(TESTS)],
     )
     (folder / "specification").write_text(json.dumps(asdict(specification)))
-    return _warm().start(folder / "specification", outputs).result(120)
+    return starter.start(folder / "specification", outputs).result(120)
 
 
-_starter: Starter | None = None
+_starters: dict[tuple[Path, tuple[str, ...]], Starter] = {}
 
 
-def _warm() -> Starter:
-    global _starter
-    if _starter is None or not _starter.alive:
-        _starter = Starter(Path(sys.executable), LIBRARIES, os.environ)
-    return _starter
+def _warm(python: Path, libraries: tuple[str, ...]) -> Starter:
+    """The one starter of an interpreter with these libraries in this process."""
+    key = (python, libraries)
+    if key not in _starters or not _starters[key].alive:
+        _starters[key] = Starter(python, libraries, os.environ)
+    return _starters[key]

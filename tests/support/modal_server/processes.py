@@ -60,16 +60,17 @@ class Process:
                 how(self.pid, number)
 
 
-_starters: dict[tuple[Path, tuple[str, ...]], warm.Starter] = {}
+_starters: dict[tuple[Path, tuple[str, ...], tuple[tuple[str, str], ...]], warm.Starter] = {}
 
 
 def starter_of(python: Path, modules: tuple[str, ...] = (), environment: Mapping[str, str] | None = None) -> warm.Starter:
-    """The warm interpreter of an environment. modules: imported beside the usual ones, with these additional variables."""
-    key = (python, modules)
+    """A warm interpreter. modules: imported beside the usual ones, with these additional variables."""
+    environment = environment if modules and environment else {}
+    key = (python, modules, tuple(sorted(environment.items())))
     if key not in _starters or not _starters[key].alive:
         whole = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "PYTHONPATH"))}
         # Modal's package decides some things as it is imported, OpenMP the number of its threads.
-        whole |= {"MODAL_IS_REMOTE": "1", "PYTHONUNBUFFERED": "1", **ONE_THREAD, **(environment or {})}
+        whole |= {"MODAL_IS_REMOTE": "1", "PYTHONUNBUFFERED": "1", **ONE_THREAD, **environment}
         _starters[key] = warm.Starter(python, (*WARM, *modules), whole)
     return _starters[key]
 
