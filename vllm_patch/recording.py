@@ -182,5 +182,8 @@ class Recording:
             engine="vllm",
             versions={"vllm": vllm.__version__},
             hook=self._facts["hook"],
-            capture={"prefix_caching": bool(config.cache_config.enable_prefix_caching)},
+            capture={
+                "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+                "moe_kernels": self._facts["moe_kernels"],
+            },
         )
