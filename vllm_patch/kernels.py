@@ -90,10 +90,8 @@ def recordable_backends(select: Callable[..., Any], *args: Any, **kwargs: Any) -
 
     select: one of vLLM's selection functions, called with these arguments.
     """
-    from vllm.config import kernel
-
     found = {}
-    for backend in get_args(kernel.MoEBackend):
+    for backend in get_args(importlib.import_module("vllm.config.kernel").MoEBackend):
         positional = [_with_backend(value, backend) for value in args]
         named = {name: _with_backend(value, backend) for name, value in kwargs.items()}
         with contextlib.suppress(*_UNSUPPORTED), _without_monolithic(_base_class()):
