@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels                              the installed vLLM
     python -m benchmarks.kernels --releases 0.26.0,0.33.0     download these vllm wheels and use their Python sources
-    python -m benchmarks.kernels --json                       the installed vLLM, as JSON
+    python -m benchmarks.kernels --json FILE                  the installed vLLM, as JSON
 
 vLLM's own selection functions run, called by vLLM's own quantization methods, for one layer without parallelism. What does not
 exist on this machine is replaced: the platform is vLLM's CUDA platform with a given compute capability; FlashInfer, DeepGEMM
@@ -55,10 +55,11 @@ FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--releases", help="comma-separated; default: the installed vLLM")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", type=Path, help="write JSON to this file instead of printing a table")
     options = parser.parse_args()
     if options.json:
-        print(json.dumps(choices(), indent=1))
+        # Not printed: vLLM prints its log.
+        options.json.write_text(json.dumps(choices(), indent=1))
         return
     found = [choices_of(release) for release in options.releases.split(",")] if options.releases else [choices()]
     # Releases with the same choices share a table.
@@ -87,14 +88,14 @@ def choices_of(release: str) -> dict[str, Any]:
         (path,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(path) as archive:
             archive.extractall(folder, [name for name in archive.namelist() if name.endswith((".py", ".json"))])
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.kernels", "--json"],
+        out = Path(folder) / "choices.json"
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.kernels", "--json", str(out)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(ROOT)])},
-            capture_output=True,
-            text=True,
+            stdout=subprocess.DEVNULL,
             check=True,
         )
-    return dict(json.loads(done.stdout))
+        return dict(json.loads(out.read_text()))
 
 
 def choices() -> dict[str, Any]:

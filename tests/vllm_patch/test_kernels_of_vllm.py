@@ -19,12 +19,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def of_vllm() -> dict[str, Any]:
+def of_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The choices of the installed vLLM; `benchmarks.kernels` says what it replaces."""
-    command = [sys.executable, "-m", "benchmarks.kernels", "--json"]
+    out = tmp_path_factory.mktemp("kernels") / "choices.json"
+    command = [sys.executable, "-m", "benchmarks.kernels", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(json.loads(done.stdout))
+    return dict(json.loads(out.read_text()))
 
 
 @pytest.mark.parametrize(
