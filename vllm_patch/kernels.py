@@ -22,8 +22,6 @@ from typing import Any, get_args
 
 _PACKAGE = "vllm.model_executor.layers.fused_moe"
 _SELECTOR = re.compile(r"select_\w*moe_backend")
-# What a selection function raises if no kernel, or not the requested one, supports the model on this device.
-_UNSUPPORTED = (ValueError, NotImplementedError)
 # The first release in which every quantization has a selection function.
 FIRST_RELEASE = "0.20"
 _MOST_NAMED = 3
@@ -54,10 +52,8 @@ class KernelChoices:
             if not self._active or not _is_monolithic(own):
                 return own
             try:
-                with _without_monolithic(base):
-                    chosen = select(*args, **kwargs)
-            except _UNSUPPORTED as error:
-                # The engine must run, even if nothing can be recorded.
+                chosen = _select_recordable(select, base, args, kwargs)
+            except Exception as error:  # whatever it is, the engine must run with vLLM's own choice
                 self._refusals[_kernel_of(own)] = _refusal(select, args, kwargs, error)
                 return own
             self._passed_over[_kernel_of(chosen)] = _kernel_of(own)
@@ -92,11 +88,20 @@ def recordable_backends(select: Callable[..., Any], *args: Any, **kwargs: Any) -
     """
     found = {}
     for backend in get_args(importlib.import_module("vllm.config.kernel").MoEBackend):
-        positional = [_with_backend(value, backend) for value in args]
+        positional = tuple(_with_backend(value, backend) for value in args)
         named = {name: _with_backend(value, backend) for name, value in kwargs.items()}
-        with contextlib.suppress(*_UNSUPPORTED), _without_monolithic(_base_class()):
-            found[backend] = _kernel_of(select(*positional, **named))
+        with contextlib.suppress(Exception):  # of any type: the backend is unknown, or supports something else
+            found[backend] = _kernel_of(_select_recordable(select, _base_class(), positional, named))
     return found
+
+
+def _select_recordable(select: Callable[..., Any], base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `select` returns without monolithic kernels. Raises what it raises, `NotImplementedError` if it takes one anyway."""
+    with _without_monolithic(base):
+        chosen = select(*args, **kwargs)
+    if _is_monolithic(chosen):
+        raise NotImplementedError(f"vLLM takes {_kernel_of(chosen)} whatever it supports")
+    return chosen
 
 
 def _refusal(select: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> str:

@@ -48,6 +48,22 @@ class FusedOnLargeModels(Fused):
         return Experts.is_supported_config(kernel, config)
 
 
+class FusedAlways(Fused):
+    """It does not ask the base class."""
+
+    @staticmethod
+    def is_supported_config(kernel: type[Experts], config: object) -> tuple[bool, str | None]:
+        return True, None
+
+
+class Faulty(Experts):
+    """As in a release whose text about a kernel cannot be formatted."""
+
+    @staticmethod
+    def is_supported_config(kernel: type[Experts], config: object) -> tuple[bool, str | None]:
+        raise KeyError("uint4b8")
+
+
 class Twin(Experts):
     pass
 
@@ -138,6 +154,18 @@ def test_where_no_other_kernel_exists_the_reason_is_given(select: Select) -> Non
     assert kernels.advice("Fused") == (
         "vLLM has no other kernel for this model on this device (no kernel supports this): use another checkpoint or device"
     )
+
+
+@pytest.mark.parametrize(
+    ("kernels", "reason"),
+    [([FusedAlways, Twin], "vLLM takes FusedAlways whatever it supports"), ([Fused, Faulty], "'uint4b8'")],
+)
+def test_the_engine_runs_with_its_own_choice_whatever_goes_wrong(
+    select: Select, kernels: list[type[Experts]], reason: str
+) -> None:
+    with recordable_kernels() as choices:
+        assert select(config(fast=kernels)) == ("fast", kernels[0])
+    assert f"no other kernel for this model on this device ({reason})" in choices.advice(kernels[0].__name__)
 
 
 def test_what_vllm_refuses_is_refused_as_before(select: Select) -> None:
