@@ -41,6 +41,7 @@ from modal_jobs.shards import (
     start_collector,
 )
 from modal_jobs.weights import fetch_checkpoint
+from profiler.capture.metadata import describe_kernels
 from profiler.collect.options import RentedJobOptions
 from profiler.errors import EngineStoppedError, SpecmoeError, first_line
 from profiler.models.gpus import device_name, find_gpu
@@ -310,6 +311,8 @@ def _download(volume: modal.Volume, run_id: str, target: Path) -> None:
     trace = download_run(volume, run_id, target, say=say)
     size = sum(entry.bytes for entry in trace.manifest.files.values()) if trace.manifest else 0
     print(f"{target}: {trace.problems.num_rows} problems, {trace.num_rows:,} routing rows, {size / 1e6:.1f} MB, complete")
+    for line in describe_kernels(trace.metadata.capture.get("moe_kernels", {})):
+        print(f"  {line}")
 
 
 def _print_end(reports: list[ShardReport], seconds: float) -> None:

@@ -151,6 +151,7 @@ def start_collector(job: CollectJob, revision: str | None, *, say: Callable[[str
         revision=revision,
         engine_options=EngineOptions(
             dtype=job.dtype,
+            moe_backend=job.moe_backend,
             max_length=job.max_length,
             seed=job.seed,
             capture=CaptureOptions(logits=job.logits, hidden_layers=tuple(job.hidden_layers)),

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from profiler.capture.metadata import describe_kernels
 from profiler.collect.options import LocalOptions, RentedOptions
 from profiler.errors import SpecmoeError, TraceError, missing_extra, printable
 from profiler.terminal import console, print_rows
@@ -140,6 +141,8 @@ def print_summary(summary: CollectSummary) -> None:
             f"{summary.engine}: started in {summary.start_seconds:.1f} s, ran {summary.generate_seconds:.1f} s, "
             + (f"{speed:,.0f} tokens/s" if speed is not None else f"{summary.resumed} problems were finished by earlier runs")
         )
+    for line in describe_kernels(summary.moe_kernels):
+        typer.echo(line)
     typer.echo(str(summary.usage))
     if len(summary.by_dataset) > 1:
         parts = (f"{name} {problems} problems, {tokens:,} tokens" for name, (problems, tokens) in summary.by_dataset.items())

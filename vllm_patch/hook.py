@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from vllm_patch.kernels import KernelChoices
 from vllm_patch.releases import Hook
 
 Copy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -44,6 +45,14 @@ class MoELayer:
         self.output_scale = 1.0
         router: Any = getattr(module, "router", None)
         self.top_k = int(router.top_k if hasattr(router, "top_k") else module.top_k)
+
+    @property
+    def kernel(self) -> str:
+        """The class that computes the layer's experts; in older releases, the class of its quantization method."""
+        owner: Any = getattr(self.module, "routed_experts", self.module)
+        method: Any = getattr(owner, "quant_method", None)
+        kernel = getattr(method, "experts_cls", None)
+        return kernel.__name__ if isinstance(kernel, type) else type(owner if method is None else method).__name__
 
     @property
     def is_monolithic(self) -> bool:
@@ -93,9 +102,10 @@ def refuse_unsupported(config: Any) -> None:
         raise UnsupportedModelError("vLLM simulates the routing: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
 
 
-def find_moe_layers(model: torch.nn.Module, hook: Hook) -> list[MoELayer]:
+def find_moe_layers(model: torch.nn.Module, hook: Hook, kernels: KernelChoices | None = None) -> list[MoELayer]:
     """The model's MoE layers, in the order of their decoder layers.
 
+    kernels: how their kernels were chosen, for the advice of an error.
     Raises `UnsupportedModelError` if the model has none, if a layer's kernel bypasses the hook, or if layers differ in E or K.
     """
     modules = cast("Iterator[tuple[str, Any]]", model.named_modules())
@@ -118,8 +128,8 @@ def find_moe_layers(model: torch.nn.Module, hook: Hook) -> list[MoELayer]:
         layer.output_scale = _output_scale(model, layer)
         if layer.is_monolithic and hook.owner != "module":
             raise UnsupportedModelError(
-                f"layer {layer.index} uses a kernel that routes internally ({type(layer.module).__name__}, monolithic): "
-                "choose another MoE backend or quantization"
+                f"layer {layer.index} uses a kernel that routes internally ({layer.kernel}): "
+                + (kernels or KernelChoices()).advice(layer.kernel)
             )
         if type(getattr(layer.module, "router", None)).__name__ == "ZeroExpertRouter" or getattr(
             layer.module, "zero_expert_num", None

@@ -34,7 +34,8 @@ def enable(options: CaptureOptions | None = None) -> None:
     """Switch capture on for the engines that this process starts from now on.
 
     Call it before vLLM starts: the engine's processes inherit the switch through environment variables. Captured engines get
-    their own compile cache, because vLLM's key for compiled code does not tell captured and plain runs apart.
+    their own compile cache, because vLLM's key for compiled code does not tell captured and plain runs apart. They also pass
+    over kernels that select experts internally, where vLLM has another one; the trace's metadata names both.
 
     Args:
         options: What to record besides expert ids and weights, such as router logits. Default: nothing else.
@@ -182,5 +183,8 @@ class Recording:
             engine="vllm",
             versions={"vllm": vllm.__version__},
             hook=self._facts["hook"],
-            capture={"prefix_caching": bool(config.cache_config.enable_prefix_caching)},
+            capture={
+                "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+                "moe_kernels": self._facts["moe_kernels"],
+            },
         )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from profiler.capture.metadata import captured_metadata
+from profiler.capture.metadata import captured_metadata, describe_kernels
 from profiler.capture.options import CaptureOptions
 from profiler.capture.protocol import START, STATUS, STOP
 from profiler.models.resolve import resolve_model
 from profiler.trace.schema import GATES_FILE, Metadata
 from vllm_patch.recorder import Recorder
 from vllm_patch.serving.server import Sealer, begin_trace, next_trace
+
+if TYPE_CHECKING:
+    from vllm_patch.kernels import KernelChoices
+    from vllm_patch.releases import Hook
 
 log = logging.getLogger("vllm.specmoe")
 
@@ -44,19 +50,20 @@ class WorkerCapture:
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Load the model, then allocate buffers and wrap the routers, before memory profiling and compilation."""
-        from vllm_patch.hook import UnsupportedModelError
-        from vllm_patch.releases import UnsupportedReleaseError
+        from vllm_patch.kernels import recordable_kernels
 
-        result = self._load_model(*args, **kwargs)
+        hook: Hook | None = None
+        with self._refusing():
+            hook = self._find_hook()
+        # Old kernels of CPUs are hooked although they select experts internally.
+        choosing = hook is not None and hook.owner != "module"
+        with recordable_kernels() if choosing else contextlib.nullcontext() as kernels:
+            result = self._load_model(*args, **kwargs)
         # With tensor parallelism every rank computes the same routing.
         if self._worker.vllm_config.parallel_config.rank == 0:
-            try:
-                self._attach()
-            except (UnsupportedModelError, UnsupportedReleaseError) as refusal:
-                self._refusal = str(refusal)
-            except Exception as error:
-                # An unexpected kind of model must not stop a server.
-                self._refusal = f"the recorder does not support this model: {type(error).__name__}: {error}"
+            if hook is not None:
+                with self._refusing():
+                    self._attach(hook, kernels)
             if self._options.out:
                 self._serve()
         return result
@@ -115,6 +122,20 @@ class WorkerCapture:
         """Write all queued rows and stop recording. Returns the final status."""
         return self._recorder.stop() if self._recorder is not None else {}
 
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """An error in the block does not stop the engine: it becomes the reason why nothing can be recorded."""
+        from vllm_patch.hook import UnsupportedModelError
+        from vllm_patch.releases import UnsupportedReleaseError
+
+        try:
+            yield
+        except (UnsupportedModelError, UnsupportedReleaseError) as refusal:
+            self._refusal = str(refusal)
+        except Exception as error:
+            # An unexpected kind of model must not stop a server.
+            self._refusal = f"the recorder does not support this model: {type(error).__name__}: {error}"
+
     def _serve(self) -> None:
         """Record until shutdown. If that is impossible, the reason is logged and the server continues."""
         out, options = Path(self._options.out), self._options
@@ -146,6 +167,8 @@ class WorkerCapture:
         elif self._recorder is not None:
             sizes = [self._recorder.facts()[name] / 1e6 for name in ("device_bytes", "host_bytes")]
             log.warning("recording routing into %s: buffers of %.1f MB on the device, at most %.0f MB on the host", out, *sizes)
+            for line in describe_kernels(self._facts["moe_kernels"], replaced_only=True):
+                log.warning("%s", line)
 
     def _metadata(self) -> Metadata:
         import vllm
@@ -162,6 +185,7 @@ class WorkerCapture:
             hook=self._facts["hook"],
             capture={
                 "server": True,
+                "moe_kernels": self._facts["moe_kernels"],
                 "prefix_caching": bool(self._worker.vllm_config.cache_config.enable_prefix_caching),
                 "tokenizer": None if config.skip_tokenizer_init else config.tokenizer,
                 "logits": self._options.logits,
@@ -177,18 +201,25 @@ class WorkerCapture:
             size = self._worker.vllm_config.model_config.get_hidden_size()
             save_gates(self._worker.model_runner.get_model(), self._layers, size, directory / GATES_FILE)
 
-    def _attach(self) -> None:
+    def _find_hook(self) -> Hook:
         import vllm
         from vllm.platforms import current_platform
 
+        from vllm_patch.hook import refuse_unsupported
+        from vllm_patch.releases import resolve_hook
+
+        refuse_unsupported(self._worker.vllm_config)
+        return resolve_hook(vllm.__version__, cpu=current_platform.is_cpu())
+
+    def _attach(self, hook: Hook, kernels: KernelChoices | None) -> None:
+        import vllm
+
         from vllm_patch.buffers import CaptureBuffers
-        from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, refuse_unsupported, source_is_patched
-        from vllm_patch.releases import is_known, resolve_hook
+        from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, source_is_patched
+        from vllm_patch.releases import is_known
 
         config, options = self._worker.vllm_config, self._options
-        refuse_unsupported(config)
-        hook = resolve_hook(vllm.__version__, cpu=current_platform.is_cpu())
-        self._layers = layers = find_moe_layers(self._worker.model_runner.get_model(), hook)
+        self._layers = layers = find_moe_layers(self._worker.model_runner.get_model(), hook, kernels)
         indices = [layer.index for layer in layers]
         absent = sorted(set(options.hidden_layers) - set(indices))
         if absent:
@@ -212,7 +243,12 @@ class WorkerCapture:
         how = "vLLM's patched source" if source_is_patched(hook) else "wrapped when loaded"
         if not is_known(vllm.__version__):
             how += f", release {vllm.__version__} unknown, checked on the first step"
-        self._facts = {"hook": f"{hook.name}, {how}", "known_release": is_known(vllm.__version__)}
+        used = dict.fromkeys(layer.kernel for layer in layers)
+        self._facts = {
+            "hook": f"{hook.name}, {how}",
+            "known_release": is_known(vllm.__version__),
+            "moe_kernels": {kernel: kernels.replaced(kernel) if kernels is not None else None for kernel in used},
+        }
         self._recorder = Recorder(
             buffers,
             moe_layers=indices,

@@ -8,6 +8,22 @@ from typing import Any
 from profiler.trace.schema import Metadata, ModelMetadata
 
 
+def describe_kernels(kernels: dict[str, str | None], *, replaced_only: bool = False) -> list[str]:
+    """One line per kernel that computed experts: what it is and why vLLM used it.
+
+    kernels: kernel -> the one that vLLM would use without capture; None if it is the same. replaced_only: only lines about
+    kernels that capture made vLLM choose.
+    """
+    return [
+        f"experts computed by {kernel}, vLLM's own choice"
+        if own is None
+        else f"experts computed by {kernel}: vLLM's own choice, {own}, selects experts internally, where capture does not see "
+        "it (the difference in speed was not measured)"
+        for kernel, own in kernels.items()
+        if own is not None or not replaced_only
+    ]
+
+
 def captured_metadata(
     model: ModelMetadata,
     loaded: dict[str, Any],

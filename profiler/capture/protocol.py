@@ -31,10 +31,15 @@ class RecorderFacts(TypedDict):
 
 
 class LoadedFacts(RecorderFacts):
-    """`RecorderFacts` and the hook that reaches the routers. known_release: whether this vLLM release is a known one."""
+    """`RecorderFacts` and the hook that reaches the routers.
+
+    known_release: whether this vLLM release is a known one. moe_kernels: class that computes experts -> the
+    one that vLLM would use without capture; None if it is the same.
+    """
 
     hook: str
     known_release: bool
+    moe_kernels: dict[str, str | None]
 
 
 class RecorderStatus(TypedDict):

@@ -60,6 +60,7 @@ class CollectSummary(BaseModel):
     Times are in seconds; `bytes` is the size of the whole directory.
 
     resumed: problems that earlier runs had finished. by_dataset: dataset -> (problems, tokens), prompt and output.
+    moe_kernels: kernel that computed experts -> the one that vLLM would have used without capture; None if it is the same.
     target_tokens: the requested number of tokens; None if a number of problems was requested. tokens_per_second: prompt and
     output tokens, with capture; None if earlier runs finished some of the problems.
     """
@@ -76,6 +77,7 @@ class CollectSummary(BaseModel):
     truncated_problems: int
     by_dataset: dict[str, tuple[int, int]]
     target_tokens: int | None
+    moe_kernels: dict[str, str | None] = {}
     rows: int
     bytes: int
     start_seconds: float
@@ -110,6 +112,7 @@ def summarize(
         truncated_problems=sum(cut > 0 for cut in columns["truncated_tokens"]),
         by_dataset=by_dataset,
         target_tokens=trace.metadata.sampling.get("target_tokens"),
+        moe_kernels=trace.metadata.capture.get("moe_kernels", {}),
         rows=trace.num_rows,
         bytes=sum(path.stat().st_size for path in trace.path.rglob("*") if path.is_file()),
         start_seconds=start_seconds,

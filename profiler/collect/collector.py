@@ -271,12 +271,15 @@ class TraceCollector:
             engine = self.start()
             start_seconds = self._start_seconds
             metadata = self._metadata(collection, engine)
-            if earlier is None:
-                write_metadata(out, metadata)
-            else:
+            if earlier is not None:
+                # A run may continue on another device, where vLLM uses other kernels.
                 now = metadata.model_dump(mode="json", exclude={"created", "command", "gaps"})
+                now["capture"].pop("moe_kernels")
                 check_settings(earlier.metadata, now, out)
-                metadata = metadata.model_copy(update={"created": earlier.metadata.created})
+                kernels = {"moe_kernels": earlier.metadata.capture.get("moe_kernels", {}) | engine.moe_kernels}
+                kept = {"created": earlier.metadata.created, "capture": metadata.capture | kernels}
+                metadata = metadata.model_copy(update=kept)
+            write_metadata(out, metadata)
             prompts = _encode(engine, {number: p for number, p in problems.items() if number not in sequences})
             for note in [*engine.notes, *self._size_estimates(collection, [prompt for prompt, _ in prompts])]:
                 self.on_stage(note)
@@ -401,6 +404,8 @@ class TraceCollector:
                 "hidden_layers": list(self.options.capture.hidden_layers),
                 "hidden_tokens": collection.hidden_tokens,
                 "prefix_caching": self.options.prefix_caching,
+                "moe_backend": self.options.moe_backend,
+                "moe_kernels": engine.moe_kernels,
             },
             command=public_command(),
         )

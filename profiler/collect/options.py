@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from profiler.capture.options import CaptureOptions, parse_layers
 from profiler.collect.selection import Selection
-from profiler.engines import EngineOptions, Sampling
+from profiler.engines import AUTO_BACKEND, EngineOptions, Sampling
 from profiler.errors import EngineError
 
 DEFAULT_MODEL = "mixtral-8x7b"
@@ -39,6 +39,9 @@ class RunOptions:
     engine: EngineName = option("The engine that runs the model.", "vllm")
     dtype: DtypeName = option("auto: the engine's choice for this checkpoint and device.", "auto")
     revision: str | None = option("Branch, tag or commit of a hub model.", None)
+    moe_backend: str = option(
+        "vLLM's option of this name: kernels for the experts; auto: the fastest that record.", AUTO_BACKEND
+    )
     precision: str = option("Checkpoint of a short name (see 'specmoe models NAME'); auto: the first that fits.", "auto")
     temperature: float = option("Sampling temperature; 0 is greedy.", 0.0, min=0.0)
     top_p: float = option("Sample from the smallest set of tokens with this total probability.", 1.0, min=0.0, max=1.0)
@@ -104,6 +107,7 @@ class LocalOptions(RunOptions):
             batch=self.batch,
             load_in="8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None,
             offload=self.offload,
+            moe_backend=self.moe_backend,
             verbose=self.verbose,
         )
 

@@ -11,6 +11,9 @@ from profiler.capture.options import CaptureOptions
 from profiler.errors import EngineError
 from profiler.models.resolve import ResolvedModel
 
+# The value of vLLM's option `moe_backend` that leaves the choice to vLLM.
+AUTO_BACKEND = "auto"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -55,7 +58,8 @@ class EngineOptions:
     per sequence; None for the model's own limit. prefix_caching: let vLLM reuse shared prefixes; the reused tokens are missing
     from the routing. batch: sequences at a time; None for the engine's choice. load_in: `8bit` or `4bit` quantizes the experts
     while they are loaded (transformers only). offload: layers that do not fit on the GPU stay in host memory (transformers
-    only). verbose: show the engine's log.
+    only). moe_backend: vLLM's option of this name, which chooses the kernels that compute experts; `auto` for vLLM's choice.
+    verbose: show the engine's log.
     """
 
     dtype: str = "auto"
@@ -67,6 +71,7 @@ class EngineOptions:
     batch: int | None = None
     load_in: str | None = None
     offload: bool = False
+    moe_backend: str = AUTO_BACKEND
     verbose: bool = False
 
 
@@ -75,7 +80,8 @@ class Engine(Protocol):
 
     moe_layers, num_experts, top_k: facts of the model. An engine that takes them from the config fails in `generate` if the
     loaded modules or the recorded rows contradict them. dtype: the precision that the model runs in. compiled: whether the
-    model is compiled. notes: what a user should know before the run, one line each.
+    model is compiled. moe_kernels: kernel that computes experts -> the one that vLLM would use without capture, None if it is
+    the same; empty for engines without a choice. notes: what a user should know before the run, one line each.
     """
 
     name: str
@@ -87,6 +93,7 @@ class Engine(Protocol):
     moe_layers: list[int]
     num_experts: int
     top_k: int
+    moe_kernels: dict[str, str | None]
     notes: list[str]
 
     def encode(self, text: str) -> list[int]:

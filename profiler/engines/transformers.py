@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from profiler.capture.requests import REQUESTS_FILE, CapturedRequest
-from profiler.engines import Completion, EngineOptions, Prompt, Sampling
+from profiler.engines import AUTO_BACKEND, Completion, EngineOptions, Prompt, Sampling
 from profiler.engines.low_memory import place, quantize_experts
 from profiler.errors import EngineError, ModelError, first_line
 from profiler.models.deepseek_v1 import local_rewriting
@@ -37,6 +37,8 @@ class TransformersEngine:
     def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
         if options.capture.logits or options.capture.hidden_layers:
             raise EngineError("capture of logits and router inputs needs the engine vllm")
+        if options.moe_backend != AUTO_BACKEND:
+            raise EngineError(f"moe_backend {options.moe_backend!r} is an option of vLLM: use the engine vllm")
         location = model.location
         if model.metadata.architecture == "DeepseekForCausalLM":
             name = re.sub(r"[^\w.-]+", "--", model.metadata.id)
@@ -50,6 +52,7 @@ class TransformersEngine:
             ).eval()
         except (OSError, ValueError) as error:
             raise ModelError(f"transformers cannot load {model.location}: {first_line(error)}") from error
+        self.moe_kernels: dict[str, str | None] = {}
         self.notes: list[str] = []
         if options.load_in is not None:
             layers = quantize_experts(self._model, options.load_in)

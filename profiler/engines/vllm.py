@@ -18,10 +18,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
+from profiler.capture.metadata import describe_kernels
 from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, separate_compile_cache
 from profiler.capture.protocol import LoadedFacts, Workers
 from profiler.capture.requests import read_requests
-from profiler.engines import Completion, EngineOptions, Prompt, Sampling
+from profiler.engines import AUTO_BACKEND, Completion, EngineOptions, Prompt, Sampling
 from profiler.errors import EngineError, EngineStoppedError, ModelError, first_line
 from profiler.models.deepseek_v1 import register_config
 from profiler.models.registry import USED_SHARE
@@ -72,6 +73,8 @@ class VllmEngine:
                 seed=options.seed,
                 disable_log_stats=True,
                 **({} if options.batch is None else {"max_num_seqs": options.batch}),
+                # Releases before 0.17 do not have the option.
+                **({} if options.moe_backend == AUTO_BACKEND else {"moe_backend": options.moe_backend}),
                 **({"gpu_memory_utilization": USED_SHARE} if on_gpu else {}),
             )
         except Exception as error:  # vLLM's loaders raise errors of any type
@@ -94,6 +97,8 @@ class VllmEngine:
         self.hook = facts["hook"]
         megabytes = [round(size / 1e6, 1) for size in (facts["device_bytes"], facts["host_bytes"])]
         self.notes = [f"capture buffers: {megabytes[0]} MB on the device, at most {megabytes[1]:.0f} MB on the host"]
+        self.moe_kernels = facts["moe_kernels"]
+        self.notes += describe_kernels(self.moe_kernels, replaced_only=True)
         if not facts["known_release"]:
             self.notes.append(f"vLLM {self.versions['vllm']} is newer than all known releases: its first step is checked")
 

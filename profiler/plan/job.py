@@ -21,7 +21,7 @@ from profiler.collect.collection import check_sampling
 from profiler.collect.options import RentedOptions
 from profiler.collect.selection import Selection, describe, guess, select
 from profiler.datasets.problems import Problem
-from profiler.engines import ENGINES, Sampling
+from profiler.engines import AUTO_BACKEND, ENGINES, Sampling
 from profiler.errors import DatasetError, EngineError, ModelError, TraceError, UnreachableError
 from profiler.models.gpus import Gpu, find_gpu
 from profiler.models.registry import MODELS, QUANTIZE_PRECISION, ModelEntry, checkpoint, preset, quantized_checkpoint
@@ -62,6 +62,7 @@ class CollectJob(BaseModel):
     revision: str | None = None
     engine: str = "vllm"
     dtype: str = "auto"
+    moe_backend: str = AUTO_BACKEND
     max_length: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
@@ -181,6 +182,8 @@ def make_plan(options: RentedOptions, *, may_guess: bool = False) -> JobPlan:
         raise EngineError(f"hidden_tokens {capture.hidden_tokens}: expected 1 or more")
     if engine == "transformers" and (capture.logits or hidden_layers):
         raise EngineError("capture of logits and router inputs needs the engine vllm")
+    if engine == "transformers" and options.moe_backend != AUTO_BACKEND:
+        raise EngineError(f"moe_backend {options.moe_backend!r} is an option of vLLM: use the engine vllm")
     entry = MODELS.get(model)
     moe_layers: list[int] | None = None
     context: int | None = None
@@ -222,6 +225,7 @@ def make_plan(options: RentedOptions, *, may_guess: bool = False) -> JobPlan:
         revision=revision,
         engine=engine,
         dtype=dtype,
+        moe_backend=options.moe_backend,
         max_length=max_length or (min(context, PLANNED_CONTEXT) if context is not None else None),
         temperature=sampling.temperature,
         top_p=sampling.top_p,

@@ -32,6 +32,8 @@ from profiler.trace.writer import check_free, public_command, sha256_of, write_m
 
 # Entries of the metadata's `capture` that are summed. All others must be equal in all parts.
 SUMMED = {"truncated_problems", "runs", "hidden_tokens", "writer_waits", "writer_wait_seconds"}
+# Entries of `capture` that depend on the machine. Parts may come from different machines.
+BY_MACHINE = {"device", "moe_kernels"}
 # Metadata that may differ between parts recorded in the same way: which data, when, and with which versions.
 MAY_DIFFER = {"created", "command", "gaps", "datasets", "capture", "versions"}
 
@@ -96,6 +98,7 @@ def merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
     datasets: dict[str, DatasetMetadata] = {}
     gaps: dict[str, None] = {}
     versions: dict[str, list[str]] = {}
+    kernels = {name: own for trace in traces for name, own in trace.metadata.capture.get("moe_kernels", {}).items()}
     devices = Counter(trace.metadata.capture.get("device", "unknown") for trace in traces)
     for trace in traces:
         for name, found in trace.metadata.versions.items():
@@ -124,6 +127,7 @@ def merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
             "capture": {name: value for name, value in first.metadata.capture.items() if name != "device"}
             | counts
             | {"parts": len(traces), "devices": dict(devices)}
+            | ({"moe_kernels": kernels} if kernels else {})
             | about,
             "created": min(trace.metadata.created for trace in traces),
             "command": public_command(),
@@ -134,7 +138,7 @@ def merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
 def _compared(first: Metadata, other: Metadata) -> list[tuple[str, Any, Any]]:
     """Everything that parts must have in common: its name, and both values."""
     ours, theirs = (metadata.model_dump(mode="json", exclude=MAY_DIFFER) for metadata in (first, other))
-    names = sorted((first.capture.keys() | other.capture.keys()) - SUMMED - {"device"})
+    names = sorted((first.capture.keys() | other.capture.keys()) - SUMMED - BY_MACHINE)
     captured = [(f"capture.{name}", first.capture.get(name), other.capture.get(name)) for name in names]
     return [(name, ours[name], theirs[name]) for name in ours] + captured
 

@@ -115,15 +115,32 @@ def calls(out: Path, models: list[str]) -> None:
 
 
 def half(out: Path, models: list[str]) -> None:
-    """bfloat16, mixed batch, with logits, so that near ties can be told from errors."""
+    """bfloat16, mixed batch, with logits, so that near ties can be told from errors.
+
+    vLLM prefers a kernel that selects experts itself, so that capture must choose another one.
+    """
     from profiler.capture.options import CaptureOptions
     from vllm_patch import Recording, enable
 
     enable(CaptureOptions(logits=True))
+    prefer_monolithic_kernel()
     llm = start(models[0], dtype="bfloat16")
     with Recording(llm, out / "trace") as recording:
         recording.add(llm.generate(random_prompts(16, 10, 200), greedy(40), use_tqdm=False))
     stop(llm)
+
+
+def prefer_monolithic_kernel() -> None:
+    """Put a kernel that calls itself monolithic before all that vLLM has for this CPU. It cannot compute anything."""
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+    kernels_of = unquantized.backend_to_kernel_cls
+
+    def with_fused(backend: Any) -> list[Any]:
+        kernels = kernels_of(backend)
+        return [type("Fused", (kernels[-1],), {"is_monolithic": staticmethod(lambda: True)}), *kernels]
+
+    unquantized.backend_to_kernel_cls = with_fused
 
 
 def stop(llm: Any) -> None:

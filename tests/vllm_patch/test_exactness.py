@@ -183,6 +183,12 @@ def test_an_aborted_request_is_marked_incomplete(calls: Path) -> None:
     assert trace.arrays(1).token_ids_T.tolist() == list(range(29))
 
 
+def test_another_kernel_is_chosen_and_named_where_vllms_own_selects_experts(half: Path) -> None:
+    ((kernel, replaced),) = Trace.open(half / "trace").metadata.capture["moe_kernels"].items()
+    assert kernel.endswith("UnquantizedExperts")
+    assert replaced == "Fused"
+
+
 # Gap between the K-th and the next router logit below which two bfloat16 implementations may choose differently. Logits of
 # the demo model have a standard deviation of 1 and 8 bits; the widest that was seen is 0.024.
 BFLOAT16_GAP = 0.05

@@ -10,6 +10,7 @@ import torch
 
 from vllm_patch import plugin
 from vllm_patch.hook import UnsupportedModelError, _copying, find_moe_layers, refuse_unsupported
+from vllm_patch.kernels import KernelChoices
 from vllm_patch.releases import resolve_hook
 from vllm_patch.steps import label_rows
 
@@ -138,6 +139,26 @@ def test_models_that_cannot_be_recorded_are_refused() -> None:
         find_moe_layers(torch.nn.Sequential(Layer(0), Layer(1, top_k=3)), ROUTER_HOOK)
     with pytest.raises(UnsupportedModelError, match="several MoE layers in one"):
         find_moe_layers(torch.nn.Sequential(Layer(0), Layer(0)), ROUTER_HOOK)
+
+
+def test_a_kernel_that_routes_internally_is_named_with_what_to_do() -> None:
+    class Fused:
+        pass
+
+    class RoutedExperts(torch.nn.Module):
+        quant_method = SimpleNamespace(experts_cls=Fused)
+
+    layer = Layer(3, monolithic=True)
+    layer.routed_experts = RoutedExperts()
+    with pytest.raises(UnsupportedModelError, match=r"layer 3 uses .* internally \(Fused\): use vLLM 0\.20 or newer"):
+        find_moe_layers(torch.nn.Sequential(layer), ROUTER_HOOK)
+
+    class Chosen(KernelChoices):
+        def advice(self, kernel: str) -> str:
+            return f"use another one than {kernel}"
+
+    with pytest.raises(UnsupportedModelError, match=r"\(Fused\): use another one than Fused"):
+        find_moe_layers(torch.nn.Sequential(layer), ROUTER_HOOK, Chosen())
 
 
 def make_config(speculative: object = None, **parallel: object) -> SimpleNamespace:

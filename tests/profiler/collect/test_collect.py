@@ -149,6 +149,7 @@ def _light_engine(self: object, model: ResolvedModel, engine_options: object) ->
         versions={},
         dtype="bfloat16",
         compiled=False,
+        moe_kernels={},
         notes=[],
         _batch=16,
         max_length=64,
@@ -171,6 +172,12 @@ def test_an_out_that_is_taken_is_refused_untouched(collected: Trace, tmp_path: P
 def test_data_files_go_with_one_dataset(tmp_path: Path) -> None:
     with pytest.raises(SpecmoeError, match="one dataset only"):
         collect(options(tmp_path / "t", data_files=tmp_path / "x.parquet"))
+
+
+def test_options_of_vllm_are_refused_with_another_engine(tmp_path: Path) -> None:
+    with pytest.raises(SpecmoeError, match="moe_backend 'marlin' is an option of vLLM: use the engine vllm"):
+        collect(options(tmp_path / "t", moe_backend="marlin"))
+    assert not (tmp_path / "t").exists()
 
 
 def specmoe(*arguments: str) -> subprocess.CompletedProcess[str]:

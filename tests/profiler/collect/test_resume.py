@@ -24,12 +24,13 @@ from profiler.capture.requests import COMPLETIONS_FILE, PLANNED_FILE
 from profiler.capture.sealing import captured_positions, run_folder, runs_of
 from profiler.collect.job import collect
 from profiler.collect.options import LocalOptions
+from profiler.engines import Engine, start_engine
 from profiler.engines.vllm import is_installed
 from profiler.errors import EngineError, TraceError
 from profiler.importers import find_format, import_trace
 from profiler.trace.reader import Trace
 from profiler.trace.stream import ROUTING_STREAM, read_index
-from profiler.trace.writer import exclusive
+from profiler.trace.writer import exclusive, write_metadata
 
 KILLS = 20
 SETTINGS = {"problems": 18, "new_tokens": 20}
@@ -255,6 +256,23 @@ def test_a_collection_is_not_resumed_with_other_settings(unfinished: Path, chang
     with pytest.raises(TraceError, match=reason):
         collect(options(unfinished, resume=True, **changes))
     assert captured_tokens(unfinished) > 0
+
+
+def test_a_run_on_another_device_continues_with_other_kernels(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = Trace.open(unfinished, allow_incomplete=True).metadata
+    captured = metadata.capture | {"moe_kernels": {"MarlinExperts": None}}
+    write_metadata(unfinished, metadata.model_copy(update={"capture": captured}))
+    (run_folder(unfinished, 0) / COMPLETIONS_FILE).write_text("")
+
+    def start_on_another_device(*arguments: Any) -> Engine:
+        engine = start_engine(*arguments)
+        engine.moe_kernels = {"TritonExperts": "Fused"}
+        return engine
+
+    monkeypatch.setattr("profiler.collect.collector.start_engine", start_on_another_device)
+    kernels = {"MarlinExperts": None, "TritonExperts": "Fused"}
+    assert collect(options(unfinished, resume=True)).moe_kernels == kernels
+    assert Trace.open(unfinished).metadata.capture["moe_kernels"] == kernels
 
 
 def test_a_changed_dataset_is_found_out(unfinished: Path) -> None:

@@ -32,6 +32,7 @@ def test_a_run_is_named_by_what_decides_its_rows() -> None:
     assert {other.job.run_id for other in same} == {first.run_id}
     others = [
         plan(dtype="float32"),
+        plan(moe_backend="marlin"),
         plan(engine="transformers"),
         plan(capture_logits=True),
         plan(revision="abc"),
@@ -111,6 +112,7 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"capture_hidden": "9", "hidden_tokens": 5}, EngineError, r"hidden layer 9: not an MoE layer of demo \(0..7\)"),
         ({"capture_hidden": "1", "hidden_tokens": 0}, EngineError, "hidden_tokens 0: expected 1 or more"),
         ({"engine": "transformers", "capture_logits": True}, EngineError, "needs the engine vllm"),
+        ({"engine": "transformers", "moe_backend": "marlin"}, EngineError, "moe_backend 'marlin' is an option of vLLM"),
         ({"model": "deepseek-moe-16b", "capture_hidden": "0", "hidden_tokens": 5}, EngineError, "not an MoE layer of deepseek"),
         ({"dataset": "x"}, DatasetError, "unknown dataset 'x'"),
     ],

@@ -71,10 +71,12 @@ def test_what_is_no_part_is_refused_and_leaves_nothing(parts: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_other_versions_and_devices_are_listed(parts: Path, tmp_path: Path) -> None:
+def test_other_versions_devices_and_kernels_are_listed(parts: Path, tmp_path: Path) -> None:
     shutil.copytree(parts / "b", tmp_path / "b")
     metadata = Trace.open(parts / "b").metadata
-    changed = {"versions": metadata.versions | {"torch": "9.9"}, "capture": metadata.capture | {"device": "NVIDIA H100"}}
+    kernels = {"OAITritonExperts": "OAITritonMxfp4ExpertsMonolithic"}
+    captured = metadata.capture | {"device": "NVIDIA H100", "moe_kernels": kernels}
+    changed = {"versions": metadata.versions | {"torch": "9.9"}, "capture": captured}
     write_metadata(tmp_path / "b", metadata.model_copy(update=changed))
     (tmp_path / "b" / "manifest.json").unlink()
     write_manifest(tmp_path / "b")
@@ -83,4 +85,5 @@ def test_other_versions_and_devices_are_listed(parts: Path, tmp_path: Path) -> N
     merged = merge_traces([parts / "a", tmp_path / "b", parts / "c"], tmp_path / "merged")
     assert merged.metadata.versions["torch"] == f"{metadata.versions['torch']}, 9.9"
     assert merged.metadata.capture["devices"] == {"CPU": 2, "NVIDIA H100": 1}
+    assert merged.metadata.capture["moe_kernels"] == kernels
     assert merged.to_arrow().equals(Trace.open(parts / "whole").to_arrow())
