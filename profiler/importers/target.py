@@ -14,6 +14,7 @@ import pyarrow as pa
 from profiler.capture.sealing import run_folder, seal
 from profiler.errors import TraceError
 from profiler.importers.buckets import RowBuckets, padded
+from profiler.importers.identical_runs import RouteFingerprints, find_identical_runs
 from profiler.importers.losses import Losses, holes
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, ImportedProblem, ImportedRows, ImportOptions
 from profiler.trace.reader import Trace
@@ -65,6 +66,7 @@ class Target:
         self.contradiction: str | None = None
         self._tokens: list[dict[str, npt.NDArray[Any]]] = []
         self._finished: Trace | None = None
+        self._fingerprints = RouteFingerprints()
 
     def problem(self, dataset: str, *key: str) -> int:
         """Return the number of the problem with this name in the source. New problems are numbered in the order of calls."""
@@ -177,6 +179,7 @@ class Target:
             for table in self._buckets.read():
                 self._assemble(table, model, record, writer, losses)
         self._buckets.remove()
+        dropped_keys = self._count_tokens(losses)
         if not losses.tokens:
             scarce = min(self._rows_of_layer, key=lambda layer: self._rows_of_layer[layer])
             reasons = "; ".join(losses.gaps())
@@ -185,9 +188,12 @@ class Target:
                 f"rows ({self._rows_of_layer[scarce]:,}); choose some of the layers"
             )
         record = record.model_copy(update={"empty_slots": losses.empty_slots})
-        missing = seal(self.directory, model, {p: last + 2 for p, last in losses.last_token.items()}, record=record)
+        sequence_tokens = {p: last + 2 for p, last in losses.last_token.items()}
+        missing = seal(
+            self.directory, model, sequence_tokens, record=record, drop_other_requests=True, dropped_keys=dropped_keys
+        )
         self._write_tables(losses)
-        gaps = [*self.gaps, *losses.gaps(), *holes(missing), *self._model_gaps(model)]
+        gaps = [*self.gaps, *losses.gaps(), *holes(missing, dropped_keys), *self._model_gaps(model)]
         # Counted in one pass: an untrusted file may name as many datasets as it has problems.
         counts = Counter(self.problems[problem].dataset for problem in losses.last_token if problem in self.problems)
         datasets = [DatasetMetadata(name=name, problems=count) for name, count in sorted(counts.items())]
@@ -255,11 +261,22 @@ class Target:
         keys_T, ids_TLK, weights_TLK, empty_TLK = (array[~leave_T] for array in (keys_T, ids_TLK, weights_TLK, empty_TLK))
         if not len(keys_T):
             return
-        losses.empty_slots += int(empty_TLK.sum())
-        losses.count(keys_T)
+        self._fingerprints.add(keys_T, ids_TLK, weights_TLK if record.weights else None)
         ids_TLK = np.where(empty_TLK, model.num_experts, ids_TLK)
         weights = np.where(empty_TLK, 0, weights_TLK).astype(np.float16) if record.weights else None
         writer.add((keys_T >> 32).astype(np.int32), (keys_T & 0xFFFFFFFF).astype(np.int32), ids_TLK, weights)
+
+    def _count_tokens(self, losses: Losses) -> npt.NDArray[np.int64]:
+        """Count the assembled tokens, and return the keys of those to drop: the dummy tokens of an engine's warm-up."""
+        keys_T, routes_T, weights_T, empty_T = self._fingerprints.sorted()
+        runs = find_identical_runs(keys_T, routes_T, weights_T)
+        wanted = self.options.identical_runs
+        drop_T = runs.dummy_T if wanted == "auto" else (runs.dummy_T | runs.unclear_T) & (wanted == "drop")
+        losses.identical = int(drop_T.sum())
+        losses.identical_kept = int((runs.dummy_T | runs.unclear_T).sum()) - losses.identical
+        losses.empty_slots = int(empty_T[~drop_T].sum())
+        losses.count(keys_T[~drop_T])
+        return keys_T[drop_T]
 
     def _model(self) -> ModelMetadata:
         highest = self._highest
