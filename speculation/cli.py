@@ -204,6 +204,10 @@ def print_run(run: Any) -> None:
         f"{run.path}: {run.name}, {facts['parameters']:,} parameters, trained in {facts['train_seconds']:.1f} s on "
         f"{facts['train_problems']} problems ({facts['train_tokens']:,} tokens) for {shape.task}, horizon {shape.horizon}"
     )
+    if facts.get("shared_problems"):
+        typer.echo(
+            f"{facts['shared_problems']} problems of the validation trace are training problems too, and were left out of it"
+        )
 
 
 def _losses(entry: dict[str, float]) -> str:

@@ -70,6 +70,10 @@ class Shape:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= limit:
                 raise SpecmoeError(f"{name} {value!r}, expected 1 to {limit}")
+        if self.task == Task.NEXT_LAYER and self.layers == 1:
+            raise SpecmoeError(
+                "next-layer: there is one MoE layer, so none comes next; predict next-token or whole-path instead"
+            )
         if self.task == Task.NEXT_LAYER and self.horizon >= self.layers:
             raise SpecmoeError(f"horizon {self.horizon}: expected 1 to {self.layers - 1} for {self.layers} MoE layers")
         if self.task == Task.WHOLE_PATH and self.horizon > 1:
