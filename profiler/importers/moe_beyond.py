@@ -20,13 +20,14 @@ import numpy as np
 from pydantic_core import from_json
 
 from profiler.errors import TraceError
-from profiler.importers.reading import files_in, head, integer_array
+from profiler.importers.reading import files_of, head, integer_array, sources_of
 from profiler.importers.rows import EMPTY, ImportedRows
 from profiler.importers.target import Target
 from profiler.trace.schema import MAX_TOP_K, PREFILL
 
 NAME = "moe-beyond"
 ABOUT = "MoE-Beyond CSV, or a folder of them: Layer ID, Batch Number, Token, Activated Expert IDs; no weights"
+KINDS = ("file", "folder")
 
 _COLUMNS = ("Layer ID", "Batch Number", "Token", "Activated Expert IDs")
 MAX_FIELD_BYTES = 1 << 20
@@ -36,15 +37,13 @@ _Line = tuple[int, dict[str, str]]
 
 
 def detect(source: Path) -> bool:
-    files = _files(source)
+    files = files_of(source, "*.csv")
     return bool(files) and head(files[0]).startswith("Layer ID,")
 
 
 def read(source: Path, target: Target) -> None:
     target.gaps.append("prefill only: one pass over each prompt")
-    files = _files(source)
-    if not files:
-        raise TraceError(f"{source}: no .csv file")
+    files = sources_of(source, "*.csv")
     named = [(_name(path), path) for path in files]
     counts = Counter(name for name, _ in named)
     for name, path in named:
@@ -98,12 +97,6 @@ def _add(path: Path, name: str, block: list[_Line], seen: _Seen, target: Target)
     target.add(ImportedRows(problem_N, token_N, layer_N, ids_NK, None), f"{path}, lines {block[0][0]}..{block[-1][0]}")
     for problem_id, (at, tokens) in texts.items():
         target.add_tokens(problem_id, np.array(at), PREFILL, texts_T=tokens)
-
-
-def _files(source: Path) -> list[Path]:
-    if source.is_dir():
-        return files_in(source, "*.csv")
-    return [source] if source.suffix == ".csv" and source.is_file() else []
 
 
 def _name(path: Path) -> str:

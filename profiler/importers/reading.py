@@ -33,9 +33,23 @@ VALUE_BYTES = 8
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def files_in(folder: Path, pattern: str) -> list[Path]:
+def files_in(folder: Path, *patterns: str) -> list[Path]:
     """The regular files of a folder, shorter names first so that 10 comes after 9. Skips pipes and devices, which block."""
-    return sorted((path for path in folder.glob(pattern) if path.is_file()), key=lambda path: (len(path.name), path.name))
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def files_of(source: Path, *patterns: str) -> list[Path]:
+    """The file `source` itself, whatever its name, or the files of the folder `source`; empty if there are none."""
+    return files_in(source, *patterns) if source.is_dir() else [source] * source.is_file()
+
+
+def sources_of(source: Path, *patterns: str) -> list[Path]:
+    """As `files_of`, but raises `TraceError` if there are none."""
+    files = files_of(source, *patterns)
+    if not files:
+        raise TraceError(f"{source}: the folder contains no file named {' or '.join(patterns)}")
+    return files
 
 
 def head(path: Path) -> str:

@@ -28,13 +28,14 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import UNREADABLE, TraceError, first_line
-from profiler.importers.reading import files_in, integer_array
+from profiler.importers.reading import files_in, integer_array, sources_of
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES
 from profiler.importers.target import Target
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "sglang"
 ABOUT = "SGLang expert-distribution dump of mode per_token: a .pt file, or a folder of them; no weights"
+KINDS = ("file", "folder")
 
 DECODE_MODES = (2, "decode")
 
@@ -44,7 +45,7 @@ def detect(source: Path) -> bool:
 
 
 def read(source: Path, target: Target) -> None:
-    files = files_in(source, "*.pt") if source.is_dir() else [source]
+    files = sources_of(source, "*.pt")
     seen: set[bytes] = set()
     copies = ambiguous = 0
     named = True
