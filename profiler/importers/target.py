@@ -15,6 +15,7 @@ from profiler.capture.sealing import run_folder, seal
 from profiler.errors import TraceError
 from profiler.importers.buckets import RowBuckets, padded
 from profiler.importers.identical_runs import RouteFingerprints, find_identical_runs
+from profiler.importers.known_model import Recorded, facts_for
 from profiler.importers.losses import Losses, holes
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, ImportedProblem, ImportedRows, ImportOptions
 from profiler.trace.reader import Trace
@@ -67,6 +68,7 @@ class Target:
         self._tokens: list[dict[str, npt.NDArray[Any]]] = []
         self._finished: Trace | None = None
         self._fingerprints = RouteFingerprints()
+        self._model_lacks: list[str] = []
 
     def problem(self, dataset: str, *key: str) -> int:
         """Return the number of the problem with this name in the source. New problems are numbered in the order of calls."""
@@ -280,27 +282,32 @@ class Target:
 
     def _model(self) -> ModelMetadata:
         highest = self._highest
-        known = self.options.num_experts or self.num_experts
         if highest < 0:
             raise TraceError(f"{self.source}: no expert in any row")
+        recorded = Recorded(sorted(self._rows_of_layer), highest, self._most_experts)
+        entry = facts_for(self.options.model, self.model_id, recorded, self.source)
+        known = self.options.num_experts or self.num_experts or (None if entry is None else entry.experts)
         if known is not None and not highest < known <= MAX_EXPERTS:
             raise TraceError(f"{self.source}: expert id {highest}, expected below the number of experts, {known}")
+        if entry is not None and self.options.layers is None:
+            self._model_lacks = recorded.missing(entry)
+        elif known is None:
+            self._model_lacks = ["num_experts was inferred from the highest expert id"]
         num_experts = known or highest + 1
         if self._most_experts > num_experts:
             raise TraceError(f"{self.source}: {self._most_experts} experts per token, but ids only up to {highest}")
         return ModelMetadata(
             id=self.model_id,
             architecture=self.architecture,
-            moe_layers=sorted(self._rows_of_layer),
+            num_layers=None if entry is None else entry.layers,
+            moe_layers=recorded.layers,
             num_experts=num_experts,
             top_k=self._most_experts,
-            renormalized=self.renormalized,
+            renormalized=self.renormalized if entry is None or self.renormalized is not None else entry.renormalized,
         )
 
     def _model_gaps(self, model: ModelMetadata) -> list[str]:
-        gaps = []
-        if self.options.num_experts is None and self.num_experts is None:
-            gaps.append("num_experts was inferred from the highest expert id")
+        gaps = list(self._model_lacks)
         if self.options.layers is not None:
             gaps.append(f"only layers {','.join(map(str, model.moe_layers))} were imported")
         if not self._tokens:
