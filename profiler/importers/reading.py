@@ -206,6 +206,20 @@ def integer_array(value: object, what: str) -> npt.NDArray[np.int64]:
     return np.array(value, dtype=np.int64)
 
 
+def pad_lists(lists: list[list[Any]]) -> npt.NDArray[np.int64] | None:
+    """Lists of expert ids as `[N, K]`, shorter ones padded with `EMPTY`; None if one is too long or an entry is no id."""
+    flat = [*chain.from_iterable(lists)]
+    if not {*map(type, flat)} <= {int} or max(map(len, lists), default=0) > MAX_TOP_K:
+        return None
+    if flat and not 0 <= min(flat) <= max(flat) < 2**31:
+        return None
+    lengths_N = np.array([*map(len, lists)])
+    present_NK = np.arange(lengths_N.max(initial=0)) < lengths_N[:, None]
+    ids_NK = np.full(present_NK.shape, EMPTY, dtype=np.int64)
+    ids_NK[present_NK] = flat
+    return ids_NK
+
+
 def column_names(path: Path) -> list[str]:
     """The column names of a Parquet file. Raises `TraceError` if it is not readable."""
     try:

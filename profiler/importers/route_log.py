@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from profiler.errors import TraceError
 from profiler.importers.reading import JsonObjects, files_of, first_object, json_lines, sources_of
-from profiler.importers.rows import MAX_LAYER, ImportedRows
+from profiler.importers.rows import MAX_LAYER, ImportedRows, running_count
 from profiler.importers.target import Target
 
 NAME = "route-log"
@@ -69,7 +69,7 @@ def _read_log(files: list[Path], name: tuple[str, ...], target: Target) -> None:
         weights_NK = routes.weights("topk_weights", ids_NK) if routes.have("topk_weights") else None
         rows = ImportedRows(problem_N, token_N, layer_N, ids_NK, weights_NK)
         if agreed is not None:
-            rows.token_ids_N = _running_count(problem_N << 16 | layer_N, counts)
+            rows.token_ids_N = running_count(problem_N << 16 | layer_N, counts)
             keep_N = rows.token_ids_N < np.array([agreed[request] for request in requests])
             drifted += int((~keep_N).sum())
             rows = rows.where(keep_N)
@@ -116,14 +116,3 @@ def _agreed_rows(files: list[Path]) -> dict[str, int] | None:
         # If nothing differs, keep the surplus rows of longer layers: they are then counted as incomplete tokens.
         agreed[request] = int(differ[0]) if len(differ) else max(map(len, layers))
     return agreed
-
-
-def _running_count(keys_N: npt.NDArray[np.int64], counts: dict[int, int]) -> npt.NDArray[np.int64]:
-    """How often each key occurred before, in this block and in earlier ones; updates `counts`."""
-    order_N = np.argsort(keys_N, kind="stable")
-    keys, starts, sizes = np.unique(keys_N[order_N], return_index=True, return_counts=True)
-    before = np.array([counts.get(key, 0) for key in keys.tolist()], dtype=np.int64)
-    running_N = np.empty(len(keys_N), dtype=np.int64)
-    running_N[order_N] = np.arange(len(keys_N)) - np.repeat(starts - before, sizes)
-    counts.update(zip(keys.tolist(), (before + sizes).tolist(), strict=True))
-    return running_N

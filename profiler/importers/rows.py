@@ -67,3 +67,14 @@ class ImportedProblem:
     dataset: str
     source_key: str
     further: dict[str, Any] = field(default_factory=dict)
+
+
+def running_count(keys_N: npt.NDArray[np.int64], counts: dict[int, int]) -> npt.NDArray[np.int64]:
+    """How often each key occurred before, in this block and in earlier ones; updates `counts`."""
+    order_N = np.argsort(keys_N, kind="stable")
+    keys, starts, sizes = np.unique(keys_N[order_N], return_index=True, return_counts=True)
+    before = np.array([counts.get(key, 0) for key in keys.tolist()], dtype=np.int64)
+    running_N = np.empty(len(keys_N), dtype=np.int64)
+    running_N[order_N] = np.arange(len(keys_N)) - np.repeat(starts - before, sizes)
+    counts.update(zip(keys.tolist(), (before + sizes).tolist(), strict=True))
+    return running_N
