@@ -14,12 +14,14 @@ import pyarrow as pa
 from profiler.capture.sealing import run_folder, seal
 from profiler.errors import TraceError
 from profiler.importers.buckets import RowBuckets, padded
+from profiler.importers.content import content_hashes
 from profiler.importers.identical_runs import RouteFingerprints, find_identical_runs
 from profiler.importers.known_model import Recorded, facts_for
 from profiler.importers.losses import Losses, holes
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, ImportedProblem, ImportedRows, ImportOptions
 from profiler.trace.reader import Trace
 from profiler.trace.schema import (
+    INFERRED_EXPERTS,
     MAX_EXPERTS,
     MAX_TOP_K,
     PROBLEMS_FILE,
@@ -31,6 +33,7 @@ from profiler.trace.schema import (
     ModelMetadata,
     RecordMetadata,
 )
+from profiler.trace.splits import CONTENT_HASH
 from profiler.trace.stream import RoutingWriter
 from profiler.trace.writer import write_manifest, write_metadata, write_table
 
@@ -292,7 +295,7 @@ class Target:
         if entry is not None and self.options.layers is None:
             self._model_lacks = recorded.missing(entry)
         elif known is None:
-            self._model_lacks = ["num_experts was inferred from the highest expert id"]
+            self._model_lacks = [INFERRED_EXPERTS]
         num_experts = known or highest + 1
         if self._most_experts > num_experts:
             raise TraceError(f"{self.source}: {self._most_experts} experts per token, but ids only up to {highest}")
@@ -326,14 +329,11 @@ class Target:
 
     def _write_tables(self, losses: Losses) -> None:
         if self._tokens:
-            texts = any("text" in columns for columns in self._tokens)
-            names = [*TOKENS_SCHEMA.names, *(["text"] if texts else [])]
-            schema = pa.schema([*TOKENS_SCHEMA, *([("text", pa.string())] if texts else [])])
-            pieces = [
-                pa.table({name: c.get(name, pa.nulls(len(c["token_id"]), pa.string())) for name in names}) for c in self._tokens
-            ]
-            table = pa.concat_tables(pieces).cast(schema).sort_by([("problem_id", "ascending"), ("token_id", "ascending")])
-            write_table(self.directory / TOKENS_FILE, table.unify_dictionaries())
+            tokens = self._token_table()
+            write_table(self.directory / TOKENS_FILE, tokens.unify_dictionaries())
+            for problem, found in content_hashes(tokens).items():
+                if problem in self.problems:
+                    self.problems[problem].further.setdefault(CONTENT_HASH, found)
         if self.problems:
             known = sorted(self.problems.keys() & losses.last_token.keys())
             further = sorted({name for p in known for name in self.problems[p].further} - set(PROBLEMS_SCHEMA.names))
@@ -347,6 +347,16 @@ class Target:
                 for name, values in columns.items()
             }
             write_table(self.directory / PROBLEMS_FILE, pa.table(arrays))
+
+    def _token_table(self) -> pa.Table:
+        """What is known of tokens, sorted by problem and position."""
+        texts = any("text" in columns for columns in self._tokens)
+        names = [*TOKENS_SCHEMA.names, *(["text"] if texts else [])]
+        schema = pa.schema([*TOKENS_SCHEMA, *([("text", pa.string())] if texts else [])])
+        pieces = [
+            pa.table({name: c.get(name, pa.nulls(len(c["token_id"]), pa.string())) for name in names}) for c in self._tokens
+        ]
+        return pa.concat_tables(pieces).cast(schema).sort_by([("problem_id", "ascending"), ("token_id", "ascending")])
 
 
 def _equal(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

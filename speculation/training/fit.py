@@ -126,8 +126,7 @@ def _validation_trace(
     trace: Trace, train_routes: RouteSource, validation: Trace, shape: Shape, load: Load
 ) -> tuple[RouteSource, int]:
     """All routes of another trace, except those of problems that are trained on, and the number of these."""
-    if Shape.of(validation.metadata.model, shape.horizon, shape.task) != shape:
-        raise SpecmoeError(f"{validation.path}: its model has another number of layers, experts or top-k than {trace.path}")
+    shape.check(validation.metadata, validation.path, trace.path)
     if split_key(validation) != split_key(trace) or split_key(trace) in {"source key", "problem id"}:
         raise SpecmoeError(
             f"{trace.path} and {validation.path} do not both contain prompts, or the same hash of them: "
