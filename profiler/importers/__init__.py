@@ -14,10 +14,14 @@ from pathlib import Path
 
 from profiler.errors import TraceError
 from profiler.importers import (
+    colibri,
     edge_csv,
     flame_moe,
     interrupted,
     json_rows,
+    lattice,
+    llama_cpp,
+    megatron,
     moe_beyond,
     olmoe,
     parquet_rows,
@@ -57,6 +61,10 @@ FORMATS = {
         edge_csv,
         route_log,
         olmoe,
+        megatron,
+        lattice,
+        llama_cpp,
+        colibri,
         json_rows,
     )
 }

@@ -156,6 +156,15 @@ def json_lines(path: Path) -> Iterator[JsonObjects]:
 
     Raises `TraceError`, naming the line, if one is not an object, and if one is longer than 16 MiB.
     """
+    for lines in text_lines(path):
+        yield JsonObjects(path, _objects(path, lines), [number for number, _ in lines])
+
+
+def text_lines(path: Path) -> Iterator[list[tuple[int, bytes]]]:
+    """Iterate over the lines of a file with their numbers, some thousand at a time; blank lines are skipped.
+
+    Raises `TraceError` if one is longer than 16 MiB.
+    """
     if not path.is_file():
         raise TraceError(f"{path}: no such file")
     number = 1
@@ -172,8 +181,7 @@ def json_lines(path: Path) -> Iterator[JsonObjects]:
             kept = [(number + n, line) for n, line in enumerate(lines) if line.strip()]
             number += len(lines)
             for start in range(0, len(kept), MAX_BLOCK_ROWS):
-                some = kept[start : start + MAX_BLOCK_ROWS]
-                yield JsonObjects(path, _objects(path, some), [n for n, _ in some])
+                yield kept[start : start + MAX_BLOCK_ROWS]
 
 
 def _objects(path: Path, lines: list[tuple[int, bytes]]) -> list[dict[str, Any]]:

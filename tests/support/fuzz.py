@@ -255,6 +255,44 @@ def make_sglang(folder: Path) -> Path:
     return folder / "dump.pt"
 
 
+def make_lattice(folder: Path) -> Path:
+    ids, _ = random_routing(6)
+    line = '{{"layer_idx": {}, "token_idx": {}, "selected_ids": {}, "gate_weights": [0.7, 0.3]}}\n'
+    lines = [line.format(layer, token, ids[token, layer].tolist()) for token in range(6) for layer in range(3)]
+    return _text(folder / "lattice.jsonl", "".join(lines))
+
+
+def make_colibri(folder: Path) -> Path:
+    ids, _ = random_routing(6)
+    passes = [range(4), [4], [5]]
+    lines = [
+        f"{3 * number + layer} {row} {layer} {ids[token, layer, 0]}:0.{7000 + token} {ids[token, layer, 1]}:0.3000\n"
+        for number, tokens in enumerate(passes)
+        for layer in range(3)
+        for row, token in enumerate(tokens)
+    ]
+    return _text(folder / "route.txt", "".join(lines))
+
+
+def make_llama_cpp(folder: Path) -> Path:
+    # A prompt of four tokens, of which the last layer has only the last; then two generated tokens.
+    ids, _ = random_routing(6)
+    ids[1, 0] = ids[0, 0]  # adjacent tokens with common experts: no ranking of all experts
+    blocks = [(layer, tokens) for tokens in (range(4), [4], [5]) for layer in range(3)]
+    blocks[2] = (2, [3])
+    lines = [f"{layer},{expert}\n" for layer, tokens in blocks for token in tokens for expert in ids[token, layer].tolist()]
+    return _text(folder / "moe_trace.csv", "".join(lines))
+
+
+def make_megatron(folder: Path) -> Path:
+    line = (
+        '{{"step": {}, "stage": "pre_dispatch", "block": "decoder", "layer": {}, "rank": 0, "num_tokens": 4, "topk": 2, '
+        '"top_indices": {}}}\n'
+    )
+    lines = [line.format(step, layer, random_routing(4, step)[0][:, layer].tolist()) for step in range(3) for layer in range(3)]
+    return _text(folder / "router_trace_rank0.jsonl", "".join(lines))
+
+
 def imported(make: Callable[[Path], Path], name: str) -> Reader:
     return Reader(make, lambda source, out: import_trace(source, out, format_name=name))
 
@@ -282,6 +320,10 @@ READERS = {
     "npy": imported(make_npy, "routed-experts"),
     "npz": imported(make_npz, "routed-experts"),
     "sglang": imported(make_sglang, "sglang"),
+    "lattice": imported(make_lattice, "lattice"),
+    "colibri": imported(make_colibri, "colibri"),
+    "llama-cpp": imported(make_llama_cpp, "llama-cpp"),
+    "megatron": imported(make_megatron, "megatron"),
 }
 
 

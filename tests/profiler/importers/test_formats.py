@@ -24,6 +24,10 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "route-log": fuzz.make_route_log,
     "olmoe": fuzz.make_olmoe,
     "jsonl": fuzz.make_old_rows,
+    "lattice": fuzz.make_lattice,
+    "colibri": fuzz.make_colibri,
+    "llama-cpp": fuzz.make_llama_cpp,
+    "megatron": fuzz.make_megatron,
 }
 FOLDER_ONLY = {"interrupted"}
 
