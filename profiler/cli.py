@@ -175,7 +175,12 @@ def convert(
     format_name: Annotated[
         str | None, typer.Option("--from", metavar="FORMAT", help="See 'specmoe formats'; default: detected.")
     ] = None,
-    model: Annotated[str, typer.Option(help="Name of the model, if the source does not record it.")] = "unknown",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Name of the model, if the source does not record it; 'specmoe models' lists those whose facts are known."
+        ),
+    ] = "unknown",
     num_experts: Annotated[
         int | None, typer.Option(min=1, max=MAX_EXPERTS, help="Experts per layer, if the source does not record it.")
     ] = None,

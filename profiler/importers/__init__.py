@@ -28,6 +28,7 @@ from profiler.importers import (
     route_log,
     routed_experts,
     sglang,
+    slime,
 )
 from profiler.importers.rows import ImportOptions
 from profiler.importers.target import Target
@@ -55,6 +56,7 @@ FORMATS = {
         interrupted,
         parquet_rows,
         flame_moe,
+        slime,
         sglang,
         routed_experts,
         moe_beyond,

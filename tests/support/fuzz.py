@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -255,6 +256,26 @@ def make_sglang(folder: Path) -> Path:
     return folder / "dump.pt"
 
 
+def make_slime(folder: Path) -> Path:
+    import torch
+
+    torch.set_num_threads(1)
+    arrays: list[Any] = [random_routing(5)[0].astype(np.int32), torch.from_numpy(random_routing(4, 1)[0].astype(np.int32))]
+    samples = [
+        {
+            "prompt": f"p{n}",
+            "tokens": list(range(len(array) + 1)),
+            "response": "r",
+            "response_length": 2,
+            "rollout_routed_experts": array,
+            "status": "completed",
+        }
+        for n, array in enumerate(arrays)
+    ]
+    torch.save({"rollout_id": 3, "metadata": {}, "samples": samples}, folder / "rollout_3.pt")
+    return folder / "rollout_3.pt"
+
+
 def make_lattice(folder: Path) -> Path:
     ids, _ = random_routing(6)
     line = '{{"layer_idx": {}, "token_idx": {}, "selected_ids": {}, "gate_weights": [0.7, 0.3]}}\n'
@@ -320,6 +341,7 @@ READERS = {
     "npy": imported(make_npy, "routed-experts"),
     "npz": imported(make_npz, "routed-experts"),
     "sglang": imported(make_sglang, "sglang"),
+    "slime": imported(make_slime, "slime"),
     "lattice": imported(make_lattice, "lattice"),
     "colibri": imported(make_colibri, "colibri"),
     "llama-cpp": imported(make_llama_cpp, "llama-cpp"),

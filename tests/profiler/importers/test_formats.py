@@ -24,6 +24,7 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "route-log": fuzz.make_route_log,
     "olmoe": fuzz.make_olmoe,
     "jsonl": fuzz.make_old_rows,
+    "slime": fuzz.make_slime,
     "lattice": fuzz.make_lattice,
     "colibri": fuzz.make_colibri,
     "llama-cpp": fuzz.make_llama_cpp,
