@@ -36,7 +36,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 def files_in(folder: Path, *patterns: str) -> list[Path]:
     """The regular files of a folder, shorter names first so that 10 comes after 9. Skips pipes and devices, which block."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found, key=lambda path: (len(path.name), path.name))
+    return sorted(found, key=lambda path: (len(path.name), path.name, len(path.parts[-2:][0]), path.parts[-2:]))
 
 
 def files_of(source: Path, *patterns: str) -> list[Path]:

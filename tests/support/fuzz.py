@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -276,6 +277,35 @@ def make_slime(folder: Path) -> Path:
     return folder / "rollout_3.pt"
 
 
+def packed(value: object) -> bytes:
+    """A value as MessagePack, with the widest encoding of each type."""
+    if isinstance(value, bool):
+        return b"\xc3" if value else b"\xc2"
+    if isinstance(value, int):
+        return struct.pack(">Bq", 0xD3, value)
+    if isinstance(value, float):
+        return struct.pack(">Bd", 0xCB, value)
+    if isinstance(value, bytes):
+        return struct.pack(">BI", 0xC6, len(value)) + value
+    if isinstance(value, str):
+        return struct.pack(">BI", 0xDB, len(value.encode())) + value.encode()
+    if isinstance(value, list):
+        return struct.pack(">BI", 0xDD, len(value)) + b"".join(map(packed, value))
+    return b"\xc0"
+
+
+def make_prime_rl(folder: Path) -> Path:
+    ids = random_routing(6)[0].astype(np.int16)
+    routes = [ids.tobytes(), list(ids.shape), "int16"]
+    sample = [list(range(6)), [False] * 3 + [True] * 3, [0.5] * 6, [1.0] * 6, "env", None, routes]
+    # Small lengths in one byte each, as the tool writes them.
+    data = (
+        packed([[sample], 3, None]).replace(struct.pack(">BI", 0xDD, 3), b"\x93").replace(struct.pack(">BI", 0xDD, 1), b"\x91")
+    )
+    (folder / "rollouts.bin").write_bytes(data.replace(struct.pack(">BI", 0xDD, 7), b"\x97"))
+    return folder / "rollouts.bin"
+
+
 def make_lattice(folder: Path) -> Path:
     ids, _ = random_routing(6)
     line = '{{"layer_idx": {}, "token_idx": {}, "selected_ids": {}, "gate_weights": [0.7, 0.3]}}\n'
@@ -342,6 +372,7 @@ READERS = {
     "npz": imported(make_npz, "routed-experts"),
     "sglang": imported(make_sglang, "sglang"),
     "slime": imported(make_slime, "slime"),
+    "prime-rl": imported(make_prime_rl, "prime-rl"),
     "lattice": imported(make_lattice, "lattice"),
     "colibri": imported(make_colibri, "colibri"),
     "llama-cpp": imported(make_llama_cpp, "llama-cpp"),

@@ -25,6 +25,7 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "olmoe": fuzz.make_olmoe,
     "jsonl": fuzz.make_old_rows,
     "slime": fuzz.make_slime,
+    "prime-rl": fuzz.make_prime_rl,
     "lattice": fuzz.make_lattice,
     "colibri": fuzz.make_colibri,
     "llama-cpp": fuzz.make_llama_cpp,
