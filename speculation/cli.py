@@ -71,8 +71,8 @@ def train(
     validation: Annotated[
         Path | None,
         typer.Option(
-            help="Another trace for early stopping; all of TRACE is then used for training. Problems that both have are left out "
-            "of it. Default: TRACE's validation part."
+            help="Another trace for early stopping; all of TRACE is then used for training, and problems of both are left out "
+            "of the other. Default: TRACE's validation part."
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted training in --out.")] = False,
