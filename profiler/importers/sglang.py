@@ -4,7 +4,8 @@ A dump is a `.pt` file of `records` and `last_physical_to_logical_map`. A record
 `extend_seq_lens`, `forward_mode`, and `topk_ids_of_layer`, int32 `[L, T, K]` with -1 in dense layers, unused columns and
 padding. Its ids are those of physical experts; the map translates them to the model's own (logical) ids. There are no weights.
 Every rank writes a file; with plain tensor parallelism the files are copies of each other (sgl-project/sglang,
-python/sglang/srt/eplb/expert_distribution.py).
+python/sglang/srt/eplb/expert_distribution.py, commits dd780ab and 02295fe). The other modes (stat, stat_approx, per_pass) write
+counts only.
 
 Without request ids (upstream has none), sequences are reconstructed from positions. A prefill pass starts sequences. A prompt
 that starts at a position above 0 continues the prompt of the previous pass that ended there (chunked prefill) or, if there is

@@ -12,6 +12,7 @@ from support import fuzz
 
 from profiler.errors import TraceError
 from profiler.importers import FORMATS, find_format, import_trace
+from profiler.trace.reader import Trace
 
 # A sound file of each format.
 SAMPLES: dict[str, Callable[[Path], Path]] = {
@@ -122,3 +123,9 @@ def test_json_rows_in_several_files_are_one_recording(tmp_path: Path) -> None:
         TraceError, match="two files have different rows of a problem, token and layer: convert them one by one"
     ):
         import_trace(source.parent, tmp_path / "v")
+
+
+def test_a_file_is_no_trace(tmp_path: Path) -> None:
+    source = sample("jsonl", tmp_path / "source")
+    with pytest.raises(TraceError, match=r"old\.jsonl is a file, and a trace is a folder: 'specmoe convert' reads files"):
+        Trace.open(source)
