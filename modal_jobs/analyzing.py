@@ -19,6 +19,7 @@ from analysis.statistics.compute import Source
 from modal_jobs.shards import finished_parts
 from profiler.errors import TraceError
 from profiler.trace.merge import merged_metadata
+from profiler.trace.plausibility import doubts
 from profiler.trace.reader import Trace
 from profiler.trace.schema import MANIFEST_FILE, Metadata
 from profiler.trace.writer import sha256_of
@@ -90,7 +91,7 @@ def plan_analysis(volume: Path, source: str, *, pieces: int, hops: int | None) -
         parts=tuple(parts),
         axes=axes,
         metadata=metadata.model_dump_json(),
-        caveats=tuple(dict.fromkeys(caveat for trace in traces for caveat in trace.caveats())),
+        caveats=tuple(dict.fromkeys(caveat for trace in traces for caveat in (*trace.caveats(), *doubts(trace)))),
     )
 
 

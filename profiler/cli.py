@@ -154,6 +154,14 @@ def print_summary(summary: CollectSummary) -> None:
         typer.echo(f"{summary.truncated_problems} prompts were too long and lost their tail")
 
 
+class IdenticalRunsChoice(StrEnum):
+    """What `convert` does with long runs of tokens that have the same route."""
+
+    auto = "auto"
+    drop = "drop"
+    keep = "keep"
+
+
 class ConvertTo(StrEnum):
     """Output formats of `convert`."""
 
@@ -170,7 +178,12 @@ def convert(
     format_name: Annotated[
         str | None, typer.Option("--from", metavar="FORMAT", help="See 'specmoe formats'; default: detected.")
     ] = None,
-    model: Annotated[str, typer.Option(help="Name of the model, if the source does not record it.")] = "unknown",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Name of the model, if the source does not record it; 'specmoe models' lists those whose facts are known."
+        ),
+    ] = "unknown",
     num_experts: Annotated[
         int | None, typer.Option(min=1, max=MAX_EXPERTS, help="Experts per layer, if the source does not record it.")
     ] = None,
@@ -180,6 +193,13 @@ def convert(
     drop_incomplete: Annotated[
         bool, typer.Option("--drop-incomplete", help="Drop tokens with fewer than K experts instead of keeping empty slots.")
     ] = False,
+    identical_runs: Annotated[
+        IdenticalRunsChoice,
+        typer.Option(
+            help="Long runs of tokens with the same route, such as an engine's warm-up. auto: drop those with the same "
+            "weights. drop: drop all. keep: keep all."
+        ),
+    ] = IdenticalRunsChoice.auto,
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="With --to hub-folder: also upload it to the Hugging Face hub.")
     ] = None,
@@ -192,6 +212,7 @@ def convert(
     from profiler.importers import FORMATS, import_trace
     from profiler.importers.rows import ImportOptions
     from profiler.trace.jsonl import write_jsonl
+    from profiler.trace.plausibility import doubts
     from profiler.trace.writer import public_command
 
     if format_name is not None and format_name not in FORMATS:
@@ -204,11 +225,12 @@ def convert(
             num_experts=num_experts,
             layers=_layers(layers),
             drop_incomplete=drop_incomplete,
+            identical_runs=identical_runs.value,
             command=tuple(public_command()),
         )
         trace = import_trace(source, target, format_name=format_name, options=options)
         typer.echo(f"{target}: {trace.num_rows:,} rows, {_size(_bytes(target))}; {trace.metadata.hook}")
-        for line in [*trace.metadata.gaps, *trace.caveats()]:
+        for line in [*trace.metadata.gaps, *trace.caveats(), *doubts(trace)]:
             typer.echo(f"  {printable(line)}")
         return
     trace = Trace.open(source)
@@ -265,6 +287,8 @@ def inspect(
 
     Example: specmoe inspect traces/math --verify
     """
+    from profiler.trace.plausibility import doubts
+
     opened = Trace.open(trace, allow_incomplete=True)
     faults = opened.faults(verify=verify)
     metadata = opened.metadata
@@ -273,8 +297,20 @@ def inspect(
         rows = opened.num_rows
     except TraceError as error:
         faults.append(str(error))
+    implausible: list[str] = []
+    if not faults:
+        try:
+            implausible = doubts(opened)
+        except TraceError as error:
+            faults.append(str(error))
     if as_json:
-        document = {"complete": not faults, "faults": faults, "rows": rows, "metadata": metadata.model_dump()}
+        document = {
+            "complete": not faults,
+            "faults": faults,
+            "rows": rows,
+            "doubts": implausible,
+            "metadata": metadata.model_dump(),
+        }
         console.print_json(json.dumps(document))
     else:
         model = metadata.model
@@ -290,6 +326,8 @@ def inspect(
             typer.echo(f"  gap: {printable(gap)}")
         for caveat in opened.caveats():
             typer.echo(f"  note: {caveat}")
+        for doubt in implausible:
+            typer.echo(f"  warning: {doubt}")
         typer.echo("complete" if not faults else "incomplete: " + printable("; ".join(faults)))
     if faults:
         raise typer.Exit(1)

@@ -71,7 +71,8 @@ def train(
     validation: Annotated[
         Path | None,
         typer.Option(
-            help="Another trace for early stopping; all of TRACE is then used for training. Default: TRACE's validation part."
+            help="Another trace for early stopping; all of TRACE is then used for training, and problems of both are left out "
+            "of the other. Default: TRACE's validation part."
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted training in --out.")] = False,
@@ -204,6 +205,10 @@ def print_run(run: Any) -> None:
         f"{run.path}: {run.name}, {facts['parameters']:,} parameters, trained in {facts['train_seconds']:.1f} s on "
         f"{facts['train_problems']} problems ({facts['train_tokens']:,} tokens) for {shape.task}, horizon {shape.horizon}"
     )
+    if facts.get("shared_problems"):
+        typer.echo(
+            f"{facts['shared_problems']} problems of the validation trace are training problems too, and were left out of it"
+        )
 
 
 def _losses(entry: dict[str, float]) -> str:

@@ -24,6 +24,7 @@ from analysis.statistics.pairs import PairStatistics, pair_statistics
 from analysis.statistics.transitions import HopStatistics, hop_statistics, transition_probabilities
 from analysis.statistics.weights import QUANTILES, MarginStatistics, WeightStatistics, margin_statistics, weight_statistics
 from profiler.errors import TraceError
+from profiler.trace.plausibility import doubts
 from profiler.trace.reader import Trace
 from profiler.trace.schema import Metadata
 
@@ -83,7 +84,7 @@ class Source:
     def of(cls, trace: Trace, choice: Choice = EVERYTHING) -> Source:
         """The trace's path, metadata and caveats, with a caveat on the problems that `choice` leaves out."""
         left_out = [] if choice.without is None else [f"problems with {choice.without!r} are left out"]
-        return cls(str(trace.path), trace.metadata, (*trace.caveats(), *left_out))
+        return cls(str(trace.path), trace.metadata, (*trace.caveats(), *doubts(trace), *left_out))
 
 
 @dataclass(frozen=True)

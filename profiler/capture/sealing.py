@@ -53,6 +53,7 @@ def seal(
     *,
     record: RecordMetadata | None = None,
     drop_other_requests: bool = False,
+    dropped_keys: npt.NDArray[np.int64] | None = None,
 ) -> Missing:
     """Sort `capture/` into `routing/` (and `logits/`, `hidden/`) and return each problem's missing positions.
 
@@ -64,12 +65,14 @@ def seal(
     captured twice keeps its last capture. Pairs are sorted by weight, descending.
     captured_as: problem id -> run and request number of its rows; default: run 0, the problem id itself.
     drop_other_requests: drop rows of other requests (those that a killed run left unfinished); otherwise they are an error.
+    dropped_keys: problem id << 32 | position of tokens to leave out, ascending.
     Returns the positions without routing, among the N - 1, of every problem that has some.
     Raises `TraceError` on rows of another request, or if a token has the same expert twice in a layer.
     """
     if captured_as is None:
         captured_as = {problem_id: (0, problem_id) for problem_id in sequence_tokens}
     problems = _Problems(sequence_tokens, captured_as)
+    dropped = problems.keys(np.empty(0, np.int64) if dropped_keys is None else dropped_keys)
     missing = problems.missing(np.empty(0, dtype=np.int64))
     for name, stream in STREAMS.items():
         # An earlier attempt may have been cut short by a full disk or a kill.
@@ -77,7 +80,9 @@ def seal(
         found = {run: read_index(run_folder(directory, run) / stream) for run in runs_of(directory)}
         indices = {run: index for run, index in found.items() if index is not None}
         if indices:
-            without = _sort(indices, directory / name, model, record or RecordMetadata(), problems, drop_other_requests)
+            without = _sort(
+                indices, directory / name, model, record or RecordMetadata(), problems, dropped, drop_other_requests
+            )
             missing = without if name == ROUTING_FOLDER else missing
     gates = [run_folder(directory, run) / GATES_FILE for run in runs_of(directory)]
     for path in gates:
@@ -123,6 +128,14 @@ class _Problems:
         at_N = np.minimum(np.searchsorted(self._sorted_keys_P, keys_N), len(self._sorted_keys_P) - 1)
         return np.where(self._sorted_keys_P[at_N] == keys_N, self._order_P[at_N], -1)
 
+    def keys(self, keys_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Keys of problem id << 32 | position as keys of rank << 32 | position; those of other problems are left out."""
+        if not len(keys_N) or not len(self.problem_ids_P):
+            return np.empty(0, dtype=np.int64)
+        rank_N = np.minimum(np.searchsorted(self.problem_ids_P, keys_N >> 32), len(self.problem_ids_P) - 1)
+        known_N = self.problem_ids_P[rank_N] == keys_N >> 32
+        return np.asarray((rank_N << 32 | keys_N & 0xFFFFFFFF)[known_N])
+
     def missing(self, keys_N: npt.NDArray[np.int64]) -> Missing:
         """The positions that are not among `keys_N`: rank << 32 | position, ascending and distinct."""
         counts_P = np.bincount(keys_N >> 32, minlength=len(self.problem_ids_P))
@@ -143,6 +156,7 @@ def _sort(
     model: ModelMetadata,
     record: RecordMetadata,
     problems: _Problems,
+    dropped: npt.NDArray[np.int64],
     drop_other_requests: bool,
 ) -> Missing:
     layout = next(iter(indices.values())).layout
@@ -168,6 +182,9 @@ def _sort(
         # The sort is stable: among equal keys, the last was computed last.
         order_N = order_N[np.append(np.diff(keys_N[order_N]) > 0, True)]
         keys_N, places_N = keys_N[order_N], places_N[order_N]
+    if len(dropped):
+        kept_N = ~np.isin(keys_N, dropped)
+        keys_N, places_N = keys_N[kept_N], places_N[kept_N]
     schema = _schema(layout, model, record)
     with BlockWriter(target, layout.layers, schema) as writer:
         for start in range(0, len(keys_N), writer.tokens_per_group):

@@ -14,16 +14,22 @@ from pathlib import Path
 
 from profiler.errors import TraceError
 from profiler.importers import (
+    colibri,
     edge_csv,
     flame_moe,
     interrupted,
     json_rows,
+    lattice,
+    llama_cpp,
+    megatron,
     moe_beyond,
     olmoe,
     parquet_rows,
+    prime_rl,
     route_log,
     routed_experts,
     sglang,
+    slime,
 )
 from profiler.importers.rows import ImportOptions
 from profiler.importers.target import Target
@@ -33,26 +39,36 @@ from profiler.trace.schema import MANIFEST_FILE
 
 @dataclass(frozen=True)
 class Format:
-    """A format of sources. detect: whether a source looks like it. read: pass the content of a source to a `Target`."""
+    """A format of sources. detect: whether a source looks like it. read: pass the content of a source to a `Target`.
+
+    kinds: whether a source is a file, a folder, or either.
+    """
 
     name: str
     about: str
+    kinds: tuple[str, ...]
     detect: Callable[[Path], bool]
     read: Callable[[Path, Target], None]
 
 
 FORMATS = {
-    module.NAME: Format(module.NAME, module.ABOUT, module.detect, module.read)
+    module.NAME: Format(module.NAME, module.ABOUT, module.KINDS, module.detect, module.read)
     for module in (
         interrupted,
         parquet_rows,
         flame_moe,
+        prime_rl,
+        slime,
         sglang,
         routed_experts,
         moe_beyond,
         edge_csv,
         route_log,
         olmoe,
+        megatron,
+        lattice,
+        llama_cpp,
+        colibri,
         json_rows,
     )
 }
@@ -73,12 +89,20 @@ def import_trace(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise TraceError(f"{directory} exists and is not an empty folder: choose another one")
     chosen = find_format(source, format_name)
+    kind = "folder" if source.is_dir() else "file"
+    if kind not in chosen.kinds:
+        raise TraceError(
+            f"{source} is a {kind}, and {chosen.name} is read from a {chosen.kinds[0]}{_looks_like(source, chosen)}"
+        )
     created = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     try:
         target = Target(directory, source, chosen.name, options or ImportOptions())
-        chosen.read(source, target)
-        return target.finish()
+        try:
+            chosen.read(source, target)
+            return target.finish()
+        except TraceError as error:
+            raise TraceError(f"{error}{_looks_like(source, chosen)}") from error
     except BaseException:
         shutil.rmtree(directory)
         if not created:
@@ -92,9 +116,19 @@ def find_format(source: Path, name: str | None = None) -> Format:
         if name not in FORMATS:
             raise TraceError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
         return FORMATS[name]
-    for candidate in FORMATS.values():
-        if candidate.detect(source):
-            return candidate
+    detected = _detected(source)
+    if detected is not None:
+        return detected
     if (source / MANIFEST_FILE).is_file():
         raise TraceError(f"{source} is a trace already: it can be exported as JSON lines or as a hub folder")
     raise TraceError(f"{source} looks like none of {', '.join(FORMATS)}: if it is one of them, name the format")
+
+
+def _detected(source: Path) -> Format | None:
+    return next((candidate for candidate in FORMATS.values() if source.exists() and candidate.detect(source)), None)
+
+
+def _looks_like(source: Path, chosen: Format) -> str:
+    """The end of an error message: the format that the source looks like, if that is another one than was chosen."""
+    detected = _detected(source)
+    return "" if detected is None or detected is chosen else f"; it looks like {detected.name}"

@@ -19,13 +19,14 @@ import pyarrow as pa
 from pyarrow import csv as pa_csv
 
 from profiler.errors import UNREADABLE, TraceError, first_line
-from profiler.importers.reading import BLOCK_BYTES, head
+from profiler.importers.reading import BLOCK_BYTES, files_of, head, sources_of
 from profiler.importers.rows import EMPTY, ImportedRows
 from profiler.importers.target import Target
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "edge-csv"
 ABOUT = "route-trace CSV: turn, phase, step, layer, slot, expert, weight, ...; one line per expert"
+KINDS = ("file", "folder")
 
 _TYPES = {
     "turn": pa.int64(),
@@ -41,12 +42,21 @@ _REQUIRED = ("turn", "step", "layer", "slot", "expert")
 
 
 def detect(source: Path) -> bool:
-    text = head(source)
+    files = files_of(source, "*.csv")
+    text = head(files[0]) if files else ""
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     return text.startswith("# route_trace") or bool(lines and {*_REQUIRED} <= {*lines[0].split(",")})
 
 
 def read(source: Path, target: Target) -> None:
+    files = sources_of(source, "*.csv")
+    # Turns are counted from 0 in every file.
+    for path in files:
+        _read_file(path, (path.stem,) if len(files) > 1 else (), target)
+
+
+def _read_file(source: Path, name: tuple[str, ...], target: Target) -> None:
+    """Read a file; `name` precedes its turns in the names of problems."""
     preamble = _preamble(source)
     fact = re.search(r"\bmodel=(\S+)", "\n".join(preamble))
     if fact:
@@ -69,9 +79,9 @@ def read(source: Path, target: Target) -> None:
             raise TraceError(f"{where}: more than {MAX_TOP_K} experts at one token and layer")
         carried = table.slice(end)
         if end:
-            _add(table.slice(0, end), target, where, phases)
+            _add(table.slice(0, end), name, target, where, phases)
     if carried is not None and carried.num_rows:
-        _add(carried, target, f"{source}, at its end", phases)
+        _add(carried, name, target, f"{source}, at its end", phases)
     for (problem_id, phase), pieces in sorted(phases.items()):
         target.add_tokens(problem_id, np.unique(np.concatenate(pieces)), DECODE if phase else PREFILL)
 
@@ -110,7 +120,9 @@ def _blocks(source: Path, skipped: int) -> Iterator[tuple[str, pa.Table]]:
         raise TraceError(f"{source}, after row {row - 1}: {first_line(error)}") from error
 
 
-def _add(table: pa.Table, target: Target, where: str, phases: dict[tuple[int, int], list[np.ndarray]]) -> None:
+def _add(
+    table: pa.Table, name: tuple[str, ...], target: Target, where: str, phases: dict[tuple[int, int], list[np.ndarray]]
+) -> None:
     """Add complete (turn, step, layer) groups, one line per slot, as rows whose experts are in the order of the slots."""
     columns = {name: table.column(name).to_numpy() for name in table.column_names}
     # A step below zero could not be attributed to a position.
@@ -135,7 +147,7 @@ def _add(table: pa.Table, target: Target, where: str, phases: dict[tuple[int, in
     if "dropped" in columns:
         expert_N = np.where(columns["dropped"] != 0, EMPTY, expert_N)
     turn_N = columns["turn"][starts]
-    numbers = {turn: target.problem("edge", str(turn)) for turn in np.unique(turn_N).tolist()}
+    numbers = {turn: target.problem("edge", *name, str(turn)) for turn in np.unique(turn_N).tolist()}
     problem_N = np.array([numbers[turn] for turn in turn_N.tolist()])
     step_N = columns["step"][starts]
     weights_NK = padded(columns["weight"], np.nan) if "weight" in columns else None

@@ -17,26 +17,35 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import TraceError
-from profiler.importers.reading import batches, files_in, has_columns, id_lists, integer_column, lists
+from profiler.importers.reading import (
+    batches,
+    files_in,
+    files_of,
+    has_columns,
+    id_lists,
+    integer_column,
+    lists,
+    sources_of,
+)
 from profiler.importers.target import Target
 from profiler.trace.schema import PREFILL
 
 NAME = "flame-moe"
 ABOUT = "FLAME-MoE Parquet, a file or folder of layer_NN.parquet: scores list<float16>, indices list<int16>"
+KINDS = ("file", "folder")
 
+PATTERN = "layer_*.parquet"
 SEQUENCE_TOKENS = 2048
 BATCH_ROWS = 16 * SEQUENCE_TOKENS
 
 
 def detect(source: Path) -> bool:
-    files = _files(source)
+    files = files_of(source, PATTERN)
     return bool(files) and has_columns(files[0], {"scores", "indices"})
 
 
 def read(source: Path, target: Target) -> None:
-    files = _files(source)
-    if not files:
-        raise TraceError(f"{source}: no layer_NN.parquet")
+    files = sources_of(source, PATTERN)
     numbered = {path: int(number.group(1)) for path in files if (number := re.search(r"layer_(\d{1,5})$", path.stem))}
     if len(numbered) < len(files):
         if len(files) > 1:
@@ -64,12 +73,6 @@ def read(source: Path, target: Target) -> None:
             target.add_arrays(problem_id, np.arange(len(ids_TLK[part])), layers, ids_TLK[part], weights_TLK[part], where)
         start += len(ids_TLK)
     _add_tokens(source, start, target)
-
-
-def _files(source: Path) -> list[Path]:
-    if source.is_dir():
-        return files_in(source, "layer_*.parquet")
-    return [source] if source.suffix == ".parquet" and source.is_file() else []
 
 
 def _aligned_batches(files: list[Path]) -> Iterator[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]:

@@ -28,6 +28,7 @@ from profiler.trace.writer import exclusive
 
 NAME = "interrupted"
 ABOUT = "the folder of a collection that was interrupted"
+KINDS = ("folder",)
 
 _FILES = (*STREAMS.values(), REQUESTS_FILE, COMPLETIONS_FILE, PLANNED_FILE, GATES_FILE)
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from profiler.errors import TraceError
-from profiler.importers.reading import JsonObjects, first_object, json_lines
+from profiler.importers.reading import JsonObjects, files_of, first_object, json_lines, sources_of
 from profiler.importers.rows import ImportedRows
 from profiler.importers.target import Target
 
 NAME = "jsonl"
 ABOUT = "JSON lines with problem_id, layer, token_id (token_idx, token_pos), expert_ids (experts), weights (gating_probs)"
+KINDS = ("file", "folder")
+PATTERNS = ("*.jsonl", "*.json")
 
 _SPELLINGS = {
     "token_id": ("token_id", "token_idx", "token_pos"),
@@ -29,14 +31,19 @@ _SPELLINGS = {
 
 
 def detect(source: Path) -> bool:
-    found = first_object(source)
+    files = files_of(source, *PATTERNS)
+    found = first_object(files[0]) if files else {}
     return "layer" in found and any(name in found for name in _SPELLINGS["expert_ids"])
 
 
 def read(source: Path, target: Target) -> None:
     named: bool | None = None
     spelled: dict[str, str] = {}
-    for rows in json_lines(source):
+    files = sources_of(source, *PATTERNS)
+    if len(files) > 1:
+        # One recording in several files, by layers or by problems.
+        target.contradiction = "two files have different rows of a problem, token and layer: convert them one by one"
+    for rows in (rows for path in files for rows in json_lines(path)):
         if named is None:
             named = rows.have("dataset") or isinstance(rows.objects[0].get("problem_id"), str)
             spelled = {name: next(filter(rows.have, options), options[0]) for name, options in _SPELLINGS.items()}

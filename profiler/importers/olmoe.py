@@ -10,38 +10,49 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import TraceError
-from profiler.importers.reading import head, integer_array, json_lines
+from profiler.importers.reading import files_of, head, integer_array, json_lines, sources_of
 from profiler.importers.target import Target
 from profiler.trace.schema import PREFILL
 
 NAME = "olmoe"
 ABOUT = "OLMoE analysis JSON lines: input_ids, exp_ids[T][K][L]; no weights"
+KINDS = ("file", "folder")
+PATTERNS = ("*.jsonl", "*.json")
 
 
 def detect(source: Path) -> bool:
-    text = head(source)
+    files = files_of(source, *PATTERNS)
+    text = head(files[0]) if files else ""
     return text.lstrip().startswith("{") and '"exp_ids"' in text
 
 
 def read(source: Path, target: Target) -> None:
     target.gaps.append("prefill only: sequences of concatenated text, nothing generated")
-    for lines in json_lines(source):
-        for number, found in zip(lines.numbers, lines.objects, strict=True):
-            where = f"{source}, line {number}"
-            ids_TLK = _nested(found.get("exp_ids"), f"{where}: exp_ids").transpose(0, 2, 1)
-            problem_id = target.problem("olmoe", str(number - 1))
-            positions_T = np.arange(len(ids_TLK))
-            target.add_arrays(problem_id, positions_T, list(range(ids_TLK.shape[1])), ids_TLK, None, where)
-            if "input_ids" in found:
-                vocab_ids_T = integer_array(found["input_ids"], f"{where}: input_ids")
-                if len(vocab_ids_T) != len(ids_TLK):
-                    raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids, but exp_ids of {len(ids_TLK)} tokens")
-                target.add_tokens(problem_id, positions_T, PREFILL, vocab_ids_T=vocab_ids_T)
+    files = sources_of(source, *PATTERNS)
+    for path in files:
+        for lines in json_lines(path):
+            for number, found in zip(lines.numbers, lines.objects, strict=True):
+                name = (path.stem, str(number - 1)) if len(files) > 1 else (str(number - 1),)
+                _add(found, name, f"{path}, line {number}", target)
+
+
+def _add(found: dict[str, Any], name: tuple[str, ...], where: str, target: Target) -> None:
+    """Add the sequence of a line."""
+    ids_TLK = _nested(found.get("exp_ids"), f"{where}: exp_ids").transpose(0, 2, 1)
+    problem_id = target.problem("olmoe", *name)
+    positions_T = np.arange(len(ids_TLK))
+    target.add_arrays(problem_id, positions_T, list(range(ids_TLK.shape[1])), ids_TLK, None, where)
+    if "input_ids" in found:
+        vocab_ids_T = integer_array(found["input_ids"], f"{where}: input_ids")
+        if len(vocab_ids_T) != len(ids_TLK):
+            raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids, but exp_ids of {len(ids_TLK)} tokens")
+        target.add_tokens(problem_id, positions_T, PREFILL, vocab_ids_T=vocab_ids_T)
 
 
 def _nested(value: object, what: str) -> npt.NDArray[np.int64]:

@@ -21,6 +21,7 @@ from profiler.trace.schema import DECODE, METADATA_FILE, PREFILL, PROBLEMS_SCHEM
 
 NAME = "parquet"
 ABOUT = "Parquet with problem_id, layer, token_id, expert_ids[, weights]: a file, or a folder with routing.parquet"
+KINDS = ("file", "folder")
 
 _KEYS = ["problem_id", "layer", "token_id"]
 BATCH_ROWS = 1 << 17
@@ -65,7 +66,7 @@ def _files(source: Path) -> list[Path]:
     if source.is_dir():
         single = source / "routing.parquet"
         return [single] if single.is_file() else files_in(source / "routing", "*.parquet")
-    return [source] if source.suffix == ".parquet" and source.is_file() else []
+    return [source] * source.is_file()
 
 
 def _read_problems(path: Path, seen: dict[int, int], target: Target) -> None:

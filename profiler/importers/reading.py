@@ -33,9 +33,23 @@ VALUE_BYTES = 8
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def files_in(folder: Path, pattern: str) -> list[Path]:
+def files_in(folder: Path, *patterns: str) -> list[Path]:
     """The regular files of a folder, shorter names first so that 10 comes after 9. Skips pipes and devices, which block."""
-    return sorted((path for path in folder.glob(pattern) if path.is_file()), key=lambda path: (len(path.name), path.name))
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found, key=lambda path: (len(path.name), path.name, len(path.parts[-2:][0]), path.parts[-2:]))
+
+
+def files_of(source: Path, *patterns: str) -> list[Path]:
+    """The file `source` itself, whatever its name, or the files of the folder `source`; empty if there are none."""
+    return files_in(source, *patterns) if source.is_dir() else [source] * source.is_file()
+
+
+def sources_of(source: Path, *patterns: str) -> list[Path]:
+    """As `files_of`, but raises `TraceError` if there are none."""
+    files = files_of(source, *patterns)
+    if not files:
+        raise TraceError(f"{source}: the folder contains no file named {' or '.join(patterns)}")
+    return files
 
 
 def head(path: Path) -> str:
@@ -142,6 +156,15 @@ def json_lines(path: Path) -> Iterator[JsonObjects]:
 
     Raises `TraceError`, naming the line, if one is not an object, and if one is longer than 16 MiB.
     """
+    for lines in text_lines(path):
+        yield JsonObjects(path, _objects(path, lines), [number for number, _ in lines])
+
+
+def text_lines(path: Path) -> Iterator[list[tuple[int, bytes]]]:
+    """Iterate over the lines of a file with their numbers, some thousand at a time; blank lines are skipped.
+
+    Raises `TraceError` if one is longer than 16 MiB.
+    """
     if not path.is_file():
         raise TraceError(f"{path}: no such file")
     number = 1
@@ -158,8 +181,7 @@ def json_lines(path: Path) -> Iterator[JsonObjects]:
             kept = [(number + n, line) for n, line in enumerate(lines) if line.strip()]
             number += len(lines)
             for start in range(0, len(kept), MAX_BLOCK_ROWS):
-                some = kept[start : start + MAX_BLOCK_ROWS]
-                yield JsonObjects(path, _objects(path, some), [n for n, _ in some])
+                yield kept[start : start + MAX_BLOCK_ROWS]
 
 
 def _objects(path: Path, lines: list[tuple[int, bytes]]) -> list[dict[str, Any]]:
@@ -190,6 +212,20 @@ def integer_array(value: object, what: str) -> npt.NDArray[np.int64]:
     if value and not 0 <= min(value) <= max(value) < 2**31:
         raise TraceError(f"{what}: a number below 0 or above 2^31")
     return np.array(value, dtype=np.int64)
+
+
+def pad_lists(lists: list[list[Any]]) -> npt.NDArray[np.int64] | None:
+    """Lists of expert ids as `[N, K]`, shorter ones padded with `EMPTY`; None if one is too long or an entry is no id."""
+    flat = [*chain.from_iterable(lists)]
+    if not {*map(type, flat)} <= {int} or max(map(len, lists), default=0) > MAX_TOP_K:
+        return None
+    if flat and not 0 <= min(flat) <= max(flat) < 2**31:
+        return None
+    lengths_N = np.array([*map(len, lists)])
+    present_NK = np.arange(lengths_N.max(initial=0)) < lengths_N[:, None]
+    ids_NK = np.full(present_NK.shape, EMPTY, dtype=np.int64)
+    ids_NK[present_NK] = flat
+    return ids_NK
 
 
 def column_names(path: Path) -> list[str]:

@@ -6,6 +6,9 @@
 In public logs, `req_id` is a constant or numbers the forward pass, and `token_idx` is the row in the batch, which restarts at
 every step. In such a log, the n-th row of a request and layer is taken as its n-th token, up to the first row where layers
 disagree on `token_idx`. Requests that ran together then cannot be distinguished, and a gap of the trace says so.
+
+A folder is one log if each of its files has layers of its own (a log for each layer). Otherwise every file is a log of its own,
+whose requests are not those of the other files (a log for each request or process).
 """
 
 from __future__ import annotations
@@ -17,51 +20,71 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import TraceError
-from profiler.importers.reading import JsonObjects, first_object, json_lines
-from profiler.importers.rows import MAX_LAYER, ImportedRows
+from profiler.importers.reading import JsonObjects, files_of, first_object, json_lines, sources_of
+from profiler.importers.rows import MAX_LAYER, ImportedRows, running_count
 from profiler.importers.target import Target
 
 NAME = "route-log"
 ABOUT = 'JSON lines that begin with {"type": "meta"}, then {"type": "route", "req_id", "token_idx", "layer", "topk_ids", ...}'
+KINDS = ("file", "folder")
+PATTERNS = ("*.jsonl", "*.json", "*.log")
 
 
 def detect(source: Path) -> bool:
-    return first_object(source).get("type") in {"meta", "route"}
+    files = files_of(source, *PATTERNS)
+    return bool(files) and first_object(files[0]).get("type") in {"meta", "route"}
 
 
 def read(source: Path, target: Target) -> None:
-    meta = first_object(source)
+    files = sources_of(source, *PATTERNS)
+    layers = [_layers(path) for path in files] if len(files) > 1 else []
+    if sum(map(len, layers)) == len(set().union(*layers)):
+        _read_log(files, (), target)
+    else:
+        for path in files:
+            _read_log([path], (path.stem,), target)
+
+
+def _layers(path: Path) -> set[int]:
+    return {layer for routes in _routes([path]) for layer in np.unique(routes.integers("layer")).tolist()}
+
+
+def _read_log(files: list[Path], name: tuple[str, ...], target: Target) -> None:
+    """Read a log in one or several files; `name` precedes its requests in the names of problems."""
+    meta = first_object(files[0])
     if meta.get("type") == "meta":
         target.model_id = str(meta.get("model_id", target.model_id))
         if type(meta.get("num_experts")) is int:
             target.num_experts = meta["num_experts"]
         if isinstance(meta.get("vllm_version"), str):
             target.versions["vllm"] = meta["vllm_version"]
-    agreed = _agreed_rows(source)
+    agreed = _agreed_rows(files)
     counts: dict[int, int] = {}
     drifted = 0
-    for routes in _routes(source):
+    for routes in _routes(files):
         requests = routes.texts("req_id")
-        problem_N = np.array([target.problem("logged", request) for request in requests], dtype=np.int64)
+        problem_N = np.array([target.problem("logged", *name, request) for request in requests], dtype=np.int64)
         layer_N, token_N = routes.integers("layer"), routes.integers("token_idx")
         ids_NK = routes.expert_ids("topk_ids")
         weights_NK = routes.weights("topk_weights", ids_NK) if routes.have("topk_weights") else None
         rows = ImportedRows(problem_N, token_N, layer_N, ids_NK, weights_NK)
         if agreed is not None:
-            rows.token_ids_N = _running_count(problem_N << 16 | layer_N, counts)
+            rows.token_ids_N = running_count(problem_N << 16 | layer_N, counts)
             keep_N = rows.token_ids_N < np.array([agreed[request] for request in requests])
             drifted += int((~keep_N).sum())
             rows = rows.where(keep_N)
         target.add(rows, routes.where)
     if agreed is not None:
-        target.gaps.append("token_idx restarts in the log: tokens are numbered as logged, regardless of their requests")
+        gap = "token_idx restarts in the log: tokens are numbered as logged, regardless of their requests"
+        target.gaps += [gap] * (gap not in target.gaps)
     if drifted:
-        target.gaps.append(f"{drifted:,} rows follow a row where the layers disagree on token_idx, and were dropped")
+        where = f"{'/'.join(name)}: " if name else ""
+        target.gaps.append(f"{where}{drifted:,} rows follow a row where the layers disagree on token_idx, and were dropped")
 
 
-def _routes(source: Path) -> Iterator[JsonObjects]:
+def _routes(files: list[Path]) -> Iterator[JsonObjects]:
     """The route lines, block by block. Raises `TraceError` if one has no valid layer."""
-    for found in json_lines(source):
+    for found in (found for path in files for found in json_lines(path)):
         routes = found.having("type", "route")
         if routes.objects:
             layer_N = routes.integers("layer")
@@ -70,13 +93,13 @@ def _routes(source: Path) -> Iterator[JsonObjects]:
             yield routes
 
 
-def _agreed_rows(source: Path) -> dict[str, int] | None:
+def _agreed_rows(files: list[Path]) -> dict[str, int] | None:
     """Request -> the number of rows for which all of its layers agree on `token_idx`.
 
     None if `token_idx` never restarts, and so is a position.
     """
     pieces: dict[str, dict[int, list[npt.NDArray[np.int64]]]] = {}
-    for routes in _routes(source):
+    for routes in _routes(files):
         names, request_N = np.unique(np.array(routes.texts("req_id"), dtype=object), return_inverse=True)
         keys_N = request_N.astype(np.int64) << 16 | routes.integers("layer")
         order_N = np.argsort(keys_N, kind="stable")
@@ -93,14 +116,3 @@ def _agreed_rows(source: Path) -> dict[str, int] | None:
         # If nothing differs, keep the surplus rows of longer layers: they are then counted as incomplete tokens.
         agreed[request] = int(differ[0]) if len(differ) else max(map(len, layers))
     return agreed
-
-
-def _running_count(keys_N: npt.NDArray[np.int64], counts: dict[int, int]) -> npt.NDArray[np.int64]:
-    """How often each key occurred before, in this block and in earlier ones; updates `counts`."""
-    order_N = np.argsort(keys_N, kind="stable")
-    keys, starts, sizes = np.unique(keys_N[order_N], return_index=True, return_counts=True)
-    before = np.array([counts.get(key, 0) for key in keys.tolist()], dtype=np.int64)
-    running_N = np.empty(len(keys_N), dtype=np.int64)
-    running_N[order_N] = np.arange(len(keys_N)) - np.repeat(starts - before, sizes)
-    counts.update(zip(keys.tolist(), (before + sizes).tolist(), strict=True))
-    return running_N

@@ -1,4 +1,4 @@
-"""Import vLLM's `routed_experts`: integer arrays `[T, L, K]` as `.npy`, `.npz` (one sequence per array), or a folder of `.npy`.
+"""Import vLLM's `routed_experts`: integer arrays `[T, L, K]` as `.npy`, `.npz` (one sequence per array), or a folder of them.
 
 There are no weights. L is the number of decoder layers: dense ones are all 0 or all -1. Positions from a prefix cache are -1.
 The last generated token has no row. Whether the prompt is included depends on the release; the array does not show it.
@@ -17,22 +17,25 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import UNREADABLE, TraceError, first_line
-from profiler.importers.reading import files_in
+from profiler.importers.reading import files_in, sources_of
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES
 from profiler.importers.target import Target
 from profiler.trace.schema import MAX_TOP_K
 
 NAME = "routed-experts"
-ABOUT = "vLLM's routed_experts arrays [T, L, K]: .npy, .npz, or a folder of .npy; no weights"
+ABOUT = "vLLM's routed_experts arrays [T, L, K]: .npy, .npz, or a folder of them; no weights"
+KINDS = ("file", "folder")
 
+PATTERNS = ("*.npy", "*.npz")
 # Arrays are processed in slices of about this many ids.
 SLICE_IDS = 1 << 20
+ZIP_MAGIC = b"PK\x03\x04"
 # NumPy parses the header of an array as Python literals, which adds errors of its tokenizer and parser.
 NOT_AN_ARRAY = (*UNREADABLE, SyntaxError, tokenize.TokenError)
 
 
 def detect(source: Path) -> bool:
-    return (source.suffix in {".npy", ".npz"} and source.is_file()) or (source.is_dir() and bool(files_in(source, "*.npy")))
+    return (source.suffix in {".npy", ".npz"} and source.is_file()) or (source.is_dir() and bool(files_in(source, *PATTERNS)))
 
 
 def read(source: Path, target: Target) -> None:
@@ -78,16 +81,22 @@ def _tokens_per_slice(array_TLK: npt.NDArray[Any]) -> int:
 
 def _arrays(source: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Every array with its name, memory-mapped where possible. Raises `TraceError` on other shapes and types."""
-    files = files_in(source, "*.npy") if source.is_dir() else [source]
+    files = sources_of(source, *PATTERNS)
     for path in files:
-        if path.suffix == ".npz":
-            yield from _zipped(path)
+        if _is_zip(path):
+            for name, array in _zipped(path):
+                yield name if len(files) == 1 else f"{path.stem}/{name}", array
         else:
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
             except NOT_AN_ARRAY as error:
                 raise TraceError(f"{path} is not an array: {first_line(error)}") from error
             yield path.stem, _checked(array, f"{path}")
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
 
 
 def _zipped(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:

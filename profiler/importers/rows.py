@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ class ImportOptions:
     model: the model's name, used where the source has none. layers: import only these; None for all.
     num_experts: experts per layer; None to use the source's number or, without one, the highest id plus one.
     drop_incomplete: leave out tokens routed to fewer than K experts, instead of recording empty slots.
+    identical_runs: what becomes of long runs of tokens with identical routes, such as an engine's warm-up. auto: drop them
+        where the weights show that they are no text. drop: drop all of them. keep: keep them.
     command: the command line, for the metadata.
     """
 
@@ -30,6 +32,7 @@ class ImportOptions:
     num_experts: int | None = None
     layers: tuple[int, ...] | None = None
     drop_incomplete: bool = False
+    identical_runs: Literal["auto", "drop", "keep"] = "auto"
     command: tuple[str, ...] = ()
 
 
@@ -64,3 +67,14 @@ class ImportedProblem:
     dataset: str
     source_key: str
     further: dict[str, Any] = field(default_factory=dict)
+
+
+def running_count(keys_N: npt.NDArray[np.int64], counts: dict[int, int]) -> npt.NDArray[np.int64]:
+    """How often each key occurred before, in this block and in earlier ones; updates `counts`."""
+    order_N = np.argsort(keys_N, kind="stable")
+    keys, starts, sizes = np.unique(keys_N[order_N], return_index=True, return_counts=True)
+    before = np.array([counts.get(key, 0) for key in keys.tolist()], dtype=np.int64)
+    running_N = np.empty(len(keys_N), dtype=np.int64)
+    running_N[order_N] = np.arange(len(keys_N)) - np.repeat(starts - before, sizes)
+    counts.update(zip(keys.tolist(), (before + sizes).tolist(), strict=True))
+    return running_N

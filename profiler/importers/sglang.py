@@ -4,7 +4,8 @@ A dump is a `.pt` file of `records` and `last_physical_to_logical_map`. A record
 `extend_seq_lens`, `forward_mode`, and `topk_ids_of_layer`, int32 `[L, T, K]` with -1 in dense layers, unused columns and
 padding. Its ids are those of physical experts; the map translates them to the model's own (logical) ids. There are no weights.
 Every rank writes a file; with plain tensor parallelism the files are copies of each other (sgl-project/sglang,
-python/sglang/srt/eplb/expert_distribution.py).
+python/sglang/srt/eplb/expert_distribution.py, commits dd780ab and 02295fe). The other modes (stat, stat_approx, per_pass) write
+counts only.
 
 Without request ids (upstream has none), sequences are reconstructed from positions. A prefill pass starts sequences. A prompt
 that starts at a position above 0 continues the prompt of the previous pass that ended there (chunked prefill) or, if there is
@@ -16,8 +17,6 @@ at whose end new sequences were added: a sequence without a row has ended.
 from __future__ import annotations
 
 import hashlib
-import pickle
-import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,14 +26,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import UNREADABLE, TraceError, first_line
-from profiler.importers.reading import files_in, integer_array
-from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES
+from profiler.errors import TraceError
+from profiler.importers.reading import files_in, integer_array, sources_of
+from profiler.importers.rows import EMPTY, MAX_LAYER
 from profiler.importers.target import Target
+from profiler.importers.torch_files import load_plain, tensor_array
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "sglang"
 ABOUT = "SGLang expert-distribution dump of mode per_token: a .pt file, or a folder of them; no weights"
+KINDS = ("file", "folder")
 
 DECODE_MODES = (2, "decode")
 
@@ -44,7 +45,7 @@ def detect(source: Path) -> bool:
 
 
 def read(source: Path, target: Target) -> None:
-    files = files_in(source, "*.pt") if source.is_dir() else [source]
+    files = sources_of(source, "*.pt")
     seen: set[bytes] = set()
     copies = ambiguous = 0
     named = True
@@ -75,7 +76,7 @@ def read(source: Path, target: Target) -> None:
 
 
 def _passes(path: Path, target: Target) -> list[_ForwardPass]:
-    document = _load(path)
+    document = load_plain(path)
     records = document.get("records") if isinstance(document, dict) else None
     if not isinstance(records, list) or not records:
         raise TraceError(f"{path}: expected 'records' of mode per_token; a dump of counts contains no routing")
@@ -86,52 +87,11 @@ def _passes(path: Path, target: Target) -> list[_ForwardPass]:
     return sorted(passes, key=lambda step: step.number)
 
 
-def _load(path: Path) -> Any:
-    """The content of a file that holds tensors and plain values only. Raises `TraceError` on any other file.
-
-    Compressed archives are refused, because they can be larger in memory than on disk.
-    """
-    import torch
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise TraceError(f"{path}: compressed entries, which torch.save does not write")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise TraceError(f"{path}: entries larger than the file")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except TraceError:
-        raise
-    except (*UNREADABLE, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise TraceError(f"{path} is not a torch.save file of tensors and plain values only: {first_line(error)}") from error
-    except Exception as error:
-        # The errors that torch raises on a broken pickle are not documented.
-        raise TraceError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
-
-
-def _tensor(value: object, dimensions: int, what: str) -> npt.NDArray[Any]:
-    """A tensor of whole numbers as an array. Raises `TraceError`, naming `what`, on any other tensor.
-
-    An expanded tensor, which has more elements than its storage, is refused.
-    """
-    import torch
-
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta or value.ndim != dimensions:
-        raise TraceError(f"{what}: expected a tensor of {dimensions} dimensions")
-    if value.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
-        raise TraceError(f"{what}: {value.dtype}, expected whole numbers")
-    size = value.numel() * value.element_size()
-    if size > min(value.untyped_storage().nbytes(), MAX_PIECE_BYTES):
-        raise TraceError(f"{what}: more elements than its storage holds, or more than {MAX_PIECE_BYTES >> 20} MiB")
-    return np.asarray(value.numpy())
-
-
 def _mapping(value: object, path: Path) -> npt.NDArray[Any] | None:
     """The logical expert id of each of the P physical experts, per layer: `[L, P]`."""
     if value is None:
         return None
-    mapping_LP = _tensor(value, 2, f"{path}: last_physical_to_logical_map")
+    mapping_LP = tensor_array(value, 2, f"{path}: last_physical_to_logical_map")
     if mapping_LP.size and mapping_LP.min() < 0:
         raise TraceError(f"{path}: last_physical_to_logical_map has a number below 0")
     return mapping_LP
@@ -155,7 +115,7 @@ class _ForwardPass:
     def of(cls, record: object, mapping_LP: npt.NDArray[Any] | None, where: str) -> _ForwardPass:
         if not isinstance(record, dict) or "topk_ids_of_layer" not in record:
             raise TraceError(f"{where}: no 'topk_ids_of_layer': the recorder must run in mode per_token")
-        ids_LTK = _tensor(record["topk_ids_of_layer"], 3, f"{where}: topk_ids_of_layer")
+        ids_LTK = tensor_array(record["topk_ids_of_layer"], 3, f"{where}: topk_ids_of_layer")
         layers, tokens, top_k = ids_LTK.shape
         if layers > MAX_LAYER or top_k > MAX_TOP_K:
             raise TraceError(f"{where}: {layers} layers and {top_k} experts per token are more than a trace can hold")

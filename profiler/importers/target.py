@@ -14,10 +14,14 @@ import pyarrow as pa
 from profiler.capture.sealing import run_folder, seal
 from profiler.errors import TraceError
 from profiler.importers.buckets import RowBuckets, padded
+from profiler.importers.content import content_hashes
+from profiler.importers.identical_runs import RouteFingerprints, find_identical_runs
+from profiler.importers.known_model import Recorded, facts_for
 from profiler.importers.losses import Losses, holes
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, ImportedProblem, ImportedRows, ImportOptions
 from profiler.trace.reader import Trace
 from profiler.trace.schema import (
+    INFERRED_EXPERTS,
     MAX_EXPERTS,
     MAX_TOP_K,
     PROBLEMS_FILE,
@@ -29,6 +33,7 @@ from profiler.trace.schema import (
     ModelMetadata,
     RecordMetadata,
 )
+from profiler.trace.splits import CONTENT_HASH
 from profiler.trace.stream import RoutingWriter
 from profiler.trace.writer import write_manifest, write_metadata, write_table
 
@@ -65,6 +70,8 @@ class Target:
         self.contradiction: str | None = None
         self._tokens: list[dict[str, npt.NDArray[Any]]] = []
         self._finished: Trace | None = None
+        self._fingerprints = RouteFingerprints()
+        self._model_lacks: list[str] = []
 
     def problem(self, dataset: str, *key: str) -> int:
         """Return the number of the problem with this name in the source. New problems are numbered in the order of calls."""
@@ -177,6 +184,7 @@ class Target:
             for table in self._buckets.read():
                 self._assemble(table, model, record, writer, losses)
         self._buckets.remove()
+        dropped_keys = self._count_tokens(losses)
         if not losses.tokens:
             scarce = min(self._rows_of_layer, key=lambda layer: self._rows_of_layer[layer])
             reasons = "; ".join(losses.gaps())
@@ -185,9 +193,12 @@ class Target:
                 f"rows ({self._rows_of_layer[scarce]:,}); choose some of the layers"
             )
         record = record.model_copy(update={"empty_slots": losses.empty_slots})
-        missing = seal(self.directory, model, {p: last + 2 for p, last in losses.last_token.items()}, record=record)
+        sequence_tokens = {p: last + 2 for p, last in losses.last_token.items()}
+        missing = seal(
+            self.directory, model, sequence_tokens, record=record, drop_other_requests=True, dropped_keys=dropped_keys
+        )
         self._write_tables(losses)
-        gaps = [*self.gaps, *losses.gaps(), *holes(missing), *self._model_gaps(model)]
+        gaps = [*self.gaps, *losses.gaps(), *holes(missing, dropped_keys), *self._model_gaps(model)]
         # Counted in one pass: an untrusted file may name as many datasets as it has problems.
         counts = Counter(self.problems[problem].dataset for problem in losses.last_token if problem in self.problems)
         datasets = [DatasetMetadata(name=name, problems=count) for name, count in sorted(counts.items())]
@@ -255,35 +266,51 @@ class Target:
         keys_T, ids_TLK, weights_TLK, empty_TLK = (array[~leave_T] for array in (keys_T, ids_TLK, weights_TLK, empty_TLK))
         if not len(keys_T):
             return
-        losses.empty_slots += int(empty_TLK.sum())
-        losses.count(keys_T)
+        self._fingerprints.add(keys_T, ids_TLK, weights_TLK if record.weights else None)
         ids_TLK = np.where(empty_TLK, model.num_experts, ids_TLK)
         weights = np.where(empty_TLK, 0, weights_TLK).astype(np.float16) if record.weights else None
         writer.add((keys_T >> 32).astype(np.int32), (keys_T & 0xFFFFFFFF).astype(np.int32), ids_TLK, weights)
 
+    def _count_tokens(self, losses: Losses) -> npt.NDArray[np.int64]:
+        """Count the assembled tokens, and return the keys of those to drop: the dummy tokens of an engine's warm-up."""
+        keys_T, routes_T, weights_T, empty_T = self._fingerprints.sorted()
+        runs = find_identical_runs(keys_T, routes_T, weights_T)
+        wanted = self.options.identical_runs
+        drop_T = runs.dummy_T if wanted == "auto" else (runs.dummy_T | runs.unclear_T) & (wanted == "drop")
+        losses.identical = int(drop_T.sum())
+        losses.identical_kept = int((runs.dummy_T | runs.unclear_T).sum()) - losses.identical
+        losses.empty_slots = int(empty_T[~drop_T].sum())
+        losses.count(keys_T[~drop_T])
+        return keys_T[drop_T]
+
     def _model(self) -> ModelMetadata:
         highest = self._highest
-        known = self.options.num_experts or self.num_experts
         if highest < 0:
             raise TraceError(f"{self.source}: no expert in any row")
+        recorded = Recorded(sorted(self._rows_of_layer), highest, self._most_experts)
+        entry = facts_for(self.options.model, self.model_id, recorded, self.source)
+        known = self.options.num_experts or self.num_experts or (None if entry is None else entry.experts)
         if known is not None and not highest < known <= MAX_EXPERTS:
             raise TraceError(f"{self.source}: expert id {highest}, expected below the number of experts, {known}")
+        if entry is not None and self.options.layers is None:
+            self._model_lacks = recorded.missing(entry)
+        elif known is None:
+            self._model_lacks = [INFERRED_EXPERTS]
         num_experts = known or highest + 1
         if self._most_experts > num_experts:
             raise TraceError(f"{self.source}: {self._most_experts} experts per token, but ids only up to {highest}")
         return ModelMetadata(
             id=self.model_id,
             architecture=self.architecture,
-            moe_layers=sorted(self._rows_of_layer),
+            num_layers=None if entry is None else entry.layers,
+            moe_layers=recorded.layers,
             num_experts=num_experts,
             top_k=self._most_experts,
-            renormalized=self.renormalized,
+            renormalized=self.renormalized if entry is None or self.renormalized is not None else entry.renormalized,
         )
 
     def _model_gaps(self, model: ModelMetadata) -> list[str]:
-        gaps = []
-        if self.options.num_experts is None and self.num_experts is None:
-            gaps.append("num_experts was inferred from the highest expert id")
+        gaps = list(self._model_lacks)
         if self.options.layers is not None:
             gaps.append(f"only layers {','.join(map(str, model.moe_layers))} were imported")
         if not self._tokens:
@@ -302,14 +329,11 @@ class Target:
 
     def _write_tables(self, losses: Losses) -> None:
         if self._tokens:
-            texts = any("text" in columns for columns in self._tokens)
-            names = [*TOKENS_SCHEMA.names, *(["text"] if texts else [])]
-            schema = pa.schema([*TOKENS_SCHEMA, *([("text", pa.string())] if texts else [])])
-            pieces = [
-                pa.table({name: c.get(name, pa.nulls(len(c["token_id"]), pa.string())) for name in names}) for c in self._tokens
-            ]
-            table = pa.concat_tables(pieces).cast(schema).sort_by([("problem_id", "ascending"), ("token_id", "ascending")])
-            write_table(self.directory / TOKENS_FILE, table.unify_dictionaries())
+            tokens = self._token_table()
+            write_table(self.directory / TOKENS_FILE, tokens.unify_dictionaries())
+            for problem, found in content_hashes(tokens).items():
+                if problem in self.problems:
+                    self.problems[problem].further.setdefault(CONTENT_HASH, found)
         if self.problems:
             known = sorted(self.problems.keys() & losses.last_token.keys())
             further = sorted({name for p in known for name in self.problems[p].further} - set(PROBLEMS_SCHEMA.names))
@@ -323,6 +347,16 @@ class Target:
                 for name, values in columns.items()
             }
             write_table(self.directory / PROBLEMS_FILE, pa.table(arrays))
+
+    def _token_table(self) -> pa.Table:
+        """What is known of tokens, sorted by problem and position."""
+        texts = any("text" in columns for columns in self._tokens)
+        names = [*TOKENS_SCHEMA.names, *(["text"] if texts else [])]
+        schema = pa.schema([*TOKENS_SCHEMA, *([("text", pa.string())] if texts else [])])
+        pieces = [
+            pa.table({name: c.get(name, pa.nulls(len(c["token_id"]), pa.string())) for name in names}) for c in self._tokens
+        ]
+        return pa.concat_tables(pieces).cast(schema).sort_by([("problem_id", "ascending"), ("token_id", "ascending")])
 
 
 def _equal(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

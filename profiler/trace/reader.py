@@ -108,6 +108,8 @@ class Trace:
             >>> trace = Trace.open("traces/math")
         """
         directory = Path(path)
+        if directory.is_file():
+            raise TraceError(f"{directory} is a file, and a trace is a folder: 'specmoe convert' reads files of other tools")
         if not directory.is_dir():
             raise TraceError(f"{directory}: no such trace directory")
         if not (directory / METADATA_FILE).is_file():

@@ -35,6 +35,9 @@ MAX_EXPERTS = 65_535
 MAX_TOP_K = 1024
 MAX_HIDDEN_SIZE = 1 << 20
 
+# The gap of a trace whose source does not say how many experts there are.
+INFERRED_EXPERTS = "num_experts was inferred from the highest expert id"
+
 PREFILL, DECODE = "prefill", "decode"
 
 PROBLEMS_SCHEMA = pa.schema(

@@ -12,8 +12,10 @@ from profiler.trace.reader import Trace
 from profiler.trace.schema import PROBLEMS_FILE
 from profiler.trace.untrusted.parquet_files import open_parquet, stream_table
 
+# Hash of a problem's tokens, in a converted trace that has them.
+CONTENT_HASH = "content_sha256"
 # Columns in which a converted trace may have a hash of the prompt instead of the prompt.
-PROMPT_HASHES = ("prompt_sha256", "prompt_md5")
+PROMPT_HASHES = ("prompt_sha256", "prompt_md5", CONTENT_HASH)
 ROWS_AT_A_TIME = 128
 
 
@@ -21,9 +23,9 @@ _KEYS: WeakKeyDictionary[Trace, str] = WeakKeyDictionary()
 
 
 def split_key(trace: Trace) -> str:
-    """What problems are split by: the prompt, the source's hash of it, or, without either, a name valid only in this trace.
+    """What problems are split by: the prompt, a hash of it or of its tokens, or, without any, a name valid only in this trace.
 
-    Returns "prompt", "prompt_sha256", "prompt_md5", "source key" or "problem id"; the last two mean nothing in another trace.
+    Returns "prompt", one of `PROMPT_HASHES`, "source key" or "problem id"; the last two mean nothing in another trace.
     The answer is kept for as long as the trace is open.
     """
     if trace not in _KEYS:

@@ -17,12 +17,20 @@ class RouteGroups:
 
     Problems stay in order. Each group holds about as many rows as `shards_per_group` shards; a shard is a routing file of the
     trace (`routing/part-*.parquet`, at most 16.8 M rows). The constructor reads the trace once to count the tokens.
-    Raises `EmptyPartError` if no problem falls into the part.
+    Problems with the digests `without` are left out. Raises `EmptyPartError` if no problem falls into the part.
     """
 
-    def __init__(self, trace: Trace, part: str, shards_per_group: int, *, router_inputs: bool = False) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        part: str,
+        shards_per_group: int,
+        *,
+        router_inputs: bool = False,
+        without: npt.NDArray[np.uint64] | None = None,
+    ) -> None:
         self._trace, self._part, self._router_inputs = trace, part, router_inputs
-        wanted = problems_of_part(trace, part)
+        wanted = problems_of_part(trace, part, without)
         self._spans: list[range] = []
         self.group_tokens: list[int] = []
         self.problem_ids: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)

@@ -155,7 +155,9 @@ def _part_of_digest(number: int) -> str:
     return next(part for part, limit in _UP_TO.items() if number % 100 < limit)
 
 
-def load_routes(trace: Trace, part: str, *, router_inputs: bool = False) -> Routes:
+def load_routes(
+    trace: Trace, part: str, *, router_inputs: bool = False, without: npt.NDArray[np.uint64] | None = None
+) -> Routes:
     """Load the routes of one part of a trace into memory.
 
     A trace is split by a hash of the prompt, 70 : 10 : 20. A trace without prompts is split by its problem ids.
@@ -164,6 +166,7 @@ def load_routes(trace: Trace, part: str, *, router_inputs: bool = False) -> Rout
         trace: An open trace.
         part: "train", "validation", "test" or "all".
         router_inputs: Also load the router inputs. Only problems whose router inputs were recorded are then returned.
+        without: Leave out problems with these digests (see `route_digests`).
 
     Returns:
         The routes of all problems of the part, in the order of the trace.
@@ -176,7 +179,7 @@ def load_routes(trace: Trace, part: str, *, router_inputs: bool = False) -> Rout
         >>> routes = load_routes(Trace.open("traces/math"), "test")  # doctest: +SKIP
         >>> tokens, layers, top_k = routes.expert_ids_TLK.shape  # doctest: +SKIP
     """
-    return load_problems(trace, problems_of_part(trace, part), part, router_inputs=router_inputs)
+    return load_problems(trace, problems_of_part(trace, part, without), part, router_inputs=router_inputs)
 
 
 def load_problems(
@@ -276,15 +279,20 @@ def route_digests(trace: Trace, routes: RouteSource) -> npt.NDArray[np.uint64]:
     return np.unique(np.array([digests[int(i)] for i in routes.problem_ids], dtype=np.uint64))
 
 
-def problems_of_part(trace: Trace, part: str) -> npt.NDArray[np.int32]:
-    """The ids of the problems in a part `[P]`, ascending. Raises `TraceError` if predictors cannot use the trace."""
+def problems_of_part(trace: Trace, part: str, without: npt.NDArray[np.uint64] | None = None) -> npt.NDArray[np.int32]:
+    """The ids of the problems in a part `[P]`, ascending, except those with the digests `without`.
+
+    Raises `TraceError` if predictors cannot use the trace.
+    """
     if trace.metadata.record.empty_slots:
         count = trace.metadata.record.empty_slots
         raise TraceError(
             f"{trace.path}: {count:,} slots have no expert, but predictors are evaluated on complete sets of K experts: "
             "convert the source again with drop_incomplete"
         )
-    chosen = [problem_id for problem_id, number in _digests(trace).items() if part in {"all", _part_of_digest(number)}]
+    left_out = set() if without is None else set(without.tolist())
+    digests = {problem_id: number for problem_id, number in _digests(trace).items() if number not in left_out}
+    chosen = [problem_id for problem_id, number in digests.items() if part in {"all", _part_of_digest(number)}]
     return np.array(sorted(chosen), dtype=np.int32)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
-from profiler.trace.schema import ModelMetadata
+from profiler.errors import SpecmoeError, TraceError
+from profiler.trace.schema import INFERRED_EXPERTS, Metadata, ModelMetadata
 from speculation.data.routes import Routes
 
 # Numbers in a table of a counting predictor: 1 GB in float32. Also bounds what an untrusted run can make a reader allocate.
@@ -70,6 +70,10 @@ class Shape:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= limit:
                 raise SpecmoeError(f"{name} {value!r}, expected 1 to {limit}")
+        if self.task == Task.NEXT_LAYER and self.layers == 1:
+            raise SpecmoeError(
+                "next-layer: there is one MoE layer, so none comes next; predict next-token or whole-path instead"
+            )
         if self.task == Task.NEXT_LAYER and self.horizon >= self.layers:
             raise SpecmoeError(f"horizon {self.horizon}: expected 1 to {self.layers - 1} for {self.layers} MoE layers")
         if self.task == Task.WHOLE_PATH and self.horizon > 1:
@@ -95,6 +99,17 @@ class Shape:
             SpecmoeError: The horizon does not suit the task and the model, or the shape exceeds a limit.
         """
         return cls(layers=len(model.moe_layers), experts=model.num_experts, top_k=model.top_k, horizon=horizon, task=task)
+
+    def check(self, metadata: Metadata, path: object, expected_by: object) -> None:
+        """Raise `TraceError` if the model of the trace at `path` has other sizes, naming what expects these sizes."""
+        model = metadata.model
+        sizes = [(len(model.moe_layers), model.top_k, model.num_experts), (self.layers, self.top_k, self.experts)]
+        if sizes[0] == sizes[1]:
+            return
+        theirs, ours = (f"{layers} MoE layers and top-{top_k} of {experts} experts" for layers, top_k, experts in sizes)
+        inferred = model.num_experts != self.experts and INFERRED_EXPERTS in metadata.gaps
+        hint = "; its number of experts was inferred: convert its source again with the model's number" if inferred else ""
+        raise TraceError(f"{path}: its model has {theirs}, but that of {expected_by} has {ours}{hint}")
 
     def target_layers(self, hop: int) -> npt.NDArray[np.int64]:
         """For each MoE layer l, the index of the layer that a prediction `hop` ahead is about; -1 if it does not exist.

@@ -18,7 +18,7 @@ from profiler.trace.splits import split_key
 from speculation.data.history import History
 from speculation.data.repeats import UNKNOWN_TOKEN
 from speculation.data.routes import Routes, load_routes, route_digests
-from speculation.data.tasks import Shape, Task, targets
+from speculation.data.tasks import Task, targets
 from speculation.evaluation.metrics import DEFINITIONS, ConfidenceCounts, RankCounts, chance, true_ranks
 from speculation.predictors.base import Predictor
 from speculation.training.runs import Run, count_parameters, manifest_sha256
@@ -93,8 +93,7 @@ def check_run(run: Run, trace: Trace) -> None:
         TraceError: The trace's model has other sizes than the run's, or their splits are not comparable.
     """
     shape = run.predictor.shape
-    if Shape.of(trace.metadata.model, shape.horizon, shape.task) != shape:
-        raise TraceError(f"{trace.path}: its model has another number of layers, experts or top-k than {run.path} ({shape})")
+    shape.check(trace.metadata, trace.path, run.path)
     if split_key(trace) != run.split:
         raise TraceError(
             f"{run.path} was trained on a split by {run.split}, and {trace.path} can only be split by {split_key(trace)}: "

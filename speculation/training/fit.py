@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from profiler.errors import EmptyPartError, SpecmoeError
 from profiler.trace.reader import Trace
-from profiler.trace.splits import split_key
+from profiler.trace.splits import problem_digests, split_key
 from speculation.data.groups import RouteGroups
 from speculation.data.routes import RouteSource, load_routes, route_digests
 from speculation.data.tasks import Shape, Task
@@ -19,8 +20,8 @@ from speculation.predictors.options import Progress, TrainingOptions
 from speculation.predictors.registry import find_predictor
 from speculation.training.runs import BASELINES, CONFIG_FILE, Run, load_run, save_run
 
-Load = Callable[[Trace, str], RouteSource]
-"""Loads one part of a trace, in one group or in several."""
+Load = Callable[[Trace, str, npt.NDArray[np.uint64] | None], RouteSource]
+"""Loads one part of a trace, in one group or in several, without the problems that have one of the digests."""
 
 
 def train(
@@ -45,8 +46,8 @@ def train(
         out: The run directory to write. It must not exist, or be empty.
         task: What the predictor predicts.
         horizon: H, how far ahead it predicts: layers, or tokens for `next-token`.
-        validation: Another trace for early stopping. All of `trace` is then used for training, and the two traces must share
-            no problem.
+        validation: Another trace for early stopping. All of `trace` is then used for training, and problems that the two
+            traces share are left out of the validation.
         options: Training options; None for the predictor's defaults.
         resume: Continue an interrupted training in `out` from its last checkpoint.
         on_progress: Called after every epoch.
@@ -67,15 +68,17 @@ def train(
         raise SpecmoeError(f"{predictor_name} does not use router inputs: leave out router_inputs")
     needs = predictor_class.needs_router_inputs or options.router_inputs
 
-    def load(of: Trace, part: str) -> RouteSource:
+    def load(of: Trace, part: str, without: npt.NDArray[np.uint64] | None) -> RouteSource:
         if options.shards_per_group is None:
-            return load_routes(of, part, router_inputs=needs)
-        return RouteGroups(of, part, options.shards_per_group, router_inputs=needs)
+            return load_routes(of, part, router_inputs=needs, without=without)
+        return RouteGroups(of, part, options.shards_per_group, router_inputs=needs, without=without)
 
-    train_routes = load(trace, "train" if validation is None else "all")
-    validation_routes = (
-        _validation_part(trace, load) if validation is None else _validation_trace(trace, train_routes, validation, load)
-    )
+    train_routes = load(trace, "train" if validation is None else "all", None)
+    shared = 0
+    if validation is None:
+        validation_routes = _validation_part(trace, load)
+    else:
+        validation_routes, shared = _validation_trace(trace, train_routes, validation, shape, load)
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -94,6 +97,7 @@ def train(
         "train_problems": len(train_routes.problem_ids),
         "train_tokens": len(train_routes),
         "validation_problems": len(validation_routes.problem_ids) if validation_routes else 0,
+        "shared_problems": shared,
     }
     save_run(out, predictor, baselines, options, history, facts, trace, route_digests(trace, train_routes))
     return load_run(out)
@@ -112,24 +116,27 @@ def _check_out(out: Path, resume: bool) -> None:
 
 def _validation_part(trace: Trace, load: Load) -> RouteSource | None:
     try:
-        return load(trace, "validation")
+        return load(trace, "validation", None)
     except EmptyPartError:
         # With few problems, none may fall into the validation part: train without early stopping.
         return None
 
 
-def _validation_trace(trace: Trace, train_routes: RouteSource, validation: Trace, load: Load) -> RouteSource:
-    if Shape.of(validation.metadata.model, 1) != Shape.of(trace.metadata.model, 1):
-        raise SpecmoeError(f"{validation.path}: its model has another number of layers, experts or top-k than {trace.path}")
+def _validation_trace(
+    trace: Trace, train_routes: RouteSource, validation: Trace, shape: Shape, load: Load
+) -> tuple[RouteSource, int]:
+    """All routes of another trace, except those of problems that are trained on, and the number of these."""
+    shape.check(validation.metadata, validation.path, trace.path)
     if split_key(validation) != split_key(trace) or split_key(trace) in {"source key", "problem id"}:
         raise SpecmoeError(
             f"{trace.path} and {validation.path} do not both contain prompts, or the same hash of them: "
             "problems that they share could not be detected"
         )
-    routes = load(validation, "all")
-    shared = np.intersect1d(route_digests(trace, train_routes), route_digests(validation, routes))
-    if len(shared):
+    trained_on = route_digests(trace, train_routes)
+    digests = np.array(list(problem_digests(validation).values()), dtype=np.uint64)
+    shared = int(np.isin(digests, trained_on).sum())
+    if shared == len(digests):
         raise SpecmoeError(
-            f"{len(shared)} problems of {validation.path} are also in {trace.path}: choose another validation trace"
+            f"all {shared} problems of {validation.path} are also in {trace.path}: choose another validation trace"
         )
-    return routes
+    return load(validation, "all", trained_on), shared

@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -255,6 +257,93 @@ def make_sglang(folder: Path) -> Path:
     return folder / "dump.pt"
 
 
+def make_slime(folder: Path) -> Path:
+    import torch
+
+    torch.set_num_threads(1)
+    arrays: list[Any] = [random_routing(5)[0].astype(np.int32), torch.from_numpy(random_routing(4, 1)[0].astype(np.int32))]
+    samples = [
+        {
+            "prompt": f"p{n}",
+            "tokens": list(range(len(array) + 1)),
+            "response": "r",
+            "response_length": 2,
+            "rollout_routed_experts": array,
+            "status": "completed",
+        }
+        for n, array in enumerate(arrays)
+    ]
+    torch.save({"rollout_id": 3, "metadata": {}, "samples": samples}, folder / "rollout_3.pt")
+    return folder / "rollout_3.pt"
+
+
+def packed(value: object) -> bytes:
+    """A value as MessagePack, with the widest encoding of each type."""
+    if isinstance(value, bool):
+        return b"\xc3" if value else b"\xc2"
+    if isinstance(value, int):
+        return struct.pack(">Bq", 0xD3, value)
+    if isinstance(value, float):
+        return struct.pack(">Bd", 0xCB, value)
+    if isinstance(value, bytes):
+        return struct.pack(">BI", 0xC6, len(value)) + value
+    if isinstance(value, str):
+        return struct.pack(">BI", 0xDB, len(value.encode())) + value.encode()
+    if isinstance(value, list):
+        return struct.pack(">BI", 0xDD, len(value)) + b"".join(map(packed, value))
+    return b"\xc0"
+
+
+def make_prime_rl(folder: Path) -> Path:
+    ids = random_routing(6)[0].astype(np.int16)
+    routes = [ids.tobytes(), list(ids.shape), "int16"]
+    sample = [list(range(6)), [False] * 3 + [True] * 3, [0.5] * 6, [1.0] * 6, "env", None, routes]
+    # Small lengths in one byte each, as the tool writes them.
+    data = (
+        packed([[sample], 3, None]).replace(struct.pack(">BI", 0xDD, 3), b"\x93").replace(struct.pack(">BI", 0xDD, 1), b"\x91")
+    )
+    (folder / "rollouts.bin").write_bytes(data.replace(struct.pack(">BI", 0xDD, 7), b"\x97"))
+    return folder / "rollouts.bin"
+
+
+def make_lattice(folder: Path) -> Path:
+    ids, _ = random_routing(6)
+    line = '{{"layer_idx": {}, "token_idx": {}, "selected_ids": {}, "gate_weights": [0.7, 0.3]}}\n'
+    lines = [line.format(layer, token, ids[token, layer].tolist()) for token in range(6) for layer in range(3)]
+    return _text(folder / "lattice.jsonl", "".join(lines))
+
+
+def make_colibri(folder: Path) -> Path:
+    ids, _ = random_routing(6)
+    passes = [range(4), [4], [5]]
+    lines = [
+        f"{3 * number + layer} {row} {layer} {ids[token, layer, 0]}:0.{7000 + token} {ids[token, layer, 1]}:0.3000\n"
+        for number, tokens in enumerate(passes)
+        for layer in range(3)
+        for row, token in enumerate(tokens)
+    ]
+    return _text(folder / "route.txt", "".join(lines))
+
+
+def make_llama_cpp(folder: Path) -> Path:
+    # A prompt of four tokens, of which the last layer has only the last; then two generated tokens.
+    ids, _ = random_routing(6)
+    ids[1, 0] = ids[0, 0]  # adjacent tokens with common experts: no ranking of all experts
+    blocks = [(layer, tokens) for tokens in (range(4), [4], [5]) for layer in range(3)]
+    blocks[2] = (2, [3])
+    lines = [f"{layer},{expert}\n" for layer, tokens in blocks for token in tokens for expert in ids[token, layer].tolist()]
+    return _text(folder / "moe_trace.csv", "".join(lines))
+
+
+def make_megatron(folder: Path) -> Path:
+    line = (
+        '{{"step": {}, "stage": "pre_dispatch", "block": "decoder", "layer": {}, "rank": 0, "num_tokens": 4, "topk": 2, '
+        '"top_indices": {}}}\n'
+    )
+    lines = [line.format(step, layer, random_routing(4, step)[0][:, layer].tolist()) for step in range(3) for layer in range(3)]
+    return _text(folder / "router_trace_rank0.jsonl", "".join(lines))
+
+
 def imported(make: Callable[[Path], Path], name: str) -> Reader:
     return Reader(make, lambda source, out: import_trace(source, out, format_name=name))
 
@@ -282,6 +371,12 @@ READERS = {
     "npy": imported(make_npy, "routed-experts"),
     "npz": imported(make_npz, "routed-experts"),
     "sglang": imported(make_sglang, "sglang"),
+    "slime": imported(make_slime, "slime"),
+    "prime-rl": imported(make_prime_rl, "prime-rl"),
+    "lattice": imported(make_lattice, "lattice"),
+    "colibri": imported(make_colibri, "colibri"),
+    "llama-cpp": imported(make_llama_cpp, "llama-cpp"),
+    "megatron": imported(make_megatron, "megatron"),
 }
 
 

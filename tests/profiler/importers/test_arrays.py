@@ -113,6 +113,8 @@ def record(
         "forward_mode": mode,
         "topk_ids_of_layer": ids,
         "misc_objects": [],
+        # Releases since 2026 also count the tokens of each physical expert.
+        "global_physical_count": torch.zeros(2, 8, dtype=torch.int32),
     }
 
 

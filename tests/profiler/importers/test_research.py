@@ -318,3 +318,24 @@ def test_every_later_command_copes_with_what_is_missing(tmp_path: Path) -> None:
     source.write_text("".join(json.dumps(row | {"expert_ids": [0, 1]}) + "\n" for row in rows))
     routes = load_routes(import_trace(source, tmp_path / "u"), "all")
     assert (routes.weights_TLK == 0.5).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_moe_beyond_is_read_the_same_at_once_and_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    texts = ["a", ",", '""', "line\nbreak", " \u00e9\u4e16", "", "'", "\t"]
+    lines = [
+        f'{layer},{batch},"{random.choice(texts)}","{random.permutation(9)[: random.integers(1, 5)].tolist()}"\r\n'
+        for batch in range(2)
+        for layer in (1, 2, 7)
+        for _ in range(6)
+    ]
+    text = "Layer ID,Batch Number,Token,Activated Expert IDs\r\n" + "".join(lines)
+    (tmp_path / "prompt_3.csv").write_bytes(text.encode())
+    at_once = import_trace(tmp_path / "prompt_3.csv", tmp_path / "t")
+    monkeypatch.setattr("profiler.importers.moe_beyond.WHOLE_BYTES", 0)
+    monkeypatch.setattr("profiler.importers.moe_beyond.ROWS", 5)
+    by_row = import_trace(tmp_path / "prompt_3.csv", tmp_path / "u")
+    assert at_once.to_arrow() == by_row.to_arrow()
+    assert at_once.tokens == by_row.tokens
+    assert at_once.problems == by_row.problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from support.traces import MakeProblems, MakeTrace
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
+from speculation.data.tasks import Task
 from speculation.evaluation.evaluate import evaluate
 from speculation.predictors.registry import find_predictor
 from speculation.training.fit import train
@@ -133,9 +135,37 @@ def test_all_of_a_trace_is_trained_on_with_another_to_stop_early_on(
     assert evaluate(run, other, part="all").trained_on == 0
     assert evaluate(run, trace, part="test").trained_on == evaluate(run, trace, part="test").problems
     shared = make_trace(problems, 8, name="shared", prompts=[f"prompt {number}" for number in range(4, 13)])
-    with pytest.raises(SpecmoeError, match=r"9 problems of .*shared are also in .*trace: choose another validation trace"):
+    with pytest.raises(SpecmoeError, match=r"all 9 problems of .*shared are also in .*trace: choose another validation trace"):
         train(trace, "popularity", tmp_path / "leaky", validation=shared)
     assert not (tmp_path / "leaky").exists()
+
+
+@pytest.mark.parametrize("shards_per_group", [None, 1])
+def test_problems_that_both_traces_have_are_left_out_of_the_validation(
+    trace: Trace, make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path, shards_per_group: int | None
+) -> None:
+    problems = random_problems(count=9, tokens=20, layers=3, num_experts=8, top_k=2, seed=1)
+    prompts = [f"prompt {number}" for number in range(7)] + ["new", "newer"]
+    other = make_trace(problems, 8, name="other", prompts=prompts)
+    options = replace(OPTIONS, shards_per_group=shards_per_group)
+    run = train(trace, "popularity", tmp_path / "run", validation=other, options=options)
+    facts = json.loads((run.path / "metrics.json").read_text())
+    assert (facts["shared_problems"], facts["validation_problems"]) == (7, 2)
+    assert evaluate(run, other, part="all").trained_on == 7
+
+
+@pytest.mark.parametrize(("task", "works"), [(Task.NEXT_LAYER, False), (Task.NEXT_TOKEN, True), (Task.WHOLE_PATH, True)])
+def test_a_single_layer_has_no_next_one(
+    make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path, task: Task, works: bool
+) -> None:
+    problems = random_problems(count=9, tokens=20, layers=1, num_experts=8, top_k=2)
+    one, other = (make_trace(problems, 8, name=name, prompts=[f"{name} {n}" for n in range(9)]) for name in ("one", "other"))
+    if works:
+        run = train(one, "popularity", tmp_path / "run", task=task, validation=other)
+        assert evaluate(run, other, part="all").tokens == 180
+        return
+    with pytest.raises(SpecmoeError, match="there is one MoE layer, so none comes next; predict next-token or whole-path"):
+        train(one, "popularity", tmp_path / "run", task=task)
 
 
 def test_by_itself_a_trace_is_split(trace: Trace, tmp_path: Path) -> None:

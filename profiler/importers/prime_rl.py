@@ -1,0 +1,132 @@
+"""Import prime-rl's training batches with router replay: MessagePack, `rollouts.bin` in a folder for each step.
+
+A batch is a list whose first entry is the list of samples, and a sample a list of its fields by position, which differ between
+releases. Its routes are the entry `[data, [T, L, K], dtype]` (github.com/PrimeIntellect-ai/prime-rl,
+src/prime_rl/transport/types.py, `RoutedExperts` and `TrainingSample`, 2026). Its tokens are the first entry, with a mask of
+those that the model generated in the second one, or, in earlier releases, prompt and its mask, then completion and its mask.
+
+There are no weights. Layers are counted as vLLM returned them: decoder layers, or MoE layers only, which the file does not
+show. Samples are padded with zeros at their end.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from profiler.errors import UNREADABLE, TraceError, first_line
+from profiler.importers import msgpack
+from profiler.importers.reading import files_of, integer_array, sources_of
+from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES
+from profiler.importers.target import Target
+from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
+
+NAME = "prime-rl"
+ABOUT = "prime-rl training batches with routed experts: rollouts.bin, or a folder of step folders; no weights"
+KINDS = ("file", "folder")
+PATTERNS = ("rollouts.bin", "step_*/rollouts.bin")
+
+DTYPES = ("uint8", "uint16", "int16", "int32")
+
+
+def detect(source: Path) -> bool:
+    files = files_of(source, *PATTERNS)
+    if not files:
+        return False
+    with files[0].open("rb") as file:
+        start = file.read(6)
+    # A list, whose first entry is a list of lists.
+    return len(start) == 6 and _is_list(start[0]) and _is_list(start[1]) and any(map(_is_list, start[2:]))
+
+
+def _is_list(first: int) -> bool:
+    return 0x91 <= first <= 0x9F or first in {0xDC, 0xDD}
+
+
+def read(source: Path, target: Target) -> None:
+    target.gaps.append("layers are numbered as in the arrays, which have all decoder layers or those with experts only")
+    files = sources_of(source, *PATTERNS)
+    layers: set[int] = set()
+    count = 0
+    for path in files:
+        for where, sample in _samples(path):
+            ids_TLK = _routes(sample, where)
+            layers |= set(np.flatnonzero(ids_TLK.any((0, 2))).tolist())
+            count = max(count, ids_TLK.shape[1])
+    moe_layers = sorted(layers)
+    if not moe_layers:
+        raise TraceError(f"{source}: no sample has routed experts")
+    if len(moe_layers) < count:
+        dense = ",".join(str(layer) for layer in range(count) if layer not in layers)
+        target.gaps.append(f"layers that are 0 throughout were taken as dense: {dense}")
+    for path in files:
+        name = (path.parent.name,) if len(files) > 1 else ()
+        for number, (where, sample) in enumerate(_samples(path)):
+            _add(sample, target.problem("prime-rl", *name, str(number)), moe_layers, where, target)
+
+
+def _samples(path: Path) -> list[tuple[str, list[Any]]]:
+    """The samples of a file that have routes, each with its place as text for messages."""
+    if path.stat().st_size > MAX_PIECE_BYTES:
+        raise TraceError(f"{path}: larger than {MAX_PIECE_BYTES >> 20} MiB")
+    try:
+        batch = msgpack.decode(path.read_bytes())
+    except UNREADABLE as error:
+        raise TraceError(f"{path} is not MessagePack: {first_line(error)}") from error
+    samples = batch[0] if isinstance(batch, list) and batch else None
+    if not isinstance(samples, list) or not {*map(type, samples)} <= {list}:
+        raise TraceError(f"{path}: expected a list that begins with the list of samples")
+    found = [(f"{path}, sample {number}", sample) for number, sample in enumerate(samples)]
+    return [(where, sample) for where, sample in found if any(map(_is_routes, sample))]
+
+
+def _is_routes(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and isinstance(value[0], bytes) and value[2] in DTYPES
+
+
+def _routes(sample: list[Any], where: str) -> npt.NDArray[Any]:
+    """The expert ids `[T, L, K]` of a sample. Raises `TraceError`, naming `where`, if shape and data do not agree."""
+    data, shape, dtype = next(value for value in sample if _is_routes(value))
+    tokens, layers, top_k = (
+        integer_array(shape, f"{where}: shape").tolist() if isinstance(shape, list) and len(shape) == 3 else (0, 0, 0)
+    )
+    if (
+        not 1 <= layers <= MAX_LAYER
+        or not 1 <= top_k <= MAX_TOP_K
+        or tokens * layers * top_k * np.dtype(dtype).itemsize != len(data)
+    ):
+        raise TraceError(f"{where}: {len(data):,} bytes of {dtype}, which is not a shape [T, L, K] of {shape!r}")
+    return np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")).reshape(tokens, layers, top_k)
+
+
+def _add(sample: list[Any], problem_id: int, layers: list[int], where: str, target: Target) -> None:
+    ids_TLK = _routes(sample, where)
+    if ids_TLK.shape[1] <= layers[-1]:
+        raise TraceError(f"{where}: {ids_TLK.shape[1]} layers, but other samples have more")
+    vocab_ids_T, is_decode_T = _tokens(sample, where)
+    # The last token is never fed back: its row is padding.
+    routed = min(len(ids_TLK), len(vocab_ids_T) - 1)
+    ids_TLK = np.where(ids_TLK[:routed] < 0, EMPTY, ids_TLK[:routed].astype(np.int32))[:, layers]
+    present_T = ~((ids_TLK == EMPTY) | (ids_TLK == 0)).all((1, 2))
+    target.add_arrays(problem_id, np.flatnonzero(present_T), layers, ids_TLK[present_T], None, where)
+    for phase, mine_T in ((PREFILL, ~is_decode_T), (DECODE, is_decode_T)):
+        if mine_T.any():
+            target.add_tokens(problem_id, np.flatnonzero(mine_T), phase, vocab_ids_T=vocab_ids_T[mine_T])
+
+
+def _tokens(sample: list[Any], where: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Vocabulary ids of a sample's tokens, and which were generated, `[T]`."""
+    first, mask = (integer_array(sample[0], f"{where}: tokens"), sample[1]) if len(sample) > 1 else (None, None)
+    if first is None or not _is_mask(mask, len(first)):
+        raise TraceError(f"{where}: expected token ids and a mask of the same length as its first entries")
+    if len(sample) > 3 and isinstance(sample[2], list) and _is_mask(sample[3], len(sample[2])) and len(sample[2]):
+        completion = integer_array(sample[2], f"{where}: completion")
+        return np.concatenate([first, completion]), np.repeat([False, True], [len(first), len(completion)])
+    return first, np.array(mask, dtype=np.bool_)
+
+
+def _is_mask(value: object, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length and {*map(type, value)} <= {bool}

@@ -1,0 +1,107 @@
+"""Import rollouts of slime and miles: the `.pt` file of `--save-debug-rollout-data`, with router replay.
+
+A file holds `samples`, dictionaries with `tokens` (prompt and response), `response_length` and `rollout_routed_experts`, an
+integer array `[T - 1, L, K]` of what SGLang returned: every token but the last, L decoder layers (github.com/THUDM/slime,
+slime/utils/types.py `Sample`, commit 0d234f3; github.com/radixark/miles stores the same). There are no weights. Dense layers
+are all 0 or -1.
+
+The file is a pickle. It is read only if it holds nothing but plain values, tensors and NumPy arrays of whole numbers; others,
+such as rollouts with images, and verl's pickled `DataProto`, are refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from profiler.errors import TraceError
+from profiler.importers.reading import files_of, integer_array, sources_of
+from profiler.importers.rows import EMPTY, MAX_LAYER
+from profiler.importers.target import Target
+from profiler.importers.torch_files import load_plain, mentions, tensor_array
+from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
+
+NAME = "slime"
+ABOUT = "slime or miles rollouts with rollout_routed_experts [T - 1, L, K]: a .pt file, or a folder of them; no weights"
+KINDS = ("file", "folder")
+FIELD = "rollout_routed_experts"
+
+
+def detect(source: Path) -> bool:
+    files = files_of(source, "*.pt")
+    return bool(files) and mentions(files[0], FIELD)
+
+
+def read(source: Path, target: Target) -> None:
+    files = sources_of(source, "*.pt")
+    layers: set[int] = set()
+    count = 0
+    # Dense layers can be recognized only once all files are read: every file is read twice.
+    for path in files:
+        for where, sample in _samples(path):
+            ids_TLK = _routes(sample, where)
+            layers |= set(np.flatnonzero(~np.isin(ids_TLK, (0, EMPTY)).all((0, 2))).tolist())
+            count = max(count, ids_TLK.shape[1])
+    moe_layers = sorted(layers)
+    if not moe_layers:
+        raise TraceError(f"{source}: no sample has {FIELD}, or every layer is 0 or -1 throughout, as dense layers are")
+    if len(moe_layers) < count:
+        dense = ",".join(str(layer) for layer in range(count) if layer not in layers)
+        target.gaps.append(f"layers that are 0 or -1 throughout were taken as dense: {dense}")
+    for path in files:
+        for number, (where, sample) in enumerate(_samples(path)):
+            _add(sample, target.problem("slime", path.stem, str(number)), moe_layers, where, target)
+
+
+def _samples(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The samples of a file that have routes, each with its place as text for messages."""
+    document = load_plain(path, arrays=True)
+    samples = document.get("samples") if isinstance(document, dict) else None
+    if not isinstance(samples, list) or not {*map(type, samples)} <= {dict}:
+        raise TraceError(f"{path}: expected a list of 'samples'")
+    found = [(f"{path}, sample {number}", sample) for number, sample in enumerate(samples) if sample.get(FIELD) is not None]
+    for where, sample in found:
+        # A pickle can create an array without its content.
+        if isinstance(sample[FIELD], np.ndarray) and sample[FIELD].nbytes > path.stat().st_size:
+            raise TraceError(f"{where}: {FIELD} is larger than the file")
+    return found
+
+
+def _routes(sample: dict[str, Any], where: str) -> npt.NDArray[Any]:
+    """The expert ids `[T, L, K]` of a sample. Raises `TraceError`, naming `where`, on anything else."""
+    value: Any = sample[FIELD]
+    if not isinstance(value, np.ndarray):
+        value = tensor_array(value, 3, f"{where}: {FIELD}")
+    if value.ndim != 3 or value.dtype.kind not in "iu" or 0 in value.shape[1:]:
+        raise TraceError(f"{where}: {FIELD} is {value.dtype} of shape {value.shape}, expected whole numbers [T, L, K]")
+    if value.shape[1] > MAX_LAYER or value.shape[2] > MAX_TOP_K:
+        raise TraceError(
+            f"{where}: {value.shape[1]} layers and {value.shape[2]} experts per token are more than a trace can hold"
+        )
+    return np.asarray(value)
+
+
+def _add(sample: dict[str, Any], problem_id: int, layers: list[int], where: str, target: Target) -> None:
+    ids_TLK = _routes(sample, where)
+    if ids_TLK.shape[1] <= layers[-1]:
+        raise TraceError(f"{where}: {ids_TLK.shape[1]} layers, but other samples have more")
+    vocab_ids_T = integer_array(sample.get("tokens"), f"{where}: tokens")
+    if len(ids_TLK) > len(vocab_ids_T):
+        raise TraceError(f"{where}: routes of {len(ids_TLK)} tokens, but there are {len(vocab_ids_T)}")
+    generated = sample.get("response_length", 0)
+    if type(generated) is not int or not 0 <= generated <= len(vocab_ids_T):
+        raise TraceError(f"{where}: response_length {generated!r}, expected 0..{len(vocab_ids_T)}")
+    ids_TLK = np.where(ids_TLK < 0, EMPTY, ids_TLK)[:, layers]
+    present_T = ~(ids_TLK == EMPTY).all((1, 2))
+    target.add_arrays(problem_id, np.flatnonzero(present_T), layers, ids_TLK[present_T], None, where)
+    positions_T = np.arange(len(vocab_ids_T))
+    prompt = len(vocab_ids_T) - generated
+    for phase, part in ((PREFILL, slice(prompt)), (DECODE, slice(prompt, None))):
+        if len(positions_T[part]):
+            target.add_tokens(problem_id, positions_T[part], phase, vocab_ids_T=vocab_ids_T[part])
+    for name, value in (("prompt", sample.get("prompt")), ("output", sample.get("response"))):
+        if isinstance(value, str):
+            target.problems[problem_id].further[name] = value

@@ -1,0 +1,82 @@
+"""Read files of `torch.save` from unknown writers: tensors and plain values only, never by unpickling anything else."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from profiler.errors import UNREADABLE, TraceError, first_line
+from profiler.importers.rows import MAX_PIECE_BYTES
+
+# How much of a pickle is searched for a name.
+SEARCHED_BYTES = 16 << 20
+
+
+def mentions(path: Path, name: str) -> bool:
+    """Whether the pickle in a file of `torch.save` contains a name near its beginning; false for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
+            if len(entries) != 1 or entries[0].compress_type != zipfile.ZIP_STORED:
+                return False
+            with archive.open(entries[0]) as file:
+                return name.encode() in file.read(SEARCHED_BYTES)
+    except (*UNREADABLE, zipfile.BadZipFile):
+        return False
+
+
+def load_plain(path: Path, *, arrays: bool = False) -> Any:
+    """The content of a file that holds tensors and plain values only. Raises `TraceError` on any other file.
+
+    arrays: also allow NumPy arrays of numbers: the four names that their pickles call build arrays and do nothing else.
+    Compressed archives are refused, because they can be larger in memory than on disk.
+    """
+    import torch
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise TraceError(f"{path}: compressed entries, which torch.save does not write")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise TraceError(f"{path}: entries larger than the file")
+        with torch.serialization.safe_globals(_array_names() if arrays else []):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except TraceError:
+        raise
+    except (*UNREADABLE, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise TraceError(f"{path} is not a torch.save file of tensors and plain values only: {first_line(error)}") from error
+    except Exception as error:
+        # The errors that torch raises on a broken pickle are not documented.
+        raise TraceError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _array_names() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """What a pickle of a NumPy array of numbers calls, under the names of NumPy 1 and 2."""
+    reconstruct = np.empty(0).__reduce__()[0]
+    numbers: list[Any] = [type(np.dtype(f"{kind}{size}")) for kind in "iu" for size in (1, 2, 4, 8)]
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    return [np.ndarray, np.dtype, *numbers, *((reconstruct, f"{module}._reconstruct") for module in modules)]
+
+
+def tensor_array(value: object, dimensions: int, what: str) -> npt.NDArray[Any]:
+    """A tensor of whole numbers as an array. Raises `TraceError`, naming `what`, on any other tensor.
+
+    An expanded tensor, which has more elements than its storage, is refused.
+    """
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta or value.ndim != dimensions:
+        raise TraceError(f"{what}: expected a tensor of {dimensions} dimensions")
+    if value.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
+        raise TraceError(f"{what}: {value.dtype}, expected whole numbers")
+    size = value.numel() * value.element_size()
+    if size > min(value.untyped_storage().nbytes(), MAX_PIECE_BYTES):
+        raise TraceError(f"{what}: more elements than its storage holds, or more than {MAX_PIECE_BYTES >> 20} MiB")
+    return np.asarray(value.numpy())

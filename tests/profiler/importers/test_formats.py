@@ -1,0 +1,131 @@
+"""What holds for every format: detection, files and folders, and a source of another format."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import fuzz
+
+from profiler.errors import TraceError
+from profiler.importers import FORMATS, find_format, import_trace
+from profiler.trace.reader import Trace
+
+# A sound file of each format.
+SAMPLES: dict[str, Callable[[Path], Path]] = {
+    "parquet": fuzz.make_parquet,
+    "flame-moe": fuzz.make_flame,
+    "sglang": fuzz.make_sglang,
+    "routed-experts": fuzz.make_npy,
+    "moe-beyond": fuzz.make_moe_beyond,
+    "edge-csv": fuzz.make_edge_csv,
+    "route-log": fuzz.make_route_log,
+    "olmoe": fuzz.make_olmoe,
+    "jsonl": fuzz.make_old_rows,
+    "slime": fuzz.make_slime,
+    "prime-rl": fuzz.make_prime_rl,
+    "lattice": fuzz.make_lattice,
+    "colibri": fuzz.make_colibri,
+    "llama-cpp": fuzz.make_llama_cpp,
+    "megatron": fuzz.make_megatron,
+}
+FOLDER_ONLY = {"interrupted"}
+
+
+def sample(name: str, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return SAMPLES[name](folder)
+
+
+def test_every_format_has_a_sample() -> None:
+    assert SAMPLES.keys() | FOLDER_ONLY == FORMATS.keys()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_file_is_detected_and_read(tmp_path: Path, name: str) -> None:
+    source = sample(name, tmp_path / "source")
+    assert find_format(source).name == name
+    assert import_trace(source, tmp_path / "t").num_rows
+    # A format that is named is read whatever the file is called.
+    renamed = source.rename(source.with_name("recording.bin"))
+    assert import_trace(renamed, tmp_path / "u", format_name=name).num_rows
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_folder_of_files_is_detected_and_read(tmp_path: Path, name: str) -> None:
+    source = sample(name, tmp_path / "source")
+    folder = tmp_path / "folder"
+    (folder / "routing").mkdir(parents=True)
+    shutil.copyfile(source, folder / ("routing/part-0.parquet" if name == "parquet" else source.name))
+    assert find_format(folder).name == name
+    trace = import_trace(folder, tmp_path / "t")
+    alone = import_trace(source, tmp_path / "u")
+    assert trace.load().expert_ids_TLK.tolist() == alone.load().expert_ids_TLK.tolist()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_empty_folder_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TraceError, match=r"empty: (the folder contains no file named |no routing\.parquet|expected metadata)"):
+        import_trace(tmp_path / "empty", tmp_path / "t", format_name=name)
+
+
+def test_a_file_is_not_an_interrupted_collection(tmp_path: Path) -> None:
+    source = sample("jsonl", tmp_path / "source")
+    with pytest.raises(TraceError, match=r"old\.jsonl is a file, and interrupted is read from a folder; it looks like jsonl"):
+        import_trace(source, tmp_path / "t", format_name="interrupted")
+
+
+@pytest.mark.parametrize(("name", "given"), list(itertools.permutations(SAMPLES, 2)))
+def test_a_source_of_another_format_is_named(tmp_path: Path, name: str, given: str) -> None:
+    source = sample(given, tmp_path / "source")
+    with pytest.raises(TraceError, match=f"; it looks like {given}$") as refused:
+        import_trace(source, tmp_path / "t", format_name=name)
+    assert source.name in str(refused.value)
+
+
+def test_logs_of_a_layer_each_are_one_log(tmp_path: Path) -> None:
+    whole = sample("route-log", tmp_path / "source").read_text().splitlines()
+    folder = tmp_path / "layers"
+    folder.mkdir()
+    for layer in (0, 1):
+        lines = [line for line in whole[1:] if f'"layer": {layer}' in line]
+        (folder / f"layer_{layer}.jsonl").write_text("\n".join([whole[0], *lines]) + "\n")
+    trace = import_trace(folder, tmp_path / "t")
+    assert trace.metadata.model.moe_layers == [0, 1]
+    assert trace.metadata.model.id == "m"
+    alone = import_trace(tmp_path / "source" / "log.jsonl", tmp_path / "u")
+    assert trace.load().expert_ids_TLK.tolist() == alone.load().expert_ids_TLK.tolist()
+
+
+@pytest.mark.parametrize("name", ["route-log", "edge-csv", "olmoe"])
+def test_logs_of_a_request_each_are_different_problems(tmp_path: Path, name: str) -> None:
+    source = sample(name, tmp_path / "source")
+    rows = import_trace(source, tmp_path / "u").num_rows
+    shutil.copyfile(source, source.with_stem("another"))
+    trace = import_trace(source.parent, tmp_path / "t")
+    assert trace.num_rows == 2 * rows
+    assert len({key.partition("/")[0] for key in trace.problems.column("source_key").to_pylist()}) == 2
+
+
+def test_json_rows_in_several_files_are_one_recording(tmp_path: Path) -> None:
+    source = sample("jsonl", tmp_path / "source")
+    lines = source.read_text().splitlines()
+    alone = import_trace(source, tmp_path / "u")
+    source.write_text("\n".join(lines[::2]) + "\n")
+    source.with_stem("second").write_text("\n".join(lines[1::2]) + "\n")
+    assert import_trace(source.parent, tmp_path / "t").load().expert_ids_TLK.tolist() == alone.load().expert_ids_TLK.tolist()
+    source.with_stem("third").write_text(lines[0].replace("[0.8, 0.2]", "[0.7, 0.3]") + "\n")
+    with pytest.raises(
+        TraceError, match="two files have different rows of a problem, token and layer: convert them one by one"
+    ):
+        import_trace(source.parent, tmp_path / "v")
+
+
+def test_a_file_is_no_trace(tmp_path: Path) -> None:
+    source = sample("jsonl", tmp_path / "source")
+    with pytest.raises(TraceError, match=r"old\.jsonl is a file, and a trace is a folder: 'specmoe convert' reads files"):
+        Trace.open(source)

@@ -1,0 +1,82 @@
+"""Warnings about traces that are well formed and still not the routing of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.traces import write_made_trace
+
+from profiler.trace.hashing import hash_rows
+from profiler.trace.plausibility import doubts
+from profiler.trace.reader import Trace
+
+
+def made(
+    tmp_path: Path, share: float = 0, *, experts: int = 16, top_k: int = 2, layers: int = 3, weights: str = "random"
+) -> Trace:
+    """A trace of 400 tokens, of which `share` have the same route at every layer."""
+    random = np.random.default_rng(0)
+    ids_TLK = random.random((400, layers, experts)).argsort(-1)[..., :top_k]
+    weights_TLK = np.sort(random.random((400, layers, top_k)), -1)[..., ::-1]
+    if weights == "equal":
+        weights_TLK = np.full(ids_TLK.shape, 1 / top_k)
+    same = int(400 * share)
+    ids_TLK[:same], weights_TLK = ids_TLK[0], weights_TLK.copy()
+    weights_TLK[:same] = weights_TLK[0]
+    half = 200
+    problems = [(ids_TLK[part], weights_TLK[part].astype(np.float16)) for part in (slice(0, half), slice(half, None))]
+    return write_made_trace(tmp_path / "t", problems, experts)
+
+
+def test_routing_of_text_raises_no_doubt(tmp_path: Path) -> None:
+    assert doubts(made(tmp_path, 0.4)) == []
+
+
+def test_one_route_for_most_tokens_is_implausible(tmp_path: Path) -> None:
+    assert doubts(made(tmp_path, 0.75)) == [
+        "implausible: 75% of the tokens or more have the same route at every layer: a warm-up, padding, or a faulty recorder"
+    ]
+
+
+def test_only_the_layers_at_fault_are_named(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    ids_TLK = random.random((300, 3, 16)).argsort(-1)[..., :2]
+    weights_TLK = np.sort(random.random((300, 3, 2)), -1)[..., ::-1].copy()
+    ids_TLK[:200, 1], weights_TLK[:200, 1] = [3, 7], [0.1, 0.09]
+    (found,) = doubts(write_made_trace(tmp_path / "t", [(ids_TLK, weights_TLK.astype(np.float16))], 16, first_layer=4))
+    assert found.startswith("implausible: 67% of the tokens or more have the same route at layer 5: ")
+
+
+def test_equal_weights_are_placeholders(tmp_path: Path) -> None:
+    assert doubts(made(tmp_path, weights="equal")) == [
+        "implausible: 100% of the rows have K equal weights, which no router computes: placeholders"
+    ]
+
+
+def test_a_single_layer_is_reported(tmp_path: Path) -> None:
+    assert doubts(made(tmp_path, layers=1)) == ["implausible: only one MoE layer was recorded, layer 0"]
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(2, 1), (4, 1), (2, 2), (4, 4)])
+def test_few_possible_routes_are_no_reason_for_doubt(tmp_path: Path, experts: int, top_k: int) -> None:
+    """With few experts, a layer may prefer one set of them; with K = 1, renormalized weights are all 1."""
+    random = np.random.default_rng(0)
+    ids_TLK = np.tile(np.arange(top_k), (400, 3, 1))
+    moved = random.random((400, 3)) < 0.3
+    ids_TLK[moved] = (ids_TLK[moved] + 1) % experts
+    weights_TLK = np.ones(ids_TLK.shape) if top_k == 1 else np.sort(random.random(ids_TLK.shape), -1)[..., ::-1]
+    assert doubts(write_made_trace(tmp_path / "t", [(ids_TLK, weights_TLK.astype(np.float16))], experts)) == []
+
+
+def test_equal_rows_have_equal_hashes_and_others_do_not() -> None:
+    random = np.random.default_rng(0)
+    for kind, width in ((np.int32, 8), (np.float16, 3), (np.uint8, 70_000)):
+        rows = random.integers(0, 200, (20, width)).astype(kind)
+        hashes = hash_rows(np.concatenate([rows, rows]))
+        assert (hashes[:20] == hashes[20:]).all()
+        assert len(np.unique(hashes)) == 20
+        changed = rows[:1].repeat(min(width, 500), axis=0)
+        changed[np.arange(len(changed)), np.arange(len(changed))] += kind(1)
+        assert len(np.unique(hash_rows(changed))) == len(changed)
