@@ -87,8 +87,6 @@ def refuse_unsupported(config: Any) -> None:
         raise UnsupportedModelError("prompt embeddings have no token ids to record: use enable_prompt_embeds=False")
     if getattr(config.model_config, "is_diffusion", False):
         raise UnsupportedModelError("diffusion models route each position many times: choose an autoregressive model")
-    if config.speculative_config is not None:
-        raise UnsupportedModelError("speculative decoding also routes rejected drafts: run without speculative_config")
     if os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
         raise UnsupportedModelError("vLLM simulates the routing: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
 

@@ -150,6 +150,8 @@ class WorkerCapture:
     def _metadata(self) -> Metadata:
         import vllm
 
+        from vllm_patch.speculative import describe_speculation
+
         assert self._recorder is not None
         config = self._worker.vllm_config.model_config
         model = resolve_model(config.model, revision=config.revision).metadata
@@ -166,7 +168,8 @@ class WorkerCapture:
                 "tokenizer": None if config.skip_tokenizer_init else config.tokenizer,
                 "logits": self._options.logits,
                 "hidden_layers": list(self._options.hidden_layers),
-            },
+            }
+            | describe_speculation(self._worker.vllm_config),
         )
 
     def _save_gates(self, directory: Path) -> None:
@@ -184,10 +187,12 @@ class WorkerCapture:
         from vllm_patch.buffers import CaptureBuffers
         from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, refuse_unsupported, source_is_patched
         from vllm_patch.releases import is_known, resolve_hook
+        from vllm_patch.speculative import refuse_unsupported_speculation
 
         config, options = self._worker.vllm_config, self._options
         refuse_unsupported(config)
         hook = resolve_hook(vllm.__version__, cpu=current_platform.is_cpu())
+        refuse_unsupported_speculation(config, hook)
         self._layers = layers = find_moe_layers(self._worker.model_runner.get_model(), hook)
         indices = [layer.index for layer in layers]
         absent = sorted(set(options.hidden_layers) - set(indices))

@@ -116,7 +116,7 @@ def test_zero_experts_are_refused() -> None:
     ],
 )
 def test_engines_that_skip_or_repeat_positions_are_refused(place: str, name: str, text: str) -> None:
-    config = make_config(None, pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=1)
+    config = make_config(pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=1)
     setattr(getattr(config, place), name, True)
     with pytest.raises(UnsupportedModelError, match=text):
         refuse_unsupported(config)
@@ -140,38 +140,37 @@ def test_models_that_cannot_be_recorded_are_refused() -> None:
         find_moe_layers(torch.nn.Sequential(Layer(0), Layer(0)), ROUTER_HOOK)
 
 
-def make_config(speculative: object = None, **parallel: object) -> SimpleNamespace:
+def make_config(**parallel: object) -> SimpleNamespace:
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel),
-        speculative_config=speculative,
+        speculative_config=None,
         cache_config=SimpleNamespace(),
         model_config=SimpleNamespace(),
     )
 
 
 @pytest.mark.parametrize(
-    ("parallel", "speculative", "text"),
+    ("parallel", "text"),
     [
-        ({"pipeline_parallel_size": 2}, None, "pipeline_parallel_size=1"),
-        ({"data_parallel_size": 2}, None, "data_parallel_size=1"),
-        ({"decode_context_parallel_size": 2}, None, "decode_context_parallel_size=1"),
-        ({"prefill_context_parallel_size": 2}, None, "prefill_context_parallel_size=1"),
-        ({"distributed_executor_backend": "ray"}, None, "distributed_executor_backend='mp'"),
-        ({"enable_dbo": True}, None, "enable_dbo"),
-        ({"ubatch_size": 2}, None, "ubatch_size"),
-        ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, None, "enable_expert_parallel"),
-        ({}, object(), "speculative"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=1"),
+        ({"data_parallel_size": 2}, "data_parallel_size=1"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=1"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=1"),
+        ({"distributed_executor_backend": "ray"}, "distributed_executor_backend='mp'"),
+        ({"enable_dbo": True}, "enable_dbo"),
+        ({"ubatch_size": 2}, "ubatch_size"),
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "enable_expert_parallel"),
     ],
 )
-def test_settings_that_would_mislabel_rows_are_refused(parallel: dict[str, object], speculative: object, text: str) -> None:
+def test_settings_that_would_mislabel_rows_are_refused(parallel: dict[str, object], text: str) -> None:
     defaults = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "tensor_parallel_size": 1, "enable_dbo": False}
-    config = make_config(speculative, **(defaults | parallel))
+    config = make_config(**(defaults | parallel))
     with pytest.raises(UnsupportedModelError, match=text):
         refuse_unsupported(config)
 
 
 def test_tensor_parallelism_and_simulated_routing(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(None, pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=4)
+    config = make_config(pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=4)
     refuse_unsupported(config)
     monkeypatch.setenv("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random")
     with pytest.raises(UnsupportedModelError, match="simulates"):
