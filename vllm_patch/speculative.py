@@ -13,7 +13,7 @@ from typing import Any
 from vllm_patch.releases import Hook
 
 # The forms that were compared with transformers. Others may choose the drafts to verify on the device, after the scheduler.
-METHODS = ("ngram", "suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa")
+METHODS = ("ngram", "draft_model", "eagle", "mtp")
 
 
 def refuse_unsupported_speculation(config: Any, hook: Hook) -> None:

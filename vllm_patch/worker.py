@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from vllm_patch.recorder import Recorder
 from vllm_patch.serving.server import Sealer, begin_trace, next_trace
 
 log = logging.getLogger("vllm.specmoe")
+
+# The worker's methods that replace the weights of the loaded model.
+WEIGHT_CHANGES = ("reload_weights", "update_weights", "reset_weights")
 
 
 class WorkerCapture:
@@ -38,6 +43,9 @@ class WorkerCapture:
         worker.load_model = self.load_model
         worker.execute_model = self.execute_model
         worker.shutdown = self.shutdown
+        for name in WEIGHT_CHANGES:
+            if hasattr(worker, name):
+                setattr(worker, name, self._ending_capture(name, getattr(worker, name)))
         setattr(worker, START, self.start)
         setattr(worker, STATUS, self.status)
         setattr(worker, STOP, self.stop)
@@ -114,6 +122,18 @@ class WorkerCapture:
     def stop(self) -> dict[str, Any]:
         """Write all queued rows and stop recording. Returns the final status."""
         return self._recorder.stop() if self._recorder is not None else {}
+
+    def _ending_capture(self, name: str, change_weights: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that ends the capture before it changes the weights: a trace is of one model, which its metadata names."""
+
+        @functools.wraps(change_weights)
+        def end_capture_and_change(*args: Any, **kwargs: Any) -> Any:
+            self._refusal = f"{name} changed the loaded weights: start the engine again to record it"
+            if self._recorder is not None and self._recorder.recording:
+                self._recorder.fail(RuntimeError(self._refusal))
+            return change_weights(*args, **kwargs)
+
+        return end_capture_and_change
 
     def _serve(self) -> None:
         """Record until shutdown. If that is impossible, the reason is logged and the server continues."""

@@ -60,6 +60,7 @@ class CollectSummary(BaseModel):
     Times are in seconds; `bytes` is the size of the whole directory.
 
     resumed: problems that earlier runs had finished. by_dataset: dataset -> (problems, tokens), prompt and output.
+    skipped_problems: problems that could not be run; the trace's gaps name them and say why.
     target_tokens: the requested number of tokens; None if a number of problems was requested. tokens_per_second: prompt and
     output tokens, with capture; None if earlier runs finished some of the problems.
     """
@@ -74,6 +75,7 @@ class CollectSummary(BaseModel):
     prompt_tokens: int
     output_tokens: int
     truncated_problems: int
+    skipped_problems: int = 0
     by_dataset: dict[str, tuple[int, int]]
     target_tokens: int | None
     rows: int
@@ -109,6 +111,7 @@ def summarize(
         output_tokens=output_tokens,
         truncated_problems=sum(cut > 0 for cut in columns["truncated_tokens"]),
         by_dataset=by_dataset,
+        skipped_problems=trace.metadata.capture.get("skipped_problems", 0),
         target_tokens=trace.metadata.sampling.get("target_tokens"),
         rows=trace.num_rows,
         bytes=sum(path.stat().st_size for path in trace.path.rglob("*") if path.is_file()),
