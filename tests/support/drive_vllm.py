@@ -205,6 +205,34 @@ def modes(out: Path, models: list[str]) -> None:
     stop(llm)
 
 
+def skipping(out: Path, models: list[str]) -> None:
+    """A collection with an empty prompt, a token that vLLM rejects, and two problems that can be run."""
+    from profiler import TraceCollector
+    from profiler.collect.collection import Collection
+    from profiler.datasets.problems import Problem
+    from profiler.engines import EngineOptions, Sampling
+    from profiler.trace.schema import DatasetMetadata
+
+    texts = ["def f(x):", "", "unknown", "Once"]
+    with TraceCollector(models[0], engine="vllm", engine_options=EngineOptions(dtype="float32", max_length=512)) as collector:
+        engine = collector.start()
+        encode = engine.encode
+        # mypy: a tokenizer without a token that begins each text, and with one more than the model has.
+        engine.encode = lambda text: [] if not text else [5, 10**6] if text == "unknown" else encode(text)  # type: ignore[method-assign]
+        summary = collector.collect(
+            Collection(
+                problems={
+                    number: Problem(dataset="made", source_key=str(number), prompt=text, max_new_tokens=5)
+                    for number, text in enumerate(texts)
+                },
+                datasets=[DatasetMetadata(name="made", problems=len(texts))],
+                sampling=Sampling(ignore_eos=True),
+                out=out / "trace",
+            )
+        )
+    (out / "summary.json").write_text(summary.model_dump_json())
+
+
 def half(out: Path, models: list[str]) -> None:
     """bfloat16, mixed batch, with logits, so that near ties can be told from errors."""
     from profiler.capture.options import CaptureOptions

@@ -47,16 +47,17 @@ def drive(*scenarios: list[object], **environment: str) -> None:
 
 @pytest.fixture(scope="module")
 def in_one_process(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # One engine after the other in one process: else each would import vLLM three times. Calls, and what `collect` runs, have
-    # workers.
+    # One engine after the other in one process: else each would import vLLM three times. What `collect` runs has workers, and
+    # so has the engine of `calls`.
     out = tmp_path_factory.mktemp("engines")
-    for name in ("families", "half", "pressure", "speculative", "modes"):
+    for name in ("families", "half", "pressure", "speculative", "modes", "skipping"):
         (out / name).mkdir()
     drive(
         ["families", out / "families", *(checkpoints / name for name in FAMILY_NAMES)],
         ["half", out / "half", demo_model_folder()],
         ["pressure", out / "pressure", checkpoints / "mixtral"],
         ["modes", out / "modes", demo_model_folder()],
+        ["skipping", out / "skipping", demo_model_folder()],
         ["speculative", out / "speculative", checkpoints / "mixtral", *make_drafts(checkpoints)],
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
     )
@@ -91,7 +92,7 @@ def half(in_one_process: Path) -> Path:
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("calls")
-    drive(["calls", out, demo_model_folder()])
+    drive(["calls", out, demo_model_folder()], VLLM_ENABLE_V1_MULTIPROCESSING="0")
     return out
 
 
@@ -210,6 +211,16 @@ def test_what_cannot_be_added_has_a_reason_and_the_rest_is_a_trace(name: str, te
     trace = Trace.open(modes / name)
     assert trace.faults(verify=True) == []
     assert trace.problems.num_rows == problems
+    assert assert_agrees(trace, load_oracle(demo_model_folder())) > 0
+
+
+def test_prompts_that_vllm_rejects_are_skipped(in_one_process: Path) -> None:
+    trace = Trace.open(in_one_process / "skipping" / "trace")
+    assert json.loads((in_one_process / "skipping" / "summary.json").read_text())["skipped_problems"] == 2
+    assert trace.problems.column("problem_id").to_pylist() == [0, 3]
+    empty, rejected = trace.metadata.gaps
+    assert empty == "skipped problem 1 (made 1): its prompt has no tokens"
+    assert rejected.startswith("skipped problem 2 (made 2): vLLM rejects it: Token id 1000000 is out of vocabulary")
     assert assert_agrees(trace, load_oracle(demo_model_folder())) > 0
 
 
