@@ -8,10 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from profiler.capture.options import CaptureOptions
 from profiler.collect.usage import Usage
 from profiler.datasets.problems import Problem
-from profiler.engines import Sampling
+from profiler.engines import Prompt, Sampling
 from profiler.errors import EngineError
+from profiler.models.resolve import ResolvedModel
 from profiler.trace.reader import Trace
 from profiler.trace.schema import DatasetMetadata
 
@@ -90,6 +92,29 @@ def check_sampling(sampling: Sampling) -> None:
     """Raise `EngineError` on values that no engine accepts."""
     if not 0 < sampling.top_p <= 1 or not 0 <= sampling.temperature <= MAX_TEMPERATURE:
         raise EngineError(f"expected top_p above 0 and at most 1, and temperature from 0 to {MAX_TEMPERATURE:g}")
+
+
+def size_estimates(capture: CaptureOptions, model: ResolvedModel, collection: Collection, prompts: list[Prompt]) -> list[str]:
+    """Estimated sizes of the optional recordings before compression, one line each."""
+    facts = model.metadata
+    lengths = [len(prompt.token_ids) + prompt.max_new_tokens - 1 for prompt in prompts]
+    tokens = sum(lengths)
+    estimates = []
+    if capture.logits:
+        values = tokens * len(facts.moe_layers) * facts.num_experts
+        estimates.append(
+            f"router logits: up to {tokens:,} tokens x {len(facts.moe_layers)} layers x {facts.num_experts} experts, "
+            f"{2 * values / 1e6:,.1f} MB"
+        )
+    if capture.hidden_layers:
+        # The problem that crosses the budget is still recorded to its end.
+        recorded = min(tokens, collection.hidden_tokens + max(lengths, default=0) + 1)
+        values = recorded * len(capture.hidden_layers) * model.hidden_size
+        estimates.append(
+            f"router inputs: about {recorded:,} tokens x {len(capture.hidden_layers)} layers x {model.hidden_size} "
+            f"values, {2 * values / 1e6:,.1f} MB (limited by hidden_tokens)"
+        )
+    return estimates
 
 
 def summarize(

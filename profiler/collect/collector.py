@@ -29,7 +29,14 @@ from profiler.capture.requests import (
     read_completed,
 )
 from profiler.capture.sealing import captured_positions, run_folder, runs_of
-from profiler.collect.collection import Collection, CollectProgress, CollectSummary, check_sampling, summarize
+from profiler.collect.collection import (
+    Collection,
+    CollectProgress,
+    CollectSummary,
+    check_sampling,
+    size_estimates,
+    summarize,
+)
 from profiler.collect.resume import check_settings, finished_problems, hidden_tokens_used
 from profiler.collect.selection import Selection, describe, select
 from profiler.collect.skipping import describe_skipped, encode_prompts, name_of, skipped_problems
@@ -292,7 +299,10 @@ class TraceCollector:
                 check_settings(earlier.metadata, now, out)
                 metadata = metadata.model_copy(update={"created": earlier.metadata.created})
             prompts, unusable = encode_prompts(engine, remaining)
-            for note in [*engine.notes, *self._size_estimates(collection, [prompt for prompt, _ in prompts])]:
+            for note in [
+                *engine.notes,
+                *size_estimates(self.options.capture, self.model, collection, [prompt for prompt, _ in prompts]),
+            ]:
                 self.on_stage(note)
             self.on_stage(f"running {len(prompts)} problems")
             began = time.monotonic()
@@ -443,28 +453,6 @@ class TraceCollector:
             },
             command=public_command(),
         )
-
-    def _size_estimates(self, collection: Collection, prompts: list[Prompt]) -> list[str]:
-        """Estimated sizes of the optional recordings before compression, one line each."""
-        capture, facts = self.options.capture, self.model.metadata
-        lengths = [len(prompt.token_ids) + prompt.max_new_tokens - 1 for prompt in prompts]
-        tokens = sum(lengths)
-        estimates = []
-        if capture.logits:
-            values = tokens * len(facts.moe_layers) * facts.num_experts
-            estimates.append(
-                f"router logits: up to {tokens:,} tokens x {len(facts.moe_layers)} layers x {facts.num_experts} experts, "
-                f"{2 * values / 1e6:,.1f} MB"
-            )
-        if capture.hidden_layers:
-            # The problem that crosses the budget is still recorded to its end.
-            recorded = min(tokens, collection.hidden_tokens + max(lengths) + 1)
-            values = recorded * len(capture.hidden_layers) * self.model.hidden_size
-            estimates.append(
-                f"router inputs: about {recorded:,} tokens x {len(capture.hidden_layers)} layers x {self.model.hidden_size} "
-                f"values, {2 * values / 1e6:,.1f} MB (limited by hidden_tokens)"
-            )
-        return estimates
 
 
 def _discard_if_empty(out: Path, created: bool) -> None:

@@ -169,6 +169,24 @@ def test_settings_that_would_mislabel_rows_are_refused(parallel: dict[str, objec
         refuse_unsupported(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("lora_config", object(), "without enable_lora"),
+        ("model_config", SimpleNamespace(runner_type="pooling"), "runner='generate'"),
+        ("model_config", SimpleNamespace(enable_prompt_embeds=True), "enable_prompt_embeds=False"),
+        ("model_config", SimpleNamespace(is_diffusion=True), "autoregressive"),
+        ("cache_config", SimpleNamespace(kv_sharing_fast_prefill=True), "kv_sharing_fast_prefill=False"),
+    ],
+)
+def test_requests_that_traces_cannot_hold_are_refused(name: str, value: object, text: str) -> None:
+    config = make_config(pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=1)
+    refuse_unsupported(config)
+    setattr(config, name, value)
+    with pytest.raises(UnsupportedModelError, match=text):
+        refuse_unsupported(config)
+
+
 def test_tensor_parallelism_and_simulated_routing(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=4)
     refuse_unsupported(config)
