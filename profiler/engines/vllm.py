@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import logging
 import multiprocessing
@@ -145,7 +146,7 @@ class VllmEngine:
             tokens = {"type": "token", "prompt_token_ids": prompt.token_ids}
             try:
                 self._llm.llm_engine.add_request(request, tokens, params)
-            except ValueError as error:  # vLLM's errors of validation are kinds of it
+            except _rejections() as error:
                 on_rejected(prompt.problem_id, f"vLLM rejects it: {first_line(error)}")
             else:
                 requests[request] = prompt.problem_id
@@ -211,6 +212,15 @@ def _refuse_scripts_that_cannot_be_imported() -> None:
     path = getattr(sys.modules["__main__"], "__file__", None)
     if path is not None and not Path(path).exists():
         raise EngineError(f"vLLM's processes import your script again, but {path} is not a file: save the script to a file")
+
+
+def _rejections() -> tuple[type[Exception], ...]:
+    """The errors that vLLM raises for a request that it does not accept: `ValueError`, later a class of its own."""
+    try:
+        exceptions = importlib.import_module("vllm.exceptions")
+    except ImportError:
+        return (ValueError,)
+    return (ValueError, getattr(exceptions, "VLLMClientError", ValueError))
 
 
 def is_installed() -> bool:

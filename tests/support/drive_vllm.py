@@ -82,15 +82,13 @@ def pressure(out: Path, models: list[str]) -> None:
 
 
 def calls(out: Path, models: list[str]) -> None:
-    """Two tensor-parallel workers, prefix caching on: calls, samples, stop strings, text prompts, shared prefixes, an abort."""
+    """One engine, prefix caching on: several calls, samples, stop strings, text prompts, shared prefixes, an abort."""
     from vllm import SamplingParams
 
     from vllm_patch import Recording, enable
 
     enable()
-    cores = sorted(os.sched_getaffinity(0))
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
-    llm = start(models[0], enable_prefix_caching=True, seed=1, tensor_parallel_size=2)
+    llm = start(models[0], enable_prefix_caching=True, seed=1)
     outputs: list[Any] = []
     with Recording(llm, out / "trace") as recording:
         for prompts, params in [
@@ -117,6 +115,20 @@ def calls(out: Path, models: list[str]) -> None:
         engine.abort_request(["dropped"], internal=False)
         while engine.has_unfinished_requests():
             recording.add(output for output in engine.step() if output.finished)
+    stop(llm)
+
+
+def workers(out: Path, models: list[str]) -> None:
+    """Two tensor-parallel workers, each a process on a core of its own; prompts in chunks."""
+    from vllm_patch import Recording, enable
+
+    enable()
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
+    llm = start(models[0], tensor_parallel_size=2, max_num_batched_tokens=64, max_num_seqs=8)
+    with Recording(llm, out / "trace") as recording:
+        recording.add(llm.generate(random_prompts(5, 10, 90), greedy(8), use_tqdm=False))
+    stop(llm)
 
 
 def speculative(out: Path, models: list[str]) -> None:

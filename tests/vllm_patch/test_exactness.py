@@ -47,10 +47,9 @@ def drive(*scenarios: list[object], **environment: str) -> None:
 
 @pytest.fixture(scope="module")
 def in_one_process(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # One engine after the other in one process: else each would import vLLM three times. What `collect` runs has workers, and
-    # so has the engine of `calls`.
+    # One engine after the other in one process: else each would import vLLM three times. What `collect` runs has workers.
     out = tmp_path_factory.mktemp("engines")
-    for name in ("families", "half", "pressure", "speculative", "modes", "skipping"):
+    for name in ("families", "half", "pressure", "speculative", "modes", "skipping", "calls"):
         (out / name).mkdir()
     drive(
         ["families", out / "families", *(checkpoints / name for name in FAMILY_NAMES)],
@@ -58,6 +57,7 @@ def in_one_process(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) 
         ["pressure", out / "pressure", checkpoints / "mixtral"],
         ["modes", out / "modes", demo_model_folder()],
         ["skipping", out / "skipping", demo_model_folder()],
+        ["calls", out / "calls", demo_model_folder()],
         ["speculative", out / "speculative", checkpoints / "mixtral", *make_drafts(checkpoints)],
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
     )
@@ -90,10 +90,8 @@ def half(in_one_process: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("calls")
-    drive(["calls", out, demo_model_folder()], VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    return out
+def calls(in_one_process: Path) -> Path:
+    return in_one_process / "calls"
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -152,6 +150,13 @@ def test_preempted_chunked_compiled_requests_agree_without_duplicates(pressure: 
     trace = Trace.open(pressure / "trace")
     assert_complete(trace)
     assert assert_agrees(trace, load_oracle(checkpoints / "mixtral")) == 4 * 299 * 3
+
+
+def test_with_tensor_parallelism_the_first_worker_records_everything(checkpoints: Path, tmp_path: Path) -> None:
+    drive(["workers", tmp_path, checkpoints / "mixtral"], VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    trace = Trace.open(tmp_path / "trace")
+    assert_complete(trace)
+    assert assert_agrees(trace, load_oracle(checkpoints / "mixtral")) > 700
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle", "mtp"])
