@@ -217,13 +217,16 @@ def test_labels_follow_the_runners_row_order_not_the_schedulers() -> None:
         new={"b": {"problem_id": 7}, "c": None, "d": {"problem_id": "x"}, "e": {"problem_id": [1]}},
         finished=("z",),
     )
-    first = SimpleNamespace(
-        input_batch=SimpleNamespace(req_ids=["b", "a", None], num_reqs=2, num_computed_tokens_cpu=np.array([0, 9, 99]))
-    )
-    batch = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_np=np.array([0, 9]))
+    input_ids = torch.tensor([5, 6, 7, 8])
+    first_batch = SimpleNamespace(req_ids=["b", "a", None], num_reqs=2, num_computed_tokens_cpu=np.array([0, 9, 99]))
+    first = SimpleNamespace(input_batch=first_batch, input_ids=SimpleNamespace(gpu=input_ids, cpu=None))
+    plain_tensor = SimpleNamespace(input_batch=first_batch, input_ids=input_ids)
+    batch = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_np=np.array([0, 9]), input_ids=input_ids)
     second = SimpleNamespace(execute_model_state=SimpleNamespace(input_batch=batch))
-    for runner in (first, second):
+    assert label_rows(SimpleNamespace(input_batch=first_batch), output).input_ids is None
+    for runner in (first, plain_tensor, second):
         step = label_rows(runner, output)
+        assert step.input_ids is input_ids
         assert (step.request_ids, step.starts_B.tolist(), step.rows) == (["b", "a"], [0, 9], 4)
         assert [step.scheduled[request] for request in step.request_ids] == [3, 1]
         assert {new.request_id: new.label for new in step.new} == {"b": 7, "c": None, "d": "x", "e": None}
