@@ -85,7 +85,7 @@ class Recording:
         self.out = Path(out)
         self._llm = llm
         self._workers = Workers(llm, "call vllm_patch.enable() before starting the engine")
-        self._outputs: list[Any] = []
+        self._outputs: dict[int, Any] = {}
         self._refusal: TraceError | None = None
         self.trace: Trace | None = None
 
@@ -100,15 +100,16 @@ class Recording:
                 output of this call is added. The recording goes on, and its trace is written even if the error leaves the
                 block.
         """
-        added = list(outputs)
-        known = {id(output) for output in self._outputs}
-        for output in added:
-            reason = _reason_against(output) or ("it was added before" if id(output) in known else None)
-            known.add(id(output))
+        # By identity: the outputs are kept, so no other object gets the same.
+        added: dict[int, Any] = {}
+        for output in outputs:
+            again = id(output) in added or id(output) in self._outputs
+            reason = _reason_against(output) or ("it was added before" if again else None)
             if reason is not None:
                 self._refusal = TraceError(f"{type(output).__name__} cannot be added to a recording: {reason}")
                 raise self._refusal
-        self._outputs += added
+            added[id(output)] = output
+        self._outputs |= added
 
     def __enter__(self) -> Self:
         if self.out.exists() and any(self.out.iterdir()):
@@ -137,7 +138,7 @@ class Recording:
 
     def _sequences(self, requests: list[CapturedRequest]) -> tuple[list[Sequence], list[UnmatchedOutputError]]:
         """The sequences of the added outputs and of all other requests, and why outputs are not among them."""
-        samples = [(output, sample) for output in self._outputs for sample in output.outputs]
+        samples = [(output, sample) for output in self._outputs.values() for sample in output.outputs]
         outputs = [
             Output(
                 f"{sample.index}_{output.request_id}" if len(output.outputs) > 1 else output.request_id,
