@@ -152,6 +152,8 @@ def print_summary(summary: CollectSummary) -> None:
         typer.echo(f"{tokens:,} of {summary.target_tokens:,} tokens: outputs ended early, or the datasets hold no more")
     if summary.truncated_problems:
         typer.echo(f"{summary.truncated_problems} prompts were too long and lost their tail")
+    if summary.skipped_problems:
+        typer.echo(f"{summary.skipped_problems} problems could not be run and were skipped; 'specmoe inspect' says why")
 
 
 class IdenticalRunsChoice(StrEnum):

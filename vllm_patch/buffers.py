@@ -28,7 +28,7 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def arrays(self) -> Arrays:
-        """The rows as arrays `[T, L, W]`, by name."""
+        """The rows as arrays `[T, L, W]`, by name; `input_ids` are `[T]`."""
         if self.copied is not None:
             self.copied.synchronize()
         return {name: tensor.numpy() for name, tensor in self.tensors.items()}
@@ -121,13 +121,17 @@ class CaptureBuffers:
             copies.append(copy_hidden)
         return copies[0] if len(copies) == 1 else _all(copies)
 
-    def snapshot(self, rows: int, *, hidden: bool) -> Snapshot:
+    def snapshot(self, rows: int, *, hidden: bool, input_ids: torch.Tensor | None = None) -> Snapshot:
         """Copy the first `rows` rows of a finished step, then mark them as unwritten.
 
         On a GPU, the copy to pinned memory runs on its own stream and overlaps the next step.
+
+        input_ids: the runner's tensor of vocabulary ids; its first `rows` values are copied, too.
         """
         names = [name for name in self.tensors if hidden or name != "hidden"]
         copies = {name: self.tensors[name][:rows].clone() for name in names}
+        if input_ids is not None:
+            copies["input_ids"] = input_ids[:rows].clone()
         self.tensors["expert_ids"][:rows].fill_(-1)
         if self._stream is None:
             return Snapshot(copies)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.capture.requests import REQUESTS_FILE, CapturedRequest
-from profiler.trace.stream import RoutingWriter, ValuesWriter
+from profiler.trace.stream import InputsWriter, RoutingWriter, ValuesWriter
 from vllm_patch.buffers import Arrays
 
 NO_END = np.iinfo(np.int32).max
@@ -24,7 +24,8 @@ OpenWriters = Callable[[Path], tuple[RoutingWriter, dict[str, ValuesWriter]]]
 class CapturedRows:
     """A batch of rows, whose requests are identified by number.
 
-    numbers_T, positions_T: request number and sequence position of each row. steps: arrays `[T, L, W]` of each step, by name.
+    numbers_T, positions_T: request number and sequence position of each row. steps: arrays `[T, L, W]` of each step, by name,
+    and `input_ids` `[T]` if they are known.
     hidden: for each step, which rows' router inputs are kept `[T]`; None if none are. requests: those that started in this
     batch. finished: the numbers of those that ended.
     """
@@ -63,6 +64,7 @@ class CaptureFiles:
         self.rows = 0
         self.nbytes = 0
         self._routing, self._values = open_writers(directory)
+        self._inputs = InputsWriter(directory)
         self._requests: IO[str] = (directory / REQUESTS_FILE).open("w", encoding="utf-8")
 
     def write(self, rows: CapturedRows) -> None:
@@ -81,6 +83,9 @@ class CaptureFiles:
             self._values["logits"].add(numbers_T, positions_T, _joined(rows.steps, "logits")[order_T])
         if "hidden" in self._values:
             self._write_hidden(rows)
+        inputs = [arrays["input_ids"] for arrays in rows.steps if "input_ids" in arrays]
+        if sum(map(len, inputs)) == len(rows.numbers_T):
+            self._inputs.add(numbers_T, positions_T, np.concatenate(inputs)[order_T])
         self._routing.add(numbers_T, positions_T, ids_TLK, weights_TLK)
         self.rows += ids_TLK.shape[0] * ids_TLK.shape[1]
         self.nbytes += ids_TLK.nbytes + weights_TLK.nbytes
@@ -97,7 +102,7 @@ class CaptureFiles:
 
     def close(self) -> None:
         self._requests.close()
-        for writer in (self._routing, *self._values.values()):
+        for writer in (self._routing, self._inputs, *self._values.values()):
             writer.close()
 
 

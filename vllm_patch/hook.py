@@ -94,10 +94,12 @@ def refuse_unsupported(config: Any) -> None:
         raise UnsupportedModelError("fast prefill skips tokens in some layers: use kv_sharing_fast_prefill=False")
     if getattr(config.model_config, "enable_prompt_embeds", False):
         raise UnsupportedModelError("prompt embeddings have no token ids to record: use enable_prompt_embeds=False")
+    if getattr(config.model_config, "runner_type", None) == "pooling":
+        raise UnsupportedModelError("pooling also routes the last token, which traces leave out: use runner='generate'")
+    if getattr(config, "lora_config", None) is not None:
+        raise UnsupportedModelError("LoRA adapters change the routing of some requests: run without enable_lora")
     if getattr(config.model_config, "is_diffusion", False):
         raise UnsupportedModelError("diffusion models route each position many times: choose an autoregressive model")
-    if config.speculative_config is not None:
-        raise UnsupportedModelError("speculative decoding also routes rejected drafts: run without speculative_config")
     if os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
         raise UnsupportedModelError("vLLM simulates the routing: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
 

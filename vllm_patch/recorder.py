@@ -170,7 +170,7 @@ class Recorder:
         if self._error is not None:
             return
         hidden_T = self._choose_hidden(step)
-        snapshot = self.buffers.snapshot(step.rows, hidden=hidden_T is not None)
+        snapshot = self.buffers.snapshot(step.rows, hidden=hidden_T is not None, input_ids=step.input_ids)
         if not self._verified and step.rows:
             self._verify(snapshot)
         with self._change:

@@ -6,7 +6,6 @@ docs/capture.md shows a complete program.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from profiler.capture.finish import finish_trace
+from profiler.capture.inputs import CapturedInputs
 from profiler.capture.metadata import captured_metadata
 from profiler.capture.options import CaptureOptions, separate_compile_cache
 from profiler.capture.protocol import Workers
@@ -24,10 +24,10 @@ from profiler.models.resolve import resolve_model
 from profiler.trace.reader import Trace
 from profiler.trace.schema import Metadata
 from profiler.trace.writer import write_metadata
+from vllm_patch.matching import Output, UnmatchedOutputError, match_outputs
+from vllm_patch.speculative import describe_speculation
 
 DATASET = "own"
-# vLLM appends a dash and eight random characters to request ids from 0.14 on.
-_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
 
 
 def enable(options: CaptureOptions | None = None) -> None:
@@ -53,8 +53,8 @@ class Recording:
     """A context manager that records all requests of an engine and writes a complete trace when it exits.
 
     Every sample of every output passed to `add` becomes a problem, in that order. Requests whose output is never added
-    (aborted ones) keep the routing of their prompt and are marked `abort`. If the block raises an exception, no trace is
-    written, and the captured rows stay in `out/capture`.
+    (aborted ones) keep the routing of their prompt and are marked `abort`. If the block raises an exception other than one
+    that `add` raised, no trace is written, and the captured rows stay in `out/capture`.
 
     Args:
         llm: The `vllm.LLM` to record, started after `enable()`.
@@ -66,8 +66,9 @@ class Recording:
 
     Raises:
         EngineError: On entry, if the engine cannot record; the message says why. On exit, if recording failed.
-        TraceError: On entry, if `out` exists and is not an empty folder. On exit, if no request ran inside the block, or if
-            an output passed to `add` was not generated inside it.
+        TraceError: On entry, if `out` exists and is not an empty folder. On exit, if no request ran inside the block. Also on
+            exit, once a trace of everything else is complete, if an output passed to `add` was not generated inside the
+            block or was added twice.
 
     Example:
         >>> import vllm_patch
@@ -85,16 +86,31 @@ class Recording:
         self.out = Path(out)
         self._llm = llm
         self._workers = Workers(llm, "call vllm_patch.enable() before starting the engine")
-        self._outputs: list[Any] = []
+        self._outputs: dict[int, Any] = {}
+        self._refusal: TraceError | None = None
         self.trace: Trace | None = None
 
     def add(self, outputs: Iterable[Any]) -> None:
         """Add outputs to the trace, with their prompts and generated text.
 
         Args:
-            outputs: What `llm.generate` or `llm.chat` returned inside the block: `vllm.RequestOutput` objects.
+            outputs: What `llm.generate` or `llm.chat` returned inside the block: finished `vllm.RequestOutput` objects.
+
+        Raises:
+            TraceError: An output is of another kind (such as that of `llm.beam_search`), not finished, or was added before. No
+                output of this call is added. The recording goes on, and its trace is written even if the error leaves the
+                block.
         """
-        self._outputs += outputs
+        # By identity: the outputs are kept, so no other object gets the same.
+        added: dict[int, Any] = {}
+        for output in outputs:
+            again = id(output) in added or id(output) in self._outputs
+            reason = _reason_against(output) or ("it was added before" if again else None)
+            if reason is not None:
+                self._refusal = TraceError(f"{type(output).__name__} cannot be added to a recording: {reason}")
+                raise self._refusal
+            added[id(output)] = output
+        self._outputs |= added
 
     def __enter__(self) -> Self:
         if self.out.exists() and any(self.out.iterdir()):
@@ -106,7 +122,7 @@ class Recording:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         answer = self._workers.stop()
-        if kind is not None:
+        if kind is not None and error is not self._refusal:
             return
         requests = read_requests(run_folder(self.out, 0))
         if not requests:
@@ -114,37 +130,45 @@ class Recording:
             raise TraceError(f"{self.out}: no request ran during the recording")
         metadata = self._metadata()
         waits = {"writer_waits": answer["waits"], "writer_wait_seconds": round(answer["wait_seconds"], 3)}
-        metadata = metadata.model_copy(update={"capture": metadata.capture | waits})
-        self.trace = finish_trace(self.out, metadata, self._sequences(requests))
+        sequences, unmatched = self._sequences(requests)
+        gaps = [f"{len(unmatched)} added outputs are left out, the first because {unmatched[0]}"] if unmatched else []
+        metadata = metadata.model_copy(update={"capture": metadata.capture | waits, "gaps": gaps})
+        self.trace = finish_trace(self.out, metadata, sequences)
+        if unmatched and error is None:
+            raise TraceError(f"{unmatched[0]}; {self.out} holds the routing of everything else")
 
-    def _sequences(self, requests: list[CapturedRequest]) -> list[Sequence]:
-        by_id = {request.request_id: request for request in requests}
-        by_id |= {_SUFFIX.sub("", request.request_id): request for request in requests}
+    def _sequences(self, requests: list[CapturedRequest]) -> tuple[list[Sequence], list[UnmatchedOutputError]]:
+        """The sequences of the added outputs and of all other requests, and why outputs are not among them."""
+        samples = [(output, sample) for output in self._outputs.values() for sample in output.outputs]
+        outputs = [
+            Output(
+                f"{sample.index}_{output.request_id}" if len(output.outputs) > 1 else output.request_id,
+                list(output.prompt_token_ids),
+                list(sample.token_ids),
+            )
+            for output, sample in samples
+        ]
+        found = match_outputs(outputs, requests, CapturedInputs(run_folder(self.out, 0)))
         sequences: list[Sequence] = []
-        seen = set()
-        for output in self._outputs:
-            for sample in output.outputs:
-                name = f"{sample.index}_{output.request_id}" if len(output.outputs) > 1 else output.request_id
-                request = by_id.get(name)
-                if request is None:
-                    raise TraceError(f"output {output.request_id!r} was not generated during the recording")
-                seen.add(request.number)
+        for (output, sample), named, request in zip(samples, outputs, found, strict=True):
+            if isinstance(request, CapturedRequest):
                 sequences.append(
                     Sequence(
                         problem_id=len(sequences),
                         captured_as=(0, request.number),
                         dataset=DATASET,
-                        source_key=name,
-                        prompt=output.prompt or self._text(output.prompt_token_ids),
+                        source_key=named.name,
+                        prompt=output.prompt or self._text(named.prompt_token_ids),
                         output=sample.text,
-                        prompt_token_ids=list(output.prompt_token_ids),
-                        output_token_ids=list(sample.token_ids),
+                        prompt_token_ids=named.prompt_token_ids,
+                        output_token_ids=named.token_ids,
                         cached_tokens=request.cached_tokens,
                         finish_reason=sample.finish_reason or ABORTED,
                     )
                 )
+        used = {request.number for request in found if isinstance(request, CapturedRequest)}
         for request in requests:
-            if request.number not in seen:
+            if request.number not in used:
                 sequences.append(
                     Sequence(
                         problem_id=len(sequences),
@@ -159,7 +183,7 @@ class Recording:
                         finish_reason=ABORTED,
                     )
                 )
-        return sequences
+        return sequences, [request for request in found if isinstance(request, UnmatchedOutputError)]
 
     def _text(self, token_ids: list[int]) -> str:
         """The prompt's text, or its token ids if the engine has no tokenizer."""
@@ -186,5 +210,19 @@ class Recording:
             capture={
                 "prefix_caching": bool(config.cache_config.enable_prefix_caching),
                 "moe_kernels": self._facts["moe_kernels"],
-            },
+            }
+            | describe_speculation(config),
         )
+
+
+def _reason_against(output: Any) -> str | None:
+    """Why an object that a program adds is not a finished output of generated text; None if it is one."""
+    if hasattr(output, "sequences") and not hasattr(output, "request_id"):
+        return (
+            "beam search runs each step of each beam as a request of its own, which vLLM does not name: "
+            "generate samples with SamplingParams(n=...) instead"
+        )
+    samples = getattr(output, "outputs", None)
+    if not isinstance(samples, list) or not all(hasattr(sample, "token_ids") for sample in samples):
+        return "expected vllm.RequestOutput, as llm.generate returns it"
+    return None if output.finished else f"request {output.request_id!r} has not finished"

@@ -28,7 +28,7 @@ class Step:
 
     request_ids, starts_B: id and first sequence position of each request, in the order of the rows. scheduled: number of rows
     of each request. rows: number of rows in total. new: requests that appear for the first time. finished: requests that ended
-    before this step.
+    before this step. input_ids: the device tensor whose first rows are the vocabulary ids that the model read; None if unknown.
     """
 
     request_ids: list[str]
@@ -37,6 +37,7 @@ class Step:
     rows: int
     new: list[NewRequest]
     finished: set[str]
+    input_ids: Any = None
 
 
 def label_rows(runner: Any, scheduler_output: Any) -> Step:
@@ -47,13 +48,18 @@ def label_rows(runner: Any, scheduler_output: Any) -> Step:
     """
     request_ids: list[str] = []
     starts_B: npt.NDArray[np.integer[Any]] = np.empty(0, dtype=np.int32)
+    input_ids: Any = None
     if scheduler_output.total_num_scheduled_tokens:
         batch = getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
         if batch is not None:
             request_ids, computed = list(batch.req_ids), batch.num_computed_tokens_np
+            input_ids = getattr(batch, "input_ids", None)
         else:
             batch = runner.input_batch
             request_ids, computed = batch.req_ids[: batch.num_reqs], batch.num_computed_tokens_cpu
+            found = getattr(runner, "input_ids", None)
+            # A pair of buffers, on the host and on the device.
+            input_ids = getattr(found, "gpu", found)
         # A copy, because the runner updates the array in place.
         starts_B = np.array(computed[: len(request_ids)])
     return Step(
@@ -66,6 +72,7 @@ def label_rows(runner: Any, scheduler_output: Any) -> Step:
             for new in scheduler_output.scheduled_new_reqs
         ],
         finished=scheduler_output.finished_req_ids,
+        input_ids=input_ids,
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from vllm_patch.releases import Hook
 
 log = logging.getLogger("vllm.specmoe")
+
+# The worker's methods that replace the weights of the loaded model.
+WEIGHT_CHANGES = ("reload_weights", "update_weights", "reset_weights")
 
 
 class WorkerCapture:
@@ -44,6 +48,9 @@ class WorkerCapture:
         worker.load_model = self.load_model
         worker.execute_model = self.execute_model
         worker.shutdown = self.shutdown
+        for name in WEIGHT_CHANGES:
+            if hasattr(worker, name):
+                setattr(worker, name, self._ending_capture(name, getattr(worker, name)))
         setattr(worker, START, self.start)
         setattr(worker, STATUS, self.status)
         setattr(worker, STOP, self.stop)
@@ -136,6 +143,18 @@ class WorkerCapture:
             # An unexpected kind of model must not stop a server.
             self._refusal = f"the recorder does not support this model: {type(error).__name__}: {error}"
 
+    def _ending_capture(self, name: str, change_weights: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that ends the capture before it changes the weights: a trace is of one model, which its metadata names."""
+
+        @functools.wraps(change_weights)
+        def end_capture_and_change(*args: Any, **kwargs: Any) -> Any:
+            self._refusal = f"{name} changed the loaded weights: start the engine again to record it"
+            if self._recorder is not None and self._recorder.recording:
+                self._recorder.fail(RuntimeError(self._refusal))
+            return change_weights(*args, **kwargs)
+
+        return end_capture_and_change
+
     def _serve(self) -> None:
         """Record until shutdown. If that is impossible, the reason is logged and the server continues."""
         out, options = Path(self._options.out), self._options
@@ -173,6 +192,8 @@ class WorkerCapture:
     def _metadata(self) -> Metadata:
         import vllm
 
+        from vllm_patch.speculative import describe_speculation
+
         assert self._recorder is not None
         config = self._worker.vllm_config.model_config
         model = resolve_model(config.model, revision=config.revision).metadata
@@ -190,7 +211,8 @@ class WorkerCapture:
                 "tokenizer": None if config.skip_tokenizer_init else config.tokenizer,
                 "logits": self._options.logits,
                 "hidden_layers": list(self._options.hidden_layers),
-            },
+            }
+            | describe_speculation(self._worker.vllm_config),
         )
 
     def _save_gates(self, directory: Path) -> None:
@@ -217,8 +239,10 @@ class WorkerCapture:
         from vllm_patch.buffers import CaptureBuffers
         from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, source_is_patched
         from vllm_patch.releases import is_known
+        from vllm_patch.speculative import refuse_unsupported_speculation
 
         config, options = self._worker.vllm_config, self._options
+        refuse_unsupported_speculation(config, hook)
         self._layers = layers = find_moe_layers(self._worker.model_runner.get_model(), hook, kernels)
         indices = [layer.index for layer in layers]
         absent = sorted(set(options.hidden_layers) - set(indices))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from profiler.capture.inputs import check_sequences
 from profiler.capture.requests import ABORTED, Sequence
 from profiler.capture.sealing import Missing, run_folder, runs_of, seal
 from profiler.errors import TraceError
@@ -38,11 +39,13 @@ def finish_trace(
     """Seal `directory/capture` as the routing of `sequences`, and write the tables, the gaps and the manifest.
 
     jsonl: also write the routing as JSON lines. drop_other_requests: drop the rows of requests that are not in `sequences`.
-    Raises `TraceError` if nothing was captured, or if there are rows of other requests and `drop_other_requests` is False.
+    Raises `TraceError` if nothing was captured, if there are rows of other requests and `drop_other_requests` is False, or if
+    the captured request of a sequence is another sequence's too, or read other tokens (`profiler.capture.inputs`).
     """
     sequences = sorted(sequences, key=lambda sequence: sequence.problem_id)
     if not any((run_folder(directory, run) / ROUTING_STREAM).is_file() for run in runs_of(directory)):
         raise TraceError(f"{directory}: nothing was captured")
+    check_sequences(directory, sequences)
     missing = seal(
         directory,
         metadata.model,

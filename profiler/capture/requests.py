@@ -14,6 +14,7 @@ from profiler.capture.sealing import Source, run_folder
 from profiler.errors import TraceError
 
 REQUESTS_FILE, PLANNED_FILE, COMPLETIONS_FILE = "requests.jsonl", "planned.jsonl", "completions.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 ABORTED = "abort"
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -90,6 +91,19 @@ class CompletedProblem(_JsonLine):
     output_token_ids: list[Count]
     cached_tokens: Count
     finish_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedProblem(_JsonLine):
+    """A problem that cannot be run, and why: one line of `skipped.jsonl`."""
+
+    problem_id: Count
+    reason: str
+
+
+def read_skipped(run: Path) -> list[SkippedProblem]:
+    """The problems that a run skipped. Raises `TraceError` on an invalid line."""
+    return _records(run / SKIPPED_FILE, SkippedProblem)
 
 
 def read_planned(run: Path) -> list[PlannedProblem]:

@@ -8,10 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from profiler.capture.options import CaptureOptions
 from profiler.collect.usage import Usage
 from profiler.datasets.problems import Problem
-from profiler.engines import Sampling
+from profiler.engines import Prompt, Sampling
 from profiler.errors import EngineError
+from profiler.models.resolve import ResolvedModel
 from profiler.trace.reader import Trace
 from profiler.trace.schema import DatasetMetadata
 
@@ -61,6 +63,7 @@ class CollectSummary(BaseModel):
 
     resumed: problems that earlier runs had finished. by_dataset: dataset -> (problems, tokens), prompt and output.
     moe_kernels: kernel that computed experts -> the one that vLLM would have used without capture; None if it is the same.
+    skipped_problems: problems that could not be run; the trace's gaps name them and say why.
     target_tokens: the requested number of tokens; None if a number of problems was requested. tokens_per_second: prompt and
     output tokens, with capture; None if earlier runs finished some of the problems.
     """
@@ -75,6 +78,7 @@ class CollectSummary(BaseModel):
     prompt_tokens: int
     output_tokens: int
     truncated_problems: int
+    skipped_problems: int = 0
     by_dataset: dict[str, tuple[int, int]]
     target_tokens: int | None
     moe_kernels: dict[str, str | None] = {}
@@ -90,6 +94,29 @@ def check_sampling(sampling: Sampling) -> None:
     """Raise `EngineError` on values that no engine accepts."""
     if not 0 < sampling.top_p <= 1 or not 0 <= sampling.temperature <= MAX_TEMPERATURE:
         raise EngineError(f"expected top_p above 0 and at most 1, and temperature from 0 to {MAX_TEMPERATURE:g}")
+
+
+def size_estimates(capture: CaptureOptions, model: ResolvedModel, collection: Collection, prompts: list[Prompt]) -> list[str]:
+    """Estimated sizes of the optional recordings before compression, one line each."""
+    facts = model.metadata
+    lengths = [len(prompt.token_ids) + prompt.max_new_tokens - 1 for prompt in prompts]
+    tokens = sum(lengths)
+    estimates = []
+    if capture.logits:
+        values = tokens * len(facts.moe_layers) * facts.num_experts
+        estimates.append(
+            f"router logits: up to {tokens:,} tokens x {len(facts.moe_layers)} layers x {facts.num_experts} experts, "
+            f"{2 * values / 1e6:,.1f} MB"
+        )
+    if capture.hidden_layers:
+        # The problem that crosses the budget is still recorded to its end.
+        recorded = min(tokens, collection.hidden_tokens + max(lengths, default=0) + 1)
+        values = recorded * len(capture.hidden_layers) * model.hidden_size
+        estimates.append(
+            f"router inputs: about {recorded:,} tokens x {len(capture.hidden_layers)} layers x {model.hidden_size} "
+            f"values, {2 * values / 1e6:,.1f} MB (limited by hidden_tokens)"
+        )
+    return estimates
 
 
 def summarize(
@@ -111,6 +138,7 @@ def summarize(
         output_tokens=output_tokens,
         truncated_problems=sum(cut > 0 for cut in columns["truncated_tokens"]),
         by_dataset=by_dataset,
+        skipped_problems=trace.metadata.capture.get("skipped_problems", 0),
         target_tokens=trace.metadata.sampling.get("target_tokens"),
         moe_kernels=trace.metadata.capture.get("moe_kernels", {}),
         rows=trace.num_rows,

@@ -18,13 +18,29 @@ from typing import Any, Self
 
 from profiler.capture.finish import finish_trace
 from profiler.capture.metadata import captured_metadata
-from profiler.capture.requests import COMPLETIONS_FILE, PLANNED_FILE, CompletedProblem, PlannedProblem, Sequence, read_completed
+from profiler.capture.requests import (
+    COMPLETIONS_FILE,
+    PLANNED_FILE,
+    SKIPPED_FILE,
+    CompletedProblem,
+    PlannedProblem,
+    Sequence,
+    SkippedProblem,
+    read_completed,
+)
 from profiler.capture.sealing import captured_positions, run_folder, runs_of
-from profiler.collect.collection import Collection, CollectProgress, CollectSummary, check_sampling, summarize
+from profiler.collect.collection import (
+    Collection,
+    CollectProgress,
+    CollectSummary,
+    check_sampling,
+    size_estimates,
+    summarize,
+)
 from profiler.collect.resume import check_settings, finished_problems, hidden_tokens_used
 from profiler.collect.selection import Selection, describe, select
+from profiler.collect.skipping import describe_skipped, encode_prompts, name_of, skipped_problems
 from profiler.collect.usage import UsageMonitor
-from profiler.datasets.problems import Problem
 from profiler.engines import Completion, Engine, EngineOptions, Prompt, Sampling, start_engine
 from profiler.errors import EngineError, TraceError
 from profiler.models.gpus import device_name, local_gpu
@@ -252,6 +268,7 @@ class TraceCollector:
         out, problems = collection.out, collection.problems
         earlier = Trace.open(out, allow_incomplete=True) if (out / METADATA_FILE).is_file() else None
         sequences: dict[int, Sequence] = {}
+        skipped: dict[int, str] = {}
         if earlier is not None:
             check_settings(earlier.metadata, self._settings(collection), out)
             if earlier.manifest is not None:
@@ -261,10 +278,14 @@ class TraceCollector:
                 shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
                 return summarize(trace, resumed=trace.problems.num_rows, usage=monitor.usage)
             sequences = finished_problems(out, problems)
+            skipped = skipped_problems(out)
             self.on_stage(f"resuming: {len(sequences)} of {len(problems)} problems are finished")
         resumed = len(sequences)
+        remaining = {
+            number: problem for number, problem in problems.items() if number not in sequences and number not in skipped
+        }
         start_seconds, generate_seconds = 0.0, 0.0
-        if earlier is not None and resumed == len(problems):
+        if earlier is not None and not remaining:
             # Sealing determines the gaps again.
             metadata = earlier.metadata.model_copy(update={"gaps": []})
         else:
@@ -280,20 +301,28 @@ class TraceCollector:
                 kept = {"created": earlier.metadata.created, "capture": metadata.capture | kernels}
                 metadata = metadata.model_copy(update=kept)
             write_metadata(out, metadata)
-            prompts = _encode(engine, {number: p for number, p in problems.items() if number not in sequences})
-            for note in [*engine.notes, *self._size_estimates(collection, [prompt for prompt, _ in prompts])]:
+            prompts, unusable = encode_prompts(engine, remaining)
+            for note in [
+                *engine.notes,
+                *size_estimates(self.options.capture, self.model, collection, [prompt for prompt, _ in prompts]),
+            ]:
                 self.on_stage(note)
             self.on_stage(f"running {len(prompts)} problems")
             began = time.monotonic()
-            ran, report = self._run(engine, collection, prompts, sequences, monitor)
+            ran, report = self._run(engine, collection, prompts, unusable, sequences, monitor)
             generate_seconds = time.monotonic() - began
             sequences |= ran
+            skipped = skipped_problems(out)
             metadata = metadata.model_copy(update={"capture": metadata.capture | report})
+        if not sequences:
+            raise EngineError(f"none of the {len(problems)} problems can be run; {describe_skipped(problems, skipped)[0]}")
         self.on_stage("sealing the trace")
         runs = len(runs_of(out))
         cut = sum(sequence.truncated_tokens > 0 for sequence in sequences.values())
-        counts = {"truncated_problems": cut, "runs": runs, "device": device_name()}
-        metadata = metadata.model_copy(update={"capture": metadata.capture | counts})
+        counts = {"truncated_problems": cut, "skipped_problems": len(skipped), "runs": runs, "device": device_name()}
+        metadata = metadata.model_copy(
+            update={"capture": metadata.capture | counts, "gaps": describe_skipped(problems, skipped)}
+        )
         trace = finish_trace(out, metadata, list(sequences.values()), jsonl=collection.jsonl, drop_other_requests=runs > 1)
         return summarize(
             trace,
@@ -308,10 +337,14 @@ class TraceCollector:
         engine: Engine,
         collection: Collection,
         prompts: list[tuple[Prompt, int]],
+        unusable: dict[int, str],
         finished: dict[int, Sequence],
         monitor: UsageMonitor,
     ) -> tuple[dict[int, Sequence], dict[str, Any]]:
-        """Run the prompts as a new run; returns their sequences by problem id, and the engine's report."""
+        """Run the prompts as a new run; returns their sequences by problem id, and the engine's report.
+
+        unusable: problems that have no prompt, and why; recorded as skipped, like those that the engine rejects.
+        """
         out = collection.out
         hidden_tokens = collection.hidden_tokens
         if self.options.capture.hidden_layers:
@@ -331,7 +364,7 @@ class TraceCollector:
                     truncated_tokens=cut,
                 )
                 file.write(planned.to_json() + "\n")
-        done = tokens = 0
+        done = tokens = skipped = 0
         began = time.monotonic()
         lengths = {prompt.problem_id: len(prompt.token_ids) for prompt, _ in prompts}
 
@@ -339,14 +372,24 @@ class TraceCollector:
             self.on_progress(
                 CollectProgress(
                     problems=len(finished) + done,
-                    total=len(collection.problems),
+                    total=len(collection.problems) - skipped,
                     tokens=tokens,
                     seconds=time.monotonic() - began,
                     usage=monitor.usage,
                 )
             )
 
-        with (folder / COMPLETIONS_FILE).open("w", encoding="utf-8") as completions:
+        with (
+            (folder / COMPLETIONS_FILE).open("w", encoding="utf-8") as completions,
+            (folder / SKIPPED_FILE).open("w", encoding="utf-8") as rejections,
+        ):
+
+            def skip(problem_id: int, reason: str) -> None:
+                nonlocal skipped
+                rejections.write(SkippedProblem(problem_id=problem_id, reason=reason).to_json() + "\n")
+                rejections.flush()
+                skipped += 1
+                self.on_stage(f"skipping {name_of(collection.problems[problem_id], problem_id)}: {reason}")
 
             def on_finished(completion: Completion) -> None:
                 nonlocal done, tokens
@@ -363,8 +406,14 @@ class TraceCollector:
                 tokens += lengths[completion.problem_id] + len(completion.token_ids)
                 report_progress()
 
+            for problem_id, reason in unusable.items():
+                skip(problem_id, reason)
             report_progress()
-            report = engine.generate([prompt for prompt, _ in prompts], collection.sampling, folder, on_finished, hidden_tokens)
+            report: dict[str, Any] = {}
+            if prompts:
+                report = engine.generate(
+                    [prompt for prompt, _ in prompts], collection.sampling, folder, on_finished, skip, hidden_tokens
+                )
         return read_completed(out, run), report
 
     def _settings(self, collection: Collection) -> dict[str, Any]:
@@ -409,44 +458,6 @@ class TraceCollector:
             },
             command=public_command(),
         )
-
-    def _size_estimates(self, collection: Collection, prompts: list[Prompt]) -> list[str]:
-        """Estimated sizes of the optional recordings before compression, one line each."""
-        capture, facts = self.options.capture, self.model.metadata
-        lengths = [len(prompt.token_ids) + prompt.max_new_tokens - 1 for prompt in prompts]
-        tokens = sum(lengths)
-        estimates = []
-        if capture.logits:
-            values = tokens * len(facts.moe_layers) * facts.num_experts
-            estimates.append(
-                f"router logits: up to {tokens:,} tokens x {len(facts.moe_layers)} layers x {facts.num_experts} experts, "
-                f"{2 * values / 1e6:,.1f} MB"
-            )
-        if capture.hidden_layers:
-            # The problem that crosses the budget is still recorded to its end.
-            recorded = min(tokens, collection.hidden_tokens + max(lengths) + 1)
-            values = recorded * len(capture.hidden_layers) * self.model.hidden_size
-            estimates.append(
-                f"router inputs: about {recorded:,} tokens x {len(capture.hidden_layers)} layers x {self.model.hidden_size} "
-                f"values, {2 * values / 1e6:,.1f} MB (limited by hidden_tokens)"
-            )
-        return estimates
-
-
-def _encode(engine: Engine, problems: dict[int, Problem]) -> list[tuple[Prompt, int]]:
-    """Encode the prompts; each comes with the number of tokens cut off its tail to leave room for the output."""
-    prompts = []
-    for problem_id, problem in problems.items():
-        room = engine.max_length - problem.max_new_tokens
-        if room < 1:
-            raise EngineError(
-                f"max_new_tokens {problem.max_new_tokens} leaves no room for a prompt in {engine.max_length} tokens"
-            )
-        if problem.max_prompt_tokens is not None:
-            room = min(room, problem.max_prompt_tokens)
-        token_ids = engine.encode(problem.prompt)
-        prompts.append((Prompt(problem_id, token_ids[:room], problem.max_new_tokens), max(0, len(token_ids) - room)))
-    return prompts
 
 
 def _discard_if_empty(out: Path, created: bool) -> None:

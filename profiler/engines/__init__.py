@@ -106,10 +106,12 @@ class Engine(Protocol):
         sampling: Sampling,
         run: Path,
         on_finished: Callable[[Completion], None],
+        on_rejected: Callable[[int, str], None],
         hidden_tokens: int = 0,
     ) -> dict[str, Any]:
         """Run all prompts, write their routing to the folder `run`, and report each completion as it finishes.
 
+        on_rejected: called with the problem id of a prompt that the engine does not accept, and the reason; it is not run.
         hidden_tokens: budget of tokens whose router inputs are recorded, if the capture options name hidden layers. In `run`,
         `requests.jsonl` maps the number of every request to its problem id. Returns capture statistics for the metadata.
         Raises `EngineError` if routing could not be captured; rows that were written stay.

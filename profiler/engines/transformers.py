@@ -86,16 +86,27 @@ class TransformersEngine:
         sampling: Sampling,
         run: Path,
         on_finished: Callable[[Completion], None],
+        on_rejected: Callable[[int, str], None],
         hidden_tokens: int = 0,
     ) -> dict[str, Any]:
         torch.manual_seed(sampling.seed)
+        vocabulary = self._model.get_input_embeddings().num_embeddings
+        accepted = []
+        for prompt in prompts:
+            if prompt.token_ids and max(prompt.token_ids) < vocabulary:
+                accepted.append(prompt)
+            else:
+                reason = (
+                    f"it has a token that the model, with {vocabulary}, does not know" if prompt.token_ids else "it is empty"
+                )
+                on_rejected(prompt.problem_id, reason)
         facts = {"moe_layers": self.moe_layers, "num_experts": self.num_experts, "top_k": self.top_k}
         with (
             RoutingWriter(run, self._model_facts.model_copy(update=facts)) as writer,
             (run / REQUESTS_FILE).open("w", encoding="utf-8") as requests,
         ):
-            for start in range(0, len(prompts), self._batch):
-                batch = prompts[start : start + self._batch]
+            for start in range(0, len(accepted), self._batch):
+                batch = accepted[start : start + self._batch]
                 for prompt, output in zip(batch, self._complete(batch, sampling), strict=True):
                     name = f"problem-{prompt.problem_id}"
                     request = CapturedRequest(prompt.problem_id, name, prompt.problem_id, prompt.token_ids, cached_tokens=0)

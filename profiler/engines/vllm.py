@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import logging
 import multiprocessing
@@ -111,24 +112,27 @@ class VllmEngine:
         sampling: Sampling,
         run: Path,
         on_finished: Callable[[Completion], None],
+        on_rejected: Callable[[int, str], None],
         hidden_tokens: int = 0,
     ) -> dict[str, Any]:
         try:
             # The watchdog covers every wait for the engine: a dead engine answers neither steps nor calls.
             with _Watchdog():
                 self._check_facts(self._workers.start(run, hidden_tokens))
-                requests = self._add_requests(prompts, sampling)
+                requests = self._add_requests(prompts, sampling, on_rejected)
                 self._run(requests, on_finished)
                 answer = self._workers.stop()
         except _EngineDiedError as error:
             raise EngineStoppedError(f"vLLM stopped while it ran: {error}{self._keep_log()}") from error
         labels = {request.label for request in read_requests(run)}
-        if answer["unlabeled"] or len(labels) < len(prompts):
-            raise EngineError(f"{len(prompts) - len(labels)} requests reached the worker without a distinct problem id")
+        if answer["unlabeled"] or len(labels) < len(requests):
+            raise EngineError(f"{len(requests) - len(labels)} requests reached the worker without a distinct problem id")
         return {"writer_waits": answer["waits"], "writer_wait_seconds": round(answer["wait_seconds"], 3)}
 
-    def _add_requests(self, prompts: list[Prompt], sampling: Sampling) -> dict[str, int]:
-        """Queue every prompt; returns request id -> problem id."""
+    def _add_requests(
+        self, prompts: list[Prompt], sampling: Sampling, on_rejected: Callable[[int, str], None]
+    ) -> dict[str, int]:
+        """Queue every prompt that vLLM accepts; returns request id -> problem id."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -144,9 +148,13 @@ class VllmEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             request = f"problem-{prompt.problem_id}"
-            requests[request] = prompt.problem_id
             tokens = {"type": "token", "prompt_token_ids": prompt.token_ids}
-            self._llm.llm_engine.add_request(request, tokens, params)
+            try:
+                self._llm.llm_engine.add_request(request, tokens, params)
+            except _rejections() as error:
+                on_rejected(prompt.problem_id, f"vLLM rejects it: {first_line(error)}")
+            else:
+                requests[request] = prompt.problem_id
         return requests
 
     def _run(self, requests: dict[str, int], on_finished: Callable[[Completion], None]) -> None:
@@ -209,6 +217,15 @@ def _refuse_scripts_that_cannot_be_imported() -> None:
     path = getattr(sys.modules["__main__"], "__file__", None)
     if path is not None and not Path(path).exists():
         raise EngineError(f"vLLM's processes import your script again, but {path} is not a file: save the script to a file")
+
+
+def _rejections() -> tuple[type[Exception], ...]:
+    """The errors that vLLM raises for a request that it does not accept: `ValueError`, later a class of its own."""
+    try:
+        exceptions = importlib.import_module("vllm.exceptions")
+    except ImportError:
+        return (ValueError,)
+    return (ValueError, getattr(exceptions, "VLLMClientError", ValueError))
 
 
 def is_installed() -> bool:

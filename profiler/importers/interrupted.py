@@ -24,13 +24,14 @@ from profiler.errors import TraceError
 from profiler.importers.target import Target
 from profiler.trace.reader import Trace
 from profiler.trace.schema import CAPTURE_FOLDER, GATES_FILE, MANIFEST_FILE, METADATA_FILE
+from profiler.trace.stream import INPUTS_STREAM
 from profiler.trace.writer import exclusive
 
 NAME = "interrupted"
 ABOUT = "the folder of a collection that was interrupted"
 KINDS = ("folder",)
 
-_FILES = (*STREAMS.values(), REQUESTS_FILE, COMPLETIONS_FILE, PLANNED_FILE, GATES_FILE)
+_FILES = (*STREAMS.values(), INPUTS_STREAM, REQUESTS_FILE, COMPLETIONS_FILE, PLANNED_FILE, GATES_FILE)
 
 
 def detect(source: Path) -> bool:

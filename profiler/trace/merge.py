@@ -31,7 +31,7 @@ from profiler.trace.schema import (
 from profiler.trace.writer import check_free, public_command, sha256_of, write_manifest, write_metadata
 
 # Entries of the metadata's `capture` that are summed. All others must be equal in all parts.
-SUMMED = {"truncated_problems", "runs", "hidden_tokens", "writer_waits", "writer_wait_seconds"}
+SUMMED = {"truncated_problems", "skipped_problems", "runs", "hidden_tokens", "writer_waits", "writer_wait_seconds"}
 # Entries of `capture` that depend on the machine. Parts may come from different machines.
 BY_MACHINE = {"device", "moe_kernels"}
 # Metadata that may differ between parts recorded in the same way: which data, when, and with which versions.

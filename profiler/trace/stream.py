@@ -24,10 +24,12 @@ from profiler.trace.rows import check_ids, check_weights
 from profiler.trace.schema import MAX_HIDDEN_SIZE, MAX_TOP_K, ModelMetadata, RecordMetadata, expert_dtype
 
 ROUTING_STREAM, LOGITS_STREAM, HIDDEN_STREAM = "routing.arrows", "logits.arrows", "hidden.arrows"
+# The vocabulary id that the model read at each captured position; `profiler.capture.inputs` compares it with the sequence.
+INPUTS_STREAM = "inputs.arrows"
 # The key in the metadata of a stream's schema that holds its layout: layers, element types and widths.
 LAYOUT_KEY = b"specmoe.capture"
 MAPPED_BYTES = 64 << 20
-ELEMENT_TYPES = ("|u1", "<u2", "<f2")
+ELEMENT_TYPES = ("|u1", "<u2", "<i4", "<f2")
 
 Problems = int | npt.NDArray[np.integer[Any]]
 """Problem ids of a block of tokens: one for all of them `[]`, or one per token `[T]`."""
@@ -177,6 +179,19 @@ class ValuesWriter(CaptureWriter):
         if not np.isfinite(values_TLW).all():
             raise TraceError(f"{name_of(problems)}: {self._column} contain a value that is not a finite float16")
         self.add_tokens(problems, token_ids_T, {self._column: values_TLW})
+
+
+class InputsWriter(CaptureWriter):
+    """Write the vocabulary id of each captured token to `folder`, in any order."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / INPUTS_STREAM, StreamLayout([0], {"vocab_ids": (np.dtype(np.int32), 1)}))
+
+    def add(
+        self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], vocab_ids_T: npt.NDArray[np.integer[Any]]
+    ) -> None:
+        """Append tokens of one problem, or of one problem per token. Negative vocabulary ids mean unknown."""
+        self.add_tokens(problems, token_ids_T, {"vocab_ids": vocab_ids_T.reshape(-1, 1, 1)})
 
 
 def name_of(problems: Problems) -> str:

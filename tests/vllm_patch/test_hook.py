@@ -117,7 +117,7 @@ def test_zero_experts_are_refused() -> None:
     ],
 )
 def test_engines_that_skip_or_repeat_positions_are_refused(place: str, name: str, text: str) -> None:
-    config = make_config(None, pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=1)
+    config = make_config(pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=1)
     setattr(getattr(config, place), name, True)
     with pytest.raises(UnsupportedModelError, match=text):
         refuse_unsupported(config)
@@ -161,38 +161,55 @@ def test_a_kernel_that_routes_internally_is_named_with_what_to_do() -> None:
         find_moe_layers(torch.nn.Sequential(layer), ROUTER_HOOK, Chosen())
 
 
-def make_config(speculative: object = None, **parallel: object) -> SimpleNamespace:
+def make_config(**parallel: object) -> SimpleNamespace:
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel),
-        speculative_config=speculative,
+        speculative_config=None,
         cache_config=SimpleNamespace(),
         model_config=SimpleNamespace(),
     )
 
 
 @pytest.mark.parametrize(
-    ("parallel", "speculative", "text"),
+    ("parallel", "text"),
     [
-        ({"pipeline_parallel_size": 2}, None, "pipeline_parallel_size=1"),
-        ({"data_parallel_size": 2}, None, "data_parallel_size=1"),
-        ({"decode_context_parallel_size": 2}, None, "decode_context_parallel_size=1"),
-        ({"prefill_context_parallel_size": 2}, None, "prefill_context_parallel_size=1"),
-        ({"distributed_executor_backend": "ray"}, None, "distributed_executor_backend='mp'"),
-        ({"enable_dbo": True}, None, "enable_dbo"),
-        ({"ubatch_size": 2}, None, "ubatch_size"),
-        ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, None, "enable_expert_parallel"),
-        ({}, object(), "speculative"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=1"),
+        ({"data_parallel_size": 2}, "data_parallel_size=1"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size=1"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=1"),
+        ({"distributed_executor_backend": "ray"}, "distributed_executor_backend='mp'"),
+        ({"enable_dbo": True}, "enable_dbo"),
+        ({"ubatch_size": 2}, "ubatch_size"),
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "enable_expert_parallel"),
     ],
 )
-def test_settings_that_would_mislabel_rows_are_refused(parallel: dict[str, object], speculative: object, text: str) -> None:
+def test_settings_that_would_mislabel_rows_are_refused(parallel: dict[str, object], text: str) -> None:
     defaults = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "tensor_parallel_size": 1, "enable_dbo": False}
-    config = make_config(speculative, **(defaults | parallel))
+    config = make_config(**(defaults | parallel))
+    with pytest.raises(UnsupportedModelError, match=text):
+        refuse_unsupported(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("lora_config", object(), "without enable_lora"),
+        ("model_config", SimpleNamespace(runner_type="pooling"), "runner='generate'"),
+        ("model_config", SimpleNamespace(enable_prompt_embeds=True), "enable_prompt_embeds=False"),
+        ("model_config", SimpleNamespace(is_diffusion=True), "autoregressive"),
+        ("cache_config", SimpleNamespace(kv_sharing_fast_prefill=True), "kv_sharing_fast_prefill=False"),
+    ],
+)
+def test_requests_that_traces_cannot_hold_are_refused(name: str, value: object, text: str) -> None:
+    config = make_config(pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=1)
+    refuse_unsupported(config)
+    setattr(config, name, value)
     with pytest.raises(UnsupportedModelError, match=text):
         refuse_unsupported(config)
 
 
 def test_tensor_parallelism_and_simulated_routing(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(None, pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=4)
+    config = make_config(pipeline_parallel_size=1, data_parallel_size=1, tensor_parallel_size=4)
     refuse_unsupported(config)
     monkeypatch.setenv("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random")
     with pytest.raises(UnsupportedModelError, match="simulates"):
@@ -221,13 +238,16 @@ def test_labels_follow_the_runners_row_order_not_the_schedulers() -> None:
         new={"b": {"problem_id": 7}, "c": None, "d": {"problem_id": "x"}, "e": {"problem_id": [1]}},
         finished=("z",),
     )
-    first = SimpleNamespace(
-        input_batch=SimpleNamespace(req_ids=["b", "a", None], num_reqs=2, num_computed_tokens_cpu=np.array([0, 9, 99]))
-    )
-    batch = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_np=np.array([0, 9]))
+    input_ids = torch.tensor([5, 6, 7, 8])
+    first_batch = SimpleNamespace(req_ids=["b", "a", None], num_reqs=2, num_computed_tokens_cpu=np.array([0, 9, 99]))
+    first = SimpleNamespace(input_batch=first_batch, input_ids=SimpleNamespace(gpu=input_ids, cpu=None))
+    plain_tensor = SimpleNamespace(input_batch=first_batch, input_ids=input_ids)
+    batch = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_np=np.array([0, 9]), input_ids=input_ids)
     second = SimpleNamespace(execute_model_state=SimpleNamespace(input_batch=batch))
-    for runner in (first, second):
+    assert label_rows(SimpleNamespace(input_batch=first_batch), output).input_ids is None
+    for runner in (first, plain_tensor, second):
         step = label_rows(runner, output)
+        assert step.input_ids is input_ids
         assert (step.request_ids, step.starts_B.tolist(), step.rows) == (["b", "a"], [0, 9], 4)
         assert [step.scheduled[request] for request in step.request_ids] == [3, 1]
         assert {new.request_id: new.label for new in step.new} == {"b": 7, "c": None, "d": "x", "e": None}

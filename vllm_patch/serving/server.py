@@ -18,11 +18,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from profiler.capture.finish import finish_trace
-from profiler.capture.requests import ABORTED, Sequence, problem_ids, read_requests
+from profiler.capture.inputs import CapturedInputs
+from profiler.capture.requests import ABORTED, CapturedRequest, Sequence, problem_ids, read_requests
 from profiler.capture.sealing import run_folder
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
@@ -191,6 +193,7 @@ def finish(directory: Path) -> Trace | None:
     # Sealing computes the gaps; those of an earlier sealing that was interrupted must not stay.
     metadata = Trace.open(directory, allow_incomplete=True).metadata.model_copy(update={"gaps": []})
     finished = _read_finished(directory.parent / FINISHED_FILE, {request.request_id for request in requests})
+    inputs = CapturedInputs(run_folder(directory, 0))
     decode = _decoder(metadata)
     ids = problem_ids(requests)
     sequences = [
@@ -207,22 +210,43 @@ def finish(directory: Path) -> Trace | None:
             finish_reason=found["finish_reason"],
         )
         for request in requests
-        for found in [finished.get(request.request_id, {"output_token_ids": [], "finish_reason": ABORTED})]
+        for found in [_record_of(request, finished[request.request_id], inputs)]
     ]
     return finish_trace(directory, metadata, sequences)
 
 
-def _read_finished(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
+def _read_finished(path: Path, wanted: set[str]) -> defaultdict[str, list[dict[str, Any]]]:
+    """The records of the finished requests of these ids. Some releases let clients choose ids, and so use one again."""
+    finished: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     if not path.is_file():
-        return {}
+        return finished
     with path.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines if line.endswith("\n")]
     selected = [record for record in records if record["request_id"] in wanted]
-    stopped = {record["request_id"] for record in selected if "stopped" in record}
-    finished = {record["request_id"]: record for record in selected if "stopped" not in record}
-    for request_id in stopped & finished.keys():
-        finished[request_id]["finish_reason"] = "stop"
+    for record in selected:
+        if "stopped" not in record:
+            finished[record["request_id"]].append(record)
+    for request_id in {record["request_id"] for record in selected if "stopped" in record}:
+        for record in finished[request_id]:
+            if len(finished[request_id]) == 1 or record["finish_reason"] == ABORTED:
+                record["finish_reason"] = "stop"
     return finished
+
+
+def _record_of(request: CapturedRequest, records: list[dict[str, Any]], inputs: CapturedInputs) -> dict[str, Any]:
+    """Take the record of a request from those with its id: the longest output that it read. Without one, it was aborted."""
+
+    def tokens(record: dict[str, Any]) -> list[int]:
+        return [*request.prompt_token_ids, *record["output_token_ids"]]
+
+    possible = [record for record in records if inputs.difference(request.number, tokens(record)) is None]
+    read = [record for record in possible if inputs.are(request.number, tokens(record))]
+    # The last rows of a server that was killed may be lost: then an output counts if it is the only one that is possible.
+    chosen = max(read, key=lambda record: len(tokens(record)), default=possible[0] if len(possible) == 1 else None)
+    if chosen is None:
+        return {"output_token_ids": [], "finish_reason": ABORTED}
+    records.remove(chosen)
+    return chosen
 
 
 def _decoder(metadata: Metadata) -> Any:

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,25 @@ def test_requests_ended_at_a_stop_string_are_not_called_aborted(tmp_path: Path) 
     trace = finish(directory)
     assert trace is not None
     assert trace.problems.column("finish_reason").to_pylist() == ["stop"]
+    assert trace.metadata.gaps == []
+
+
+def test_an_id_that_a_client_uses_again_gets_the_output_that_it_read(tmp_path: Path) -> None:
+    read = [[1, 2], [5], [1, 2], [6]]
+    steps = [
+        step([("a", 0, 2)], new=("a",)),
+        step([("a", 2, 1)]),
+        step([("a", 0, 2)], new=("a",), finished=("a",)),
+        step([("a", 2, 1)]),
+    ]
+    tokens = [replace(one, input_ids=torch.tensor(ids, dtype=torch.int32)) for one, ids in zip(steps, read, strict=True)]
+    (directory,) = serve(tmp_path, tokens, limit=0)
+    lines = [finished_line("a", output) for output in ([6], [6, 7], [5, 6], [9, 9])]
+    (tmp_path / FINISHED_FILE).write_text("".join(lines))
+    trace = finish(directory)
+    assert trace is not None
+    assert vocabulary(trace) == {0: [1, 2, 5, 6], 1: [1, 2, 6, 7]}
+    assert [trace.arrays(problem).expert_ids_TLK[:, 0, 0].tolist() for problem in (0, 1)] == [[0, 0, 1], [2, 2, 3]]
     assert trace.metadata.gaps == []
 
 

@@ -1,0 +1,73 @@
+"""Find the captured request of each output of a program: request ids alone do not tell, since a program may use one again."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+from profiler.capture.inputs import CapturedInputs
+from profiler.capture.requests import CapturedRequest
+from profiler.errors import TraceError
+
+# vLLM appends a dash and eight random characters to request ids from 0.14 on.
+_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
+
+
+class UnmatchedOutputError(TraceError):
+    """No captured request, or more than one, can be that of an output. The message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One sample of a request's output, with the id that the program knows the request by."""
+
+    name: str
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+
+
+def match_outputs(
+    outputs: list[Output], requests: list[CapturedRequest], inputs: CapturedInputs
+) -> list[CapturedRequest | UnmatchedOutputError]:
+    """For each output, the request of its id and prompt that read its tokens; each request is used once.
+
+    If several requests read the same tokens, their routes are the same, and it does not matter which is which. Outputs without
+    such a request get an error instead.
+    """
+    ids = {request.request_id for request in requests}
+    suffixed = any(output.name not in ids for output in outputs)
+    by_name: defaultdict[str, list[CapturedRequest]] = defaultdict(list)
+    for request in requests:
+        by_name[_SUFFIX.sub("", request.request_id) if suffixed else request.request_id].append(request)
+    free = {request.number for request in requests}
+    found: dict[int, CapturedRequest | UnmatchedOutputError] = {}
+    # A request that read a long output has read its beginning, too, but not the other way round: the long ones choose first.
+    for place in sorted(range(len(outputs)), key=lambda place: -len(outputs[place].token_ids)):
+        output = outputs[place]
+        try:
+            found[place] = _choose(output, by_name.get(output.name, []), free, inputs)
+        except UnmatchedOutputError as error:
+            found[place] = error
+    return [found[place] for place in range(len(outputs))]
+
+
+def _choose(output: Output, named: list[CapturedRequest], free: set[int], inputs: CapturedInputs) -> CapturedRequest:
+    if not named:
+        raise UnmatchedOutputError(f"output {output.name!r} was not generated during the recording")
+    same = [request for request in named if request.prompt_token_ids == output.prompt_token_ids]
+    if inputs.known:
+        tokens = output.prompt_token_ids + output.token_ids
+        same = [request for request in same if inputs.are(request.number, tokens)]
+    elif len(same) > 1:
+        raise UnmatchedOutputError(
+            f"output {output.name!r}: {len(same)} requests had this id and prompt, and this vLLM release does not show which "
+            "of them it belongs to: give each request an id of its own"
+        )
+    if not same:
+        raise UnmatchedOutputError(f"output {output.name!r} has other tokens than every request of that id in the recording")
+    for request in same:
+        if request.number in free:
+            free.remove(request.number)
+            return request
+    raise UnmatchedOutputError(f"output {output.name!r} was added more often than the recording has requests with its tokens")
