@@ -65,8 +65,10 @@ def diff(vllm: Vllm = None) -> None:
 @app.command()
 def check(
     family: Annotated[
-        list[str] | None, typer.Option(help="A router family to check; may be repeated. Default: all known families.")
+        list[str] | None,
+        typer.Option(help="A router family to check; may be repeated. Default: families with different routers."),
     ] = None,
+    all_families: Annotated[bool, typer.Option("--all", help="Check all known families.")] = False,
     model: Annotated[
         list[Path] | None,
         typer.Option(help="A model folder to check instead of the small synthetic models; may be repeated.", exists=True),
@@ -81,6 +83,7 @@ def check(
         float | None,
         typer.Option(min=10, help="Time limit for the whole check, in seconds. The most valuable steps run first."),
     ] = None,
+    table: Annotated[Path | None, typer.Option(help="Also write the results as a Markdown table.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep models, traces and logs in this folder.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Engines to run at a time. Default: 1; on a GPU, 1 for every 4 cores.")
@@ -100,6 +103,7 @@ def check(
     found = run_and_print(
         Check(
             models=named,
+            all_families=all_families,
             quick=quick,
             overhead=overhead,
             replay=replay,
@@ -109,6 +113,10 @@ def check(
             workers=workers,
         )
     )
+    if table is not None:
+        from vllm_patch.check.table import markdown_table
+
+        table.write_text(markdown_table(found), encoding="utf-8")
     if not found.passed(named):
         raise typer.Exit(1)
 

@@ -10,7 +10,7 @@ from typing import Any
 from profiler.capture.metadata import captured_metadata
 from profiler.capture.options import CaptureOptions
 from profiler.capture.protocol import START, STATUS, STOP
-from profiler.models.resolve import resolve_model
+from profiler.models.resolve import loaded_model
 from profiler.trace.schema import GATES_FILE, Metadata
 from vllm_patch.recorder import Recorder
 from vllm_patch.serving.server import Sealer, begin_trace, next_trace
@@ -152,8 +152,8 @@ class WorkerCapture:
 
         assert self._recorder is not None
         config = self._worker.vllm_config.model_config
-        model = resolve_model(config.model, revision=config.revision).metadata
         facts = {name: getattr(self._recorder, name) for name in ("moe_layers", "num_experts", "top_k")}
+        model = loaded_model(config.model, config.revision, facts)
         return captured_metadata(
             model,
             {**facts, "dtype": str(config.dtype).removeprefix("torch.")},
@@ -182,6 +182,7 @@ class WorkerCapture:
         from vllm.platforms import current_platform
 
         from vllm_patch.buffers import CaptureBuffers
+        from vllm_patch.deviations import find_deviations
         from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, refuse_unsupported, source_is_patched
         from vllm_patch.releases import is_known, resolve_hook
 
@@ -212,7 +213,12 @@ class WorkerCapture:
         how = "vLLM's patched source" if source_is_patched(hook) else "wrapped when loaded"
         if not is_known(vllm.__version__):
             how += f", release {vllm.__version__} unknown, checked on the first step"
-        self._facts = {"hook": f"{hook.name}, {how}", "known_release": is_known(vllm.__version__)}
+        deviations = find_deviations(layers)
+        self._facts = {
+            "hook": "; ".join([f"{hook.name}, {how}", *deviations]),
+            "known_release": is_known(vllm.__version__),
+            "deviations": deviations,
+        }
         self._recorder = Recorder(
             buffers,
             moe_layers=indices,

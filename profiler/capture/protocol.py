@@ -31,10 +31,14 @@ class RecorderFacts(TypedDict):
 
 
 class LoadedFacts(RecorderFacts):
-    """`RecorderFacts` and the hook that reaches the routers. known_release: whether this vLLM release is a known one."""
+    """`RecorderFacts` and the hook that reaches the routers. known_release: whether this vLLM release is a known one.
+
+    deviations: what vLLM's routers compute differently from the model's own; `hook` says it too.
+    """
 
     hook: str
     known_release: bool
+    deviations: list[str]
 
 
 class RecorderStatus(TypedDict):

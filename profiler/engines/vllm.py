@@ -94,6 +94,7 @@ class VllmEngine:
         self.hook = facts["hook"]
         megabytes = [round(size / 1e6, 1) for size in (facts["device_bytes"], facts["host_bytes"])]
         self.notes = [f"capture buffers: {megabytes[0]} MB on the device, at most {megabytes[1]:.0f} MB on the host"]
+        self.notes += facts["deviations"]
         if not facts["known_release"]:
             self.notes.append(f"vLLM {self.versions['vllm']} is newer than all known releases: its first step is checked")
 

@@ -82,11 +82,14 @@ def test_the_families_that_are_named_can_be_made() -> None:
     from vllm_patch.check.families import FAMILIES
 
     assert set(FAMILY_NAMES) == {*FAMILIES, "deepseek_v1"}
+    assert len(set(FAMILY_NAMES)) == len(FAMILY_NAMES)
 
 
 def test_every_family_comes_before_further_modes() -> None:
     for on_gpu in (False, True):
-        jobs = jobs_for(list(FAMILY_NAMES), on_gpu=on_gpu, runners=(1, 2) if on_gpu else ())
+        jobs = jobs_for(
+            list(FAMILY_NAMES), dict.fromkeys(FAMILY_NAMES, "float32"), on_gpu=on_gpu, runners=(1, 2) if on_gpu else ()
+        )
         assert [job.model for job in jobs[: len(FAMILY_NAMES)]] == list(FAMILY_NAMES)
         assert len(set(jobs)) == len(jobs)
     assert {job.mode.compiled for job in jobs[: len(FAMILY_NAMES)]} == {True}
