@@ -150,7 +150,15 @@ def moe_facts(config: dict[str, Any], *, build: bool = True) -> dict[str, Any]:
     """
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     architecture = (config.get("architectures") or text.get("architectures") or [config.get("model_type", "this model")])[0]
-    named = _named_facts(text, architecture)
+    for name, value in text.items():
+        # Before anything is built. The names of this entry differ, too: n_layers, num_layers, ...
+        if name.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS:
+            raise ModelError(f"{architecture}: its config.json says {value} layers ({name}), expected at most {MAX_LAYERS}")
+    named: dict[str, Any] | ModelError
+    try:
+        named = _named_facts(text, architecture)
+    except ModelError as error:
+        named = error
     built = built_facts(config) if build else None
     facts = named if isinstance(named, dict) else {}
     if built is not None and not built.moe_layers:
@@ -163,21 +171,19 @@ def moe_facts(config: dict[str, Any], *, build: bool = True) -> dict[str, Any]:
     return facts | _weight_facts(text)
 
 
-def _named_facts(config: dict[str, Any], architecture: str) -> dict[str, Any] | ModelError:
-    """MoE layers, E and K from the entries' usual names, or what is missing.
+def _named_facts(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """Layers, MoE layers, E and K from the entries' usual names.
 
     Knows the names used by Mixtral, Phi-MoE, gpt-oss, Qwen2/3-MoE, OLMoE and DeepSeek v1 to v3.
-    Raises `ModelError` if an entry has an impossible value.
+    Raises `ModelError` if an entry is missing or has an impossible value.
     """
     experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
     top_k = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
     layers = _first(config, "num_hidden_layers")
-    if layers and layers > MAX_LAYERS:
-        raise ModelError(f"{architecture}: its config.json says {layers} layers, expected at most {MAX_LAYERS}")
     if experts is None or experts < 2:
-        return ModelError(f"{architecture} has no routed experts (a dense model): choose a mixture-of-experts model")
+        raise ModelError(f"{architecture} has no routed experts (a dense model): choose a mixture-of-experts model")
     if not top_k or not layers:
-        return ModelError(f"{architecture}: its config.json lacks num_experts_per_tok or num_hidden_layers")
+        raise ModelError(f"{architecture}: its config.json lacks num_experts_per_tok or num_hidden_layers")
     # Qwen: every `decoder_sparse_step`-th layer, counted from 1, except `mlp_only_layers`.
     # DeepSeek: from `first_k_dense_replace` on, every `moe_layer_freq`-th layer, counted from 0.
     sparse_step = _first(config, "decoder_sparse_step") or 1
@@ -190,7 +196,7 @@ def _named_facts(config: dict[str, Any], architecture: str) -> dict[str, Any] | 
         if layer not in dense and (layer + 1) % sparse_step == 0 and layer >= first and layer % frequency == 0
     ]
     if not moe_layers:
-        return ModelError(f"{architecture}: its config.json defines no MoE layer among {layers} layers")
+        raise ModelError(f"{architecture}: its config.json defines no MoE layer among {layers} layers")
     return {"num_layers": layers, "moe_layers": moe_layers, "num_experts": experts, "top_k": top_k}
 
 
