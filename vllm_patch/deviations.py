@@ -20,13 +20,14 @@ IGNORES_FACTOR = (
 def find_deviations(layers: list[MoELayer]) -> list[str]:
     """How the routers of a loaded model differ from the model's own, one sentence each; empty where none is known.
 
-    vLLM's CPU router (0.30 to 0.33) applies a correction bias and a scaling factor only in its grouped form.
+    vLLM's CPU router (read in 0.32) applies a correction bias and a scaling factor only in its grouped form.
     """
     found = []
     for layer in layers:
         router: Any = getattr(layer.module, "router", None)
-        plain = not getattr(router, "use_grouped_topk", True) and getattr(router, "scoring_func", "") == "softmax"
-        if type(router).__name__ != "CPURouter" or not plain:
+        if type(router).__name__ != "CPURouter" or router.scoring_func != "softmax":
+            continue
+        if router.use_grouped_topk or router.custom_routing_function is not None:
             continue
         if getattr(router, "e_score_correction_bias", None) is not None:
             found.append(IGNORES_CORRECTION)
