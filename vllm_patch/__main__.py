@@ -83,7 +83,6 @@ def check(
         float | None,
         typer.Option(min=10, help="Time limit for the whole check, in seconds. The most valuable steps run first."),
     ] = None,
-    table: Annotated[Path | None, typer.Option(help="Also write the results as a Markdown table.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep models, traces and logs in this folder.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Engines to run at a time. Default: 1; on a GPU, 1 for every 4 cores.")
@@ -113,10 +112,6 @@ def check(
             workers=workers,
         )
     )
-    if table is not None:
-        from vllm_patch.check.table import markdown_table
-
-        table.write_text(markdown_table(found), encoding="utf-8")
     if not found.passed(named):
         raise typer.Exit(1)
 

@@ -198,6 +198,10 @@ class WorkerCapture:
             )
         if options.hidden_layers and any(getattr(x.module, "routed_input_transform", None) is not None for x in layers):
             raise UnsupportedModelError("router inputs: this model's experts get a different input than its router")
+        if (options.hidden_layers or options.logits) and any(hasattr(x.module, "_moe_state") for x in layers):
+            raise UnsupportedModelError(
+                "router inputs and logits: this model's routers run in transformers' code, which tells vLLM only their choice"
+            )
         buffers = CaptureBuffers(
             max_tokens=_most_tokens(config),
             layers=len(layers),

@@ -196,7 +196,9 @@ def compare(trace: Trace, oracle: Any, *, recorded_inputs: bool = False) -> Orac
         compared, differing = compared + differs_TL.size, differing + int(differs_TL.sum())
         same_TLK = ~differs_TL[..., None] & np.ones(top_k, dtype=np.bool_)
         if same_TLK.any():
-            scale_TLK = expected_weights.max(-1, keepdims=True) if recorded else np.maximum(expected_weights, 1)
+            # Rounding to float16 is relative to the next power of two.
+            power_TLK = np.exp2(np.ceil(np.log2(np.maximum(expected_weights, 1))))
+            scale_TLK = expected_weights.max(-1, keepdims=True) if recorded else power_TLK
             error = max(error, float((np.abs(weights - expected_weights) / scale_TLK)[same_TLK].max()))
             ratios.append((weights / np.maximum(expected_weights, 1e-9))[same_TLK])
         origin_TL = differs_TL if recorded else differs_TL & ~_has_earlier_difference(differs_TL)

@@ -1,8 +1,15 @@
-"""The results of `check` as a Markdown table, for the documentation."""
+"""The results of `check` as a Markdown table, for docs/families.md.
+
+    python -m vllm_patch.check.table FILE...
+
+Each FILE was written by `check --json`. Where several have a model in the same mode, the last one counts.
+"""
 
 from __future__ import annotations
 
-from vllm_patch.check.coverage import coverage_lines
+import sys
+from pathlib import Path
+
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict
 
 WORDS = {
@@ -13,27 +20,34 @@ WORDS = {
     Verdict.failed: "does not run here",
     Verdict.skipped: "not run",
 }
+LONGEST_REMARK = 240
 
 
-def markdown_table(document: CheckDocument) -> str:
-    """A page of one line for each job: how exact it is, by which oracle, or why not; with versions, date and coverage."""
-    versions = ", ".join(f"{name} {number}" for name, number in document.versions.items() if name != "speculative-moe")
-    lines = [
-        f"`{' '.join(document.command)}` made this table on {document.began[:10]}: {document.device}; {versions}.",
-        "",
+def markdown_table(documents: list[CheckDocument]) -> str:
+    """One line for each model and mode: how exact the recorded routing is, by which oracle, or why it was not compared."""
+    lines = []
+    for document in documents:
+        versions = ", ".join(f"{name} {number}" for name, number in document.versions.items() if name != "speculative-moe")
+        lines += [f"`{' '.join(document.command)}`, {document.began[:10]}, on {document.device}: {versions}.", ""]
+    jobs = {(job.model, job.mode): job for document in documents for job in document.jobs}
+    lines += [
         "| model | mode | type | recorded routing | oracle | sets | differ | remarks |",
         "|---|---|---|---|---|---|---|---|",
-        *(_row(job) for job in document.jobs),
-        "",
-        *(f"{line}." for line in coverage_lines(document)),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(_row(job) for job in jobs.values())]) + "\n"
 
 
 def _row(job: JobResult) -> str:
     counts = ["" if number is None else f"{number:,}" for number in (job.compared, job.differing)]
-    remark = "" if job.verdict in {Verdict.exact, Verdict.ties} and job.input_difference is None else job.detail
-    if job.input_difference is not None and job.verdict != Verdict.wrong:
-        remark = f"router inputs differ from transformers' by {job.input_difference:.1%} (median)"
-    cells = [job.model.rpartition("/")[2], job.mode, job.dtype, WORDS[job.verdict], job.oracle or "", *counts, remark[:200]]
+    right = job.verdict in {Verdict.exact, Verdict.ties}
+    remark = "" if right else job.detail
+    if right and job.input_difference is not None:
+        remark = f"router inputs differ from those in transformers by {job.input_difference:.2%} (median)"
+    if len(remark) > LONGEST_REMARK:
+        remark = remark[: LONGEST_REMARK - 4] + " ..."
+    cells = [job.model.rpartition("/")[2], job.mode, job.dtype, WORDS[job.verdict], job.oracle or "", *counts, remark]
     return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    print(markdown_table([CheckDocument.model_validate_json(Path(file).read_text()) for file in sys.argv[1:]]), end="")

@@ -63,6 +63,8 @@ def answer_job(job: Job, folder: Path) -> dict[str, Any]:
         facts = run_job(job, folder, folder / f"trace-{os.getpid()}")
     except Exception as error:
         traceback.print_exc()
+        # An engine that did not start leaves its process groups behind, which may not suit the next model.
+        _clean_up()
         refused = isinstance(error, EngineError) and "capture failed: " in str(error)
         text = str(error).removeprefix("capture failed: ") if refused else _what_failed(error)
         facts = {"verdict": "refused" if refused else "failed", "detail": text}
@@ -252,6 +254,10 @@ def _runner_of(llm: Any) -> str | None:
 def _stop(llm: Any) -> None:
     with contextlib.suppress(Exception):
         llm.llm_engine.engine_core.shutdown()
+    _clean_up()
+
+
+def _clean_up() -> None:
     with contextlib.suppress(Exception):
         from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -159,6 +159,7 @@ def hy_v3() -> Any:
         # As in the real model's config; only vLLM reads them.
         route_norm=True,
         first_k_dense_replace=1,
+        expert_hidden_dim=64,
     )
     return transformers.HYV3ForCausalLM(config)
 
@@ -195,10 +196,13 @@ def mimo_v2_flash() -> Any:
         layernorm_epsilon=1e-5,
         sliding_window_size=64,
         swa_num_attention_heads=4,
-        swa_num_key_value_heads=2,
+        swa_num_key_value_heads=4,
         swa_head_dim=64,
         swa_v_head_dim=64,
         swa_rope_theta=10000.0,
+        rope_theta=5000000.0,
+        partial_rotary_factor=0.334,
+        add_swa_attention_sink_bias=True,
     )
     return transformers.MiMoV2FlashForCausalLM(config)
 
