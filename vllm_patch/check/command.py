@@ -45,7 +45,11 @@ def run_and_print(check: Check) -> CheckDocument:
 def _jobs_table(document: CheckDocument) -> Table:
     shown = Table(box=None, title_justify="left")
     for column in ("model", "mode", "type", "verdict", "oracle", "sets", "differ", "seconds"):
-        shown.add_column(column, justify="right" if column in {"sets", "differ", "seconds"} else "left", no_wrap=True)
+        shown.add_column(
+            column,
+            justify="right" if column in {"sets", "differ", "seconds"} else "left",
+            no_wrap=column not in {"model", "mode", "oracle"},
+        )
     for job in document.jobs:
         color = COLORS.get(job.verdict, "default")
         shown.add_row(

@@ -170,7 +170,8 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
             for prompts in prompt_batches(job):
                 recording.add(llm.generate(prompts, _sampling(), use_tqdm=False))
         runner = _runner_of(llm) if not job.mode.workers else None
-        architecture = llm.llm_engine.vllm_config.model_config.architecture
+        uses_transformers = getattr(llm.llm_engine.vllm_config.model_config, "using_transformers_backend", None)
+        in_transformers = uses_transformers is not None and bool(uses_transformers())
     finally:
         _stop(llm)
         del llm
@@ -178,7 +179,7 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
         if on_gpu:
             torch.cuda.empty_cache()
     assert recording.trace is not None
-    return Recorded(recording.trace, runner, started, architecture.startswith("Transformers"))
+    return Recorded(recording.trace, runner, started, in_transformers)
 
 
 def _compare(recorded: Recorded, model: Path, job: Job, *, recorded_inputs: bool = False) -> OracleAgreement:

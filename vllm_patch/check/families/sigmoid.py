@@ -160,6 +160,7 @@ def hy_v3() -> Any:
         route_norm=True,
         first_k_dense_replace=1,
         expert_hidden_dim=64,
+        qk_norm=True,
     )
     return transformers.HYV3ForCausalLM(config)
 
