@@ -25,16 +25,18 @@ LONGEST_REMARK = 240
 
 def markdown_table(documents: list[CheckDocument]) -> str:
     """One line for each model and mode: how exact the recorded routing is, by which oracle, or why it was not compared."""
-    lines = []
-    for document in documents:
-        versions = ", ".join(f"{name} {number}" for name, number in document.versions.items() if name != "speculative-moe")
-        lines += [f"`{' '.join(document.command)}`, {document.began[:10]}, on {document.device}: {versions}.", ""]
+    origins = {f"Run on {document.began[:10]} on {document.device}: {_versions(document)}." for document in documents}
+    lines = [line for origin in sorted(origins) for line in (origin, "")]
     jobs = {(job.model, job.mode): job for document in documents for job in document.jobs}
     lines += [
         "| model | mode | type | recorded routing | oracle | sets | differ | remarks |",
         "|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(_row(job) for job in jobs.values())]) + "\n"
+
+
+def _versions(document: CheckDocument) -> str:
+    return ", ".join(f"{name} {number}" for name, number in document.versions.items() if name != "speculative-moe")
 
 
 def _row(job: JobResult) -> str:
