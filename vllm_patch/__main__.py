@@ -65,8 +65,10 @@ def diff(vllm: Vllm = None) -> None:
 @app.command()
 def check(
     family: Annotated[
-        list[str] | None, typer.Option(help="A router family to check; may be repeated. Default: all known families.")
+        list[str] | None,
+        typer.Option(help="A router family to check; may be repeated. Default: families with different routers."),
     ] = None,
+    all_families: Annotated[bool, typer.Option("--all", help="Check all known families.")] = False,
     model: Annotated[
         list[Path] | None,
         typer.Option(help="A model folder to check instead of the small synthetic models; may be repeated.", exists=True),
@@ -100,6 +102,7 @@ def check(
     found = run_and_print(
         Check(
             models=named,
+            all_families=all_families,
             quick=quick,
             overhead=overhead,
             replay=replay,

@@ -20,7 +20,7 @@ from profiler.capture.protocol import Workers
 from profiler.capture.requests import ABORTED, CapturedRequest, Sequence, read_requests
 from profiler.capture.sealing import run_folder
 from profiler.errors import TraceError
-from profiler.models.resolve import resolve_model
+from profiler.models.resolve import loaded_model
 from profiler.trace.reader import Trace
 from profiler.trace.schema import Metadata
 from profiler.trace.writer import write_metadata
@@ -116,8 +116,13 @@ class Recording:
         if self.out.exists() and any(self.out.iterdir()):
             raise TraceError(f"{self.out} exists and is not an empty folder: choose another one")
         self._facts = self._workers.start(run_folder(self.out, 0))
-        # Makes the captured rows usable if this process is killed.
-        write_metadata(self.out, self._metadata())
+        try:
+            # Makes the captured rows usable if this process is killed.
+            write_metadata(self.out, self._metadata())
+        except BaseException:
+            # The caller gets no recording, so the engine must not go on recording.
+            self._workers.stop()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -195,7 +200,7 @@ class Recording:
         import vllm
 
         config = self._llm.llm_engine.vllm_config
-        model = resolve_model(config.model_config.model, revision=config.model_config.revision).metadata
+        model = loaded_model(config.model_config.model, config.model_config.revision, self._facts)
         return captured_metadata(
             model,
             {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from profiler.capture.metadata import captured_metadata, describe_kernels
 from profiler.capture.options import CaptureOptions
 from profiler.capture.protocol import START, STATUS, STOP
-from profiler.models.resolve import resolve_model
+from profiler.models.resolve import loaded_model
 from profiler.trace.schema import GATES_FILE, Metadata
 from vllm_patch.recorder import Recorder
 from vllm_patch.serving.server import Sealer, begin_trace, next_trace
@@ -196,8 +196,8 @@ class WorkerCapture:
 
         assert self._recorder is not None
         config = self._worker.vllm_config.model_config
-        model = resolve_model(config.model, revision=config.revision).metadata
         facts = {name: getattr(self._recorder, name) for name in ("moe_layers", "num_experts", "top_k")}
+        model = loaded_model(config.model, config.revision, facts)
         return captured_metadata(
             model,
             {**facts, "dtype": str(config.dtype).removeprefix("torch.")},
@@ -237,6 +237,7 @@ class WorkerCapture:
         import vllm
 
         from vllm_patch.buffers import CaptureBuffers
+        from vllm_patch.deviations import find_deviations
         from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, source_is_patched
         from vllm_patch.releases import is_known
         from vllm_patch.speculative import refuse_unsupported_speculation
@@ -252,6 +253,10 @@ class WorkerCapture:
             )
         if options.hidden_layers and any(getattr(x.module, "routed_input_transform", None) is not None for x in layers):
             raise UnsupportedModelError("router inputs: this model's experts get a different input than its router")
+        if (options.hidden_layers or options.logits) and any(hasattr(x.module, "_moe_state") for x in layers):
+            raise UnsupportedModelError(
+                "router inputs and logits: this model's routers run in transformers' code, which tells vLLM only their choice"
+            )
         buffers = CaptureBuffers(
             max_tokens=_most_tokens(config),
             layers=len(layers),
@@ -268,10 +273,12 @@ class WorkerCapture:
         if not is_known(vllm.__version__):
             how += f", release {vllm.__version__} unknown, checked on the first step"
         used = dict.fromkeys(layer.kernel for layer in layers)
+        deviations = find_deviations(layers)
         self._facts = {
-            "hook": f"{hook.name}, {how}",
+            "hook": "; ".join([f"{hook.name}, {how}", *deviations]),
             "known_release": is_known(vllm.__version__),
             "moe_kernels": {kernel: kernels.replaced(kernel) if kernels is not None else None for kernel in used},
+            "deviations": deviations,
         }
         self._recorder = Recorder(
             buffers,

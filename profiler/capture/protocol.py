@@ -31,15 +31,16 @@ class RecorderFacts(TypedDict):
 
 
 class LoadedFacts(RecorderFacts):
-    """`RecorderFacts` and the hook that reaches the routers.
+    """`RecorderFacts` and the hook that reaches the routers. known_release: whether this vLLM release is a known one.
 
-    known_release: whether this vLLM release is a known one. moe_kernels: class that computes experts -> the
-    one that vLLM would use without capture; None if it is the same.
+    moe_kernels: class that computes experts -> the one that vLLM would use without capture; None if it is the same. deviations:
+    what vLLM's routers compute differently from the model's own; `hook` says it too.
     """
 
     hook: str
     known_release: bool
     moe_kernels: dict[str, str | None]
+    deviations: list[str]
 
 
 class RecorderStatus(TypedDict):

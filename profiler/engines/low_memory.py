@@ -29,6 +29,7 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         self.gate_up = nn.ModuleList(_linear(weight, load_in) for weight in fused.gate_up_proj.data)
         self.down = nn.ModuleList(_linear(weight, load_in) for weight in fused.down_proj.data)
+        self.num_experts = len(self.gate_up)
         self.act_fn = fused.act_fn
 
     def forward(self, hidden_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:

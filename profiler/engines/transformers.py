@@ -18,11 +18,13 @@ from profiler.engines import AUTO_BACKEND, Completion, EngineOptions, Prompt, Sa
 from profiler.engines.low_memory import place, quantize_experts
 from profiler.errors import EngineError, ModelError, first_line
 from profiler.models.deepseek_v1 import local_rewriting
+from profiler.models.moe_modules import MoEBlock, find_moe_blocks, selection
 from profiler.models.resolve import ResolvedModel
 from profiler.trace.stream import RoutingWriter
 
 BATCH = 16
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+OnRouterInput = Callable[[MoEBlock, torch.Tensor], torch.Tensor | None]
+"""Called with an MoE layer and its router's input `[T, D]`. The router gets what it returns, or its own input if None."""
 
 
 class TransformersEngine:
@@ -69,11 +71,10 @@ class TransformersEngine:
         self.compiled = False
         self._batch = options.batch or BATCH
         self.max_length = options.max_length or model.max_length
-        self.moe_layers = [layer for layer, _ in find_routers(self._model)]
+        self.moe_layers = [block.layer for block in moe_blocks(self._model)]
         ids_TLK, _ = route(self._model, [0, 0])
         self.top_k = ids_TLK.shape[-1]
-        # Routers have no common attribute for E. The writer checks every expert id against the config's value.
-        self.num_experts = model.metadata.num_experts
+        self.num_experts = moe_blocks(self._model)[0].num_experts
         self._model_facts = model.metadata
 
     def encode(self, text: str) -> list[int]:
@@ -166,66 +167,79 @@ class TransformersEngine:
         return output
 
 
-def find_routers(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
-    """Find the router of every MoE layer; returns (decoder layer, router module) pairs in the order of the layers.
-
-    A router is a module named `gate` or `router` inside a decoder layer whose siblings include `experts`.
-    Raises `ModelError` if the model has none.
-    """
-    modules = dict(model.named_modules())
-    routers = []
-    for name, module in modules.items():
-        parent, _, leaf = name.rpartition(".")
-        layer = _LAYER.search(name)
-        if leaf in {"gate", "router"} and layer and f"{parent}.experts" in modules:
-            routers.append((int(layer.group(1)), module))
-    if not routers:
+def moe_blocks(model: torch.nn.Module) -> list[MoEBlock]:
+    """The model's MoE layers, in order. Raises `ModelError` if it has none."""
+    blocks = find_moe_blocks(model)
+    if not blocks:
         raise ModelError(f"{type(model).__name__} has no routers: choose a mixture-of-experts model")
-    return sorted(routers, key=lambda pair: pair[0])
+    return blocks
 
 
 @torch.inference_mode()
 def route(
-    model: Any, token_ids: list[int], on_router_input: Callable[[torch.nn.Module, torch.Tensor], None] | None = None
+    model: Any,
+    token_ids: list[int],
+    on_router_input: OnRouterInput | None = None,
 ) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32]]:
-    """Expert ids and weights `[T, L, K]` of one sequence, read from the routers' outputs.
+    """Expert ids and weights `[T, L, K]` of one sequence, as the experts get them.
 
-    on_router_input: called with each router and its input `[T, D]`, layer by layer.
-    Raises `EngineError` if a router does not return expert ids and weights.
+    on_router_input: called layer by layer; see `OnRouterInput`.
+    Raises `ModelError` if the model has no routers, and `EngineError` if neither the experts' inputs nor the routers' outputs
+    have ids and weights.
     """
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def keep(router: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        pairs.append(_ids_and_weights(router, output))
-        if on_router_input is not None:
-            on_router_input(router, inputs[0].flatten(0, -2))
-
-    hooks = [router.register_forward_hook(keep) for _, router in find_routers(model)]
+    blocks = moe_blocks(model)
+    readings = [_Reading(block, on_router_input) for block in blocks]
+    hooks = [hook for reading in readings for hook in reading.hooks()]
     try:
         model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
+    pairs = [reading.ids_and_weights() for reading in readings]
     # Layers may be on different devices.
     ids_TLK = torch.stack([ids.cpu() for ids, _ in pairs], dim=1)
     weights_TLK = torch.stack([weights.float().cpu() for _, weights in pairs], dim=1)
     return ids_TLK.numpy(), weights_TLK.numpy()
 
 
-def _ids_and_weights(router: Any, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expert ids and weights `[T, K]` in a router's output: its integer tensor, and a floating-point one of the same shape.
+class _Reading:
+    """Hooks on one MoE layer, and what they saw in a forward pass."""
 
-    Llama 4's router returns scores `[T, E]`, zero except for the chosen experts; here the `top_k` largest are taken.
-    Raises `EngineError` if the output has neither form.
+    def __init__(self, block: MoEBlock, on_router_input: OnRouterInput | None) -> None:
+        self._block, self._on_router_input = block, on_router_input
+        self._pair: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._output: Any = None
+
+    def hooks(self) -> list[Any]:
+        return [
+            self._block.gate.register_forward_pre_hook(self._show_input),
+            self._block.router.register_forward_hook(self._keep_output),
+            self._block.experts.register_forward_pre_hook(self._keep_pair),
+        ]
+
+    def ids_and_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._pair if self._pair is not None else _ids_and_weights(self._block.router, self._output)
+
+    def _show_input(self, _gate: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = self._on_router_input(self._block, inputs[0].flatten(0, -2)) if self._on_router_input is not None else None
+        return None if changed is None else (changed.to(inputs[0].dtype).reshape(inputs[0].shape), *inputs[1:])
+
+    def _keep_output(self, _router: torch.nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        self._output = output
+
+    def _keep_pair(self, _experts: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._pair = selection(inputs)
+
+
+def _ids_and_weights(router: Any, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expert ids and weights `[T, K]` in the output of a router whose experts get neither.
+
+    Llama 4's router returns scores `[T, E]`, zero except for the chosen experts; the `top_k` largest are taken.
+    Raises `EngineError` for any other output.
     """
-    tensors = [part for part in output if isinstance(part, torch.Tensor)] if isinstance(output, tuple) else []
-    for ids in tensors:
-        if not ids.is_floating_point():
-            for weights in tensors:
-                if weights.is_floating_point() and weights.shape == ids.shape:
-                    return ids.flatten(0, -2), weights.flatten(0, -2)
+    scores = output[0] if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor) else None
     top_k = getattr(router, "top_k", None)
-    if tensors and isinstance(top_k, int) and (tensors[0] != 0).sum(-1).max() <= top_k:
-        weights, ids = tensors[0].flatten(0, -2).topk(top_k, dim=-1)
+    if scores is not None and isinstance(top_k, int) and (scores != 0).sum(-1).max() <= top_k:
+        weights, ids = scores.flatten(0, -2).topk(top_k, dim=-1)
         return ids, weights
-    raise EngineError("a router of this model returns no expert ids and weights: use the engine vllm")
+    raise EngineError("the experts of this model get no expert ids and weights: use the engine vllm")

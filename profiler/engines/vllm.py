@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from profiler.capture.metadata import describe_kernels
 from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, separate_compile_cache
-from profiler.capture.protocol import LoadedFacts, Workers
+from profiler.capture.protocol import Workers
 from profiler.capture.requests import read_requests
 from profiler.engines import AUTO_BACKEND, Completion, EngineOptions, Prompt, Sampling
 from profiler.errors import EngineError, EngineStoppedError, ModelError, first_line
@@ -87,19 +87,18 @@ class VllmEngine:
         self._tokenizer = self._llm.get_tokenizer()
         self.dtype = str(self._llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")
         self.compiled = compiled
-        # Taken from the config; `generate` checks them against the loaded modules.
-        self.moe_layers = model.metadata.moe_layers
-        self.num_experts = model.metadata.num_experts
-        self.top_k = model.metadata.top_k
         plugins = os.environ.get("VLLM_PLUGINS")
         reason = f"VLLM_PLUGINS={plugins} excludes it" if plugins is not None else "install speculative-moe in its environment"
         self._workers = Workers(self._llm, reason)
         facts = self._workers.facts()
+        # What the worker found in the loaded modules, whatever the config says.
+        self.moe_layers, self.num_experts, self.top_k = facts["moe_layers"], facts["num_experts"], facts["top_k"]
         self.hook = facts["hook"]
         megabytes = [round(size / 1e6, 1) for size in (facts["device_bytes"], facts["host_bytes"])]
         self.notes = [f"capture buffers: {megabytes[0]} MB on the device, at most {megabytes[1]:.0f} MB on the host"]
         self.moe_kernels = facts["moe_kernels"]
         self.notes += describe_kernels(self.moe_kernels, replaced_only=True)
+        self.notes += facts["deviations"]
         if not facts["known_release"]:
             self.notes.append(f"vLLM {self.versions['vllm']} is newer than all known releases: its first step is checked")
 
@@ -118,7 +117,7 @@ class VllmEngine:
         try:
             # The watchdog covers every wait for the engine: a dead engine answers neither steps nor calls.
             with _Watchdog():
-                self._check_facts(self._workers.start(run, hidden_tokens))
+                self._workers.start(run, hidden_tokens)
                 requests = self._add_requests(prompts, sampling, on_rejected)
                 self._run(requests, on_finished)
                 answer = self._workers.stop()
@@ -201,11 +200,6 @@ class VllmEngine:
     def _keep_log(self) -> str:
         self._log_is_wanted = True
         return f" (its log is {self._log})" if self._log is not None else ""
-
-    def _check_facts(self, loaded: LoadedFacts) -> None:
-        for name in ("moe_layers", "num_experts", "top_k"):
-            if loaded[name] != getattr(self, name):
-                raise EngineError(f"the loaded model has {name} {loaded[name]}, but its config.json says {getattr(self, name)}")
 
 
 def _refuse_scripts_that_cannot_be_imported() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from profiler.errors import ModelError, first_line
+from profiler.models.built import built_facts
 from profiler.models.registry import MODELS, QUANTIZE_PRECISION, ModelEntry, checkpoint, quantized_checkpoint
 from profiler.trace.schema import ModelMetadata
 
@@ -70,7 +73,8 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
     config = _read_config(location, revision)
     if not is_folder:
         revision = _commit(location, revision) or revision
-    facts = moe_facts(config)
+    # The registry and the embedded model are checked facts; building a model takes seconds, most of them for importing torch.
+    facts = moe_facts(config, build=entry is None and name != DEMO_MODEL)
     try:
         model = _resolved(name, location, config, facts, dtype, revision)
         if is_self_quantized:
@@ -83,6 +87,24 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
     if entry is not None:
         check_facts(entry, model)
     return model
+
+
+def loaded_model(location: str, revision: str | None, loaded: Mapping[str, Any]) -> ModelMetadata:
+    """Metadata of a model that an engine has loaded, from a folder or hub id.
+
+    loaded: `moe_layers`, `num_experts` and `top_k` as the engine's worker found them in the model's modules; they are believed.
+    The config adds what it can, and no error in it is raised.
+    """
+    facts = {name: loaded[name] for name in ("moe_layers", "num_experts", "top_k")}
+    try:
+        config = _read_config(location, revision)
+        text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+        layers = text.get("num_hidden_layers")
+        extra = {"num_layers": layers if isinstance(layers, int) else None} | _weight_facts(text)
+        found = None if Path(location).is_dir() else _commit(location, revision)
+        return _resolved(location, location, config, extra | facts, "auto", found or revision).metadata
+    except (ModelError, ValidationError, TypeError, ValueError):
+        return ModelMetadata(id=location, revision=revision, **facts)
 
 
 def check_facts(entry: ModelEntry, model: ResolvedModel) -> None:
@@ -119,24 +141,49 @@ def _resolved(
     return ResolvedModel(location, metadata, int(text.get("max_position_embeddings") or 2048), _first(text, "hidden_size") or 0)
 
 
-def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
+def moe_facts(config: dict[str, Any], *, build: bool = True) -> dict[str, Any]:
     """Read MoE facts from the content of a `config.json`; the keys are the fields of `ModelMetadata`.
 
-    Knows the entries used by Mixtral, Phi-MoE, gpt-oss, Qwen2/3-MoE, OLMoE and DeepSeek v1 to v3.
-    Raises `ModelError` if the model is dense, or if the config lacks a required entry.
+    The entries' usual names give MoE layers, E and K. With `build`, the model that `transformers` builds from the config,
+    without weights, is asked too, and believed: families name and combine these entries in many ways.
+    Raises `ModelError` if the model is dense, or if neither way finds its experts.
     """
-    if isinstance(config.get("text_config"), dict):
-        config = config["text_config"]
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    architecture = (config.get("architectures") or text.get("architectures") or [config.get("model_type", "this model")])[0]
+    for name, value in text.items():
+        # Before anything is built. The names of this entry differ, too: n_layers, num_layers, ...
+        if name.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS:
+            raise ModelError(f"{architecture}: its config.json says {value} layers ({name}), expected at most {MAX_LAYERS}")
+    named: dict[str, Any] | ModelError
+    try:
+        named = _named_facts(text, architecture)
+    except ModelError as error:
+        named = error
+    built = built_facts(config) if build else None
+    facts = named if isinstance(named, dict) else {}
+    if built is not None and not built.moe_layers:
+        raise ModelError(f"{architecture} has no routed experts (a dense model): choose a mixture-of-experts model")
+    if built is not None:
+        found = {"moe_layers": built.moe_layers, "num_experts": built.num_experts, "num_layers": built.num_layers}
+        facts = facts | found | ({} if built.top_k is None else {"top_k": built.top_k})
+    if isinstance(named, ModelError) and not {"moe_layers", "top_k"} <= facts.keys():
+        raise named
+    return facts | _weight_facts(text)
+
+
+def _named_facts(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """Layers, MoE layers, E and K from the entries' usual names.
+
+    Knows the names used by Mixtral, Phi-MoE, gpt-oss, Qwen2/3-MoE, OLMoE and DeepSeek v1 to v3.
+    Raises `ModelError` if an entry is missing or has an impossible value.
+    """
     experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
     top_k = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
     layers = _first(config, "num_hidden_layers")
-    architecture = (config.get("architectures") or [config.get("model_type", "this model")])[0]
     if experts is None or experts < 2:
         raise ModelError(f"{architecture} has no routed experts (a dense model): choose a mixture-of-experts model")
     if not top_k or not layers:
         raise ModelError(f"{architecture}: its config.json lacks num_experts_per_tok or num_hidden_layers")
-    if layers > MAX_LAYERS:
-        raise ModelError(f"{architecture}: its config.json says {layers} layers, expected at most {MAX_LAYERS}")
     # Qwen: every `decoder_sparse_step`-th layer, counted from 1, except `mlp_only_layers`.
     # DeepSeek: from `first_k_dense_replace` on, every `moe_layer_freq`-th layer, counted from 0.
     sparse_step = _first(config, "decoder_sparse_step") or 1
@@ -150,21 +197,16 @@ def moe_facts(config: dict[str, Any]) -> dict[str, Any]:
     ]
     if not moe_layers:
         raise ModelError(f"{architecture}: its config.json defines no MoE layer among {layers} layers")
+    return {"num_layers": layers, "moe_layers": moe_layers, "num_experts": experts, "top_k": top_k}
+
+
+def _weight_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """How the model treats routing weights; None where the config has no entry that says it."""
     renormalized = True if config.get("model_type") in _ALWAYS_RENORMALIZED else config.get("norm_topk_prob")
-    return {
-        "num_layers": layers,
-        "moe_layers": moe_layers,
-        "num_experts": experts,
-        "top_k": top_k,
-        "renormalized": renormalized,
-        "routed_scaling_factor": _factor(config),
-    }
-
-
-def _factor(config: dict[str, Any]) -> float | None:
-    """The factor applied to all routing weights; None if the config has none."""
-    value = config.get("routed_scaling_factor")
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+    # routed_scaling_factor, router_scaling_factor, moe_routed_scaling_factor, route_scale, ...
+    factors = [value for name, value in config.items() if re.fullmatch(r"(moe_)?route[dr]?_(scaling_factor|scale)", name)]
+    factor = next((x for x in factors if isinstance(x, int | float) and not isinstance(x, bool) and x > 0), None)
+    return {"renormalized": renormalized, "routed_scaling_factor": None if factor is None else float(factor)}
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:

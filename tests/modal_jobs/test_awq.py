@@ -23,7 +23,8 @@ from profiler.errors import ModelError
 from profiler.models.deepseek_v1 import as_qwen2_moe
 from profiler.models.resolve import demo_model_folder
 from profiler.trace.reader import Trace
-from vllm_patch.check import families
+from vllm_patch.check.families import make
+from vllm_patch.check.families.shape import SHAPE
 
 PYTHON = Path(os.environ.get("QUANTIZE_PYTHON", f"{sys.prefix}-quantize/bin/python"))
 needs_llmcompressor = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no {PYTHON}: make install-quantize")
@@ -39,7 +40,7 @@ def tiny(family: str, folder: Path) -> Path:
     """A random checkpoint with the demo model's tokenizer, norms of unequal channels, and routers that tell tokens apart."""
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model_folder())
-    shape = {**families.SHAPE, "vocab_size": len(tokenizer), "num_key_value_heads": 4}
+    shape = {**SHAPE, "vocab_size": len(tokenizer), "num_key_value_heads": 4}
     if family == "qwen2_moe":
         config = transformers.Qwen2MoeConfig(
             **shape,
@@ -99,7 +100,7 @@ def test_experts_are_in_4_bits_and_routers_are_not(family: str, tmp_path: Path) 
 
 @needs_llmcompressor
 def test_deepseek_v1_is_quantized_in_the_form_of_qwen2_moe(tmp_path: Path) -> None:
-    families.make("deepseek_v1", tmp_path)
+    make("deepseek_v1", tmp_path)
     as_qwen2_moe(tmp_path / "deepseek_v1", tmp_path / "rewritten")
     # Its vocabulary is the tiny models', so the texts' tokens must be few.
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model_folder())

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from vllm_patch.check.families import SHAPE
+from vllm_patch.check.families.shape import SHAPE
 
 WEIGHTS = "model.safetensors"
 HIDDEN = int(SHAPE["hidden_size"])

@@ -1,6 +1,6 @@
-"""Runs a job of `check` with a recorder that copies wrongly, for `test_check`; prints the answer as JSON, one per fault.
+"""Runs jobs of `check` with recorders that copy wrongly, for `test_check`; prints the answers as JSON, one per fault.
 
-python tests/support/faulty_recorder.py FOLDER FAULT...
+python tests/support/faulty_recorder.py FOLDER FAMILY:FAULT...
 """
 
 from __future__ import annotations
@@ -32,11 +32,16 @@ def main() -> None:
         copy = right(self, position, output_scale)
         return lambda hidden, logits, weights, ids: copy(hidden, logits, logits.softmax(-1).gather(1, ids.long()), ids)
 
-    faults = {"none": right, "shifted": shifted, "swapped": swapped, "unnormalized": unnormalized}
-    for fault in sys.argv[2:]:
+    def moved(self: Any, position: int, output_scale: float = 1.0) -> Any:
+        copy = right(self, position, output_scale)
+        return lambda *tensors: copy(*(tensor.roll(1, 0) for tensor in tensors))
+
+    faults = {"none": right, "shifted": shifted, "swapped": swapped, "unnormalized": unnormalized, "moved": moved}
+    for case in sys.argv[2:]:
+        family, _, fault = case.partition(":")
         CaptureBuffers.copy_of_layer = faults[fault]  # type: ignore[method-assign]
-        answer = answer_job(Job(model="mixtral", mode=EAGER), Path(sys.argv[1]))
-        print(json.dumps({"fault": fault, **answer}), flush=True)
+        answer = answer_job(Job(model=family, mode=EAGER), Path(sys.argv[1]))
+        print(json.dumps({"case": case, **answer}), flush=True)
 
 
 if __name__ == "__main__":

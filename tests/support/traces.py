@@ -11,7 +11,7 @@ import pyarrow as pa
 from profiler.capture.sealing import run_folder, seal
 from profiler.trace.reader import Trace
 from profiler.trace.schema import PROBLEMS_FILE, PROBLEMS_SCHEMA, TOKENS_FILE, TOKENS_SCHEMA, Metadata, ModelMetadata
-from profiler.trace.stream import RoutingWriter
+from profiler.trace.stream import HIDDEN_STREAM, RoutingWriter, ValuesWriter
 from profiler.trace.writer import write_manifest, write_metadata, write_table
 
 Problems = list[tuple[np.ndarray, np.ndarray]]
@@ -32,11 +32,12 @@ def write_made_trace(
     vocab_ids: list[np.ndarray] | None = None,
     prompt_tokens: int = 1,
     unrecorded: int = 0,
+    hidden: list[np.ndarray] | None = None,
 ) -> Trace:
     """A complete trace from one (expert_ids `[T, L, K]`, weights `[T, L, K]`) per problem.
 
     prompt_tokens: of each problem. unrecorded: positions at the end of each problem that have no routing.
-    first_layer: the decoder's index of the first MoE layer.
+    first_layer: the decoder's index of the first MoE layer. hidden: router inputs `[T, L, D]` of each problem.
     """
     directory.mkdir()
     layers, top_k = problems[0][0].shape[1:]
@@ -49,6 +50,11 @@ def write_made_trace(
         for problem_id, (ids, weights) in enumerate(problems):
             writer.add(problem_id, np.arange(len(ids)), ids, weights)
             lengths[problem_id] = len(ids) + 1 + unrecorded
+    if hidden is not None and hidden[0].size:
+        path = run_folder(directory, 0) / HIDDEN_STREAM
+        with ValuesWriter(path, model.moe_layers, "hidden", hidden[0].shape[-1]) as inputs:
+            for problem_id, values in enumerate(hidden):
+                inputs.add(problem_id, np.arange(len(values)), values.astype(np.float16))
     seal(directory, model, lengths)
     rows = []
     tokens: dict[str, list[object]] = {name: [] for name in TOKENS_SCHEMA.names}

@@ -18,20 +18,20 @@ from profiler.engines.vllm import is_installed
 from profiler.models.resolve import demo_model_folder
 from profiler.trace.reader import Trace
 from vllm_patch.check.agreement import load_oracle, vocabulary
-from vllm_patch.check.jobs import FAMILY_NAMES
+from vllm_patch.check.jobs import DEFAULT_FAMILIES
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")]
 
 # The first of layers 0 to 2 is dense in some families.
 FROM_LAYER_1 = ("deepseek_v1", "deepseek_v2", "deepseek_v3", "glm4_moe")
 # The chosen experts are those of the largest logits: no correction bias, no groups.
-BY_LOGITS = tuple(name for name in FAMILY_NAMES if name not in {"deepseek_v3", "glm4_moe"})
+BY_LOGITS = tuple(name for name in DEFAULT_FAMILIES if name not in {"deepseek_v3", "glm4_moe"})
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    assert warm.run("vllm_patch.check.families", folder).returncode == 0
+    assert warm.run("vllm_patch.check.families", folder, *DEFAULT_FAMILIES).returncode == 0
     return folder
 
 
@@ -48,7 +48,7 @@ def in_one_process(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) 
     for name in ("families", "half", "pressure", "speculative", "modes", "skipping", "calls"):
         (out / name).mkdir()
     drive(
-        ["families", out / "families", *(checkpoints / name for name in FAMILY_NAMES)],
+        ["families", out / "families", *(checkpoints / name for name in DEFAULT_FAMILIES)],
         ["half", out / "half", demo_model_folder()],
         ["pressure", out / "pressure", checkpoints / "mixtral"],
         ["modes", out / "modes", demo_model_folder()],
@@ -90,7 +90,7 @@ def calls(in_one_process: Path) -> Path:
     return in_one_process / "calls"
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", DEFAULT_FAMILIES)
 def test_every_family_agrees_with_transformers(name: str, families: Path, checkpoints: Path) -> None:
     trace = Trace.open(families / name)
     assert_complete(trace)
@@ -114,7 +114,7 @@ def test_logits_choose_the_recorded_experts(name: str, families: Path) -> None:
         assert (np.take_along_axis(logits_TLE, chunk.expert_ids_TLK.astype(np.int64), -1) >= kth).all()
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", DEFAULT_FAMILIES)
 def test_router_inputs_times_gates_are_the_logits(name: str, families: Path) -> None:
     from safetensors.numpy import load_file
 

@@ -7,9 +7,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from profiler.errors import SpecmoeError, printable
+from vllm_patch.check.coverage import coverage_lines, verdict_line
 from vllm_patch.check.jobs import FAMILY_NAMES
 from vllm_patch.check.results import CheckDocument, Verdict
-from vllm_patch.check.run import Check, run_check, verdict_line
+from vllm_patch.check.run import Check, run_check
 
 console = Console(highlight=False)
 COLORS = {Verdict.exact: "green", Verdict.ties: "green", Verdict.wrong: "bold red", Verdict.failed: "yellow"}
@@ -36,13 +37,19 @@ def run_and_print(check: Check) -> CheckDocument:
     for note in document.notes:
         console.print(escape(printable(note)))
     console.print("\n" + escape(verdict_line(document)))
+    for line in coverage_lines(document):
+        console.print(escape(printable(line)), soft_wrap=True)
     return document
 
 
 def _jobs_table(document: CheckDocument) -> Table:
     shown = Table(box=None, title_justify="left")
-    for column in ("model", "mode", "type", "verdict", "sets", "differ", "seconds"):
-        shown.add_column(column, justify="right" if column in {"sets", "differ", "seconds"} else "left", no_wrap=True)
+    for column in ("model", "mode", "type", "verdict", "oracle", "sets", "differ", "seconds"):
+        shown.add_column(
+            column,
+            justify="right" if column in {"sets", "differ", "seconds"} else "left",
+            no_wrap=column not in {"model", "mode", "oracle"},
+        )
     for job in document.jobs:
         color = COLORS.get(job.verdict, "default")
         shown.add_row(
@@ -50,6 +57,7 @@ def _jobs_table(document: CheckDocument) -> Table:
             job.mode,
             job.dtype,
             f"[{color}]{job.verdict.value}[/]",
+            (job.oracle or "").partition(",")[0],
             "" if job.compared is None else f"{job.compared:,}",
             "" if job.differing is None else f"{job.differing:,}",
             f"{job.seconds:.0f}",

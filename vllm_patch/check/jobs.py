@@ -65,8 +65,9 @@ COMPILED_CACHED = Mode(name="compiled, chunked prefill, prefix caching", compile
 WORKERS = Mode(name="eager, worker process", workers=True, prefix_caching=True)
 COMPILED_WORKERS = Mode(name="compiled, worker process", compiled=True, workers=True)
 
-# The families that `families` can create. They are listed here because importing that module takes seconds.
-FAMILY_NAMES = (
+# The families that `families` can create. They are listed here because importing that module takes seconds. The default ones
+# differ in how their routers select and weigh experts; most of the others repeat these routers with another kind of attention.
+DEFAULT_FAMILIES = (
     "mixtral",
     "qwen2_moe",
     "qwen3_moe",
@@ -80,28 +81,62 @@ FAMILY_NAMES = (
     "phimoe",
     "llama4",
 )
-# On GPUs, the kernels for multi-head latent attention support only half precision.
-HALF_PRECISION_ON_GPU = ("deepseek_v2", "deepseek_v3")
+FURTHER_FAMILIES = (
+    "gemma4",
+    "ernie4_5_moe",
+    "lfm2_moe",
+    "cohere2_moe",
+    "glm4_moe_lite",
+    "exaone_moe",
+    "afmoe",
+    "axk1",
+    "hy_v3",
+    "laguna",
+    "mimo_v2_flash",
+    "minimax_m2",
+    "dots1",
+    "dbrx",
+    "longcat_flash",
+    "hunyuan_v1_moe",
+    "mellum",
+    "flex_olmo",
+    "granitemoeshared",
+    "granitemoehybrid",
+    "qwen3_next",
+    "qwen3_5_moe",
+    "jamba",
+    "nemotron_h",
+    "llama4_interleaved",
+    "llama4_multimodal",
+    "gemma4_multimodal",
+    "qwen3_vl_moe",
+    "qwen3_5_moe_multimodal",
+    "qwen3_moe_many_experts",
+    "mixtral_all_experts",
+    "mixtral_one_expert",
+)
+FAMILY_NAMES = DEFAULT_FAMILIES + FURTHER_FAMILIES
 
 
-def jobs_for(models: list[str], *, on_gpu: bool, runners: tuple[int, ...] = (), quick: bool = False) -> list[Job]:
+def jobs_for(
+    models: list[str],
+    dtypes: dict[str, str],
+    *,
+    on_gpu: bool,
+    runners: tuple[int, ...] = (),
+    quick: bool = False,
+) -> list[Job]:
     """The jobs, most valuable first: every model in the mode that most users run, then further modes.
 
-    quick: only the first of these. runners: the model runners to choose between; see `Mode.runner`.
+    dtypes: of each model. quick: only the first of these. runners: the model runners to choose between; see `Mode.runner`.
     """
-
-    def dtype(model: str) -> str:
-        return "bfloat16" if on_gpu and model in HALF_PRECISION_ON_GPU else "float32"
-
-    if not on_gpu:
-        first = [Job(model=model, mode=EAGER, dtype=dtype(model)) for model in models]
-        others = [COMPILED_CACHED, WORKERS]
-        return first if quick else first + [Job(model=models[0], mode=mode, dtype=dtype(models[0])) for mode in others]
-    jobs = [Job(model=model, mode=COMPILED_CHUNKED, dtype=dtype(model)) for model in models]
+    first = [Job(model=model, mode=COMPILED_CHUNKED if on_gpu else EAGER, dtype=dtypes[model]) for model in models]
     if quick:
-        return jobs
-    jobs.append(Job(model=models[0], mode=COMPILED_WORKERS, dtype="bfloat16"))
+        return first
+    if not on_gpu:
+        return first + [Job(model=models[0], mode=mode, dtype=dtypes[models[0]]) for mode in (COMPILED_CACHED, WORKERS)]
+    jobs = [*first, Job(model=models[0], mode=COMPILED_WORKERS, dtype="bfloat16")]
     for runner in runners:
         mode = Mode(name=f"compiled, runner V{runner}", compiled=True, prefix_caching=True, runner=runner)
-        jobs.append(Job(model=models[0], mode=mode, dtype=dtype(models[0])))
-    return jobs + [Job(model=model, mode=EAGER_CACHED, dtype=dtype(model)) for model in models]
+        jobs.append(Job(model=models[0], mode=mode, dtype=dtypes[models[0]]))
+    return jobs + [Job(model=model, mode=EAGER_CACHED, dtype=dtypes[model]) for model in models]

@@ -33,6 +33,10 @@ class _Part(BaseModel):
 class JobResult(_Part):
     """One model in one mode. compared, differing: numbers of expert sets; a set is the experts of one token at one layer.
 
+    oracle: what the recorded sets were compared with: `transformers`, or its routers on the inputs that vLLM recorded (if vLLM
+    computes something before the router in another way), and what was left out of it. input_difference: in the latter case, the
+    median relative difference of the routers' inputs.
+
     Fields are None if they are unknown because the run ended early.
     """
 
@@ -50,6 +54,7 @@ class JobResult(_Part):
     widest_gap: float | None = None
     weight_error: float | None = None
     weight_ratio: float | None = None
+    input_difference: float | None = None
     start_seconds: float | None = None
     seconds: float = 0.0
 
@@ -81,7 +86,7 @@ class OverheadResult(_Part):
 
 
 class CheckDocument(_Part):
-    """The whole document. notes: errors outside the jobs, and what was not covered."""
+    """The whole document. notes: errors outside the jobs. covered, not_covered: phrases that sum the run up."""
 
     version: int = 1
     device: str
@@ -92,6 +97,8 @@ class CheckDocument(_Part):
     overhead: list[OverheadResult] = []
     replay: list[dict[str, Any]] = []
     notes: list[str] = []
+    covered: list[str] = []
+    not_covered: list[str] = []
     seconds: float = 0.0
 
     def write(self, path: Path) -> None:

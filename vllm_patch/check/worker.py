@@ -15,13 +15,18 @@ import shutil
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from profiler.errors import first_line
+from profiler.capture.options import CaptureOptions
+from profiler.errors import EngineError, first_line
 from profiler.models.resolve import demo_model_folder
+from profiler.trace.reader import Trace
+from vllm_patch.check.agreement import ROUTER, OracleAgreement
+from vllm_patch.check.device import context_length
 from vllm_patch.check.jobs import (
     CHUNK,
     LONGEST_PROMPT,
@@ -31,8 +36,11 @@ from vllm_patch.check.jobs import (
     SHARED_PROMPTS,
     Job,
 )
+from vllm_patch.deviations import IGNORES_CORRECTION
 
 MAX_LENGTH = 1024
+# More than all prompts and outputs of a job.
+HIDDEN_TOKENS = 100_000
 # Bytes of KV cache on a GPU: small, and fixed, so that concurrent engines do not measure each other's memory.
 KV_CACHE_BYTES = 1 << 28
 
@@ -51,32 +59,94 @@ def main() -> None:
 def answer_job(job: Job, folder: Path) -> dict[str, Any]:
     """Run a job. Returns its `verdict` and `detail`, with facts about the run. Never raises."""
     began = time.perf_counter()
-    out = folder / f"trace-{os.getpid()}"
-    shutil.rmtree(out, ignore_errors=True)
     try:
-        facts = run_job(job, folder, out)
+        facts = run_job(job, folder, folder / f"trace-{os.getpid()}")
     except Exception as error:
         traceback.print_exc()
-        refused = type(error).__name__ == "EngineError" and "capture failed: " in str(error)
-        text = str(error).removeprefix("capture failed: ") if refused else f"{type(error).__name__}: {first_line(error)}"
+        # An engine that did not start leaves its process groups behind, which may not suit the next model.
+        _clean_up()
+        refused = isinstance(error, EngineError) and "capture failed: " in str(error)
+        text = str(error).removeprefix("capture failed: ") if refused else _what_failed(error)
         facts = {"verdict": "refused" if refused else "failed", "detail": text}
     return {**facts, "seconds": round(time.perf_counter() - began, 1)}
 
 
 def run_job(job: Job, folder: Path, out: Path) -> dict[str, Any]:
-    """Start vLLM, record, stop vLLM, and compare the trace with the reference."""
+    """Record, and compare the trace with the reference.
+
+    If sets differ, record again with the routers' inputs, and compare with the reference's routers on these inputs: the engines
+    may compute something before the router in different ways. A recorder that loses or misplaces something fails there, too.
+    """
+    model = model_folder(job.model, folder)
+    recorded = record(job, model, out)
+    found = _compare(recorded, model, job)
+    verdict, detail = found.verdict(job.dtype)
+    if verdict == "wrong" and found.differing and not found.missing:
+        first, first_detail = found, detail
+        layers = tuple(recorded.trace.metadata.model.moe_layers)
+        try:
+            again = record(job, model, out.with_name(f"{out.name}-inputs"), hidden_layers=layers)
+        except EngineError as error:
+            detail += f"; the routers' inputs, which could explain this, were not recorded: {first_line(error)}"
+        else:
+            found = _compare(again, model, job, recorded_inputs=True)
+            verdict, detail = found.verdict(job.dtype)
+            detail += (
+                f"; alone, transformers differs in {first.differing:,} sets"
+                if verdict != "wrong"
+                else f"; against transformers alone: {first_detail}"
+            )
+    trace = recorded.trace
+    if job.mode.prefix_caching and not sum(trace.problems.column("cached_tokens").to_pylist()):
+        verdict, detail = "wrong", "prefix caching is on, but no cached token was recorded; " + detail
+    oracle = found.oracle
+    if IGNORES_CORRECTION in trace.metadata.hook:
+        oracle += ", without the correction bias, which vLLM's CPU router ignores"
+    return {
+        "verdict": verdict,
+        "detail": detail,
+        "oracle": oracle,
+        "hook": trace.metadata.hook,
+        "runner": recorded.runner,
+        "vllm": trace.metadata.versions["vllm"],
+        "compared": found.compared,
+        "differing": found.differing,
+        "widest_gap": found.widest_gap,
+        "weight_error": found.weight_error,
+        "weight_ratio": found.weight_ratio,
+        "input_difference": found.input_difference if found.oracle == ROUTER else None,
+        "start_seconds": round(recorded.start_seconds, 1),
+    }
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A trace and how it was recorded. in_transformers: vLLM runs the model with transformers' own modules."""
+
+    trace: Trace
+    runner: str | None
+    start_seconds: float
+    in_transformers: bool
+
+
+def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()) -> Recorded:
+    """Start vLLM, record the job's prompts, and stop vLLM.
+
+    hidden_layers: the MoE layers whose router inputs are recorded, too.
+    """
     import torch
     from vllm import LLM
 
-    from vllm_patch.check.agreement import compare, load_oracle
     from vllm_patch.recording import Recording, enable
 
-    enable()
-    model = model_folder(job.model, folder)
+    shutil.rmtree(out, ignore_errors=True)
+    enable(CaptureOptions(hidden_layers=hidden_layers, hidden_tokens=HIDDEN_TOKENS))
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 16} if job.mode.chunked else {}
     if on_gpu:
-        settings |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": KV_CACHE_BYTES}
+        # A model that the user names runs alone and may need the whole GPU; small ones must not measure each other's memory.
+        named = Path(job.model).is_dir()
+        settings |= {} if named else {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": KV_CACHE_BYTES}
         if job.mode.compiled:
             settings |= {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}}
     if not (model / "tokenizer.json").is_file():
@@ -89,7 +159,7 @@ def run_job(job: Job, folder: Path, out: Path) -> dict[str, Any]:
         dtype=job.dtype,
         enforce_eager=not job.mode.compiled,
         enable_prefix_caching=job.mode.prefix_caching,
-        max_model_len=MAX_LENGTH,
+        max_model_len=context_length(model, MAX_LENGTH),
         disable_log_stats=True,
         seed=0,
         **settings,
@@ -100,33 +170,33 @@ def run_job(job: Job, folder: Path, out: Path) -> dict[str, Any]:
             for prompts in prompt_batches(job):
                 recording.add(llm.generate(prompts, _sampling(), use_tqdm=False))
         runner = _runner_of(llm) if not job.mode.workers else None
+        uses_transformers = getattr(llm.llm_engine.vllm_config.model_config, "using_transformers_backend", None)
+        in_transformers = uses_transformers is not None and bool(uses_transformers())
     finally:
         _stop(llm)
         del llm
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
-    trace = recording.trace
-    assert trace is not None
-    # On the CPU, wherever vLLM ran: the reference must not use the same kernels.
-    agreement = compare(trace, load_oracle(model, job.dtype))
-    verdict, detail = agreement.verdict(job.dtype)
-    if job.mode.prefix_caching and not sum(trace.problems.column("cached_tokens").to_pylist()):
-        verdict, detail = "wrong", "prefix caching is on, but no cached token was recorded; " + detail
-    return {
-        "verdict": verdict,
-        "detail": detail,
-        "oracle": "transformers",
-        "hook": trace.metadata.hook,
-        "runner": runner,
-        "vllm": trace.metadata.versions["vllm"],
-        "compared": agreement.compared,
-        "differing": agreement.differing,
-        "widest_gap": agreement.widest_gap,
-        "weight_error": agreement.weight_error,
-        "weight_ratio": agreement.weight_ratio,
-        "start_seconds": round(started, 1),
-    }
+    assert recording.trace is not None
+    return Recorded(recording.trace, runner, started, in_transformers)
+
+
+def _compare(recorded: Recorded, model: Path, job: Job, *, recorded_inputs: bool = False) -> OracleAgreement:
+    """Compare with the reference, on the CPU wherever vLLM ran: it must not use the same kernels.
+
+    vLLM changes the classes of models that it runs with transformers' modules, so these are compared in another process.
+    """
+    from vllm_patch.check.agreement import compare_in_new_process, compare_with_checkpoint
+
+    compare = compare_in_new_process if recorded.in_transformers else compare_with_checkpoint
+    return compare(
+        recorded.trace.path,
+        model,
+        job.dtype,
+        recorded_inputs=recorded_inputs,
+        corrections=IGNORES_CORRECTION not in recorded.trace.metadata.hook,
+    )
 
 
 def model_folder(model: str, folder: Path) -> Path:
@@ -144,6 +214,15 @@ def model_folder(model: str, folder: Path) -> Path:
         with contextlib.suppress(OSError):
             checkpoint.rename(found)
     return found
+
+
+def _what_failed(error: Exception) -> str:
+    """The error's type and first line, or the source line that raised an error without a text."""
+    text = first_line(error) if str(error) else ""
+    if not text:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
+    return f"{type(error).__name__}: {text}"
 
 
 def prompt_batches(job: Job) -> list[list[dict[str, Any]]]:
@@ -176,6 +255,10 @@ def _runner_of(llm: Any) -> str | None:
 def _stop(llm: Any) -> None:
     with contextlib.suppress(Exception):
         llm.llm_engine.engine_core.shutdown()
+    _clean_up()
+
+
+def _clean_up() -> None:
     with contextlib.suppress(Exception):
         from vllm.distributed import cleanup_dist_env_and_memory
 

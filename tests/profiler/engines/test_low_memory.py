@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 from profiler.collect.job import collect
 from profiler.collect.options import LocalOptions
 from profiler.engines.low_memory import keep_on_host, layers_that_fit, quantize_experts
-from profiler.engines.transformers import find_routers, route
+from profiler.engines.transformers import moe_blocks, route
 from profiler.errors import EngineError
 from profiler.models.resolve import demo_model_folder
 from profiler.trace.reader import Trace
 from vllm_patch.check import families
+from vllm_patch.check.families.shape import SHAPE
 
 pytest.importorskip("bitsandbytes")
 TOKENS = np.random.default_rng(0).integers(3, 300, 96).tolist()
@@ -36,12 +37,12 @@ def size(module: nn.Module) -> int:
 def test_experts_shrink_and_routers_do_not(load_in: str, smaller: float, agreement: float) -> None:
     model = demo()
     ids_TLK, _ = route(model, TOKENS)
-    routers = [router.get_parameter("weight").clone() for _, router in find_routers(model)]
+    routers = [block.gate.get_parameter("weight").clone() for block in moe_blocks(model)]
     before = size(model.model.layers[0].mlp.experts)
     assert quantize_experts(model, load_in) == 8
     assert size(model.model.layers[0].mlp.experts) < smaller * before
-    for weight, (_, router) in zip(routers, find_routers(model), strict=True):
-        kept = router.get_parameter("weight")
+    for weight, block in zip(routers, moe_blocks(model), strict=True):
+        kept = block.gate.get_parameter("weight")
         assert kept.dtype == torch.float32
         assert torch.equal(kept, weight)
     quantized_TLK, _ = route(model, TOKENS)
@@ -66,9 +67,7 @@ def test_other_families_compute_nearly_the_same(family: str) -> None:
 def test_experts_of_another_form_are_refused_untouched() -> None:
     import transformers
 
-    config = transformers.GptOssConfig(
-        **families.SHAPE, num_key_value_heads=2, head_dim=32, num_local_experts=4, num_experts_per_tok=2
-    )
+    config = transformers.GptOssConfig(**SHAPE, num_key_value_heads=2, head_dim=32, num_local_experts=4, num_experts_per_tok=2)
     model = transformers.GptOssForCausalLM(config)
     before = {name: type(module) for name, module in model.named_modules()}
     with pytest.raises(EngineError, match=r"experts of GptOssForCausalLM \(model.layers.0.mlp.experts\)"):

@@ -13,6 +13,8 @@ from profiler.engines.transformers import route
 from profiler.errors import ModelError
 from profiler.models.deepseek_v1 import as_qwen2_moe, register_config
 from vllm_patch.check import families
+from vllm_patch.check.families.deepseek_v1 import deepseek_v1_oracle
+from vllm_patch.check.families.shape import VOCABULARY
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +29,8 @@ def test_the_rewriting_routes_and_computes_as_the_original(checkpoint: Path, tmp
 
     as_qwen2_moe(checkpoint, tmp_path / "rewritten")
     rewritten = AutoModelForCausalLM.from_pretrained(tmp_path / "rewritten", dtype="float32").eval()
-    oracle = families.deepseek_v1_oracle(checkpoint)
-    token_ids = np.random.default_rng(0).integers(3, families.VOCABULARY, 64).tolist()
+    oracle = deepseek_v1_oracle(checkpoint)
+    token_ids = np.random.default_rng(0).integers(3, VOCABULARY, 64).tolist()
     (ids_TLK, weights_TLK), (expected_ids_TLK, expected_weights_TLK) = route(rewritten, token_ids), route(oracle, token_ids)
     assert ids_TLK.shape == (64, 2, 4)
     assert (np.sort(ids_TLK) == np.sort(expected_ids_TLK)).all()

@@ -11,6 +11,7 @@ import pytest
 from support.traces import write_made_trace
 
 from profiler.engines.transformers import route
+from profiler.models.moe_modules import MoEBlock
 from profiler.trace.reader import Trace
 from vllm_patch.check.agreement import compare, load_oracle
 from vllm_patch.check.families import make
@@ -86,8 +87,8 @@ def test_another_choice_is_a_tie_only_where_scores_are_close(mixtral: Any, tmp_p
     """One set gets the third expert instead of its second: a tie where their scores are closest, an error where farthest."""
     logits: list[np.ndarray] = []
 
-    def keep(router: Any, inputs: Any) -> None:
-        logits.append((inputs @ router.weight.T).numpy())
+    def keep(block: MoEBlock, inputs: Any) -> None:
+        logits.append((inputs @ block.gate.get_parameter("weight").T).numpy())
 
     route(mixtral, TOKENS[0][:-1], keep)
     ordered_TE = np.sort(logits[-1], axis=-1)

@@ -22,22 +22,32 @@ needs_vllm = pytest.mark.skipif(not is_installed(), reason="vLLM is not installe
 @pytest.mark.engine
 @needs_vllm
 def test_a_wrong_recorder_is_found(tmp_path: Path) -> None:
-    faults = ["none", "shifted", "swapped", "unnormalized"]
-    done = warm.run("support.faulty_recorder", tmp_path, *faults, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-    answers = {}
-    for line in done.stdout.splitlines():
-        if line.startswith('{"fault"'):
-            answer = json.loads(line)
-            answers[answer["fault"]] = answer
-    assert {fault: answer["verdict"] for fault, answer in answers.items()} == {
-        "none": "exact",
-        "shifted": "wrong",
-        "swapped": "wrong",
-        "unnormalized": "wrong",
-    }, done.stderr[-3000:]
-    assert "sets differ" in answers["shifted"]["detail"]
-    assert "sets differ" in answers["swapped"]["detail"]
-    assert "weights differ" in answers["unnormalized"]["detail"]
+    """Also where vLLM's routers get other inputs than in transformers (LFM2-MoE), and where whole rows are misplaced."""
+    expected = {
+        "mixtral:shifted": "wrong",
+        "mixtral:swapped": "wrong",
+        "mixtral:unnormalized": "wrong",
+        "ernie4_5_moe:none": "exact",
+        "lfm2_moe:none": "exact or ties",
+        "lfm2_moe:moved": "wrong",
+    }
+    done = warm.run(
+        "support.faulty_recorder", tmp_path, *expected, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, timeout=500
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    answers = {answer["case"]: answer for answer in found}
+    assert answers.keys() == expected.keys(), done.stderr[-3000:]
+    for case, verdict in expected.items():
+        assert answers[case]["verdict"] in verdict.split(" or "), answers[case]
+    assert answers["ernie4_5_moe:none"]["oracle"].endswith("without the correction bias, which vLLM's CPU router ignores")
+    assert "ignores this model's correction bias" in answers["ernie4_5_moe:none"]["hook"]
+    assert "weights differ" in answers["mixtral:unnormalized"]["detail"]
+    for case in ("lfm2_moe:none", "lfm2_moe:moved", "mixtral:shifted", "mixtral:swapped"):
+        assert answers[case]["oracle"] == "router on recorded inputs"
+    assert answers["lfm2_moe:none"]["input_difference"] > 0.05
+    assert "sets differ" in answers["mixtral:shifted"]["detail"]
+    assert "sets differ" in answers["mixtral:swapped"]["detail"]
+    assert "fit another token" in answers["lfm2_moe:moved"]["detail"]
 
 
 @pytest.mark.engine
@@ -57,7 +67,12 @@ def test_the_command_says_what_it_found(tmp_path: Path) -> None:
     # A named model that could not be compared.
     assert done.returncode == 1
     assert "llama4" in done.stdout
-    assert done.stdout.strip().splitlines()[-1].startswith(f"{len(document.jobs)} runs on CPU: ")
+    verdicts_line, covered, missing = done.stdout.strip().splitlines()[-3:]
+    assert verdicts_line.startswith(f"{len(document.jobs)} runs on CPU: ")
+    assert covered == "Covered: eager: llama4"
+    assert missing.startswith("Not covered: do not run here: broken; ")
+    for never_run in ("speculative decoding", "tensor parallelism", "GPUs"):
+        assert never_run in missing
     assert CheckDocument.model_validate_json(document.model_dump_json()) == document
 
 
@@ -81,11 +96,14 @@ def test_the_families_that_are_named_can_be_made() -> None:
     from vllm_patch.check.families import FAMILIES
 
     assert set(FAMILY_NAMES) == {*FAMILIES, "deepseek_v1"}
+    assert len(set(FAMILY_NAMES)) == len(FAMILY_NAMES)
 
 
 def test_every_family_comes_before_further_modes() -> None:
     for on_gpu in (False, True):
-        jobs = jobs_for(list(FAMILY_NAMES), on_gpu=on_gpu, runners=(1, 2) if on_gpu else ())
+        jobs = jobs_for(
+            list(FAMILY_NAMES), dict.fromkeys(FAMILY_NAMES, "float32"), on_gpu=on_gpu, runners=(1, 2) if on_gpu else ()
+        )
         assert [job.model for job in jobs[: len(FAMILY_NAMES)]] == list(FAMILY_NAMES)
         assert len(set(jobs)) == len(jobs)
     assert {job.mode.compiled for job in jobs[: len(FAMILY_NAMES)]} == {True}

@@ -1,0 +1,114 @@
+"""MoE facts are those of the model that transformers builds, for every family, however its config names them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+
+from profiler.errors import ModelError
+from profiler.models.resolve import loaded_model, moe_facts, resolve_model
+from vllm_patch.check.families import FAMILIES
+
+# MoE layers, E and K as the functions in `families` define them.
+SOME = {
+    "llama4_interleaved": ([1, 3], 8, 1),
+    "llama4_multimodal": ([1, 3], 8, 1),
+    "ernie4_5_moe": ([1, 2], 16, 4),
+    "dbrx": ([0, 1, 2], 8, 4),
+    "gemma4": ([0, 1, 2], 8, 2),
+    "gemma4_multimodal": ([0, 1, 2], 8, 2),
+    "jamba": ([1], 8, 2),
+    "nemotron_h": ([1, 3], 16, 4),
+    "hunyuan_v1_moe": ([0, 1, 2], 16, 4),
+    "qwen3_moe": ([0, 2], 16, 4),
+    "qwen3_moe_many_experts": ([0, 1, 2], 300, 8),
+    "mixtral_all_experts": ([0, 1, 2], 4, 4),
+    "mixtral_one_expert": ([0, 1, 2], 8, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with the `config.json` of every family."""
+    folders = {}
+    for name, build in FAMILIES.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        with torch.device("meta"):
+            model = build()
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_facts_are_those_of_the_modules(name: str, configs: dict[str, Path]) -> None:
+    config, _ = PretrainedConfig.get_config_dict(configs[name])
+    facts = moe_facts(config)
+    with torch.device("meta"):
+        model = FAMILIES[name]()
+    experts = [path.split(".") for path, _ in model.named_modules() if path.endswith(".experts")]
+    layers = sorted({int(next(part for part in path if part.isdigit())) for path in experts})
+    assert facts["moe_layers"] == layers
+    assert facts["num_layers"] > layers[-1]
+    if name in SOME:
+        assert (facts["moe_layers"], facts["num_experts"], facts["top_k"]) == SOME[name]
+
+
+@pytest.mark.parametrize("name", ["ernie4_5_moe", "dbrx", "gemma4", "llama4_interleaved"])
+def test_a_model_folder_is_resolved_as_it_is_built(name: str, configs: dict[str, Path]) -> None:
+    model = resolve_model(str(configs[name])).metadata
+    assert (model.moe_layers, model.num_experts, model.top_k) == SOME[name]
+
+
+def test_a_dense_model_of_a_moe_class_is_refused() -> None:
+    """Gemma 4 without its experts: the class and its config know the words."""
+    config = {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "num_hidden_layers": 2, "num_experts": 8}
+    with pytest.raises(ModelError, match="Gemma4ForCausalLM has no routed experts"):
+        moe_facts(config)
+
+
+def test_an_unknown_type_is_read_by_names() -> None:
+    config = {"model_type": "new", "num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}
+    assert moe_facts(config)["moe_layers"] == [0, 1]
+    with pytest.raises(ModelError, match="no routed experts"):
+        moe_facts({"model_type": "new", "num_hidden_layers": 2, "experts_in_total": 8})
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', '{"num_hidden_layers": "many"}', "no JSON"])
+def test_what_the_engine_loaded_is_believed(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    loaded: dict[str, Any] = {"moe_layers": [3, 5], "num_experts": 300, "top_k": 7, "hook": "ignored"}
+    model = loaded_model(str(tmp_path), None, loaded)
+    assert (model.id, model.moe_layers, model.num_experts, model.top_k) == (str(tmp_path), [3, 5], 300, 7)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["routed_scaling_factor", "router_scaling_factor", "moe_routed_scaling_factor", "route_scale", "moe_router_scaling_factor"],
+)
+def test_the_factor_has_many_names(entry: str) -> None:
+    config = {"model_type": "new", "num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, entry: 2.5}
+    assert moe_facts(config)["routed_scaling_factor"] == 2.5
+
+
+def test_a_known_model_is_resolved_without_being_built() -> None:
+    """The registry and the embedded model are checked facts: `plan` and `models` must not wait until model code is imported."""
+    code = (
+        "import sys; from profiler.models.resolve import resolve_model; resolve_model('demo'); "
+        "assert not any(name.startswith('transformers.models.mixtral') for name in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("entry", ["num_hidden_layers", "n_layers", "num_layers"])
+def test_a_config_with_absurdly_many_layers_is_refused_before_it_is_built(entry: str) -> None:
+    config = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, entry: 10**9}
+    with pytest.raises(ModelError, match="expected at most 10000"):
+        moe_facts(config)
