@@ -208,5 +208,6 @@ def _warm(python: Path, libraries: tuple[str, ...]) -> Starter:
     """The one starter of an interpreter with these libraries in this process."""
     key = (python, libraries)
     if key not in _starters or not _starters[key].alive:
-        _starters[key] = Starter(python, libraries, os.environ)
+        # Tests run beside each other, and OpenMP's threads spin while they wait.
+        _starters[key] = Starter(python, libraries, {**os.environ, "OMP_NUM_THREADS": "1"})
     return _starters[key]

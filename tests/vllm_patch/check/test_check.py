@@ -31,9 +31,7 @@ def test_a_wrong_recorder_is_found(tmp_path: Path) -> None:
         "lfm2_moe:none": "exact or ties",
         "lfm2_moe:moved": "wrong",
     }
-    done = warm.run(
-        "support.faulty_recorder", tmp_path, *expected, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, timeout=500
-    )
+    done = warm.run("support.faulty_recorder", tmp_path, *expected, timeout=500)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
     answers = {answer["case"]: answer for answer in found}
     assert answers.keys() == expected.keys(), done.stderr[-3000:]
