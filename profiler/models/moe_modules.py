@@ -124,9 +124,10 @@ def selection(inputs: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor] | No
 
 
 def _count(experts: torch.nn.Module) -> int:
-    """E: what the module says, the number of its modules, or the first dimension of its stacked weights."""
-    if isinstance(experts, torch.nn.ModuleList):
-        return len(experts)
+    """E: the number of its numbered modules, what the module says, or the first dimension of its stacked weights."""
+    # A list of experts may have other modules too, such as a shared activation function.
+    if numbered := sum(name.isdigit() for name, _ in experts.named_children()):
+        return numbered
     said = getattr(experts, "num_experts", None)
     return said if isinstance(said, int) else max((len(weight) for weight in experts.parameters()), default=0)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from profiler.errors import ModelError
+from profiler.models.moe_modules import find_moe_blocks
 from profiler.models.resolve import loaded_model, moe_facts, resolve_model
 from vllm_patch.check.families import FAMILIES
 
@@ -112,3 +113,23 @@ def test_a_config_with_absurdly_many_layers_is_refused_before_it_is_built(entry:
     config = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, entry: 10**9}
     with pytest.raises(ModelError, match="expected at most 10000"):
         moe_facts(config)
+
+
+def test_numbered_experts_are_counted_without_their_siblings() -> None:
+    """As llmcompressor lists them for quantization: with the activation function that they share."""
+
+    class Experts(torch.nn.ModuleList):
+        def __init__(self) -> None:
+            super().__init__(torch.nn.Linear(4, 4) for _ in range(6))
+            self.act_fn = torch.nn.SiLU()
+
+    layer = torch.nn.Module()
+    layer.mlp = torch.nn.Module()
+    layer.mlp.gate = torch.nn.Linear(4, 6)
+    layer.mlp.experts = Experts()
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([layer])
+    wrapper = torch.nn.Module()
+    wrapper.model = model
+    (block,) = find_moe_blocks(wrapper)
+    assert (block.layer, block.num_experts) == (0, 6)
