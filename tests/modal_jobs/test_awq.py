@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -34,6 +35,11 @@ LLMCOMPRESSOR = (
     *("datasets", "transformers.models.auto.modeling_auto", "llmcompressor.modifiers.quantization"),
     *("llmcompressor.modifiers.transform.awq", "pydantic", "typer"),
 )
+
+
+@functools.cache
+def quantizing() -> warm.Starter:
+    return warm.Starter(PYTHON, LLMCOMPRESSOR, os.environ)
 
 
 def tiny(family: str, folder: Path) -> Path:
@@ -69,7 +75,7 @@ def tiny(family: str, folder: Path) -> Path:
 
 def quantize(source: Path, target: Path, *more: str) -> subprocess.CompletedProcess[str]:
     arguments = [str(source), str(target), "--dataset", "demo-math,demo-code", "--num-texts", "32", "--group-size", "32"]
-    return warm.run("modal_jobs.awq", *arguments, *more, python=PYTHON, libraries=LLMCOMPRESSOR)
+    return warm.run("modal_jobs.awq", *arguments, *more, starter=quantizing())
 
 
 @needs_llmcompressor

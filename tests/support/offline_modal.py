@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support import warm
+
 if TYPE_CHECKING:
     from support.modal_server.parts import Event
 
 ROOT = Path(__file__).resolve().parents[2]
+
+# What `modal run` imports for our jobs, but for the jobs.
+CLIENT = ("modal", "modal.cli.entry_point", "modal.cli.run", "numba", "safetensors.torch", "tokenizers", "accelerate")
 
 needs_modal = pytest.mark.skipif(importlib.util.find_spec("modal") is None, reason="modal is not installed")
 
@@ -33,29 +41,37 @@ class OfflineModal:
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
     happened: list[Event] = field(default_factory=list)
 
-    def run(self, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, timeout: float = 400, **settings: Any) -> subprocess.CompletedProcess[str]:
         """`modal ARGUMENTS` to its end. settings: as for `command`."""
-        return self.command(sys.executable, "-m", "modal", *arguments, **settings)
+        if warm.are_read_at_import(self.environment):
+            return self.command(sys.executable, "-m", "modal", *arguments, timeout=timeout, **settings)
+        with self._server(settings) as environment:
+            return warm.run("modal", *arguments, environment=environment, timeout=timeout, starter=_clients(), cwd=ROOT)
 
     def command(self, *command: str, timeout: float = 400, **settings: Any) -> subprocess.CompletedProcess[str]:
         """Any command that finds the account in its environment. Containers live until it ends.
 
         settings: of the server, such as `preempt` (`support.modal_server.parts.Settings`).
         """
+        with self._server(settings) as environment:
+            whole = {**os.environ, **environment}
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=whole, timeout=timeout)
+
+    @contextlib.contextmanager
+    def _server(self, settings: dict[str, Any]) -> Iterator[dict[str, str]]:
+        """A server that runs during the block; gives the variables of its clients."""
         from support.modal_server.parts import Settings
         from support.modal_server.server import Server
 
         with Server(self.state, dataclasses.replace(Settings(secrets=self.secrets), **settings)) as server:
             self.happened = server.events
-            environment = {
-                **os.environ,
+            yield {
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "PYTHONPATH": str(ROOT),
                 "COLUMNS": "200",
                 **server.environment,
                 **self.environment,
             }
-            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout)
 
     def events(self, kind: str) -> list[Event]:
         """Events of one kind in the last command."""
@@ -64,6 +80,13 @@ class OfflineModal:
     def volume(self, name: str) -> Path:
         """The committed files of a Volume."""
         return self.state / "volumes" / name
+
+
+@functools.cache
+def _clients() -> warm.Starter:
+    """Modal reads the path of its configuration while it is imported, and then finds none; all else it reads when needed."""
+    libraries = (*CLIENT, *(name for name in warm.LIBRARIES if not name.startswith("vllm")))
+    return warm.Starter(Path(sys.executable), libraries, {**os.environ, "MODAL_CONFIG_PATH": os.devnull, "COLUMNS": "200"})
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ class Starter:
             self._process = subprocess.Popen(
                 [str(python), "-P", str(STARTER), *modules],
                 stdin=other.fileno(),
-                env=dict(environment),
+                # Tests run beside each other, and OpenMP's threads spin while they wait.
+                env={**environment, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
                 cwd="/",
             )
@@ -143,18 +145,18 @@ def run(
     *arguments: str | Path,
     environment: Mapping[str, str] | None = None,
     timeout: float = 300,
-    python: Path = Path(sys.executable),
-    libraries: tuple[str, ...] = LIBRARIES,
+    starter: Starter | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run([python, "-m", module, *arguments], capture_output=True, text=True)`.
 
-    environment: additional variables. libraries: imported beforehand. Raises `subprocess.TimeoutExpired` after killing the
-    process and its group.
+    environment: additional variables. starter: default: this interpreter with `LIBRARIES`. Raises `subprocess.TimeoutExpired`
+    after killing the process and its group.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
         files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in outputs]
-        process = _start(_warm(python, libraries), Path(folder), module, arguments, environment, files)
+        process = _start(starter or usual_starter(), Path(folder), module, arguments, environment, files, cwd or Path.cwd())
         try:
             code = process.code.result(timeout)
         except TimeoutError:
@@ -173,9 +175,13 @@ def start(
     if log is not None:
         os.dup2(output, write)
     with tempfile.TemporaryDirectory() as folder:
-        starter = _warm(Path(sys.executable), LIBRARIES)
-        process = _start(starter, Path(folder), module, arguments, environment, [output, write])
+        process = _start(usual_starter(), Path(folder), module, arguments, environment, [output, write], Path.cwd())
     return Running(process, os.fdopen(read))
+
+
+def are_read_at_import(names: Iterable[str]) -> list[str]:
+    """Which of these variables libraries read while they are imported."""
+    return sorted(name for name in names if name.startswith(READ_AT_IMPORT))
 
 
 def _start(
@@ -185,15 +191,15 @@ def _start(
     arguments: Sequence[str | Path],
     environment: Mapping[str, str] | None,
     outputs: Sequence[int],
+    cwd: Path,
 ) -> Process:
-    changed = sorted(name for name in environment or {} if name.startswith(READ_AT_IMPORT))
-    if changed:
+    if changed := are_read_at_import(environment or {}):
         raise ValueError(f"libraries read {', '.join(changed)} while they are imported, which has happened: use subprocess")
     whole = {**os.environ, **(environment or {})}
     specification = Specification(
         module=module,
         arguments=[str(argument) for argument in arguments],
-        workdir=str(Path.cwd()),
+        workdir=str(cwd),
         environment=whole,
         python_path=[*filter(None, whole.get("PYTHONPATH", "").split(os.pathsep)), str(TESTS)],
     )
@@ -201,13 +207,7 @@ def _start(
     return starter.start(folder / "specification", outputs).result(120)
 
 
-_starters: dict[tuple[Path, tuple[str, ...]], Starter] = {}
-
-
-def _warm(python: Path, libraries: tuple[str, ...]) -> Starter:
-    """The one starter of an interpreter with these libraries in this process."""
-    key = (python, libraries)
-    if key not in _starters or not _starters[key].alive:
-        # Tests run beside each other, and OpenMP's threads spin while they wait.
-        _starters[key] = Starter(python, libraries, {**os.environ, "OMP_NUM_THREADS": "1"})
-    return _starters[key]
+@functools.cache
+def usual_starter() -> Starter:
+    """This interpreter with `LIBRARIES`."""
+    return Starter(Path(sys.executable), LIBRARIES, os.environ)
