@@ -88,12 +88,15 @@ def finished_parts(volume: Path, source: str) -> tuple[CollectJob, list[Path]]:
 
 
 def holds_shard(folder: Path, job: CollectJob, shard: int) -> bool:
-    """Whether a folder is a complete trace of exactly a shard's problems."""
+    """Whether a folder is a complete trace of a shard's problems: all but those that could not be run."""
     try:
-        ids = Trace.open(folder).problems.column("problem_id").to_pylist()
+        trace = Trace.open(folder)
+        ids = trace.problems.column("problem_id").to_pylist()
     except TraceError:
         return False
-    return bool(ids == list(range(job.shards[shard], job.shards[shard + 1])))
+    wanted = range(job.shards[shard], job.shards[shard + 1])
+    skipped = trace.metadata.capture.get("skipped_problems", 0)
+    return len(set(ids)) == len(ids) == len(wanted) - skipped and set(ids) <= set(wanted)
 
 
 def collect_shard(

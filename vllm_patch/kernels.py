@@ -32,12 +32,12 @@ class KernelChoices:
 
     def __init__(self) -> None:
         self._active = True
-        self._passed_over: dict[str, str] = {}
+        self._replaced: dict[str, str] = {}
         self._refusals: dict[str, str] = {}
 
     def replaced(self, kernel: str) -> str | None:
         """The kernel that vLLM would use instead of this one; None if this one is vLLM's own choice."""
-        return self._passed_over.get(kernel)
+        return self._replaced.get(kernel)
 
     def advice(self, kernel: str) -> str:
         """What to do about a kernel that selects experts internally and is used all the same."""
@@ -51,12 +51,14 @@ class KernelChoices:
             # Once the model is loaded, modules that were imported meanwhile still have this function.
             if not self._active or not _is_monolithic(own):
                 return own
+            # Whatever goes wrong, the engine must run with vLLM's own choice.
             try:
                 chosen = _select_recordable(select, base, args, kwargs)
-            except Exception as error:  # whatever it is, the engine must run with vLLM's own choice
-                self._refusals[_kernel_of(own)] = _refusal(select, args, kwargs, error)
+                self._replaced[_kernel_of(chosen)] = _kernel_of(own)
+            except Exception as error:
+                with contextlib.suppress(Exception):
+                    self._refusals[_kernel_of(own)] = _refusal(select, args, kwargs, error)
                 return own
-            self._passed_over[_kernel_of(chosen)] = _kernel_of(own)
             return chosen
 
         return choose
@@ -64,7 +66,7 @@ class KernelChoices:
 
 @contextlib.contextmanager
 def recordable_kernels() -> Iterator[KernelChoices]:
-    """While the block runs, vLLM's selection functions pass over kernels that select experts internally.
+    """While the block runs, vLLM's selection functions skip kernels that select experts internally.
 
     Where no other kernel exists, vLLM keeps its own choice. Does nothing in releases without such functions.
     """
@@ -123,14 +125,19 @@ def _base_class() -> Any:
 
 def _selectors() -> list[tuple[ModuleType, str, Callable[..., Any]]]:
     """The selection functions, in vLLM's modules that define them and in all that imported them."""
-    package = importlib.import_module(f"{_PACKAGE}.oracle")
+    try:
+        package = importlib.import_module(f"{_PACKAGE}.oracle")
+    except ImportError:
+        return []
     for found in pkgutil.iter_modules(package.__path__):
-        # A quantization whose packages are missing cannot be in use.
-        with contextlib.suppress(ImportError):
+        # A quantization whose packages are missing or broken cannot be in use.
+        with contextlib.suppress(Exception):
             importlib.import_module(f"{package.__name__}.{found.name}")
     return [
         (module, name, value)
-        for module in [module for name, module in sys.modules.items() if name.startswith("vllm.")]
+        for module in [
+            module for name, module in sys.modules.items() if name.startswith("vllm.") and isinstance(module, ModuleType)
+        ]
         for name, value in vars(module).items()
         if _SELECTOR.fullmatch(name) and isinstance(value, FunctionType)
     ]

@@ -58,7 +58,7 @@ def _choose(output: Output, named: list[CapturedRequest], free: set[int], inputs
     same = [request for request in named if request.prompt_token_ids == output.prompt_token_ids]
     if inputs.known:
         tokens = output.prompt_token_ids + output.token_ids
-        same = [request for request in same if inputs.are(request.number, tokens)]
+        same = [request for request in same if inputs.has_read(request.number, tokens)]
     elif len(same) > 1:
         raise UnmatchedOutputError(
             f"output {output.name!r}: {len(same)} requests had this id and prompt, and this vLLM release does not show which "

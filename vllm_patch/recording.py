@@ -34,8 +34,8 @@ def enable(options: CaptureOptions | None = None) -> None:
     """Switch capture on for the engines that this process starts from now on.
 
     Call it before vLLM starts: the engine's processes inherit the switch through environment variables. Captured engines get
-    their own compile cache, because vLLM's key for compiled code does not tell captured and plain runs apart. They also pass
-    over kernels that select experts internally, where vLLM has another one; the trace's metadata names both.
+    their own compile cache, because vLLM's key for compiled code does not tell captured and plain runs apart. They also
+    skip kernels that select experts internally, where vLLM has another one; the trace's metadata names both.
 
     Args:
         options: What to record besides expert ids and weights, such as router logits. Default: nothing else.
@@ -98,7 +98,7 @@ class Recording:
 
         Raises:
             TraceError: An output is of another kind (such as that of `llm.beam_search`), not finished, or was added before. No
-                output of this call is added. The recording goes on, and its trace is written even if the error leaves the
+                output of this call is added. The recording continues, and its trace is written even if the error leaves the
                 block.
         """
         # By identity: the outputs are kept, so no other object gets the same.
@@ -120,7 +120,7 @@ class Recording:
             # Makes the captured rows usable if this process is killed.
             write_metadata(self.out, self._metadata())
         except BaseException:
-            # The caller gets no recording, so the engine must not go on recording.
+            # The caller gets no recording, so the engine must stop recording.
             self._workers.stop()
             raise
         return self

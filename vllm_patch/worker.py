@@ -150,6 +150,7 @@ class WorkerCapture:
         def end_capture_and_change(*args: Any, **kwargs: Any) -> Any:
             self._refusal = f"{name} changed the loaded weights: start the engine again to record it"
             if self._recorder is not None and self._recorder.recording:
+                log.error("routing is no longer recorded: %s", self._refusal)
                 self._recorder.fail(RuntimeError(self._refusal))
             return change_weights(*args, **kwargs)
 
@@ -229,9 +230,12 @@ class WorkerCapture:
 
         from vllm_patch.hook import refuse_unsupported
         from vllm_patch.releases import resolve_hook
+        from vllm_patch.speculative import refuse_unsupported_speculation
 
         refuse_unsupported(self._worker.vllm_config)
-        return resolve_hook(vllm.__version__, cpu=current_platform.is_cpu())
+        hook = resolve_hook(vllm.__version__, cpu=current_platform.is_cpu())
+        refuse_unsupported_speculation(self._worker.vllm_config, hook)
+        return hook
 
     def _attach(self, hook: Hook, kernels: KernelChoices | None) -> None:
         import vllm
@@ -240,10 +244,8 @@ class WorkerCapture:
         from vllm_patch.deviations import find_deviations
         from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, source_is_patched
         from vllm_patch.releases import is_known
-        from vllm_patch.speculative import refuse_unsupported_speculation
 
         config, options = self._worker.vllm_config, self._options
-        refuse_unsupported_speculation(config, hook)
         self._layers = layers = find_moe_layers(self._worker.model_runner.get_model(), hook, kernels)
         indices = [layer.index for layer in layers]
         absent = sorted(set(options.hidden_layers) - set(indices))

@@ -88,6 +88,12 @@ def _gaps(sequences: list[Sequence], missing: Missing) -> list[str]:
     return gaps
 
 
+def list_some(lines: list[str]) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = len(lines) - NAMED_PROBLEMS
+    return lines if more <= 0 else [*lines[:NAMED_PROBLEMS], f"{more} more problems, for reasons as above"]
+
+
 def _named(problems: list[int] | dict[int, Any]) -> str:
     ids = sorted(problems)
     more = f" and {len(ids) - NAMED_PROBLEMS} more" if len(ids) > NAMED_PROBLEMS else ""

@@ -364,7 +364,8 @@ class TraceCollector:
                     truncated_tokens=cut,
                 )
                 file.write(planned.to_json() + "\n")
-        done = tokens = skipped = 0
+        done = tokens = 0
+        total = len(finished) + len(prompts) + len(unusable)
         began = time.monotonic()
         lengths = {prompt.problem_id: len(prompt.token_ids) for prompt, _ in prompts}
 
@@ -372,7 +373,7 @@ class TraceCollector:
             self.on_progress(
                 CollectProgress(
                     problems=len(finished) + done,
-                    total=len(collection.problems) - skipped,
+                    total=total,
                     tokens=tokens,
                     seconds=time.monotonic() - began,
                     usage=monitor.usage,
@@ -385,10 +386,10 @@ class TraceCollector:
         ):
 
             def skip(problem_id: int, reason: str) -> None:
-                nonlocal skipped
+                nonlocal total
                 rejections.write(SkippedProblem(problem_id=problem_id, reason=reason).to_json() + "\n")
                 rejections.flush()
-                skipped += 1
+                total -= 1
                 self.on_stage(f"skipping {name_of(collection.problems[problem_id], problem_id)}: {reason}")
 
             def on_finished(completion: Completion) -> None:

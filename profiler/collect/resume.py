@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from profiler.capture.inputs import find_faults
 from profiler.capture.requests import Sequence, read_completed
 from profiler.capture.sealing import captured_positions, run_folder, runs_of
 from profiler.datasets.problems import Problem
 from profiler.errors import TraceError
-from profiler.trace.schema import Metadata
+from profiler.trace.schema import Metadata, comparable_capture
 from profiler.trace.stream import HIDDEN_STREAM, ROUTING_STREAM
 
 
@@ -28,13 +29,14 @@ def check_settings(before: Metadata, now: dict[str, Any], out: Path) -> None:
                 f"{out} was started with {name} {old!r}, now it is {new!r}: resume with the arguments of the first run"
             )
 
-    compare(before.model_dump(mode="json"), now, "")
+    compare(before.model_dump(mode="json") | {"capture": comparable_capture(before)}, now, "")
 
 
 def finished_problems(out: Path, problems: dict[int, Problem]) -> dict[int, Sequence]:
     """The problems that earlier runs finished, by id: their output is known, and all their positions were captured.
 
-    Raises `TraceError` if a finished problem differs from the one that now has its id.
+    Problems whose captured request read other tokens are not among them: they run again. Raises `TraceError` if a finished
+    problem differs from the one that now has its id.
     """
     finished = {}
     for run in runs_of(out):
@@ -46,6 +48,8 @@ def finished_problems(out: Path, problems: dict[int, Problem]) -> dict[int, Sequ
                 )
             if _is_captured(sequence, positions):
                 finished[problem_id] = sequence
+    for sequence, _ in find_faults(out, list(finished.values())):
+        finished.pop(sequence.problem_id, None)
     return finished
 
 

@@ -36,7 +36,7 @@ def encode_prompts(engine: Engine, problems: dict[int, Problem]) -> tuple[list[t
 
 def skipped_problems(out: Path) -> dict[int, str]:
     """The problems that the runs of `out` skipped, and why."""
-    return {skipped.problem_id: skipped.reason for run in runs_of(out) for skipped in read_skipped(run_folder(out, run))}
+    return {record.problem_id: record.reason for run in runs_of(out) for record in read_skipped(run_folder(out, run))}
 
 
 def name_of(problem: Problem, problem_id: int) -> str:
@@ -46,7 +46,8 @@ def name_of(problem: Problem, problem_id: int) -> str:
 
 def describe_skipped(problems: dict[int, Problem], skipped: dict[int, str]) -> list[str]:
     """Lines for the trace's gaps: each skipped problem and why, up to a limit, and how many more there are."""
-    named = sorted(skipped.items())[:NAMED_PROBLEMS]
-    lines = [f"skipped {name_of(problems[problem_id], problem_id)}: {reason}" for problem_id, reason in named]
-    more = len(skipped) - len(named)
-    return [*lines, f"skipped {more} more problems"] if more else lines
+    # A dataset that was replaced before the collection was resumed may have fewer problems.
+    known = sorted((problem_id, reason) for problem_id, reason in skipped.items() if problem_id in problems)
+    lines = [f"skipped {name_of(problems[problem_id], problem_id)}: {reason}" for problem_id, reason in known[:NAMED_PROBLEMS]]
+    more = known[NAMED_PROBLEMS:]
+    return [*lines, f"skipped {len(more)} more problems, {more[0][0]} to {more[-1][0]}"] if more else lines

@@ -6,18 +6,21 @@ import shutil
 import stat
 from pathlib import Path
 
-from profiler.capture.finish import finish_trace
+from profiler.capture.finish import finish_trace, list_some
+from profiler.capture.inputs import find_faults
 from profiler.capture.requests import (
     ABORTED,
     COMPLETIONS_FILE,
     PLANNED_FILE,
     REQUESTS_FILE,
+    SKIPPED_FILE,
     CapturedRequest,
     Sequence,
     free_ids,
     read_completed,
     read_planned,
     read_requests,
+    read_skipped,
 )
 from profiler.capture.sealing import STREAMS, run_folder, runs_of
 from profiler.errors import TraceError
@@ -31,7 +34,7 @@ NAME = "interrupted"
 ABOUT = "the folder of a collection that was interrupted"
 KINDS = ("folder",)
 
-_FILES = (*STREAMS.values(), INPUTS_STREAM, REQUESTS_FILE, COMPLETIONS_FILE, PLANNED_FILE, GATES_FILE)
+_FILES = (*STREAMS.values(), INPUTS_STREAM, REQUESTS_FILE, COMPLETIONS_FILE, PLANNED_FILE, SKIPPED_FILE, GATES_FILE)
 
 
 def detect(source: Path) -> bool:
@@ -79,9 +82,17 @@ def read(source: Path, target: Target) -> None:
         )
     if not sequences:
         raise TraceError(f"{source}: nothing was recorded before the interruption")
+    faults = {sequence.problem_id: text for sequence, text in find_faults(target.directory, list(sequences.values()))}
+    for problem_id in faults:
+        del sequences[problem_id]
+    if not sequences:
+        raise TraceError(f"{source}: {next(iter(faults.values()))}")
+    skipped = [record for run in runs_of(target.directory) for record in read_skipped(run_folder(target.directory, run))]
     planned_count = sum(dataset.problems for dataset in metadata.datasets) or "an unknown number of"
-    gap = f"the collection was interrupted: {len(sequences)} of {planned_count} problems had started"
-    metadata = metadata.model_copy(update={"gaps": [gap], "datasets": []})
+    gaps = [f"the collection was interrupted: {len(sequences)} of {planned_count} problems had started"]
+    gaps += list_some([f"left out {text}" for text in faults.values()])
+    gaps += list_some([f"skipped problem {record.problem_id}: {record.reason}" for record in skipped])
+    metadata = metadata.model_copy(update={"gaps": gaps, "datasets": []})
     target.is_finished(finish_trace(target.directory, metadata, list(sequences.values()), drop_other_requests=True))
 
 

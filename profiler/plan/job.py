@@ -319,6 +319,9 @@ def _check_lengths(model: str, max_length: int | None, context: int | None, sele
 
 def _run_id(job: CollectJob, problems: list[Problem]) -> str:
     settings = job.model_dump(mode="json", exclude={"run_id", "shards"}) | {"version": version("speculative-moe")}
+    if job.moe_backend == AUTO_BACKEND:
+        # Runs that were begun before there was this option are resumed.
+        del settings["moe_backend"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for line in _problem_lines(problems):
         digest.update(line.encode())

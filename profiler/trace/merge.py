@@ -27,6 +27,7 @@ from profiler.trace.schema import (
     TOKENS_FILE,
     DatasetMetadata,
     Metadata,
+    comparable_capture,
 )
 from profiler.trace.writer import check_free, public_command, sha256_of, write_manifest, write_metadata
 
@@ -138,8 +139,9 @@ def merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
 def _compared(first: Metadata, other: Metadata) -> list[tuple[str, Any, Any]]:
     """Everything that parts must have in common: its name, and both values."""
     ours, theirs = (metadata.model_dump(mode="json", exclude=MAY_DIFFER) for metadata in (first, other))
-    names = sorted((first.capture.keys() | other.capture.keys()) - SUMMED - BY_MACHINE)
-    captured = [(f"capture.{name}", first.capture.get(name), other.capture.get(name)) for name in names]
+    before, after = comparable_capture(first), comparable_capture(other)
+    names = sorted((before.keys() | after.keys()) - SUMMED - BY_MACHINE)
+    captured = [(f"capture.{name}", before.get(name), after.get(name)) for name in names]
     return [(name, ours[name], theirs[name]) for name in ours] + captured
 
 

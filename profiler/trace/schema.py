@@ -235,6 +235,11 @@ class Metadata(_Document):
     command: list[str] = []
 
 
+def comparable_capture(metadata: Metadata) -> dict[str, Any]:
+    """The `capture` of a trace's metadata, with the settings that earlier versions did not record, as they were then."""
+    return {"moe_backend": "auto"} | metadata.capture
+
+
 def _inside_the_trace(path: str) -> str:
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:

@@ -181,11 +181,14 @@ class ValuesWriter(CaptureWriter):
         self.add_tokens(problems, token_ids_T, {self._column: values_TLW})
 
 
+INPUTS_LAYOUT = StreamLayout([0], {"vocab_ids": (np.dtype(np.int32), 1)})
+
+
 class InputsWriter(CaptureWriter):
     """Write the vocabulary id of each captured token to `folder`, in any order."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder / INPUTS_STREAM, StreamLayout([0], {"vocab_ids": (np.dtype(np.int32), 1)}))
+        super().__init__(folder / INPUTS_STREAM, INPUTS_LAYOUT)
 
     def add(
         self, problems: Problems, token_ids_T: npt.NDArray[np.integer[Any]], vocab_ids_T: npt.NDArray[np.integer[Any]]

@@ -18,7 +18,7 @@ from profiler.engines import EngineOptions
 from profiler.errors import DatasetError, TraceError
 from profiler.models.gpus import find_gpu
 from profiler.plan.estimate import HOST_DOLLARS
-from profiler.plan.job import CollectJob, make_plan, write_job
+from profiler.plan.job import CollectJob, make_plan, read_shard, write_job
 from profiler.trace.reader import Trace
 from profiler.trace.schema import MANIFEST_FILE
 
@@ -90,7 +90,23 @@ def test_a_finished_shard_is_not_collected_again(
     assert (again.cached, again.attempt, again.tokens, again.rows) == (True, first.attempt, first.tokens, first.rows)
 
 
-def test_an_interrupted_attempt_is_gone_on_with_elsewhere(
+def test_a_shard_without_the_problems_that_cannot_be_run_is_finished(
+    run: Path, job: tuple[CollectJob, Path], collector: TraceCollector, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine, bad = collector.start(), read_shard(run, job[0], 0)[3].prompt
+    encode = engine.encode
+    monkeypatch.setattr(engine, "encode", lambda text: [] if text == bad else encode(text))
+    said: list[str] = []
+    assert collect(run, job[0], 0, collector, said).problems == 4
+    collect(run, job[0], 1, collector, said)
+    assert collect(run, job[0], 0, collector, said).cached
+    trace = download_run(LocalVolume(run.parent), job[0].run_id, tmp_path / "trace", say=said.append)
+    assert trace.problems.column("problem_id").to_pylist() == [0, 1, 2, *range(4, 10)]
+    assert trace.metadata.capture["skipped_problems"] == 1
+    assert trace.metadata.gaps == ["skipped problem 3 (demo-math 3): its prompt has no tokens"]
+
+
+def test_an_interrupted_attempt_is_continued_elsewhere(
     run: Path, job: tuple[CollectJob, Path], collector: TraceCollector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # This machine is taken away after two problems; what it had committed by then stays.

@@ -233,8 +233,8 @@ def test_without_the_tokens_that_were_read_an_id_that_was_used_again_is_refused(
             [sequence(0, 0, [1, 2], [3, 4, 5]), sequence(1, 0, [1, 2], [3, 4, 5])],
             "problems 0 and 1 have the same captured request",
         ),
-        ([sequence(0, 0, [1, 3], [3, 4, 5])], "problem 0 has another prompt than its captured request 0"),
-        ([sequence(4, 2, [1, 2], [3, 5, 5])], "problem 4: its captured request 2 read token 4 at position 3, expected 5"),
+        ([sequence(0, 0, [1, 3], [3, 4, 5])], "problem 0 has another prompt than its request 0"),
+        ([sequence(4, 2, [1, 2], [3, 5, 5])], "problem 4: its request 2 of run-00000 read token 4 at position 3, expected 5"),
     ],
 )
 def test_sealing_refuses_sequences_that_are_not_their_requests(sequences: list[Sequence], text: str, tmp_path: Path) -> None:

@@ -86,10 +86,12 @@ def run_job(job: Job, folder: Path, out: Path) -> dict[str, Any]:
         layers = tuple(recorded.trace.metadata.model.moe_layers)
         try:
             again = record(job, model, out.with_name(f"{out.name}-inputs"), hidden_layers=layers)
-        except EngineError as error:
-            detail += f"; the routers' inputs, which could explain this, were not recorded: {first_line(error)}"
+            second = _compare(again, model, job, recorded_inputs=True)
+        except Exception as error:  # of any type; the first comparison stands
+            _clean_up()
+            detail += f"; the routers' inputs, which could explain this, were not compared: {first_line(error)}"
         else:
-            found = _compare(again, model, job, recorded_inputs=True)
+            found = second
             verdict, detail = found.verdict(job.dtype)
             detail += (
                 f"; alone, transformers differs in {first.differing:,} sets"

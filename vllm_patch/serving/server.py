@@ -240,7 +240,7 @@ def _record_of(request: CapturedRequest, records: list[dict[str, Any]], inputs: 
         return [*request.prompt_token_ids, *record["output_token_ids"]]
 
     possible = [record for record in records if inputs.difference(request.number, tokens(record)) is None]
-    read = [record for record in possible if inputs.are(request.number, tokens(record))]
+    read = [record for record in possible if inputs.has_read(request.number, tokens(record))]
     # The last rows of a server that was killed may be lost: then an output counts if it is the only one that is possible.
     chosen = max(read, key=lambda record: len(tokens(record)), default=possible[0] if len(possible) == 1 else None)
     if chosen is None:

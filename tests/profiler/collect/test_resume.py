@@ -20,7 +20,7 @@ import psutil
 import pytest
 from support import warm
 
-from profiler.capture.requests import COMPLETIONS_FILE, PLANNED_FILE
+from profiler.capture.requests import COMPLETIONS_FILE, PLANNED_FILE, read_requests
 from profiler.capture.sealing import captured_positions, run_folder, runs_of
 from profiler.collect.job import collect
 from profiler.collect.options import LocalOptions
@@ -29,7 +29,7 @@ from profiler.engines.vllm import is_installed
 from profiler.errors import EngineError, TraceError
 from profiler.importers import find_format, import_trace
 from profiler.trace.reader import Trace
-from profiler.trace.stream import ROUTING_STREAM, read_index
+from profiler.trace.stream import INPUTS_STREAM, ROUTING_STREAM, InputsWriter, read_index
 from profiler.trace.writer import exclusive, write_metadata
 
 KILLS = 20
@@ -236,6 +236,37 @@ def test_a_torn_completion_runs_again(unfinished: Path, finished: Path) -> None:
     completions = run_folder(unfinished, 0) / COMPLETIONS_FILE
     os.truncate(completions, completions.stat().st_size - 10)
     assert collect(options(unfinished, resume=True)).resumed == 2
+    assert_same(Trace.open(finished), Trace.open(unfinished))
+
+
+def test_a_problem_whose_request_read_other_tokens_runs_again(unfinished: Path, finished: Path, tmp_path: Path) -> None:
+    run = run_folder(unfinished, 0)
+    first, *others = read_requests(run)
+    with InputsWriter(run) as writer:
+        for request in others:
+            writer.add(request.number, np.arange(len(request.prompt_token_ids)), np.array(request.prompt_token_ids))
+        writer.add(first.number, np.arange(2), np.array([first.prompt_token_ids[0], first.prompt_token_ids[1] + 1]))
+    # What there is can be taken as it is, without that problem.
+    taken = import_trace(unfinished, tmp_path / "taken")
+    assert taken.problems.column("problem_id").to_pylist() == [1, 2]
+    assert any("left out problem 0: its request 0 of run-00000 read token" in gap for gap in taken.metadata.gaps)
+    assert collect(options(unfinished, resume=True)).resumed == 2
+    assert_same(Trace.open(finished), Trace.open(unfinished))
+
+
+def test_inputs_of_another_layout_are_refused(unfinished: Path, tmp_path: Path) -> None:
+    run = run_folder(unfinished, 0)
+    shutil.copy(run / ROUTING_STREAM, run / INPUTS_STREAM)
+    with pytest.raises(TraceError, match=r"inputs\.arrows: its columns are not those of recorded inputs"):
+        import_trace(unfinished, tmp_path / "taken")
+
+
+def test_a_collection_of_a_version_without_some_settings_is_resumed(unfinished: Path, finished: Path) -> None:
+    metadata = json.loads((unfinished / "metadata.json").read_text())
+    del metadata["capture"]["moe_backend"], metadata["capture"]["moe_kernels"]
+    (unfinished / "metadata.json").write_text(json.dumps(metadata))
+    (run_folder(unfinished, 0) / COMPLETIONS_FILE).write_text("")
+    assert collect(options(unfinished, resume=True)).resumed == 0
     assert_same(Trace.open(finished), Trace.open(unfinished))
 
 
