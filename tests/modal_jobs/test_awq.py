@@ -52,14 +52,14 @@ def tiny(family: str, folder: Path) -> Path:
             **shape,
             moe_intermediate_size=64,
             shared_expert_intermediate_size=128,
-            num_experts=16,
-            num_experts_per_tok=4,
+            num_experts=8,
+            num_experts_per_tok=2,
             norm_topk_prob=False,
             mlp_only_layers=[0],
         )
         model = transformers.Qwen2MoeForCausalLM(config)
     else:
-        config = transformers.OlmoeConfig(**{**shape, "intermediate_size": 64}, num_experts=16, num_experts_per_tok=4)
+        config = transformers.OlmoeConfig(**{**shape, "intermediate_size": 64}, num_experts=8, num_experts_per_tok=2)
         model = transformers.OlmoeForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("gate.weight"):
@@ -87,7 +87,7 @@ def test_experts_are_in_4_bits_and_routers_are_not(family: str, tmp_path: Path) 
     sparse = 2 if family == "qwen2_moe" else 3
     packed, routers = check_checkpoint(target)
     # Attention, experts, and in Qwen's the shared experts and the dense layer.
-    assert packed == 3 * 4 + sparse * 16 * 3 + (sparse * 3 + 3 if family == "qwen2_moe" else 0)
+    assert packed == 3 * 4 + sparse * 8 * 3 + (sparse * 3 + 3 if family == "qwen2_moe" else 0)
     # With Qwen's gates of shared experts.
     assert routers == sparse
     said = re.search(r"([\d.]+)% of the experts selected on ([\d,]+) held-out tokens", done.stdout)

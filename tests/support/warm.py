@@ -208,6 +208,12 @@ def _start(
 
 
 @functools.cache
+def starter_without_vllm() -> Starter:
+    """For processes that import another vLLM than the installed one, or none."""
+    return Starter(Path(sys.executable), [name for name in LIBRARIES if not name.startswith("vllm")], os.environ)
+
+
+@functools.cache
 def usual_starter() -> Starter:
     """This interpreter with `LIBRARIES`."""
     return Starter(Path(sys.executable), LIBRARIES, os.environ)

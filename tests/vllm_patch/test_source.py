@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import warm
 from support.agreement import assert_agrees, assert_complete
 from typer.testing import CliRunner, Result
 
@@ -199,12 +200,12 @@ def test_a_patched_vllm_records_the_same_once(plugins: str, tmp_path: Path) -> N
     source.apply(open_vllm(tmp_path / "site"))
     assert open_vllm(installed).state == "not applied"
     out = tmp_path / "trace"
-    command = [sys.executable, "-m", "specmoe", "collect", "--model", "demo", "--dtype", "float32", "--dataset", "demo-code"]
+    command = ["collect", "--model", "demo", "--dtype", "float32", "--dataset", "demo-code"]
     command += ["--num-problems", "6", "--max-new-tokens", "40", "--out", str(out)]
     # The engine in this process, which imports vLLM once instead of three times.
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": plugins}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": plugins}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = warm.run("specmoe", *command, environment=environment, starter=warm.starter_without_vllm())
     assert done.returncode == 0, done.stderr
     trace = Trace.open(out)
     assert "vLLM's patched source" in trace.metadata.hook
