@@ -35,6 +35,7 @@ NAME = "llama-cpp"
 ABOUT = "llama.cpp moe-trace CSV without a header: layer,expert, one line per routed expert; no weights"
 KINDS = ("file", "folder")
 PATTERN = "*.csv"
+MAX_FIELD_BYTES = 32
 
 
 def detect(source: Path) -> bool:
@@ -151,7 +152,11 @@ def _pieces(path: Path) -> Iterator[npt.NDArray[np.int64]]:
         texts = [line for _, line in lines]
         if {line.count(b",") for line in texts} != {1}:
             raise TraceError(f"{where}: expected 'layer,expert' on each line")
+        fields = b",".join(texts).split(b",")
+        # All fields of an array of text take as much memory as the longest one.
+        if max(map(len, fields)) > MAX_FIELD_BYTES:
+            raise TraceError(f"{where}: expected 'layer,expert' on each line, found more than {MAX_FIELD_BYTES} characters")
         try:
-            yield np.array(b",".join(texts).split(b",")).astype(np.int64).reshape(-1, 2)
+            yield np.array(fields).astype(np.int64).reshape(-1, 2)
         except UNREADABLE as error:
             raise TraceError(f"{where}: expected 'layer,expert' on each line: {first_line(error)}") from error

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from profiler.errors import TraceError
-from profiler.importers.reading import files_of, first_object, json_lines, pad_lists, sources_of
-from profiler.importers.rows import EMPTY, MAX_LAYER
+from profiler.importers.reading import files_of, head, json_lines, pad_lists, sources_of
+from profiler.importers.rows import MAX_LAYER
 from profiler.importers.target import Target
 
 NAME = "megatron"
@@ -34,7 +34,9 @@ PATTERN = "router_trace_rank*.jsonl"
 
 def detect(source: Path) -> bool:
     files = files_of(source, PATTERN)
-    return bool(files) and {"step", "layer", "top_indices"} <= first_object(files[0]).keys()
+    # A line with the tokens of a batch may be longer than what is looked at.
+    text = head(files[0]) if files else ""
+    return text.lstrip().startswith("{") and all(name in text for name in ('"step"', '"layer"', '"top_indices"'))
 
 
 def read(source: Path, target: Target) -> None:
@@ -88,8 +90,9 @@ def _indices(found: dict[str, Any], where: str) -> np.ndarray:
     rows = found.get("top_indices")
     if not isinstance(rows, list) or not {*map(type, rows)} <= {list}:
         raise TraceError(f"{where}: expected lists of expert ids 'top_indices'")
-    ids_TK = pad_lists(rows)
-    if ids_TK is None or (ids_TK == EMPTY).any():
+    # Lists of different length are not padded: one long list among many short ones would exhaust the memory.
+    ids_TK = pad_lists(rows) if len({*map(len, rows)}) <= 1 else None
+    if ids_TK is None:
         raise TraceError(f"{where}: 'top_indices' are not expert ids, or not equally many for each token")
     if type(found.get("num_tokens", len(ids_TK))) is not int or found.get("num_tokens", len(ids_TK)) != len(ids_TK):
         raise TraceError(f"{where}: 'top_indices' of {len(ids_TK)} tokens, but num_tokens is {found['num_tokens']!r}")

@@ -12,6 +12,7 @@ import pytest
 
 from profiler.errors import TraceError
 from profiler.importers import find_format, import_trace
+from profiler.importers.reading import HEAD_BYTES
 from profiler.importers.rows import ImportOptions
 from profiler.trace.reader import Trace
 
@@ -83,6 +84,7 @@ def test_llama_cpps_model_gives_k(tmp_path: Path) -> None:
         ("0,1\n-1,2\n", "layer -1..0"),
         ("0,1\n0,70000\n", "expert id 1..70000"),
         ("\n", "no lines"),
+        ("0," + "0" * 40 + "\n0,1\n", "found more than 32 characters"),
     ],
 )
 def test_broken_llama_cpp_files_are_refused(tmp_path: Path, text: str, reason: str) -> None:
@@ -185,6 +187,14 @@ def test_megatrons_passes_are_problems(tmp_path: Path) -> None:
     assert "1 records of multi-token prediction were left out" in trace.metadata.gaps
 
 
+def test_megatrons_lines_may_be_longer_than_what_is_looked_at(tmp_path: Path) -> None:
+    ids_TK = np.random.default_rng(0).random((9000, 16)).argsort(-1)[:, :2]
+    line = megatron(0, 1, ids_TK.tolist())
+    assert len(line) > HEAD_BYTES
+    trace = convert(tmp_path / "router_trace_rank0.jsonl", line, "megatron")
+    assert (trace.load().expert_ids_TLK[:, 0] == ids_TK).all()
+
+
 def test_megatrons_copies_by_other_ranks_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     for rank, indices in enumerate(([[5, 2]], [[5, 2]], [[6, 1]])):
@@ -199,6 +209,7 @@ def test_megatrons_copies_by_other_ranks_are_left_out(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         (megatron(0, 1, [[1, 2], [3]]), "line 1: 'top_indices' are not expert ids, or not equally many"),
+        (megatron(0, 1, [*[[]] * 200_000, [*range(1024)]]), "not equally many for each token"),
         (megatron(0, 1, [[1, -2]]), "'top_indices' are not expert ids"),
         (megatron(0, 1, [[1, 2]], num_tokens=3), "'top_indices' of 1 tokens, but num_tokens is 3"),
         (megatron(0, -1, [[1, 2]]), "layer -1, expected 0"),

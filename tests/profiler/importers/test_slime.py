@@ -27,25 +27,33 @@ def sample(**changes: object) -> dict[str, object]:
     return row | changes
 
 
-def convert(tmp_path: Path, samples: list[Any]) -> Trace:
+def save(tmp_path: Path, samples: list[Any]) -> Path:
     torch.save({"rollout_id": 3, "metadata": {}, "samples": samples}, tmp_path / "rollout_3.pt")
-    assert find_format(tmp_path / "rollout_3.pt").name == "slime"
-    return import_trace(tmp_path / "rollout_3.pt", tmp_path / "t")
+    return tmp_path / "rollout_3.pt"
+
+
+def convert(tmp_path: Path, samples: list[Any]) -> Trace:
+    source = save(tmp_path, samples)
+    assert find_format(source).name == "slime"
+    return import_trace(source, tmp_path / "t")
 
 
 @pytest.mark.parametrize(
-    "routes", [ROUTES, torch.from_numpy(ROUTES), ROUTES.astype(np.uint8)], ids=["numpy", "tensor", "uint8"]
+    "routes",
+    [ROUTES, torch.from_numpy(ROUTES), ROUTES.astype(np.uint8), ROUTES - (np.arange(3) == 0)[:, None].astype(np.int32)],
+    ids=["numpy", "tensor", "uint8", "dense layers of -1"],
 )
 def test_rollouts_have_routes_tokens_phases_and_text(tmp_path: Path, routes: object) -> None:
     without = sample(rollout_routed_experts=None)
-    trace = convert(tmp_path, [sample(rollout_routed_experts=routes), without])
+    trace = convert(tmp_path, [without, sample(rollout_routed_experts=routes), without])
     assert trace.metadata.model.moe_layers == [1, 2]
     assert trace.load().expert_ids_TLK.tolist() == ROUTES[:, 1:].tolist()
     assert trace.tokens.column("vocab_id").to_pylist() == [11, 12, 13, 14]
     assert trace.tokens.column("phase").to_pylist() == ["prefill", "prefill", "decode", "decode"]
     (problem,) = trace.problems.to_pylist()
-    assert (problem["source_key"], problem["prompt"], problem["output"]) == ("rollout_3/0", "Why?", "So.")
+    assert (problem["source_key"], problem["prompt"], problem["output"]) == ("rollout_3/1", "Why?", "So.")
     assert "layers that are 0 or -1 throughout were taken as dense: 0" in trace.metadata.gaps
+    assert "2 samples have no routed experts and were left out" in trace.metadata.gaps
 
 
 class Evil:
@@ -84,5 +92,14 @@ def test_an_array_without_its_content_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(
         "profiler.importers.slime.load_plain", lambda *_, **__: {"samples": [sample(rollout_routed_experts=huge())]}
     )
-    with pytest.raises(TraceError, match="sample 0: rollout_routed_experts is larger than the file"):
+    with pytest.raises(TraceError, match="the rollout_routed_experts of its samples are larger than the file"):
         convert(tmp_path, [sample()])
+
+
+@pytest.mark.parametrize("kind", ["numpy", "tensor"])
+def test_an_array_that_many_samples_share_is_refused(tmp_path: Path, kind: str) -> None:
+    ids_TLK = np.random.default_rng(0).random((3, 50, 128)).argsort(-1)[..., :64].astype(np.int32)
+    shared = sample(rollout_routed_experts=ids_TLK if kind == "numpy" else torch.from_numpy(ids_TLK))
+    convert(tmp_path, [shared])
+    with pytest.raises(TraceError, match="the rollout_routed_experts of its samples are larger than the file"):
+        import_trace(save(tmp_path, [shared] * 5), tmp_path / "u")
