@@ -21,7 +21,7 @@ from profiler.errors import TraceError
 from profiler.importers.reading import files_of, integer_array, sources_of
 from profiler.importers.rows import EMPTY, MAX_LAYER
 from profiler.importers.target import Target
-from profiler.importers.torch_files import load_plain, mentions, tensor_array
+from profiler.importers.torch_files import PickledArray, load_plain, mentions, tensor_array
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "slime"
@@ -68,7 +68,7 @@ def _samples(path: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], int]:
     if not isinstance(samples, list) or not {*map(type, samples)} <= {dict}:
         raise TraceError(f"{path}: expected a list of 'samples'")
     found = {n: (f"{path}, sample {n}", sample) for n, sample in enumerate(samples) if sample.get(FIELD) is not None}
-    # A pickle can name an array many times, or create one without its content.
+    # A pickle can name an array many times.
     if sum(_routes(sample, where).nbytes for where, sample in found.values()) > path.stat().st_size:
         raise TraceError(f"{path}: the {FIELD} of its samples are larger than the file")
     return found, len(samples) - len(found)
@@ -77,8 +77,7 @@ def _samples(path: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], int]:
 def _routes(sample: dict[str, Any], where: str) -> npt.NDArray[Any]:
     """The expert ids `[T, L, K]` of a sample. Raises `TraceError`, naming `where`, on anything else."""
     value: Any = sample[FIELD]
-    if not isinstance(value, np.ndarray):
-        value = tensor_array(value, 3, f"{where}: {FIELD}")
+    value = value.array if isinstance(value, PickledArray) else tensor_array(value, 3, f"{where}: {FIELD}")
     if value.ndim != 3 or value.dtype.kind not in "iu" or 0 in value.shape[1:]:
         raise TraceError(f"{where}: {FIELD} is {value.dtype} of shape {value.shape}, expected whole numbers [T, L, K]")
     if value.shape[1] > MAX_LAYER or value.shape[2] > MAX_TOP_K:

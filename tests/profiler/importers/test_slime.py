@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 from profiler.errors import TraceError
 from profiler.importers import find_format, import_trace
+from profiler.importers.torch_files import load_plain
 from profiler.trace.reader import Trace
 
 ROUTES = np.array([[[0, 0], [3, 1], [5, 2]], [[0, 0], [2, 0], [1, 4]], [[0, 0], [7, 6], [0, 1]]], np.int32)
@@ -61,11 +62,6 @@ class Evil:
         return (print, ("executed",))
 
 
-def huge() -> np.ndarray:
-    """An array of a terabyte that a pickle could create without its content."""
-    return np.broadcast_to(np.int32(1), (1 << 20, 512, 512))
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -88,12 +84,73 @@ def test_broken_rollouts_are_refused(
     assert "executed" not in capsys.readouterr().out
 
 
-def test_an_array_without_its_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "profiler.importers.slime.load_plain", lambda *_, **__: {"samples": [sample(rollout_routed_experts=huge())]}
-    )
-    with pytest.raises(TraceError, match="the rollout_routed_experts of its samples are larger than the file"):
-        convert(tmp_path, [sample()])
+class Called:
+    """Pickled as a call of what the pickle of an array calls, followed by a state."""
+
+    def __init__(self, function: Any, arguments: tuple[object, ...], state: object) -> None:
+        self.reduced = (function, arguments, state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+RECONSTRUCT = np.empty(0).__reduce__()[0]
+EMPTY_ARRAY = (np.ndarray, (0,), b"b")
+
+
+def array_of(shape: object = (3, 3, 2), kind: object = np.dtype("<i4"), raw: object = ROUTES.tobytes()) -> Called:
+    return Called(RECONSTRUCT, EMPTY_ARRAY, (1, shape, kind, False, raw))
+
+
+def dtype_of(*state: object, name: str = "i4") -> Called:
+    return Called(np.dtype, (name, False, True), (3, *state))
+
+
+@pytest.mark.parametrize(
+    ("routes", "reason"),
+    [
+        (array_of(shape=(1 << 20, 512, 512)), "72 bytes whose shape is"),
+        (array_of(shape=(-3, -3, 8)), "72 bytes whose shape is"),
+        (array_of(shape=(3, 3, 2.0)), "72 bytes whose shape is"),
+        (array_of(shape=(3, 3, 3)), "72 bytes whose shape is"),
+        (array_of(raw=[Evil()] * 18), "tensors and plain values only"),
+        (array_of(raw=[1] * 18), "not of whole numbers"),
+        (array_of(shape=[3, 3, 2]), "not of whole numbers"),
+        (array_of(kind=np.ndarray), "not of whole numbers"),
+        (array_of(kind=dtype_of("!", None, None, None, -1, -1, 0)), "byte order '!'"),
+        (array_of(kind=dtype_of()), "cannot be read|tensors and plain values only"),
+        (np.zeros(3, "O"), "an array of 'O8', expected whole numbers"),
+        (np.zeros(3, "V8"), "an array of 'V8', expected whole numbers"),
+        (np.zeros(3, [("a", "i4")]), "an array of 'V4', expected whole numbers"),
+        (np.zeros(3, "f4"), "an array of 'f4', expected whole numbers"),
+        (np.zeros(3, "M8[s]"), "an array of 'M8', expected whole numbers"),
+        (np.zeros((3, 3)), "expected whole numbers"),
+        (Called(np.ndarray, ((1 << 40,),), None), "expected whole numbers"),
+        (np.int32(3), "tensors and plain values only"),
+    ],
+)
+def test_arrays_that_are_no_plain_numbers_are_refused(tmp_path: Path, routes: object, reason: str) -> None:
+    with pytest.raises(TraceError, match=reason):
+        convert(tmp_path, [sample(rollout_routed_experts=routes)])
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(
+    "kind", [f"{order}{name}" for order in "<>" for name in ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8")]
+)
+def test_arrays_of_whole_numbers_are_read_in_any_layout(tmp_path: Path, kind: str, order: Literal["C", "F"]) -> None:
+    source = save(tmp_path, [sample(rollout_routed_experts=ROUTES.astype(kind, order=order))])
+    (found,) = load_plain(source, arrays=True)["samples"]
+    array = found["rollout_routed_experts"].array
+    assert array.dtype == np.dtype(kind)
+    assert (array == ROUTES).all()
+
+
+def test_a_state_cannot_change_what_a_dtype_is(tmp_path: Path) -> None:
+    """Flags, fields and a subarray in the state are not looked at."""
+    kind = dtype_of("<", (np.dtype("<i4"), (9,)), ("a",), {"a": (0,)}, 400, 4, 63)
+    trace = convert(tmp_path, [sample(rollout_routed_experts=array_of(kind=kind))])
+    assert trace.load().expert_ids_TLK.tolist() == ROUTES[:, 1:].tolist()
 
 
 @pytest.mark.parametrize("kind", ["numpy", "tensor"])
