@@ -45,6 +45,7 @@ def read(source: Path, target: Target) -> None:
         "rows are numbered as they were computed, as one sequence: the source has no positions, requests or rejected drafts"
     )
     target.gaps.append("weights were printed with four decimals")
+    target.rounded_weights = True
     target.contradiction = "a call has a row twice"
     for path in sources_of(source, *PATTERNS):
         problem_id = target.problem("colibri", path.stem)

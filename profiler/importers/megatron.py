@@ -8,8 +8,8 @@ request 5220, commit 059f0f5). There are no weights, and where the router return
 `layer` is the index within the rank's part of the model: with pipeline parallelism, ranks number different layers alike.
 
 There are no requests and no positions: each forward pass is a problem, and a token's position is its row in the batch. With
-recomputation of activations, a training step has every pass twice. Layers of multi-token prediction (`block` "mtp") are left
-out.
+recomputation of activations, a training step has every pass twice, which the files do not show. Layers of multi-token
+prediction (`block` "mtp") are left out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ def detect(source: Path) -> bool:
 
 def read(source: Path, target: Target) -> None:
     files = sources_of(source, PATTERN)
-    target.gaps.append("each forward pass is a problem and a position is a row of the batch: the source has no requests")
+    target.gaps += [
+        "each forward pass is a problem and a position is a row of the batch: the source has no requests",
+        "if activations were recomputed, every pass of a training step is there twice, which the source does not show",
+        "if the router returned a mask, experts are in the order of their ids, not of their scores",
+    ]
     digests = [_digest(path) for path in files]
     copies = len(files) - len(set(digests))
     if copies:
