@@ -8,7 +8,7 @@ those that the layer applies, printed with four decimals (github.com/JustVugg/co
 
 There are no positions and no request ids: rows are numbered as they were computed, as one sequence. That is right for one
 conversation without drafts. Several conversations at once (KV_SLOTS), or tokens that were drafted and rejected (MTP), cannot be
-told apart. The draft layer (MTP) is recorded as a layer of its own, which the tokens of the prompt may lack.
+distinguished. The draft layer (MTP) is recorded as a layer of its own, which the tokens of the prompt may lack.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def _blocks(path: Path) -> Iterator[_Block]:
 
 
 def _expert_ids(path: Path, block: list[_Line], texts: tuple[str, ...]) -> npt.NDArray[np.int64]:
-    """The lists of expert ids `[N, K]`, shorter ones padded. Raises `TraceError`, naming the line, if one is no such list."""
+    """The lists of expert ids `[N, K]`, shorter ones padded. Raises `TraceError`, naming the line, on anything else."""
     try:
         lists = from_json("[" + ",".join(texts) + "]")
     except ValueError:
