@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
+import pickletools
 import re
 import zipfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from profiler.importers.rows import MAX_PIECE_BYTES
 
 # How much of a pickle is searched for a name.
 SEARCHED_BYTES = 16 << 20
+# A byte of a pickle can become an object of two hundred bytes. Arrays and tensors are few operations each, lists one per entry.
+MAX_OPERATIONS = 1 << 25
 
 
 def mentions(path: Path, name: str) -> bool:
@@ -43,6 +48,7 @@ def load_plain(path: Path, *, arrays: bool = False) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            _check_operations(path, archive)
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise TraceError(f"{path}: compressed entries, which torch.save does not write")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
@@ -56,6 +62,15 @@ def load_plain(path: Path, *, arrays: bool = False) -> Any:
     except Exception as error:
         # The errors that torch raises on a broken pickle are not documented.
         raise TraceError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _check_operations(path: Path, archive: zipfile.ZipFile) -> None:
+    for entry in archive.infolist():
+        if entry.filename.endswith("data.pkl"):
+            with io.BufferedReader(archive.open(entry), 1 << 20) as file:  # type: ignore[type-var]
+                operations = sum(1 for _ in islice(pickletools.genops(file), MAX_OPERATIONS + 1))
+            if operations > MAX_OPERATIONS:
+                raise TraceError(f"{path}: more than {MAX_OPERATIONS:,} values besides those of arrays")
 
 
 class _PickledDtype:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from profiler.errors import TraceError
-from profiler.importers import find_format, import_trace
+from profiler.importers import find_format, import_trace, llama_cpp
 from profiler.importers.reading import HEAD_BYTES
 from profiler.importers.rows import ImportOptions
 from profiler.trace.reader import Trace
@@ -89,6 +89,16 @@ def test_llama_cpps_model_gives_k(tmp_path: Path) -> None:
 )
 def test_broken_llama_cpp_files_are_refused(tmp_path: Path, text: str, reason: str) -> None:
     refused(tmp_path / "x.csv", text, "llama-cpp", reason)
+
+
+def test_llama_cpps_files_have_a_limit_each_and_are_kept_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.csv").write_text(LLAMA)
+    assert sum(column.nbytes for column in llama_cpp._columns(tmp_path / "a.csv")) <= len(LLAMA)
+    monkeypatch.setattr(llama_cpp, "MAX_FILE_BYTES", len(LLAMA))
+    assert import_trace(tmp_path / "a.csv", tmp_path / "t").num_rows
+    refused(
+        tmp_path / "b.csv", LLAMA + "1,1\n", "llama-cpp", "b.csv: larger than 0 MiB: record each sequence in a file of its own"
+    )
 
 
 COLIBRI = """0 0 3 17:0.4000 4:0.2000

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from profiler.errors import TraceError
-from profiler.importers import find_format, import_trace
+from profiler.importers import find_format, import_trace, torch_files
 from profiler.importers.torch_files import load_plain
 from profiler.trace.reader import Trace
 
@@ -151,6 +151,15 @@ def test_a_state_cannot_change_what_a_dtype_is(tmp_path: Path) -> None:
     kind = dtype_of("<", (np.dtype("<i4"), (9,)), ("a",), {"a": (0,)}, 400, 4, 63)
     trace = convert(tmp_path, [sample(rollout_routed_experts=array_of(kind=kind))])
     assert trace.load().expert_ids_TLK.tolist() == ROUTES[:, 1:].tolist()
+
+
+@pytest.mark.parametrize("entry", [{}, [], (), 0.5, True, "a"], ids=str)
+def test_a_pickle_of_too_many_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: object) -> None:
+    large = np.zeros((3, 3, 2000), np.int32)
+    monkeypatch.setattr(torch_files, "MAX_OPERATIONS", 400)
+    load_plain(save(tmp_path, [sample(rollout_routed_experts=large)]), arrays=True)
+    with pytest.raises(TraceError, match="more than 400 values besides those of arrays"):
+        load_plain(save(tmp_path, [sample(), sample(metadata=[entry] * 500)]), arrays=True)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "tensor"])
