@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,8 +92,16 @@ def plan_analysis(volume: Path, source: str, *, pieces: int, hops: int | None) -
         parts=tuple(parts),
         axes=axes,
         metadata=metadata.model_dump_json(),
-        caveats=tuple(dict.fromkeys(caveat for trace in traces for caveat in (*trace.caveats(), *doubts(trace)))),
+        caveats=_distinct(caveat for trace in traces for caveat in (*trace.caveats(), *doubts(trace))),
     )
+
+
+def _distinct(caveats: Iterable[str]) -> tuple[str, ...]:
+    """The first of those lines that say the same of several shards, which may differ in percentages."""
+    found: dict[str, str] = {}
+    for caveat in caveats:
+        found.setdefault(re.sub(r"\d+%", "%", caveat), caveat)
+    return tuple(found.values())
 
 
 def count_part(volume: Path, job: AnalysisJob, number: int) -> bool:

@@ -8,7 +8,7 @@ those that the layer applies, printed with four decimals (github.com/JustVugg/co
 
 There are no positions and no request ids: rows are numbered as they were computed, as one sequence. That is right for one
 conversation without drafts. Several conversations at once (KV_SLOTS), or tokens that were drafted and rejected (MTP), cannot be
-told apart. The draft layer (MTP) is recorded as a layer of its own, which the tokens of the prompt may lack.
+distinguished. The draft layer (MTP) is recorded as a layer of its own, which the tokens of the prompt may lack.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def read(source: Path, target: Target) -> None:
         "rows are numbered as they were computed, as one sequence: the source has no positions, requests or rejected drafts"
     )
     target.gaps.append("weights were printed with four decimals")
+    target.rounded_weights = True
     target.contradiction = "a call has a row twice"
     for path in sources_of(source, *PATTERNS):
         problem_id = target.problem("colibri", path.stem)

@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from profiler.trace.schema import PREFILL
 
@@ -16,7 +17,7 @@ def content_hashes(tokens: pa.Table) -> dict[int, str]:
     A problem without prompt tokens is identified by the tokens it has; one of whose tokens nothing is known is left out.
     tokens: as `tokens.parquet`, sorted by problem and position, with `text` where the source has it.
     """
-    is_prompt_N = tokens.column("phase").cast(pa.string()).to_numpy(zero_copy_only=False) == PREFILL
+    is_prompt_N = pc.equal(tokens.column("phase").cast(pa.string()), PREFILL).to_numpy()
     problem_N = tokens.column("problem_id").to_numpy()
     has_prompt_N = np.isin(problem_N, problem_N[is_prompt_N])
     tokens = tokens.filter(pa.array(is_prompt_N | ~has_prompt_N))

@@ -59,12 +59,10 @@ def _read_file(source: Path, name: tuple[str, ...], target: Target) -> None:
     """Read a file; `name` precedes its turns in the names of problems."""
     preamble = _preamble(source)
     fact = re.search(r"\bmodel=(\S+)", "\n".join(preamble))
-    if fact:
-        # A path on the machine that recorded it: keep only the name.
-        target.model_id = fact.group(1).replace("\\", "/").rpartition("/")[2]
+    # A path on the machine that recorded it: keep only the name.
+    model_id = fact.group(1).replace("\\", "/").rpartition("/")[2] if fact else None
     experts = re.search(r"\bn_expert=(\d{1,6})\b", "\n".join(preamble))
-    if experts:
-        target.num_experts = int(experts.group(1))
+    target.of_model(source, model_id=model_id, num_experts=int(experts.group(1)) if experts else None)
     # In another order, the lines of one token and layer could be split between two blocks.
     target.contradiction = "lines of one turn, step and layer are not together: sort the file by turn, step, layer and slot"
     carried: pa.Table | None = None

@@ -2,7 +2,8 @@
 
 A dummy token is repeated thousands of times, so all of its rows have the same experts and the same weights, bit for bit. Text
 that repeats itself has the same experts at most: each position attends to more tokens, so that the weights differ. Where the
-weights say nothing (there are none, or every token has the same ones), a run may be text and is only reported.
+weights say nothing (there are none, every token has the same ones, or they were rounded to a few decimals), a run may be text
+and is only reported.
 """
 
 from __future__ import annotations
@@ -67,12 +68,13 @@ class IdenticalRuns:
 
 
 def find_identical_runs(
-    keys_T: npt.NDArray[np.int64], routes_T: npt.NDArray[np.uint64], weights_T: npt.NDArray[np.uint64]
+    keys_T: npt.NDArray[np.int64], routes_T: npt.NDArray[np.uint64], weights_T: npt.NDArray[np.uint64], *, rounded: bool = False
 ) -> IdenticalRuns:
     """Find the runs among tokens that are sorted by key; see `RouteFingerprints.sorted`.
 
     A run has at least `MIN_RUN` tokens of a problem, one after the other, with the same route at every layer. Where routes
     repeat often anyway (few experts, few layers), it must be so long that chance does not explain it.
+    rounded: the weights have few decimals, so that those of text may be the same, too.
     """
     tokens = len(keys_T)
     nothing_T = np.zeros(tokens, dtype=np.bool_)
@@ -88,7 +90,7 @@ def find_identical_runs(
     others = int(others_T.sum())
     # Weights are evidence if those of the run are not what most other tokens have as well.
     common, counts = np.unique(weights_T[others_T], return_counts=True)
-    is_evidence_R = ~np.isin(weights_T[starts_R], common[counts > others / 2]) & (others > 0)
+    is_evidence_R = ~np.isin(weights_T[starts_R], common[counts > others / 2]) & (others > 0 and not rounded)
     # How often a route follows itself: without the long runs, or, where these may be text, with a part of each.
     repeats, breaks = int((lengths_R[~long_R] - 1).sum()), int((~long_R).sum())
     with_long = repeats + (MIN_RUN - 1) * int(long_R.sum())

@@ -35,6 +35,9 @@ NAME = "llama-cpp"
 ABOUT = "llama.cpp moe-trace CSV without a header: layer,expert, one line per routed expert; no weights"
 KINDS = ("file", "folder")
 PATTERN = "*.csv"
+MAX_FIELD_BYTES = 32
+# A file is put together as a whole, in arrays of some twenty times its size: a sequence of tens of thousands of tokens.
+MAX_FILE_BYTES = 128 << 20
 
 
 def detect(source: Path) -> bool:
@@ -50,6 +53,7 @@ def read(source: Path, target: Target) -> None:
         "each file was taken as one sequence; tokens computed one at a time as generated, all others as the prompt"
     )
     entry = known_model(target.options.model)
+    # In two bytes each, the numbers of a whole folder take no more memory than its files do.
     files = [(path, _columns(path)) for path in sources_of(source, PATTERN)]
     if entry is None:
         top_k = int(np.gcd.reduce(np.concatenate([_Blocks.of(layer_N).lengths_B for _, (layer_N, _) in files])))
@@ -77,16 +81,16 @@ class _Blocks:
     batch_B: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, layer_N: npt.NDArray[np.int64]) -> _Blocks:
-        starts_B = np.flatnonzero(np.diff(layer_N, prepend=-1) != 0)
-        layers_B = layer_N[starts_B]
+    def of(cls, layer_N: npt.NDArray[np.uint16]) -> _Blocks:
+        starts_B = np.flatnonzero(np.append(True, layer_N[1:] != layer_N[:-1]))
+        layers_B = layer_N[starts_B].astype(np.int64)
         # A new batch begins where the layer does not ascend.
         batch_B = np.cumsum(np.diff(layers_B, prepend=-1) < 0, dtype=np.int64)
         return cls(starts_B, np.diff(np.append(starts_B, len(layer_N))), layers_B, batch_B)
 
 
 def _read_sequence(
-    path: Path, layer_N: npt.NDArray[np.int64], expert_N: npt.NDArray[np.int64], top_k: int, experts: int, target: Target
+    path: Path, layer_N: npt.NDArray[np.uint16], expert_N: npt.NDArray[np.uint16], top_k: int, experts: int, target: Target
 ) -> int:
     """Add the tokens of a file; returns how many were left out."""
     blocks = _Blocks.of(layer_N)
@@ -122,7 +126,7 @@ def _read_sequence(
     return dropped
 
 
-def _are_rankings(blocks: _Blocks, expert_N: npt.NDArray[np.int64], top_k: int, experts: int) -> bool:
+def _are_rankings(blocks: _Blocks, expert_N: npt.NDArray[np.uint16], top_k: int, experts: int) -> bool:
     """Whether every block of several tokens begins with experts that are all different, as a ranking of all experts does."""
     several = [
         (start, min(length, experts))
@@ -132,26 +136,32 @@ def _are_rankings(blocks: _Blocks, expert_N: npt.NDArray[np.int64], top_k: int, 
     return bool(several) and all(len(np.unique(expert_N[start : start + length])) == length for start, length in several)
 
 
-def _columns(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _columns(path: Path) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
     """Layers and experts `[N]` of a file. Raises `TraceError`, naming the lines, on anything but two numbers a line."""
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise TraceError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB: record each sequence in a file of its own")
     pieces = [*_pieces(path)]
     if not pieces:
         raise TraceError(f"{path}: no lines")
     layer_N, expert_N = np.concatenate(pieces).T
-    if layer_N.min() < 0 or layer_N.max() > MAX_LAYER:
-        raise TraceError(f"{path}: layer {layer_N.min()}..{layer_N.max()}, expected 0..{MAX_LAYER}")
-    if expert_N.min() < 0 or expert_N.max() >= MAX_EXPERTS:
-        raise TraceError(f"{path}: expert id {expert_N.min()}..{expert_N.max()}, expected 0..{MAX_EXPERTS - 1}")
     return layer_N, expert_N
 
 
-def _pieces(path: Path) -> Iterator[npt.NDArray[np.int64]]:
+def _pieces(path: Path) -> Iterator[npt.NDArray[np.uint16]]:
     for lines in text_lines(path):
         where = f"{path}, lines {lines[0][0]}..{lines[-1][0]}"
         texts = [line for _, line in lines]
         if {line.count(b",") for line in texts} != {1}:
             raise TraceError(f"{where}: expected 'layer,expert' on each line")
+        fields = b",".join(texts).split(b",")
+        # All fields of an array of text take as much memory as the longest one.
+        if max(map(len, fields)) > MAX_FIELD_BYTES:
+            raise TraceError(f"{where}: expected 'layer,expert' on each line, found more than {MAX_FIELD_BYTES} characters")
         try:
-            yield np.array(b",".join(texts).split(b",")).astype(np.int64).reshape(-1, 2)
+            pairs_N2 = np.array(fields).astype(np.int64).reshape(-1, 2)
         except UNREADABLE as error:
             raise TraceError(f"{where}: expected 'layer,expert' on each line: {first_line(error)}") from error
+        for name, values, most in (("layer", pairs_N2[:, 0], MAX_LAYER), ("expert id", pairs_N2[:, 1], MAX_EXPERTS - 1)):
+            if values.min() < 0 or values.max() > most:
+                raise TraceError(f"{where}: {name} {values.min()}..{values.max()}, expected 0..{most}")
+        yield pairs_N2.astype(np.uint16)

@@ -8,8 +8,8 @@ request 5220, commit 059f0f5). There are no weights, and where the router return
 `layer` is the index within the rank's part of the model: with pipeline parallelism, ranks number different layers alike.
 
 There are no requests and no positions: each forward pass is a problem, and a token's position is its row in the batch. With
-recomputation of activations, a training step has every pass twice. Layers of multi-token prediction (`block` "mtp") are left
-out.
+recomputation of activations, a training step has every pass twice, which the files do not show. Layers of multi-token
+prediction (`block` "mtp") are left out.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from profiler.errors import TraceError
-from profiler.importers.reading import files_of, first_object, json_lines, pad_lists, sources_of
-from profiler.importers.rows import EMPTY, MAX_LAYER
+from profiler.importers.reading import files_of, head, json_lines, pad_lists, sources_of
+from profiler.importers.rows import MAX_LAYER
 from profiler.importers.target import Target
 
 NAME = "megatron"
@@ -34,12 +34,18 @@ PATTERN = "router_trace_rank*.jsonl"
 
 def detect(source: Path) -> bool:
     files = files_of(source, PATTERN)
-    return bool(files) and {"step", "layer", "top_indices"} <= first_object(files[0]).keys()
+    # A line with the tokens of a batch may be longer than what is looked at.
+    text = head(files[0]) if files else ""
+    return text.lstrip().startswith("{") and all(name in text for name in ('"step"', '"layer"', '"top_indices"'))
 
 
 def read(source: Path, target: Target) -> None:
     files = sources_of(source, PATTERN)
-    target.gaps.append("each forward pass is a problem and a position is a row of the batch: the source has no requests")
+    target.gaps += [
+        "each forward pass is a problem and a position is a row of the batch: the source has no requests",
+        "if activations were recomputed, every pass of a training step is there twice, which the source does not show",
+        "if the router returned a mask, experts are in the order of their ids, not of their scores",
+    ]
     digests = [_digest(path) for path in files]
     copies = len(files) - len(set(digests))
     if copies:
@@ -88,8 +94,9 @@ def _indices(found: dict[str, Any], where: str) -> np.ndarray:
     rows = found.get("top_indices")
     if not isinstance(rows, list) or not {*map(type, rows)} <= {list}:
         raise TraceError(f"{where}: expected lists of expert ids 'top_indices'")
-    ids_TK = pad_lists(rows)
-    if ids_TK is None or (ids_TK == EMPTY).any():
+    # Lists of different length are not padded: one long list among many short ones would exhaust the memory.
+    ids_TK = pad_lists(rows) if len({*map(len, rows)}) <= 1 else None
+    if ids_TK is None:
         raise TraceError(f"{where}: 'top_indices' are not expert ids, or not equally many for each token")
     if type(found.get("num_tokens", len(ids_TK))) is not int or found.get("num_tokens", len(ids_TK)) != len(ids_TK):
         raise TraceError(f"{where}: 'top_indices' of {len(ids_TK)} tokens, but num_tokens is {found['num_tokens']!r}")

@@ -124,6 +124,9 @@ def _whole(path: Path) -> _Block | None:
     flat = np.fromstring(numbers.decode(), dtype=np.int64, sep=",")
     if len(flat) != counts_N.sum() or counts_N.max() > MAX_TOP_K:
         return None
+    # Padded to the longest list, a file whose lists have about the same length has fewer entries than bytes.
+    if len(counts_N) * int(counts_N.max()) > WHOLE_BYTES:
+        return None
     present_NK = np.arange(counts_N.max()) < counts_N[:, None]
     ids_NK = np.full(present_NK.shape, EMPTY, dtype=np.int64)
     ids_NK[present_NK] = flat
@@ -148,7 +151,7 @@ def _blocks(path: Path) -> Iterator[_Block]:
 
 
 def _expert_ids(path: Path, block: list[_Line], texts: tuple[str, ...]) -> npt.NDArray[np.int64]:
-    """The lists of expert ids `[N, K]`, shorter ones padded. Raises `TraceError`, naming the line, if one is no such list."""
+    """The lists of expert ids `[N, K]`, shorter ones padded. Raises `TraceError`, naming the line, on anything else."""
     try:
         lists = from_json("[" + ",".join(texts) + "]")
     except ValueError:

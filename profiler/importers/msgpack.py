@@ -33,10 +33,16 @@ _LENGTHS = {
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 # Deeper nesting than any format needs, well below Python's limit of recursion.
 MAX_DEPTH = 32
+# Limits on what a few bytes can become: lists, dictionaries and texts, of 50 bytes or more each, and values of any kind.
+MAX_OBJECTS = 1 << 20
+MAX_VALUES = 1 << 26
 
 
 def decode(data: bytes) -> Any:
-    """The value that `data` encodes. Raises `ValueError` on anything but exactly one value, and on extension types."""
+    """The value that `data` encodes.
+
+    Raises `ValueError` on anything but exactly one value, on extension types, and on more values than fit in memory.
+    """
     decoder = _Decoder(data)
     value = decoder.value(0)
     if decoder.at != len(data):
@@ -50,12 +56,18 @@ class _Decoder:
     def __init__(self, data: bytes) -> None:
         self.at = 0
         self._data = data
+        self._objects = 0
+        self._values = 0
 
     def value(self, depth: int) -> Any:
         """Decode the next value."""
         if depth > MAX_DEPTH:
             raise ValueError(f"values are nested more than {MAX_DEPTH} deep")
         first = self._take(1)[0]
+        self._values += 1
+        self._objects += 0x80 <= first <= 0xBF or first in _LENGTHS
+        if self._objects > MAX_OBJECTS or self._values > MAX_VALUES:
+            raise ValueError(f"more than {MAX_OBJECTS:,} lists, dictionaries and texts, or {MAX_VALUES:,} values")
         if first <= 0x7F or first >= 0xE0:
             return first - 256 if first >= 0xE0 else first
         if first in _NUMBERS:

@@ -6,7 +6,7 @@ src/prime_rl/transport/types.py, `RoutedExperts` and `TrainingSample`, 2026). It
 those that the model generated in the second one, or, in earlier releases, prompt and its mask, then completion and its mask.
 
 There are no weights. Layers are counted as vLLM returned them: decoder layers, or MoE layers only, which the file does not
-show. Samples are padded with zeros at their end.
+show. Dense layers are all 0 or -1. Samples are padded with zeros at their end.
 """
 
 from __future__ import annotations
@@ -52,24 +52,29 @@ def read(source: Path, target: Target) -> None:
     layers: set[int] = set()
     count = 0
     for path in files:
-        for where, sample in _samples(path):
+        for where, sample in _samples(path)[0].values():
             ids_TLK = _routes(sample, where)
-            layers |= set(np.flatnonzero(ids_TLK.any((0, 2))).tolist())
+            layers |= set(np.flatnonzero((ids_TLK > 0).any((0, 2))).tolist())
             count = max(count, ids_TLK.shape[1])
     moe_layers = sorted(layers)
     if not moe_layers:
         raise TraceError(f"{source}: no sample has routed experts")
     if len(moe_layers) < count:
         dense = ",".join(str(layer) for layer in range(count) if layer not in layers)
-        target.gaps.append(f"layers that are 0 throughout were taken as dense: {dense}")
+        target.gaps.append(f"layers that are 0 or -1 throughout were taken as dense: {dense}")
+    without = 0
     for path in files:
         name = (path.parent.name,) if len(files) > 1 else ()
-        for number, (where, sample) in enumerate(_samples(path)):
+        samples, others = _samples(path)
+        without += others
+        for number, (where, sample) in samples.items():
             _add(sample, target.problem("prime-rl", *name, str(number)), moe_layers, where, target)
+    if without:
+        target.gaps.append(f"{without:,} samples have no routed experts and were left out")
 
 
-def _samples(path: Path) -> list[tuple[str, list[Any]]]:
-    """The samples of a file that have routes, each with its place as text for messages."""
+def _samples(path: Path) -> tuple[dict[int, tuple[str, list[Any]]], int]:
+    """The samples of a file that have routes, by their number, with their place as text for messages; how many have none."""
     if path.stat().st_size > MAX_PIECE_BYTES:
         raise TraceError(f"{path}: larger than {MAX_PIECE_BYTES >> 20} MiB")
     try:
@@ -79,8 +84,8 @@ def _samples(path: Path) -> list[tuple[str, list[Any]]]:
     samples = batch[0] if isinstance(batch, list) and batch else None
     if not isinstance(samples, list) or not {*map(type, samples)} <= {list}:
         raise TraceError(f"{path}: expected a list that begins with the list of samples")
-    found = [(f"{path}, sample {number}", sample) for number, sample in enumerate(samples)]
-    return [(where, sample) for where, sample in found if any(map(_is_routes, sample))]
+    found = {n: (f"{path}, sample {n}", sample) for n, sample in enumerate(samples) if any(map(_is_routes, sample))}
+    return found, len(samples) - len(found)
 
 
 def _is_routes(value: object) -> bool:
@@ -107,10 +112,11 @@ def _add(sample: list[Any], problem_id: int, layers: list[int], where: str, targ
     if ids_TLK.shape[1] <= layers[-1]:
         raise TraceError(f"{where}: {ids_TLK.shape[1]} layers, but other samples have more")
     vocab_ids_T, is_decode_T = _tokens(sample, where)
-    # The last token is never fed back: its row is padding.
-    routed = min(len(ids_TLK), len(vocab_ids_T) - 1)
-    ids_TLK = np.where(ids_TLK[:routed] < 0, EMPTY, ids_TLK[:routed].astype(np.int32))[:, layers]
-    present_T = ~((ids_TLK == EMPTY) | (ids_TLK == 0)).all((1, 2))
+    # The last token is never fed back: its row is padding. Zeros before the last other route are expert 0.
+    others = np.flatnonzero((ids_TLK[: max(len(vocab_ids_T) - 1, 0)] > 0).any((1, 2)))
+    routed = int(others[-1]) + 1 if len(others) else 0
+    ids_TLK = np.maximum(ids_TLK[:routed].astype(np.int32), EMPTY)[:, layers]
+    present_T = (ids_TLK != EMPTY).any((1, 2))
     target.add_arrays(problem_id, np.flatnonzero(present_T), layers, ids_TLK[present_T], None, where)
     for phase, mine_T in ((PREFILL, ~is_decode_T), (DECODE, is_decode_T)):
         if mine_T.any():

@@ -215,7 +215,7 @@ def integer_array(value: object, what: str) -> npt.NDArray[np.int64]:
 
 
 def pad_lists(lists: list[list[Any]]) -> npt.NDArray[np.int64] | None:
-    """Lists of expert ids as `[N, K]`, shorter ones padded with `EMPTY`; None if one is too long or an entry is no id."""
+    """Lists of expert ids as `[N, K]`, shorter ones padded with `EMPTY`; None if one is too long or an entry is not an id."""
     flat = [*chain.from_iterable(lists)]
     if not {*map(type, flat)} <= {int} or max(map(len, lists), default=0) > MAX_TOP_K:
         return None

@@ -51,13 +51,14 @@ def _layers(path: Path) -> set[int]:
 
 def _read_log(files: list[Path], name: tuple[str, ...], target: Target) -> None:
     """Read a log in one or several files; `name` precedes its requests in the names of problems."""
-    meta = first_object(files[0])
-    if meta.get("type") == "meta":
-        target.model_id = str(meta.get("model_id", target.model_id))
-        if type(meta.get("num_experts")) is int:
-            target.num_experts = meta["num_experts"]
-        if isinstance(meta.get("vllm_version"), str):
-            target.versions["vllm"] = meta["vllm_version"]
+    for path in files:
+        meta = first_object(path)
+        if meta.get("type") == "meta":
+            experts = meta.get("num_experts")
+            model_id = str(meta["model_id"]) if "model_id" in meta else None
+            target.of_model(path, model_id=model_id, num_experts=experts if type(experts) is int else None)
+            if isinstance(meta.get("vllm_version"), str):
+                target.versions["vllm"] = meta["vllm_version"]
     agreed = _agreed_rows(files)
     counts: dict[int, int] = {}
     drifted = 0

@@ -21,7 +21,7 @@ from profiler.errors import TraceError
 from profiler.importers.reading import files_of, integer_array, sources_of
 from profiler.importers.rows import EMPTY, MAX_LAYER
 from profiler.importers.target import Target
-from profiler.importers.torch_files import load_plain, mentions, tensor_array
+from profiler.importers.torch_files import PickledArray, load_plain, mentions, tensor_array
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "slime"
@@ -41,9 +41,9 @@ def read(source: Path, target: Target) -> None:
     count = 0
     # Dense layers can be recognized only once all files are read: every file is read twice.
     for path in files:
-        for where, sample in _samples(path):
+        for where, sample in _samples(path)[0].values():
             ids_TLK = _routes(sample, where)
-            layers |= set(np.flatnonzero(~np.isin(ids_TLK, (0, EMPTY)).all((0, 2))).tolist())
+            layers |= set(np.flatnonzero((ids_TLK > 0).any((0, 2))).tolist())
             count = max(count, ids_TLK.shape[1])
     moe_layers = sorted(layers)
     if not moe_layers:
@@ -51,30 +51,33 @@ def read(source: Path, target: Target) -> None:
     if len(moe_layers) < count:
         dense = ",".join(str(layer) for layer in range(count) if layer not in layers)
         target.gaps.append(f"layers that are 0 or -1 throughout were taken as dense: {dense}")
+    without = 0
     for path in files:
-        for number, (where, sample) in enumerate(_samples(path)):
+        samples, others = _samples(path)
+        without += others
+        for number, (where, sample) in samples.items():
             _add(sample, target.problem("slime", path.stem, str(number)), moe_layers, where, target)
+    if without:
+        target.gaps.append(f"{without:,} samples have no routed experts and were left out")
 
 
-def _samples(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The samples of a file that have routes, each with its place as text for messages."""
+def _samples(path: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], int]:
+    """The samples of a file that have routes, by their number, with their place as text for messages; how many have none."""
     document = load_plain(path, arrays=True)
     samples = document.get("samples") if isinstance(document, dict) else None
     if not isinstance(samples, list) or not {*map(type, samples)} <= {dict}:
         raise TraceError(f"{path}: expected a list of 'samples'")
-    found = [(f"{path}, sample {number}", sample) for number, sample in enumerate(samples) if sample.get(FIELD) is not None]
-    for where, sample in found:
-        # A pickle can create an array without its content.
-        if isinstance(sample[FIELD], np.ndarray) and sample[FIELD].nbytes > path.stat().st_size:
-            raise TraceError(f"{where}: {FIELD} is larger than the file")
-    return found
+    found = {n: (f"{path}, sample {n}", sample) for n, sample in enumerate(samples) if sample.get(FIELD) is not None}
+    # A pickle can name an array many times.
+    if sum(_routes(sample, where).nbytes for where, sample in found.values()) > path.stat().st_size:
+        raise TraceError(f"{path}: the {FIELD} of its samples are larger than the file")
+    return found, len(samples) - len(found)
 
 
 def _routes(sample: dict[str, Any], where: str) -> npt.NDArray[Any]:
     """The expert ids `[T, L, K]` of a sample. Raises `TraceError`, naming `where`, on anything else."""
     value: Any = sample[FIELD]
-    if not isinstance(value, np.ndarray):
-        value = tensor_array(value, 3, f"{where}: {FIELD}")
+    value = value.array if isinstance(value, PickledArray) else tensor_array(value, 3, f"{where}: {FIELD}")
     if value.ndim != 3 or value.dtype.kind not in "iu" or 0 in value.shape[1:]:
         raise TraceError(f"{where}: {FIELD} is {value.dtype} of shape {value.shape}, expected whole numbers [T, L, K]")
     if value.shape[1] > MAX_LAYER or value.shape[2] > MAX_TOP_K:
@@ -94,8 +97,10 @@ def _add(sample: dict[str, Any], problem_id: int, layers: list[int], where: str,
     generated = sample.get("response_length", 0)
     if type(generated) is not int or not 0 <= generated <= len(vocab_ids_T):
         raise TraceError(f"{where}: response_length {generated!r}, expected 0..{len(vocab_ids_T)}")
-    ids_TLK = np.where(ids_TLK < 0, EMPTY, ids_TLK)[:, layers]
-    present_T = ~(ids_TLK == EMPTY).all((1, 2))
+    if ids_TLK.dtype.kind == "i":
+        ids_TLK = np.maximum(ids_TLK, EMPTY)
+    ids_TLK = ids_TLK[:, layers]
+    present_T = (ids_TLK >= 0).any((1, 2))
     target.add_arrays(problem_id, np.flatnonzero(present_T), layers, ids_TLK[present_T], None, where)
     positions_T = np.arange(len(vocab_ids_T))
     prompt = len(vocab_ids_T) - generated

@@ -66,12 +66,25 @@ class Target:
         self._rows = 0
         self._unknown_weights = 0
         self._known_weights = 0
+        # Weights with few decimals can be the same at many positions of text.
+        self.rounded_weights = False
         # Why rows that contradict each other are an error, in a format where they are more than a logger's slip.
         self.contradiction: str | None = None
         self._tokens: list[dict[str, npt.NDArray[Any]]] = []
         self._finished: Trace | None = None
         self._fingerprints = RouteFingerprints()
         self._model_lacks: list[str] = []
+        self._said: dict[str, tuple[object, Path]] = {}
+
+    def of_model(self, path: Path, *, model_id: str | None, num_experts: int | None) -> None:
+        """Note what a file says of its model, None for nothing. Raises `TraceError` if another file says otherwise."""
+        for what, value in (("model", model_id), ("number of experts", num_experts)):
+            if value is not None:
+                known, by = self._said.setdefault(what, (value, path))
+                if known != value:
+                    raise TraceError(f"{by} is of {what} {known}, but {path} of {value}: convert them one by one")
+        self.model_id = self.model_id if model_id is None else model_id
+        self.num_experts = self.num_experts if num_experts is None else num_experts
 
     def problem(self, dataset: str, *key: str) -> int:
         """Return the number of the problem with this name in the source. New problems are numbered in the order of calls."""
@@ -274,7 +287,8 @@ class Target:
     def _count_tokens(self, losses: Losses) -> npt.NDArray[np.int64]:
         """Count the assembled tokens, and return the keys of those to drop: the dummy tokens of an engine's warm-up."""
         keys_T, routes_T, weights_T, empty_T = self._fingerprints.sorted()
-        runs = find_identical_runs(keys_T, routes_T, weights_T)
+        self._fingerprints = RouteFingerprints()
+        runs = find_identical_runs(keys_T, routes_T, weights_T, rounded=self.rounded_weights)
         wanted = self.options.identical_runs
         drop_T = runs.dummy_T if wanted == "auto" else (runs.dummy_T | runs.unclear_T) & (wanted == "drop")
         losses.identical = int(drop_T.sum())

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
+
+from profiler.errors import ModelError
+from profiler.trace.schema import MAX_EXPERTS
+
+MAX_LAYERS = 10_000
+# Layers times experts, each of which may be a module. Most models have tens of thousands; Doge has 32 layers of 16,384.
+MAX_EXPERT_MODULES = 1 << 19
+# How an engine should run the model, which could load code, kernels or quantized modules.
+_NOT_BUILT = {
+    "auto_map",
+    "quantization_config",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+}
 
 
 @dataclass(frozen=True)
@@ -20,33 +37,67 @@ def built_facts(config: dict[str, Any]) -> BuiltFacts | None:
     """Build the model of a `config.json` on the meta device and look where its experts are.
 
     Returns None if this cannot tell: `transformers` or torch is not installed, does not know the model's type, cannot build it
-    from this config, or the MoE layers differ in E.
+    from this config, or the MoE layers differ in E. Raises `ModelError` if the config promises more layers or experts than any
+    model has. No code of the config's repository is run.
     """
+    check_sizes(config)
     try:
         import torch
         from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
         from profiler.models.moe_modules import count_layers, find_moe_blocks, find_top_k
 
-        entries = _without_defaults(config, PretrainedConfig().to_dict())
-        entries.pop("quantization_config", None)
+        entries = _without_defaults(_architecture(config), PretrainedConfig().to_dict())
         whole = CONFIG_MAPPING[str(config.get("model_type"))].from_dict(entries)
         text = whole.get_text_config(decoder=True)
+        # Some families have other names for these, such as n_layer.
+        check_sizes({name: getattr(text, name, None) for name in ("num_hidden_layers", "num_experts")} | text.to_dict())
+        options = {"trust_remote_code": False, "attn_implementation": "eager"}
         with torch.device("meta"):
             try:
-                model = AutoModelForCausalLM.from_config(text)
+                model = AutoModelForCausalLM.from_config(text, **options)
             except ValueError:
-                model = AutoModel.from_config(text)
+                model = AutoModel.from_config(text, **options)
+    except ModelError:
+        raise
     except Exception:  # a config from elsewhere can make a model's class raise anything
         return None
     blocks = find_moe_blocks(model)
     if not blocks:
-        has_experts = any("expert" in name for name, _ in model.named_modules())
+        has_experts = any("expert" in name or "router" in name for name, _ in model.named_modules())
         return None if has_experts else BuiltFacts(None, [], 0, None)
     if len({block.num_experts for block in blocks}) > 1:
         return None
     top_k = find_top_k(blocks[0], blocks[0].gate.get_parameter("weight").shape[1])
     return BuiltFacts(count_layers(model), [block.layer for block in blocks], blocks[0].num_experts, top_k)
+
+
+def check_sizes(config: dict[str, Any]) -> None:
+    """Raise `ModelError` if a config, or a part of it, says more layers or experts than any model has: it must not be built."""
+    layers = experts = 1
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_sizes(value)
+        if not isinstance(value, int):
+            continue
+        if name in {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}:
+            layers = max(layers, value)
+        if re.search(r"(layers?|depth)$", name) and value > MAX_LAYERS:
+            raise ModelError(f"config.json says {value} layers ({name}), expected at most {MAX_LAYERS}")
+        if "expert" in name and not name.endswith("size"):
+            experts = max(experts, value)
+            if value > MAX_EXPERTS:
+                raise ModelError(f"config.json says {value} experts ({name}), expected at most {MAX_EXPERTS}")
+    if layers * experts > MAX_EXPERT_MODULES:
+        raise ModelError(
+            f"config.json says {layers} layers of {experts} experts, expected at most {MAX_EXPERT_MODULES} experts in all"
+        )
+
+
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """The config and its parts without the entries in `_NOT_BUILT`."""
+    kept = {name: value for name, value in config.items() if name not in _NOT_BUILT}
+    return {name: _architecture(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _without_defaults(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

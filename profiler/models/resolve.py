@@ -12,12 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from profiler.errors import ModelError, first_line
-from profiler.models.built import built_facts
+from profiler.models.built import built_facts, check_sizes
 from profiler.models.registry import MODELS, QUANTIZE_PRECISION, ModelEntry, checkpoint, quantized_checkpoint
 from profiler.trace.schema import ModelMetadata
 
 DEMO_MODEL = "demo"
-MAX_LAYERS = 10_000
 
 # Model types without a `norm_topk_prob` entry whose code always renormalizes the top-k weights to sum 1.
 _ALWAYS_RENORMALIZED = {"mixtral", "gpt_oss"}
@@ -92,8 +91,8 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
 def loaded_model(location: str, revision: str | None, loaded: Mapping[str, Any]) -> ModelMetadata:
     """Metadata of a model that an engine has loaded, from a folder or hub id.
 
-    loaded: `moe_layers`, `num_experts` and `top_k` as the engine's worker found them in the model's modules; they are believed.
-    The config adds what it can, and no error in it is raised.
+    loaded: `moe_layers`, `num_experts` and `top_k` as the engine's worker found them in the model's modules; they take
+    precedence over the config, which adds what it can; no error in it is raised.
     """
     facts = {name: loaded[name] for name in ("moe_layers", "num_experts", "top_k")}
     try:
@@ -145,15 +144,12 @@ def moe_facts(config: dict[str, Any], *, build: bool = True) -> dict[str, Any]:
     """Read MoE facts from the content of a `config.json`; the keys are the fields of `ModelMetadata`.
 
     The entries' usual names give MoE layers, E and K. With `build`, the model that `transformers` builds from the config,
-    without weights, is asked too, and believed: families name and combine these entries in many ways.
-    Raises `ModelError` if the model is dense, or if neither way finds its experts.
+    without weights, takes precedence over them: families name and combine these entries in many ways.
+    Raises `ModelError` if the model is dense, if neither way finds its experts, or if there are more than any model has.
     """
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     architecture = (config.get("architectures") or text.get("architectures") or [config.get("model_type", "this model")])[0]
-    for name, value in text.items():
-        # Before anything is built. The names of this entry differ, too: n_layers, num_layers, ...
-        if name.endswith("layers") and isinstance(value, int) and value > MAX_LAYERS:
-            raise ModelError(f"{architecture}: its config.json says {value} layers ({name}), expected at most {MAX_LAYERS}")
+    check_sizes(config)
     named: dict[str, Any] | ModelError
     try:
         named = _named_facts(text, architecture)
@@ -180,6 +176,8 @@ def _named_facts(config: dict[str, Any], architecture: str) -> dict[str, Any]:
     experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
     top_k = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
     layers = _first(config, "num_hidden_layers")
+    if experts is None and any("expert" in name and value for name, value in config.items()):
+        raise ModelError(f"{architecture}: its config does not say which layers have experts in a way this version knows")
     if experts is None or experts < 2:
         raise ModelError(f"{architecture} has no routed experts (a dense model): choose a mixture-of-experts model")
     if not top_k or not layers:

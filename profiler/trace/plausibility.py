@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from math import comb
 
@@ -16,6 +18,8 @@ from profiler.trace.schema import RoutingChunk
 SAMPLED_GROUPS = 32
 # Share of the tokens beyond which a route or equal weights are reported.
 MAJORITY = 0.5
+# With fewer tokens, one route for most of them is no surprise.
+MIN_TOKENS = 64
 # With fewer possible sets of experts per layer, a real router may well prefer one of them.
 MIN_POSSIBLE_SETS = 100
 
@@ -28,53 +32,66 @@ def doubts(trace: Trace) -> list[str]:
     layers = trace.metadata.model.moe_layers
     found = []
     if len(layers) == 1:
-        found.append(f"implausible: only one MoE layer was recorded, layer {layers[0]}")
-    sample = list(_sample(trace))
-    if not sample:
-        return found
-    repeated = _repeated_layers(sample, trace)
+        found.append(f"only one MoE layer was recorded, layer {layers[0]}")
+    sample = _Sample.of(trace)
+    repeated = sample.repeated_layers(trace)
     if repeated:
         where = "every layer" if 1 < len(repeated) == len(layers) else f"layer {', '.join(map(str, repeated))}"
         share = f"{min(repeated.values()):.0%} of the tokens or more"
         found.append(f"implausible: {share} have the same route at {where}: a warm-up, padding, or a faulty recorder")
-    equal = _equal_weights(sample)
+    equal = sample.equal_weights
     if equal > MAJORITY:
         found.append(f"implausible: {equal:.0%} of the rows have K equal weights, which no router computes: placeholders")
     return found
 
 
-def _sample(trace: Trace) -> list[RoutingChunk]:
+@dataclass(frozen=True)
+class _Sample:
+    """What is kept of N sampled rows, some of each part of the trace.
+
+    routes_N: hashes of their experts and weights. equal_weights: the share of rows whose K weights, more than one, are all the
+    same. weights_vary: whether there are weights that tell rows apart.
+    """
+
+    routes_N: npt.NDArray[np.uint64]
+    equal_weights: float
+    weights_vary: bool
+
+    @classmethod
+    def of(cls, trace: Trace) -> _Sample:
+        """Read the sample, of which one chunk at a time is in memory."""
+        routes: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
+        first_K: npt.NDArray[np.float16] | None = None
+        equal, vary = 0, False
+        for chunk in _chunks(trace):
+            routes_N = hash_rows(chunk.expert_ids_TLK.reshape(-1, chunk.expert_ids_TLK.shape[-1]))
+            if chunk.weights_TLK is not None and len(routes_N):
+                weights_NK = chunk.weights_TLK.reshape(len(routes_N), -1)
+                # If weights never vary, this changes all hashes alike.
+                routes_N ^= hash_rows(weights_NK) << np.uint64(1)
+                first_K = weights_NK[0].copy() if first_K is None else first_K
+                vary = vary or bool((weights_NK != first_K).any())
+                equal += int((weights_NK == weights_NK[:, :1]).all(1).sum()) if len(first_K) > 1 else 0
+            routes.append(routes_N)
+        routes_N = np.concatenate(routes)
+        return cls(routes_N, equal / max(1, len(routes_N)), vary)
+
+    def repeated_layers(self, trace: Trace) -> dict[int, float]:
+        """The decoder layers at which most sampled tokens have the same route, with their share."""
+        model = trace.metadata.model
+        routes_TL = self.routes_N.reshape(-1, len(model.moe_layers))
+        # Weights that never vary say nothing about a token.
+        few_routes = not self.weights_vary and comb(model.num_experts, model.top_k) < MIN_POSSIBLE_SETS
+        if few_routes or len(routes_TL) < MIN_TOKENS:
+            return {}
+        # A route of more than half of the tokens is also the median.
+        medians_L = np.partition(routes_TL, len(routes_TL) // 2, axis=0)[len(routes_TL) // 2]
+        shares = zip(model.moe_layers, (routes_TL == medians_L).mean(0).tolist(), strict=True)
+        return {layer: share for layer, share in shares if share > MAJORITY}
+
+
+def _chunks(trace: Trace) -> Iterator[RoutingChunk]:
     spans = trace.spans(SAMPLED_GROUPS)
     chunks = SAMPLED_GROUPS // max(1, len(spans))
-    return [chunk for span in spans for chunk in islice(trace.chunks(whole_problems=False, problems=span), chunks)]
-
-
-def _repeated_layers(sample: list[RoutingChunk], trace: Trace) -> dict[int, float]:
-    """The decoder layers at which most sampled tokens have the same route, with their share."""
-    model = trace.metadata.model
-    ids_NK = np.concatenate([chunk.expert_ids_TLK.reshape(-1, model.top_k) for chunk in sample])
-    routes_N = hash_rows(ids_NK)
-    weights_NK = _weights(sample)
-    # Weights that never vary say nothing about a token.
-    if weights_NK is not None and (weights_NK != weights_NK[0]).any():
-        routes_N ^= hash_rows(weights_NK) << np.uint64(1)
-    elif comb(model.num_experts, model.top_k) < MIN_POSSIBLE_SETS:
-        return {}
-    routes_TL = routes_N.reshape(-1, len(model.moe_layers))
-    # A route of more than half of the tokens is also the median.
-    medians_L = np.partition(routes_TL, len(routes_TL) // 2, axis=0)[len(routes_TL) // 2]
-    shares = zip(model.moe_layers, (routes_TL == medians_L).mean(0).tolist(), strict=True)
-    return {layer: share for layer, share in shares if share > MAJORITY and len(routes_TL) > 1}
-
-
-def _equal_weights(sample: list[RoutingChunk]) -> float:
-    """The share of sampled rows whose K weights, more than one, are all the same."""
-    weights_NK = _weights(sample)
-    if weights_NK is None or weights_NK.shape[1] == 1:
-        return 0.0
-    return float((weights_NK == weights_NK[:, :1]).all(1).mean())
-
-
-def _weights(sample: list[RoutingChunk]) -> npt.NDArray[np.float16] | None:
-    weights = [chunk.weights_TLK.reshape(-1, chunk.weights_TLK.shape[-1]) for chunk in sample if chunk.weights_TLK is not None]
-    return np.concatenate(weights) if weights else None
+    for span in spans:
+        yield from islice(trace.chunks(whole_problems=False, problems=span), chunks)

@@ -90,6 +90,11 @@ def test_parts_of_one_trace_add_up(volume: Path, trace: Trace) -> None:
     assert count_part(volume, job, 0)
 
 
+def test_a_doubt_about_several_shards_is_said_once(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modal_jobs.analyzing.doubts", lambda _: ["75% are alike", "no tokens", "80% are alike", "9% are not"])
+    assert plan_analysis(volume, "mine", pieces=3, hops=1).caveats[-3:] == ("75% are alike", "no tokens", "9% are not")
+
+
 def test_other_content_or_hops_are_counted_anew(volume: Path, trace: Trace) -> None:
     keys = {plan_analysis(volume, "mine", pieces=3, hops=hops).key for hops in (1, 2)}
     manifest = trace.path / MANIFEST_FILE

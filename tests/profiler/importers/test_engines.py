@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from profiler.errors import TraceError
-from profiler.importers import find_format, import_trace
+from profiler.importers import find_format, import_trace, llama_cpp
+from profiler.importers.reading import HEAD_BYTES
 from profiler.importers.rows import ImportOptions
 from profiler.trace.reader import Trace
 
@@ -83,10 +84,21 @@ def test_llama_cpps_model_gives_k(tmp_path: Path) -> None:
         ("0,1\n-1,2\n", "layer -1..0"),
         ("0,1\n0,70000\n", "expert id 1..70000"),
         ("\n", "no lines"),
+        ("0," + "0" * 40 + "\n0,1\n", "found more than 32 characters"),
     ],
 )
 def test_broken_llama_cpp_files_are_refused(tmp_path: Path, text: str, reason: str) -> None:
     refused(tmp_path / "x.csv", text, "llama-cpp", reason)
+
+
+def test_llama_cpps_files_have_a_limit_each_and_are_kept_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.csv").write_text(LLAMA)
+    assert sum(column.nbytes for column in llama_cpp._columns(tmp_path / "a.csv")) <= len(LLAMA)
+    monkeypatch.setattr(llama_cpp, "MAX_FILE_BYTES", len(LLAMA))
+    assert import_trace(tmp_path / "a.csv", tmp_path / "t").num_rows
+    refused(
+        tmp_path / "b.csv", LLAMA + "1,1\n", "llama-cpp", "b.csv: larger than 0 MiB: record each sequence in a file of its own"
+    )
 
 
 COLIBRI = """0 0 3 17:0.4000 4:0.2000
@@ -107,6 +119,18 @@ def test_colibris_rows_are_numbered_pass_by_pass(tmp_path: Path) -> None:
     assert chunk.weights_TLK[2].tolist() == [[0.5, 0.25], pytest.approx([0.9, 0.1], abs=1e-3)]
     assert trace.metadata.model.moe_layers == [3, 5]
     assert trace.metadata.gaps[0].startswith("rows are numbered as they were computed, as one sequence")
+
+
+def test_colibris_rounded_weights_do_not_make_text_a_warm_up(tmp_path: Path) -> None:
+    text = "".join(
+        f"{token} 0 3 {17 if token < 80 else token % 17}:0.{4000 if token < 80 else 2000 + token} 18:0.1000\n"
+        for token in range(200)
+    )
+    trace = convert(tmp_path / "route.txt", text, "colibri")
+    assert len(trace.load()) == 200
+    assert any(
+        gap.startswith("80 of 200 tokens were kept although they are in runs of 64 or more") for gap in trace.metadata.gaps
+    )
 
 
 def test_colibris_passes_may_be_cut_anywhere_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,20 +209,32 @@ def test_megatrons_passes_are_problems(tmp_path: Path) -> None:
     assert "1 records of multi-token prediction were left out" in trace.metadata.gaps
 
 
+def test_megatrons_lines_may_be_longer_than_what_is_looked_at(tmp_path: Path) -> None:
+    ids_TK = np.random.default_rng(0).random((9000, 16)).argsort(-1)[:, :2]
+    line = megatron(0, 1, ids_TK.tolist())
+    assert len(line) > HEAD_BYTES
+    trace = convert(tmp_path / "router_trace_rank0.jsonl", line, "megatron")
+    assert (trace.load().expert_ids_TLK[:, 0] == ids_TK).all()
+
+
 def test_megatrons_copies_by_other_ranks_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     for rank, indices in enumerate(([[5, 2]], [[5, 2]], [[6, 1]])):
         (tmp_path / "d" / f"router_trace_rank{rank}.jsonl").write_text(megatron(0, 1, indices, rank=rank))
     trace = import_trace(tmp_path / "d", tmp_path / "t")
     assert trace.load().expert_ids_TLK.tolist() == [[[5, 2]], [[6, 1]]]
-    assert trace.metadata.gaps[1] == "1 of 3 files are copies of other ranks' files and were left out"
-    assert trace.metadata.gaps[2].startswith("with pipeline parallelism, ranks number different layers alike")
+    gaps = trace.metadata.gaps
+    assert "1 of 3 files are copies of other ranks' files and were left out" in gaps
+    assert any(gap.startswith("with pipeline parallelism, ranks number different layers alike") for gap in gaps)
+    assert any(gap.startswith("if activations were recomputed, every pass") for gap in gaps)
+    assert any(gap.startswith("if the router returned a mask, experts are in the order of their ids") for gap in gaps)
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
         (megatron(0, 1, [[1, 2], [3]]), "line 1: 'top_indices' are not expert ids, or not equally many"),
+        (megatron(0, 1, [*[[]] * 200_000, [*range(1024)]]), "not equally many for each token"),
         (megatron(0, 1, [[1, -2]]), "'top_indices' are not expert ids"),
         (megatron(0, 1, [[1, 2]], num_tokens=3), "'top_indices' of 1 tokens, but num_tokens is 3"),
         (megatron(0, -1, [[1, 2]]), "layer -1, expected 0"),

@@ -111,6 +111,36 @@ def test_logs_of_a_request_each_are_different_problems(tmp_path: Path, name: str
     assert len({key.partition("/")[0] for key in trace.problems.column("source_key").to_pylist()}) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "second", "said"),
+    [
+        ("route-log", '"model_id": "m"', '"model_id": "n"', "model m, but .* of n"),
+        ("route-log", '"num_experts": 8', '"num_experts": 9', "number of experts 8, but .* of 9"),
+        ("edge-csv", "# route_trace v1", "# route_trace v1 model=b", "model a, but .* of b"),
+        ("edge-csv", "# route_trace v1", "# route_trace v1 model=a n_expert=9", "number of experts 8, but .* of 9"),
+    ],
+)
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_logs_of_different_models_are_not_mixed(
+    tmp_path: Path, name: str, first: str, second: str, said: str, by_layer: bool
+) -> None:
+    text = sample(name, tmp_path / "source").read_text()
+    assert first in text
+    sound = text.replace("# route_trace v1", "# route_trace v1 model=a n_expert=8", 1)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    suffix = "jsonl" if name == "route-log" else "csv"
+    other = text.replace(first, second, 1)
+    if by_layer and name == "route-log":
+        sound = "".join(line for line in sound.splitlines(keepends=True) if '"layer": 1' not in line)
+        other = "".join(line for line in other.splitlines(keepends=True) if '"layer": 0' not in line)
+    (folder / f"1.{suffix}").write_text(sound)
+    import_trace(folder, tmp_path / "t")
+    (folder / f"2.{suffix}").write_text(other)
+    with pytest.raises(TraceError, match=f"1.{suffix} is of {said}: convert them one by one"):
+        import_trace(folder, tmp_path / "u")
+
+
 def test_json_rows_in_several_files_are_one_recording(tmp_path: Path) -> None:
     source = sample("jsonl", tmp_path / "source")
     lines = source.read_text().splitlines()

@@ -144,6 +144,18 @@ def test_empty_slots_of_dropped_tokens_are_not_counted(tmp_path: Path) -> None:
     assert len(trace.load()) == 50
 
 
+def test_rounded_weights_are_no_evidence() -> None:
+    ids_TLK, weights_TLK = dummy(text(500), 0, 400)
+    fingerprints = RouteFingerprints()
+    fingerprints.add(np.arange(500), ids_TLK.astype(np.int32), weights_TLK)
+    keys_T, routes_T, weights_T, _ = fingerprints.sorted()
+    expected = [True] * 400 + [False] * 100
+    assert find_identical_runs(keys_T, routes_T, weights_T).dummy_T.tolist() == expected
+    runs = find_identical_runs(keys_T, routes_T, weights_T, rounded=True)
+    assert not runs.dummy_T.any()
+    assert runs.unclear_T.tolist() == expected
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_exactly_the_inserted_runs_are_found(seed: int) -> None:
     """Property: with weights, any runs of dummies in any text are found, token by token, and nothing else."""

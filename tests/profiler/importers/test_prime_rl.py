@@ -43,6 +43,29 @@ def test_tokens_phases_and_routes_are_found_in_either_layout(tmp_path: Path, sam
     assert trace.problems.column("source_key").to_pylist() == ["0"]
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32"])
+@pytest.mark.parametrize("dense", [0, -1])
+def test_dense_layers_are_zero_or_minus_one(tmp_path: Path, dtype: str, dense: int) -> None:
+    ids_TLK = np.insert(ROUTES[:2], 0, 0 if dtype == "uint8" else dense, axis=1).astype(dtype)
+    trace = convert(tmp_path, [[11, 12, 13], [True] * 3, routes(ids_TLK)])
+    assert trace.metadata.model.moe_layers == [1, 2]
+    assert trace.load().expert_ids_TLK.tolist() == ROUTES[:2].tolist()
+    assert "layers that are 0 or -1 throughout were taken as dense: 0" in trace.metadata.gaps
+
+
+def test_expert_0_is_no_padding_except_at_the_end(tmp_path: Path) -> None:
+    ids_TLK = np.array([[[0], [0]], [[0], [3]], [[0], [0]], [[2], [1]], [[0], [0]], [[0], [0]]], np.uint8)
+    trace = convert(tmp_path, [[11, 12, 13, 14, 15, 16], [True] * 6, routes(ids_TLK)])
+    assert trace.load().expert_ids_TLK.tolist() == ids_TLK[:4].tolist()
+
+
+def test_samples_keep_their_numbers_where_some_have_no_routes(tmp_path: Path) -> None:
+    sample = [[11, 12, 13], [False, True, True], routes()]
+    trace = convert(tmp_path, sample[:2], sample, sample[:2], sample)
+    assert trace.problems.column("source_key").to_pylist() == ["1", "3"]
+    assert "2 samples have no routed experts and were left out" in trace.metadata.gaps
+
+
 def test_steps_are_read_in_their_order(tmp_path: Path) -> None:
     for step in (10, 9):
         folder = tmp_path / "rollouts" / f"step_{step}"
@@ -128,4 +151,18 @@ def test_every_width_of_the_specification_is_decoded(data: bytes, value: object)
 )
 def test_broken_messagepack_is_refused(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
+        msgpack.decode(data)
+
+
+@pytest.mark.parametrize(
+    ("entry", "count"),
+    [(b"\x90", 20), (b"\x80", 20), (b"\xa0", 20), (b"\xdd\0\0\0\0", 20), (b"\xc4\0", 20), (b"\x00", 40), (b"\xc3", 40)],
+    ids=["lists", "dictionaries", "texts", "long lists", "bytes", "numbers", "truths"],
+)
+def test_what_becomes_much_larger_than_the_file_is_refused(monkeypatch: pytest.MonkeyPatch, entry: bytes, count: int) -> None:
+    data = b"\xdc\0" + bytes([count]) + entry * count
+    assert len(msgpack.decode(data)) == count
+    monkeypatch.setattr(msgpack, "MAX_OBJECTS", 10)
+    monkeypatch.setattr(msgpack, "MAX_VALUES", 30)
+    with pytest.raises(ValueError, match="more than 10 lists, dictionaries and texts, or 30 values"):
         msgpack.decode(data)

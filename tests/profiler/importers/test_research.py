@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from profiler.errors import TraceError
-from profiler.importers import find_format, import_trace
+from profiler.importers import find_format, import_trace, moe_beyond
 from profiler.importers.rows import ImportOptions
 from profiler.trace.reader import Trace
 
@@ -318,6 +319,25 @@ def test_every_later_command_copes_with_what_is_missing(tmp_path: Path) -> None:
     source.write_text("".join(json.dumps(row | {"expert_ids": [0, 1]}) + "\n" for row in rows))
     routes = load_routes(import_trace(source, tmp_path / "u"), "all")
     assert (routes.weights_TLK == 0.5).all()
+
+
+def test_a_small_file_that_padding_makes_large_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Layer ID,Batch Number,Token,Activated Expert IDs\n" + "1,0,a,[3]\n" * 200 + f'1,0,b,"{[*range(1024)]}"\n'
+    source = _written(tmp_path / "prompt_1.csv", text)
+    whole = import_trace(source, tmp_path / "t").to_arrow()
+    monkeypatch.setattr(moe_beyond, "WHOLE_BYTES", 2 * len(text))
+    monkeypatch.setattr(moe_beyond, "ROWS", 50)
+    pieces: list[tuple[int, ...]] = []
+
+    def read(path: Path) -> Iterator[moe_beyond._Block]:
+        for block in blocks(path):
+            pieces.append(block.ids_NK.shape)
+            yield block
+
+    blocks = moe_beyond._blocks
+    monkeypatch.setattr(moe_beyond, "_blocks", read)
+    assert import_trace(source, tmp_path / "u").to_arrow() == whole
+    assert pieces == [(50, 1)] * 4 + [(1, 1024)]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 
 from profiler.errors import ModelError
 from profiler.models.moe_modules import find_moe_blocks
@@ -31,6 +31,14 @@ SOME = {
     "qwen3_moe_many_experts": ([0, 1, 2], 300, 8),
     "mixtral_all_experts": ([0, 1, 2], 4, 4),
     "mixtral_one_expert": ([0, 1, 2], 8, 1),
+}
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
 }
 
 
@@ -78,7 +86,25 @@ def test_an_unknown_type_is_read_by_names() -> None:
     config = {"model_type": "new", "num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}
     assert moe_facts(config)["moe_layers"] == [0, 1]
     with pytest.raises(ModelError, match="no routed experts"):
-        moe_facts({"model_type": "new", "num_hidden_layers": 2, "experts_in_total": 8})
+        moe_facts({"model_type": "new", "num_hidden_layers": 2, "num_experts": 0, "num_experts_per_tok": 0})
+
+
+@pytest.mark.parametrize("names", [("experts_in_total", "active"), ("moe_num_experts", "moe_top_k")])
+def test_an_unknown_type_with_unknown_names_is_not_called_dense(names: tuple[str, str]) -> None:
+    with pytest.raises(ModelError, match="new: its config does not say which layers have experts in a way this version knows"):
+        moe_facts({"model_type": "new", "num_hidden_layers": 2} | dict.fromkeys(names, 2))
+
+
+@pytest.mark.parametrize("is_moe", [True, False])
+def test_experts_that_are_no_modules_are_read_by_names(is_moe: bool) -> None:
+    """Doge keeps its experts in embeddings; its dense models have the same entries."""
+    config = {"model_type": "doge", "num_hidden_layers": 2, "num_experts": 64, "num_experts_per_tok": 4, "is_moe": is_moe}
+    if is_moe:
+        facts = moe_facts(config | SMALL)
+        assert (facts["moe_layers"], facts["num_experts"], facts["top_k"]) == ([0, 1], 64, 4)
+    else:
+        with pytest.raises(ModelError, match="no routed experts"):
+            moe_facts(config | SMALL)
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "llama"}', '{"num_hidden_layers": "many"}', "no JSON"])
@@ -108,11 +134,55 @@ def test_a_known_model_is_resolved_without_being_built() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("entry", ["num_hidden_layers", "n_layers", "num_layers"])
-def test_a_config_with_absurdly_many_layers_is_refused_before_it_is_built(entry: str) -> None:
-    config = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, entry: 10**9}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({entry: 10**9} for entry in ("num_hidden_layers", "n_layers", "num_layers", "n_layer", "depth")),
+        *({entry: 10**9} for entry in ("num_local_experts", "n_routed_experts", "moe_num_experts", "n_shared_experts")),
+        {"num_hidden_layers": 10_000, "num_local_experts": 60_000},
+        {"text_config": {"num_hidden_layers": 10**9}},
+        {"vision_config": {"num_hidden_layers": 10**9}},
+    ],
+    ids=str,
+)
+def test_a_config_of_absurd_size_is_refused_before_it_is_built(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: pytest.fail("was built"))
+    with pytest.raises(ModelError, match="expected at most"):
+        moe_facts({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2} | changes)
+
+
+def test_other_names_of_the_number_of_layers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GPT2Config.attribute_map, "num_hidden_layers", "stages")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: pytest.fail("was built"))
     with pytest.raises(ModelError, match="expected at most 10000"):
-        moe_facts(config)
+        moe_facts({"model_type": "gpt2", "stages": 10**9})
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "flash_attention_2"},
+        {"experts_implementation": "someone/kernels"},
+        {"_experts_implementation": "someone/kernels"},
+        {"auto_map": {"AutoModelForCausalLM": "someone/model--modeling.Model"}},
+        {"quantization_config": {"quant_method": "new"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["mixtral_one_expert", "gemma4_multimodal"])
+def test_a_config_cannot_choose_what_code_is_run(
+    name: str, entry: dict[str, Any], configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for input"))
+    config, _ = PretrainedConfig.get_config_dict(configs[name])
+    expected = moe_facts(config)
+    config |= entry
+    if "text_config" in config:
+        config["text_config"] = config["text_config"] | entry
+    assert moe_facts(config) == expected
 
 
 def test_numbered_experts_are_counted_without_their_siblings() -> None:

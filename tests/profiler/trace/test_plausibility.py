@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.traces import write_made_trace
 
+from profiler.trace import plausibility
 from profiler.trace.hashing import hash_rows
-from profiler.trace.plausibility import doubts
+from profiler.trace.plausibility import MIN_TOKENS, doubts
 from profiler.trace.reader import Trace
+from profiler.trace.schema import RoutingChunk
 
 
 def made(
@@ -56,7 +61,34 @@ def test_equal_weights_are_placeholders(tmp_path: Path) -> None:
 
 
 def test_a_single_layer_is_reported(tmp_path: Path) -> None:
-    assert doubts(made(tmp_path, layers=1)) == ["implausible: only one MoE layer was recorded, layer 0"]
+    assert doubts(made(tmp_path, layers=1)) == ["only one MoE layer was recorded, layer 0"]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, MIN_TOKENS - 1, MIN_TOKENS])
+def test_a_few_tokens_with_one_route_are_no_reason_for_doubt(tmp_path: Path, tokens: int) -> None:
+    ids_TLK, weights_TLK = np.tile([3, 7], (tokens, 3, 1)), np.tile([0.6, 0.3], (tokens, 3, 1)).astype(np.float16)
+    assert bool(doubts(write_made_trace(tmp_path / "t", [(ids_TLK, weights_TLK)], 16))) == (tokens == MIN_TOKENS)
+
+
+def test_what_is_kept_of_the_sample_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = made(tmp_path, 0.75)
+    whole = doubts(trace)
+    alive: list[weakref.ref[RoutingChunk]] = []
+
+    def one_at_a_time(trace: Trace) -> Iterator[RoutingChunk]:
+        for start in range(0, 400, 40):
+            chunk = trace.load()
+            assert chunk.weights_TLK is not None
+            part = slice(start, start + 40)
+            piece = replace(chunk, expert_ids_TLK=chunk.expert_ids_TLK[part], weights_TLK=chunk.weights_TLK[part])
+            assert sum(before() is not None for before in alive) <= 1
+            alive.append(weakref.ref(piece))
+            yield piece
+            del piece
+
+    monkeypatch.setattr(plausibility, "_chunks", one_at_a_time)
+    assert doubts(trace) == whole
+    assert len(alive) == 10
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(2, 1), (4, 1), (2, 2), (4, 4)])
