@@ -18,16 +18,7 @@ from typing import Any, Self
 
 from profiler.capture.finish import finish_trace
 from profiler.capture.metadata import captured_metadata
-from profiler.capture.requests import (
-    COMPLETIONS_FILE,
-    PLANNED_FILE,
-    SKIPPED_FILE,
-    CompletedProblem,
-    PlannedProblem,
-    Sequence,
-    SkippedProblem,
-    read_completed,
-)
+from profiler.capture.requests import Sequence
 from profiler.capture.sealing import captured_positions, run_folder, runs_of
 from profiler.collect.collection import (
     Collection,
@@ -38,10 +29,11 @@ from profiler.collect.collection import (
     summarize,
 )
 from profiler.collect.resume import check_settings, finished_problems, hidden_tokens_used
+from profiler.collect.run import Run
 from profiler.collect.selection import Selection, describe, select
-from profiler.collect.skipping import describe_skipped, encode_prompts, name_of, skipped_problems
+from profiler.collect.skipping import describe_skipped, encode_prompts, skipped_problems
 from profiler.collect.usage import UsageMonitor
-from profiler.engines import Completion, Engine, EngineOptions, Prompt, Sampling, start_engine
+from profiler.engines import Engine, EngineOptions, Sampling, start_engine
 from profiler.errors import EngineError, TraceError
 from profiler.models.gpus import device_name, local_gpu
 from profiler.models.registry import MODELS, preset
@@ -309,7 +301,8 @@ class TraceCollector:
                 self.on_stage(note)
             self.on_stage(f"running {len(prompts)} problems")
             began = time.monotonic()
-            ran, report = self._run(engine, collection, prompts, unusable, sequences, monitor)
+            run = Run(collection, sequences, monitor, self.on_stage, self.on_progress)
+            ran, report = run.complete(engine, prompts, unusable, self._hidden_tokens_left(collection, sequences))
             generate_seconds = time.monotonic() - began
             sequences |= ran
             skipped = skipped_problems(out)
@@ -332,90 +325,11 @@ class TraceCollector:
             generate_seconds=generate_seconds,
         )
 
-    def _run(
-        self,
-        engine: Engine,
-        collection: Collection,
-        prompts: list[tuple[Prompt, int]],
-        unusable: dict[int, str],
-        finished: dict[int, Sequence],
-        monitor: UsageMonitor,
-    ) -> tuple[dict[int, Sequence], dict[str, Any]]:
-        """Run the prompts as a new run; returns their sequences by problem id, and the engine's report.
-
-        unusable: problems that have no prompt, and why; recorded as skipped, like those that the engine rejects.
-        """
-        out = collection.out
-        hidden_tokens = collection.hidden_tokens
-        if self.options.capture.hidden_layers:
-            hidden_tokens = max(0, hidden_tokens - hidden_tokens_used(out, finished))
-        run = max(runs_of(out), default=-1) + 1
-        folder = run_folder(out, run)
-        folder.mkdir(parents=True)
-        with (folder / PLANNED_FILE).open("w", encoding="utf-8") as file:
-            for prompt, cut in prompts:
-                problem = collection.problems[prompt.problem_id]
-                planned = PlannedProblem(
-                    problem_id=prompt.problem_id,
-                    dataset=problem.dataset,
-                    source_key=problem.source_key,
-                    prompt=problem.prompt,
-                    prompt_token_ids=prompt.token_ids,
-                    truncated_tokens=cut,
-                )
-                file.write(planned.to_json() + "\n")
-        done = tokens = 0
-        total = len(finished) + len(prompts) + len(unusable)
-        began = time.monotonic()
-        lengths = {prompt.problem_id: len(prompt.token_ids) for prompt, _ in prompts}
-
-        def report_progress() -> None:
-            self.on_progress(
-                CollectProgress(
-                    problems=len(finished) + done,
-                    total=total,
-                    tokens=tokens,
-                    seconds=time.monotonic() - began,
-                    usage=monitor.usage,
-                )
-            )
-
-        with (
-            (folder / COMPLETIONS_FILE).open("w", encoding="utf-8") as completions,
-            (folder / SKIPPED_FILE).open("w", encoding="utf-8") as rejections,
-        ):
-
-            def skip(problem_id: int, reason: str) -> None:
-                nonlocal total
-                rejections.write(SkippedProblem(problem_id=problem_id, reason=reason).to_json() + "\n")
-                rejections.flush()
-                total -= 1
-                self.on_stage(f"skipping {name_of(collection.problems[problem_id], problem_id)}: {reason}")
-
-            def on_finished(completion: Completion) -> None:
-                nonlocal done, tokens
-                record = CompletedProblem(
-                    problem_id=completion.problem_id,
-                    output=completion.text,
-                    output_token_ids=completion.token_ids,
-                    cached_tokens=completion.cached_tokens,
-                    finish_reason=completion.finish_reason,
-                )
-                completions.write(record.to_json() + "\n")
-                completions.flush()
-                done += 1
-                tokens += lengths[completion.problem_id] + len(completion.token_ids)
-                report_progress()
-
-            for problem_id, reason in unusable.items():
-                skip(problem_id, reason)
-            report_progress()
-            report: dict[str, Any] = {}
-            if prompts:
-                report = engine.generate(
-                    [prompt for prompt, _ in prompts], collection.sampling, folder, on_finished, skip, hidden_tokens
-                )
-        return read_completed(out, run), report
+    def _hidden_tokens_left(self, collection: Collection, finished: dict[int, Sequence]) -> int:
+        """The part of the collection's budget for router inputs that earlier runs have not used."""
+        if not self.options.capture.hidden_layers:
+            return collection.hidden_tokens
+        return max(0, collection.hidden_tokens - hidden_tokens_used(collection.out, finished))
 
     def _settings(self, collection: Collection) -> dict[str, Any]:
         """The part of the metadata that is known before the engine starts."""
