@@ -85,7 +85,7 @@ def check(
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep models, traces and logs in this folder.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Engines to run at a time. Default: 1; on a GPU, 1 for every 4 cores.")
+        int | None, typer.Option(min=1, help="Engines to run at a time. Default: 2; on a GPU, 1 for every 4 cores.")
     ] = None,
 ) -> None:
     """Compare the routing that the installed vLLM records on this device with transformers.

@@ -25,6 +25,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def start(model: str, **settings: Any) -> Any:
     from vllm import LLM
 
+    from vllm_patch.check.worker import inspect_models_here
+
+    inspect_models_here()
     defaults = {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False, "max_model_len": 1024}
     if not (Path(model) / "tokenizer.json").is_file():
         defaults["skip_tokenizer_init"] = True

