@@ -129,6 +129,7 @@ def kernel_of(make: Callable[[str], Any], backend: str) -> str:
     try:
         return str(make(backend).experts_cls.__name__)
     except (ValueError, NotImplementedError, ImportError, LookupError) as error:
+        # A cell of the table: what vLLM raises where it supports nothing, or fails.
         return f"fails ({type(error).__name__})"
 
 
@@ -152,6 +153,7 @@ def pretended_cuda() -> Iterator[Callable[[int, int], None]]:
     cuda = importlib.import_module("vllm.platforms.cuda")
     version = importlib.import_module("vllm.platforms.interface").DeviceCapability
 
+    # mypy: the base class is imported by name, since vLLM need not be installed.
     class Device(cuda.CudaPlatformBase):  # type: ignore[misc, name-defined]
         device_name = "pretended"
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers import msgpack
 from profiler.importers.reading import files_of, integer_array, sources_of
-from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES
+from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, layers_with_experts
 from profiler.importers.target import Target
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
 
@@ -49,19 +49,9 @@ def _is_list(first: int) -> bool:
 def read(source: Path, target: Target) -> None:
     target.gaps.append("layers are numbered as in the arrays, which have all decoder layers or those with experts only")
     files = sources_of(source, *PATTERNS)
-    layers: set[int] = set()
-    count = 0
-    for path in files:
-        for where, sample in _samples(path)[0].values():
-            ids_TLK = _routes(sample, where)
-            layers |= set(np.flatnonzero((ids_TLK > 0).any((0, 2))).tolist())
-            count = max(count, ids_TLK.shape[1])
-    moe_layers = sorted(layers)
-    if not moe_layers:
-        raise TraceError(f"{source}: no sample has routed experts")
-    if len(moe_layers) < count:
-        dense = ",".join(str(layer) for layer in range(count) if layer not in layers)
-        target.gaps.append(f"layers that are 0 or -1 throughout were taken as dense: {dense}")
+    routes = (_routes(sample, where) for path in files for where, sample in _samples(path)[0].values())
+    moe_layers, gaps = layers_with_experts(routes, source)
+    target.gaps += gaps
     without = 0
     for path in files:
         name = (path.parent.name,) if len(files) > 1 else ()

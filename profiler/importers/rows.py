@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from profiler.errors import TraceError
 
 EMPTY = -1
 """The expert id of a slot without an expert, between importer and `Target`."""
@@ -78,3 +82,19 @@ def running_count(keys_N: npt.NDArray[np.int64], counts: dict[int, int]) -> npt.
     running_N[order_N] = np.arange(len(keys_N)) - np.repeat(starts - before, sizes)
     counts.update(zip(keys.tolist(), (before + sizes).tolist(), strict=True))
     return running_N
+
+
+def layers_with_experts(routes: Iterable[npt.NDArray[Any]], source: Path) -> tuple[list[int], list[str]]:
+    """The MoE layers of arrays `[T, L, K]` in which dense layers are all 0 or -1, and a line for the gaps if there are any.
+
+    Raises `TraceError`, naming `source`, if no layer has experts.
+    """
+    layers: set[int] = set()
+    count = 0
+    for ids_TLK in routes:
+        layers |= set(np.flatnonzero((ids_TLK > 0).any((0, 2))).tolist())
+        count = max(count, ids_TLK.shape[1])
+    if not layers:
+        raise TraceError(f"{source}: no sample has routed experts, or every layer is 0 or -1 throughout, as dense layers are")
+    dense = ",".join(str(layer) for layer in range(count) if layer not in layers)
+    return sorted(layers), [f"layers that are 0 or -1 throughout were taken as dense: {dense}"] if dense else []

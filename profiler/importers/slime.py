@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from profiler.errors import TraceError
 from profiler.importers.reading import files_of, integer_array, sources_of
-from profiler.importers.rows import EMPTY, MAX_LAYER
+from profiler.importers.rows import EMPTY, MAX_LAYER, layers_with_experts
 from profiler.importers.target import Target
 from profiler.importers.torch_files import PickledArray, load_plain, mentions, tensor_array
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
@@ -37,20 +37,10 @@ def detect(source: Path) -> bool:
 
 def read(source: Path, target: Target) -> None:
     files = sources_of(source, "*.pt")
-    layers: set[int] = set()
-    count = 0
     # Dense layers can be recognized only once all files are read: every file is read twice.
-    for path in files:
-        for where, sample in _samples(path)[0].values():
-            ids_TLK = _routes(sample, where)
-            layers |= set(np.flatnonzero((ids_TLK > 0).any((0, 2))).tolist())
-            count = max(count, ids_TLK.shape[1])
-    moe_layers = sorted(layers)
-    if not moe_layers:
-        raise TraceError(f"{source}: no sample has {FIELD}, or every layer is 0 or -1 throughout, as dense layers are")
-    if len(moe_layers) < count:
-        dense = ",".join(str(layer) for layer in range(count) if layer not in layers)
-        target.gaps.append(f"layers that are 0 or -1 throughout were taken as dense: {dense}")
+    routes = (_routes(sample, where) for path in files for where, sample in _samples(path)[0].values())
+    moe_layers, gaps = layers_with_experts(routes, source)
+    target.gaps += gaps
     without = 0
     for path in files:
         samples, others = _samples(path)

@@ -67,7 +67,7 @@ def load_plain(path: Path, *, arrays: bool = False) -> Any:
 def _check_operations(path: Path, archive: zipfile.ZipFile) -> None:
     for entry in archive.infolist():
         if entry.filename.endswith("data.pkl"):
-            with io.BufferedReader(archive.open(entry), 1 << 20) as file:  # type: ignore[type-var]
+            with io.BufferedReader(archive.open(entry), 1 << 20) as file:  # type: ignore[type-var] # typeshed calls it IO[bytes], not a raw stream
                 operations = sum(1 for _ in islice(pickletools.genops(file), MAX_OPERATIONS + 1))
             if operations > MAX_OPERATIONS:
                 raise TraceError(f"{path}: more than {MAX_OPERATIONS:,} values besides those of arrays")
