@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import signal
 import tempfile
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from safetensors.torch import load_file, save_file
 from support import warm
 from support.agreement import assert_agrees, assert_complete
 
@@ -29,42 +26,22 @@ PROBLEMS = 24
 IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
-def with_two_layers(folder: Path) -> Path:
-    """The demo model without its other layers: compiling takes four seconds a layer."""
-    demo = demo_model_folder()
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(demo / name, folder)
-    config = json.loads((demo / "config.json").read_text()) | {"num_hidden_layers": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = load_file(demo / "model.safetensors")
-    others = re.compile(r"model\.layers\.([2-9])\.")
-    save_file({name: tensor for name, tensor in weights.items() if not others.match(name)}, folder / "model.safetensors")
-    return folder
-
-
 @pytest.fixture(scope="module", params=["eager", "compiled"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_model_folder() if request.param == "eager" else with_two_layers(tmp_path_factory.mktemp("two-layers"))
-
-
-@pytest.fixture(scope="module")
-def captured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     """One engine start per mode; prompts of three kinds in one batch, some ended by a stop token, some by length."""
-    mode = "eager" if model == demo_model_folder() else "compiled"
-    out = tmp_path_factory.mktemp(mode) / "trace"
-    command = ["collect", "--model", str(model), "--dtype", "float32", f"--{mode}"]
+    out = tmp_path_factory.mktemp(request.param) / "trace"
+    command = ["collect", "--model", "demo", "--dtype", "float32", f"--{request.param}"]
     command += ["--dataset", "demo-math,demo-code,demo-reviews", "--num-problems", str(PROBLEMS)]
     command += ["--max-new-tokens", "150", "--out", str(out)]
     # One engine in the process that starts it, one in processes of its own, as it is by default.
-    done = warm.run("specmoe", *command, environment=IN_ONE_PROCESS if mode == "eager" else {})
+    done = warm.run("specmoe", *command, environment=IN_ONE_PROCESS if request.param == "eager" else {})
     assert done.returncode == 0, done.stderr
     assert f"{PROBLEMS} problems" in done.stdout
     return Trace.open(out)
 
 
-def test_every_set_agrees_with_the_oracle(captured: Trace, model: Path) -> None:
-    assert captured.metadata.capture["compiled"] == (model != demo_model_folder())
-    assert_agrees(captured, load_oracle(model))
+def test_every_set_agrees_with_the_oracle(captured: Trace) -> None:
+    assert_agrees(captured, load_oracle(demo_model_folder()))
 
 
 def test_every_sequence_of_n_tokens_gives_n_minus_1_rows_per_layer(captured: Trace) -> None:
@@ -73,9 +50,7 @@ def test_every_sequence_of_n_tokens_gives_n_minus_1_rows_per_layer(captured: Tra
 
 
 def test_both_ways_of_ending_occurred(captured: Trace) -> None:
-    # Two layers alone do not find an end.
-    expected = {"length"} if captured.metadata.capture["compiled"] else {"stop", "length"}
-    assert set(captured.problems.column("finish_reason").to_pylist()) == expected
+    assert set(captured.problems.column("finish_reason").to_pylist()) == {"stop", "length"}
 
 
 def test_the_metadata_says_how_it_was_recorded(captured: Trace) -> None:
