@@ -58,7 +58,7 @@ def train(
     predictor: Annotated[
         str | None,
         typer.Option(
-            help="Name of the predictor to train; 'specmoe predictors' lists them. Default: recommended, or reuse for that task."
+            help="Name of the predictor to train; 'specmoe predictors' lists them. Default: recommended; reuse for that task."
         ),
     ] = None,
     task: Annotated[
