@@ -110,7 +110,7 @@ def test_it_learns_a_period() -> None:
         token_keys_T=np.arange(count) % 4,
     )
     predictor = Reuse(Shape(layers=2, experts=EXPERTS, top_k=2, horizon=1, task=Task.REUSE))
-    options = TrainingOptions(epochs=4, batch_tokens=32, width=16, average=20)
+    options = TrainingOptions(epochs=15, batch_tokens=32, width=16, average=20, learning_rate=5e-3)
     predictor.fit(routes, None, options, lambda *_: None)
     scores_LE = predictor.probabilities(routes, slice(300, 301))[0, :, 0]
     # 300 mod 8 is 4: used next are 5 and 1, then 6 and 2, then 7 and 3, then 0 and 4.
