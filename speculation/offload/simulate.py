@@ -14,8 +14,9 @@ from profiler.errors import SpecmoeError
 from speculation.offload.costs import Costs
 from speculation.offload.kernel import play, uses_ahead
 from speculation.offload.plans import PrefetchPlan, no_plan
+from speculation.offload.ram import ram_records
 from speculation.offload.requests import Requests
-from speculation.offload.state import CLOCK, QUEUED_PREFETCH, Count, Limits, Rule, expert_records
+from speculation.offload.state import ALL, CLOCK, LINE, QUEUED_PREFETCH, Count, Limits, Miss, Rule, expert_records
 
 # Each expert of a request needs its own place in the kernel's order of uses.
 MAX_EXPERTS = 4096
@@ -32,6 +33,9 @@ class Setting:
         is_global: Whether one cache serves all layers.
         queue: Prefetches that may wait for the interconnect.
         predict_seconds: Time from the routing of a layer to the prediction made with it.
+        miss: What happens to a chosen expert that the cache lacks.
+        ram: Experts that host memory holds, of all layers together; the others are on storage. None: all.
+        draft_seconds: Time in which a draft model drafts the tokens of one step.
     """
 
     policy: Rule
@@ -39,6 +43,9 @@ class Setting:
     is_global: bool = False
     queue: int = QUEUE
     predict_seconds: float = 0.0
+    miss: Miss = Miss.COPY
+    ram: int | None = None
+    draft_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -134,17 +141,19 @@ def simulate(
         costs: Default: transfers and computation take no time.
 
     Raises:
-        SpecmoeError: The capacity is negative, or the queue has no room.
+        SpecmoeError: The capacity is negative, the queue has no room, or the costs lack those of a host or of storage.
     """
     requests = workload.requests
     if setting.capacity < 0 or setting.queue < 1:
         raise SpecmoeError(f"capacity {setting.capacity}, queue {setting.queue}: expected at least 0 and 1")
+    _check_costs(setting, costs)
     plan = no_plan(requests) if plan is None else plan
     tokens_S = requests.tokens_S.astype(np.float64)
-    layer_seconds = expert_floor = np.zeros(requests.steps)
+    layer_seconds = expert_floor = host_floor = np.zeros(requests.steps)
     if costs is not None:
         layer_seconds = np.maximum(costs.layer_seconds, tokens_S * costs.layer_token_seconds)
         expert_floor = tokens_S * costs.token_seconds
+        host_floor = tokens_S * requests.top_k * costs.host_token_seconds
     next_use_N, first_use = workload.ahead
     counts_KLC, ends_S, stalls_S = play(
         requests.experts_N,
@@ -156,21 +165,17 @@ def simulate(
         plan.starts_Q,
         plan.layers_N,
         plan.experts_N,
+        np.where(requests.is_decode_S, 0.0 if costs is None else setting.draft_seconds, 0.0),
         layer_seconds,
         expert_floor,
-        0.0 if costs is None else costs.expert_seconds,
+        host_floor,
         0.0 if costs is None else setting.predict_seconds,
-        Limits(
-            rule=int(setting.policy),
-            capacity=setting.capacity,
-            layers=requests.layers,
-            num_experts=requests.num_experts,
-            is_global=setting.is_global,
-            copy_seconds=0.0 if costs is None else costs.copy_seconds,
-        ),
+        _limits(requests, setting, costs),
         workload.popularity,
         expert_records(first_use),
-        np.zeros(setting.queue, dtype=QUEUED_PREFETCH),
+        _memory(workload, setting),
+        np.zeros((3, setting.queue), dtype=QUEUED_PREFETCH),
+        np.zeros(3, dtype=LINE),
         np.zeros(1, dtype=CLOCK),
     )
     is_endless = not np.isfinite(ends_S[-1:]).all()
@@ -186,6 +191,45 @@ def simulate(
         prefill_tokens=int(requests.tokens_S[~is_decode_S].sum()),
         prefill_seconds=float(spans_S[~is_decode_S].sum()),
     )
+
+
+def _check_costs(setting: Setting, costs: Costs | None) -> None:
+    if setting.miss != Miss.COPY and (costs is None or costs.host_expert_seconds is None):
+        raise SpecmoeError("experts cannot be computed on the host: the costs do not say how long that takes; choose a host")
+    if setting.ram is None:
+        return
+    if setting.ram < 0:
+        raise SpecmoeError(f"room for {setting.ram} experts in host memory: expected at least 0")
+    if costs is None or costs.storage_seconds is None:
+        raise SpecmoeError("experts cannot be on storage: the costs do not say how long a read takes; choose a storage")
+
+
+def _limits(requests: Requests, setting: Setting, costs: Costs | None) -> Limits:
+    return Limits(
+        rule=int(setting.policy),
+        capacity=setting.capacity,
+        layers=requests.layers,
+        num_experts=requests.num_experts,
+        is_global=setting.is_global,
+        copy_seconds=0.0 if costs is None else costs.copy_seconds,
+        expert_seconds=0.0 if costs is None else costs.expert_seconds,
+        miss=int(setting.miss),
+        host_seconds=0.0 if costs is None else costs.host_expert_seconds or 0.0,
+        host_latency=0.0 if costs is None else costs.host_latency,
+        ram=ALL if setting.ram is None else setting.ram,
+        storage_seconds=0.0 if costs is None else costs.storage_seconds or 0.0,
+    )
+
+
+def _memory(workload: Workload, setting: Setting) -> npt.NDArray[np.void]:
+    """Host memory with the most popular experts that are not on the device at first, and after these with those that are."""
+    if setting.ram is None:
+        return ram_records(np.arange(0), 0)
+    ranks = workload.popularity
+    pools = 1 if setting.is_global else workload.requests.layers
+    place_in_pool = np.argsort(np.argsort(-ranks.reshape(pools, -1), axis=1), axis=1).reshape(-1)
+    order = np.lexsort((-ranks, place_in_pool < setting.capacity))
+    return ram_records(order[: setting.ram], len(ranks))
 
 
 def capacities(

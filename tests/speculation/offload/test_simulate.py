@@ -66,8 +66,8 @@ def plan_from(requests: Requests, entries: dict[tuple[int, int], list[tuple[int,
     return PrefetchPlan(np.cumsum([0, *map(len, lists)]), flat[:, 0].copy(), flat[:, 1].copy())
 
 
-def hits(workload: Workload, policy: Rule, capacity: int, **more: bool) -> int:
-    return simulate(workload, Setting(policy, capacity, **more)).total(Count.HIT)
+def hits(workload: Workload, policy: Rule, capacity: int, *, is_global: bool = False) -> int:
+    return simulate(workload, Setting(policy, capacity, is_global)).total(Count.HIT)
 
 
 # One layer, one expert per step, room for two, which are 0 and 1 at first. By hand:
