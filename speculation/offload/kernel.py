@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from speculation.offload.background import begin_reads, begin_transfers, enqueue_fill, enqueue_prediction
-from speculation.offload.eviction import fill_caches, update_key
 from speculation.offload.misses import load_missing, serve
+from speculation.offload.policies import begin_step, note_next_use, note_use, start_expert
 from speculation.offload.ram import Ram
 from speculation.offload.state import (
     ALL,
@@ -56,6 +56,7 @@ def play(
     plan_starts_Q: Integers,
     plan_layers_N: npt.NDArray[np.int32],
     plan_experts_N: npt.NDArray[np.int32],
+    plan_scores_N: npt.NDArray[np.float32],
     draft_seconds_S: Seconds,
     layer_seconds_S: Seconds,
     expert_floor_S: Seconds,
@@ -63,26 +64,33 @@ def play(
     predict_seconds: float,
     limits: Limits,
     popularity: Integers,
+    capacities: Integers,
+    scores_SX: npt.NDArray[np.float32],
     experts: Experts,
     ram: Ram,
     queues: Queues,
     lines: Lines,
     clocks: Sequence[Clock],
-) -> tuple[Integers, Seconds, Seconds]:
-    """Play all requests; return the counts `[2, L, len(Count)]` of prompts and generated tokens, and each step's end and stall.
+) -> tuple[Integers, Integers, Seconds, Seconds]:
+    """Play all requests.
+
+    Returns the counts `[2, L, len(Count)]` of prompts and generated tokens, and of each step `[S]` the hits, the end and the
+    stall.
 
     Args:
         experts_N, starts_R, is_decode_S: see `Requests`.
         asking_S: predictions that each step makes after each layer.
         next_use_N: for each entry of `experts_N`, the next request that chooses the same expert; `NEVER` if none does.
-        plan_starts_Q, plan_layers_N, plan_experts_N: see `PrefetchPlan`.
+        plan_starts_Q, plan_layers_N, plan_experts_N, plan_scores_N: see `PrefetchPlan`.
         draft_seconds_S: time before a step's first layer.
         layer_seconds_S: for each layer of a step, time of everything but the experts.
         expert_floor_S: the least time that a layer's experts take on the device.
-        host_floor_S: the least time that they would take on the host.
+        host_floor_S: the least time that all of them would take on the host.
         predict_seconds: one prediction; predictions are made one after the other.
-        limits: numbers that stay. `copy_seconds` is infinite if nothing can be transferred.
+        limits: numbers that stay.
         popularity: ranks of all experts `[L * E]`, the most popular highest.
+        capacities: how many experts each cache holds, `[L]`, or `[1]` if there is one for all layers.
+        scores_SX: for `Rule.LEARNED`, the reuse score of every expert in each step `[S, L * E]`; else `[1, 0]`.
         experts: all experts' records `[L * E]`, from `expert_records`; changed.
         ram: host memory, from `ram_records`; of no experts if it holds all. Changed.
         queues, lines: room for queued transfers, and what of it is in use (three `LINE` records of zeros); changed.
@@ -90,13 +98,13 @@ def play(
     """
     layers, num_experts = limits.layers, limits.num_experts
     steps = len(layer_seconds_S)
-    ends, stalls = np.zeros(steps), np.zeros(steps)
-    pools = 1 if limits.is_global else layers
+    ends, stalls, hits = np.zeros(steps), np.zeros(steps), np.zeros(steps, dtype=np.int64)
+    pools = len(capacities)
     counts = np.zeros((2, layers, _COUNTS), dtype=np.int64)
     # The experts that each cache holds, in no order.
     held = np.zeros(pools, dtype=np.int64)
-    slots = np.zeros((pools, min(limits.capacity, layers * num_experts // pools)), dtype=np.int64)
-    fill_caches(popularity, experts, slots, held, limits.rule)
+    slots = np.zeros((pools, min(capacities.max(), layers * num_experts // pools)), dtype=np.int64)
+    _fill(popularity, capacities, experts, slots, held, limits.rule)
     clock = clocks[0]
     can_copy = np.isfinite(limits.copy_seconds)
     has_storage = limits.ram != ALL
@@ -109,6 +117,11 @@ def play(
         clock.now += draft_seconds_S[step]
         clock.step = step
         clock.kind = 1 if is_decode_S[step] else 0
+        if limits.rule == Rule.LEARNED:
+            # A thread of its own computes the scores, layer by layer, from when the step's tokens are known.
+            busy = clock.scored + layers * limits.score_seconds if step else 0.0
+            clock.scored = max(busy, clock.now)
+        begin_step(step, scores_SX[min(step, len(scores_SX) - 1)], limits.rule, limits.time_constant, experts)
         for point in range(layers + 1):
             # Point 0 is before the first layer; point l + 1 is layer l.
             layer = point - 1
@@ -117,23 +130,30 @@ def play(
             if layer >= 0:
                 clock.now += layer_seconds_S[step]
                 routed = clock.now
-                if has_storage and lines[READS].waiting:
+                if lines[READS].waiting:
                     begin_reads(queues, lines, clock, False, limits, experts, counts, ram)
                 if lines[PREDICTED].waiting or lines[FILLS].waiting:
-                    begin_transfers(queues, lines, clock, clock.computed, False, limits, experts, slots, held, counts, ram)
+                    begin_transfers(
+                        queues, lines, clock, clock.computed, False, limits, experts, capacities, slots, held, counts, ram
+                    )
                 chosen = experts_N[starts_R[clock.request] : starts_R[clock.request + 1]]
                 next_use = next_use_N[starts_R[clock.request] : starts_R[clock.request + 1]]
-                misses, needed = _look_up(chosen, next_use, has_choice, clock, limits, experts, counts)
+                misses, found, needed = _look_up(chosen, next_use, has_choice, clock, limits, experts, counts)
+                hits[step] += found
                 on_device, host_ends = len(chosen), 0.0
-                if (has_choice and needed > clock.now) or misses:
-                    if has_choice:
-                        host_seconds = max(limits.host_seconds, host_floor_S[step] / len(chosen))
-                        needed, on_device, host_ends = serve(
-                            chosen, host_seconds, on_host, clock, limits, experts, slots, held, counts, ram
-                        )
-                    else:
-                        needed = max(needed, load_missing(chosen, clock, limits, experts, slots, held, counts))
-                _note_use(chosen, next_use, clock, limits, experts)
+                if has_choice and found < len(chosen):
+                    host_seconds = max(limits.host_seconds, host_floor_S[step] / len(chosen))
+                    needed, on_device, host_ends = serve(
+                        chosen, host_seconds, on_host, clock, limits, experts, capacities, slots, held, counts, ram
+                    )
+                elif misses:
+                    needed = max(needed, load_missing(chosen, clock, limits, experts, capacities, slots, held, counts))
+                pool = 0 if limits.is_global else layer
+                for place in range(len(chosen)):
+                    x = layer * num_experts + chosen[place]
+                    note_next_use(experts[x], next_use[place], limits.rule)
+                    order = (clock.request + 1) * ORDER - 2 * place
+                    note_use(x, clock.request, step, order, slots[pool], held[pool], capacities[pool], limits, experts)
             # Predictions are known with the routing; their transfers come after those that the routing itself needs.
             first, end = plan_starts_Q[step * (layers + 1) + point], plan_starts_Q[step * (layers + 1) + point + 1]
             if can_copy and first < end:
@@ -142,23 +162,24 @@ def play(
                     at_layer = plan_layers_N[entry] % layers
                     expert = at_layer * num_experts + plan_experts_N[entry]
                     target = step * layers + plan_layers_N[entry]
-                    if not enqueue_prediction(expert, target, queues, lines, clock, limits, experts, ram):
+                    score = plan_scores_N[entry]
+                    if not enqueue_prediction(expert, target, score, queues, lines, clock, limits, experts, ram):
                         counts[clock.kind, at_layer, Count.DROPPED.value] += 1
             if layer >= 0:
-                if on_device < len(chosen) and can_copy and limits.capacity:
+                if on_device < len(chosen) and can_copy and capacities[pool]:
                     for place in range(len(chosen)):
                         if on_host[place]:
                             enqueue_fill(layer * num_experts + chosen[place], queues, lines, clock, limits, experts)
                 computation = max(on_device * limits.expert_seconds, expert_floor_S[step] * on_device / len(chosen))
-                routed = clock.now
+                ready = clock.now
                 clock.now = max(needed + computation, host_ends)
-                stall += clock.now - routed - computation
+                stall += clock.now - ready - computation
                 clock.computed = clock.now
                 # None of these experts is evicted while they are computed.
-                if has_storage and lines[READS].waiting:
+                if lines[READS].waiting:
                     begin_reads(queues, lines, clock, True, limits, experts, counts, ram)
                 if lines[PREDICTED].waiting or lines[FILLS].waiting:
-                    begin_transfers(queues, lines, clock, 0.0, True, limits, experts, slots, held, counts, ram)
+                    begin_transfers(queues, lines, clock, 0.0, True, limits, experts, capacities, slots, held, counts, ram)
         ends[step] = clock.now
         stalls[step] = stall
     for which in (PREDICTED, READS):
@@ -169,7 +190,24 @@ def play(
     for x in range(len(experts)):
         if experts[x].is_unused_prefetch:
             counts[clock.kind, x // num_experts, Count.WASTED.value] += 1
-    return counts, ends, stalls
+    return counts, hits, ends, stalls
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill(popularity: Integers, capacities: Integers, experts: Experts, slots: Integers, held: Integers, rule: int) -> None:
+    """Begin with the most popular experts of each pool, the least popular as if used longest ago."""
+    size = len(experts) // len(held)
+    for pool in range(len(held)):
+        order = np.argsort(-popularity[pool * size : (pool + 1) * size], kind="mergesort")
+        for rank in range(size):
+            x = pool * size + order[rank]
+            is_held = rank < min(capacities[pool], slots.shape[1])
+            # Experts that are not cached have no use before the first one.
+            start_expert(experts[x], -1 - rank if is_held else 0, popularity[x], rule)
+            if is_held:
+                experts[x].where = PRESENT
+                slots[pool, rank] = x
+                held[pool] += 1
 
 
 @_inlined
@@ -181,8 +219,8 @@ def _look_up(
     limits: Limits,
     experts: Experts,
     counts: Integers,
-) -> tuple[int, float]:
-    """Look the experts of a request up in the cache; return how many missed, and when the others have arrived.
+) -> tuple[int, int, float]:
+    """Look the experts of a request up in the cache; return how many missed, how many hit, and when the others have arrived.
 
     has_choice: those that are still in transfer may be computed on the host instead.
     """
@@ -192,9 +230,7 @@ def _look_up(
     for place in range(len(chosen)):
         expert = experts[layer * limits.num_experts + chosen[place]]
         expert.chosen_by = request
-        if limits.rule == Rule.BELADY:
-            expert.next_use = next_use[place]
-            update_key(expert, limits.rule)
+        note_next_use(expert, next_use[place], limits.rule)
         if expert.where == PRESENT or expert.where == COMING:
             if expert.where == COMING and expert.arrival > clock.now:
                 late += 1
@@ -215,20 +251,7 @@ def _look_up(
     counts[clock.kind, layer, Count.HIT.value] += len(chosen) - late - misses
     counts[clock.kind, layer, Count.LATE.value] += late
     counts[clock.kind, layer, Count.MISS.value] += misses
-    return misses, needed
-
-
-@_inlined
-def _note_use(chosen: npt.NDArray[np.int32], next_use: Integers, clock: Clock, limits: Limits, experts: Experts) -> None:
-    """Write down that these experts were used, the first of them most recently."""
-    layer, request = clock.layer, clock.request
-    for place in range(len(chosen)):
-        expert = experts[layer * limits.num_experts + chosen[place]]
-        expert.next_use = next_use[place]
-        expert.last_use = (request + 1) * ORDER - 2 * place
-        if limits.rule == Rule.LFU or limits.rule == Rule.LFRU:
-            expert.key += 1
-        update_key(expert, limits.rule)
+    return misses, len(chosen) - late - misses, needed
 
 
 @numba.njit(cache=True, nogil=True)

@@ -6,7 +6,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from speculation.offload.eviction import evict, victim_of
+from speculation.offload.eviction import evict, scored
+from speculation.offload.policies import choose_victim, note_load
 from speculation.offload.ram import OUT, Ram, admit, touch
 from speculation.offload.state import (
     ABSENT,
@@ -34,16 +35,18 @@ def load_missing(
     clock: Clock,
     limits: Limits,
     experts: Experts,
+    capacities: Integers,
     slots: Integers,
     held: Integers,
     counts: Integers,
 ) -> float:
     """Transfer the experts that the look-up missed, one after the other; return when the last one arrives."""
     needed = clock.now
+    ready = max(clock.now + limits.policy_seconds, scored(clock.layer, clock, limits))
     for place in range(len(chosen)):
         x = clock.layer * limits.num_experts + chosen[place]
         if experts[x].where == MISSED:
-            needed = load(x, place, clock.now, clock, limits, experts, slots, held, counts)
+            needed = load(x, place, ready, clock, limits, experts, capacities, slots, held, counts)
     return needed
 
 
@@ -55,11 +58,12 @@ def load(
     clock: Clock,
     limits: Limits,
     experts: Experts,
+    capacities: Integers,
     slots: Integers,
     held: Integers,
     counts: Integers,
 ) -> float:
-    """Transfer an expert on demand as soon as host memory has it (ready); return when it arrives. place: in its request."""
+    """Transfer an expert on demand, from `ready` at the earliest; return when it arrives. place: its place in the request."""
     layer, request = clock.layer, clock.request
     pool = 0 if limits.is_global else layer
     expert = experts[x]
@@ -68,10 +72,10 @@ def load(
     clock.transfers_end = begin + limits.copy_seconds
     counts[clock.kind, layer, Count.LOADS.value] += 1
     slot = held[pool]
-    if slot < limits.capacity:
+    if slot < capacities[pool]:
         held[pool] += 1
     else:
-        slot = victim_of(slots[pool], slot, limits.rule, request, request + 1, begin, False, experts)
+        slot = choose_victim(slots[pool], slot, limits.rule, limits.layers, request, request + 1, begin, False, experts)
         if slot >= 0:
             evict(slots[pool, slot], clock, limits, experts, counts)
         elif limits.rule == Rule.BELADY:
@@ -86,8 +90,7 @@ def load(
     if slot >= 0:
         slots[pool, slot] = x
         expert.where = PRESENT
-        if limits.rule == Rule.FIFO:
-            expert.key = (request + 1) * ORDER - 2 * place
+        note_load(expert, request, (request + 1) * ORDER - 2 * place, limits.rule)
     else:
         expert.where = ABSENT
         counts[clock.kind, layer, Count.STREAMED.value] += 1
@@ -102,6 +105,7 @@ def serve(
     clock: Clock,
     limits: Limits,
     experts: Experts,
+    capacities: Integers,
     slots: Integers,
     held: Integers,
     counts: Integers,
@@ -116,7 +120,7 @@ def serve(
         chosen: Experts of the request.
         host_seconds: Computation of one of them on the host.
         on_host: Set for each entry of `chosen`: whether the host computes it and it was a miss.
-        clock, limits, experts, slots, held, counts, ram: see `play`.
+        clock, limits, experts, capacities, slots, held, counts, ram: see `play`.
 
     Returns:
         When the device has all that it computes, how many those are, and when the host is done.
@@ -126,6 +130,8 @@ def serve(
     host_free = now + limits.host_latency
     remaining = len(chosen)
     has_storage = limits.ram != ALL
+    # The policy takes its time to choose what to evict; the host waits for nothing of it.
+    chosen_at = max(now + limits.policy_seconds, scored(clock.layer, clock, limits))
     for place in range(len(chosen)):
         on_host[place] = False
         expert = experts[first + chosen[place]]
@@ -153,7 +159,8 @@ def serve(
                     continue
                 ready = _fetch(x, clock, limits, counts, ram)
             host_end = max(host_free, ready) + host_seconds
-            computed = max(ready, clock.transfers_end) + limits.copy_seconds + limits.expert_seconds
+            there = max(ready, chosen_at)
+            computed = max(there, clock.transfers_end) + limits.copy_seconds + limits.expert_seconds
             if limits.miss == Miss.HOST or (limits.miss == Miss.CHEAPEST and host_end <= computed):
                 host_free = host_ends = host_end
                 remaining -= 1
@@ -161,7 +168,7 @@ def serve(
                 experts[x].where = ABSENT
                 on_host[place] = True
             else:
-                needed = max(needed, load(x, place, ready, clock, limits, experts, slots, held, counts))
+                needed = max(needed, load(x, place, there, clock, limits, experts, capacities, slots, held, counts))
     return needed, remaining, host_ends
 
 

@@ -59,7 +59,8 @@ def plan_of(requests: Requests, entries: dict[tuple[int, int], list[tuple[int, i
     points = requests.layers + 1
     lists = [entries.get((number // points, number % points - 1), []) for number in range(requests.steps * points)]
     flat = np.array([pair for pairs in lists for pair in pairs], dtype=np.int32).reshape(-1, 2)
-    return PrefetchPlan(np.cumsum([0, *map(len, lists)]), flat[:, 0].copy(), flat[:, 1].copy())
+    scores = np.ones(len(flat), dtype=np.float32)
+    return PrefetchPlan(np.cumsum([0, *map(len, lists)]), flat[:, 0].copy(), flat[:, 1].copy(), scores)
 
 
 def counted(result: SimulationResult) -> dict[str, int]:
@@ -223,6 +224,8 @@ def traces(draw: st.DrawFn) -> tuple[Steps, int]:
     return steps, experts
 
 
+# Those that need no predictor.
+rules = st.sampled_from([rule for rule in Rule if rule != Rule.LEARNED])
 # Multiples of an eighth: sums are exact.
 times = st.integers(0, 80).map(lambda number: number / 8)
 
@@ -285,7 +288,7 @@ def least_seconds(workload: Workload) -> float:
     return workload.requests.steps * workload.requests.layers * COSTS.layer_seconds
 
 
-@given(traces(), st.sampled_from(list(Rule)), st.integers(0, 6), st.sampled_from([Miss.HOST, Miss.CHEAPEST]))
+@given(traces(), rules, st.integers(0, 6), st.sampled_from([Miss.HOST, Miss.CHEAPEST]))
 def test_limits_of_bandwidth(trace: tuple[Steps, int], rule: Rule, capacity: int, miss: Miss) -> None:
     workload = workload_of(*trace)
     plan = oracle_plan(workload.requests, 1)
@@ -313,7 +316,7 @@ def test_limits_of_bandwidth(trace: tuple[Steps, int], rule: Rule, capacity: int
     assert dead.tokens_per_second == 0 or dead.total(Count.MISS) == 0
 
 
-@given(traces(), st.sampled_from(list(Rule)), st.integers(0, 6), st.sampled_from(list(Miss)), st.integers(1, 20))
+@given(traces(), rules, st.integers(0, 6), st.sampled_from(list(Miss)), st.integers(1, 20))
 def test_limits_of_storage(trace: tuple[Steps, int], rule: Rule, capacity: int, miss: Miss, ram: int) -> None:
     workload = workload_of(*trace)
     plan = popularity_plan(workload.popularity_LE, 2, 1, workload.requests)
