@@ -23,6 +23,8 @@ import numpy.typing as npt
 from speculation.offload.simulate import Workload
 from speculation.offload.state import Integers
 
+# Sizes that tables show, as shares of all experts.
+SHARES = (0.1, 0.25, 0.5, 0.75)
 # Places in the order of uses, per expert. When all are taken, the order is compacted.
 _PLACES = 4
 
@@ -112,15 +114,16 @@ def knee(sizes: npt.ArrayLike, hits: npt.ArrayLike) -> int:
 
 
 def sampled_sizes(largest: int, count: int = 14) -> list[int]:
-    """Choose cache sizes from 0 to `largest`, in about equal ratios: all of them if there are few, else about `count`.
+    """Choose cache sizes from 0 to `largest`: all of them if there are few, else `count` in about equal ratios, and `SHARES`.
 
     Example:
         >>> sampled_sizes(32)
-        [0, 1, 2, 3, 4, 5, 6, 8, 11, 14, 19, 25, 32]
+        [0, 1, 2, 3, 4, 5, 6, 8, 11, 14, 16, 19, 24, 25, 32]
     """
     if largest < count:
         return list(range(largest + 1))
-    return [0, *np.unique(np.geomspace(1, largest, count).round().astype(int)).tolist()]
+    ratios = np.geomspace(1, largest, count).round().astype(int).tolist()
+    return sorted({0, *ratios, *(int(share * largest) for share in SHARES)})
 
 
 def _hits(positions_KLP: Integers) -> Integers:

@@ -113,9 +113,10 @@ def test_sampled_sizes(largest: int) -> None:
     sizes = sampled_sizes(largest)
     assert sizes == sorted(set(sizes))
     assert (sizes[0], sizes[1], sizes[-1]) == (0, 1, largest)
-    assert len(sizes) <= 15
-    ratios = np.array(sizes[2:]) / np.array(sizes[1:-1])
+    assert len(sizes) <= 19
+    assert largest < 14 or {largest // 4, largest // 2} < set(sizes)
     # Rounding changes ratios of small sizes most: 2, 5 instead of 2.2, 4.9.
+    ratios = np.array(sizes[2:]) / np.array(sizes[1:-1])
     assert max(ratios, default=0) <= max(2, 1.15 * largest ** (1 / 13))
 
 
