@@ -18,10 +18,20 @@ class Rule(IntEnum):
 
     LRU = 0  # last use
     FIFO = 1  # time of loading
-    LFU = 2  # number of uses so far, cached or not; among equals, last use
+    LFU = 2  # number of uses so far, cached or not
     LFRU = 3  # number of uses so far over the time since the last one
     POPULARITY = 4  # frequency in the training problems
     BELADY = 5  # negated time until the next use: needs the future
+    EWMA = 6  # sum over its uses, each weighted by exp(-age / time constant): LRFU of Lee et al. (IEEE Trans. Computers, 2001)
+    LFU_AGED = 7  # number of uses, all of which are halved whenever a time constant has passed
+    SLRU = 8  # last use; experts used again after their load are evicted last: segmented LRU (Karedla et al., 1994)
+    LEAST_STALE = 9  # time of loading; experts used in the current step are evicted last (Hoang et al., arXiv 2602.03921)
+    LEARNED = 10  # predicted discounted use, from a predictor of the task `reuse`
+
+    @property
+    def label(self) -> str:
+        """The name in commands and documents."""
+        return self.name.lower().replace("_", "-")
 
 
 class Count(IntEnum):
@@ -43,19 +53,21 @@ class Count(IntEnum):
 class Expert:
     """What the simulation knows of one expert: a record of `EXPERT`.
 
-    where: `ABSENT`, `PRESENT`, `COMING`, `WAITING` or `MISSED`. arrival: when its transfer ends. chosen_by: the last request
-    whose router chose it. predicted_for: the farthest request for which it is predicted. key: what the `Rule` compares.
-    last_use: its place in the order of uses, which decides between equal keys. next_use: the next request that chooses it.
-    waits_for: the request for which its transfer is queued. evicted_in: the last step that evicted it. is_unused_prefetch: it
-    was prefetched and has not been used since.
+    key: what the `Rule` compares, in units of its own. last_use: its place in the order of uses, which decides between equal
+    keys. next_use: the next request that chooses it. chosen_by: the last request whose router chose it. predicted_for: the
+    farthest request for which it is predicted. loaded_in: the request that loaded it on demand, -1 for a prefetch. arrival:
+    when its transfer ends. waits_for: the request for which its transfer is queued. evicted_in: the last step that evicted it.
+    where: `ABSENT`, `PRESENT`, `COMING`, `WAITING` or `MISSED`. is_unused_prefetch: it was prefetched and has not been used
+    since.
     """
 
-    key: int
+    key: float
     last_use: int
     next_use: int
+    arrival: float
     chosen_by: int
     predicted_for: int
-    arrival: float
+    loaded_in: int
     waits_for: int
     evicted_in: int
     where: int
@@ -63,18 +75,21 @@ class Expert:
 
 
 class QueuedPrefetch:
-    """A queued prefetch, a record of `QUEUED_PREFETCH`: the expert, the request it is for, and when it was predicted."""
+    """A queued prefetch, a record of `QUEUED_PREFETCH`: the expert, the request it is for, when it was predicted, and with what
+    probability."""
 
     expert: int
     request: int
     time: float
+    score: float
 
 
 class Clock:
     """Times and places in the queue, the only record of a `CLOCK` array.
 
     now: when the router of the current layer has chosen. computed: when the last layer's experts were computed. transfers_end,
-    predictor_ends: when the interconnect and the predictor are free again. head, waiting: the queue's first entry, and how many
+    predictor_ends: when the interconnect and the predictor are free again. scored: when the step's reuse scores began to be
+    computed. head, waiting: the queue's first entry, and how many
     there are. step, layer, request: the current ones. kind: 1 for generated tokens, 0 for prompts.
     """
 
@@ -82,6 +97,7 @@ class Clock:
     computed: float
     transfers_end: float
     predictor_ends: float
+    scored: float
     head: int
     waiting: int
     step: int
@@ -91,14 +107,21 @@ class Clock:
 
 
 class Limits(NamedTuple):
-    """Numbers that stay. copy_seconds: transfer time of one expert. capacity: experts in each cache."""
+    """Numbers that stay.
+
+    copy_seconds: transfer time of one expert; infinite if nothing can be transferred. policy_seconds: time to choose the
+    experts to evict, per request. score_seconds: time to compute the reuse scores of one layer (`Rule.LEARNED`).
+    time_constant: in steps (`Rule.EWMA`, `Rule.LFU_AGED`).
+    """
 
     rule: int
-    capacity: int
     layers: int
     num_experts: int
     is_global: bool
     copy_seconds: float
+    policy_seconds: float
+    score_seconds: float
+    time_constant: float
 
 
 def _record(described: type, **smaller: type) -> np.dtype[np.void]:
@@ -107,8 +130,16 @@ def _record(described: type, **smaller: type) -> np.dtype[np.void]:
     return np.dtype(fields, align=True)
 
 
-# 64 bytes: one cache line.
-EXPERT = _record(Expert, evicted_in=np.int32, where=np.int8)
+# 56 bytes, less than one cache line.
+EXPERT = _record(
+    Expert,
+    chosen_by=np.int32,
+    predicted_for=np.int32,
+    loaded_in=np.int32,
+    waits_for=np.int32,
+    evicted_in=np.int32,
+    where=np.int8,
+)
 QUEUED_PREFETCH, CLOCK = _record(QueuedPrefetch), _record(Clock)
 Experts = Sequence[Expert]
 Queue = Sequence[QueuedPrefetch]
@@ -117,12 +148,16 @@ Seconds = npt.NDArray[np.float64]
 
 ABSENT, PRESENT, COMING, WAITING, MISSED = 0, 1, 2, 3, 4
 NEVER = 1 << 60
+# Requests are numbered in 32 bits.
+MAX_REQUESTS = 1 << 31
+# The order of uses has so many places for a request: two for each of its experts, and one for experts prefetched for it.
+ORDER = 1 << 13
 
 
 def expert_records(first_use: Integers) -> npt.NDArray[np.void]:
     """Records of experts before the first request, none of them cached. first_use `[L * E]`: the request that needs each."""
     experts = np.zeros(len(first_use), dtype=EXPERT)
     experts["next_use"] = first_use
-    for name in ("chosen_by", "predicted_for", "evicted_in"):
+    for name in ("chosen_by", "predicted_for", "evicted_in", "loaded_in"):
         experts[name] = -1
     return experts
