@@ -69,7 +69,6 @@ def curve(
     """
     from speculation.offload.curve_page import write_curves
     from speculation.offload.curve_study import WINDOWS, CurveStudy
-    from speculation.offload.state import Rule
 
     if out is not None and out.exists() and not out.is_dir():
         raise SpecmoeError(f"--out {out} is not a folder")
@@ -77,7 +76,7 @@ def curve(
         trace=Trace.open(trace),
         part=part.value,
         training=None if training is None else Trace.open(training),
-        policies=tuple(Rule[name.value.upper()] for name in policy or (Policy.lru, Policy.belady)),
+        policies=tuple(name.rule for name in policy or (Policy.lru, Policy.belady)),
         fractions=tuple(cache_fraction or (0.1, 0.25, 0.5)),
         windows=tuple(window or WINDOWS),
         batch=batch,

@@ -98,6 +98,14 @@ def simulate(
     global_cache: Annotated[
         bool, typer.Option("--global-cache", help="Share one cache among all layers, instead of one of equal size per layer.")
     ] = False,
+    slots: Annotated[
+        str,
+        typer.Option(
+            metavar="even|curve|DIR",
+            help="How many slots each layer gets. even: the same. curve: so many that TRACE's training part has the most hits "
+            "(see 'specmoe curve'). DIR: those in a folder of 'specmoe curve --out DIR'.",
+        ),
+    ] = "even",
     device: Annotated[
         list[str] | None,
         typer.Option(
@@ -166,6 +174,7 @@ def simulate(
         threshold=threshold,
         queue=queue,
         batch=batch,
+        slots=slots,
     )
     if out is not None and out.exists() and not out.is_dir():
         raise SpecmoeError(f"--out {out} is not a folder")

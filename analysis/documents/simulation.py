@@ -41,6 +41,7 @@ class SimulatedRow(BaseModel):
         policy: The policy, or one of `BOUNDS`.
         prefetch: The prefetcher.
         predict_microseconds: Measured time of one prediction.
+        slots_by_layer: Number of experts that fit in each layer's cache, if they differ; `capacity` is then their mean.
         gain: In `Simulation.best`, tokens/s over the best row without prefetching.
 
     Older files lack the fields that have a default.
@@ -68,6 +69,7 @@ class SimulatedRow(BaseModel):
     prefill_tokens_per_second: float | None = None
     stalled: float | None = None
     times_on_demand: float | None
+    slots_by_layer: list[int] = []
     counts_by_layer: dict[str, list[int]] = {}
     gain: float | None = None
 

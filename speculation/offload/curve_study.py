@@ -22,7 +22,7 @@ from speculation.offload.state import Count, Rule
 from speculation.offload.working_set import WorkingSets, step_sets, window_sets
 from speculation.predictors.features import expert_frequency
 
-LRU, BELADY = Rule.LRU.name.lower(), Rule.BELADY.name.lower()
+LRU, BELADY = Rule.LRU.label, Rule.BELADY.label
 # Windows and batches whose working sets are counted.
 WINDOWS = (1, 8, 64, 512)
 BATCHES = (4, 16, 64)
@@ -203,7 +203,7 @@ def _sampled(workload: Workload, policies: Sequence[Rule], on_done: Callable[[in
         hits_LC = np.stack([result.counts_LC[:, Count.HIT] for result in own], axis=1)
         requested_L = own[0].counts_LC[:, Count.REQUESTED]
         curve = HitRateCurve(
-            policy=rule.name.lower(),
+            policy=rule.label,
             is_global=False,
             is_exact=False,
             sizes=sizes,

@@ -17,6 +17,7 @@ from speculation.data.routes import Routes, load_routes, route_digests
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import check_run
 from speculation.offload.costs import Costs, costs_of, find_entry
+from speculation.offload.division import BY_CURVE, EVEN, division_of
 from speculation.offload.replay import default_device, measure
 from speculation.offload.replay_study import Replay, sizes_of
 from speculation.offload.requests import requests_of
@@ -60,6 +61,7 @@ class Study:
     threshold: float = 0.0
     queue: int = 64
     batch: int = 1
+    slots: str = EVEN
 
 
 def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simulation:
@@ -98,6 +100,9 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         for cost in costs
     ]
     notes += _too_large(study, costs, sizes, shape)
+    if study.is_global and study.slots != EVEN:
+        raise SpecmoeError(f"slots {study.slots!r} are of caches for each layer: leave out the one cache for all layers")
+    division = division_of(study.slots, study.trace, shape, workload, study.batch)
     total = sum(2 + len(each) * len(study.policies) * len(prefetchers) for each in sizes)
     done = 0
 
@@ -114,6 +119,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         costs,
         is_global=study.is_global,
         queue=study.queue,
+        division=division,
         on_done=count,
     )
     trained_on = {name: int(np.isin(route_digests(study.trace, routes), run.trained_on).sum()) for name, run in runs.items()}
@@ -123,6 +129,11 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     decode = int(requests.tokens_S[requests.is_decode_S].sum())
     if not runs and study.part in {"train", "all"}:
         notes.append("NOT held out: popularity and counting predictors were fitted on the simulated problems.")
+    if division is not None:
+        source = "of the training part" if study.slots == BY_CURVE else f"in {study.slots}"
+        notes.append(f"Slots are divided among layers by the curves {source}; sizes are those of a layer on average.")
+        if study.slots == BY_CURVE and study.part in {"train", "all"}:
+            notes.append("NOT held out: slots were chosen on the simulated problems.")
     kinds = "one cache for all layers" if study.is_global else "a cache for each layer"
     notes += [
         f"{len(routes.problem_ids)} problems, {decode:,} generated and {len(routes) - decode:,} prompt tokens "

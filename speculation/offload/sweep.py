@@ -18,6 +18,7 @@ from speculation.data.routes import Routes, load_routes
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import microseconds_per_prediction
 from speculation.offload.costs import Costs
+from speculation.offload.division import Division
 from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests
 from speculation.offload.simulate import QUEUE, Setting, SimulationResult, Workload, simulate
@@ -112,6 +113,7 @@ def sweep(
     *,
     is_global: bool = False,
     queue: int = QUEUE,
+    division: Division | None = None,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[SimulatedRow]:
     """Simulate every combination of device, capacity, policy and prefetcher, on all cores.
@@ -126,6 +128,7 @@ def sweep(
         costs: Costs of each device; None for a device on which nothing takes time.
         is_global: One cache for all layers instead of one per layer.
         queue: Prefetches that may wait for the interconnect.
+        division: How the slots of caches for each layer are divided among the layers; default: evenly.
         on_done: Called after every simulation, in this thread.
 
     Returns:
@@ -139,9 +142,10 @@ def sweep(
     for cost, sizes in zip(costs, capacities, strict=True):
         jobs.append((cost, Setting(Rule.LRU, 0, is_global, queue), none, ON_DEMAND))
         for capacity in sizes:
+            slots = None if division is None else division(capacity)
             for policy in policies:
                 for prefetcher in prefetchers:
-                    setting = Setting(policy, capacity, is_global, queue, prefetcher.predict_seconds)
+                    setting = Setting(policy, capacity, is_global, queue, prefetcher.predict_seconds, slots)
                     jobs.append((cost, setting, prefetcher, None))
         jobs.append((cost, Setting(Rule.LRU, everything, is_global, queue), none, ALL_RESIDENT))
 
@@ -198,5 +202,6 @@ def _row(
         prefill_tokens_per_second=result.prefill_tokens_per_second,
         stalled=result.decode_stall / result.decode_seconds if speed else None,
         times_on_demand=speed / on_demand if speed and on_demand else None,
+        slots_by_layer=list(setting.slots or ()),
         counts_by_layer={count.name.lower(): result.counts_LC[:, count].tolist() for count in Count},
     )
