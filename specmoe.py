@@ -13,6 +13,7 @@ import profiler.cli
 import profiler.registry_cli
 import profiler.terminal
 import speculation.cli
+import speculation.curve_cli
 import speculation.offload_cli
 from profiler.collect.options import EngineName
 
@@ -27,6 +28,7 @@ app.add_typer(profiler.registry_cli.app)
 app.add_typer(analysis.cli.app)
 app.add_typer(speculation.cli.app)
 app.add_typer(speculation.offload_cli.app)
+app.add_typer(speculation.curve_cli.app)
 
 DEMO_NEW_TOKENS = 64
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from analysis.counts.counting import TraceCounts, count_trace
+    from analysis.documents.curves import CacheCurves, read_curves
     from analysis.documents.evaluation import Evaluation, read_evaluation
     from analysis.documents.simulation import Simulation, read_simulation
     from analysis.documents.statistics import StatisticsDocument, read_statistics
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Agreement",
+    "CacheCurves",
     "Evaluation",
     "Simulation",
     "Statistics",
@@ -27,6 +29,7 @@ __all__ = [
     "compute_statistics",
     "count_trace",
     "prompt_agreement",
+    "read_curves",
     "read_evaluation",
     "read_simulation",
     "read_statistics",
@@ -35,6 +38,8 @@ __all__ = [
 _MODULES = {
     "TraceCounts": "counts.counting",
     "count_trace": "counts.counting",
+    "CacheCurves": "documents.curves",
+    "read_curves": "documents.curves",
     "Evaluation": "documents.evaluation",
     "read_evaluation": "documents.evaluation",
     "Simulation": "documents.simulation",

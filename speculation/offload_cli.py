@@ -44,7 +44,7 @@ PrecisionName = Annotated[
 
 
 class Policy(StrEnum):
-    """Which expert a full cache evicts, of the policies that need neither the future nor a predictor."""
+    """Which expert a full cache evicts, of the policies that need no predictor."""
 
     lru = "lru"
     lfu = "lfu"
@@ -55,6 +55,7 @@ class Policy(StrEnum):
     lfu_aged = "lfu-aged"
     slru = "slru"
     least_stale = "least-stale"
+    belady = "belady"
 
     @property
     def rule(self) -> Rule:
@@ -115,6 +116,14 @@ def simulate(
     global_cache: Annotated[
         bool, typer.Option("--global-cache", help="Share one cache among all layers, instead of one of equal size per layer.")
     ] = False,
+    slots: Annotated[
+        str,
+        typer.Option(
+            metavar="even|curve|DIR",
+            help="How many slots each layer gets. even: the same. curve: so many that TRACE's training part has the most hits "
+            "(see 'specmoe curve'). DIR: those in a folder of 'specmoe curve --out DIR'.",
+        ),
+    ] = "even",
     device: Annotated[
         list[str] | None,
         typer.Option(
@@ -237,6 +246,7 @@ def simulate(
         ram_fraction=ram_fraction,
         drafting=Drafting(tokens=draft_tokens, acceptance=acceptance),
         draft_milliseconds=draft_ms,
+        slots=slots,
     )
     if out is not None and out.exists() and not out.is_dir():
         raise SpecmoeError(f"--out {out} is not a folder")
@@ -264,7 +274,7 @@ def replay(
         ),
     ] = None,
     policy: Annotated[
-        Policy, typer.Option(help="Which expert a full cache evicts (see 'specmoe simulate --help').")
+        Policy, typer.Option(help="Which expert a full cache evicts (see 'specmoe simulate --help'); any but belady.")
     ] = Policy.lru,
     cache_fraction: Annotated[float, typer.Option(min=0, max=1, help="Cache size as a share of all experts.")] = 0.25,
     on: Annotated[On | None, typer.Option(help="Device to replay on. Default: cuda if there is a GPU, else cpu.")] = None,

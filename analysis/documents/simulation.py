@@ -54,6 +54,7 @@ class SimulatedRow(BaseModel):
         predict_microseconds: Measured time of one prediction.
         policy_microseconds, score_microseconds: Measured time of the policy per request, and of its predictor per layer.
         gap_captured, gap_low, gap_high: See `DEFINITIONS`; None with prefetching, or where lru and belady hit equally often.
+        slots_by_layer: Number of experts that fit in each layer's cache, if they differ; `capacity` is then their mean.
         gain: In `Simulation.best`, tokens/s over the best row without prefetching.
 
     Older files lack the fields that have a default.
@@ -92,6 +93,7 @@ class SimulatedRow(BaseModel):
     prefill_tokens_per_second: float | None = None
     stalled: float | None = None
     times_on_demand: float | None
+    slots_by_layer: list[int] = []
     counts_by_layer: dict[str, list[int]] = {}
     gain: float | None = None
 

@@ -18,11 +18,12 @@ class Gap:
         workload: The requests.
         capacity: Experts in each layer's cache, or in the one cache.
         is_global: Whether one cache serves all layers.
+        slots: Experts in the cache of each layer, if they differ.
     """
 
-    def __init__(self, workload: Workload, capacity: int, is_global: bool) -> None:
+    def __init__(self, workload: Workload, capacity: int, is_global: bool, slots: tuple[int, ...] | None = None) -> None:
         self._requests = workload.requests
-        lru, best = (simulate(workload, Setting(rule, capacity, is_global)) for rule in (Rule.LRU, Rule.BELADY))
+        lru, best = (simulate(workload, Setting(rule, capacity, is_global, slots=slots)) for rule in (Rule.LRU, Rule.BELADY))
         self._lru_P, self._best_P = self._by_problem(lru), self._by_problem(best)
 
     def captured(self, result: SimulationResult) -> tuple[float | None, float | None, float | None]:

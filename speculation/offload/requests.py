@@ -78,6 +78,31 @@ class Requests:
     is_draft_N: npt.NDArray[np.bool_]
     is_kept_N: npt.NDArray[np.bool_]
 
+    @classmethod
+    def decoded(
+        cls, experts_N: npt.NDArray[np.int32], starts_R: npt.NDArray[np.int64], *, layers: int, num_experts: int, top_k: int
+    ) -> Requests:
+        """Requests of one sequence without a prompt, one token in each step.
+
+        Args:
+            experts_N, starts_R, layers, num_experts, top_k: see the attributes.
+        """
+        steps = (len(starts_R) - 1) // layers
+        return cls(
+            layers=layers,
+            num_experts=num_experts,
+            top_k=top_k,
+            experts_N=experts_N,
+            starts_R=starts_R,
+            tokens_N=np.arange(steps),
+            first_S=np.arange(steps + 1),
+            is_decode_S=np.ones(steps, dtype=np.bool_),
+            problem_S=np.zeros(steps, dtype=np.int64),
+            samples_next_N=np.ones(steps, dtype=np.bool_),
+            is_draft_N=np.zeros(steps, dtype=np.bool_),
+            is_kept_N=np.ones(steps, dtype=np.bool_),
+        )
+
     @property
     def steps(self) -> int:
         """S, the number of steps."""

@@ -16,7 +16,7 @@ from profiler.trace.writer import write_text
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#777777")
 # Lists, and what only the best rows have, are left to the JSON file.
-_NOT_IN_CSV = {"counts_by_layer", "gain"}
+_NOT_IN_CSV = {"counts_by_layer", "slots_by_layer", "gain"}
 
 
 def write_simulation(simulation: Simulation, out: Path) -> None:

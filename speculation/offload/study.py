@@ -18,6 +18,7 @@ from speculation.data.routes import Routes, load_routes, route_digests
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import check_run
 from speculation.offload.costs import Costs, costs_of, find_entry
+from speculation.offload.division import BY_CURVE, EVEN, division_of
 from speculation.offload.evictors import Evictor, learned_evictors
 from speculation.offload.host_measure import measured_on_host
 from speculation.offload.replay import default_device, measure
@@ -75,6 +76,7 @@ class Study:
     ram_fraction: float | None = None
     drafting: Drafting = NO_DRAFTS
     draft_milliseconds: float = 0.0
+    slots: str = EVEN
 
     @property
     def is_tiered(self) -> bool:
@@ -124,6 +126,9 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         for cost in costs
     ]
     notes += _too_large(study, costs, sizes, shape)
+    if study.is_global and study.slots != EVEN:
+        raise SpecmoeError(f"slots {study.slots!r} are of caches for each layer: leave out the one cache for all layers")
+    division = division_of(study.slots, study.trace, shape, workload, study.batch)
     bounds = 2 + any(miss != Miss.COPY for miss in study.misses)
     total = sum(bounds + len(each) * len(policies) * len(study.misses) * len(prefetchers) for each in sizes)
     done = 0
@@ -144,6 +149,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         misses=study.misses,
         memories=[_memory(study, cost, shape) for cost in costs],
         draft_seconds=study.drafting.tokens * study.draft_milliseconds / 1e3,
+        division=division,
         on_done=count,
     )
     held_out = route_digests(study.trace, routes)
@@ -154,6 +160,11 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     decode = int(requests.kept_S[requests.is_decode_S].sum())
     if not runs and study.part in {"train", "all"}:
         notes.append("NOT held out: popularity and counting predictors were fitted on the simulated problems.")
+    if division is not None:
+        source = "of the training part" if study.slots == BY_CURVE else f"in {study.slots}"
+        notes.append(f"Slots are divided among layers by the curves {source}; sizes are those of a layer on average.")
+        if study.slots == BY_CURVE and study.part in {"train", "all"}:
+            notes.append("NOT held out: slots were chosen on the simulated problems.")
     kinds = "one cache for all layers" if study.is_global else "a cache for each layer"
     notes += [
         f"{len(routes.problem_ids)} problems, {decode:,} generated and {len(routes) - decode:,} prompt tokens "

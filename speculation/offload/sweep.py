@@ -19,6 +19,7 @@ from speculation.data.routes import Routes, load_routes
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import microseconds_per_prediction
 from speculation.offload.costs import Costs
+from speculation.offload.division import Division
 from speculation.offload.evictors import Evictor, policy_seconds
 from speculation.offload.gap import Gap
 from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
@@ -118,6 +119,7 @@ def sweep(
     misses: Sequence[Miss] = (Miss.COPY,),
     memories: Sequence[int | None] | None = None,
     draft_seconds: float = 0.0,
+    division: Division | None = None,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[SimulatedRow]:
     """Simulate every combination of device, capacity, policy and prefetcher, on all cores.
@@ -136,6 +138,7 @@ def sweep(
         misses: What happens to experts that the cache lacks.
         memories: For each device, experts that host memory holds, the others being on storage; None: all.
         draft_seconds: Time in which a draft model drafts the tokens of one step.
+        division: How the slots of caches for each layer are divided among the layers; default: evenly.
         on_done: Called after every simulation, in this thread.
 
     Returns:
@@ -154,12 +157,14 @@ def sweep(
         if any(miss != Miss.COPY for miss in misses):
             jobs.append(_Job(cost, replace(nowhere, miss=Miss.HOST), lru, none, ON_HOST))
         for capacity, policy in product(sizes, policies):
+            slots = None if division is None else division(capacity)
             own_seconds = policy_seconds(workload, policy, capacity, is_global)
             for miss, prefetcher in product(misses, prefetchers):
                 setting = replace(
                     nowhere,
                     policy=policy.rule,
                     capacity=capacity,
+                    slots=slots,
                     miss=miss,
                     predict_seconds=prefetcher.predict_seconds,
                     time_constant=policy.time_constant,
@@ -178,7 +183,10 @@ def sweep(
             results.append(result)
             on_done()
     slowest = {id(job.cost): result for job, result in zip(jobs, results, strict=True) if job.label == ON_DEMAND}
-    gaps = {size: Gap(workload, size, is_global) for size in {size for sizes in capacities for size in sizes}}
+    gaps = {
+        size: Gap(workload, size, is_global, None if division is None else division(size))
+        for size in {size for sizes in capacities for size in sizes}
+    }
     return [
         _row(workload, job, result, everything, slowest[id(job.cost)].tokens_per_second, gaps.get(job.setting.capacity))
         for job, result in zip(jobs, results, strict=True)
@@ -205,9 +213,9 @@ def _row(
     gap: Gap | None,
 ) -> SimulatedRow:
     cost, prefetcher, label = job.cost, job.prefetcher, job.label
+    requests, setting, of = workload.requests, result.setting, result.total
     is_comparable = label is None and prefetcher.name == NONE and setting.miss == Miss.COPY
     captured, low, high = gap.captured(result) if gap is not None and is_comparable else (None, None, None)
-    requests, setting, of = workload.requests, result.setting, result.total
     pools = 1 if setting.is_global else requests.layers
     tokens = max(1, result.decode_tokens)
     requested = max(1, of(Count.REQUESTED))
@@ -246,5 +254,6 @@ def _row(
         prefill_tokens_per_second=result.prefill_tokens_per_second,
         stalled=result.decode_stall / result.decode_seconds if speed else None,
         times_on_demand=speed / on_demand if speed and on_demand else None,
+        slots_by_layer=list(setting.slots or ()),
         counts_by_layer={count.name.lower(): result.counts_LC[:, count].tolist() for count in Count},
     )

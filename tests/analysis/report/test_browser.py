@@ -15,6 +15,8 @@ from support.traces import write_made_trace
 
 from analysis.analyze import analyze_trace, compare_traces
 from profiler.trace.reader import Trace
+from speculation.offload.curve_page import write_curves
+from speculation.offload.curve_study import CurveStudy, run_curves
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 # As root, and without a network that its own services could look for.
@@ -178,5 +180,23 @@ def test_fits_on_a_phone_and_on_paper(browser: Browser, report: Path, page: str,
     opened.page.evaluate("window.dispatchEvent(new Event('afterprint'))")
     opened.page.wait_for_function("document.querySelector('.main-svg').getBoundingClientRect().width > 800")
     assert opened.page.pdf(format="A4").startswith(b"%PDF")
+    assert opened.complaints == []
+    opened.page.close()
+
+
+def test_the_page_of_curves_fits(browser: Browser, report: Path, tmp_path: Path) -> None:
+    write_curves(run_curves(CurveStudy(trace=Trace.open(report.parent / "trace"), part="all")), tmp_path)
+    opened = Opened(browser, tmp_path / "curve.html", width=420)
+    right = (
+        "[...document.querySelectorAll('.main-svg, .gtitle, .legendtext')].map((each) => each.getBoundingClientRect().right)"
+    )
+    opened.page.wait_for_timeout(300)
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 420
+    assert max(opened.page.evaluate(right)) <= 420
+    opened.page.set_viewport_size({"width": 1000, "height": 800})
+    opened.page.wait_for_function("document.querySelector('.main-svg').getBoundingClientRect().width > 900")
+    # Curves of both caches with their knees and of Belady's policy; a heat map without slots; working sets.
+    drawn = opened.page.evaluate("[...document.querySelectorAll('.js-plotly-plot')].map((plot) => plot.data.length)")
+    assert drawn[:2] == [5, 1]
     assert opened.complaints == []
     opened.page.close()

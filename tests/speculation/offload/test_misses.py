@@ -38,18 +38,12 @@ COSTS = Costs(
 def workload_of(steps: Steps, experts: int) -> Workload:
     """Steps of one decoded token. Caches begin with experts 0, 1, 2, ..."""
     flat = [layer for step in steps for layer in step]
-    requests = Requests(
+    requests = Requests.decoded(
+        np.array([expert for layer in flat for expert in layer], dtype=np.int32),
+        np.cumsum([0, *map(len, flat)]),
         layers=len(steps[0]),
         num_experts=experts,
         top_k=len(flat[0]),
-        experts_N=np.array([expert for layer in flat for expert in layer], dtype=np.int32),
-        starts_R=np.cumsum([0, *map(len, flat)]),
-        tokens_N=np.arange(len(steps)),
-        first_S=np.arange(len(steps) + 1),
-        is_decode_S=np.ones(len(steps), dtype=np.bool_),
-        samples_next_N=np.ones(len(steps), dtype=np.bool_),
-        is_draft_N=np.zeros(len(steps), dtype=np.bool_),
-        is_kept_N=np.ones(len(steps), dtype=np.bool_),
     )
     return Workload(requests, np.tile(np.arange(experts, 0, -1.0), (requests.layers, 1)))
 
