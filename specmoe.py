@@ -10,6 +10,7 @@ import typer
 
 import analysis.cli
 import profiler.cli
+import profiler.export_cli
 import profiler.registry_cli
 import profiler.terminal
 import speculation.cli
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(profiler.cli.app)
+app.add_typer(profiler.export_cli.app)
 app.add_typer(profiler.registry_cli.app)
 app.add_typer(analysis.cli.app)
 app.add_typer(speculation.cli.app)

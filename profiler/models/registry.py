@@ -21,6 +21,8 @@ WORKSPACE = 2.0
 # The sequence length in tokens that the batch size is planned for, and the largest batch size planned.
 PLANNED_LENGTH = 1024
 MAX_BATCH = 256
+# Bytes per expert parameter: 4 bits, and one scale byte per 32 parameters. All other weights stay in 16 bits.
+MXFP4_BYTES = 4.25 / 8
 # The precision that `modal_jobs/quantize.py` creates.
 QUANTIZE_PRECISION = "awq"
 CHECKPOINTS_VARIABLE = "SPECMOE_CHECKPOINTS"
@@ -69,6 +71,17 @@ class ModelEntry:
     def precisions(self) -> list[str]:
         """The precisions that vLLM can load, the published one first."""
         return [*self.checkpoints, *(precision for precision in self.quantizable if precision not in self.checkpoints)]
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one routed expert: three matrices, gate, up and down, without biases."""
+        return 3 * self.hidden * self.expert_width
+
+    def expert_bytes(self, precision: str) -> float:
+        """Size of one routed expert, in bytes. Raises `ModelError` if the precision is unknown."""
+        if precision not in PRECISIONS:
+            raise ModelError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        return self.expert_parameters * (MXFP4_BYTES if precision == "mxfp4" else PRECISIONS[precision])
 
     def weights_gb(self, precision: str) -> float:
         """Memory of the weights, in GB."""
@@ -252,6 +265,14 @@ MODELS: dict[str, ModelEntry] = {
         ),
     )
 }
+
+
+def find_entry(model_id: str) -> ModelEntry | None:
+    """The registry's entry for a model, by short name or by the id of any of its checkpoints; None if it is unknown."""
+    for entry in MODELS.values():
+        if model_id == entry.name or model_id in entry.checkpoints.values():
+            return entry
+    return None
 
 
 def fits(entry: ModelEntry, gpu: Gpu, precision: str) -> Preset | None:
