@@ -105,6 +105,8 @@ def first_steps(requests: Requests, steps: int) -> Requests:
         first_S=requests.first_S[: steps + 1],
         is_decode_S=requests.is_decode_S[:steps],
         samples_next_N=requests.samples_next_N[:tokens],
+        is_draft_N=requests.is_draft_N[:tokens],
+        is_kept_N=requests.is_kept_N[:tokens],
     )
 
 
@@ -150,6 +152,8 @@ def synthetic_requests(steps: int) -> Requests:
         first_S=np.arange(steps + 1),
         is_decode_S=np.ones(steps, dtype=np.bool_),
         samples_next_N=np.ones(steps, dtype=np.bool_),
+        is_draft_N=np.zeros(steps, dtype=np.bool_),
+        is_kept_N=np.ones(steps, dtype=np.bool_),
     )
 
 

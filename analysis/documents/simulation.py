@@ -78,7 +78,11 @@ class SimulatedRow(BaseModel):
 
 
 class SimulatedCosts(BaseModel):
-    """Bytes and seconds of `speculation.offload.costs.Costs`. copy_seconds: None if nothing can be transferred."""
+    """Bytes and seconds of `speculation.offload.costs.Costs`.
+
+    copy_seconds: None if nothing can be transferred. host_expert_seconds, storage_seconds: None without a host that computes,
+    and without storage.
+    """
 
     model: str
     device: str
@@ -89,6 +93,10 @@ class SimulatedCosts(BaseModel):
     token_seconds: float
     layer_seconds: float
     layer_token_seconds: float
+    host_expert_seconds: float | None = None
+    host_token_seconds: float = 0.0
+    host_latency: float = 0.0
+    storage_seconds: float | None = None
     assumptions: list[str] = []
 
 

@@ -150,7 +150,7 @@ def simulate(
         requests.experts_N,
         requests.starts_R,
         # At most one token of a prompt's piece, the last, makes predictions.
-        np.where(requests.is_decode_S, requests.tokens_S, 1),
+        np.where(requests.is_decode_S, requests.sequences_S, 1),
         requests.is_decode_S,
         next_use_N,
         plan.starts_Q,
@@ -180,7 +180,7 @@ def simulate(
         setting,
         counts_LC=counts_KLC[1],
         prefill_counts_LC=counts_KLC[0],
-        decode_tokens=int(requests.tokens_S[is_decode_S].sum()),
+        decode_tokens=int(requests.kept_S[is_decode_S].sum()),
         decode_seconds=float(spans_S[is_decode_S].sum()),
         decode_stall=float(np.inf if is_endless else stalls_S[is_decode_S].sum()),
         prefill_tokens=int(requests.tokens_S[~is_decode_S].sum()),
