@@ -14,6 +14,7 @@ import profiler.export_cli
 import profiler.registry_cli
 import profiler.terminal
 import speculation.cli
+import speculation.fit_cli
 import speculation.offload_cli
 from profiler.collect.options import EngineName
 
@@ -29,6 +30,7 @@ app.add_typer(profiler.registry_cli.app)
 app.add_typer(analysis.cli.app)
 app.add_typer(speculation.cli.app)
 app.add_typer(speculation.offload_cli.app)
+app.add_typer(speculation.fit_cli.app)
 
 DEMO_NEW_TOKENS = 64
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis.counts.counting import TraceCounts, count_trace
     from analysis.documents.evaluation import Evaluation, read_evaluation
+    from analysis.documents.fit_report import Fit, read_fit
     from analysis.documents.simulation import Simulation, read_simulation
     from analysis.documents.statistics import StatisticsDocument, read_statistics
     from analysis.statistics.agreement import Agreement, prompt_agreement
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Agreement",
     "Evaluation",
+    "Fit",
     "Simulation",
     "Statistics",
     "StatisticsDocument",
@@ -28,6 +30,7 @@ __all__ = [
     "count_trace",
     "prompt_agreement",
     "read_evaluation",
+    "read_fit",
     "read_simulation",
     "read_statistics",
 ]
@@ -37,6 +40,8 @@ _MODULES = {
     "count_trace": "counts.counting",
     "Evaluation": "documents.evaluation",
     "read_evaluation": "documents.evaluation",
+    "Fit": "documents.fit_report",
+    "read_fit": "documents.fit_report",
     "Simulation": "documents.simulation",
     "read_simulation": "documents.simulation",
     "StatisticsDocument": "documents.statistics",

@@ -35,7 +35,8 @@ class ModelEntry:
     checkpoints: precision -> hub id; the precision in which the model was published comes first.
     quantizable: precisions that `modal_jobs/quantize.py` can create.
     parameters, active: total parameters and parameters used per token, in billions. context: maximum tokens of a sequence.
-    hidden: hidden size D. kv_bytes: KV cache of one token in 16 bits.
+    hidden: hidden size D. kv_bytes: KV cache of one token in 16 bits. window: tokens that layers with sliding-window attention
+    see. window_kv_bytes: the part of kv_bytes that is of such layers.
     expert_width: intermediate size of a routed expert. shared: experts that every token uses; they are not routed.
     renormalized: whether top-k weights are renormalized to sum 1; None if the config does not say.
     gated: precisions whose repository requires an account that accepted the model's terms (Mixtral's did in 2024).
@@ -57,6 +58,8 @@ class ModelEntry:
     parameters: float
     active: float
     kv_bytes: int
+    window: int | None = None
+    window_kv_bytes: int = 0
     gated: tuple[str, ...] = ()
     remote_code: bool = False
     quantizable: tuple[str, ...] = ()
@@ -79,9 +82,17 @@ class ModelEntry:
 
     def expert_bytes(self, precision: str) -> float:
         """Size of one routed expert, in bytes. Raises `ModelError` if the precision is unknown."""
-        if precision not in PRECISIONS:
-            raise ModelError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-        return self.expert_parameters * (MXFP4_BYTES if precision == "mxfp4" else PRECISIONS[precision])
+        return self.expert_parameters * (MXFP4_BYTES if precision == "mxfp4" else bytes_per_parameter(precision))
+
+    def dense_bytes(self, precision: str) -> float:
+        """Size of all weights but the routed experts, in bytes. Raises `ModelError` if the precision is unknown."""
+        experts = len(self.moe_layers) * self.experts * self.expert_parameters
+        return max(0.0, self.parameters * 1e9 - experts) * dense_bytes_per_parameter(precision)
+
+    def kv_cache_bytes(self, context: int, *, bits: int = 16) -> float:
+        """Keys and values of one sequence of `context` tokens, in bytes. Layers with a sliding window keep only the window."""
+        seen = context if self.window is None else min(context, self.window)
+        return ((self.kv_bytes - self.window_kv_bytes) * context + self.window_kv_bytes * seen) * bits / 16
 
     def weights_gb(self, precision: str) -> float:
         """Memory of the weights, in GB."""
@@ -262,9 +273,24 @@ MODELS: dict[str, ModelEntry] = {
             parameters=20.9,
             active=3.6,
             kv_bytes=2 * 24 * 8 * 64 * 2,
+            # Every other layer sees the last 128 tokens.
+            window=128,
+            window_kv_bytes=2 * 12 * 8 * 64 * 2,
         ),
     )
 }
+
+
+def bytes_per_parameter(precision: str) -> float:
+    """The precision's entry of `PRECISIONS`. Raises `ModelError` if it is unknown."""
+    if precision not in PRECISIONS:
+        raise ModelError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def dense_bytes_per_parameter(precision: str) -> float:
+    """Bytes of each parameter outside the routed experts: 2 in `mxfp4`, which quantizes only the experts."""
+    return 2.0 if precision == "mxfp4" else bytes_per_parameter(precision)
 
 
 def find_entry(model_id: str) -> ModelEntry | None:

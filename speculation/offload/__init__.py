@@ -5,5 +5,6 @@
 - `costs`: the seconds that transfers and computation take, from a model and a device.
 - `kernel`: the compiled, event-by-event simulation. `simulate` is its entry point.
 - `sweep`, `study`: many simulations of one trace, and what `specmoe simulate` writes.
+- `fitting`: whether a model fits on a GPU, and how fast it is expected to be.
 - `devices`, `replay`, `replay_study`: the same tokens with real transfers and GEMMs of dummy experts.
 """
