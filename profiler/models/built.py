@@ -22,6 +22,8 @@ _NOT_BUILT = {
     "_experts_implementation",
 }
 
+_USUAL_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+
 
 @dataclass(frozen=True)
 class BuiltFacts:
@@ -65,7 +67,8 @@ class BuiltSizes:
         routed_expert: Parameters of one routed expert.
         input_embedding: Parameters of the table of input embeddings, of which a token reads one row; 0 if the output layer
             shares it.
-        config: The text model's config, with the entries that `transformers` adds, such as each layer's kind of attention.
+        config: The text model's config, with the entries that `transformers` adds, such as each layer's kind of attention, and
+            with the usual names of sizes.
     """
 
     parameters: int
@@ -95,7 +98,10 @@ def built_sizes(config: dict[str, Any]) -> BuiltSizes | None:
     total = sum(parameter.numel() for parameter in built.model.parameters())
     if is_shared and output is not None and output.weight is not table:
         total -= output.weight.numel()
-    return BuiltSizes(total, routed // blocks[0].num_experts, 0 if is_shared else table.numel(), built.text.to_dict())
+    # Some families have other names for these, such as d_model.
+    usual = {name: getattr(built.text, name, None) for name in _USUAL_NAMES}
+    config = built.text.to_dict() | {name: value for name, value in usual.items() if value is not None}
+    return BuiltSizes(total, routed // blocks[0].num_experts, 0 if is_shared else table.numel(), config)
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,15 @@ def entry_of_config(path: Path) -> ModelEntry:
     facts = moe_facts(config)
     sizes = built_sizes(config)
     if sizes is None:
-        raise ModelError(f"{path}: transformers does not know this model, or is not installed: its sizes are unknown")
+        raise ModelError(
+            f"{path}: the sizes of its experts are unknown: transformers is not installed, cannot build this model from its "
+            "config, or builds it without experts that can be recognized"
+        )
     text = sizes.config
     layers, moe_layers, experts = int(facts["num_layers"]), len(facts["moe_layers"]), int(facts["num_experts"])
     hidden = int(text["hidden_size"])
     unused = moe_layers * (experts - int(facts["top_k"])) * sizes.routed_expert
-    kv_bytes, window, window_kv_bytes = kv_cache_of(text, layers)
+    kv_bytes, window, window_kv_bytes = kv_cache_of(text, int(text.get("num_hidden_layers") or layers))
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     return ModelEntry(

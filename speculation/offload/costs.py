@@ -143,7 +143,7 @@ def costs_of(
             "shares assumed)",
             f"expert: 3 x {entry.hidden} x {entry.expert_width} parameters (config.json), "
             f"{expert_bytes / expert_parameters:.2f} bytes each ({precision})",
-            f"all but routed experts: {rest_parameters / 1e9:.2f} billion parameters per token (published active parameters "
+            f"all but routed experts: {rest_parameters / 1e9:.2f} billion parameters per token (active parameters "
             "minus the routed experts)",
             *_host_assumptions(host, host_bandwidth),
             *_storage_assumptions(storage),

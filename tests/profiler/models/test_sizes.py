@@ -89,7 +89,7 @@ def test_what_is_no_config(tmp_path: Path) -> None:
     unknown = DEEPSEEK_V2_LITE | {"model_type": "of-the-future"}
     for name, config, message in (
         ("dense", dense, "no routed experts"),
-        ("unknown", unknown, "transformers does not know this model"),
+        ("unknown", unknown, "the sizes of its experts are unknown"),
         ("list", ["mixtral"], "an object"),
         ("huge", MIXTRAL | {"num_local_experts": 10**9}, "expected at most"),
     ):
