@@ -59,12 +59,13 @@ def main() -> None:
     print(
         f"plain Python LRU, on 1/{PLAIN_SHARE}: {count / plain / 1e6:.3f} M requests/s; hits {found[0]:,}, simulated {ours:,}"
     )
+    scores = np.random.default_rng(0).random((requests.steps, requests.layers * requests.num_experts), dtype=np.float32)
     for is_global in (False, True):
         size = capacity * requests.layers if is_global else capacity
         for rule in Rule:
-            took = seconds(partial(simulate, workload, Setting(rule, size, is_global)))
+            took = seconds(partial(simulate, workload, Setting(rule, size, is_global), scores_SX=scores))
             where = "one cache for all layers" if is_global else "a cache per layer"
-            print(f"{rule.name.lower()}, {where}: {count / took / 1e6:.2f} M requests/s, {plain / took:.0f} x plain LRU")
+            print(f"{rule.label}, {where}: {count / took / 1e6:.2f} M requests/s, {plain / took:.0f} x plain LRU")
     costs = costs_of(MODELS["gpt-oss-20b"], find_gpu("RTX 4090"))
     for name, plan in (
         ("popularity", popularity_plan(workload.popularity_LE, requests.top_k, 1, requests)),
@@ -73,7 +74,7 @@ def main() -> None:
     ):
         for rule in (Rule.LRU, Rule.BELADY):
             took = seconds(partial(simulate, workload, Setting(rule, capacity), plan, costs))
-            print(f"{rule.name.lower()}, {name} prefetched, with times: {count / took / 1e6:.2f} M requests/s")
+            print(f"{rule.label}, {name} prefetched, with times: {count / took / 1e6:.2f} M requests/s")
     if not arguments.trace:
         for part in (10, 3, 1):
             some = synthetic_requests(arguments.requests // LAYERS // part)

@@ -21,6 +21,7 @@ from profiler.trace.writer import write_text
 from speculation.cli import PartName
 
 if TYPE_CHECKING:
+    from speculation.offload.state import Rule
     from speculation.offload.study import Study
 
 app = typer.Typer()
@@ -50,6 +51,17 @@ class Policy(StrEnum):
     fifo = "fifo"
     popularity = "popularity"
     belady = "belady"
+    ewma = "ewma"
+    lfu_aged = "lfu-aged"
+    slru = "slru"
+    least_stale = "least-stale"
+
+    @property
+    def rule(self) -> Rule:
+        """The simulation's rule."""
+        from speculation.offload.state import Rule
+
+        return Rule[self.name.upper()]
 
 
 @app.command()
@@ -66,9 +78,11 @@ def simulate(
     policy: Annotated[
         list[Policy] | None,
         typer.Option(
-            help="Which expert a full cache evicts: the one used least recently (lru), used least often (lfu), with the fewest "
-            "uses per time since the last one (lfru), loaded first (fifo), used least in training (popularity), or needed last "
-            "(belady, which knows the future). May be repeated. Default: lru, lfu and belady."
+            help="Which expert a full cache evicts: the one used least recently (lru), least often (lfu), least often with uses "
+            "that fade (ewma) or are halved now and then (lfu-aged), with the fewest uses per time since the last one (lfru), "
+            "least recently among those used once (slru), loaded first (fifo), loaded first among those that this step does not "
+            "use (least-stale), used least in training (popularity), or needed last (belady, which knows the future). May be "
+            "repeated. Default: lru, ewma and belady."
         ),
     ] = None,
     cache_fraction: Annotated[
@@ -132,14 +146,13 @@ def simulate(
     Example: specmoe simulate traces/math --device H100 --device "RTX 3090" --cache-gb 8 --out simulations/math
     """
     from speculation.offload.simulation_page import write_simulation
-    from speculation.offload.state import Rule
     from speculation.offload.study import Study
 
     study = Study(
         trace=Trace.open(trace),
         part=part.value,
         predictors=tuple(predictor or ("none", "oracle")),
-        policies=tuple(Rule[name.value.upper()] for name in policy or (Policy.lru, Policy.lfu, Policy.belady)),
+        policies=tuple(name.rule for name in policy or (Policy.lru, Policy.ewma, Policy.belady)),
         fractions=tuple(cache_fraction or (() if cache_gb else (0.1, 0.25, 0.5))),
         gigabytes=tuple(cache_gb or ()),
         is_global=global_cache,
@@ -207,14 +220,13 @@ def replay(
     """
     from speculation.offload.replay import default_device
     from speculation.offload.replay_study import Replay, run_replay
-    from speculation.offload.state import Rule
 
     result = run_replay(
         Replay(
             trace=Trace.open(trace),
             part=part.value,
             run=predictor,
-            policy=Rule[policy.value.upper()],
+            policy=policy.rule,
             fraction=cache_fraction,
             kind=default_device() if on is None else on.value,
             model=model,

@@ -31,11 +31,14 @@ class PrefetchPlan:
         starts_Q: `[Q + 1]`, where the entries of each point start.
         layers_N: Layer of each entry; L and above are the layers of the next step.
         experts_N: Expert of each entry.
+        scores_N: Probability with which each entry is predicted; 1 where none is known. It matters to the policy `learned`
+            only, which evicts nothing that is worth more.
     """
 
     starts_Q: npt.NDArray[np.int64]
     layers_N: npt.NDArray[np.int32]
     experts_N: npt.NDArray[np.int32]
+    scores_N: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class RankedExperts:
 def no_plan(requests: Requests) -> PrefetchPlan:
     """A plan that prefetches nothing."""
     empty = np.zeros(0, dtype=np.int32)
-    return PrefetchPlan(np.zeros(requests.steps * (requests.layers + 1) + 1, dtype=np.int64), empty, empty)
+    return PrefetchPlan(
+        np.zeros(requests.steps * (requests.layers + 1) + 1, dtype=np.int64), empty, empty, np.zeros(0, dtype=np.float32)
+    )
 
 
 def ranked(predictor: Predictor, routes: Routes, experts: int, threshold: float = 0.0) -> RankedExperts:
@@ -133,6 +138,7 @@ def _plan_ahead(experts_N: npt.NDArray[np.int32], counts_R: npt.NDArray[np.int64
         np.cumsum(starts),
         np.repeat(layer + horizon, counts).astype(np.int32),
         experts_N[int(counts_R[:horizon].sum()) :].astype(np.int32),
+        np.ones(int(counts.sum()), dtype=np.float32),
     )
 
 
@@ -178,11 +184,12 @@ def _merge_tokens(
     target_of: npt.NDArray[np.int64],
     points: int,
     experts: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     steps, most = len(first) - 1, ids.shape[3]
     starts = np.zeros(steps * points + 1, dtype=np.int64)
     room = int(predicts.sum()) * len(layer_of) * most
     layers_out, experts_out = np.empty(room, dtype=np.int32), np.empty(room, dtype=np.int32)
+    scores_out = np.empty(room, dtype=np.float32)
     score = np.zeros(experts)
     seen = np.full(experts, -1, dtype=np.int64)
     found = np.empty(experts, dtype=np.int64)
@@ -215,7 +222,8 @@ def _merge_tokens(
                 for rank in range(number):
                     layers_out[count] = target_of[group]
                     experts_out[count] = found[rank]
+                    scores_out[count] = min(1.0, score[found[rank]])
                     count += 1
                 group += 1
             starts[step * points + point + 1] = count
-    return starts, layers_out[:count].copy(), experts_out[:count].copy()
+    return starts, layers_out[:count].copy(), experts_out[:count].copy(), scores_out[:count].copy()

@@ -19,16 +19,16 @@ from speculation.data.history import History
 from speculation.data.repeats import UNKNOWN_TOKEN
 from speculation.data.routes import Routes
 from speculation.data.tasks import Task
+from speculation.offload.cache import NO_SCORES, ExpertCache
 from speculation.offload.costs import COPY_LATENCY, Costs
 from speculation.offload.devices import Cpu, Cuda, Device, Event
+from speculation.offload.simulate import TIME_CONSTANT
 from speculation.offload.state import Rule
 from speculation.predictors.base import Predictor
 
 DEVICES: dict[str, type[Cuda] | type[Cpu]] = {"cuda": Cuda, "cpu": Cpu}
 # Every measurement is a median of so many timed repetitions, after a warm-up.
 REPEATS, WARM_UP = 20, 3
-# Steps between two requests in the order of uses: the K experts of a request need a step each.
-_ORDER = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,59 +129,6 @@ def _median_seconds(device: Device, start: Any) -> float:
     return median(seconds[WARM_UP:])
 
 
-class _ExpertCache:
-    """Which expert is in which slot. Every layer has its own slots.
-
-    Eviction follows the simulation's `Rule`s, but for Belady's, which needs the future.
-    """
-
-    def __init__(self, rule: Rule, capacity: int, sizes: Sizes, popularity: npt.NDArray[np.int64]) -> None:
-        if rule == Rule.BELADY:
-            raise SpecmoeError("Belady's rule needs to know the future: it can be simulated, but not replayed")
-        self.rule, self.capacity, self.popularity = rule, capacity, popularity
-        self.slot_of: dict[tuple[int, int], int] = {}
-        self.free = [list(range(layer * capacity, (layer + 1) * capacity)) for layer in range(sizes.layers)]
-        self.cached: list[set[int]] = [set() for _ in range(sizes.layers)]
-        self.last: dict[tuple[int, int], int] = {}
-        self.loaded: dict[tuple[int, int], int] = {}
-        self.uses: dict[tuple[int, int], int] = {}
-        for layer in range(sizes.layers):
-            ranks = popularity[layer * sizes.num_experts : (layer + 1) * sizes.num_experts]
-            for rank, expert in enumerate(np.argsort(-ranks, kind="stable")[:capacity].tolist()):
-                self.last[layer, expert] = self.loaded[layer, expert] = -1 - rank
-                self.place(layer, expert)
-        self.num_experts = sizes.num_experts
-
-    def place(self, layer: int, expert: int) -> int:
-        """Assign a free slot to the expert."""
-        slot = self.slot_of[layer, expert] = self.free[layer].pop()
-        self.cached[layer].add(expert)
-        return slot
-
-    def evict(self, layer: int, protected: set[int], now: int) -> int | None:
-        """Evict the expert that the rule values least, and return it; None if all are protected."""
-        evictable = self.cached[layer] - protected
-        if not evictable:
-            return None
-        expert = min(evictable, key=lambda each: self.priority(layer, each, now))
-        self.cached[layer].remove(expert)
-        self.free[layer].append(self.slot_of.pop((layer, expert)))
-        return expert
-
-    def priority(self, layer: int, expert: int, now: int) -> tuple[float, int]:
-        """What the rule compares, then the last use: the smallest is evicted first."""
-        last = self.last.get((layer, expert), -1)
-        uses = self.uses.get((layer, expert), 0)
-        first = {
-            Rule.LRU: last,
-            Rule.FIFO: self.loaded.get((layer, expert), -1),
-            Rule.LFU: uses,
-            Rule.LFRU: uses / max(1, now + _ORDER - last),
-            Rule.POPULARITY: int(self.popularity[layer * self.num_experts + expert]),
-        }[self.rule]
-        return first, last
-
-
 def replay(
     device: Device,
     routes: Routes,
@@ -193,6 +140,8 @@ def replay(
     *,
     experts: int = 0,
     tokens: int = 1000,
+    scores_TX: npt.NDArray[np.float32] | None = None,
+    time_constant: float = TIME_CONSTANT,
 ) -> ReplayMeasurement:
     """Run the first `tokens` tokens of `routes`, one at a time.
 
@@ -208,21 +157,26 @@ def replay(
         predictor: A predictor for next-layer. It sees each layer's routes when they are known, and predicts after each layer.
         experts: Experts to prefetch per prediction and layer. Their transfers are queued behind those needed now.
         tokens: Tokens to replay.
+        scores_TX: For `Rule.LEARNED`: the worth of every expert at each token, `[T, L * E]`.
+        time_constant: Tokens over which `Rule.EWMA` and `Rule.LFU_AGED` forget.
 
     Raises:
-        SpecmoeError: The rule, the capacity or the predictor's task cannot be replayed.
+        SpecmoeError: Scores are missing, or the rule, the capacity or the predictor's task cannot be replayed.
     """
     top_k = routes.expert_ids_TLK.shape[2]
     if 0 < capacity < top_k:
         raise SpecmoeError(f"a cache of {capacity} experts per layer cannot hold the {top_k} of one token: choose a larger one")
     if predictor is not None and predictor.shape.task != Task.NEXT_LAYER:
         raise SpecmoeError(f"replay predicts after every layer: expected a {Task.NEXT_LAYER} run, not {predictor.shape.task}")
-    cache = _ExpertCache(rule, capacity, sizes, popularity)
+    if rule == Rule.LEARNED and scores_TX is None:
+        raise SpecmoeError("the policy learned needs the scores of every token")
+    cache = ExpertCache(rule, [capacity] * sizes.layers, sizes.num_experts, popularity, time_constant)
     count = min(tokens, len(routes))
     work = _PendingWork(device, cache, sizes)
     history: History | None = None
     began = time.perf_counter()
     for token in range(count):
+        cache.begin_step(NO_SCORES if scores_TX is None else scores_TX[token])
         if predictor is not None:
             if history is None or routes.first_T[token] == token:
                 history = History(predictor.shape, int(routes.token_ids_T[token]))
@@ -238,7 +192,7 @@ def replay(
                 if layer < sizes.layers - 1:
                     prediction = predictor.predict(history)
                     for hop, predicted in enumerate(prediction.expert_ids[:, :experts].tolist(), start=1):
-                        work.prefetch(layer + hop, predicted)
+                        work.prefetch(layer + hop, predicted, hop)
         device.wait(work.computation)
     seconds = time.perf_counter() - began
     return ReplayMeasurement(count, seconds, count * sizes.layers * top_k, work.hits, work.late, work.prefetched)
@@ -247,63 +201,61 @@ def replay(
 class _PendingWork:
     """The prefetches in flight, the last computation that reads each slot, and the counts so far."""
 
-    def __init__(self, device: Device, cache: _ExpertCache, sizes: Sizes) -> None:
+    def __init__(self, device: Device, cache: ExpertCache, sizes: Sizes) -> None:
         self.device, self.cache, self.sizes = device, cache, sizes
-        self.in_flight: dict[tuple[int, int], Event] = {}
+        self.in_flight: dict[int, Event] = {}
         self.computation: Event = None
-        self.hits, self.late, self.prefetched, self.now = 0, 0, 0, 0
-        self.first_uncached_slot = sizes.layers * cache.capacity
+        self.hits, self.late, self.prefetched = 0, 0, 0
+        self.first_uncached_slot = sum(cache.capacities)
         # A transfer must not overwrite a slot that a computation still reads.
         self.last_reads: dict[int, Event] = {}
 
     def request(self, layer: int, chosen: list[int]) -> None:
         """Compute the chosen experts of a layer, after loading those that are not cached."""
-        cache, protected = self.cache, set(chosen)
+        cache = self.cache
         slots, transfers = [], []
-        for number, expert in enumerate(chosen):
-            pair = layer, expert
-            if expert in cache.cached[layer]:
-                transfer = self.in_flight.pop(pair, None)
+        for place, (expert, is_cached) in enumerate(zip(chosen, cache.look_up(layer, chosen), strict=True)):
+            x = layer * self.sizes.num_experts + expert
+            if is_cached:
+                transfer = self.in_flight.pop(x, None)
                 if transfer is None or self.device.is_done(transfer):
                     self.hits += 1
                 else:
                     self.late += 1
                     transfers.append(transfer)
-                slots.append(cache.slot_of[pair])
+                slots.append(int(cache.slot_of_X[x]))
                 continue
-            slot = self._slot(layer, expert, protected) if cache.capacity else self.first_uncached_slot + number
+            slot = self._load(layer, expert, place) if cache.capacities[layer] else self.first_uncached_slot + place
             assert slot is not None  # a layer's slots hold K experts
-            cache.loaded[pair] = (self.now + 1) * _ORDER - number
-            transfers.append(self._copy(slot, pair))
+            transfers.append(self._copy(slot, x))
             slots.append(slot)
         self.computation = self.device.compute_experts(slots, transfers)
         self.last_reads.update(dict.fromkeys(slots, self.computation))
-        for number, expert in enumerate(chosen):
-            cache.last[layer, expert] = (self.now + 1) * _ORDER - number
-            cache.uses[layer, expert] = cache.uses.get((layer, expert), 0) + 1
-        self.now += 1
+        cache.note_use(layer, chosen)
 
-    def prefetch(self, layer: int, predicted: list[int]) -> None:
+    def prefetch(self, layer: int, predicted: list[int], layers_ahead: int) -> None:
         """Start to load predicted experts that are not cached, as long as there is room for them."""
         # -1 where a predictor abstains.
         wanted = [expert for expert in predicted if expert >= 0]
         for expert in wanted:
-            if expert in self.cache.cached[layer] or not self.cache.capacity:
+            self.cache.predict(layer, expert, layers_ahead)
+        for expert in wanted:
+            x = layer * self.sizes.num_experts + expert
+            if self.cache.slot_of_X[x] >= 0 or not self.cache.capacities[layer]:
                 continue
-            slot = self._slot(layer, expert, set(wanted))
+            slot = self._load(layer, expert, 0, layers_ahead)
             if slot is None:
                 break
-            self.cache.last[layer, expert] = self.cache.loaded[layer, expert] = (self.now + 1) * _ORDER
-            self.in_flight[layer, expert] = self._copy(slot, (layer, expert))
+            self.in_flight[x] = self._copy(slot, x)
             self.prefetched += 1
 
-    def _slot(self, layer: int, expert: int, protected: set[int]) -> int | None:
-        if not self.cache.free[layer]:
-            evicted = self.cache.evict(layer, protected, self.now * _ORDER)
-            if evicted is None:
-                return None
-            self.in_flight.pop((layer, evicted), None)
-        return self.cache.place(layer, expert)
+    def _load(self, layer: int, expert: int, place: int, layers_ahead: int | None = None) -> int | None:
+        placed = self.cache.load(layer, expert, place, layers_ahead)
+        if placed is None:
+            return None
+        if placed.evicted is not None:
+            self.in_flight.pop(placed.evicted, None)
+        return placed.slot
 
-    def _copy(self, slot: int, pair: tuple[int, int]) -> Event:
-        return self.device.copy(slot, pair[0] * self.sizes.num_experts + pair[1], self.last_reads.get(slot))
+    def _copy(self, slot: int, x: int) -> Event:
+        return self.device.copy(slot, x, self.last_reads.get(slot))

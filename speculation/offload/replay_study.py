@@ -82,11 +82,11 @@ def run_replay(wanted: Replay) -> ReplayResult:
     experts = wanted.experts or shape.top_k
     cases: list[tuple[str, int, Prefetcher, Any]] = [
         ("on demand", 0, simple_prefetcher(NONE, workload, PrefetchOptions(experts=1)), None),
-        (wanted.policy.name.lower(), capacity, simple_prefetcher(NONE, workload, PrefetchOptions(experts=1)), None),
+        (wanted.policy.label, capacity, simple_prefetcher(NONE, workload, PrefetchOptions(experts=1)), None),
     ]
     if run is not None and wanted.run is not None:
         first = next(prefetcher_of(run.predictor, wanted.run.name, routes, workload.requests, PrefetchOptions(experts=experts)))
-        cases.append((f"{wanted.policy.name.lower()}, {wanted.run.name}", capacity, first, run.predictor))
+        cases.append((f"{wanted.policy.label}, {wanted.run.name}", capacity, first, run.predictor))
     rows = []
     for name, size, prefetcher, predictor in cases:
         device = open_device(wanted.kind, shape.layers * size + shape.top_k, sizes)

@@ -14,12 +14,26 @@ from profiler.errors import SpecmoeError
 from speculation.offload.costs import Costs
 from speculation.offload.kernel import play, uses_ahead
 from speculation.offload.plans import PrefetchPlan, no_plan
+from speculation.offload.ram import ram_records
 from speculation.offload.requests import Requests
-from speculation.offload.state import CLOCK, QUEUED_PREFETCH, Count, Limits, Rule, expert_records
+from speculation.offload.state import (
+    ALL,
+    CLOCK,
+    LINE,
+    MAX_REQUESTS,
+    QUEUED_PREFETCH,
+    Count,
+    Limits,
+    Miss,
+    Rule,
+    expert_records,
+)
 
 # Each expert of a request needs its own place in the kernel's order of uses.
 MAX_EXPERTS = 4096
 QUEUE = 64
+# Tokens over which `ewma` forgets. Values from 12 to 48 differ little (docs/offload.md).
+TIME_CONSTANT = 24.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,14 @@ class Setting:
         is_global: Whether one cache serves all layers.
         queue: Prefetches that may wait for the interconnect.
         predict_seconds: Time from the routing of a layer to the prediction made with it.
+        slots: Experts in the cache of each layer, L numbers, if they differ; then `capacity` is their mean, rounded down.
+        time_constant: Tokens over which `ewma` and `lfu-aged` forget.
+        policy_seconds: Time in which the policy chooses what to evict, per request with a miss. The transfer waits for it.
+        score_seconds: Time in which the predictor of `learned` scores the experts of one layer. A thread of its own scores one
+            layer after the other from the start of a step; a transfer waits until its layer is scored.
+        miss: What happens to a chosen expert that the cache lacks.
+        ram: Experts that host memory holds, of all layers together; the others are on storage. None: all.
+        draft_seconds: Time in which a draft model drafts the tokens of one step.
     """
 
     policy: Rule
@@ -39,6 +61,13 @@ class Setting:
     is_global: bool = False
     queue: int = QUEUE
     predict_seconds: float = 0.0
+    slots: tuple[int, ...] | None = None
+    time_constant: float = TIME_CONSTANT
+    policy_seconds: float = 0.0
+    score_seconds: float = 0.0
+    miss: Miss = Miss.COPY
+    ram: int | None = None
+    draft_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +77,7 @@ class SimulationResult:
     Attributes:
         counts_LC: Events per layer while tokens were generated, `[L, len(Count)]`.
         prefill_counts_LC: The same for prompts.
+        hits_S: Experts that were in the cache in each step, prompts included.
         decode_seconds, prefill_seconds: Total time; zero without costs.
         decode_stall: Time in which the computation waited for transfers while tokens were generated.
     """
@@ -55,6 +85,7 @@ class SimulationResult:
     setting: Setting
     counts_LC: npt.NDArray[np.int64]
     prefill_counts_LC: npt.NDArray[np.int64]
+    hits_S: npt.NDArray[np.int64]
     decode_tokens: int
     decode_seconds: float
     decode_stall: float
@@ -91,7 +122,7 @@ class SimulationResult:
 class Workload:
     """Requests, with each expert's popularity in the training problems `[L, E]`.
 
-    Raises `SpecmoeError` if there are more experts per layer than the simulation supports.
+    Raises `SpecmoeError` if there are more experts per layer, or more requests, than the simulation supports.
     """
 
     requests: Requests
@@ -102,6 +133,8 @@ class Workload:
             raise SpecmoeError(
                 f"{self.requests.num_experts:,} experts per layer: caches of up to {MAX_EXPERTS:,} are simulated"
             )
+        if len(self.requests.starts_R) > MAX_REQUESTS:
+            raise SpecmoeError(f"{len(self.requests.starts_R):,} requests: up to {MAX_REQUESTS:,} are simulated")
 
     @cached_property
     def ahead(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -120,7 +153,11 @@ class Workload:
 
 
 def simulate(
-    workload: Workload, setting: Setting, plan: PrefetchPlan | None = None, costs: Costs | None = None
+    workload: Workload,
+    setting: Setting,
+    plan: PrefetchPlan | None = None,
+    costs: Costs | None = None,
+    scores_SX: npt.NDArray[np.float32] | None = None,
 ) -> SimulationResult:
     """Play the requests against a cache that is filled at first with the most popular experts.
 
@@ -132,21 +169,31 @@ def simulate(
         setting: The cache.
         plan: What to prefetch, and when; default: nothing.
         costs: Default: transfers and computation take no time.
+        scores_SX: For `Rule.LEARNED`: the worth of every expert in each step, 0 to 1, float32 `[S, L * E]`.
 
     Raises:
-        SpecmoeError: The capacity is negative, or the queue has no room.
+        SpecmoeError: A capacity is negative, the queue has no room, a time constant is not positive, scores are missing, or the
+            costs lack those of a host or of storage.
     """
     requests = workload.requests
-    if setting.capacity < 0 or setting.queue < 1:
-        raise SpecmoeError(f"capacity {setting.capacity}, queue {setting.queue}: expected at least 0 and 1")
+    capacities = _capacities(setting, requests)
+    if setting.queue < 1 or not setting.time_constant > 0:
+        raise SpecmoeError(f"queue {setting.queue}, time constant {setting.time_constant}: expected at least 1, and above 0")
+    size = (requests.steps, requests.layers * requests.num_experts)
+    if setting.policy == Rule.LEARNED and (scores_SX is None or scores_SX.shape != size):
+        raise SpecmoeError(f"the policy learned needs the scores of {size[1]} experts in {size[0]} steps")
+    if scores_SX is None:
+        scores_SX = np.zeros((1, 0), dtype=np.float32)
+    _check_costs(setting, costs)
     plan = no_plan(requests) if plan is None else plan
     tokens_S = requests.tokens_S.astype(np.float64)
-    layer_seconds = expert_floor = np.zeros(requests.steps)
+    layer_seconds = expert_floor = host_floor = np.zeros(requests.steps)
     if costs is not None:
         layer_seconds = np.maximum(costs.layer_seconds, tokens_S * costs.layer_token_seconds)
         expert_floor = tokens_S * costs.token_seconds
+        host_floor = tokens_S * requests.top_k * costs.host_token_seconds
     next_use_N, first_use = workload.ahead
-    counts_KLC, ends_S, stalls_S = play(
+    counts_KLC, hits_S, ends_S, stalls_S = play(
         requests.experts_N,
         requests.starts_R,
         # At most one token of a prompt's piece, the last, makes predictions.
@@ -156,21 +203,20 @@ def simulate(
         plan.starts_Q,
         plan.layers_N,
         plan.experts_N,
+        plan.scores_N,
+        np.where(requests.is_decode_S, 0.0 if costs is None else setting.draft_seconds, 0.0),
         layer_seconds,
         expert_floor,
-        0.0 if costs is None else costs.expert_seconds,
+        host_floor,
         0.0 if costs is None else setting.predict_seconds,
-        Limits(
-            rule=int(setting.policy),
-            capacity=setting.capacity,
-            layers=requests.layers,
-            num_experts=requests.num_experts,
-            is_global=setting.is_global,
-            copy_seconds=0.0 if costs is None else costs.copy_seconds,
-        ),
+        _limits(requests, setting, costs),
         workload.popularity,
+        capacities,
+        scores_SX,
         expert_records(first_use),
-        np.zeros(setting.queue, dtype=QUEUED_PREFETCH),
+        _memory(workload, setting, capacities),
+        np.zeros((3, setting.queue), dtype=QUEUED_PREFETCH),
+        np.zeros(3, dtype=LINE),
         np.zeros(1, dtype=CLOCK),
     )
     is_endless = not np.isfinite(ends_S[-1:]).all()
@@ -180,12 +226,66 @@ def simulate(
         setting,
         counts_LC=counts_KLC[1],
         prefill_counts_LC=counts_KLC[0],
+        hits_S=hits_S,
         decode_tokens=int(requests.kept_S[is_decode_S].sum()),
         decode_seconds=float(spans_S[is_decode_S].sum()),
         decode_stall=float(np.inf if is_endless else stalls_S[is_decode_S].sum()),
         prefill_tokens=int(requests.tokens_S[~is_decode_S].sum()),
         prefill_seconds=float(spans_S[~is_decode_S].sum()),
     )
+
+
+def _check_costs(setting: Setting, costs: Costs | None) -> None:
+    if setting.miss != Miss.COPY and (costs is None or costs.host_expert_seconds is None):
+        raise SpecmoeError("experts cannot be computed on the host: the costs do not say how long that takes; choose a host")
+    if setting.ram is None:
+        return
+    if setting.ram < 0:
+        raise SpecmoeError(f"room for {setting.ram} experts in host memory: expected at least 0")
+    if costs is None or costs.storage_seconds is None:
+        raise SpecmoeError("experts cannot be on storage: the costs do not say how long a read takes; choose a storage")
+
+
+def _limits(requests: Requests, setting: Setting, costs: Costs | None) -> Limits:
+    return Limits(
+        rule=int(setting.policy),
+        layers=requests.layers,
+        num_experts=requests.num_experts,
+        is_global=setting.is_global,
+        copy_seconds=0.0 if costs is None else costs.copy_seconds,
+        policy_seconds=0.0 if costs is None else setting.policy_seconds,
+        score_seconds=0.0 if costs is None else setting.score_seconds,
+        time_constant=setting.time_constant,
+        expert_seconds=0.0 if costs is None else costs.expert_seconds,
+        miss=int(setting.miss),
+        host_seconds=0.0 if costs is None else costs.host_expert_seconds or 0.0,
+        host_latency=0.0 if costs is None else costs.host_latency,
+        ram=ALL if setting.ram is None else setting.ram,
+        storage_seconds=0.0 if costs is None else costs.storage_seconds or 0.0,
+    )
+
+
+def _memory(workload: Workload, setting: Setting, capacities: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+    """Host memory with the most popular experts that are not on the device at first, and after these with those that are."""
+    if setting.ram is None:
+        return ram_records(np.arange(0), 0)
+    ranks = workload.popularity
+    place_in_pool = np.argsort(np.argsort(-ranks.reshape(len(capacities), -1), axis=1), axis=1)
+    order = np.lexsort((-ranks, (place_in_pool < capacities[:, None]).reshape(-1)))
+    return ram_records(order[: setting.ram], len(ranks))
+
+
+def _capacities(setting: Setting, requests: Requests) -> npt.NDArray[np.int64]:
+    """The number of experts that each cache holds."""
+    if setting.slots is None:
+        found = np.full(1 if setting.is_global else requests.layers, setting.capacity, dtype=np.int64)
+    else:
+        found = np.array(setting.slots, dtype=np.int64)
+        if setting.is_global or len(found) != requests.layers:
+            raise SpecmoeError(f"slots of {len(found)} layers: expected a cache for each of {requests.layers} layers")
+    if found.min() < 0:
+        raise SpecmoeError(f"capacity {found.min()}: expected at least 0")
+    return found
 
 
 def capacities(

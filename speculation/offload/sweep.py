@@ -180,7 +180,7 @@ def _row(
         capacity=setting.capacity,
         share=setting.capacity / everything,
         gigabytes=None if cost is None else setting.capacity * pools * cost.expert_bytes / 1e9,
-        policy=label or setting.policy.name.lower(),
+        policy=label or setting.policy.label,
         prefetch=prefetcher.name,
         predict_microseconds=round(setting.predict_seconds * 1e6, 1),
         hit_rate=result.hit_rate,

@@ -60,8 +60,9 @@ class Instant:
 @pytest.mark.parametrize("capacity", [0, 2, 5, 8])
 def test_hits_are_those_of_the_simulation(rule: Rule, capacity: int) -> None:
     device = Instant()
-    found = replay(device, ROUTES, SIZES, rule, capacity, WORKLOAD.popularity)
-    expected = simulate(WORKLOAD, Setting(rule, capacity))
+    scores = np.random.default_rng(1).random((110, 24), dtype=np.float32) if rule == Rule.LEARNED else None
+    found = replay(device, ROUTES, SIZES, rule, capacity, WORKLOAD.popularity, scores_TX=scores, time_constant=5)
+    expected = simulate(WORKLOAD, Setting(rule, capacity, time_constant=5), scores_SX=scores)
     assert found.hits == expected.total(Count.HIT)
     assert found.requested == expected.total(Count.REQUESTED)
     assert (found.tokens, found.late, found.prefetched) == (110, 0, 0)
@@ -138,7 +139,7 @@ def test_measured_costs() -> None:
 
 def test_what_cannot_be_replayed() -> None:
     device = Instant()
-    with pytest.raises(SpecmoeError, match="Belady's rule needs to know the future"):
+    with pytest.raises(SpecmoeError, match="Belady's policy needs to know the future"):
         replay(device, ROUTES, SIZES, Rule.BELADY, 3, WORKLOAD.popularity)
     with pytest.raises(SpecmoeError, match="a cache of 1 experts per layer cannot hold the 2 of one token"):
         replay(device, ROUTES, SIZES, Rule.LRU, 1, WORKLOAD.popularity)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,11 +67,26 @@ def plan_from(requests: Requests, entries: dict[tuple[int, int], list[tuple[int,
     points = requests.layers + 1
     lists = [entries.get((number // points, number % points - 1), []) for number in range(requests.steps * points)]
     flat = np.array([pair for pairs in lists for pair in pairs], dtype=np.int32).reshape(-1, 2)
-    return PrefetchPlan(np.cumsum([0, *map(len, lists)]), flat[:, 0].copy(), flat[:, 1].copy())
+    scores = np.ones(len(flat), dtype=np.float32)
+    return PrefetchPlan(np.cumsum([0, *map(len, lists)]), flat[:, 0].copy(), flat[:, 1].copy(), scores)
 
 
-def hits(workload: Workload, policy: Rule, capacity: int, **more: bool) -> int:
-    return simulate(workload, Setting(policy, capacity, **more)).total(Count.HIT)
+def scores_for(workload: Workload) -> npt.NDArray[np.float32]:
+    """Made-up scores of all experts in each step, all different."""
+    requests = workload.requests
+    size = (requests.steps, requests.layers * requests.num_experts)
+    return np.random.default_rng(5).random(size, dtype=np.float32)
+
+
+def play(
+    workload: Workload, setting: Setting, plan: PrefetchPlan | None = None, costs: Costs | None = None
+) -> SimulationResult:
+    """Simulate any policy, also the one that needs scores."""
+    return simulate(workload, setting, plan, costs, scores_for(workload) if setting.policy == Rule.LEARNED else None)
+
+
+def hits(workload: Workload, policy: Rule, capacity: int, **more: Any) -> int:
+    return play(workload, Setting(policy, capacity, **more)).total(Count.HIT)
 
 
 # One layer, one expert per step, room for two, which are 0 and 1 at first. By hand:
@@ -85,10 +104,19 @@ BY_HAND = {
     Rule.POPULARITY: 4,
     # 0+ 2(out 1) 0+ 3(out 0: needed later than 2) 2+ 0(out 3) 0+ 1(out 0: never again) 2+ 3(out 1) 2+
     Rule.BELADY: 6,
+    # Expert 0 always has the largest sum (at the second 3: 1 + e^(2/24) + e^(5/24) + e^(6/24) against e^(1/24) + e^(4/24) +
+    # e^(8/24) of expert 2), so it stays; hits are its four.
+    Rule.EWMA: 4,
+    # All uses are in the same 24 tokens: as LFU.
+    Rule.LFU_AGED: 4,
+    # 0 is hit at once, so it is protected and stays.
+    Rule.SLRU: 4,
+    # With one layer, what the current step uses is in use anyway: as FIFO.
+    Rule.LEAST_STALE: 5,
 }
 
 
-@pytest.mark.parametrize("policy", list(Rule))
+@pytest.mark.parametrize("policy", list(BY_HAND))
 def test_by_hand(policy: Rule) -> None:
     workload = workload_from([[[expert]] for expert in SEQUENCE], 4)
     result = simulate(workload, Setting(policy, 2))
@@ -99,19 +127,39 @@ def test_by_hand(policy: Rule) -> None:
 class PlainCache:
     """The same rules, as a reader would write them down."""
 
-    def __init__(self, rule: Rule, capacity: int, popularity: dict[tuple[int, int], int], future: list[set[tuple[int, int]]]):
+    def __init__(
+        self,
+        rule: Rule,
+        capacity: int,
+        popularity: dict[tuple[int, int], int],
+        future: list[set[tuple[int, int]]],
+        layers: int,
+        scores: Callable[[int, tuple[int, int]], float],
+    ):
+        self.layers, self.scores = layers, scores
         self.rule, self.capacity, self.popularity, self.future = rule, capacity, popularity, future
         order = sorted(popularity, key=lambda expert: -popularity[expert])
         self.held = set(order[:capacity])
         self.last = {expert: (-1, -rank) for rank, expert in enumerate(order)}
         self.loaded = dict(self.last)
         self.uses = dict.fromkeys(order, 0)
+        self.steps_used: dict[tuple[int, int], list[int]] = {expert: [] for expert in order}
+        # Protected experts of segmented LRU, and when each expert came into its segment.
+        self.protected: set[tuple[int, int]] = set()
+        self.entered = dict(self.last)
 
     def worth(self, expert: tuple[int, int], now: int) -> tuple[float, ...]:
         next_use = self.next_use(expert, now)
         last = self.last[expert]
         age = (now + 1) * 8192 - ((last[0] + 1) * 8192 + 2 * last[1] if last[0] >= 0 else -1 + last[1])
+        step, used = now // self.layers, self.steps_used[expert]
+        is_current = bool(used) and used[-1] == step
         return {
+            Rule.EWMA: (sum(math.exp((at - step) / 24) for at in used), *last),
+            Rule.LFU_AGED: (sum(0.5 ** (step // 24 - at // 24) for at in used), *last),
+            Rule.SLRU: (expert in self.protected, *self.entered[expert], *last),
+            Rule.LEAST_STALE: (is_current, *self.loaded[expert], *last),
+            Rule.LEARNED: (self.scores(step, expert),),
             Rule.LRU: last,
             Rule.FIFO: (*self.loaded[expert], *last),
             Rule.LFU: (self.uses[expert], *last),
@@ -140,10 +188,21 @@ class PlainCache:
                     else:
                         continue
                 self.held.add(expert)
-                self.loaded[expert] = (now, -place)
+                self.protected.discard(expert)
+                self.loaded[expert] = self.entered[expert] = (now, -place)
         for place, expert in enumerate(experts):
             self.last[expert] = (now, -place)
             self.uses[expert] += 1
+            self.steps_used[expert].append(now // self.layers)
+            if expert in self.held and self.loaded[expert][0] < now:
+                self.protected.add(expert)
+                self.entered[expert] = (now, -place)
+                protected = sorted(self.protected & self.held, key=lambda each: self.entered[each])
+                if len(protected) > self.capacity // 2:
+                    # It moves to the end of the other segment: as if it had entered right after the last one there.
+                    self.protected.remove(protected[0])
+                    others = [self.entered[each] for each in self.held if each not in self.protected]
+                    self.entered[protected[0]] = max(others)
         return found
 
 
@@ -157,11 +216,18 @@ def plain_hits(steps: Steps, experts: int, rule: Rule, capacity: int, *, is_glob
         key=lambda pair: (experts - pair[1], -(pair[0] * experts + pair[1])),
     )
     popularity = {expert: rank for rank, expert in enumerate(ranks)}
+    scores_SX = scores_for(workload_from(steps, experts))
+
+    def scores(step: int, expert: tuple[int, int]) -> float:
+        return float(scores_SX[step, expert[0] * experts + expert[1]])
+
     if is_global:
-        caches = [PlainCache(rule, capacity, popularity, future)] * layers
+        caches = [PlainCache(rule, capacity, popularity, future, layers, scores)] * layers
     else:
         caches = [
-            PlainCache(rule, capacity, {pair: rank for pair, rank in popularity.items() if pair[0] == layer}, future)
+            PlainCache(
+                rule, capacity, {pair: rank for pair, rank in popularity.items() if pair[0] == layer}, future, layers, scores
+            )
             for layer in range(layers)
         ]
     return sum(caches[number % layers].request(request, number) for number, request in enumerate(requests))
@@ -209,7 +275,7 @@ def test_a_larger_lru_cache_has_every_hit_of_a_smaller_one(trace: tuple[Steps, i
 def test_independent_uniform_requests_hit_as_often_as_there_is_room(policy: Rule, capacity: int) -> None:
     random = np.random.default_rng(capacity)
     steps = [[random.choice(32, 4, replace=False).tolist() for _ in range(2)] for _ in range(4000)]
-    result = simulate(workload_from(steps, 32), Setting(policy, capacity))
+    result = play(workload_from(steps, 32), Setting(policy, capacity))
     # Four of 32 without repetition vary less than independent draws do: five standard deviations of these.
     spread = 5 * (capacity / 32 * (1 - capacity / 32) / result.total(Count.REQUESTED)) ** 0.5
     assert result.hit_rate == pytest.approx(capacity / 32, abs=spread)
@@ -223,7 +289,7 @@ def test_what_is_counted_adds_up(
     requests = workload.requests
     ahead = min(horizon, requests.layers)
     plan = oracle_plan(requests, ahead) if is_oracle else popularity_plan(workload.popularity_LE, 2, ahead, requests)
-    result = simulate(workload, Setting(policy, capacity, queue=queue), plan, COSTS)
+    result = play(workload, Setting(policy, capacity, queue=queue), plan, COSTS)
     of = result.total
     assert of(Count.REQUESTED) == len(requests.experts_N) == of(Count.HIT) + of(Count.LATE) + of(Count.MISS)
     assert of(Count.PREFETCHED) == of(Count.USEFUL) + of(Count.WASTED)
@@ -307,7 +373,7 @@ def test_a_perfect_predictor_with_enough_bandwidth_has_no_stalls(trace: tuple[St
     requests = workload.requests
     # Room for what a layer uses and for what it will use next.
     capacity = min(2 * requests.top_k, requests.num_experts)
-    result = simulate(workload, Setting(policy, capacity), oracle_plan(requests, 1), FAST)
+    result = play(workload, Setting(policy, capacity), oracle_plan(requests, 1), FAST)
     # The very first layer is not prefetched.
     assert result.decode_stall <= requests.top_k * FAST.copy_seconds + 1e-9
     assert result.total(Count.HIT) >= result.total(Count.REQUESTED) - requests.top_k
@@ -318,8 +384,8 @@ def test_a_perfect_predictor_with_enough_bandwidth_has_no_stalls(trace: tuple[St
 def test_zero_bandwidth_makes_prefetching_useless(trace: tuple[Steps, int], policy: Rule, capacity: int) -> None:
     workload = workload_from(*trace)
     closed = replace(COSTS, copy_seconds=float("inf"))
-    with_help = simulate(workload, Setting(policy, capacity), oracle_plan(workload.requests, 1), closed)
-    without = simulate(workload, Setting(policy, capacity), costs=closed)
+    with_help = play(workload, Setting(policy, capacity), oracle_plan(workload.requests, 1), closed)
+    without = play(workload, Setting(policy, capacity), costs=closed)
     assert with_help.total(Count.PREFETCHED) == 0
     assert with_help.tokens_per_second == without.tokens_per_second
     assert without.tokens_per_second == 0 or without.total(Count.MISS) == 0
@@ -444,7 +510,7 @@ def test_capacities() -> None:
     for size in (float("nan"), float("inf"), -1.0):
         with pytest.raises(SpecmoeError, match="GB: expected 0 or more"):
             list(capacities(workload, [], [size], COSTS, False))
-    with pytest.raises(SpecmoeError, match="capacity -1, queue 64"):
+    with pytest.raises(SpecmoeError, match="capacity -1: expected at least 0"):
         simulate(workload, Setting(Rule.LRU, -1))
 
 

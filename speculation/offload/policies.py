@@ -1,0 +1,202 @@
+"""Eviction policies, written once: the simulation, the replay and every other cache of experts call these functions.
+
+A policy gives each cached expert a *worth* and evicts the expert with the smallest one; among equals, the one that was used
+longest ago. All functions are compiled and change the experts' records in place.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from speculation.offload.state import COMING, ORDER, PRESENT, Expert, Experts, Integers, Limits, Rule
+
+# Added to the worth of experts that are evicted last: larger than any place in the order of uses, and added without rounding.
+_ABOVE_ALL = float(1 << 50)
+# Segmented LRU keeps at most this share of a cache for experts that were used again after they were loaded. The original paper
+# finds shares from .5 to .8 about equally good.
+_PROTECTED_SHARE = 0.5
+
+
+@numba.njit(cache=True, nogil=True)
+def start_expert(expert: Expert, order: int, popularity: int, rule: int) -> None:
+    """Set up an expert before the first request.
+
+    Args:
+        expert: The expert's record, changed.
+        order: Its place in the order of uses, as if it had been used then; negative.
+        popularity: Its rank in the training problems, the most popular highest.
+        rule: The policy.
+    """
+    expert.last_use = order
+    if rule == Rule.POPULARITY:
+        expert.key = popularity
+    elif rule == Rule.BELADY:
+        expert.key = -expert.next_use
+    elif rule == Rule.EWMA:
+        # The logarithm of no use at all.
+        expert.key = -np.inf
+    elif rule == Rule.LFU or rule == Rule.LFU_AGED or rule == Rule.LFRU or rule == Rule.LEARNED:
+        expert.key = 0.0
+    else:
+        expert.key = order
+
+
+@numba.njit(cache=True, nogil=True)
+def begin_step(step: int, scores_X: npt.NDArray[np.float32], rule: int, time_constant: float, experts: Experts) -> None:
+    """Begin a step.
+
+    Args:
+        step: The step, from 0.
+        scores_X: The worth of every expert from now on `[L * E]`, for `Rule.LEARNED`.
+        rule: The policy.
+        time_constant: Steps after which `Rule.LFU_AGED` halves all counts.
+        experts: All records, changed.
+    """
+    if rule == Rule.LEARNED:
+        for x in range(len(experts)):
+            experts[x].key = scores_X[x]
+    elif rule == Rule.LFU_AGED and step and step % max(1, int(time_constant)) == 0:
+        for x in range(len(experts)):
+            experts[x].key *= 0.5
+
+
+@numba.njit(cache=True, nogil=True)
+def note_next_use(expert: Expert, next_use: int, rule: int) -> None:
+    """Note which request uses an expert next. Only Belady's policy knows this."""
+    expert.next_use = next_use
+    if rule == Rule.BELADY:
+        expert.key = -next_use
+
+
+@numba.njit(cache=True, nogil=True)
+def note_load(expert: Expert, request: int, order: int, rule: int) -> None:
+    """Note that an expert was loaded into the cache.
+
+    Args:
+        expert: The expert's record, changed.
+        request: The request that loaded it on demand, or -1 for a prefetch.
+        order: The place of the load in the order of uses.
+        rule: The policy.
+    """
+    expert.loaded_in = request
+    if request < 0:
+        # A prefetched expert counts as used when it was loaded, so that it is not evicted before it can be used.
+        expert.last_use = order
+        if rule == Rule.LRU:
+            expert.key = order
+    if rule == Rule.FIFO or rule == Rule.LEAST_STALE or rule == Rule.SLRU:
+        expert.key = order
+
+
+@numba.njit(cache=True, nogil=True)
+def note_use(
+    x: int, request: int, step: int, order: int, slots: Integers, held: int, capacity: int, limits: Limits, experts: Experts
+) -> None:
+    """Note that a request used an expert, cached or not.
+
+    Args:
+        x: Number of the expert.
+        request: The request.
+        step: Its step, which is the time in `Rule.EWMA`.
+        order: The place of the use in the order of uses.
+        slots: Numbers of the experts in the same cache, of which there are `held`.
+        held: How many experts the cache holds.
+        capacity: How many it can hold.
+        limits: The policy, and its time constant.
+        experts: All records, changed.
+    """
+    expert, rule = experts[x], limits.rule
+    expert.last_use = order
+    if rule == Rule.LRU:
+        expert.key = order
+    elif rule == Rule.LFU or rule == Rule.LFU_AGED or rule == Rule.LFRU:
+        expert.key += 1
+    elif rule == Rule.EWMA:
+        # The logarithm of the sum of exp(time) over all uses. It orders experts as the decayed sum does, because all sums decay
+        # alike, and it changes only with a use.
+        time = step / limits.time_constant
+        expert.key = time + np.log1p(np.exp(expert.key - time))
+    elif rule == Rule.SLRU and expert.where == PRESENT:
+        if expert.loaded_in == request:
+            expert.key = order
+        else:
+            expert.key = _ABOVE_ALL + order
+            _demote_oldest(slots, held, int(capacity * _PROTECTED_SHARE), experts)
+
+
+@numba.njit(cache=True, nogil=True)
+def _demote_oldest(slots: Integers, held: int, room: int, experts: Experts) -> None:
+    """If more than `room` experts are protected, make the one used longest ago an ordinary one, as if it were used last."""
+    protected, oldest, newest = 0, -1, 0.0
+    for slot in range(held):
+        key = experts[slots[slot]].key
+        if key > _ABOVE_ALL / 2:
+            protected += 1
+            if oldest < 0 or key < experts[oldest].key:
+                oldest = slots[slot]
+            key -= _ABOVE_ALL
+        newest = max(newest, key)
+    if protected > room:
+        experts[oldest].key = newest
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def worth(expert: Expert, request: int, rule: int, layers: int) -> float:
+    """What the policy compares during `request`: the expert with the smallest worth is evicted."""
+    if rule == Rule.LFRU:
+        return expert.key / max(1, (request + 1) * ORDER - expert.last_use)
+    if rule == Rule.LEAST_STALE and expert.chosen_by >= request - request % layers:
+        return expert.key + _ABOVE_ALL
+    return expert.key
+
+
+@numba.njit(cache=True, nogil=True)
+def choose_victim(
+    slots: Integers,
+    held: int,
+    rule: int,
+    layers: int,
+    request: int,
+    soon: int,
+    time: float,
+    is_prefetch: bool,
+    experts: Experts,
+) -> int:
+    """Choose the slot whose expert is evicted.
+
+    An expert that the current request uses, or that is still in transfer, is never evicted. One that is predicted for request
+    `soon` or later is never evicted for a prefetch, and is the last to be evicted for a demand load.
+
+    Args:
+        slots: Numbers of the experts in this cache, of which there are `held`.
+        held: How many experts the cache holds.
+        rule: The policy.
+        layers: L, the MoE layers.
+        request: The current request.
+        soon: Experts that are predicted for this request or a later one are spared.
+        time: When the transfer into the slot begins, in seconds.
+        is_prefetch: Whether the slot is for a prefetch.
+        experts: All records.
+
+    Returns:
+        An index of `slots`; -1 if no expert can be evicted.
+    """
+    found, found_last, found_worth, found_is_predicted = -1, 0, 0.0, False
+    for slot in range(held):
+        expert = experts[slots[slot]]
+        if expert.chosen_by == request or (expert.where == COMING and expert.arrival > time):
+            continue
+        is_predicted = expert.predicted_for >= soon
+        if is_predicted and is_prefetch:
+            continue
+        its = worth(expert, request, rule, layers)
+        if found >= 0:
+            if is_predicted != found_is_predicted:
+                if is_predicted:
+                    continue
+            elif its > found_worth or (its == found_worth and expert.last_use >= found_last):
+                continue
+        found, found_last, found_worth, found_is_predicted = slot, expert.last_use, its, is_predicted
+    return found
