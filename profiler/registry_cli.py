@@ -95,7 +95,7 @@ def models(
             }
         )
     print_rows(rows, as_json)
-    typer.echo("Hosts and storage that hold the experts which do not fit:")
+    typer.echo("Hosts and storage for the experts that do not fit (specmoe simulate --host NAME --storage NAME):")
     print_rows([_host_row(host) for host in HOSTS.values()], as_json)
     print_rows(
         [

@@ -10,20 +10,27 @@ from analysis.documents.evaluation import CONTROL
 from analysis.documents.reading import read_document
 
 SIMULATION_FILE = "simulation.json"
-# Rows that need no policy: without a cache, and with a cache that has room for every expert.
-ON_DEMAND, ALL_RESIDENT = "on demand", "all resident"
-BOUNDS = (ON_DEMAND, ALL_RESIDENT)
+# Rows that need no policy: without a cache, with every expert copied or computed on the host; and with room for every expert.
+ON_DEMAND, ON_HOST, ALL_RESIDENT = "on demand", "on host", "all resident"
+BOUNDS = (ON_DEMAND, ON_HOST, ALL_RESIDENT)
+# What happens on a miss, in files of earlier versions always.
+COPY = "copy"
 # The policy and the prefetcher that use future knowledge.
 BELADY, ORACLE = "belady", "oracle"
 DEFINITIONS = {
     "hit_rate": "experts in the cache when their layer's router chose them, over all that were chosen",
     "late": "chosen experts whose prefetch was still in transfer, so that their layer waits for it, over all that were chosen",
-    "miss": "chosen experts that were neither cached nor in transfer: demand loads, over all that were chosen",
-    "loads_per_token": "transfers of experts to the device, demand loads and prefetches, per token",
+    "miss": "chosen experts that were neither cached nor in transfer: loaded on demand or computed on the host, over all that "
+    "were chosen",
+    "on_host": "chosen experts that the host computed, over all that were chosen",
+    "loads_per_token": "transfers of experts to the device, demand loads, prefetches and fills, per token",
+    "filled_per_token": "fills: background copies of experts that the host computed, per token",
+    "ram_hit_rate": "misses that were in host memory and not on storage only, over all misses",
+    "reads_per_token": "reads of experts from storage, per token",
     "wasted": "prefetched experts that were evicted before a use, or never used, over all prefetched ones",
     "collisions_per_token": "misses of experts that had been evicted earlier in the same step, per token",
     "streamed_per_token": "experts loaded for one request and not kept, because the cache had no room for them, per token",
-    "stalled": "share of the time in which the computation waits for transfers",
+    "stalled": "share of the time in which the device's computation of experts waits for transfers, reads, and the host",
     "times_on_demand": "tokens per second over those without a cache",
     "counts_by_layer": "for each MoE layer, by the name of the event: experts requested, hit, late and missed; transfers "
     "(loads), and prefetches among them (prefetched), useful and wasted; collisions; experts streamed; predictions dropped "
@@ -39,6 +46,8 @@ class SimulatedRow(BaseModel):
         capacity: Number of experts that fit, in each layer's cache or in the one for all layers.
         share: The same as a share of all experts.
         policy: The policy, or one of `BOUNDS`.
+        on_miss: What happens to experts that the cache lacks: `copy`, `host` or `cheapest`.
+        ram: Number of experts that host memory holds, the others being on storage; None: all.
         prefetch: The prefetcher.
         predict_microseconds: Measured time of one prediction.
         gain: In `Simulation.best`, tokens/s over the best row without prefetching.
@@ -51,13 +60,19 @@ class SimulatedRow(BaseModel):
     share: float = Field(ge=0, le=1)
     gigabytes: float | None
     policy: str
+    on_miss: str = COPY
+    ram: int | None = None
     prefetch: str
     predict_microseconds: float = 0.0
     hit_rate: float = Field(ge=0, le=1)
     late: float | None = None
     miss: float | None = None
+    on_host: float | None = None
     loads_per_token: float | None = None
     gigabytes_per_token: float | None = None
+    filled_per_token: float | None = None
+    ram_hit_rate: float | None = None
+    reads_per_token: float | None = None
     prefetched_per_token: float | None = None
     wasted: float | None = None
     collisions_per_token: float | None = None
@@ -70,6 +85,11 @@ class SimulatedRow(BaseModel):
     times_on_demand: float | None
     counts_by_layer: dict[str, list[int]] = {}
     gain: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The policy, and what happens on a miss unless it is a copy."""
+        return self.policy if self.on_miss == COPY or self.policy in BOUNDS else f"{self.policy}, {self.on_miss}"
 
     @property
     def is_possible(self) -> bool:
@@ -115,6 +135,7 @@ class Simulation(BaseModel):
         layers, num_experts, top_k: Shape of the model; None in older files.
         part: Simulated part of the split, with `problems` problems and `tokens` tokens.
         batch: Sequences decoded at the same time.
+        draft_tokens, acceptance: Draft tokens that a step verifies for each sequence, and the probability to accept one.
         is_global: Whether one cache serves all layers.
         notes: What a reader of any of the numbers must know.
         best: For each device and size, the fastest row that uses no future knowledge.
@@ -131,6 +152,8 @@ class Simulation(BaseModel):
     problems: int | None = None
     tokens: int | None = None
     batch: int = 1
+    draft_tokens: int = 0
+    acceptance: float = 0.0
     is_global: bool = False
     definitions: dict[str, str] = {}
     devices: list[SimulatedDevice]

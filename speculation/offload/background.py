@@ -32,6 +32,9 @@ from speculation.offload.state import (
     Rule,
 )
 
+# Calls with arrays that LLVM does not inline cost as much as their work.
+_inlined = numba.njit(cache=True, nogil=True, inline="always")
+
 
 @numba.njit(cache=True, nogil=True)
 def enqueue_prediction(
@@ -63,7 +66,7 @@ def enqueue_fill(x: int, queues: Queues, lines: Lines, clock: Clock, limits: Lim
         expert.waits_for = expires
 
 
-@numba.njit(cache=True, nogil=True)
+@_inlined
 def _append(which: int, x: int, request: int, time: float, score: float, queues: Queues, lines: Lines) -> bool:
     line = lines[which]
     size = queues.shape[1]
@@ -75,7 +78,7 @@ def _append(which: int, x: int, request: int, time: float, score: float, queues:
     return True
 
 
-@numba.njit(cache=True, nogil=True)
+@_inlined
 def _remove_first(which: int, queues: Queues, lines: Lines) -> None:
     line = lines[which]
     line.head = (line.head + 1) % queues.shape[1]
@@ -168,7 +171,7 @@ def begin_transfers(
             counts[clock.kind, at_layer, Count.PREFETCHED.value] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@_inlined
 def _begin_of(entry: QueuedPrefetch, since: float, clock: Clock, limits: Limits) -> float:
     """When the transfer of an expert can begin."""
     known: float = max(entry.time, scored(entry.expert // limits.num_experts, clock, limits))

@@ -123,12 +123,15 @@ def costs_of(
     memory = gpu.bandwidth * 1e9 * MEMORY_SHARE
     flops = gpu.tflops * 1e12 * COMPUTE_SHARE
     reached = gpu.link * LINK_SHARE if link is None else link
+    # The GPU computes from the memory into which storage is read: there is no transfer but the read.
+    is_unified = not isfinite(reached)
+    read = None if storage is None else storage_seconds(expert_bytes, storage)
     return Costs(
         model=entry.name,
         device=gpu.name,
         precision=precision,
         expert_bytes=expert_bytes,
-        copy_seconds=_copy_seconds(expert_bytes, reached),
+        copy_seconds=(read or 0.0) if is_unified else _copy_seconds(expert_bytes, reached),
         expert_seconds=expert_bytes / memory,
         token_seconds=2 * entry.top_k * expert_parameters / flops,
         layer_seconds=rest_bytes / layers / memory,
@@ -136,7 +139,7 @@ def costs_of(
         host_expert_seconds=None if host is None else host_expert_seconds(expert_bytes, host, host_bandwidth),
         host_token_seconds=0.0 if host is None else 2 * expert_parameters / (host.tflops * 1e12 * HOST_COMPUTE_SHARE),
         host_latency=0.0 if host is None else HOST_LATENCY,
-        storage_seconds=None if storage is None else storage_seconds(expert_bytes, storage),
+        storage_seconds=None if is_unified else read,
         assumptions=(
             _interconnect(gpu, link),
             f"device: {gpu.bandwidth} GB/s x {MEMORY_SHARE:.0%}, {gpu.tflops} TFLOP/s x {COMPUTE_SHARE:.0%} (data sheet, "
@@ -170,9 +173,6 @@ def storage_seconds(expert_bytes: float, storage: Storage) -> float:
 
 
 def _copy_seconds(expert_bytes: float, reached: float) -> float:
-    if not isfinite(reached):
-        # Unified memory.
-        return 0.0
     return COPY_LATENCY + expert_bytes / (reached * 1e9) if reached else float("inf")
 
 
@@ -181,7 +181,7 @@ def _interconnect(gpu: Gpu, link: float | None) -> str:
     if link is not None:
         return f"interconnect: {link:.1f} GB/s, as given; {latency}"
     if not isfinite(gpu.link):
-        return "interconnect: none; the GPU computes from the host's memory, and every expert there is a hit without a transfer"
+        return "interconnect: none; the GPU computes from the memory of the host, and a transfer is a read from storage, if any"
     share = f"{LINK_SHARE:.0%} (assumed) of {gpu.link} GB/s, PCIe {'5' if gpu.link > 40 else '4'} x16"
     return f"interconnect: {gpu.link * LINK_SHARE:.1f} GB/s, {share}; {latency}"
 

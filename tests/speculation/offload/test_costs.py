@@ -10,7 +10,7 @@ from profiler.errors import SpecmoeError
 from profiler.models.gpus import GPUS
 from profiler.models.hosts import HOSTS, STORAGE
 from profiler.models.registry import MODELS, ModelEntry
-from speculation.offload.costs import costs_of, find_entry
+from speculation.offload.costs import costs_of, find_entry, storage_seconds
 
 
 @pytest.mark.parametrize("entry", MODELS.values(), ids=list(MODELS))
@@ -80,6 +80,9 @@ def test_unified_memory_needs_no_transfer(name: str) -> None:
     assert costs.copy_seconds == 0.0
     assert "interconnect: none" in "\n".join(costs.describe())
     assert "inf" not in "\n".join(costs.describe())
+    # With storage, a transfer is a read into the one memory.
+    tiered = costs_of(MODELS["olmoe"], gpu, storage=STORAGE["NVMe Gen4"])
+    assert (tiered.copy_seconds, tiered.storage_seconds) == (storage_seconds(tiered.expert_bytes, STORAGE["NVMe Gen4"]), None)
 
 
 def test_unknown_ones() -> None:
