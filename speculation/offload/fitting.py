@@ -1,7 +1,7 @@
 """Whether a model fits on a GPU, how many experts do, and how fast it is expected to be: what `specmoe fit` prints.
 
-The speeds are sums of the times of `costs`, not simulations: nothing overlaps but the GPU's and the host's experts. Shape
-letters: L MoE layers, K experts per token, E experts, B batch.
+The speeds are sums of the times of `costs`, in which nothing overlaps but the GPU's and the host's experts; only that of `FILL`
+is simulated. Shape letters: L MoE layers, K experts per token, E experts, B batch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from speculation.offload.costs import MEMORY_SHARE, Costs, costs_of
 
 ON_GPU = "all on the GPU"
 COPY = "cache on the GPU, misses copied to it"
+FILL = "cache on the GPU, misses on the host, then copied"
 COMPUTE = "fixed choice on the GPU, others on the host"
 LAYERS = "whole layers on the GPU, others on the host"
 UNIFORM = "slots over experts, as if routing were uniform; real routing is less even, and hits more often"
@@ -70,6 +71,9 @@ class Routing:
         cache_hits: Share of them that a cache of the slots holds.
         static_hits: The same for a fixed choice of as many experts.
         cache_source, static_source: Where these are from.
+        fill_hits: The same for a cache whose misses the host computes, while they are copied into the cache; None without a
+            trace, since it needs a simulation.
+        fill_tokens_per_second: The simulated speed of that, without keys and values.
     """
 
     union: float
@@ -78,6 +82,8 @@ class Routing:
     static_hits: float
     cache_source: str = UNIFORM
     static_source: str = UNIFORM
+    fill_hits: float | None = None
+    fill_tokens_per_second: float = 0.0
 
 
 def fit_model(options: FitOptions) -> Fit:
@@ -95,7 +101,7 @@ def fit_model(options: FitOptions) -> Fit:
     routing = (
         uniform_routing(entry, memory.slots, options.batch)
         if options.trace is None
-        else trace_routing(options.trace, options.part, entry, memory.slots, options.batch)
+        else trace_routing(options.trace, options.part, entry, memory.slots, options.batch, costs)
     )
     warnings: list[str] = []
     ways = sorted(_ways(options, memory, costs, routing, warnings), key=lambda way: -way.tokens_per_second)
@@ -161,7 +167,7 @@ def uniform_routing(entry: ModelEntry, slots: int, batch: int) -> Routing:
     return Routing(union, "uniform, independent routing: E (1 - (1 - K/E)^B)", rate, rate)
 
 
-def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch: int) -> Routing:
+def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch: int, costs: Costs) -> Routing:
     """Routing of a part of a trace, with `slots` experts per layer in the cache: least recently used, or fixed.
 
     Raises:
@@ -174,7 +180,7 @@ def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch:
     from speculation.data.tasks import Shape, Task
     from speculation.offload.requests import requests_of
     from speculation.offload.simulate import Setting, Workload, simulate
-    from speculation.offload.state import Rule
+    from speculation.offload.state import Miss, Rule
     from speculation.predictors.features import expert_frequency
 
     facts = trace.metadata.model
@@ -195,7 +201,9 @@ def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch:
     kept_LE = choose_experts(popularity_LE, slots * requests.layers)
     layer_N = np.repeat(np.arange(requests.steps * requests.layers) % requests.layers, sizes_R)
     is_kept_N = kept_LE[layer_N, requests.experts_N]
-    result = simulate(Workload(requests, popularity_LE), Setting(Rule.LRU, slots))
+    workload = Workload(requests, popularity_LE)
+    result = simulate(workload, Setting(Rule.LRU, slots))
+    filled = simulate(workload, Setting(Rule.LRU, slots, miss=Miss.HOST), costs=costs)
     name = f"{trace.path.resolve().name}, {part} part"
     return Routing(
         union=float(sizes_R[is_decode_R].mean()),
@@ -204,6 +212,8 @@ def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch:
         static_hits=float(is_kept_N[np.repeat(is_decode_R, sizes_R)].mean()),
         cache_source=f"simulated lru cache, {name}",
         static_source=f"experts most used in the training part, {name}",
+        fill_hits=filled.hit_rate,
+        fill_tokens_per_second=filled.tokens_per_second or 0.0,
     )
 
 
@@ -249,6 +259,16 @@ def _ways(options: FitOptions, memory: MemoryUse, costs: Costs, routing: Routing
                 host_gigabytes=hosted,
             ),
         ]
+    if memory.slots and routing.fill_hits is not None:
+        ways.append(
+            FitWay(
+                name=FILL,
+                tokens_per_second=clock.with_keys(routing.fill_tokens_per_second),
+                hit_rate=routing.fill_hits,
+                hit_rate_source=routing.cache_source,
+                host_gigabytes=memory.experts,
+            )
+        )
     if options.host_memory is not None:
         warnings += [
             f"{way.name}: needs {way.host_gigabytes:.1f} GB of host memory, there are {options.host_memory:g}"
@@ -288,6 +308,10 @@ class _Clock:
         """Tokens per second, all sequences together."""
         seconds = self._layers * layer_seconds + self._kv_seconds
         return self._batch / seconds if np.isfinite(seconds) else 0.0
+
+    def with_keys(self, tokens_per_second: float) -> float:
+        """A speed that leaves out keys and values, with the time to read them."""
+        return self._batch / (self._batch / tokens_per_second + self._kv_seconds) if tokens_per_second else 0.0
 
     def _on_gpu(self, share: float) -> float:
         """The experts that are on the GPU, a share of those of the step."""

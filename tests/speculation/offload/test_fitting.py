@@ -18,10 +18,10 @@ from profiler.models.registry import MODELS, ModelEntry
 from speculation.data.routes import load_routes
 from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import costs_of
-from speculation.offload.fitting import COMPUTE, COPY, LAYERS, ON_GPU, FitOptions, fit_model
+from speculation.offload.fitting import COMPUTE, COPY, FILL, LAYERS, ON_GPU, FitOptions, fit_model
 from speculation.offload.requests import requests_of
 from speculation.offload.simulate import Setting, Workload, simulate
-from speculation.offload.state import Rule
+from speculation.offload.state import Miss, Rule
 from speculation.predictors.features import expert_frequency
 
 DESKTOP = HOSTS["DDR5-5600 desktop"]
@@ -161,18 +161,22 @@ def test_a_trace_gives_hit_rates_and_the_simulation_s_speed(
     assert 0 < slots < 16
     requests = requests_of(load_routes(trace, "test"), 16, batch=batch)
     popularity = expert_frequency(load_routes(trace, "train"), Shape.of(trace.metadata.model, 1, Task.NEXT_TOKEN))
-    costs = costs_of(entry, GPUS["RTX 4090"], "bf16")
+    costs = costs_of(entry, GPUS["RTX 4090"], "bf16", host=DESKTOP)
     simulated = simulate(Workload(requests, popularity), Setting(Rule.LRU, slots), costs=costs)
     copied = way(found, COPY)
     assert copied.hit_rate == simulated.hit_rate
     assert simulated.tokens_per_second is not None
     # The last steps of a batch have fewer sequences.
     assert copied.tokens_per_second == pytest.approx(simulated.tokens_per_second, rel=0.02 if batch == 1 else 0.15)
+    filled = simulate(Workload(requests, popularity), Setting(Rule.LRU, slots, miss=Miss.HOST), costs=costs)
+    assert way(found, FILL).hit_rate == filled.hit_rate
+    assert way(found, FILL).tokens_per_second == pytest.approx(filled.tokens_per_second, rel=1e-3)
     # Routing is uniform: the formulas without a trace hold.
     plain = fit_model(replace(options, trace=None))
     assert found.union == pytest.approx(plain.union, rel=0.1)
     assert way(found, COMPUTE).hit_rate == pytest.approx(slots / 16, abs=0.05)
     assert way(plain, COPY).hit_rate == slots / 16
+    assert FILL not in [each.name for each in plain.ways]
 
 
 def test_the_fixed_choice_is_made_in_training(entry: ModelEntry, make_trace: MakeTrace) -> None:
