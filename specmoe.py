@@ -10,10 +10,12 @@ import typer
 
 import analysis.cli
 import profiler.cli
+import profiler.export_cli
 import profiler.registry_cli
 import profiler.terminal
 import speculation.cli
 import speculation.curve_cli
+import speculation.fit_cli
 import speculation.offload_cli
 from profiler.collect.options import EngineName
 
@@ -24,11 +26,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(profiler.cli.app)
+app.add_typer(profiler.export_cli.app)
 app.add_typer(profiler.registry_cli.app)
 app.add_typer(analysis.cli.app)
 app.add_typer(speculation.cli.app)
 app.add_typer(speculation.offload_cli.app)
 app.add_typer(speculation.curve_cli.app)
+app.add_typer(speculation.fit_cli.app)
 
 DEMO_NEW_TOKENS = 64
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from analysis.counts.counting import TraceCounts, count_trace
     from analysis.documents.curves import CacheCurves, read_curves
     from analysis.documents.evaluation import Evaluation, read_evaluation
+    from analysis.documents.fit_report import Fit, read_fit
     from analysis.documents.simulation import Simulation, read_simulation
     from analysis.documents.statistics import StatisticsDocument, read_statistics
     from analysis.statistics.agreement import Agreement, prompt_agreement
@@ -22,6 +23,7 @@ __all__ = [
     "Agreement",
     "CacheCurves",
     "Evaluation",
+    "Fit",
     "Simulation",
     "Statistics",
     "StatisticsDocument",
@@ -31,6 +33,7 @@ __all__ = [
     "prompt_agreement",
     "read_curves",
     "read_evaluation",
+    "read_fit",
     "read_simulation",
     "read_statistics",
 ]
@@ -42,6 +45,8 @@ _MODULES = {
     "read_curves": "documents.curves",
     "Evaluation": "documents.evaluation",
     "read_evaluation": "documents.evaluation",
+    "Fit": "documents.fit_report",
+    "read_fit": "documents.fit_report",
     "Simulation": "documents.simulation",
     "read_simulation": "documents.simulation",
     "StatisticsDocument": "documents.statistics",

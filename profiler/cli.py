@@ -255,13 +255,15 @@ def convert(
 
 @app.command()
 def formats(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """List the formats that 'specmoe convert' reads.
+    """List the formats that 'specmoe convert' reads, and those that 'specmoe export' writes.
 
     Example: specmoe formats
     """
-    from profiler.importers import FORMATS
+    from profiler import exporters, importers
 
-    print_rows([{"format": entry.name, "source": entry.about} for entry in FORMATS.values()], as_json)
+    read = [{"format": entry.name, "use": "convert", "content": entry.about} for entry in importers.FORMATS.values()]
+    written = [{"format": entry.name, "use": "export", "content": entry.about} for entry in exporters.FORMATS.values()]
+    print_rows(read + written, as_json)
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

@@ -22,6 +22,8 @@ _NOT_BUILT = {
     "_experts_implementation",
 }
 
+_USUAL_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+
 
 @dataclass(frozen=True)
 class BuiltFacts:
@@ -40,12 +42,80 @@ def built_facts(config: dict[str, Any]) -> BuiltFacts | None:
     from this config, or the MoE layers differ in E. Raises `ModelError` if the config promises more layers or experts than any
     model has. No code of the config's repository is run.
     """
+    built = _build(config)
+    if built is None:
+        return None
+    from profiler.models.moe_modules import count_layers, find_moe_blocks, find_top_k
+
+    model = built.model
+    blocks = find_moe_blocks(model)
+    if not blocks:
+        has_experts = any("expert" in name or "router" in name for name, _ in model.named_modules())
+        return None if has_experts else BuiltFacts(None, [], 0, None)
+    if len({block.num_experts for block in blocks}) > 1:
+        return None
+    top_k = find_top_k(blocks[0], blocks[0].gate.get_parameter("weight").shape[1])
+    return BuiltFacts(count_layers(model), [block.layer for block in blocks], blocks[0].num_experts, top_k)
+
+
+@dataclass(frozen=True)
+class BuiltSizes:
+    """Numbers of parameters of a model.
+
+    Attributes:
+        parameters: All parameters of the text model.
+        routed_expert: Parameters of one routed expert.
+        input_embedding: Parameters of the table of input embeddings, of which a token reads one row; 0 if the output layer
+            shares it.
+        config: The text model's config, with the entries that `transformers` adds, such as each layer's kind of attention, and
+            with the usual names of sizes.
+    """
+
+    parameters: int
+    routed_expert: int
+    input_embedding: int
+    config: dict[str, Any]
+
+
+def built_sizes(config: dict[str, Any]) -> BuiltSizes | None:
+    """Count the parameters of the model that `transformers` builds from a `config.json`, without weights.
+
+    Returns None, and raises `ModelError`, as `built_facts` does; also None for a dense model.
+    """
+    built = _build(config)
+    if built is None:
+        return None
+    from profiler.models.moe_modules import find_moe_blocks
+
+    blocks = find_moe_blocks(built.model)
+    if not blocks:
+        return None
+    routed = sum(parameter.numel() for parameter in blocks[0].experts.parameters())
+    table = built.model.get_input_embeddings().weight
+    output = built.model.get_output_embeddings()
+    is_shared = bool(built.text.to_dict().get("tie_word_embeddings")) or output is None
+    # Parameters that are tied are one object only once weights are tied, which models on the meta device may not be.
+    total = sum(parameter.numel() for parameter in built.model.parameters())
+    if is_shared and output is not None and output.weight is not table:
+        total -= output.weight.numel()
+    # Some families have other names for these, such as d_model.
+    usual = {name: getattr(built.text, name, None) for name in _USUAL_NAMES}
+    config = built.text.to_dict() | {name: value for name, value in usual.items() if value is not None}
+    return BuiltSizes(total, routed // blocks[0].num_experts, 0 if is_shared else table.numel(), config)
+
+
+@dataclass(frozen=True)
+class _Built:
+    model: Any
+    text: Any
+
+
+def _build(config: dict[str, Any]) -> _Built | None:
+    """The model on the meta device, and the config of its decoder; None if this cannot tell."""
     check_sizes(config)
     try:
         import torch
         from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PretrainedConfig
-
-        from profiler.models.moe_modules import count_layers, find_moe_blocks, find_top_k
 
         entries = _without_defaults(_architecture(config), PretrainedConfig().to_dict())
         whole = CONFIG_MAPPING[str(config.get("model_type"))].from_dict(entries)
@@ -62,14 +132,7 @@ def built_facts(config: dict[str, Any]) -> BuiltFacts | None:
         raise
     except Exception:  # a config from elsewhere can make a model's class raise anything
         return None
-    blocks = find_moe_blocks(model)
-    if not blocks:
-        has_experts = any("expert" in name or "router" in name for name, _ in model.named_modules())
-        return None if has_experts else BuiltFacts(None, [], 0, None)
-    if len({block.num_experts for block in blocks}) > 1:
-        return None
-    top_k = find_top_k(blocks[0], blocks[0].gate.get_parameter("weight").shape[1])
-    return BuiltFacts(count_layers(model), [block.layer for block in blocks], blocks[0].num_experts, top_k)
+    return _Built(model, text)
 
 
 def check_sizes(config: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ WORKSPACE = 2.0
 # The sequence length in tokens that the batch size is planned for, and the largest batch size planned.
 PLANNED_LENGTH = 1024
 MAX_BATCH = 256
+# Bytes per expert parameter: 4 bits, and one scale byte per 32 parameters. All other weights stay in 16 bits.
+MXFP4_BYTES = 4.25 / 8
 # The precision that `modal_jobs/quantize.py` creates.
 QUANTIZE_PRECISION = "awq"
 CHECKPOINTS_VARIABLE = "SPECMOE_CHECKPOINTS"
@@ -33,7 +35,8 @@ class ModelEntry:
     checkpoints: precision -> hub id; the precision in which the model was published comes first.
     quantizable: precisions that `modal_jobs/quantize.py` can create.
     parameters, active: total parameters and parameters used per token, in billions. context: maximum tokens of a sequence.
-    hidden: hidden size D. kv_bytes: KV cache of one token in 16 bits.
+    hidden: hidden size D. kv_bytes: KV cache of one token in 16 bits. window: tokens that layers with sliding-window attention
+    see. window_kv_bytes: the part of kv_bytes that is of such layers.
     expert_width: intermediate size of a routed expert. shared: experts that every token uses; they are not routed.
     renormalized: whether top-k weights are renormalized to sum 1; None if the config does not say.
     gated: precisions whose repository requires an account that accepted the model's terms (Mixtral's did in 2024).
@@ -55,6 +58,8 @@ class ModelEntry:
     parameters: float
     active: float
     kv_bytes: int
+    window: int | None = None
+    window_kv_bytes: int = 0
     gated: tuple[str, ...] = ()
     remote_code: bool = False
     quantizable: tuple[str, ...] = ()
@@ -69,6 +74,25 @@ class ModelEntry:
     def precisions(self) -> list[str]:
         """The precisions that vLLM can load, the published one first."""
         return [*self.checkpoints, *(precision for precision in self.quantizable if precision not in self.checkpoints)]
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one routed expert: three matrices, gate, up and down, without biases."""
+        return 3 * self.hidden * self.expert_width
+
+    def expert_bytes(self, precision: str) -> float:
+        """Size of one routed expert, in bytes. Raises `ModelError` if the precision is unknown."""
+        return self.expert_parameters * (MXFP4_BYTES if precision == "mxfp4" else bytes_per_parameter(precision))
+
+    def dense_bytes(self, precision: str) -> float:
+        """Size of all weights but the routed experts, in bytes. Raises `ModelError` if the precision is unknown."""
+        experts = len(self.moe_layers) * self.experts * self.expert_parameters
+        return max(0.0, self.parameters * 1e9 - experts) * dense_bytes_per_parameter(precision)
+
+    def kv_cache_bytes(self, context: int, *, bits: int = 16) -> float:
+        """Keys and values of one sequence of `context` tokens, in bytes. Layers with a sliding window keep only the window."""
+        seen = context if self.window is None else min(context, self.window)
+        return ((self.kv_bytes - self.window_kv_bytes) * context + self.window_kv_bytes * seen) * bits / 16
 
     def weights_gb(self, precision: str) -> float:
         """Memory of the weights, in GB."""
@@ -249,9 +273,32 @@ MODELS: dict[str, ModelEntry] = {
             parameters=20.9,
             active=3.6,
             kv_bytes=2 * 24 * 8 * 64 * 2,
+            # Every other layer sees the last 128 tokens.
+            window=128,
+            window_kv_bytes=2 * 12 * 8 * 64 * 2,
         ),
     )
 }
+
+
+def bytes_per_parameter(precision: str) -> float:
+    """The precision's entry of `PRECISIONS`. Raises `ModelError` if it is unknown."""
+    if precision not in PRECISIONS:
+        raise ModelError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def dense_bytes_per_parameter(precision: str) -> float:
+    """Bytes of each parameter outside the routed experts: 2 in `mxfp4`, which quantizes only the experts."""
+    return 2.0 if precision == "mxfp4" else bytes_per_parameter(precision)
+
+
+def find_entry(model_id: str) -> ModelEntry | None:
+    """The registry's entry for a model, by short name or by the id of any of its checkpoints; None if it is unknown."""
+    for entry in MODELS.values():
+        if model_id == entry.name or model_id in entry.checkpoints.values():
+            return entry
+    return None
 
 
 def fits(entry: ModelEntry, gpu: Gpu, precision: str) -> Preset | None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pyarrow as pa
 
 from profiler.trace.reader import Trace
@@ -17,9 +18,25 @@ CONTENT_HASH = "content_sha256"
 # Columns in which a converted trace may have a hash of the prompt instead of the prompt.
 PROMPT_HASHES = ("prompt_sha256", "prompt_md5", CONTENT_HASH)
 ROWS_AT_A_TIME = 128
+# Upper bounds in percent of the hash space. A problem's part depends on its prompt alone, so it never changes as a trace grows.
+_UP_TO = {"train": 70, "validation": 80, "test": 100}
+PARTS = tuple(_UP_TO)
 
 
 _KEYS: WeakKeyDictionary[Trace, str] = WeakKeyDictionary()
+
+
+def part_of(prompt: str) -> str:
+    """The part that a prompt belongs to: train, validation or test (70 : 10 : 20).
+
+    It depends on the SHA-256 of the prompt alone, so that equal prompts are always in the same part.
+    """
+    return part_of_digest(digest(prompt))
+
+
+def part_of_digest(number: int) -> str:
+    """The part of a problem with this digest."""
+    return next(part for part, limit in _UP_TO.items() if number % 100 < limit)
 
 
 def split_key(trace: Trace) -> str:
@@ -48,6 +65,13 @@ def _find_key(trace: Trace) -> str:
 def problem_digests(trace: Trace) -> dict[int, int]:
     """Problem id -> 64-bit digest of its split key, for a trace with a table of problems (split key not "problem id")."""
     return dict(iterate_digests(trace))
+
+
+def all_digests(trace: Trace) -> dict[int, int]:
+    """Problem id -> digest, for any trace: without a table of problems, of those that have routing."""
+    if trace.has_problems:
+        return problem_digests(trace)
+    return {int(i): digest_of_number(int(i)) for chunk in trace.chunks() for i in np.unique(chunk.problem_ids_T)}
 
 
 def iterate_digests(trace: Trace) -> Iterator[tuple[int, int]]:

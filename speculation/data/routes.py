@@ -16,15 +16,13 @@ from profiler.errors import EmptyPartError, SpecmoeError, TraceError
 from profiler.trace.decoding import concatenate
 from profiler.trace.reader import Trace
 from profiler.trace.schema import DECODE, TOKENS_FILE, RoutingChunk
-from profiler.trace.splits import digest, digest_of_number, problem_digests
+from profiler.trace.splits import all_digests, digest, part_of_digest
 from profiler.trace.untrusted.parquet_files import stream_table
 from speculation.data.repeats import UNKNOWN_TOKEN, Matches, find_matches
 from speculation.data.router_inputs import RouterInputs, with_router_inputs
 
 TOKEN_FIELDS = [("problem_id", pa.int32()), ("token_id", pa.int32()), ("phase", pa.string())]
 TOKEN_ROWS = 1 << 16
-# Upper bounds in percent of the hash space. A problem's part depends on its prompt alone, so it never changes as a trace grows.
-_UP_TO = {"train": 70, "validation": 80, "test": 100}
 
 
 class RouteSource(Protocol):
@@ -141,18 +139,6 @@ class Routes:
     def matches(self) -> Matches:
         """For each token, the latest earlier place where the same run of tokens ended."""
         return find_matches(self.token_keys_T, self.first_T)
-
-
-def part_of(prompt: str) -> str:
-    """The part that a prompt belongs to: train, validation or test (70 : 10 : 20).
-
-    It depends on the SHA-256 of the prompt alone, so that equal prompts are always in the same part.
-    """
-    return _part_of_digest(digest(prompt))
-
-
-def _part_of_digest(number: int) -> str:
-    return next(part for part, limit in _UP_TO.items() if number % 100 < limit)
 
 
 def load_routes(
@@ -275,7 +261,7 @@ def equal_weights(chunk: RoutingChunk) -> npt.NDArray[np.float16]:
 
 def route_digests(trace: Trace, routes: RouteSource) -> npt.NDArray[np.uint64]:
     """Digests that identify the problems of `routes` `[P]`, ascending: hashes of the field by which `trace` is split."""
-    digests = _digests(trace)
+    digests = all_digests(trace)
     return np.unique(np.array([digests[int(i)] for i in routes.problem_ids], dtype=np.uint64))
 
 
@@ -291,15 +277,9 @@ def problems_of_part(trace: Trace, part: str, without: npt.NDArray[np.uint64] | 
             "convert the source again with drop_incomplete"
         )
     left_out = set() if without is None else set(without.tolist())
-    digests = {problem_id: number for problem_id, number in _digests(trace).items() if number not in left_out}
-    chosen = [problem_id for problem_id, number in digests.items() if part in {"all", _part_of_digest(number)}]
+    digests = {problem_id: number for problem_id, number in all_digests(trace).items() if number not in left_out}
+    chosen = [problem_id for problem_id, number in digests.items() if part in {"all", part_of_digest(number)}]
     return np.array(sorted(chosen), dtype=np.int32)
-
-
-def _digests(trace: Trace) -> dict[int, int]:
-    if trace.has_problems:
-        return problem_digests(trace)
-    return {int(i): digest_of_number(int(i)) for chunk in trace.chunks() for i in np.unique(chunk.problem_ids_T)}
 
 
 def _token_facts(trace: Trace, problems: range | None) -> TokenFacts | None:

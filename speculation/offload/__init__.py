@@ -6,5 +6,6 @@
 - `kernel`: the compiled, event-by-event simulation. `simulate` is its entry point.
 - `sweep`, `study`: many simulations of one trace, and what `specmoe simulate` writes.
 - `curves`, `working_set`, `slots`, `curve_study`: hits of every cache size, experts in use, and slots for each layer.
+- `fitting`: whether a model fits on a GPU, and how fast it is expected to be.
 - `devices`, `replay`, `replay_study`: the same tokens with real transfers and GEMMs of dummy experts.
 """

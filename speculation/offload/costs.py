@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from math import isfinite
 
-from profiler.errors import SpecmoeError
 from profiler.models.gpus import Gpu
 from profiler.models.hosts import Host, Storage
-from profiler.models.registry import MODELS, PRECISIONS, ModelEntry
+from profiler.models.registry import ModelEntry, dense_bytes_per_parameter
+from profiler.models.registry import find_entry as find_entry
 
 # The shares of the data sheet's figures that large transfers and GEMMs reach: interconnect, memory, FLOP/s. Assumed.
 LINK_SHARE, MEMORY_SHARE, COMPUTE_SHARE = 0.8, 0.7, 0.4
@@ -24,8 +24,6 @@ COPY_LATENCY = 10e-6
 HOST_LATENCY = 50e-6
 # Seconds before the first byte of a read: the latency of flash, of the driver and of the file system. Assumed.
 STORAGE_LATENCY = 100e-6
-# Bytes per expert parameter: 4 bits, and one scale byte per 32 parameters. All other weights stay in 16 bits.
-MXFP4_BYTES = 4.25 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +87,6 @@ class Costs:
         return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in facts.items()}
 
 
-def find_entry(model_id: str) -> ModelEntry | None:
-    """The registry's entry for a model, by short name or by the id of any of its checkpoints; None if it is unknown."""
-    for entry in MODELS.values():
-        if model_id == entry.name or model_id in entry.checkpoints.values():
-            return entry
-    return None
-
-
 def costs_of(
     entry: ModelEntry,
     gpu: Gpu,
@@ -123,17 +113,13 @@ def costs_of(
         storage: Holds the experts that host memory does not. Default: host memory holds all experts.
 
     Raises:
-        SpecmoeError: The precision is unknown.
+        ModelError: The precision is unknown.
     """
     precision = precision or next(iter(entry.checkpoints))
-    if precision not in PRECISIONS:
-        raise SpecmoeError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-    expert_parameters = 3 * entry.hidden * entry.expert_width
+    expert_parameters, expert_bytes = entry.expert_parameters, entry.expert_bytes(precision)
     layers = len(entry.moe_layers)
     rest_parameters = entry.active * 1e9 - layers * entry.top_k * expert_parameters
-    is_mixed = precision == "mxfp4"
-    expert_bytes = expert_parameters * (MXFP4_BYTES if is_mixed else PRECISIONS[precision])
-    rest_bytes = rest_parameters * (2.0 if is_mixed else PRECISIONS[precision])
+    rest_bytes = rest_parameters * dense_bytes_per_parameter(precision)
     memory = gpu.bandwidth * 1e9 * MEMORY_SHARE
     flops = gpu.tflops * 1e12 * COMPUTE_SHARE
     reached = gpu.link * LINK_SHARE if link is None else link
@@ -160,7 +146,7 @@ def costs_of(
             "shares assumed)",
             f"expert: 3 x {entry.hidden} x {entry.expert_width} parameters (config.json), "
             f"{expert_bytes / expert_parameters:.2f} bytes each ({precision})",
-            f"all but routed experts: {rest_parameters / 1e9:.2f} billion parameters per token (published active parameters "
+            f"all but routed experts: {rest_parameters / 1e9:.2f} billion parameters per token (active parameters "
             "minus the routed experts)",
             *_host_assumptions(host, host_bandwidth),
             *_storage_assumptions(storage),

@@ -19,7 +19,8 @@ from analysis.documents.evaluation import Metrics, table
 from profiler.errors import SpecmoeError, TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.schema import RoutingChunk
-from speculation.data.routes import Routes, load_routes, make_routes, part_of
+from profiler.trace.splits import part_of
+from speculation.data.routes import Routes, load_routes, make_routes
 from speculation.data.tasks import Shape, Task, targets
 from speculation.evaluation.evaluate import evaluate
 from speculation.predictors.base import Predictor
