@@ -330,10 +330,8 @@ def read_blocks(
         except UNREADABLE:
             # The writer was killed before the first block.
             return
-        if schema != layout.schema() or schema.metadata != layout.schema().metadata:
-            raise TraceError(
-                f"{path}: its columns are not the expected ones: {', '.join(layout.types)} of layers {layout.layers}"
-            )
+        if _layout_of(path, schema) != layout:
+            raise TraceError(f"{path}: its columns are not {', '.join(layout.types)} of layers {layout.layers}")
         while (batch := _read_block(file, schema)) is not None:
             problem_ids_T, token_ids_T = (batch.column(key).to_numpy() for key in (0, 1))
             if len(problem_ids_T) and min(problem_ids_T.min(), token_ids_T.min()) < 0:
