@@ -19,7 +19,7 @@ from analysis.counts.survey import Axes, Survey, survey_trace
 from analysis.statistics.compute import Source
 from modal_jobs.shards import finished_parts
 from profiler.errors import TraceError
-from profiler.trace.merge import merged_metadata
+from profiler.trace.merge import Skipped, merged_metadata
 from profiler.trace.plausibility import doubts
 from profiler.trace.reader import Trace
 from profiler.trace.schema import MANIFEST_FILE, Metadata
@@ -71,14 +71,15 @@ def plan_analysis(volume: Path, source: str, *, pieces: int, hops: int | None) -
     Raises `TraceError`, also if shards are missing.
     """
     folder = volume / source
+    skipped = Skipped()
     if (folder / MANIFEST_FILE).is_file():
         traces = [Trace.open(folder)]
         metadata = traces[0].metadata
         parts = [Part(source, span.start, span.stop) for span in traces[0].spans(pieces)]
     else:
-        job, folders = finished_parts(volume, source)
+        job, folders, skipped = finished_parts(volume, source)
         traces = [Trace.open(path) for path in folders]
-        metadata = merged_metadata(traces, {"run_id": job.run_id})
+        metadata = merged_metadata(traces, {"run_id": job.run_id}, skipped)
         parts = [Part(str(path.relative_to(volume)), EVERY_PROBLEM.start, EVERY_PROBLEM.stop) for path in folders]
     survey = Survey()
     for trace in traces:

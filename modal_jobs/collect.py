@@ -21,7 +21,7 @@ from typing import Any, cast
 import modal
 import modal.experimental
 
-from modal_jobs.download import download_run, finished_shards, stored_job
+from modal_jobs.download import download_run, finished_shards, skipped_shards, stored_job
 from modal_jobs.image import (
     CACHE,
     HF_SECRET,
@@ -37,6 +37,7 @@ from modal_jobs.shards import (
     ShardReport,
     collect_shard,
     dollars_per_hour,
+    find_skipped,
     finished_attempt,
     start_collector,
 )
@@ -159,7 +160,11 @@ def orchestrate(run_id: str, gpu: str | None, containers: int, secret: str | Non
     """
     run = Path(TRACES) / run_id
     job = read_job(run.joinpath(JOB_FILE).read_bytes(), JOB_FILE)
-    todo = [shard for shard in range(job.num_shards) if finished_attempt(run, job, shard) is None]
+    todo = [
+        shard
+        for shard in range(job.num_shards)
+        if find_skipped(run, shard) is None and finished_attempt(run, job, shard) is None
+    ]
     if len(todo) < job.num_shards:
         say(f"{job.num_shards - len(todo)} of {job.num_shards} shards were already finished")
     if not todo:
@@ -199,6 +204,8 @@ def _watch(outcomes: Iterable[ShardReport | BaseException], todo: list[int], job
         left.remove(report.shard)
         tokens, hours, dollars = tokens + report.tokens, hours + report.seconds / 3600, dollars + report.dollars
         result = f"failed: {report.error}" if report.error else f"finished, {report.tokens:,} tokens"
+        if report.gaps:
+            result = f"has no problem that can be run: {report.gaps[0]}"
         say(
             f"shard {report.shard + 1} of {job.num_shards} {result}; total {tokens:,} tokens, {hours:.2f} GPU hours, "
             f"about ${dollars:.2f}, {len(left)} shards left"
@@ -266,7 +273,7 @@ def _upload(plan: JobPlan) -> CollectJob:
     """Upload the job to the Volume. If it is there already, it keeps the shards that it started with."""
     stored = stored_job(trace_volume, plan.job.run_id)
     if stored is not None:
-        finished = len(finished_shards(trace_volume, stored))
+        finished = len(finished_shards(trace_volume, stored)) + len(skipped_shards(trace_volume, stored))
         print(f"{stored.run_id} was started before: {finished} of {stored.num_shards} shards are finished", flush=True)
         return stored
     with tempfile.TemporaryDirectory() as folder:

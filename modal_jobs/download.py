@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from modal_jobs.shards import holds_shard
+from modal_jobs.shards import SKIPPED_FILE, all_skipped, holds_shard, skipped_shard
 from profiler.errors import TraceError
 from profiler.plan.job import JOB_FILE, CollectJob, read_job
-from profiler.trace.merge import merge_traces
+from profiler.trace.merge import Skipped, merge_traces
 from profiler.trace.reader import Trace
 from profiler.trace.schema import MANIFEST_FILE, Manifest, ManifestEntry
 from profiler.trace.writer import check_free, sha256_of
@@ -68,30 +68,44 @@ def finished_shards(volume: Volume, job: CollectJob) -> dict[int, list[str]]:
     return shards
 
 
+def skipped_shards(volume: Volume, job: CollectJob) -> dict[int, Skipped]:
+    """The shards of which no problem can be run. Raises `TraceError` if a file on the Volume is not what says so."""
+    shards = {}
+    for path in sorted(entry.path.lstrip("/") for entry in volume.listdir(job.run_id, recursive=True)):
+        found = re.fullmatch(rf"{re.escape(job.run_id)}/shard-(\d{{5}})/{re.escape(SKIPPED_FILE)}", path)
+        if found is not None and int(found.group(1)) < job.num_shards:
+            shards[int(found.group(1))] = skipped_shard(_read_document(volume, path).decode(errors="replace"), path)
+    return shards
+
+
 def download_run(
     volume: Volume, run_id: str, out: Path, *, about: dict[str, Any] | None = None, say: Callable[[str], None]
 ) -> Trace:
     """Download a finished run as the complete trace `out`. Intact files of an earlier download are not downloaded again.
 
     about: entries to add to the metadata's `capture`. Raises `TraceError` if there is no such run, if it is not finished, or if
-    a file's SHA-256 does not match its shard's manifest.
+    a file's SHA-256 does not match its shard's manifest, or if no problem of any shard can be run.
     """
     check_free(out)
     job = stored_job(volume, run_id)
     if job is None:
         raise TraceError(f"no run {run_id} on the Volume; 'modal volume ls NAME' lists its content")
-    shards = finished_shards(volume, job)
-    if len(shards) < job.num_shards:
+    shards, skipped = finished_shards(volume, job), skipped_shards(volume, job)
+    finished = len(shards.keys() | skipped.keys())
+    if finished < job.num_shards:
         raise TraceError(
-            f"{len(shards)} of {job.num_shards} shards of {run_id} are finished: run the same collection again to resume"
+            f"{finished} of {job.num_shards} shards of {run_id} are finished: run the same collection again to resume"
         )
+    if not shards:
+        raise TraceError(f"no problem of {run_id} can be run; {next(iter(skipped.values())).gaps[0]}")
     folder = out.with_name(out.name + ".shards")
     parts = []
-    for shard in range(job.num_shards):
+    for shard in sorted(shards):
         parts.append(folder / f"shard-{shard:05d}")
         fetched = _fetch_shard(volume, job, shard, shards[shard], parts[-1])
         say(f"shard {shard + 1} of {job.num_shards}: {fetched / 1e6:.1f} MB downloaded and verified")
-    trace = merge_traces(parts, out, about={"run_id": run_id, **(about or {})})
+    without = all_skipped(skipped[shard] for shard in sorted(skipped.keys() - shards.keys()))
+    trace = merge_traces(parts, out, about={"run_id": run_id, **(about or {})}, skipped=without)
     shutil.rmtree(folder)
     return trace
 

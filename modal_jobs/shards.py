@@ -2,32 +2,39 @@
 
 On the Volume, `RUN/shard-00003/ATTEMPT/` is a trace directory. Every attempt has its own folder, because a preempted container
 may still commit its files after another has taken over: no file is ever written by two containers. An attempt with a manifest
-is complete; the next attempt continues from one without.
+is complete; the next attempt continues from one without. A shard of which no problem can be run has no trace, but a file
+`skipped.json`.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
+
+from pydantic import TypeAdapter, ValidationError
 
 from profiler.capture.options import CaptureOptions
 from profiler.collect.collection import Collection, CollectProgress, CollectSummary, summarize
 from profiler.collect.collector import TraceCollector
 from profiler.collect.usage import Usage
 from profiler.engines import EngineOptions, Sampling
-from profiler.errors import TraceError, first_line
+from profiler.errors import NothingToRunError, TraceError, first_line
 from profiler.models.gpus import Gpu, named_gpu
 from profiler.plan.estimate import HOST_DOLLARS
 from profiler.plan.job import JOB_FILE, CollectJob, read_job, read_shard, shard_datasets
+from profiler.trace.merge import Skipped
 from profiler.trace.reader import Trace
 from profiler.trace.schema import CAPTURE_FOLDER, MANIFEST_FILE, METADATA_FILE
+from profiler.trace.writer import write_text
 
+SKIPPED_FILE = "skipped.json"
 COMMIT_SECONDS = 10.0
 REPORT_SECONDS = 10.0
 
@@ -36,12 +43,14 @@ REPORT_SECONDS = 10.0
 class ShardReport:
     """The outcome of a shard. cached: it was already finished. error: why there is no trace, in one line.
 
+    gaps: why no problem of it can be run, if none can: it is finished, without a trace.
     seconds: container time since its last report, including its start. dollars: the cost of that time.
     """
 
     shard: int
     cached: bool = False
     error: str | None = None
+    gaps: tuple[str, ...] = ()
     attempt: str | None = None
     problems: int = 0
     tokens: int = 0
@@ -71,10 +80,31 @@ def finished_attempt(run: Path, job: CollectJob, shard: int) -> Path | None:
     return None
 
 
-def finished_parts(volume: Path, source: str) -> tuple[CollectJob, list[Path]]:
+def skipped_shard(content: str, where: object) -> Skipped:
+    """What `skipped.json` says of a shard. Raises `TraceError`, naming `where`, if it is not such a file."""
+    try:
+        return TypeAdapter(Skipped).validate_json(content)
+    except ValidationError as error:
+        raise TraceError(f"{where} does not say which problems were skipped: {error.errors()[0]['msg']}") from error
+
+
+def find_skipped(run: Path, shard: int) -> Skipped | None:
+    """Why no problem of a shard can be run, if an attempt found that; None otherwise."""
+    path = shard_folder(run, shard) / SKIPPED_FILE
+    return skipped_shard(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+
+
+def all_skipped(shards: Iterable[Skipped]) -> Skipped:
+    """Shards without a trace, together."""
+    found = list(shards)
+    return Skipped(sum(one.problems for one in found), tuple(line for one in found for line in one.gaps))
+
+
+def finished_parts(volume: Path, source: str) -> tuple[CollectJob, list[Path], Skipped]:
     """The job of the run in the folder `source` of a mounted Volume, and the trace folders of its shards, in order.
 
-    Raises `TraceError` if there is no such run, or if a shard is not finished.
+    Also returns what is known of shards without a trace, of which no problem can be run. Raises `TraceError` if there is no
+    such run, if a shard is not finished, or if none has a trace.
     """
     folder = volume / source
     if not (folder / JOB_FILE).is_file():
@@ -82,9 +112,14 @@ def finished_parts(volume: Path, source: str) -> tuple[CollectJob, list[Path]]:
     job = read_job((folder / JOB_FILE).read_bytes(), f"{source}/{JOB_FILE}")
     parts = [finished_attempt(folder, job, shard) for shard in range(job.num_shards)]
     found = [part for part in parts if part is not None]
-    if len(found) < job.num_shards:
-        raise TraceError(f"{len(found)} of {job.num_shards} shards of {source} are finished: collect the others first")
-    return job, found
+    without = [find_skipped(folder, shard) for shard, part in enumerate(parts) if part is None]
+    skipped = [one for one in without if one is not None]
+    if len(found) + len(skipped) < job.num_shards:
+        finished = len(found) + len(skipped)
+        raise TraceError(f"{finished} of {job.num_shards} shards of {source} are finished: collect the others first")
+    if not found:
+        raise TraceError(f"no problem of {source} can be run; {skipped[0].gaps[0]}")
+    return job, found, all_skipped(skipped)
 
 
 def holds_shard(folder: Path, job: CollectJob, shard: int) -> bool:
@@ -115,6 +150,9 @@ def collect_shard(
     say: reports progress. spent: the cost of this machine so far, in dollars. Raises `SpecmoeError` if collection fails.
     """
     folder = shard_folder(run, shard)
+    skipped = find_skipped(run, shard)
+    if skipped is not None:
+        return ShardReport(shard=shard, cached=True, gaps=skipped.gaps)
     done = finished_attempt(run, job, shard)
     if done is not None:
         return _report(summarize(Trace.open(done), resumed=0, usage=Usage()), shard, job, cached=True)
@@ -131,16 +169,23 @@ def collect_shard(
         out=attempt,
         resume=True,
     )
-    with _committing(commit, say), _reporting(collector, f"shard {shard + 1} of {job.num_shards}", say, spent):
-        try:
-            summary = collector.collect(collection)
-        except TraceError as error:
-            if not resumed:
-                raise
-            # Resuming only saves time: if the earlier attempt is unusable, start over.
-            say(f"shard {shard + 1}: starting over, because its earlier attempt cannot be resumed ({error})")
-            shutil.rmtree(attempt)
-            summary = collector.collect(replace(collection, out=attempt))
+    try:
+        with _committing(commit, say), _reporting(collector, f"shard {shard + 1} of {job.num_shards}", say, spent):
+            try:
+                summary = collector.collect(collection)
+            except TraceError as error:
+                if not resumed:
+                    raise
+                # Resuming only saves time: if the earlier attempt is unusable, start over.
+                say(f"shard {shard + 1}: starting over, because its earlier attempt cannot be resumed ({error})")
+                shutil.rmtree(attempt)
+                summary = collector.collect(replace(collection, out=attempt))
+    except NothingToRunError as error:
+        # The other shards are a trace without this one.
+        skipped = Skipped(error.problems, tuple(error.gaps))
+        write_text(folder / SKIPPED_FILE, json.dumps(asdict(skipped)))
+        commit()
+        return ShardReport(shard=shard, gaps=skipped.gaps)
     commit()
     return _report(summary, shard, job)
 

@@ -47,10 +47,10 @@ def open_source(volume: Path, source: str, work: Path) -> Trace:
     folder = volume / source
     if (folder / MANIFEST_FILE).is_file():
         return Trace.open(folder)
-    job, parts = finished_parts(volume, source)
+    job, parts, skipped = finished_parts(volume, source)
     merged = work / source
     if not merged.exists():
-        merge_traces(parts, merged, about={"run_id": job.run_id})
+        merge_traces(parts, merged, about={"run_id": job.run_id}, skipped=skipped)
     return Trace.open(merged)
 
 

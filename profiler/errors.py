@@ -59,6 +59,18 @@ class EngineError(SpecmoeError):
     """An inference engine is not installed, or recording the routing inside it failed."""
 
 
+class NothingToRunError(EngineError):
+    """None of a collection's problems can be run.
+
+    problems: how many there are. gaps: why, in the lines that a trace of others has for them.
+    """
+
+    def __init__(self, problems: int, gaps: list[str]) -> None:
+        super().__init__(f"none of the {problems} problems can be run; {gaps[0]}")
+        self.problems = problems
+        self.gaps = gaps
+
+
 class EngineStoppedError(EngineError):
     """An engine stopped while it was running, for example because it ran out of memory. Another engine may work."""
 

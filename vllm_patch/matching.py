@@ -35,18 +35,23 @@ def match_outputs(
     If several requests read the same tokens, their routes are the same, and it does not matter which is which. Outputs without
     such a request get an error instead.
     """
-    ids = {request.request_id for request in requests}
-    suffixed = any(output.name not in ids for output in outputs)
+    by_id: defaultdict[str, list[CapturedRequest]] = defaultdict(list)
     by_name: defaultdict[str, list[CapturedRequest]] = defaultdict(list)
     for request in requests:
-        by_name[_SUFFIX.sub("", request.request_id) if suffixed else request.request_id].append(request)
+        by_id[request.request_id].append(request)
+        by_name[_SUFFIX.sub("", request.request_id)].append(request)
     free = {request.number for request in requests}
     found: dict[int, CapturedRequest | UnmatchedOutputError] = {}
-    # A request that read a long output has read its beginning, too, but not the other way round: the long ones choose first.
-    for place in sorted(range(len(outputs)), key=lambda place: -len(outputs[place].token_ids)):
+
+    def order(place: int) -> tuple[bool, int]:
+        # A request that read a long output has read its beginning, too, but not the other way round: the long ones choose
+        # first. Before them come those whose id is a captured one: what looks like vLLM's suffix may be the program's own.
+        return outputs[place].name not in by_id, -len(outputs[place].token_ids)
+
+    for place in sorted(range(len(outputs)), key=order):
         output = outputs[place]
         try:
-            found[place] = _choose(output, by_name.get(output.name, []), free, inputs)
+            found[place] = _choose(output, by_id.get(output.name) or by_name.get(output.name, []), free, inputs)
         except UnmatchedOutputError as error:
             found[place] = error
     return [found[place] for place in range(len(outputs))]

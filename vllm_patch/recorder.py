@@ -143,6 +143,7 @@ class Recorder:
         self._waits, self._wait_seconds = 0, 0.0
         self._batch = _Batch()
         self._stopping = False
+        self._ending: BaseException | None = None
         self._change = threading.Condition()
         # Warm-up runs wrote to the buffers: their rows must not pass for rows of the first step.
         self.buffers.clear()
@@ -192,6 +193,13 @@ class Recorder:
         with self._change:
             self._error = self._error or error
             self._change.notify_all()
+
+    def end(self, error: BaseException) -> None:
+        """Write the queued rows, then end the capture with this error. Returns when the rows are written."""
+        with self._change:
+            self._ending = error
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._error is not None)
 
     def stop(self) -> dict[str, Any]:
         """Write the queued rows and close the files. Returns the same as `status`."""
@@ -262,18 +270,24 @@ class Recorder:
             reason = f"no routing arrived from layers {layers}" if layers else str(error)
             self._error = RuntimeError(f"{reason}: this vLLM or its MoE kernel bypasses the hook; nothing was recorded")
 
+    def _is_due(self) -> bool:
+        """Whether the writer takes the queue before its time is over."""
+        return self._stopping or self._batch.nbytes >= BATCH_BYTES or (self._ending is not None and self._error is None)
+
     def _write(self) -> None:
         files = self._files
         assert files is not None
         try:
             while True:
                 with self._change:
-                    self._change.wait_for(lambda: self._stopping or self._batch.nbytes >= BATCH_BYTES, timeout=BATCH_SECONDS)
+                    self._change.wait_for(self._is_due, timeout=BATCH_SECONDS)
                     batch, self._batch = self._batch, _Batch()
-                    stopping = self._stopping
+                    stopping, ending = self._stopping, self._ending
                     self._change.notify_all()
                 if self._error is None:
                     files.write(self._numbering.rows(batch))
+                    if ending is not None:
+                        self.fail(ending)
                 if stopping:
                     break
             files.close()

@@ -135,14 +135,17 @@ class Recording:
             raise TraceError(f"{self.out}: no request ran during the recording")
         metadata = self._metadata()
         waits = {"writer_waits": answer["waits"], "writer_wait_seconds": round(answer["wait_seconds"], 3)}
-        sequences, unmatched = self._sequences(requests)
+        inputs = CapturedInputs(run_folder(self.out, 0))
+        sequences, unmatched = self._sequences(requests, inputs)
         gaps = [f"{len(unmatched)} added outputs are left out, the first because {unmatched[0]}"] if unmatched else []
         metadata = metadata.model_copy(update={"capture": metadata.capture | waits, "gaps": gaps})
-        self.trace = finish_trace(self.out, metadata, sequences)
+        self.trace = finish_trace(self.out, metadata, sequences, inputs=inputs)
         if unmatched and error is None:
             raise TraceError(f"{unmatched[0]}; {self.out} holds the routing of everything else")
 
-    def _sequences(self, requests: list[CapturedRequest]) -> tuple[list[Sequence], list[UnmatchedOutputError]]:
+    def _sequences(
+        self, requests: list[CapturedRequest], inputs: CapturedInputs
+    ) -> tuple[list[Sequence], list[UnmatchedOutputError]]:
         """The sequences of the added outputs and of all other requests, and why outputs are not among them."""
         samples = [(output, sample) for output in self._outputs.values() for sample in output.outputs]
         outputs = [
@@ -153,7 +156,7 @@ class Recording:
             )
             for output, sample in samples
         ]
-        found = match_outputs(outputs, requests, CapturedInputs(run_folder(self.out, 0)))
+        found = match_outputs(outputs, requests, inputs)
         sequences: list[Sequence] = []
         for (output, sample), named, request in zip(samples, outputs, found, strict=True):
             if isinstance(request, CapturedRequest):

@@ -148,10 +148,12 @@ class WorkerCapture:
 
         @functools.wraps(change_weights)
         def end_capture_and_change(*args: Any, **kwargs: Any) -> Any:
-            self._refusal = f"{name} changed the loaded weights: start the engine again to record it"
+            # The first reason stays: reload_weights calls load_weights.
+            self._refusal = self._refusal or f"{name} changed the loaded weights: start the engine again to record it"
             if self._recorder is not None and self._recorder.recording:
                 log.error("routing is no longer recorded: %s", self._refusal)
-                self._recorder.fail(RuntimeError(self._refusal))
+                # Everything that is queued was computed with the weights that the metadata names.
+                self._recorder.end(RuntimeError(self._refusal))
             return change_weights(*args, **kwargs)
 
         return end_capture_and_change
@@ -259,6 +261,9 @@ class WorkerCapture:
             raise UnsupportedModelError(
                 "router inputs and logits: this model's routers run in transformers' code, which tells vLLM only their choice"
             )
+        model = self._worker.model_runner.get_model()
+        # Programs for reinforcement learning also pass new weights to the model itself.
+        model.load_weights = self._ending_capture("load_weights", model.load_weights)
         buffers = CaptureBuffers(
             max_tokens=_most_tokens(config),
             layers=len(layers),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from profiler.capture.inputs import check_sequences
+from profiler.capture.inputs import CapturedInputs, check_sequences
 from profiler.capture.requests import ABORTED, Sequence
 from profiler.capture.sealing import Missing, run_folder, runs_of, seal
 from profiler.errors import TraceError
@@ -34,18 +34,25 @@ NAMED_PROBLEMS = 10
 
 
 def finish_trace(
-    directory: Path, metadata: Metadata, sequences: list[Sequence], *, jsonl: bool = False, drop_other_requests: bool = False
+    directory: Path,
+    metadata: Metadata,
+    sequences: list[Sequence],
+    *,
+    jsonl: bool = False,
+    drop_other_requests: bool = False,
+    inputs: CapturedInputs | None = None,
 ) -> Trace:
     """Seal `directory/capture` as the routing of `sequences`, and write the tables, the gaps and the manifest.
 
     jsonl: also write the routing as JSON lines. drop_other_requests: drop the rows of requests that are not in `sequences`.
+    inputs: what the requests of run 0 read, if the caller has read it before.
     Raises `TraceError` if nothing was captured, if there are rows of other requests and `drop_other_requests` is False, or if
     the captured request of a sequence is another sequence's too, or read other tokens (`profiler.capture.inputs`).
     """
     sequences = sorted(sequences, key=lambda sequence: sequence.problem_id)
     if not any((run_folder(directory, run) / ROUTING_STREAM).is_file() for run in runs_of(directory)):
         raise TraceError(f"{directory}: nothing was captured")
-    check_sequences(directory, sequences)
+    check_sequences(directory, sequences, None if inputs is None else {0: inputs})
     missing = seal(
         directory,
         metadata.model,

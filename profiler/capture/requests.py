@@ -48,6 +48,11 @@ class CapturedRequest(_JsonLine):
 
 def read_requests(run: Path) -> list[CapturedRequest]:
     """The requests in a run's folder, in the order in which they started. Raises `TraceError` on an invalid line."""
+    return list(iterate_requests(run))
+
+
+def iterate_requests(run: Path) -> Iterator[CapturedRequest]:
+    """As `read_requests`, one in memory at a time."""
     return _records(run / REQUESTS_FILE, CapturedRequest)
 
 
@@ -103,12 +108,12 @@ class SkippedProblem(_JsonLine):
 
 def read_skipped(run: Path) -> list[SkippedProblem]:
     """The problems that a run skipped. Raises `TraceError` on an invalid line."""
-    return _records(run / SKIPPED_FILE, SkippedProblem)
+    return list(_records(run / SKIPPED_FILE, SkippedProblem))
 
 
 def read_planned(run: Path) -> list[PlannedProblem]:
     """The problems that a run planned. Raises `TraceError` on an invalid line."""
-    return _records(run / PLANNED_FILE, PlannedProblem)
+    return list(_records(run / PLANNED_FILE, PlannedProblem))
 
 
 def read_completed(directory: Path, run: int) -> dict[int, Sequence]:
@@ -134,23 +139,22 @@ def free_ids(taken: Container[int]) -> Iterator[int]:
 _Record = TypeVar("_Record")
 
 
-def _records(path: Path, kind: type[_Record]) -> list[_Record]:
+def _records(path: Path, kind: type[_Record]) -> Iterator[_Record]:
     """Parse JSON lines as `kind`. A last line without a line break was cut off by a kill and is left out."""
     if not path.is_file():
-        return []
+        return
     adapter = TypeAdapter(kind)
-    records = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 break
             try:
-                records.append(adapter.validate_json(line, strict=True))
+                record = adapter.validate_json(line, strict=True)
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
                 where = ".".join(map(str, first["loc"]))
                 raise TraceError(f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}") from error
-    return records
+            yield record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from profiler.collect.selection import Selection, describe, select
 from profiler.collect.skipping import describe_skipped, encode_prompts, skipped_problems
 from profiler.collect.usage import UsageMonitor
 from profiler.engines import Engine, EngineOptions, Sampling, start_engine
-from profiler.errors import EngineError, TraceError
+from profiler.errors import EngineError, NothingToRunError, TraceError
 from profiler.models.gpus import device_name, local_gpu
 from profiler.models.registry import MODELS, preset
 from profiler.models.resolve import resolve_model
@@ -308,7 +308,7 @@ class TraceCollector:
             skipped = skipped_problems(out)
             metadata = metadata.model_copy(update={"capture": metadata.capture | report})
         if not sequences:
-            raise EngineError(f"none of the {len(problems)} problems can be run; {describe_skipped(problems, skipped)[0]}")
+            raise NothingToRunError(len(problems), describe_skipped(problems, skipped))
         self.on_stage("sealing the trace")
         runs = len(runs_of(out))
         cut = sum(sequence.truncated_tokens > 0 for sequence in sequences.values())

@@ -28,6 +28,7 @@ from profiler.importers import (
     prime_rl,
     route_log,
     routed_experts,
+    server_responses,
     sglang,
     slime,
 )
@@ -61,6 +62,7 @@ FORMATS = {
         slime,
         sglang,
         routed_experts,
+        server_responses,
         moe_beyond,
         edge_csv,
         route_log,

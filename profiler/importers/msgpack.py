@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import struct
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 # First byte -> format of a number that follows; and first byte -> format of the length of text, bytes, a list or a dictionary.
 _NUMBERS = {
@@ -38,26 +40,52 @@ MAX_OBJECTS = 1 << 20
 MAX_VALUES = 1 << 26
 
 
-def decode(data: bytes) -> Any:
-    """The value that `data` encodes.
+def entries_of_first(file: BinaryIO) -> Iterator[Any]:
+    """The entries of the list that is the first entry of the list in `file`, one in memory at a time.
 
-    Raises `ValueError` on anything but exactly one value, on extension types, and on more values than fit in memory.
+    Raises `ValueError` if there is no such list, on extension types, on an entry with more values than fit in memory, and on
+    anything after the outer list. Its other entries are decoded, and discarded, before the iterator ends.
     """
-    decoder = _Decoder(data)
-    value = decoder.value(0)
-    if decoder.at != len(data):
-        raise ValueError(f"{len(data) - decoder.at} bytes follow the value")
-    return value
+    decoder = _Decoder(file)
+    others = decoder.list_length() - 1
+    if others < 0:
+        raise ValueError("the list is empty")
+    for _ in range(decoder.list_length()):
+        yield decoder.counted_value()
+    for _ in range(others):
+        decoder.counted_value()
+    decoder.finish()
 
 
 class _Decoder:
     """A position in encoded data."""
 
-    def __init__(self, data: bytes) -> None:
-        self.at = 0
-        self._data = data
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        # A length in the data may be any number: nothing is read that the file does not have.
+        self._left = file.seek(0, io.SEEK_END)
+        file.seek(0)
         self._objects = 0
         self._values = 0
+
+    def counted_value(self) -> Any:
+        """Decode the next value, within the limits of a value of its own."""
+        self._objects = self._values = 0
+        return self.value(0)
+
+    def list_length(self) -> int:
+        """Decode the beginning of a list. Raises `ValueError` if something else is next."""
+        first = self._take(1)[0]
+        if 0x90 <= first <= 0x9F:
+            return first & 0x0F
+        if first in {0xDC, 0xDD}:
+            return int(self._unpack(_LENGTHS[first]))
+        raise ValueError("expected a list of lists")
+
+    def finish(self) -> None:
+        """Raise `ValueError` unless everything was decoded."""
+        if self._left:
+            raise ValueError(f"{self._left} bytes follow the value")
 
     def value(self, depth: int) -> Any:
         """Decode the next value."""
@@ -97,8 +125,7 @@ class _Decoder:
         return struct.unpack(form, self._take(struct.calcsize(form)))[0]
 
     def _take(self, size: int) -> bytes:
-        taken = self._data[self.at : self.at + size]
-        if len(taken) < size:
+        if size > self._left:
             raise ValueError("the data ends within a value")
-        self.at += size
-        return taken
+        self._left -= size
+        return self._file.read(size)

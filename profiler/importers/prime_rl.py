@@ -11,6 +11,7 @@ show. Dense layers are all 0 or -1. Samples are padded with zeros at their end.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from profiler.errors import UNREADABLE, TraceError, first_line
 from profiler.importers import msgpack
 from profiler.importers.reading import files_of, integer_array, sources_of
-from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES, layers_with_experts
+from profiler.importers.rows import EMPTY, MAX_LAYER, layers_with_experts
 from profiler.importers.target import Target
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
 
@@ -49,33 +50,36 @@ def _is_list(first: int) -> bool:
 def read(source: Path, target: Target) -> None:
     target.gaps.append("layers are numbered as in the arrays, which have all decoder layers or those with experts only")
     files = sources_of(source, *PATTERNS)
-    routes = (_routes(sample, where) for path in files for where, sample in _samples(path)[0].values())
+    # Dense layers can be recognized only once all files are read: every file is read twice.
+    routes = (_routes(sample, where) for path in files for where, sample in _samples(path) if _has_routes(sample))
     moe_layers, gaps = layers_with_experts(routes, source)
     target.gaps += gaps
     without = 0
     for path in files:
         name = (path.parent.name,) if len(files) > 1 else ()
-        samples, others = _samples(path)
-        without += others
-        for number, (where, sample) in samples.items():
-            _add(sample, target.problem("prime-rl", *name, str(number)), moe_layers, where, target)
+        for number, (where, sample) in enumerate(_samples(path)):
+            if _has_routes(sample):
+                _add(sample, target.problem("prime-rl", *name, str(number)), moe_layers, where, target)
+            else:
+                without += 1
     if without:
         target.gaps.append(f"{without:,} samples have no routed experts and were left out")
 
 
-def _samples(path: Path) -> tuple[dict[int, tuple[str, list[Any]]], int]:
-    """The samples of a file that have routes, by their number, with their place as text for messages; how many have none."""
-    if path.stat().st_size > MAX_PIECE_BYTES:
-        raise TraceError(f"{path}: larger than {MAX_PIECE_BYTES >> 20} MiB")
+def _samples(path: Path) -> Iterator[tuple[str, list[Any]]]:
+    """The samples of a file, one in memory at a time, each with its place as text for messages."""
     try:
-        batch = msgpack.decode(path.read_bytes())
+        with path.open("rb") as file:
+            for number, sample in enumerate(msgpack.entries_of_first(file)):
+                if not isinstance(sample, list):
+                    raise TraceError(f"{path}: expected a list that begins with the list of samples")
+                yield f"{path}, sample {number}", sample
     except UNREADABLE as error:
         raise TraceError(f"{path} is not MessagePack: {first_line(error)}") from error
-    samples = batch[0] if isinstance(batch, list) and batch else None
-    if not isinstance(samples, list) or not {*map(type, samples)} <= {list}:
-        raise TraceError(f"{path}: expected a list that begins with the list of samples")
-    found = {n: (f"{path}, sample {n}", sample) for n, sample in enumerate(samples) if any(map(_is_routes, sample))}
-    return found, len(samples) - len(found)
+
+
+def _has_routes(sample: list[Any]) -> bool:
+    return any(map(_is_routes, sample))
 
 
 def _is_routes(value: object) -> bool:

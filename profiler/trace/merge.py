@@ -10,6 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,26 @@ BY_MACHINE = {"device", "moe_kernels"}
 MAY_DIFFER = {"created", "command", "gaps", "datasets", "capture", "versions"}
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """Problems that could not be run, in parts of which nothing else is left: how many, and lines for the trace's gaps."""
+
+    problems: int = 0
+    gaps: tuple[str, ...] = ()
+
+
 def merge_traces(
     parts: list[Path],
     out: Path,
     *,
     about: dict[str, Any] | None = None,
+    skipped: Skipped | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trace:
     """Merge `parts`, which are left unchanged, into the trace `out`. Memory: the token table of one part.
 
-    about: further entries for the metadata's `capture`. on_progress: is called with parts done and parts in all.
+    about: further entries for the metadata's `capture`. skipped: problems of parts that are not there.
+    on_progress: is called with parts done and parts in all.
     Raises `TraceError`, and creates no `out`, if a part is incomplete, if the problems of two parts overlap, or if the parts
     were not recorded in the same way.
     """
@@ -57,7 +68,7 @@ def merge_traces(
         raise TraceError(f"{out}: no parts to merge")
     ranges = {part: _problem_range(part) for part in parts}
     traces = [Trace.open(part) for part in sorted(parts, key=lambda part: ranges[part])]
-    metadata = merged_metadata(traces, about or {})
+    metadata = merged_metadata(traces, about or {}, skipped)
     for before, after in pairwise(trace.path for trace in traces):
         last = ranges[before][1]
         if last >= ranges[after][0]:
@@ -92,8 +103,12 @@ def _problem_range(part: Path) -> tuple[int, int]:
     return int(ids[0].as_py()), int(ids[-1].as_py())
 
 
-def merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
-    """The metadata that the traces share, with their counts summed. Raises `TraceError`, naming the first difference."""
+def merged_metadata(traces: list[Trace], about: dict[str, Any], skipped: Skipped | None = None) -> Metadata:
+    """The metadata that the traces share, with their counts summed. Raises `TraceError`, naming the first difference.
+
+    about: further entries for `capture`. skipped: problems of parts that are not there.
+    """
+    skipped = skipped or Skipped()
     first = traces[0]
     counts: dict[str, Any] = {}
     datasets: dict[str, DatasetMetadata] = {}
@@ -120,6 +135,9 @@ def merged_metadata(traces: list[Trace], about: dict[str, Any]) -> Metadata:
             total = dataset.problems + (before.problems if before else 0)
             datasets[dataset.name] = dataset.model_copy(update={"problems": total})
         gaps |= dict.fromkeys(trace.metadata.gaps)
+    gaps |= dict.fromkeys(skipped.gaps)
+    if skipped.problems:
+        counts["skipped_problems"] = counts.get("skipped_problems", 0) + skipped.problems
     return first.metadata.model_copy(
         update={
             "datasets": list(datasets.values()),

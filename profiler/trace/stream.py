@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -234,10 +235,7 @@ def read_index(path: Path) -> CaptureIndex | None:
             # The writer was killed before the first block.
             return None
         offset = file.tell()
-    try:
-        layout = StreamLayout.of(schema)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TraceError(f"{path} is not a captured stream: {first_line(error)}") from error
+    layout = _layout_of(path, schema)
     offsets: list[int] = []
     problems: list[npt.NDArray[np.int32]] = []
     tokens: list[npt.NDArray[np.int32]] = []
@@ -255,6 +253,13 @@ def read_index(path: Path) -> CaptureIndex | None:
         block_N=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
         row_N=np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
     )
+
+
+def _layout_of(path: Path, schema: pa.Schema) -> StreamLayout:
+    try:
+        return StreamLayout.of(schema)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TraceError(f"{path} is not a captured stream: {first_line(error)}") from error
 
 
 def _read_keys(
@@ -308,6 +313,35 @@ def gather(
                 kind = np.void(index.layout.row_bytes(name)).dtype
                 raw = np.frombuffer(batch.column(name).buffers()[1], dtype=kind, count=batch.num_rows)
                 values.reshape(len(values), -1).view(raw.dtype)[at[here], 0] = raw[row_T[here]]
+
+
+def read_blocks(
+    path: Path, layout: StreamLayout
+) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], dict[str, npt.NDArray[Any]]]]:
+    """Problem ids `[T]`, token ids `[T]` and values `[T, L, W]` of each block, in the order in which they were written.
+
+    Ends after the last complete block; nothing if the file does not exist. Raises `TraceError` if its columns are others.
+    """
+    if not path.is_file():
+        return
+    with pa.OSFile(str(path), "rb") as file:
+        try:
+            schema = ipc.read_schema(file)
+        except UNREADABLE:
+            # The writer was killed before the first block.
+            return
+        if _layout_of(path, schema) != layout:
+            raise TraceError(f"{path}: its columns are not {', '.join(layout.types)} of layers {layout.layers}")
+        while (batch := _read_block(file, schema)) is not None:
+            problem_ids_T, token_ids_T = (batch.column(key).to_numpy() for key in (0, 1))
+            if len(problem_ids_T) and min(problem_ids_T.min(), token_ids_T.min()) < 0:
+                raise TraceError(f"{path}: negative problem_id or token_id")
+            values = {}
+            for name, (kind, width) in layout.types.items():
+                count = batch.num_rows * len(layout.layers) * width
+                packed = np.frombuffer(batch.column(name).buffers()[1], dtype=kind, count=count)
+                values[name] = packed.reshape(batch.num_rows, len(layout.layers), width)
+            yield problem_ids_T, token_ids_T, values
 
 
 def _mapped(path: Path) -> pa.NativeFile:

@@ -55,7 +55,7 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
 
     Raises:
         TraceError: The trace's model has other sizes than the run's, or the trace does not say which of its problems the run
-            was trained on.
+            was trained on, or all problems of the part are too short for the task.
         SpecmoeError: The run is of the task `reuse`, which predicts no experts that could be compared with those chosen.
     """
     shape = run.predictor.shape
@@ -142,6 +142,7 @@ def evaluate_predictor(predictor: Predictor, truth: Routes, groups: dict[str, Gr
 
     Raises:
         SpecmoeError: A predicted probability is not finite.
+        TraceError: There is nothing to predict at some horizon: all problems are too short.
     """
     shape, seen = predictor.shape, seen or truth
     experts, top_k = shape.experts, shape.top_k
@@ -171,6 +172,12 @@ def evaluate_predictor(predictor: Predictor, truth: Routes, groups: dict[str, Gr
                 for name, group in groups.items():
                     group_N = group.group_T[true.tokens_T[token_N]]
                     by_group[name].add(ranks_NK[group_N >= 0], group_N[group_N >= 0])
+    for hop, counts in enumerate(by_layer, start=1):
+        if not counts.metrics():
+            raise TraceError(
+                f"no problem of this part has a token {hop} after another one, so {shape.task} has nothing to predict there: "
+                "choose a smaller horizon, or a trace of longer problems"
+            )
     arrays = predictor.arrays()
     breakdowns = {
         f"by_{name}": {each: by_group[name].metrics(number) for number, each in enumerate(group.names)}

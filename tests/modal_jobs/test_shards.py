@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from modal_jobs import shards
+from modal_jobs.analyzing import plan_analysis
 from modal_jobs.download import download_run, fetch_trace
-from modal_jobs.shards import collect_shard, dollars_per_hour, finished_attempt, shard_folder
+from modal_jobs.shards import collect_shard, dollars_per_hour, finished_attempt, finished_parts, shard_folder
+from modal_jobs.training import open_source
 from profiler.collect.collection import CollectProgress
 from profiler.collect.collector import TraceCollector
 from profiler.collect.options import RentedOptions
@@ -104,6 +106,50 @@ def test_a_shard_without_the_problems_that_cannot_be_run_is_finished(
     assert trace.problems.column("problem_id").to_pylist() == [0, 1, 2, *range(4, 10)]
     assert trace.metadata.capture["skipped_problems"] == 1
     assert trace.metadata.gaps == ["skipped problem 3 (demo-math 3): its prompt has no tokens"]
+
+
+def test_a_shard_of_problems_that_cannot_be_run_is_finished_without_a_trace(
+    run: Path, job: tuple[CollectJob, Path], collector: TraceCollector, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine, said = collector.start(), list[str]()
+    encode, bad = engine.encode, [problem.prompt for problem in read_shard(run, job[0], 1).values()]
+    monkeypatch.setattr(engine, "encode", lambda text: [] if text in bad else encode(text))
+    report = collect(run, job[0], 1, collector, said)
+    assert (report.error, report.problems, len(report.gaps)) == (None, 0, 5)
+    assert collect(run, job[0], 0, collector, said).problems == 5
+    again = collect(run, job[0], 1, collector, said)
+    assert (again.cached, again.gaps) == (True, report.gaps)
+    # All that reads a run on the Volume takes the other shard.
+    volume = LocalVolume(run.parent)
+    trace = download_run(volume, job[0].run_id, tmp_path / "trace", say=said.append)
+    assert trace.problems.column("problem_id").to_pylist() == [0, 1, 2, 3, 4]
+    assert trace.metadata.capture["skipped_problems"] == 5
+    assert tuple(trace.metadata.gaps) == report.gaps
+    assert report.gaps[0] == "skipped problem 5 (demo-code 0): its prompt has no tokens"
+    analysis = plan_analysis(run.parent, job[0].run_id, pieces=1, hops=None)
+    assert [len(analysis.parts), *analysis.described().metadata.gaps] == [1, *report.gaps]
+    assert open_source(run.parent, job[0].run_id, tmp_path / "work").metadata.gaps == list(report.gaps)
+
+
+def test_a_run_of_problems_that_cannot_be_run_has_no_trace(
+    run: Path, job: tuple[CollectJob, Path], collector: TraceCollector, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(collector.start(), "encode", lambda _: [])
+    for shard in range(2):
+        assert len(collect(run, job[0], shard, collector, []).gaps) == 5
+    reason = rf"no problem of {job[0].run_id} can be run; skipped problem 0 \(demo-math 0\): its prompt has no tokens"
+    with pytest.raises(TraceError, match=reason):
+        download_run(LocalVolume(run.parent), job[0].run_id, tmp_path / "trace", say=print)
+    with pytest.raises(TraceError, match=reason):
+        finished_parts(run.parent, job[0].run_id)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"problems": "many"}', '{"problems": 1, "gaps": [2]}'])
+def test_a_broken_note_of_skipped_problems_is_named(run: Path, job: tuple[CollectJob, Path], content: str) -> None:
+    shard_folder(run, 1).mkdir()
+    (shard_folder(run, 1) / "skipped.json").write_text(content)
+    with pytest.raises(TraceError, match=r"shard-00001/skipped\.json does not say which problems were skipped"):
+        download_run(LocalVolume(run.parent), job[0].run_id, run / "trace", say=print)
 
 
 def test_an_interrupted_attempt_is_continued_elsewhere(

@@ -9,7 +9,10 @@ raise something else, run for more than ten seconds, or take more than 1 GiB. Th
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
+import io
+import json
 import random
 import resource
 import shutil
@@ -306,6 +309,42 @@ def make_prime_rl(folder: Path) -> Path:
     return folder / "rollouts.bin"
 
 
+def in_base64(array: np.ndarray) -> str:
+    """An array as vLLM's server sends it: base64 of `.npy`."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def make_sglang_responses(folder: Path) -> Path:
+    responses = [
+        {
+            "text": "So.",
+            "output_ids": [4, 5],
+            "meta_info": {
+                "prompt_tokens": 9,
+                "completion_tokens": 2,
+                "finish_reason": {"type": "stop"},
+                "routed_experts": base64.b64encode(random_routing(10, n)[0].astype("<i4").tobytes()).decode(),
+            },
+        }
+        for n in range(2)
+    ]
+    return _text(folder / "responses.jsonl", "".join(json.dumps(response) + "\n" for response in responses))
+
+
+def make_vllm_responses(folder: Path) -> Path:
+    ids, weights = random_routing(6)
+    choice = {
+        "message": {"content": "So."},
+        "token_ids": [4, 5],
+        "routed_experts": in_base64(ids),
+        "routed_expert_weights": in_base64(weights),
+    }
+    response = {"model": "m", "choices": [choice], "prompt_token_ids": [1, 2, 3, 4, 5], "usage": {"prompt_tokens": 5}}
+    return _text(folder / "response.json", json.dumps(response, indent=1))
+
+
 def make_lattice(folder: Path) -> Path:
     ids, _ = random_routing(6)
     line = '{{"layer_idx": {}, "token_idx": {}, "selected_ids": {}, "gate_weights": [0.7, 0.3]}}\n'
@@ -373,6 +412,8 @@ READERS = {
     "sglang": imported(make_sglang, "sglang"),
     "slime": imported(make_slime, "slime"),
     "prime-rl": imported(make_prime_rl, "prime-rl"),
+    "sglang-responses": imported(make_sglang_responses, "server-responses"),
+    "vllm-responses": imported(make_vllm_responses, "server-responses"),
     "lattice": imported(make_lattice, "lattice"),
     "colibri": imported(make_colibri, "colibri"),
     "llama-cpp": imported(make_llama_cpp, "llama-cpp"),

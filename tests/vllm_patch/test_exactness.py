@@ -14,9 +14,11 @@ from support import warm
 from support.agreement import assert_agrees, assert_complete
 from support.drafts import make_drafts
 
+from profiler.capture.sealing import captured_positions, run_folder
 from profiler.engines.vllm import is_installed
 from profiler.models.resolve import demo_model_folder
 from profiler.trace.reader import Trace
+from profiler.trace.stream import ROUTING_STREAM
 from vllm_patch.check.agreement import load_oracle, vocabulary
 from vllm_patch.check.jobs import DEFAULT_FAMILIES
 
@@ -230,6 +232,9 @@ def test_changed_weights_end_the_capture(modes: Path) -> None:
     assert "reload_weights changed the loaded weights: start the engine again" in errors["reload"]
     assert errors["after_reload"] == "capture failed: " + errors["reload"].partition("Error: ")[2]
     assert not (modes / "reload" / "manifest.json").exists()
+    # The rows before the change are there: 20 tokens of the prompt, and all of the output but the last.
+    (positions_T,) = captured_positions(run_folder(modes / "reload", 0))[ROUTING_STREAM].values()
+    assert positions_T.tolist() == list(range(24))
 
 
 def test_calls_samples_and_stop_strings_agree(calls: Path) -> None:

@@ -218,6 +218,37 @@ def test_an_output_gets_a_request_of_its_own_tokens_or_a_reason(
             assert found.number == wanted
 
 
+@pytest.mark.parametrize("suffix", ["", "-0a1b2c3d"], ids=["vLLM 0.13", "vLLM 0.14"])
+@pytest.mark.parametrize("unknown", [False, True], ids=["", "with an output of before"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_ids_of_the_program_may_end_as_those_of_vllm(tmp_path: Path, suffix: str, unknown: bool, reverse: bool) -> None:
+    names = ["job", "job-deadbeef", "job-deadbeef-deadbeef", "-deadbeef"]
+    runs = [Run(name, [1, 2], [3, 4, n], name + suffix) for n, name in enumerate(names)]
+    requests = capture(tmp_path, runs, 2)
+    outputs = [Output(run.name, run.prompt, run.output) for run in runs]
+    # As long as the others, and with the same tokens.
+    others = [Output("other", [1, 2], [3, 4, 0]), Output("other-deadbeef", [1, 2], [3, 4, 0])] * unknown
+    order = [*outputs, *others][:: -1 if reverse else 1]
+    found = match_outputs(order, requests, CapturedInputs(run_folder(tmp_path, 0)))
+    for output, request in zip(order, found, strict=True):
+        if output in others:
+            assert str(request).endswith("was not generated during the recording")
+        else:
+            assert isinstance(request, CapturedRequest)
+            assert request.request_id == output.name + suffix
+
+
+def test_an_output_of_before_takes_no_request_of_an_id_that_seems_to_have_a_suffix(tmp_path: Path) -> None:
+    requests = capture(tmp_path, [Run("job-deadbeef", [1, 2], [3, 4, 5], "job-deadbeef")], 1)
+    before, own = match_outputs(
+        [Output("job", [1, 2], [3, 4, 5]), Output("job-deadbeef", [1, 2], [3, 4, 5])],
+        requests,
+        CapturedInputs(run_folder(tmp_path, 0)),
+    )
+    assert own == requests[0]
+    assert isinstance(before, UnmatchedOutputError)
+
+
 def test_without_the_tokens_that_were_read_an_id_that_was_used_again_is_refused(tmp_path: Path) -> None:
     requests = [CapturedRequest(number, name, None, [1, 2], 0) for number, name in enumerate("qqr")]
     outputs = [Output("q", [1, 2], [3]), Output("r", [1, 2], [3])]

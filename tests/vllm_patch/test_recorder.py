@@ -201,6 +201,26 @@ def test_a_full_disk_is_reported_never_blocks_and_keeps_what_was_written(
     assert read(tmp_path / "c") == {0: [(0, 0), (1, 0)]}
 
 
+@pytest.mark.parametrize("failed", [False, True], ids=["running", "failed before"])
+def test_the_end_of_a_capture_writes_what_was_queued_before_it(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool
+) -> None:
+    monkeypatch.setattr(recorder_module, "BATCH_SECONDS", 1000)
+    recorder.start(tmp_path / "c")
+    for number in range(3):
+        run_step(recorder, number, labels([(str(number), 0, 2)], new={str(number): number}))
+    if failed:
+        recorder.fail(OSError("no disk"))
+    recorder.end(RuntimeError("weights changed"))
+    if not failed:
+        assert read(tmp_path / "c") == {number: [(0, number), (1, number)] for number in range(3)}
+    # Nothing is recorded from here on.
+    run_step(recorder, 3, labels([("3", 0, 2)], new={"3": 3}))
+    answer = recorder.stop()
+    assert answer["rows"] == (0 if failed else 12)
+    assert answer["error"] == ("OSError: no disk" if failed else "RuntimeError: weights changed")
+
+
 def test_a_taken_folder_and_a_second_start_are_refused(recorder: Recorder, tmp_path: Path) -> None:
     recorder.start(tmp_path / "c")
     assert "already running" in recorder.start(tmp_path / "d")["error"]

@@ -212,7 +212,7 @@ def finish(directory: Path) -> Trace | None:
         for request in requests
         for found in [_record_of(request, finished[request.request_id], inputs)]
     ]
-    return finish_trace(directory, metadata, sequences)
+    return finish_trace(directory, metadata, sequences, inputs=inputs)
 
 
 def _read_finished(path: Path, wanted: set[str]) -> defaultdict[str, list[dict[str, Any]]]:

@@ -257,7 +257,7 @@ def test_a_problem_whose_request_read_other_tokens_runs_again(unfinished: Path, 
 def test_inputs_of_another_layout_are_refused(unfinished: Path, tmp_path: Path) -> None:
     run = run_folder(unfinished, 0)
     shutil.copy(run / ROUTING_STREAM, run / INPUTS_STREAM)
-    with pytest.raises(TraceError, match=r"inputs\.arrows: its columns are not those of recorded inputs"):
+    with pytest.raises(TraceError, match=r"inputs\.arrows: its columns are not vocab_ids of layers \[0\]"):
         import_trace(unfinished, tmp_path / "taken")
 
 

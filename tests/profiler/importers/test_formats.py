@@ -27,6 +27,7 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "jsonl": fuzz.make_old_rows,
     "slime": fuzz.make_slime,
     "prime-rl": fuzz.make_prime_rl,
+    "server-responses": fuzz.make_vllm_responses,
     "lattice": fuzz.make_lattice,
     "colibri": fuzz.make_colibri,
     "llama-cpp": fuzz.make_llama_cpp,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,33 @@ def test_broken_samples_are_refused(tmp_path: Path, sample: list[Any], reason: s
         convert(tmp_path, sample)
 
 
+def decode(data: bytes) -> Any:
+    """A value in the place of the only sample."""
+    (value,) = msgpack.entries_of_first(io.BytesIO(b"\x91\x91" + data))
+    return value
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"\x90", "the list is empty"), (b"\x05", "expected a list of lists"), (b"\x91\xa0", "expected a list of lists")],
+)
+def test_what_does_not_begin_with_a_list_of_samples_is_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        list(msgpack.entries_of_first(io.BytesIO(data)))
+
+
+def test_one_sample_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    sample = [[1, 2, 3], [True] * 3, routes(), bytes(1 << 20)]
+    (tmp_path / "rollouts.bin").write_bytes(packed([[sample] * 20, [bytes(1 << 20)] * 2]))
+    with (tmp_path / "rollouts.bin").open("rb") as file:
+        tracemalloc.start()
+        assert sum(len(found) for found in msgpack.entries_of_first(file)) == 20 * 4
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    # Two are there while the next one is decoded.
+    assert peak < 3.5 * (1 << 20)
+
+
 VALUES = [
     None,
     True,
@@ -112,7 +141,7 @@ VALUES = [
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:20])
 def test_messagepack_is_decoded_as_it_was_encoded(value: object) -> None:
-    assert msgpack.decode(packed(value)) == value
+    assert decode(packed(value)) == value
 
 
 @pytest.mark.parametrize(
@@ -133,7 +162,7 @@ def test_messagepack_is_decoded_as_it_was_encoded(value: object) -> None:
     ],
 )
 def test_every_width_of_the_specification_is_decoded(data: bytes, value: object) -> None:
-    assert msgpack.decode(data) == value
+    assert decode(data) == value
 
 
 @pytest.mark.parametrize(
@@ -151,7 +180,7 @@ def test_every_width_of_the_specification_is_decoded(data: bytes, value: object)
 )
 def test_broken_messagepack_is_refused(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        msgpack.decode(data)
+        decode(data)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +190,8 @@ def test_broken_messagepack_is_refused(data: bytes, reason: str) -> None:
 )
 def test_what_becomes_much_larger_than_the_file_is_refused(monkeypatch: pytest.MonkeyPatch, entry: bytes, count: int) -> None:
     data = b"\xdc\0" + bytes([count]) + entry * count
-    assert len(msgpack.decode(data)) == count
+    assert len(decode(data)) == count
     monkeypatch.setattr(msgpack, "MAX_OBJECTS", 10)
     monkeypatch.setattr(msgpack, "MAX_VALUES", 30)
     with pytest.raises(ValueError, match="more than 10 lists, dictionaries and texts, or 30 values"):
-        msgpack.decode(data)
+        decode(data)
