@@ -47,6 +47,6 @@ class Gap:
         requests = self._requests
         hits_S, problem_S = result.hits_S[requests.is_decode_S], requests.problem_S[requests.is_decode_S]
         if (problem_S < 0).any():
-            return hits_S.sum(keepdims=True)
+            return np.array([hits_S.sum()])
         found_P, index_S = np.unique(problem_S, return_inverse=True)
         return np.bincount(index_S, hits_S, len(found_P)).astype(np.int64)

@@ -120,4 +120,5 @@ class ReuseNetwork(nn.Module):
         hidden = torch.relu(self.first(features) + self.own + self.context(state_TD)[:, None, None])
         logits_TLE = self.third(torch.relu(self.second(hidden))).squeeze(-1).float()
         logits_TLE = logits_TLE + self.head(self.dropout(state_TD)).view(logits_TLE.shape).float()
-        return logits_TLE[:, :, None] + self.bias_LHE
+        logits_TLHE: torch.Tensor = logits_TLE[:, :, None] + self.bias_LHE
+        return logits_TLHE

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from analysis.documents.curves import CacheCurves, HitRateCurve, SlotHitRates, SlotsRow, WorkingSetRow, read_curves
 from profiler.errors import SpecmoeError, TraceError
 from profiler.trace.reader import Trace
+from profiler.trace.splits import part_of
 from specmoe import app
-from speculation.data.routes import part_of
 from speculation.offload.curve_study import CurveStudy, run_curves, summary_of
 from speculation.offload.state import Rule
 from speculation.offload.study import Study, run_study

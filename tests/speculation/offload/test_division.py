@@ -12,8 +12,8 @@ from analysis.documents.curves import read_curves
 from analysis.documents.simulation import read_simulation
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
+from profiler.trace.splits import part_of
 from specmoe import app
-from speculation.data.routes import part_of
 
 
 @pytest.fixture(scope="module")

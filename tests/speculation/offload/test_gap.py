@@ -25,6 +25,7 @@ def test_the_ends_and_between() -> None:
         own = simulate(WORKLOAD, Setting(rule, 4))
         captured, low, high = gap.captured(own)
         assert captured == pytest.approx((own.total(Count.HIT) - lru) / (belady - lru))
+        assert captured is not None
         assert low is not None
         assert high is not None
         assert low <= captured <= high

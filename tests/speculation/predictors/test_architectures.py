@@ -36,7 +36,11 @@ from speculation.training.fit import train
 from speculation.training.runs import load_run
 
 WITHOUT = {"uniform", "popularity"}
-NAMES = [name for name, cls in predictor_classes().items() if name not in WITHOUT and not cls.needs_router_inputs]
+NAMES = [
+    name
+    for name, cls in predictor_classes().items()
+    if name not in WITHOUT and not cls.needs_router_inputs and Task.NEXT_LAYER in cls.tasks
+]
 OPTIONS = TrainingOptions(epochs=5, batch_tokens=128, width=32, learning_rate=5e-3, average=50, dropout=0.0)
 
 

@@ -194,7 +194,7 @@ def test_targets_by_hand() -> None:
 def test_tasks_have_their_own_horizons() -> None:
     shape_of = partial(Shape, layers=3, experts=8, top_k=2)
     assert shape_of(horizon=7, task=Task.NEXT_TOKEN).target_layers(7).tolist() == [0, 1, 2]
-    with pytest.raises(SpecmoeError, match="whole-path predicts the token itself"):
+    with pytest.raises(SpecmoeError, match="whole-path has no horizon to choose, expected 1"):
         shape_of(horizon=2, task=Task.WHOLE_PATH)
     with pytest.raises(SpecmoeError, match="expected 1 to 2 for 3 MoE layers"):
         shape_of(horizon=3)
@@ -330,7 +330,7 @@ def test_wrong_choices_are_named(markov_trace: Trace, tmp_path: Path) -> None:
     names = (
         "uniform, popularity, previous-token, token-identity, conditional-counts, backoff-counts, product-of-experts, "
         "boosted-trees, mlp, interlayer-lstm, statistics-aware, ensemble, hierarchical, attention-graph, hybrid, "
-        "transformer, next-gate, pre-attention, recommended, recommended-small"
+        "transformer, next-gate, pre-attention, recommended, recommended-small, reuse, reuse-small"
     )
     with pytest.raises(SpecmoeError, match=f"expected one of {names}$"):
         train(markov_trace, "oracle", tmp_path / "run")
