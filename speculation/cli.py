@@ -56,17 +56,21 @@ def train(
     trace: Annotated[Path, typer.Argument(help="A trace directory.")],
     out: Annotated[Path, typer.Option(help="The run directory to create.")],
     predictor: Annotated[
-        str, typer.Option(help="Name of the predictor to train; 'specmoe predictors' lists them.")
-    ] = "recommended",
+        str | None,
+        typer.Option(
+            help="Name of the predictor to train; 'specmoe predictors' lists them. Default: recommended; reuse for that task."
+        ),
+    ] = None,
     task: Annotated[
         Task,
         typer.Option(
             help="What to predict. next-layer: a token's experts at the next layers, after each layer. next-token: the experts "
-            "of the next tokens at all layers. whole-path: a token's experts at all layers, before its first."
+            "of the next tokens at all layers. whole-path: a token's experts at all layers, before its first. reuse: how soon "
+            "each expert is used again, which tells a cache what to keep."
         ),
     ] = Task.NEXT_LAYER,
     horizon: Annotated[
-        int, typer.Option(min=1, help="How many layers ahead to predict (next-token: tokens; whole-path: 1).")
+        int, typer.Option(min=1, help="How many layers ahead to predict (next-token: tokens; whole-path, reuse: 1).")
     ] = 1,
     validation: Annotated[
         Path | None,
@@ -130,6 +134,7 @@ def train(
     """
     from speculation.predictors.registry import find_predictor
 
+    predictor = predictor or ("recommended" if task.predicts_experts else "reuse")
     given: dict[str, Any] = {
         "epochs": epochs,
         "batch_tokens": batch_tokens,

@@ -43,14 +43,13 @@ PrecisionName = Annotated[
 
 
 class Policy(StrEnum):
-    """Which expert a full cache evicts."""
+    """Which expert a full cache evicts, of the policies that need neither the future nor a predictor."""
 
     lru = "lru"
     lfu = "lfu"
     lfru = "lfru"
     fifo = "fifo"
     popularity = "popularity"
-    belady = "belady"
     ewma = "ewma"
     lfu_aged = "lfu-aged"
     slru = "slru"
@@ -62,6 +61,14 @@ class Policy(StrEnum):
         from speculation.offload.state import Rule
 
         return Rule[self.name.upper()]
+
+
+POLICIES = (
+    "used least recently (lru), least often (lfu), least often with uses that fade (ewma) or are halved now and then "
+    "(lfu-aged), with the fewest uses per time since the last one (lfru), least recently among those used once since loaded "
+    "(slru), loaded first (fifo), loaded first among those that the current step does not use (least-stale), used least in "
+    "training (popularity), or needed last (belady, which knows the future)"
+)
 
 
 @app.command()
@@ -76,15 +83,16 @@ def simulate(
         ),
     ] = None,
     policy: Annotated[
-        list[Policy] | None,
+        list[str] | None,
         typer.Option(
-            help="Which expert a full cache evicts: the one used least recently (lru), least often (lfu), least often with uses "
-            "that fade (ewma) or are halved now and then (lfu-aged), with the fewest uses per time since the last one (lfru), "
-            "least recently among those used once (slru), loaded first (fifo), loaded first among those that this step does not "
-            "use (least-stale), used least in training (popularity), or needed last (belady, which knows the future). May be "
-            "repeated. Default: lru, ewma and belady."
+            metavar="NAME|RUN",
+            help=f"Which expert a full cache evicts: the one {POLICIES}; or a run directory of 'specmoe train --task reuse'. "
+            "May be repeated. Default: lru, ewma and belady.",
         ),
     ] = None,
+    time_constant: Annotated[
+        float, typer.Option(min=0.1, help="Tokens over which ewma and lfu-aged forget the uses of an expert.")
+    ] = 24.0,
     cache_fraction: Annotated[
         list[float] | None,
         typer.Option(
@@ -160,7 +168,8 @@ def simulate(
         trace=Trace.open(trace),
         part=part.value,
         predictors=tuple(predictor or ("none", "oracle")),
-        policies=tuple(name.rule for name in policy or (Policy.lru, Policy.ewma, Policy.belady)),
+        policies=tuple(policy or ("lru", "ewma", "belady")),
+        time_constant=time_constant,
         fractions=tuple(cache_fraction or (() if cache_gb else (0.1, 0.25, 0.5))),
         gigabytes=tuple(cache_gb or ()),
         is_global=global_cache,
@@ -202,7 +211,7 @@ def replay(
         ),
     ] = None,
     policy: Annotated[
-        Policy, typer.Option(help="Which expert a full cache evicts (see 'specmoe simulate --help'); any but belady.")
+        Policy, typer.Option(help="Which expert a full cache evicts (see 'specmoe simulate --help').")
     ] = Policy.lru,
     cache_fraction: Annotated[float, typer.Option(min=0, max=1, help="Cache size as a share of all experts.")] = 0.25,
     on: Annotated[On | None, typer.Option(help="Device to replay on. Default: cuda if there is a GPU, else cpu.")] = None,
@@ -281,12 +290,13 @@ def run_with_progress(study: Study) -> Simulation:
 
 
 def print_simulation(simulation: Simulation) -> None:
-    """Print a table per device (hit rate and tokens/s by cache size), the fastest combinations, and what was assumed."""
+    """Print a table per device (hit rate, gap captured and tokens/s by cache size), the fastest combinations, and what was
+    assumed."""
     for device in simulation.devices:
         rows = [row for row in simulation.rows if row.device == device.name]
         is_timed = device.name is not None
         sizes = {row.capacity: row for row in rows if row.policy not in BOUNDS}
-        title = f"{escape(simulation.model)}, {device.name or 'transfers that take no time'}: hit rate"
+        title = f"{escape(simulation.model)}, {device.name or 'transfers that take no time'}: hit rate, (gap captured)"
         shown = Table(box=None, title=title + (", tokens/s" if is_timed else ""), title_justify="left")
         shown.add_column("policy", no_wrap=True)
         shown.add_column("prefetch")
@@ -315,4 +325,5 @@ def print_simulation(simulation: Simulation) -> None:
 
 def _cell(row: SimulatedRow) -> str:
     speed = row.tokens_per_second
-    return f"{row.hit_rate:.3f}" + ("" if speed is None else f" {speed:6.1f}")
+    gap = "" if row.gap_captured is None else f"({row.gap_captured:.0%})"
+    return f"{row.hit_rate:.3f} {gap:>6}" + ("" if speed is None else f" {speed:6.1f}")

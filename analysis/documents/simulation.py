@@ -17,6 +17,8 @@ BOUNDS = (ON_DEMAND, ALL_RESIDENT)
 BELADY, ORACLE = "belady", "oracle"
 DEFINITIONS = {
     "hit_rate": "experts in the cache when their layer's router chose them, over all that were chosen",
+    "gap_captured": "without prefetching: (hits - those of lru) / (those of belady - those of lru), with the same cache; 0 is "
+    "lru, 1 the best possible; gap_low and gap_high: 95 % interval from resampling the problems, 1,000 times",
     "late": "chosen experts whose prefetch was still in transfer, so that their layer waits for it, over all that were chosen",
     "miss": "chosen experts that were neither cached nor in transfer: demand loads, over all that were chosen",
     "loads_per_token": "transfers of experts to the device, demand loads and prefetches, per token",
@@ -42,6 +44,8 @@ class SimulatedRow(BaseModel):
         prefetch: The prefetcher.
         predict_microseconds: Measured time of one prediction.
         slots_by_layer: Number of experts that fit in each layer's cache, if they differ; `capacity` is then their mean.
+        policy_microseconds, score_microseconds: Measured time of the policy per request, and of its predictor per layer.
+        gap_captured, gap_low, gap_high: See `DEFINITIONS`; None with prefetching, or where lru and belady hit equally often.
         gain: In `Simulation.best`, tokens/s over the best row without prefetching.
 
     Older files lack the fields that have a default.
@@ -54,6 +58,11 @@ class SimulatedRow(BaseModel):
     policy: str
     prefetch: str
     predict_microseconds: float = 0.0
+    policy_microseconds: float = 0.0
+    score_microseconds: float = 0.0
+    gap_captured: float | None = None
+    gap_low: float | None = None
+    gap_high: float | None = None
     hit_rate: float = Field(ge=0, le=1)
     late: float | None = None
     miss: float | None = None
@@ -76,7 +85,8 @@ class SimulatedRow(BaseModel):
     @property
     def is_possible(self) -> bool:
         """Whether a policy and a prefetcher were simulated that use no future knowledge, and no control."""
-        return self.policy not in {*BOUNDS, BELADY} and self.prefetch != ORACLE and not self.prefetch.endswith(CONTROL)
+        is_control = self.prefetch.endswith(CONTROL) or self.policy.endswith(CONTROL)
+        return self.policy not in {*BOUNDS, BELADY} and self.prefetch != ORACLE and not is_control
 
 
 class SimulatedCosts(BaseModel):

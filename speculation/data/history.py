@@ -98,6 +98,7 @@ class History:
             "first_T": np.zeros(FIRST_CAPACITY, dtype=np.int64),
             "index_T": np.full(FIRST_CAPACITY, -1, dtype=np.int64),
             "order_T": np.zeros(FIRST_CAPACITY, dtype=np.int64),
+            "by_length_TR": np.full((FIRST_CAPACITY, len(RUN_LENGTHS)), -1, dtype=np.int64),
             "previous_T": np.arange(-1, FIRST_CAPACITY - 1, dtype=np.int64),
         }
         self._arrays["token_ids_T"] += self.position
@@ -129,6 +130,7 @@ class History:
                 if run in self._last_at:
                     self._arrays["index_T"][token] = self._last_at[run]
                     self._arrays["order_T"][token] = number
+                    self._arrays["by_length_TR"][token, number - 1] = self._last_at[run]
                 self._last_at[run] = token
         self.tokens, self.layer, self._routes = token + 1, -1, None
 
@@ -171,7 +173,7 @@ class History:
         """
         if self._routes is None:
             views = {name: array[: self.tokens] for name, array in self._arrays.items()}
-            matches = Matches(views.pop("index_T"), views.pop("order_T"))
+            matches = Matches(views.pop("index_T"), views.pop("order_T"), views.pop("by_length_TR"))
             previous_T = views.pop("previous_T")
             self._routes = Routes(**views, router=self._router())
             # The cached properties would compute the same, but in time proportional to the length of the sequence.

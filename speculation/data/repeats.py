@@ -23,10 +23,12 @@ class Matches:
 
     index_T: `[T]`, the index of the token at that place, or -1 without a match.
     order_T: `[T]`, 1 + the index in RUN_LENGTHS of the length of the matching run, or 0 without a match.
+    by_length_TR: `[T, R]`, the same as `index_T` for each of the run lengths alone.
     """
 
     index_T: npt.NDArray[np.int64]
     order_T: npt.NDArray[np.int64]
+    by_length_TR: npt.NDArray[np.int64]
 
 
 def find_matches(token_keys_T: npt.NDArray[np.int64], first_T: npt.NDArray[np.int64]) -> Matches:
@@ -38,6 +40,7 @@ def find_matches(token_keys_T: npt.NDArray[np.int64], first_T: npt.NDArray[np.in
     """
     count = len(token_keys_T)
     index_T, order_T = np.full(count, -1), np.zeros(count, dtype=np.int64)
+    by_length_TR = np.full((count, len(RUN_LENGTHS)), -1)
     depth_T = np.arange(count) - first_T
     # The number of consecutive known tokens that end here: a run must not contain an unknown token.
     last_unknown_T = np.maximum.accumulate(np.where(token_keys_T == UNKNOWN_TOKEN, np.arange(count), -1))
@@ -58,4 +61,5 @@ def find_matches(token_keys_T: npt.NDArray[np.int64], first_T: npt.NDArray[np.in
         follows = (np.diff(hash_T[sorted_C]) == 0) & (np.diff(first_T[sorted_C]) == 0)
         found = sorted_C[1:][follows]
         index_T[found], order_T[found] = sorted_C[:-1][follows], number
-    return Matches(index_T, order_T)
+        by_length_TR[found, number - 1] = sorted_C[:-1][follows]
+    return Matches(index_T, order_T, by_length_TR)

@@ -1,4 +1,4 @@
-"""The three prediction tasks: what each predicts and what it may see. `Shape` is a task applied to one model."""
+"""The prediction tasks: what each predicts and what it may see. `Shape` is a task applied to one model."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class Task(StrEnum):
     - `NEXT_TOKEN` sees the vocabulary id and all routes of token t, and predicts the experts of token t + h at layer l.
     - `WHOLE_PATH` sees the vocabulary id of token t and none of its routes, and predicts its experts at every layer l.
       Its horizon is 1.
+    - `REUSE` sees the same as `WHOLE_PATH`, and predicts how soon after token t each expert is used again, at every layer: the
+      discounted next use, from 0 (never) to 1 (by the next token). It serves to choose which experts a cache evicts.
 
     Example:
         >>> Task("next-layer")
@@ -35,6 +37,12 @@ class Task(StrEnum):
     NEXT_LAYER = "next-layer"
     NEXT_TOKEN = "next-token"
     WHOLE_PATH = "whole-path"
+    REUSE = "reuse"
+
+    @property
+    def predicts_experts(self) -> bool:
+        """Whether the prediction is which experts are chosen, which can be compared with those that were."""
+        return self != Task.REUSE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,7 @@ class Shape:
         experts: E, the number of experts per layer, 1 to 65,536.
         top_k: K, the number of experts selected per token and layer, 1 to 1,024 and at most E.
         horizon: H, how far ahead the predictor predicts: layers for `next-layer` (at most L - 1), tokens for `next-token`,
-            1 for `whole-path`.
+            1 for `whole-path` and `reuse`.
         task: What is predicted.
 
     Raises:
@@ -76,8 +84,8 @@ class Shape:
             )
         if self.task == Task.NEXT_LAYER and self.horizon >= self.layers:
             raise SpecmoeError(f"horizon {self.horizon}: expected 1 to {self.layers - 1} for {self.layers} MoE layers")
-        if self.task == Task.WHOLE_PATH and self.horizon > 1:
-            raise SpecmoeError(f"horizon {self.horizon}: whole-path predicts the token itself, expected 1")
+        if self.task in {Task.WHOLE_PATH, Task.REUSE} and self.horizon > 1:
+            raise SpecmoeError(f"horizon {self.horizon}: {self.task} has no horizon to choose, expected 1")
         if self.top_k > self.experts:
             raise SpecmoeError(f"top_k {self.top_k} exceeds experts {self.experts}")
         if self.horizon * self.layers * self.experts**2 > MAX_TABLE:

@@ -56,8 +56,14 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
     Raises:
         TraceError: The trace's model has other sizes than the run's, or the trace does not say which of its problems the run
             was trained on.
+        SpecmoeError: The run is of the task `reuse`, which predicts no experts that could be compared with those chosen.
     """
     shape = run.predictor.shape
+    if not shape.task.predicts_experts:
+        raise SpecmoeError(
+            f"{run.path} predicts when experts are used again, not which are chosen: see what a cache gains by it, with "
+            f"'specmoe simulate TRACE --policy {run.path}'"
+        )
     check_run(run, trace)
     routes = load_routes(trace, part, router_inputs=run.predictor.takes_router_inputs)
     groups = token_groups(trace, routes)
@@ -229,6 +235,7 @@ def _seconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
     shape = predictor.shape
     first = int(routes.first_T[np.argmax(np.arange(len(routes)) - routes.first_T)])
     history = History(shape, int(routes.token_ids_T[first]))
+    before_first_layer = shape.task in {Task.WHOLE_PATH, Task.REUSE}
     predicted, seconds = 0, 0.0
     for token in range(first, min(first + TIMED_TOKENS, len(routes))):
         if routes.first_T[token] != first:
@@ -238,12 +245,12 @@ def _seconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
         history.begin(None if key == UNKNOWN_TOKEN else key, is_decode=bool(routes.is_decode_T[token]))
         took = time.perf_counter() - began
         for layer in range(shape.layers):
-            if shape.task == Task.WHOLE_PATH and layer == 0:
+            if before_first_layer and layer == 0:
                 took += _time_of(predictor, history)
             router_input = None if routes.router is None else routes.router.hidden_TLD[token, layer]
             history.add(routes.expert_ids_TLK[token, layer], routes.weights_TLK[token, layer], router_input)
             can_predict = layer < shape.layers - 1 if shape.task == Task.NEXT_LAYER else layer == shape.layers - 1
-            if can_predict and shape.task != Task.WHOLE_PATH:
+            if can_predict and not before_first_layer:
                 took += _time_of(predictor, history)
         is_only = token + 1 == len(routes) or routes.first_T[token + 1] != first
         if token > first or is_only:

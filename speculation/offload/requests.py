@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba
@@ -34,6 +34,7 @@ class Requests:
         tokens_N: Indices of tokens in the routes. Step s has `tokens_N[first_S[s] : first_S[s + 1]]`.
         first_S: `[S + 1]`, where each step starts in `tokens_N`.
         is_decode_S: Whether a step decodes, else it prefills.
+        problem_S: The index of each step's problem, counted over the problems of the routes; -1 if it has tokens of several.
         samples_next_N: For each entry of `tokens_N`, whether the model samples the next token from it: true for decoded tokens
             and for the last token of a prompt.
     """
@@ -46,6 +47,7 @@ class Requests:
     tokens_N: npt.NDArray[np.int64]
     first_S: npt.NDArray[np.int64]
     is_decode_S: npt.NDArray[np.bool_]
+    problem_S: npt.NDArray[np.int64]
     samples_next_N: npt.NDArray[np.bool_]
 
     @property
@@ -57,6 +59,20 @@ class Requests:
     def tokens_S(self) -> npt.NDArray[np.int64]:
         """Number of tokens in each step."""
         return np.diff(self.first_S)
+
+    def first_steps(self, steps: int) -> Requests:
+        """The first steps alone."""
+        tokens, starts = int(self.first_S[steps]), self.starts_R[: steps * self.layers + 1]
+        return replace(
+            self,
+            experts_N=self.experts_N[: starts[-1]],
+            starts_R=starts,
+            tokens_N=self.tokens_N[:tokens],
+            first_S=self.first_S[: steps + 1],
+            is_decode_S=self.is_decode_S[:steps],
+            problem_S=self.problem_S[:steps],
+            samples_next_N=self.samples_next_N[:tokens],
+        )
 
 
 def requests_of(routes: Routes, num_experts: int, *, batch: int = 1) -> Requests:
@@ -81,7 +97,21 @@ def requests_of(routes: Routes, num_experts: int, *, batch: int = 1) -> Requests
     experts_N, starts_R = _unions(routes.expert_ids_TLK, order_T, first_S, num_experts)
     is_prompt_next_T = (np.diff(routes.problem_ids_T, append=-1) == 0) & np.append(~routes.is_decode_T[1:], False)
     samples_next_T = routes.is_decode_T | ~is_prompt_next_T
-    return Requests(layers, num_experts, top_k, experts_N, starts_R, order_T, first_S, is_decode_S, samples_next_T[order_T])
+    _, problem_T = np.unique(routes.problem_ids_T, return_inverse=True)
+    problem_N = problem_T[order_T]
+    lowest_S, highest_S = (reduce(problem_N, first_S[:-1]) for reduce in (np.minimum.reduceat, np.maximum.reduceat))
+    return Requests(
+        layers=layers,
+        num_experts=num_experts,
+        top_k=top_k,
+        experts_N=experts_N,
+        starts_R=starts_R,
+        tokens_N=order_T,
+        first_S=first_S,
+        is_decode_S=is_decode_S,
+        problem_S=np.where(lowest_S == highest_S, lowest_S, -1),
+        samples_next_N=samples_next_T[order_T],
+    )
 
 
 def _schedule(routes: Routes, batch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:

@@ -18,10 +18,11 @@ from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import check_run
 from speculation.offload.costs import Costs, costs_of, find_entry
 from speculation.offload.division import BY_CURVE, EVEN, division_of
+from speculation.offload.evictors import Evictor, learned_evictors
 from speculation.offload.replay import default_device, measure
 from speculation.offload.replay_study import Replay, sizes_of
-from speculation.offload.requests import requests_of
-from speculation.offload.simulate import Workload, capacities
+from speculation.offload.requests import Requests, requests_of
+from speculation.offload.simulate import TIME_CONSTANT, Workload, capacities
 from speculation.offload.state import Rule
 from speculation.offload.sweep import (
     NONE,
@@ -42,12 +43,15 @@ OnDone = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What to simulate. The fields are the options of `specmoe simulate`."""
+    """What to simulate. The fields are the options of `specmoe simulate`.
+
+    policies: names of rules (`Rule.label`), or run directories of the task `reuse`.
+    """
 
     trace: Trace
     part: str
     predictors: tuple[str, ...]
-    policies: tuple[Rule, ...]
+    policies: tuple[str, ...]
     fractions: tuple[float, ...] = ()
     gigabytes: tuple[float, ...] = ()
     is_global: bool = False
@@ -62,6 +66,7 @@ class Study:
     queue: int = 64
     batch: int = 1
     slots: str = EVEN
+    time_constant: float = TIME_CONSTANT
 
 
 def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simulation:
@@ -75,26 +80,31 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         SpecmoeError: A name is unknown, a run does not fit the trace, or the part has no problems.
     """
     runs = {name: load_run(Path(name)) for name in study.predictors if (Path(name) / CONFIG_FILE).is_file()}
+    learned = {name: load_run(Path(name)) for name in study.policies if (Path(name) / CONFIG_FILE).is_file()}
     facts = study.trace.metadata.model
     # Only the sizes are used. Unlike next-layer, this task also exists for a single layer.
     shape = Shape.of(facts, 1, Task.NEXT_TOKEN)
     notes: list[str] = []
-    for name, run in runs.items():
+    for name, run in (runs | learned).items():
         check_run(run, study.trace)
         if run.predictor.takes_router_inputs:
             raise SpecmoeError(f"{name} takes router inputs, which a simulation does not have")
+    for name, run in runs.items():
+        if not run.predictor.shape.task.predicts_experts:
+            raise SpecmoeError(f"{name} was trained for {run.predictor.shape.task}: use it as a policy, not as a predictor")
     costs = _costs(study, notes)
     routes = load_routes(study.trace, study.part)
     if not routes.is_decode_T.any():
         notes.append("The trace does not say which tokens were generated: all are simulated as if they were.")
         routes = replace(routes, is_decode_T=np.ones(len(routes), dtype=np.bool_))
     requests = requests_of(routes, shape.experts, batch=study.batch)
-    popularity_LE = popularity_of(study.trace, study.part, next(iter(runs.values()), None), shape, notes)
+    popularity_LE = popularity_of(study.trace, study.part, next(iter((runs | learned).values()), None), shape, notes)
     workload = Workload(requests, popularity_LE)
     how = PrefetchOptions(experts=study.experts or shape.top_k, threshold=study.threshold, horizon=study.horizon)
     prefetchers = [
         each for name in dict.fromkeys(study.predictors) for each in _prefetchers(name, study, runs, workload, routes, how)
     ]
+    policies = [each for name in dict.fromkeys(study.policies) for each in _policies(name, study, learned, routes, requests)]
     sizes = [
         list(dict.fromkeys(capacities(workload, list(study.fractions), list(study.gigabytes), cost, study.is_global)))
         for cost in costs
@@ -103,7 +113,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     if study.is_global and study.slots != EVEN:
         raise SpecmoeError(f"slots {study.slots!r} are of caches for each layer: leave out the one cache for all layers")
     division = division_of(study.slots, study.trace, shape, workload, study.batch)
-    total = sum(2 + len(each) * len(study.policies) * len(prefetchers) for each in sizes)
+    total = sum(2 + len(each) * len(policies) * len(prefetchers) for each in sizes)
     done = 0
 
     def count() -> None:
@@ -114,7 +124,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     rows = sweep(
         workload,
         sizes,
-        list(study.policies),
+        policies,
         prefetchers,
         costs,
         is_global=study.is_global,
@@ -122,7 +132,8 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         division=division,
         on_done=count,
     )
-    trained_on = {name: int(np.isin(route_digests(study.trace, routes), run.trained_on).sum()) for name, run in runs.items()}
+    held_out = route_digests(study.trace, routes)
+    trained_on = {name: int(np.isin(held_out, run.trained_on).sum()) for name, run in (runs | learned).items()}
     notes += [
         f"NOT held out: {name} was trained on {number} of these problems" for name, number in trained_on.items() if number
     ]
@@ -237,6 +248,19 @@ def _costs(study: Study, notes: list[str]) -> list[Costs | None]:
         costs, sizes = sizes_of(wanted, Shape.of(facts, 1, Task.NEXT_TOKEN))
         found.append(measure(wanted.kind, sizes, costs))
     return found
+
+
+def _policies(name: str, study: Study, runs: dict[str, Run], routes: Routes, requests: Requests) -> Iterator[Evictor]:
+    """The policies that a name stands for: for a run, also its shuffled control."""
+    known = {rule.label: rule for rule in Rule if rule != Rule.LEARNED}
+    if name in runs:
+        folder = Path(name).name
+        is_taken = folder in known or sum(Path(each).name == folder for each in runs) > 1
+        yield from learned_evictors(runs[name].predictor, name if is_taken else folder, routes, requests)
+    elif name in known:
+        yield Evictor.of(known[name], study.time_constant)
+    else:
+        raise SpecmoeError(f"policy {name!r} is neither the folder of a run nor one of {', '.join(known)}")
 
 
 def _prefetchers(

@@ -19,6 +19,8 @@ from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import microseconds_per_prediction
 from speculation.offload.costs import Costs
 from speculation.offload.division import Division
+from speculation.offload.evictors import Evictor, policy_seconds
+from speculation.offload.gap import Gap
 from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests
 from speculation.offload.simulate import QUEUE, Setting, SimulationResult, Workload, simulate
@@ -107,7 +109,7 @@ def simple_prefetcher(name: str, workload: Workload, options: PrefetchOptions) -
 def sweep(
     workload: Workload,
     capacities: list[list[int]],
-    policies: list[Rule],
+    policies: list[Evictor],
     prefetchers: list[Prefetcher],
     costs: list[Costs | None],
     *,
@@ -123,7 +125,7 @@ def sweep(
     Args:
         workload: The requests, and how popular each expert is.
         capacities: For each device, experts that the cache holds: per layer, or in all if `is_global`.
-        policies: Eviction policies.
+        policies: What a full cache evicts by.
         prefetchers: What to prefetch.
         costs: Costs of each device; None for a device on which nothing takes time.
         is_global: One cache for all layers instead of one per layer.
@@ -138,42 +140,70 @@ def sweep(
     # Cached properties: computed once here, instead of by every thread.
     _ = workload.ahead, workload.popularity
     none = simple_prefetcher(NONE, workload, PrefetchOptions(experts=1))
-    jobs: list[tuple[Costs | None, Setting, Prefetcher, str | None]] = []
+    lru = Evictor.of(Rule.LRU)
+    jobs: list[_Job] = []
     for cost, sizes in zip(costs, capacities, strict=True):
-        jobs.append((cost, Setting(Rule.LRU, 0, is_global, queue), none, ON_DEMAND))
+        jobs.append(_Job(cost, Setting(Rule.LRU, 0, is_global, queue), lru, none, ON_DEMAND))
         for capacity in sizes:
             slots = None if division is None else division(capacity)
             for policy in policies:
+                own_seconds = policy_seconds(workload, policy, capacity, is_global)
                 for prefetcher in prefetchers:
-                    setting = Setting(policy, capacity, is_global, queue, prefetcher.predict_seconds, slots)
-                    jobs.append((cost, setting, prefetcher, None))
-        jobs.append((cost, Setting(Rule.LRU, everything, is_global, queue), none, ALL_RESIDENT))
+                    setting = Setting(
+                        policy.rule,
+                        capacity,
+                        is_global,
+                        queue,
+                        prefetcher.predict_seconds,
+                        slots,
+                        time_constant=policy.time_constant,
+                        policy_seconds=own_seconds,
+                        score_seconds=policy.score_seconds,
+                    )
+                    jobs.append(_Job(cost, setting, policy, prefetcher))
+        jobs.append(_Job(cost, Setting(Rule.LRU, everything, is_global, queue), lru, none, ALL_RESIDENT))
 
-    def run(job: tuple[Costs | None, Setting, Prefetcher, str | None]) -> SimulationResult:
-        cost, setting, prefetcher, _ = job
-        return simulate(workload, setting, prefetcher.plan, cost)
+    def run(job: _Job) -> SimulationResult:
+        return simulate(workload, job.setting, job.prefetcher.plan, job.cost, job.policy.scores_SX)
 
     results: list[SimulationResult] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as threads:
         for result in threads.map(run, jobs):
             results.append(result)
             on_done()
-    slowest = {id(cost): result for (cost, _, _, label), result in zip(jobs, results, strict=True) if label == ON_DEMAND}
+    slowest = {id(job.cost): result for job, result in zip(jobs, results, strict=True) if job.label == ON_DEMAND}
+    gaps = {
+        size: Gap(workload, size, is_global, None if division is None else division(size))
+        for size in {size for sizes in capacities for size in sizes}
+    }
     return [
-        _row(workload, cost, prefetcher, label, result, everything, slowest[id(cost)].tokens_per_second)
-        for (cost, _, prefetcher, label), result in zip(jobs, results, strict=True)
+        _row(workload, job, result, everything, slowest[id(job.cost)].tokens_per_second, gaps.get(job.setting.capacity))
+        for job, result in zip(jobs, results, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One simulation. label: what bound it is, if it is one."""
+
+    cost: Costs | None
+    setting: Setting
+    policy: Evictor
+    prefetcher: Prefetcher
+    label: str | None = None
 
 
 def _row(
     workload: Workload,
-    cost: Costs | None,
-    prefetcher: Prefetcher,
-    label: str | None,
+    job: _Job,
     result: SimulationResult,
     everything: int,
     on_demand: float | None,
+    gap: Gap | None,
 ) -> SimulatedRow:
+    cost, prefetcher, label = job.cost, job.prefetcher, job.label
+    is_comparable = gap is not None and label is None and prefetcher.name == NONE
+    captured, low, high = gap.captured(result) if gap is not None and is_comparable else (None, None, None)
     requests, setting, of = workload.requests, result.setting, result.total
     pools = 1 if setting.is_global else requests.layers
     tokens = max(1, result.decode_tokens)
@@ -184,9 +214,14 @@ def _row(
         capacity=setting.capacity,
         share=setting.capacity / everything,
         gigabytes=None if cost is None else setting.capacity * pools * cost.expert_bytes / 1e9,
-        policy=label or setting.policy.label,
+        policy=label or job.policy.name,
         prefetch=prefetcher.name,
         predict_microseconds=round(setting.predict_seconds * 1e6, 1),
+        policy_microseconds=round(setting.policy_seconds * 1e6, 2),
+        score_microseconds=round(setting.score_seconds * 1e6, 1),
+        gap_captured=captured,
+        gap_low=low,
+        gap_high=high,
         hit_rate=result.hit_rate,
         late=of(Count.LATE) / requested,
         miss=of(Count.MISS) / requested,

@@ -55,7 +55,7 @@ class Predictor(ABC):
     about: ClassVar[str]
     source: ClassVar[str]
     sees: ClassVar[str]
-    tasks: ClassVar[frozenset[Task]] = frozenset(Task)
+    tasks: ClassVar[frozenset[Task]] = frozenset(task for task in Task if task.predicts_experts)
     defaults: ClassVar[TrainingOptions] = TrainingOptions()
     needs_router_inputs: ClassVar[bool] = False
     can_take_router_inputs: ClassVar[bool] = False
@@ -117,8 +117,8 @@ class Predictor(ABC):
         """Predict from what a runtime knows now.
 
         Call a `next-layer` predictor after `History.add`: it predicts layers l+1 to l+H of the current token, where l is the
-        last layer added. Call a `whole-path` predictor at any time after `History.begin`, and a `next-token` predictor after
-        the last layer of a token: both predict all layers.
+        last layer added. Call a `whole-path` or `reuse` predictor at any time after `History.begin`, and a `next-token`
+        predictor after the last layer of a token: these predict all layers.
 
         Args:
             history: The sequence so far. It must have the layers, experts and top-k of this predictor.
@@ -141,7 +141,12 @@ class Predictor(ABC):
         own, other = (replace(shape, horizon=1, task=Task.NEXT_TOKEN) for shape in (self.shape, history.shape))
         if own != other:
             raise SpecmoeError(f"{self.name} is for {self.shape}, but the history is for {history.shape}")
-        known = {Task.NEXT_LAYER: range(self.shape.layers - 1), Task.WHOLE_PATH: range(-1, self.shape.layers)}
+        at_any_time = range(-1, self.shape.layers)
+        known = {
+            Task.NEXT_LAYER: range(self.shape.layers - 1),
+            Task.WHOLE_PATH: at_any_time,
+            Task.REUSE: at_any_time,
+        }
         expected = known.get(self.shape.task, range(self.shape.layers - 1, self.shape.layers))
         if not history.tokens or history.layer not in expected:
             where = f"after layer {history.layer} of token {history.tokens - 1}" if history.tokens else "before the first token"

@@ -29,6 +29,8 @@ def predictor_classes() -> dict[str, type[Predictor]]:
     from speculation.predictors.neural.pre_attention import PreAttention
     from speculation.predictors.neural.recommended import Recommended
     from speculation.predictors.neural.recommended_small import RecommendedSmall
+    from speculation.predictors.neural.reuse import Reuse
+    from speculation.predictors.neural.reuse_small import ReuseSmall
     from speculation.predictors.neural.statistics_aware import StatisticsAware
     from speculation.predictors.neural.transformer import Transformer
 
@@ -53,6 +55,8 @@ def predictor_classes() -> dict[str, type[Predictor]]:
         PreAttention,
         Recommended,
         RecommendedSmall,
+        Reuse,
+        ReuseSmall,
     )
     return {cls.name: cls for cls in classes}
 

@@ -47,9 +47,13 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         *([f"- **last epoch**: {last}"] if last else []),
         f"- **source**: {plain_text(predictor.source)}",
         "",
-        "To evaluate it on held-out problems, next to chance, popularity and a shuffled control:",
+        *(
+            ("To evaluate it on held-out problems, next to chance, popularity and a shuffled control:",)
+            if shape.task.predicts_experts
+            else ("To see what a cache gains by it on held-out problems, next to lru, belady and a shuffled control:",)
+        ),
         "",
-        "    specmoe evaluate RUN --trace TRACE",
+        "    specmoe evaluate RUN --trace TRACE" if shape.task.predicts_experts else "    specmoe simulate TRACE --policy RUN",
         "",
         "```python",
         "from speculation import History, load_predictor",

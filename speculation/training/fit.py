@@ -18,7 +18,7 @@ from speculation.data.tasks import Shape, Task
 from speculation.predictors.neural.loop import CHECKPOINTS
 from speculation.predictors.options import Progress, TrainingOptions
 from speculation.predictors.registry import find_predictor
-from speculation.training.runs import BASELINES, CONFIG_FILE, Run, load_run, save_run
+from speculation.training.runs import BASELINES, CONFIG_FILE, Run, baseline_shape, load_run, save_run
 
 Load = Callable[[Trace, str, npt.NDArray[np.uint64] | None], RouteSource]
 """Loads one part of a trace, in one group or in several, without the problems that have one of the digests."""
@@ -90,7 +90,7 @@ def train(
     seconds = time.monotonic() - began
     baselines = {}
     for name in BASELINES:
-        baselines[name] = find_predictor(name)(shape)
+        baselines[name] = find_predictor(name)(baseline_shape(shape))
         baselines[name].fit(train_routes, None, options, on_progress)
     facts = {
         "train_seconds": round(seconds, 2),

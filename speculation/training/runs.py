@@ -20,7 +20,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +78,11 @@ class Run:
     trace_sha256: str | None
     trained_on: npt.NDArray[np.uint64]
     train_seconds: float
+
+
+def baseline_shape(shape: Shape) -> Shape:
+    """What the baselines of a run predict: the same as the predictor or, for `reuse`, the experts of the token itself."""
+    return shape if shape.task.predicts_experts else replace(shape, task=Task.WHOLE_PATH)
 
 
 def save_run(
@@ -178,7 +183,7 @@ def load_run(path: Path) -> Run:
     baselines = {}
     for baseline in BASELINES:
         own = {key.split("/", 1)[1]: array for key, array in stored.items() if key.startswith(f"{baseline}/")}
-        baselines[baseline] = find_predictor(baseline).restore(shape, {}, own)
+        baselines[baseline] = find_predictor(baseline).restore(baseline_shape(shape), {}, own)
     trained_on = _load_arrays(path / "problems.safetensors").get("digests")
     if trained_on is None or trained_on.ndim != 1 or trained_on.dtype != np.uint64:
         raise SpecmoeError(f"{path}/problems.safetensors: expected 'digests', uint64 of one dimension")

@@ -60,7 +60,7 @@ def test_groups_together_are_the_part(part: str, shards: int, trace: Trace) -> N
 @pytest.mark.parametrize("task", list(Task))
 @pytest.mark.parametrize("name", ["popularity", "previous-token", "conditional-counts", "token-identity"])
 def test_counts_are_those_of_the_whole(name: str, task: Task, trace: Trace) -> None:
-    shape = Shape.of(trace.metadata.model, 1 if task == Task.WHOLE_PATH else 2, task)
+    shape = Shape.of(trace.metadata.model, 1 if task in {Task.WHOLE_PATH, Task.REUSE} else 2, task)
     fitted = []
     for source in (load_routes(trace, "train"), RouteGroups(trace, "train", 2)):
         predictor = find_predictor(name)(shape)

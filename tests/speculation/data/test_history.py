@@ -25,7 +25,9 @@ CASES = [(name, task) for name, cls in predictor_classes().items() for task in s
 
 
 def shape_of(task: Task, horizon: int = 2) -> Shape:
-    return Shape(layers=LAYERS, experts=EXPERTS, top_k=TOP_K, horizon=1 if task == Task.WHOLE_PATH else horizon, task=task)
+    return Shape(
+        layers=LAYERS, experts=EXPERTS, top_k=TOP_K, horizon=1 if task in {Task.WHOLE_PATH, Task.REUSE} else horizon, task=task
+    )
 
 
 def random_routes(problems: int = 12, tokens: int = 25, seed: int = 0) -> Routes:
@@ -69,7 +71,7 @@ def test_predictions_are_those_from_whole_routes(name: str, task: Task, monkeypa
     for token in range(18):
         expected_LHE = predictor.probabilities(routes, slice(token, token + 1))[0]
         history.begin(int(routes.token_keys_T[token]), is_decode=False)
-        if task == Task.WHOLE_PATH:
+        if task in {Task.WHOLE_PATH, Task.REUSE}:
             assert by_expert(predictor.predict(history)) == pytest.approx(expected_LHE, abs=2e-5)
         for layer in range(LAYERS):
             # In any order; it is the weights that say which is the strongest.

@@ -35,6 +35,7 @@ def decoded(chosen_RN: list[list[int]], layers: int, experts: int) -> Workload:
         first_S=np.arange(steps + 1),
         is_decode_S=np.ones(steps, dtype=np.bool_),
         samples_next_N=np.ones(steps, dtype=np.bool_),
+        problem_S=np.zeros(steps, dtype=np.int64),
     )
     return Workload(requests, np.tile(np.arange(experts, 0, -1.0), (layers, 1)))
 

@@ -51,6 +51,7 @@ def requests_from(steps: Steps, experts: int) -> Requests:
         tokens_N=np.arange(len(steps)),
         first_S=np.arange(len(steps) + 1),
         is_decode_S=np.ones(len(steps), dtype=np.bool_),
+        problem_S=np.arange(len(steps)),
         samples_next_N=np.ones(len(steps), dtype=np.bool_),
     )
 

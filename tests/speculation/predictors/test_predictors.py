@@ -111,6 +111,8 @@ def test_conditional_counts_know_the_current_layer(markov_trace: Trace) -> None:
 # Those that need router inputs are tested where there are some: test_router_inputs.py.
 OF_ROUTES = {name: cls for name, cls in predictor_classes().items() if not cls.needs_router_inputs}
 NEURAL = {name for name, cls in OF_ROUTES.items() if issubclass(cls, NeuralPredictor)}
+# Tasks that predict before the token's routes are known.
+BEFORE_THE_TOKEN = {Task.WHOLE_PATH, Task.REUSE}
 CASES = [(name, task) for name, cls in OF_ROUTES.items() for task in sorted(cls.tasks)]
 
 
@@ -120,7 +122,7 @@ FITTED: dict[tuple[str, Task], Predictor] = {}
 def fitted(name: str, task: Task, routes: Routes) -> Predictor:
     """Fitted once for all tests: the trace is the same in each."""
     if (name, task) not in FITTED:
-        horizon = 1 if task == Task.WHOLE_PATH else 2
+        horizon = 1 if task in BEFORE_THE_TOKEN else 2
         predictor = predictor_classes()[name](Shape(layers=4, experts=8, top_k=2, horizon=horizon, task=task))
         predictor.fit(routes, None, TrainingOptions(epochs=1, batch_tokens=64, width=32), no_progress)
         FITTED[name, task] = predictor
@@ -145,10 +147,10 @@ def test_at_next_layer_no_predictor_sees_later_layers(name: str, markov_trace: T
         assert np.abs(after[:, :layer] - before[:, :layer]).max() == 0, layer
 
 
-@pytest.mark.parametrize("name", [name for name, task in CASES if task == Task.WHOLE_PATH])
-def test_at_whole_path_no_predictor_sees_the_token_s_routes(name: str, markov_trace: Trace) -> None:
+@pytest.mark.parametrize(("name", "task"), [(name, task) for name, task in CASES if task in BEFORE_THE_TOKEN])
+def test_before_the_token_no_predictor_sees_its_routes(name: str, task: Task, markov_trace: Trace) -> None:
     routes = load_routes(markov_trace, "train")
-    predictor = fitted(name, Task.WHOLE_PATH, routes)
+    predictor = fitted(name, task, routes)
     before = predictor.probabilities(routes, slice(5, 6)).copy()
     after = predictor.probabilities(with_other_routes(routes, slice(5, 6), slice(None)), slice(5, 6))
     assert np.abs(after - before).max() == 0
@@ -175,7 +177,7 @@ def test_targets_by_hand() -> None:
     assert routes.followers_T.tolist() == [2, 1, 0, 1, 0, 0]
 
     def about(task: Task, hop: int) -> list[list[int]]:
-        shape = Shape(layers=3, experts=18, top_k=1, horizon=1 if task == Task.WHOLE_PATH else 2, task=task)
+        shape = Shape(layers=3, experts=18, top_k=1, horizon=1 if task in {Task.WHOLE_PATH, Task.REUSE} else 2, task=task)
         true = targets(routes, shape, np.arange(6), hop)
         found: list[list[int]] = np.where(true.is_valid_TL, true.ids_TLK[:, :, 0].astype(int), -1).tolist()
         return found
@@ -237,7 +239,7 @@ def test_token_identity_by_hand() -> None:
 
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_a_run_survives_storage(name: str, task: Task, markov_trace: Trace, tmp_path: Path) -> None:
-    horizon = 1 if task == Task.WHOLE_PATH else 2
+    horizon = 1 if task in {Task.WHOLE_PATH, Task.REUSE} else 2
     options = replace(OPTIONS, epochs=2, width=32)
     run = train(markov_trace, name, tmp_path / "run", task=task, horizon=horizon, options=options)
     again = load_run(tmp_path / "run")

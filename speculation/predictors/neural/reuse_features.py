@@ -1,0 +1,152 @@
+"""What the reuse of an expert is predicted from: its recent use, and what followed earlier occurrences of the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from speculation.data.repeats import RUN_LENGTHS
+
+# Tokens over which recent use fades, and how many tokens back it is summed.
+FADES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+WINDOW = 256
+# Tokens over which the use after an earlier occurrence fades, and how many tokens after it are looked at.
+MATCH_FADES = (3.0, 12.0, 48.0)
+AFTER_MATCH = 96
+# For each expert: faded sums, the time since the last use; and for each length of a run, whether it was used at the place of
+# the match, and how soon after it.
+FEATURES = len(FADES) + 1 + len(RUN_LENGTHS) * (1 + len(MATCH_FADES))
+# Among them, the faded sum over 16 tokens; and for each run length, the use at the match and the use that fades over 12 tokens.
+RECENT = FADES.index(16.0)
+AT_MATCH = slice(len(FADES) + 1, FEATURES, 1 + len(MATCH_FADES))
+SOON_AFTER = slice(len(FADES) + 3, FEATURES, 1 + len(MATCH_FADES))
+# Uses farther ahead than this many time constants count as none.
+FARTHEST = 8
+
+
+def reuse_features(
+    expert_ids_TLK: npt.NDArray[Any],
+    first_T: npt.NDArray[np.int64],
+    match_TR: npt.NDArray[np.int64],
+    tokens_T: npt.NDArray[np.int64],
+    experts: int,
+) -> npt.NDArray[np.float32]:
+    """The features of every expert before the routes of a token are known, float32 `[T, L, E, FEATURES]`.
+
+    Args:
+        expert_ids_TLK: The routes; only those of earlier tokens of the same stretch are read.
+        first_T: The first token of each token's stretch.
+        match_TR: For each token and run length, the latest earlier place where the same run of tokens ended; -1 without one.
+        tokens_T: The tokens to compute the features of.
+        experts: E.
+    """
+    layers = expert_ids_TLK.shape[1]
+    found_TLEF = np.zeros((len(tokens_T), layers, experts, FEATURES), dtype=np.float32)
+    _compute(expert_ids_TLK, first_T, match_TR, tokens_T, np.array(FADES), np.array(MATCH_FADES), found_TLEF)
+    return found_TLEF
+
+
+@numba.njit(cache=True, nogil=True)
+def _compute(
+    ids: npt.NDArray[Any],
+    first: npt.NDArray[np.int64],
+    match: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.int64],
+    fades: npt.NDArray[np.float64],
+    match_fades: npt.NDArray[np.float64],
+    out: npt.NDArray[np.float32],
+) -> None:
+    layers, top_k = ids.shape[1:]
+    experts, runs, per_run = out.shape[2], match.shape[1], 1 + len(match_fades)
+    # The weight of a use that many tokens ago, as a mean per token; and of one that many tokens after a match.
+    weights = np.empty((WINDOW, len(fades)), dtype=np.float32)
+    for back in range(WINDOW):
+        weights[back] = np.exp(-back / fades) / fades
+    after = np.empty((AFTER_MATCH, len(match_fades)), dtype=np.float32)
+    for ahead in range(AFTER_MATCH):
+        after[ahead] = np.exp(-ahead / match_fades)
+    for n in range(len(tokens)):
+        token = tokens[n]
+        begin = max(first[token], token - WINDOW)
+        for at in range(token - 1, begin - 1, -1):
+            back = token - 1 - at
+            for layer in range(layers):
+                for k in range(top_k):
+                    row = out[n, layer, ids[at, layer, k]]
+                    if row[len(fades)] == 0.0:
+                        row[len(fades)] = back + 1
+                    for fade in range(len(fades)):
+                        row[fade] += weights[back, fade]
+        for run in range(runs):
+            place = match[token, run]
+            start = len(fades) + 1 + run * per_run
+            if place < 0:
+                continue
+            if run and match[token, run - 1] == place:
+                # A longer run often ends at the same place.
+                out[n, :, :, start : start + per_run] = out[n, :, :, start - per_run : start]
+                continue
+            for layer in range(layers):
+                for k in range(top_k):
+                    out[n, layer, ids[place, layer, k], start] = 1.0
+            for at in range(place + 1, min(token, place + 1 + AFTER_MATCH)):
+                for layer in range(layers):
+                    for k in range(top_k):
+                        row = out[n, layer, ids[at, layer, k]]
+                        if row[start + 1] == 0.0:
+                            for fade in range(len(match_fades)):
+                                row[start + 1 + fade] = after[at - place - 1, fade]
+        for layer in range(layers):
+            for expert in range(experts):
+                row = out[n, layer, expert]
+                for fade in range(len(fades)):
+                    # Scaled to about -2 to 2.
+                    row[fade] = np.log(row[fade] + np.float32(0.01)) + np.float32(2.5)
+                since = row[len(fades)] if row[len(fades)] > 0 else np.float32(token - begin + 20)
+                row[len(fades)] = np.log(since) - np.float32(2.0)
+
+
+def discounted_use(
+    expert_ids_TLK: npt.NDArray[Any],
+    followers_T: npt.NDArray[np.int64],
+    tokens_T: npt.NDArray[np.int64],
+    experts: int,
+    fade: float,
+) -> npt.NDArray[np.float32]:
+    """How soon every expert is used after a token, float32 `[T, L, E]`: `exp(-(n - 1) / fade)` for a next use n tokens later.
+
+    The token's own use does not count. 0 if the expert is not used again in the stretch, or not within `FARTHEST` times `fade`.
+
+    Args:
+        expert_ids_TLK: The routes.
+        followers_T: How many tokens of the same stretch follow each token.
+        tokens_T: The tokens.
+        experts: E.
+        fade: The time constant in tokens.
+    """
+    found_TLE = np.zeros((len(tokens_T), expert_ids_TLK.shape[1], experts), dtype=np.float32)
+    _look_ahead(expert_ids_TLK, followers_T, tokens_T, fade, found_TLE)
+    return found_TLE
+
+
+@numba.njit(cache=True, nogil=True)
+def _look_ahead(
+    ids: npt.NDArray[Any],
+    followers: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.int64],
+    fade: float,
+    out: npt.NDArray[np.float32],
+) -> None:
+    layers, top_k = ids.shape[1:]
+    for n in range(len(tokens)):
+        token = tokens[n]
+        for ahead in range(1, min(followers[token], int(FARTHEST * fade)) + 1):
+            value = np.exp(-(ahead - 1) / fade)
+            for layer in range(layers):
+                for k in range(top_k):
+                    expert = ids[token + ahead, layer, k]
+                    if out[n, layer, expert] == 0.0:
+                        out[n, layer, expert] = value
