@@ -106,6 +106,8 @@ def first_steps(requests: Requests, steps: int) -> Requests:
         first_S=requests.first_S[: steps + 1],
         is_decode_S=requests.is_decode_S[:steps],
         samples_next_N=requests.samples_next_N[:tokens],
+        is_draft_N=requests.is_draft_N[:tokens],
+        is_kept_N=requests.is_kept_N[:tokens],
     )
 
 
@@ -141,16 +143,12 @@ def synthetic_requests(steps: int) -> Requests:
         is_new = ~(now[:, :, None] == before[:, None, :]).any(2)
         order = np.argsort(~is_new, axis=1, kind="stable")
         ids_SLK[step] = np.concatenate([before, np.take_along_axis(now, order, 1)[:, : TOP_K - half]], axis=1)
-    return Requests(
+    return Requests.decoded(
+        ids_SLK.reshape(-1),
+        np.arange(steps * LAYERS + 1, dtype=np.int64) * TOP_K,
         layers=LAYERS,
         num_experts=EXPERTS,
         top_k=TOP_K,
-        experts_N=ids_SLK.reshape(-1),
-        starts_R=np.arange(steps * LAYERS + 1, dtype=np.int64) * TOP_K,
-        tokens_N=np.arange(steps),
-        first_S=np.arange(steps + 1),
-        is_decode_S=np.ones(steps, dtype=np.bool_),
-        samples_next_N=np.ones(steps, dtype=np.bool_),
     )
 
 

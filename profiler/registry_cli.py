@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from profiler.errors import ModelError
 from profiler.terminal import console, print_rows
 
+if TYPE_CHECKING:
+    from profiler.models.hosts import Host
+
 app = typer.Typer()
 
 
 @app.command()
 def models(
-    name: Annotated[str | None, typer.Argument(help="Show one model: its checkpoints, and which fit on which GPU.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Show one model: its checkpoints, the GPUs that it fits on, and hosts."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List the models that have a short name, or show how one of them runs. Any other hub id or model folder works too.
@@ -23,6 +29,7 @@ def models(
     Example: specmoe models mixtral-8x7b
     """
     from profiler.models.gpus import GPUS
+    from profiler.models.hosts import HOSTS, STORAGE
     from profiler.models.registry import MODELS, checkpoint, fits
     from profiler.models.resolve import DEMO_MODEL, resolve_model
 
@@ -59,7 +66,9 @@ def models(
         found = {gpu: [vars(preset) for preset in row if preset] for gpu, row in presets.items()}
         places = {precision: entry.checkpoints.get(precision) for precision in entry.precisions}
         facts_of = {key: value for key, value in vars(entry).items() if key not in {"checkpoints", "quantizable"}}
-        console.print_json(json.dumps(facts_of | {"checkpoints": places, "presets": found}))
+        hosts = [{**vars(host), "gpu": host.gpu and host.gpu.name} for host in HOSTS.values()]
+        offload = {"hosts": hosts, "storage": [vars(storage) for storage in STORAGE.values()]}
+        console.print_json(json.dumps(facts_of | {"checkpoints": places, "presets": found} | offload))
         return
     typer.echo(
         f"{name}: {entry.parameters} billion parameters, {entry.active} active per token; {entry.layers} layers, "
@@ -86,6 +95,26 @@ def models(
             }
         )
     print_rows(rows, as_json)
+    typer.echo("Hosts and storage for the experts that do not fit (specmoe simulate --host NAME --storage NAME):")
+    print_rows([_host_row(host) for host in HOSTS.values()], as_json)
+    print_rows(
+        [
+            {"storage": storage.name, "GB/s": f"{storage.bandwidth:.2f}", "data sheet": storage.drive}
+            for storage in STORAGE.values()
+        ],
+        as_json,
+    )
+
+
+def _host_row(host: Host) -> dict[str, str]:
+    return {
+        "host": host.name,
+        "memory": host.memory,
+        "GB/s": f"{host.bandwidth:.1f}",
+        "cores": str(host.cores),
+        "TFLOP/s": f"{host.tflops:.1f}",
+        "data sheet": host.cpu,
+    }
 
 
 @app.command()

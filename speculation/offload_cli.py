@@ -15,6 +15,7 @@ from rich.table import Table
 from analysis.documents.simulation import BOUNDS, SimulatedRow, Simulation
 from profiler.errors import SpecmoeError
 from profiler.models.gpus import find_gpu
+from profiler.models.hosts import find_host, find_storage
 from profiler.models.registry import PRECISIONS
 from profiler.trace.reader import Trace
 from profiler.trace.writer import write_text
@@ -43,7 +44,7 @@ PrecisionName = Annotated[
 
 
 class Policy(StrEnum):
-    """Which expert a full cache evicts, of the policies that need neither the future nor a predictor."""
+    """Which expert a full cache evicts, of the policies that need no predictor."""
 
     lru = "lru"
     lfu = "lfu"
@@ -54,6 +55,7 @@ class Policy(StrEnum):
     lfu_aged = "lfu-aged"
     slru = "slru"
     least_stale = "least-stale"
+    belady = "belady"
 
     @property
     def rule(self) -> Rule:
@@ -69,6 +71,14 @@ POLICIES = (
     "(slru), loaded first (fifo), loaded first among those that the current step does not use (least-stale), used least in "
     "training (popularity), or needed last (belady, which knows the future)"
 )
+
+
+class OnMiss(StrEnum):
+    """What happens to an expert that the cache lacks."""
+
+    copy = "copy"
+    host = "host"
+    cheapest = "cheapest"
 
 
 @app.command()
@@ -148,6 +158,37 @@ def simulate(
         int, typer.Option(min=1, help="Prefetches that may wait for the interconnect; further ones are dropped.")
     ] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded at the same time.")] = 1,
+    miss: Annotated[
+        list[OnMiss] | None,
+        typer.Option(
+            help="What happens to an expert that the cache lacks: it is copied to the GPU (copy), computed on the host and "
+            "copied in the background (host), or the one of both that ends first (cheapest). May be repeated. Default: copy."
+        ),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Host that computes experts; 'specmoe models NAME' lists them. Default: none.")
+    ] = None,
+    host_bandwidth: Annotated[
+        float | None,
+        typer.Option(min=0, help="GB/s of host memory that expert computation reaches. Default: 70 % of the host's bandwidth."),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Storage with the experts that host memory does not hold; 'specmoe models NAME' lists it."),
+    ] = None,
+    ram_gb: Annotated[
+        float | None, typer.Option(min=0, help="Host memory for experts in GB; the others are on storage. Default: for all.")
+    ] = None,
+    ram_fraction: Annotated[float | None, typer.Option(min=0, max=1, help="The same as a share of all experts.")] = None,
+    draft_tokens: Annotated[
+        int, typer.Option(min=0, help="Speculative decoding: draft tokens that each step verifies for a sequence.")
+    ] = 0,
+    acceptance: Annotated[
+        float, typer.Option(min=0, max=1, help="Probability that a draft token is accepted if the one before it was.")
+    ] = 0.7,
+    draft_ms: Annotated[
+        float, typer.Option("--draft-ms", min=0, help="Time in which the draft model drafts one token, in milliseconds.")
+    ] = 0.0,
     part: Annotated[PartName, typer.Option(help="Which problems to simulate: a part of the split.")] = PartName.test,
     out: Annotated[
         Path | None, typer.Option(help="Write simulation.json, simulation.csv and a plot (simulation.html) to this folder.")
@@ -160,10 +201,24 @@ def simulate(
     Example: specmoe simulate traces/math --predictor none --predictor runs/math --predictor oracle --cache-fraction .25
 
     Example: specmoe simulate traces/math --device H100 --device "RTX 3090" --cache-gb 8 --out simulations/math
+
+    Example: specmoe simulate traces/math --miss copy --miss host --host "DDR5-5600 desktop" --ram-gb 16 --storage "NVMe Gen4"
     """
+    from speculation.offload.requests import Drafting
     from speculation.offload.simulation_page import write_simulation
+    from speculation.offload.state import Miss
     from speculation.offload.study import Study
 
+    if ram_gb is not None and ram_fraction is not None:
+        raise SpecmoeError("--ram-gb and --ram-fraction say the same: give one of them")
+    host_found = None if host is None else find_host(host)
+    gpus = tuple(find_gpu(name) for name in device or ())
+    if host_found is not None and host_found.gpu is not None:
+        if gpus:
+            raise SpecmoeError(f"--host {host} computes with its own GPU, from the same memory: leave --device out")
+        gpus = (host_found.gpu,)
+    elif not gpus and not measure:
+        gpus = (find_gpu("RTX 4090"),)
     study = Study(
         trace=Trace.open(trace),
         part=part.value,
@@ -173,7 +228,7 @@ def simulate(
         fractions=tuple(cache_fraction or (() if cache_gb else (0.1, 0.25, 0.5))),
         gigabytes=tuple(cache_gb or ()),
         is_global=global_cache,
-        devices=tuple(find_gpu(name) for name in device or (() if measure else ("RTX 4090",))),
+        devices=gpus,
         measure=measure,
         model=model,
         precision=precision,
@@ -183,6 +238,14 @@ def simulate(
         threshold=threshold,
         queue=queue,
         batch=batch,
+        host=host_found,
+        host_bandwidth=host_bandwidth,
+        misses=tuple(Miss[name.value.upper()] for name in miss or (OnMiss.copy,)),
+        storage=None if storage is None else find_storage(storage),
+        ram_gigabytes=ram_gb,
+        ram_fraction=ram_fraction,
+        drafting=Drafting(tokens=draft_tokens, acceptance=acceptance),
+        draft_milliseconds=draft_ms,
         slots=slots,
     )
     if out is not None and out.exists() and not out.is_dir():
@@ -211,7 +274,7 @@ def replay(
         ),
     ] = None,
     policy: Annotated[
-        Policy, typer.Option(help="Which expert a full cache evicts (see 'specmoe simulate --help').")
+        Policy, typer.Option(help="Which expert a full cache evicts (see 'specmoe simulate --help'); any but belady.")
     ] = Policy.lru,
     cache_fraction: Annotated[float, typer.Option(min=0, max=1, help="Cache size as a share of all experts.")] = 0.25,
     on: Annotated[On | None, typer.Option(help="Device to replay on. Default: cuda if there is a GPU, else cpu.")] = None,
@@ -303,8 +366,8 @@ def print_simulation(simulation: Simulation) -> None:
         for row in sizes.values():
             size = f", {row.gigabytes or 0:.1f} GB" if is_timed else ""
             shown.add_column(f"{row.share:.0%} ({row.capacity}{size})", justify="right", no_wrap=True)
-        for policy, prefetch in dict.fromkeys((row.policy, row.prefetch) for row in rows if row.policy not in BOUNDS):
-            found = {row.capacity: row for row in rows if (row.policy, row.prefetch) == (policy, prefetch)}
+        for policy, prefetch in dict.fromkeys((row.label, row.prefetch) for row in rows if row.policy not in BOUNDS):
+            found = {row.capacity: row for row in rows if (row.label, row.prefetch) == (policy, prefetch)}
             shown.add_row(policy, escape(prefetch), *(_cell(found[size]) for size in sizes))
         console.print(shown)
         for row in rows:
@@ -313,7 +376,7 @@ def print_simulation(simulation: Simulation) -> None:
         for row in simulation.best:
             if row.device == device.name and is_timed:
                 typer.echo(
-                    f"Fastest with {row.gigabytes or 0:.1f} GB of experts: {row.policy}, prefetch {row.prefetch}, "
+                    f"Fastest with {row.gigabytes or 0:.1f} GB of experts: {row.label}, prefetch {row.prefetch}, "
                     f"{row.tokens_per_second or 0:.1f} tokens/s, {row.times_on_demand or 0:.1f} x on demand"
                     + (f", {row.gain:.2f} x the fastest without prefetching" if row.gain else "")
                 )

@@ -10,9 +10,11 @@ from analysis.documents.evaluation import CONTROL
 from analysis.documents.reading import read_document
 
 SIMULATION_FILE = "simulation.json"
-# Rows that need no policy: without a cache, and with a cache that has room for every expert.
-ON_DEMAND, ALL_RESIDENT = "on demand", "all resident"
-BOUNDS = (ON_DEMAND, ALL_RESIDENT)
+# Rows that need no policy: without a cache, with every expert copied or computed on the host; and with room for every expert.
+ON_DEMAND, ON_HOST, ALL_RESIDENT = "on demand", "on host", "all resident"
+BOUNDS = (ON_DEMAND, ON_HOST, ALL_RESIDENT)
+# What happens on a miss, in files of earlier versions always.
+COPY = "copy"
 # The policy and the prefetcher that use future knowledge.
 BELADY, ORACLE = "belady", "oracle"
 DEFINITIONS = {
@@ -20,12 +22,17 @@ DEFINITIONS = {
     "gap_captured": "without prefetching: (hits - those of lru) / (those of belady - those of lru), with the same cache; 0 is "
     "lru, 1 the best possible; gap_low and gap_high: 95 % interval from resampling the problems, 1,000 times",
     "late": "chosen experts whose prefetch was still in transfer, so that their layer waits for it, over all that were chosen",
-    "miss": "chosen experts that were neither cached nor in transfer: demand loads, over all that were chosen",
-    "loads_per_token": "transfers of experts to the device, demand loads and prefetches, per token",
+    "miss": "chosen experts that were neither cached nor in transfer: loaded on demand or computed on the host, over all that "
+    "were chosen",
+    "on_host": "chosen experts that the host computed, over all that were chosen",
+    "loads_per_token": "transfers of experts to the device, demand loads, prefetches and fills, per token",
+    "filled_per_token": "fills: background copies of experts that the host computed, per token",
+    "ram_hit_rate": "misses that were in host memory and not on storage only, over all misses",
+    "reads_per_token": "reads of experts from storage, per token",
     "wasted": "prefetched experts that were evicted before a use, or never used, over all prefetched ones",
     "collisions_per_token": "misses of experts that had been evicted earlier in the same step, per token",
     "streamed_per_token": "experts loaded for one request and not kept, because the cache had no room for them, per token",
-    "stalled": "share of the time in which the computation waits for transfers",
+    "stalled": "share of the time in which the device's computation of experts waits for transfers, reads, and the host",
     "times_on_demand": "tokens per second over those without a cache",
     "counts_by_layer": "for each MoE layer, by the name of the event: experts requested, hit, late and missed; transfers "
     "(loads), and prefetches among them (prefetched), useful and wasted; collisions; experts streamed; predictions dropped "
@@ -41,11 +48,13 @@ class SimulatedRow(BaseModel):
         capacity: Number of experts that fit, in each layer's cache or in the one for all layers.
         share: The same as a share of all experts.
         policy: The policy, or one of `BOUNDS`.
+        on_miss: What happens to experts that the cache lacks: `copy`, `host` or `cheapest`.
+        ram: Number of experts that host memory holds, the others being on storage; None: all.
         prefetch: The prefetcher.
         predict_microseconds: Measured time of one prediction.
-        slots_by_layer: Number of experts that fit in each layer's cache, if they differ; `capacity` is then their mean.
         policy_microseconds, score_microseconds: Measured time of the policy per request, and of its predictor per layer.
         gap_captured, gap_low, gap_high: See `DEFINITIONS`; None with prefetching, or where lru and belady hit equally often.
+        slots_by_layer: Number of experts that fit in each layer's cache, if they differ; `capacity` is then their mean.
         gain: In `Simulation.best`, tokens/s over the best row without prefetching.
 
     Older files lack the fields that have a default.
@@ -56,6 +65,8 @@ class SimulatedRow(BaseModel):
     share: float = Field(ge=0, le=1)
     gigabytes: float | None
     policy: str
+    on_miss: str = COPY
+    ram: int | None = None
     prefetch: str
     predict_microseconds: float = 0.0
     policy_microseconds: float = 0.0
@@ -66,8 +77,12 @@ class SimulatedRow(BaseModel):
     hit_rate: float = Field(ge=0, le=1)
     late: float | None = None
     miss: float | None = None
+    on_host: float | None = None
     loads_per_token: float | None = None
     gigabytes_per_token: float | None = None
+    filled_per_token: float | None = None
+    ram_hit_rate: float | None = None
+    reads_per_token: float | None = None
     prefetched_per_token: float | None = None
     wasted: float | None = None
     collisions_per_token: float | None = None
@@ -83,6 +98,11 @@ class SimulatedRow(BaseModel):
     gain: float | None = None
 
     @property
+    def label(self) -> str:
+        """The policy, and what happens on a miss unless it is a copy."""
+        return self.policy if self.on_miss == COPY or self.policy in BOUNDS else f"{self.policy}, {self.on_miss}"
+
+    @property
     def is_possible(self) -> bool:
         """Whether a policy and a prefetcher were simulated that use no future knowledge, and no control."""
         is_control = self.prefetch.endswith(CONTROL) or self.policy.endswith(CONTROL)
@@ -90,7 +110,11 @@ class SimulatedRow(BaseModel):
 
 
 class SimulatedCosts(BaseModel):
-    """Bytes and seconds of `speculation.offload.costs.Costs`. copy_seconds: None if nothing can be transferred."""
+    """Bytes and seconds of `speculation.offload.costs.Costs`.
+
+    copy_seconds: None if nothing can be transferred. host_expert_seconds, storage_seconds: None without a host that computes,
+    and without storage.
+    """
 
     model: str
     device: str
@@ -101,6 +125,10 @@ class SimulatedCosts(BaseModel):
     token_seconds: float
     layer_seconds: float
     layer_token_seconds: float
+    host_expert_seconds: float | None = None
+    host_token_seconds: float = 0.0
+    host_latency: float = 0.0
+    storage_seconds: float | None = None
     assumptions: list[str] = []
 
 
@@ -119,6 +147,7 @@ class Simulation(BaseModel):
         layers, num_experts, top_k: Shape of the model; None in older files.
         part: Simulated part of the split, with `problems` problems and `tokens` tokens.
         batch: Sequences decoded at the same time.
+        draft_tokens, acceptance: Draft tokens that a step verifies for each sequence, and the probability to accept one.
         is_global: Whether one cache serves all layers.
         notes: What a reader of any of the numbers must know.
         best: For each device and size, the fastest row that uses no future knowledge.
@@ -135,6 +164,8 @@ class Simulation(BaseModel):
     problems: int | None = None
     tokens: int | None = None
     batch: int = 1
+    draft_tokens: int = 0
+    acceptance: float = 0.0
     is_global: bool = False
     definitions: dict[str, str] = {}
     devices: list[SimulatedDevice]

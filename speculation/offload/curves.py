@@ -70,8 +70,8 @@ def lru_curves(workload: Workload, *, is_global: bool = False) -> HitCurves:
 
     Example:
         >>> from speculation.offload.requests import Requests
-        >>> experts_N, tokens_N, is_decode_S = np.array([0, 2, 0, 1], dtype=np.int32), np.arange(4), np.ones(4, dtype=bool)
-        >>> requests = Requests(1, 3, 1, experts_N, np.arange(5), tokens_N, np.arange(5), is_decode_S, is_decode_S, tokens_N)
+        >>> experts = np.array([0, 2, 0, 1], dtype=np.int32)
+        >>> requests = Requests.decoded(experts, np.arange(5), layers=1, num_experts=3, top_k=1)
         >>> lru_curves(Workload(requests, np.array([[0.5, 0.3, 0.2]]))).hits_LC.tolist()
         [[0, 1, 2, 4]]
     """

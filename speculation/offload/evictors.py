@@ -70,12 +70,14 @@ def scores_by_step(scores_TX: npt.NDArray[np.float32], requests: Requests) -> np
     """The scores of experts in each step `[S, L * E]`, from those after each token `[T, L * E]`.
 
     A step of several sequences combines them as if they were independent: one minus the product of `1 - score`. A prompt's
-    chunk has the scores of its last token.
+    chunk, and draft tokens that are verified together, have the scores of their last token.
     """
-    tokens_S, last_S = requests.tokens_S, requests.first_S[1:] - 1
-    scores_SX = scores_TX[requests.tokens_N[last_S]]
-    for step in np.flatnonzero(requests.is_decode_S & (tokens_S > 1)):
-        tokens = requests.tokens_N[requests.first_S[step] : requests.first_S[step + 1]]
+    scores_SX = scores_TX[requests.tokens_N[requests.first_S[1:] - 1]]
+    # The last token of each sequence in a step: no draft token of the same sequence follows.
+    is_last_N = ~np.append(requests.is_draft_N[1:], False)
+    for step in np.flatnonzero(requests.is_decode_S & (requests.sequences_S > 1)):
+        entries = slice(requests.first_S[step], requests.first_S[step + 1])
+        tokens = requests.tokens_N[entries][is_last_N[entries]]
         scores_SX[step] = 1 - np.prod(1 - scores_TX[tokens], axis=0)
     return scores_SX
 

@@ -18,7 +18,7 @@ class Gap:
         workload: The requests.
         capacity: Experts in each layer's cache, or in the one cache.
         is_global: Whether one cache serves all layers.
-        slots: Experts in each layer's cache, if they differ.
+        slots: Experts in the cache of each layer, if they differ.
     """
 
     def __init__(self, workload: Workload, capacity: int, is_global: bool, slots: tuple[int, ...] | None = None) -> None:

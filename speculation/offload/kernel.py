@@ -14,21 +14,29 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from speculation.offload.policies import begin_step, choose_victim, note_load, note_next_use, note_use, start_expert
+from speculation.offload.background import begin_reads, begin_transfers, enqueue_fill, enqueue_prediction
+from speculation.offload.misses import load_missing, serve
+from speculation.offload.policies import begin_step, note_next_use, note_use, start_expert
+from speculation.offload.ram import Ram
 from speculation.offload.state import (
-    ABSENT,
+    ALL,
     COMING,
+    FILLS,
     MISSED,
     NEVER,
     ORDER,
+    PREDICTED,
     PRESENT,
+    READS,
     WAITING,
     Clock,
     Count,
     Experts,
     Integers,
     Limits,
-    Queue,
+    Lines,
+    Miss,
+    Queues,
     Rule,
     Seconds,
 )
@@ -49,16 +57,19 @@ def play(
     plan_layers_N: npt.NDArray[np.int32],
     plan_experts_N: npt.NDArray[np.int32],
     plan_scores_N: npt.NDArray[np.float32],
+    draft_seconds_S: Seconds,
     layer_seconds_S: Seconds,
     expert_floor_S: Seconds,
-    expert_seconds: float,
+    host_floor_S: Seconds,
     predict_seconds: float,
     limits: Limits,
     popularity: Integers,
     capacities: Integers,
     scores_SX: npt.NDArray[np.float32],
     experts: Experts,
-    queue: Queue,
+    ram: Ram,
+    queues: Queues,
+    lines: Lines,
     clocks: Sequence[Clock],
 ) -> tuple[Integers, Integers, Seconds, Seconds]:
     """Play all requests.
@@ -71,16 +82,18 @@ def play(
         asking_S: predictions that each step makes after each layer.
         next_use_N: for each entry of `experts_N`, the next request that chooses the same expert; `NEVER` if none does.
         plan_starts_Q, plan_layers_N, plan_experts_N, plan_scores_N: see `PrefetchPlan`.
+        draft_seconds_S: time before a step's first layer.
         layer_seconds_S: for each layer of a step, time of everything but the experts.
-        expert_floor_S: the least time that a layer's experts take.
-        expert_seconds: computation of one expert.
+        expert_floor_S: the least time that a layer's experts take on the device.
+        host_floor_S: the least time that all of them would take on the host.
         predict_seconds: one prediction; predictions are made one after the other.
         limits: numbers that stay.
         popularity: ranks of all experts `[L * E]`, the most popular highest.
         capacities: how many experts each cache holds, `[L]`, or `[1]` if there is one for all layers.
         scores_SX: for `Rule.LEARNED`, the reuse score of every expert in each step `[S, L * E]`; else `[1, 0]`.
         experts: all experts' records `[L * E]`, from `expert_records`; changed.
-        queue: room for predictions that wait for their transfer; changed.
+        ram: host memory, from `ram_records`; of no experts if it holds all. Changed.
+        queues, lines: room for queued transfers, and what of it is in use (three `LINE` records of zeros); changed.
         clocks: one `CLOCK` record of zeros; changed.
     """
     layers, num_experts = limits.layers, limits.num_experts
@@ -94,9 +107,14 @@ def play(
     _fill(popularity, capacities, experts, slots, held, limits.rule)
     clock = clocks[0]
     can_copy = np.isfinite(limits.copy_seconds)
+    has_storage = limits.ram != ALL
+    # Else every miss is copied from host memory.
+    has_choice = has_storage or limits.miss != Miss.COPY
+    on_host = np.zeros(num_experts, dtype=np.bool_)
 
     for step in range(steps):
         stall = 0.0
+        clock.now += draft_seconds_S[step]
         clock.step = step
         clock.kind = 1 if is_decode_S[step] else 0
         if limits.rule == Rule.LEARNED:
@@ -112,14 +130,24 @@ def play(
             if layer >= 0:
                 clock.now += layer_seconds_S[step]
                 routed = clock.now
-                if clock.waiting:
-                    _begin_prefetches(queue, clock, clock.computed, False, limits, experts, capacities, slots, held, counts)
+                if lines[READS].waiting:
+                    begin_reads(queues, lines, clock, False, limits, experts, counts, ram)
+                if lines[PREDICTED].waiting or lines[FILLS].waiting:
+                    begin_transfers(
+                        queues, lines, clock, clock.computed, False, limits, experts, capacities, slots, held, counts, ram
+                    )
                 chosen = experts_N[starts_R[clock.request] : starts_R[clock.request + 1]]
                 next_use = next_use_N[starts_R[clock.request] : starts_R[clock.request + 1]]
-                misses, found, needed = _look_up(chosen, next_use, clock, limits, experts, counts)
+                misses, found, needed = _look_up(chosen, next_use, has_choice, clock, limits, experts, counts)
                 hits[step] += found
-                if misses:
-                    needed = max(needed, _load_missing(chosen, clock, limits, experts, capacities, slots, held, counts))
+                on_device, host_ends = len(chosen), 0.0
+                if has_choice and found < len(chosen):
+                    host_seconds = max(limits.host_seconds, host_floor_S[step] / len(chosen))
+                    needed, on_device, host_ends = serve(
+                        chosen, host_seconds, on_host, clock, limits, experts, capacities, slots, held, counts, ram
+                    )
+                elif misses:
+                    needed = max(needed, load_missing(chosen, clock, limits, experts, capacities, slots, held, counts))
                 pool = 0 if limits.is_global else layer
                 for place in range(len(chosen)):
                     x = layer * num_experts + chosen[place]
@@ -134,22 +162,31 @@ def play(
                     at_layer = plan_layers_N[entry] % layers
                     expert = at_layer * num_experts + plan_experts_N[entry]
                     target = step * layers + plan_layers_N[entry]
-                    is_queued = _enqueue(expert, target, plan_scores_N[entry], queue, clock, experts)
-                    if not is_queued:
+                    score = plan_scores_N[entry]
+                    if not enqueue_prediction(expert, target, score, queues, lines, clock, limits, experts, ram):
                         counts[clock.kind, at_layer, Count.DROPPED.value] += 1
             if layer >= 0:
-                stall += needed - clock.now
-                clock.now = needed + max(len(chosen) * expert_seconds, expert_floor_S[step])
+                if on_device < len(chosen) and can_copy and capacities[pool]:
+                    for place in range(len(chosen)):
+                        if on_host[place]:
+                            enqueue_fill(layer * num_experts + chosen[place], queues, lines, clock, limits, experts)
+                computation = max(on_device * limits.expert_seconds, expert_floor_S[step] * on_device / len(chosen))
+                ready = clock.now
+                clock.now = max(needed + computation, host_ends)
+                stall += clock.now - ready - computation
                 clock.computed = clock.now
                 # None of these experts is evicted while they are computed.
-                if clock.waiting:
-                    _begin_prefetches(queue, clock, 0.0, True, limits, experts, capacities, slots, held, counts)
+                if lines[READS].waiting:
+                    begin_reads(queues, lines, clock, True, limits, experts, counts, ram)
+                if lines[PREDICTED].waiting or lines[FILLS].waiting:
+                    begin_transfers(queues, lines, clock, 0.0, True, limits, experts, capacities, slots, held, counts, ram)
         ends[step] = clock.now
         stalls[step] = stall
-    for place in range(clock.waiting):
-        queued = queue[(clock.head + place) % len(queue)]
-        if experts[queued.expert].where == WAITING and experts[queued.expert].waits_for == queued.request:
-            counts[clock.kind, queued.expert // num_experts, Count.DROPPED.value] += 1
+    for which in (PREDICTED, READS):
+        for place in range(lines[which].waiting):
+            queued = queues[which, (lines[which].head + place) % queues.shape[1]]
+            if experts[queued.expert].where == WAITING and experts[queued.expert].waits_for == queued.request:
+                counts[clock.kind, queued.expert // num_experts, Count.DROPPED.value] += 1
     for x in range(len(experts)):
         if experts[x].is_unused_prefetch:
             counts[clock.kind, x // num_experts, Count.WASTED.value] += 1
@@ -177,12 +214,16 @@ def _fill(popularity: Integers, capacities: Integers, experts: Experts, slots: I
 def _look_up(
     chosen: npt.NDArray[np.int32],
     next_use: Integers,
+    has_choice: bool,
     clock: Clock,
     limits: Limits,
     experts: Experts,
     counts: Integers,
 ) -> tuple[int, int, float]:
-    """Look the experts of a request up in the cache; return how many missed, how many hit, and when the others have arrived."""
+    """Look the experts of a request up in the cache; return how many missed, how many hit, and when the others have arrived.
+
+    has_choice: those that are still in transfer may be computed on the host instead.
+    """
     layer, request = clock.layer, clock.request
     needed = clock.now
     late = misses = 0
@@ -194,6 +235,8 @@ def _look_up(
             if expert.where == COMING and expert.arrival > clock.now:
                 late += 1
                 needed = max(needed, expert.arrival)
+                if has_choice:
+                    continue
             # It is not evicted before its layer is done: it does not matter that it may still be in transfer.
             expert.where = PRESENT
             if expert.is_unused_prefetch:
@@ -209,151 +252,6 @@ def _look_up(
     counts[clock.kind, layer, Count.LATE.value] += late
     counts[clock.kind, layer, Count.MISS.value] += misses
     return misses, len(chosen) - late - misses, needed
-
-
-@_inlined
-def _load_missing(
-    chosen: npt.NDArray[np.int32],
-    clock: Clock,
-    limits: Limits,
-    experts: Experts,
-    capacities: Integers,
-    slots: Integers,
-    held: Integers,
-    counts: Integers,
-) -> float:
-    """Transfer the experts that `_look_up` missed, one after the other; return when the last one arrives."""
-    layer, request = clock.layer, clock.request
-    pool = 0 if limits.is_global else layer
-    needed = clock.now
-    for place in range(len(chosen)):
-        x = layer * limits.num_experts + chosen[place]
-        expert = experts[x]
-        if expert.where != MISSED:
-            continue
-        # By then, what is in transfer now has arrived and can be evicted.
-        begin = max(clock.now + limits.policy_seconds, clock.transfers_end, _scored(layer, clock, limits))
-        clock.transfers_end = begin + limits.copy_seconds
-        needed = clock.transfers_end
-        counts[clock.kind, layer, Count.LOADS.value] += 1
-        slot = held[pool]
-        if slot < capacities[pool]:
-            held[pool] += 1
-        else:
-            slot = choose_victim(slots[pool], slot, limits.rule, limits.layers, request, request + 1, begin, False, experts)
-            if slot >= 0:
-                _evict(slots[pool, slot], clock, limits, experts, counts)
-            elif limits.rule == Rule.BELADY:
-                # Of a request that is larger than the cache, the experts stay that are needed first.
-                for other in range(held[pool]):
-                    farthest = experts[slots[pool, slot]].next_use if slot >= 0 else expert.next_use
-                    if experts[slots[pool, other]].next_use > farthest:
-                        slot = other
-                if slot >= 0:
-                    experts[slots[pool, slot]].where = ABSENT
-                    counts[clock.kind, layer, Count.STREAMED.value] += 1
-        if slot >= 0:
-            slots[pool, slot] = x
-            expert.where = PRESENT
-            note_load(expert, request, (request + 1) * ORDER - 2 * place, limits.rule)
-        else:
-            expert.where = ABSENT
-            counts[clock.kind, layer, Count.STREAMED.value] += 1
-    return needed
-
-
-@numba.njit(cache=True, nogil=True)
-def _enqueue(x: int, request: int, score: float, queue: Queue, clock: Clock, experts: Experts) -> bool:
-    """Queue the transfer of an expert that is predicted for a request; return False if the queue is full."""
-    expert = experts[x]
-    expert.predicted_for = max(expert.predicted_for, request)
-    if expert.where != ABSENT:
-        return True
-    if clock.waiting == len(queue):
-        return False
-    entry = queue[(clock.head + clock.waiting) % len(queue)]
-    entry.expert, entry.request, entry.time, entry.score = x, request, clock.predictor_ends, score
-    expert.where = WAITING
-    expert.waits_for = request
-    clock.waiting += 1
-    return True
-
-
-@numba.njit(cache=True, nogil=True)
-def _begin_prefetches(
-    queue: Queue,
-    clock: Clock,
-    since: float,
-    is_served: bool,
-    limits: Limits,
-    experts: Experts,
-    capacities: Integers,
-    slots: Integers,
-    held: Integers,
-    counts: Integers,
-) -> None:
-    """Begin the queued transfers that the interconnect can begin from `since` to now.
-
-    is_served: the request's experts are in the cache and in use, so an expert that finds no room waits for them. Else it is
-    dropped.
-    """
-    request = clock.request
-    soon = request + 1 if is_served else request
-    while clock.waiting and clock.transfers_end <= clock.now:
-        entry = queue[clock.head]
-        x, target = entry.expert, entry.request
-        expert = experts[x]
-        at_layer = x // limits.num_experts
-        begin = max(clock.transfers_end, entry.time, since, _scored(at_layer, clock, limits))
-        # It was loaded on demand since, and perhaps waits again farther behind.
-        is_stale = expert.where != WAITING or expert.waits_for != target
-        if not is_stale and begin > clock.now:
-            break
-        pool = 0 if limits.is_global else at_layer
-        slot = held[pool]
-        if not is_stale and target >= soon and slot >= capacities[pool]:
-            slot = choose_victim(slots[pool], slot, limits.rule, limits.layers, request, soon, begin, True, experts)
-            if slot < 0 and is_served:
-                break
-            # One score decides what to keep and what to fetch: what is worth more than the prediction stays.
-            if slot >= 0 and limits.rule == Rule.LEARNED and experts[slots[pool, slot]].key > entry.score:
-                slot = -1
-        clock.head = (clock.head + 1) % len(queue)
-        clock.waiting -= 1
-        if is_stale:
-            continue
-        if target < soon or slot < 0:
-            expert.where = ABSENT
-            counts[clock.kind, at_layer, Count.DROPPED.value] += 1
-            continue
-        if slot < held[pool]:
-            _evict(slots[pool, slot], clock, limits, experts, counts)
-        else:
-            held[pool] += 1
-        slots[pool, slot] = x
-        clock.transfers_end = begin + limits.copy_seconds
-        expert.arrival = clock.transfers_end
-        expert.where = COMING
-        expert.is_unused_prefetch = True
-        note_load(expert, -1, target * ORDER + 1, limits.rule)
-        counts[clock.kind, at_layer, Count.LOADS.value] += 1
-        counts[clock.kind, at_layer, Count.PREFETCHED.value] += 1
-
-
-@_inlined
-def _scored(layer: int, clock: Clock, limits: Limits) -> float:
-    """When the reuse scores of a layer are known."""
-    return clock.scored + (layer + 1) * limits.score_seconds if limits.rule == Rule.LEARNED else 0.0
-
-
-@numba.njit(cache=True, nogil=True)
-def _evict(x: int, clock: Clock, limits: Limits, experts: Experts, counts: Integers) -> None:
-    expert = experts[x]
-    expert.where = ABSENT
-    expert.evicted_in = clock.step
-    if expert.is_unused_prefetch:
-        expert.is_unused_prefetch = False
-        counts[clock.kind, x // limits.num_experts, Count.WASTED.value] += 1
 
 
 @numba.njit(cache=True, nogil=True)

@@ -87,7 +87,7 @@ def plan_of(best: RankedExperts, shape: Shape, requests: Requests) -> PrefetchPl
 
     Nearer layers come first. Within a layer, the probabilities of all tokens of a step are added up, and the experts with the
     largest sums come first. Only the experts of decoded tokens are predicted: the tokens of a prompt pass each layer together,
-    so the previous token's routes, which predictors condition on, are not known in time.
+    so the previous token's routes, which predictors condition on, are not known in time. The same holds for draft tokens.
     """
     layers, hops = shape.layers, shape.horizon
     point_LH = np.empty((layers, hops), dtype=np.int64)
@@ -102,7 +102,7 @@ def plan_of(best: RankedExperts, shape: Shape, requests: Requests) -> PrefetchPl
         else:
             point_LH[:, hop - 1] = layers
             target_LH[:, hop - 1] = layers + np.arange(layers) if hop == 1 else -1
-    is_decode_N = np.repeat(requests.is_decode_S, requests.tokens_S)
+    is_decode_N = np.repeat(requests.is_decode_S, requests.tokens_S) & ~requests.is_draft_N
     predicts_N = requests.samples_next_N if shape.task == Task.NEXT_TOKEN else is_decode_N
     return _plan_predictions(best, point_LH, target_LH, requests, predicts_N)
 

@@ -128,18 +128,18 @@ def note_use(
 
 @numba.njit(cache=True, nogil=True)
 def _demote_oldest(slots: Integers, held: int, room: int, experts: Experts) -> None:
-    """If more than `room` experts are protected, make the one used longest ago an ordinary one, as if it were used last."""
-    protected, oldest, newest = 0, -1, 0.0
+    """If more than `room` experts are protected, make the one used longest ago an ordinary one, the newest of these."""
+    protected, oldest, newest = 0, -1, -np.inf
     for slot in range(held):
         key = experts[slots[slot]].key
         if key > _ABOVE_ALL / 2:
             protected += 1
             if oldest < 0 or key < experts[oldest].key:
                 oldest = slots[slot]
-            key -= _ABOVE_ALL
-        newest = max(newest, key)
+        else:
+            newest = max(newest, key)
     if protected > room:
-        experts[oldest].key = newest
+        experts[oldest].key = max(newest, experts[oldest].key - _ABOVE_ALL)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")

@@ -14,8 +14,20 @@ from profiler.errors import SpecmoeError
 from speculation.offload.costs import Costs
 from speculation.offload.kernel import play, uses_ahead
 from speculation.offload.plans import PrefetchPlan, no_plan
+from speculation.offload.ram import ram_records
 from speculation.offload.requests import Requests
-from speculation.offload.state import CLOCK, MAX_REQUESTS, QUEUED_PREFETCH, Count, Limits, Rule, expert_records
+from speculation.offload.state import (
+    ALL,
+    CLOCK,
+    LINE,
+    MAX_REQUESTS,
+    QUEUED_PREFETCH,
+    Count,
+    Limits,
+    Miss,
+    Rule,
+    expert_records,
+)
 
 # Each expert of a request needs its own place in the kernel's order of uses.
 MAX_EXPERTS = 4096
@@ -39,6 +51,9 @@ class Setting:
         policy_seconds: Time in which the policy chooses what to evict, per request with a miss. The transfer waits for it.
         score_seconds: Time in which the predictor of `learned` scores the experts of one layer. A thread of its own scores one
             layer after the other from the start of a step; a transfer waits until its layer is scored.
+        miss: What happens to a chosen expert that the cache lacks.
+        ram: Experts that host memory holds, of all layers together; the others are on storage. None: all.
+        draft_seconds: Time in which a draft model drafts the tokens of one step.
     """
 
     policy: Rule
@@ -50,6 +65,9 @@ class Setting:
     time_constant: float = TIME_CONSTANT
     policy_seconds: float = 0.0
     score_seconds: float = 0.0
+    miss: Miss = Miss.COPY
+    ram: int | None = None
+    draft_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -154,7 +172,8 @@ def simulate(
         scores_SX: For `Rule.LEARNED`: the worth of every expert in each step, 0 to 1, float32 `[S, L * E]`.
 
     Raises:
-        SpecmoeError: A capacity is negative, the queue has no room, a time constant is not positive, or scores are missing.
+        SpecmoeError: A capacity is negative, the queue has no room, a time constant is not positive, scores are missing, or the
+            costs lack those of a host or of storage.
     """
     requests = workload.requests
     capacities = _capacities(setting, requests)
@@ -165,43 +184,39 @@ def simulate(
         raise SpecmoeError(f"the policy learned needs the scores of {size[1]} experts in {size[0]} steps")
     if scores_SX is None:
         scores_SX = np.zeros((1, 0), dtype=np.float32)
+    _check_costs(setting, costs)
     plan = no_plan(requests) if plan is None else plan
     tokens_S = requests.tokens_S.astype(np.float64)
-    layer_seconds = expert_floor = np.zeros(requests.steps)
+    layer_seconds = expert_floor = host_floor = np.zeros(requests.steps)
     if costs is not None:
         layer_seconds = np.maximum(costs.layer_seconds, tokens_S * costs.layer_token_seconds)
         expert_floor = tokens_S * costs.token_seconds
+        host_floor = tokens_S * requests.top_k * costs.host_token_seconds
     next_use_N, first_use = workload.ahead
     counts_KLC, hits_S, ends_S, stalls_S = play(
         requests.experts_N,
         requests.starts_R,
         # At most one token of a prompt's piece, the last, makes predictions.
-        np.where(requests.is_decode_S, requests.tokens_S, 1),
+        np.where(requests.is_decode_S, requests.sequences_S, 1),
         requests.is_decode_S,
         next_use_N,
         plan.starts_Q,
         plan.layers_N,
         plan.experts_N,
         plan.scores_N,
+        np.where(requests.is_decode_S, 0.0 if costs is None else setting.draft_seconds, 0.0),
         layer_seconds,
         expert_floor,
-        0.0 if costs is None else costs.expert_seconds,
+        host_floor,
         0.0 if costs is None else setting.predict_seconds,
-        Limits(
-            rule=int(setting.policy),
-            layers=requests.layers,
-            num_experts=requests.num_experts,
-            is_global=setting.is_global,
-            copy_seconds=0.0 if costs is None else costs.copy_seconds,
-            policy_seconds=0.0 if costs is None else setting.policy_seconds,
-            score_seconds=0.0 if costs is None else setting.score_seconds,
-            time_constant=setting.time_constant,
-        ),
+        _limits(requests, setting, costs),
         workload.popularity,
         capacities,
         scores_SX,
         expert_records(first_use),
-        np.zeros(setting.queue, dtype=QUEUED_PREFETCH),
+        _memory(workload, setting, capacities),
+        np.zeros((3, setting.queue), dtype=QUEUED_PREFETCH),
+        np.zeros(3, dtype=LINE),
         np.zeros(1, dtype=CLOCK),
     )
     is_endless = not np.isfinite(ends_S[-1:]).all()
@@ -212,12 +227,52 @@ def simulate(
         counts_LC=counts_KLC[1],
         prefill_counts_LC=counts_KLC[0],
         hits_S=hits_S,
-        decode_tokens=int(requests.tokens_S[is_decode_S].sum()),
+        decode_tokens=int(requests.kept_S[is_decode_S].sum()),
         decode_seconds=float(spans_S[is_decode_S].sum()),
         decode_stall=float(np.inf if is_endless else stalls_S[is_decode_S].sum()),
         prefill_tokens=int(requests.tokens_S[~is_decode_S].sum()),
         prefill_seconds=float(spans_S[~is_decode_S].sum()),
     )
+
+
+def _check_costs(setting: Setting, costs: Costs | None) -> None:
+    if setting.miss != Miss.COPY and (costs is None or costs.host_expert_seconds is None):
+        raise SpecmoeError("experts cannot be computed on the host: the costs do not say how long that takes; choose a host")
+    if setting.ram is None:
+        return
+    if setting.ram < 0:
+        raise SpecmoeError(f"room for {setting.ram} experts in host memory: expected at least 0")
+    if costs is None or costs.storage_seconds is None:
+        raise SpecmoeError("experts cannot be on storage: the costs do not say how long a read takes; choose a storage")
+
+
+def _limits(requests: Requests, setting: Setting, costs: Costs | None) -> Limits:
+    return Limits(
+        rule=int(setting.policy),
+        layers=requests.layers,
+        num_experts=requests.num_experts,
+        is_global=setting.is_global,
+        copy_seconds=0.0 if costs is None else costs.copy_seconds,
+        policy_seconds=0.0 if costs is None else setting.policy_seconds,
+        score_seconds=0.0 if costs is None else setting.score_seconds,
+        time_constant=setting.time_constant,
+        expert_seconds=0.0 if costs is None else costs.expert_seconds,
+        miss=int(setting.miss),
+        host_seconds=0.0 if costs is None else costs.host_expert_seconds or 0.0,
+        host_latency=0.0 if costs is None else costs.host_latency,
+        ram=ALL if setting.ram is None else setting.ram,
+        storage_seconds=0.0 if costs is None else costs.storage_seconds or 0.0,
+    )
+
+
+def _memory(workload: Workload, setting: Setting, capacities: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+    """Host memory with the most popular experts that are not on the device at first, and after these with those that are."""
+    if setting.ram is None:
+        return ram_records(np.arange(0), 0)
+    ranks = workload.popularity
+    place_in_pool = np.argsort(np.argsort(-ranks.reshape(len(capacities), -1), axis=1), axis=1)
+    order = np.lexsort((-ranks, (place_in_pool < capacities[:, None]).reshape(-1)))
+    return ram_records(order[: setting.ram], len(ranks))
 
 
 def _capacities(setting: Setting, requests: Requests) -> npt.NDArray[np.int64]:

@@ -53,7 +53,7 @@ def _figure(simulation: Simulation, device: str | None) -> Any:
     rows = [row for row in simulation.rows if row.device == device]
     bounds = {row.policy: row for row in rows if row.policy in BOUNDS}
     inner = [row for row in rows if row.policy not in bounds]
-    policies = list(dict.fromkeys(row.policy for row in inner))
+    policies = list(dict.fromkeys(row.label for row in inner))
     prefetchers = list(dict.fromkeys(row.prefetch for row in inner))
     is_timed = device is not None
     # One above the other, because the page may be as narrow as a phone.
@@ -64,7 +64,7 @@ def _figure(simulation: Simulation, device: str | None) -> Any:
     colors = dict(zip(dict.fromkeys(names), COLORS * len(names), strict=False))
     for policy in policies:
         for name, prefetch in zip(names, prefetchers, strict=True):
-            line = sorted((row for row in inner if (row.policy, row.prefetch) == (policy, prefetch)), key=lambda row: row.share)
+            line = sorted((row for row in inner if (row.label, row.prefetch) == (policy, prefetch)), key=lambda row: row.share)
             for place, value in enumerate(["hit_rate", "tokens_per_second"][: 1 + is_timed]):
                 figure.add_scatter(
                     x=[row.share for row in line],

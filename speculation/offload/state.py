@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,20 +34,32 @@ class Rule(IntEnum):
         return self.name.lower().replace("_", "-")
 
 
+class Miss(IntEnum):
+    """What happens to a chosen expert that the cache lacks."""
+
+    COPY = 0  # it is copied to the device, and computed there
+    HOST = 1  # the host computes it, and it is copied in the background
+    CHEAPEST = 2  # the one or the other, whichever ends first
+
+
 class Count(IntEnum):
     """Events that are counted, for each layer separately."""
 
     REQUESTED = 0  # experts that a layer's router chose
     HIT = 1  # ... that were in the cache
     LATE = 2  # ... whose prefetch was still in transfer
-    MISS = 3  # ... that were neither: demand loads
-    LOADS = 4  # transfers: demand loads and prefetches
+    MISS = 3  # ... that were neither: demand-loaded, or computed on the host
+    LOADS = 4  # transfers to the device: demand loads, prefetches and fills
     PREFETCHED = 5  # prefetches
     USEFUL = 6  # prefetched experts that were used before they were evicted
     WASTED = 7  # prefetched experts that were evicted before a use, or never used
     COLLISION = 8  # misses of experts that had been evicted earlier in the same step
     STREAMED = 9  # chosen experts for which the cache had no room: loaded for one request, and not kept
     DROPPED = 10  # predictions that were not acted on: the queue or the cache was full, or their layer came first
+    HOST = 11  # chosen experts that the host computed
+    FILLED = 12  # fills: background copies of experts that the host computed
+    RAM_MISS = 13  # misses that were not in host memory either
+    READS = 14  # reads from storage
 
 
 class Expert:
@@ -57,8 +69,8 @@ class Expert:
     keys. next_use: the next request that chooses it. chosen_by: the last request whose router chose it. predicted_for: the
     farthest request for which it is predicted. loaded_in: the request that loaded it on demand, -1 for a prefetch. arrival:
     when its transfer ends. waits_for: the request for which its transfer is queued. evicted_in: the last step that evicted it.
-    where: `ABSENT`, `PRESENT`, `COMING`, `WAITING` or `MISSED`. is_unused_prefetch: it was prefetched and has not been used
-    since.
+    where: `ABSENT`, `PRESENT`, `COMING`, `WAITING`, `FILLING` or `MISSED`. is_unused_prefetch: it was prefetched and has not
+    been used since.
     """
 
     key: float
@@ -75,8 +87,8 @@ class Expert:
 
 
 class QueuedPrefetch:
-    """A queued prefetch, a record of `QUEUED_PREFETCH`: the expert, the request it is for, when it was predicted, and with what
-    probability."""
+    """A queued transfer, a record of `QUEUED_PREFETCH`: the expert, the request it is for, since when it waits, and with what
+    probability it is predicted."""
 
     expert: int
     request: int
@@ -84,26 +96,34 @@ class QueuedPrefetch:
     score: float
 
 
+class Line:
+    """The part of a ring of queued transfers that is in use, a record of `LINE`: its first entry, and how many there are."""
+
+    head: int
+    waiting: int
+
+
 class Clock:
-    """Times and places in the queue, the only record of a `CLOCK` array.
+    """Times, the only record of a `CLOCK` array.
 
     now: when the router of the current layer has chosen. computed: when the last layer's experts were computed. transfers_end,
-    predictor_ends: when the interconnect and the predictor are free again. scored: when the step's reuse scores began to be
-    computed. head, waiting: the queue's first entry, and how many
-    there are. step, layer, request: the current ones. kind: 1 for generated tokens, 0 for prompts.
+    predictor_ends, reads_end: when the interconnect, the predictor and storage are free again. read_ends: when the background
+    read in progress ends, if is_reading. scored: when the step's reuse scores began to be computed. step, layer, request: the
+    current ones. kind: 1 for generated tokens, 0 for prompts.
     """
 
     now: float
     computed: float
     transfers_end: float
     predictor_ends: float
+    reads_end: float
+    read_ends: float
     scored: float
-    head: int
-    waiting: int
     step: int
     layer: int
     request: int
     kind: int
+    is_reading: bool
 
 
 class Limits(NamedTuple):
@@ -111,7 +131,9 @@ class Limits(NamedTuple):
 
     copy_seconds: transfer time of one expert; infinite if nothing can be transferred. policy_seconds: time to choose the
     experts to evict, per request. score_seconds: time to compute the reuse scores of one layer (`Rule.LEARNED`).
-    time_constant: in steps (`Rule.EWMA`, `Rule.LFU_AGED`).
+    time_constant: in steps (`Rule.EWMA`, `Rule.LFU_AGED`). expert_seconds, host_seconds: computation of an expert on the device
+    and on the host. host_latency: what the host takes besides, once a layer. miss: a `Miss`. ram: experts in host memory; `ALL`
+    if none is on storage only. storage_seconds: read of an expert.
     """
 
     rule: int
@@ -122,16 +144,23 @@ class Limits(NamedTuple):
     policy_seconds: float
     score_seconds: float
     time_constant: float
+    expert_seconds: float = 0.0
+    miss: int = 0
+    host_seconds: float = 0.0
+    host_latency: float = 0.0
+    ram: int = -1
+    storage_seconds: float = 0.0
 
 
-def _record(described: type, **smaller: type) -> np.dtype[np.void]:
+def record_type(described: type, **smaller: type) -> np.dtype[np.void]:
+    """The type of a record with the annotated fields of a class; `smaller` names types for some of them."""
     types = {"int": np.int64, "float": np.float64, "bool": np.bool_}
     fields = [(name, smaller.get(name, types[kind])) for name, kind in described.__annotations__.items()]
     return np.dtype(fields, align=True)
 
 
 # 56 bytes, less than one cache line.
-EXPERT = _record(
+EXPERT = record_type(
     Expert,
     chosen_by=np.int32,
     predicted_for=np.int32,
@@ -140,14 +169,19 @@ EXPERT = _record(
     evicted_in=np.int32,
     where=np.int8,
 )
-QUEUED_PREFETCH, CLOCK = _record(QueuedPrefetch), _record(Clock)
+QUEUED_PREFETCH, CLOCK, LINE = record_type(QueuedPrefetch), record_type(Clock), record_type(Line)
 Experts = Sequence[Expert]
-Queue = Sequence[QueuedPrefetch]
+Lines = Sequence[Line]
+# Three rings of `QUEUED_PREFETCH` records, of equal size, in an array of two dimensions: predictions that wait for the
+# interconnect, fills that do, and predictions that wait for storage.
+Queues = npt.NDArray[Any]
+PREDICTED, FILLS, READS = 0, 1, 2
 Integers = npt.NDArray[np.int64]
 Seconds = npt.NDArray[np.float64]
 
-ABSENT, PRESENT, COMING, WAITING, MISSED = 0, 1, 2, 3, 4
+ABSENT, PRESENT, COMING, WAITING, MISSED, FILLING = 0, 1, 2, 3, 4, 5
 NEVER = 1 << 60
+ALL = -1
 # Requests are numbered in 32 bits.
 MAX_REQUESTS = 1 << 31
 # The order of uses has so many places for a request: two for each of its experts, and one for experts prefetched for it.

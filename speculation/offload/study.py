@@ -11,6 +11,7 @@ import numpy as np
 from analysis.documents.simulation import DEFINITIONS, ORACLE, SimulatedCosts, SimulatedDevice, SimulatedRow, Simulation
 from profiler.errors import SpecmoeError
 from profiler.models.gpus import Gpu
+from profiler.models.hosts import Host, Storage
 from profiler.models.registry import USED_SHARE
 from profiler.trace.reader import Trace
 from speculation.data.routes import Routes, load_routes, route_digests
@@ -19,11 +20,12 @@ from speculation.evaluation.evaluate import check_run
 from speculation.offload.costs import Costs, costs_of, find_entry
 from speculation.offload.division import BY_CURVE, EVEN, division_of
 from speculation.offload.evictors import Evictor, learned_evictors
+from speculation.offload.host_measure import measured_on_host
 from speculation.offload.replay import default_device, measure
 from speculation.offload.replay_study import Replay, sizes_of
-from speculation.offload.requests import Requests, requests_of
+from speculation.offload.requests import NO_DRAFTS, Drafting, Requests, requests_of
 from speculation.offload.simulate import TIME_CONSTANT, Workload, capacities
-from speculation.offload.state import Rule
+from speculation.offload.state import Miss, Rule
 from speculation.offload.sweep import (
     NONE,
     POPULARITY,
@@ -65,8 +67,21 @@ class Study:
     threshold: float = 0.0
     queue: int = 64
     batch: int = 1
-    slots: str = EVEN
     time_constant: float = TIME_CONSTANT
+    host: Host | None = None
+    host_bandwidth: float | None = None
+    misses: tuple[Miss, ...] = (Miss.COPY,)
+    storage: Storage | None = None
+    ram_gigabytes: float | None = None
+    ram_fraction: float | None = None
+    drafting: Drafting = NO_DRAFTS
+    draft_milliseconds: float = 0.0
+    slots: str = EVEN
+
+    @property
+    def is_tiered(self) -> bool:
+        """Whether some experts are on storage only."""
+        return self.ram_gigabytes is not None or self.ram_fraction is not None
 
 
 def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simulation:
@@ -92,12 +107,13 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     for name, run in runs.items():
         if not run.predictor.shape.task.predicts_experts:
             raise SpecmoeError(f"{name} was trained for {run.predictor.shape.task}: use it as a policy, not as a predictor")
+    _check_tiers(study)
     costs = _costs(study, notes)
     routes = load_routes(study.trace, study.part)
     if not routes.is_decode_T.any():
         notes.append("The trace does not say which tokens were generated: all are simulated as if they were.")
         routes = replace(routes, is_decode_T=np.ones(len(routes), dtype=np.bool_))
-    requests = requests_of(routes, shape.experts, batch=study.batch)
+    requests = requests_of(routes, shape.experts, batch=study.batch, drafting=study.drafting)
     popularity_LE = popularity_of(study.trace, study.part, next(iter((runs | learned).values()), None), shape, notes)
     workload = Workload(requests, popularity_LE)
     how = PrefetchOptions(experts=study.experts or shape.top_k, threshold=study.threshold, horizon=study.horizon)
@@ -113,7 +129,8 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     if study.is_global and study.slots != EVEN:
         raise SpecmoeError(f"slots {study.slots!r} are of caches for each layer: leave out the one cache for all layers")
     division = division_of(study.slots, study.trace, shape, workload, study.batch)
-    total = sum(2 + len(each) * len(policies) * len(prefetchers) for each in sizes)
+    bounds = 2 + any(miss != Miss.COPY for miss in study.misses)
+    total = sum(bounds + len(each) * len(policies) * len(study.misses) * len(prefetchers) for each in sizes)
     done = 0
 
     def count() -> None:
@@ -129,6 +146,9 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         costs,
         is_global=study.is_global,
         queue=study.queue,
+        misses=study.misses,
+        memories=[_memory(study, cost, shape) for cost in costs],
+        draft_seconds=study.drafting.tokens * study.draft_milliseconds / 1e3,
         division=division,
         on_done=count,
     )
@@ -137,7 +157,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     notes += [
         f"NOT held out: {name} was trained on {number} of these problems" for name, number in trained_on.items() if number
     ]
-    decode = int(requests.tokens_S[requests.is_decode_S].sum())
+    decode = int(requests.kept_S[requests.is_decode_S].sum())
     if not runs and study.part in {"train", "all"}:
         notes.append("NOT held out: popularity and counting predictors were fitted on the simulated problems.")
     if division is not None:
@@ -152,6 +172,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         f"Prefetched: {how.experts} experts per prediction; popularity and oracle {how.horizon} layers ahead. "
         "Predictors predict for generated tokens only. Their time was measured on this machine, one prediction after the "
         "other. The shuffled control prefetches what was predicted for other tokens.",
+        *_drafting_notes(study, requests),
         *study.trace.caveats(),
     ]
     return Simulation(
@@ -164,6 +185,8 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         problems=len(routes.problem_ids),
         tokens=len(routes),
         batch=study.batch,
+        draft_tokens=study.drafting.tokens,
+        acceptance=study.drafting.acceptance,
         is_global=study.is_global,
         definitions=DEFINITIONS,
         devices=[
@@ -229,7 +252,18 @@ def _costs(study: Study, notes: list[str]) -> list[Costs | None]:
             f"{entry.name} has {len(entry.moe_layers)} MoE layers of {entry.experts} experts, top-{entry.top_k}; the trace "
             f"has {len(facts.moe_layers)} of {facts.num_experts}, top-{facts.top_k}: choose another model"
         )
-    found: list[Costs | None] = [costs_of(entry, gpu, study.precision, link=study.link) for gpu in study.devices]
+    found: list[Costs | None] = [
+        costs_of(
+            entry,
+            gpu,
+            study.precision,
+            link=study.link,
+            host=study.host,
+            host_bandwidth=study.host_bandwidth,
+            storage=study.storage,
+        )
+        for gpu in study.devices
+    ]
     for gpu in study.devices:
         weights = entry.weights_gb(study.precision or entry.precisions[0])
         if weights <= gpu.memory * USED_SHARE:
@@ -246,7 +280,10 @@ def _costs(study: Study, notes: list[str]) -> list[Costs | None]:
             precision=study.precision,
         )
         costs, sizes = sizes_of(wanted, Shape.of(facts, 1, Task.NEXT_TOKEN))
-        found.append(measure(wanted.kind, sizes, costs))
+        measured = measure(wanted.kind, sizes, costs)
+        if study.is_tiered or any(miss != Miss.COPY for miss in study.misses):
+            measured = measured_on_host(measured, sizes.width, storage=study.is_tiered)
+        found.append(measured)
     return found
 
 
@@ -261,6 +298,48 @@ def _policies(name: str, study: Study, runs: dict[str, Run], routes: Routes, req
         yield Evictor.of(known[name], study.time_constant)
     else:
         raise SpecmoeError(f"policy {name!r} is neither the folder of a run nor one of {', '.join(known)}")
+
+
+def _check_tiers(study: Study) -> None:
+    """Raise `SpecmoeError` if what the options say of the host and of storage does not go together."""
+    needs_host = any(miss != Miss.COPY for miss in study.misses)
+    if needs_host and study.devices and study.host is None:
+        raise SpecmoeError("which host computes the experts that the cache lacks? Name one (see 'specmoe models MODEL')")
+    if study.is_tiered and study.devices and study.storage is None:
+        raise SpecmoeError("which storage holds the experts that host memory does not? Name one (see 'specmoe models MODEL')")
+    is_unified = study.host is not None and study.host.gpu is not None
+    if study.storage is not None and not study.is_tiered and not is_unified:
+        raise SpecmoeError(f"{study.storage.name}: how many experts fit in host memory? Give their size in GB, or their share")
+    if study.ram_fraction is not None and not 0 <= study.ram_fraction <= 1:
+        raise SpecmoeError(f"share of {study.ram_fraction} of all experts in host memory: expected 0 to 1")
+    if study.host is not None and is_unified and (study.is_tiered or needs_host):
+        raise SpecmoeError(
+            f"{study.host.name} has one memory for CPU and GPU: its cache is what the memory holds, and misses are copied from "
+            "storage"
+        )
+
+
+def _memory(study: Study, cost: Costs | None, shape: Shape) -> int | None:
+    """How many experts host memory holds; None: all."""
+    everything = shape.layers * shape.experts
+    if study.ram_fraction is not None:
+        return int(study.ram_fraction * everything + 1e-9)
+    if study.ram_gigabytes is None or cost is None:
+        return None
+    return min(everything, int(study.ram_gigabytes * 1e9 / cost.expert_bytes))
+
+
+def _drafting_notes(study: Study, requests: Requests) -> list[str]:
+    if not study.drafting.tokens:
+        return []
+    decodes = requests.is_decode_S
+    kept = requests.kept_S[decodes].sum() / max(1, requests.sequences_S[decodes].sum())
+    return [
+        f"Speculative decoding: {study.drafting.tokens} draft tokens per step and sequence, each accepted with probability "
+        f"{study.drafting.acceptance} (given) if the one before it was; a step keeps {kept:.2f} tokens of a sequence, and only "
+        f"these count as tokens. The draft model takes {study.draft_milliseconds} ms per token (given). The sequence's own "
+        "tokens stand in for rejected ones."
+    ]
 
 
 def _prefetchers(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from analysis.documents.evaluation import CONTROL
-from analysis.documents.simulation import ALL_RESIDENT, ON_DEMAND, ORACLE, SimulatedRow
+from analysis.documents.simulation import ALL_RESIDENT, ON_DEMAND, ON_HOST, ORACLE, SimulatedRow
 from profiler.errors import EmptyPartError, SpecmoeError
 from profiler.trace.reader import Trace
 from speculation.data.routes import Routes, load_routes
@@ -24,7 +25,7 @@ from speculation.offload.gap import Gap
 from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests
 from speculation.offload.simulate import QUEUE, Setting, SimulationResult, Workload, simulate
-from speculation.offload.state import Count, Rule
+from speculation.offload.state import Count, Miss, Rule
 from speculation.predictors.base import Predictor
 from speculation.predictors.features import expert_frequency
 from speculation.training.runs import Run
@@ -115,12 +116,16 @@ def sweep(
     *,
     is_global: bool = False,
     queue: int = QUEUE,
+    misses: Sequence[Miss] = (Miss.COPY,),
+    memories: Sequence[int | None] | None = None,
+    draft_seconds: float = 0.0,
     division: Division | None = None,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[SimulatedRow]:
     """Simulate every combination of device, capacity, policy and prefetcher, on all cores.
 
-    Each device also gets two bounds: `on demand` (no cache, every expert is demand-loaded) and `all resident`.
+    Each device also gets bounds: `on demand` (no cache, every expert is demand-loaded), `on host` (no cache, the host computes
+    every expert) if there is a host, and `all resident`.
 
     Args:
         workload: The requests, and how popular each expert is.
@@ -130,6 +135,9 @@ def sweep(
         costs: Costs of each device; None for a device on which nothing takes time.
         is_global: One cache for all layers instead of one per layer.
         queue: Prefetches that may wait for the interconnect.
+        misses: What happens to experts that the cache lacks.
+        memories: For each device, experts that host memory holds, the others being on storage; None: all.
+        draft_seconds: Time in which a draft model drafts the tokens of one step.
         division: How the slots of caches for each layer are divided among the layers; default: evenly.
         on_done: Called after every simulation, in this thread.
 
@@ -142,26 +150,29 @@ def sweep(
     none = simple_prefetcher(NONE, workload, PrefetchOptions(experts=1))
     lru = Evictor.of(Rule.LRU)
     jobs: list[_Job] = []
-    for cost, sizes in zip(costs, capacities, strict=True):
-        jobs.append(_Job(cost, Setting(Rule.LRU, 0, is_global, queue), lru, none, ON_DEMAND))
-        for capacity in sizes:
+    everywhere = Setting(Rule.LRU, 0, is_global, queue, draft_seconds=draft_seconds)
+    for cost, sizes, ram in zip(costs, capacities, memories or [None] * len(costs), strict=True):
+        nowhere = replace(everywhere, ram=ram)
+        jobs.append(_Job(cost, nowhere, lru, none, ON_DEMAND))
+        if any(miss != Miss.COPY for miss in misses):
+            jobs.append(_Job(cost, replace(nowhere, miss=Miss.HOST), lru, none, ON_HOST))
+        for capacity, policy in product(sizes, policies):
             slots = None if division is None else division(capacity)
-            for policy in policies:
-                own_seconds = policy_seconds(workload, policy, capacity, is_global)
-                for prefetcher in prefetchers:
-                    setting = Setting(
-                        policy.rule,
-                        capacity,
-                        is_global,
-                        queue,
-                        prefetcher.predict_seconds,
-                        slots,
-                        time_constant=policy.time_constant,
-                        policy_seconds=own_seconds,
-                        score_seconds=policy.score_seconds,
-                    )
-                    jobs.append(_Job(cost, setting, policy, prefetcher))
-        jobs.append(_Job(cost, Setting(Rule.LRU, everything, is_global, queue), lru, none, ALL_RESIDENT))
+            own_seconds = policy_seconds(workload, policy, capacity, is_global)
+            for miss, prefetcher in product(misses, prefetchers):
+                setting = replace(
+                    nowhere,
+                    policy=policy.rule,
+                    capacity=capacity,
+                    slots=slots,
+                    miss=miss,
+                    predict_seconds=prefetcher.predict_seconds,
+                    time_constant=policy.time_constant,
+                    policy_seconds=own_seconds,
+                    score_seconds=policy.score_seconds,
+                )
+                jobs.append(_Job(cost, setting, policy, prefetcher))
+        jobs.append(_Job(cost, replace(everywhere, capacity=everything), lru, none, ALL_RESIDENT))
 
     def run(job: _Job) -> SimulationResult:
         return simulate(workload, job.setting, job.prefetcher.plan, job.cost, job.policy.scores_SX)
@@ -202,9 +213,9 @@ def _row(
     gap: Gap | None,
 ) -> SimulatedRow:
     cost, prefetcher, label = job.cost, job.prefetcher, job.label
-    is_comparable = gap is not None and label is None and prefetcher.name == NONE
-    captured, low, high = gap.captured(result) if gap is not None and is_comparable else (None, None, None)
     requests, setting, of = workload.requests, result.setting, result.total
+    is_comparable = label is None and prefetcher.name == NONE and setting.miss == Miss.COPY
+    captured, low, high = gap.captured(result) if gap is not None and is_comparable else (None, None, None)
     pools = 1 if setting.is_global else requests.layers
     tokens = max(1, result.decode_tokens)
     requested = max(1, of(Count.REQUESTED))
@@ -215,6 +226,8 @@ def _row(
         share=setting.capacity / everything,
         gigabytes=None if cost is None else setting.capacity * pools * cost.expert_bytes / 1e9,
         policy=label or job.policy.name,
+        on_miss=setting.miss.name.lower(),
+        ram=setting.ram,
         prefetch=prefetcher.name,
         predict_microseconds=round(setting.predict_seconds * 1e6, 1),
         policy_microseconds=round(setting.policy_seconds * 1e6, 2),
@@ -225,8 +238,12 @@ def _row(
         hit_rate=result.hit_rate,
         late=of(Count.LATE) / requested,
         miss=of(Count.MISS) / requested,
+        on_host=of(Count.HOST) / requested,
         loads_per_token=of(Count.LOADS) / tokens,
         gigabytes_per_token=None if cost is None else of(Count.LOADS) * cost.expert_bytes / 1e9 / tokens,
+        filled_per_token=of(Count.FILLED) / tokens,
+        ram_hit_rate=None if setting.ram is None else 1 - of(Count.RAM_MISS) / max(1, of(Count.MISS)),
+        reads_per_token=of(Count.READS) / tokens,
         prefetched_per_token=of(Count.PREFETCHED) / tokens,
         wasted=of(Count.WASTED) / max(1, of(Count.PREFETCHED)),
         collisions_per_token=of(Count.COLLISION) / tokens,

@@ -24,18 +24,12 @@ compiled = settings(deadline=None)
 
 def decoded(chosen_RN: list[list[int]], layers: int, experts: int) -> Workload:
     """One list of experts for each layer of each step. Caches begin with experts 0, 1, 2, ..."""
-    steps = len(chosen_RN) // layers
-    requests = Requests(
+    requests = Requests.decoded(
+        np.array([expert for chosen in chosen_RN for expert in chosen], dtype=np.int32),
+        np.cumsum([0, *map(len, chosen_RN)]),
         layers=layers,
         num_experts=experts,
         top_k=max(map(len, chosen_RN)),
-        experts_N=np.array([expert for chosen in chosen_RN for expert in chosen], dtype=np.int32),
-        starts_R=np.cumsum([0, *map(len, chosen_RN)]),
-        tokens_N=np.arange(steps),
-        first_S=np.arange(steps + 1),
-        is_decode_S=np.ones(steps, dtype=np.bool_),
-        samples_next_N=np.ones(steps, dtype=np.bool_),
-        problem_S=np.zeros(steps, dtype=np.int64),
     )
     return Workload(requests, np.tile(np.arange(experts, 0, -1.0), (layers, 1)))
 

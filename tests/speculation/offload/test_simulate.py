@@ -18,7 +18,7 @@ from profiler.errors import SpecmoeError
 from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import Costs
 from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
-from speculation.offload.requests import Requests, requests_of
+from speculation.offload.requests import Drafting, Requests, requests_of
 from speculation.offload.simulate import Setting, SimulationResult, Workload, capacities, simulate
 from speculation.offload.state import Count, Rule
 from speculation.predictors.counting.previous_token import PreviousToken
@@ -42,17 +42,12 @@ COSTS = Costs(
 def requests_from(steps: Steps, experts: int) -> Requests:
     """Of one token each, decoded: the experts of each layer of each step."""
     flat = [layer for step in steps for layer in step]
-    return Requests(
+    return Requests.decoded(
+        np.array([expert for layer in flat for expert in layer], dtype=np.int32),
+        np.cumsum([0, *map(len, flat)]),
         layers=len(steps[0]),
         num_experts=experts,
         top_k=len(flat[0]),
-        experts_N=np.array([expert for layer in flat for expert in layer], dtype=np.int32),
-        starts_R=np.cumsum([0, *map(len, flat)]),
-        tokens_N=np.arange(len(steps)),
-        first_S=np.arange(len(steps) + 1),
-        is_decode_S=np.ones(len(steps), dtype=np.bool_),
-        problem_S=np.arange(len(steps)),
-        samples_next_N=np.ones(len(steps), dtype=np.bool_),
     )
 
 
@@ -427,6 +422,8 @@ def test_predictions_are_made_one_after_the_other() -> None:
         tokens_N=np.arange(4),
         first_S=np.array([0, 2, 4]),
         samples_next_N=np.ones(4, dtype=np.bool_),
+        is_draft_N=np.zeros(4, dtype=np.bool_),
+        is_kept_N=np.ones(4, dtype=np.bool_),
     )
     two = simulate(
         replace(workload, requests=both), Setting(Rule.LRU, 1, predict_seconds=1.5), plan, replace(COSTS, copy_seconds=0.5)
@@ -467,6 +464,21 @@ def test_nothing_is_won_in_prompts_of_independent_routes(task: Task) -> None:
     without, with_plan = (simulate(workload, Setting(Rule.LRU, 32), each, FAST) for each in (None, plan))
     assert without.prefill_hit_rate == pytest.approx(0.5, abs=0.05)
     assert with_plan.prefill_hit_rate == pytest.approx(without.prefill_hit_rate, abs=0.02)
+
+
+@pytest.mark.parametrize("task", [Task.WHOLE_PATH, Task.NEXT_LAYER, Task.NEXT_TOKEN])
+def test_nothing_is_won_in_drafts_of_independent_routes(task: Task) -> None:
+    """A predictor that repeats the token before must not know it while both are verified in one step."""
+    routes = routes_of([(0, 800)], experts=64, layers=4, top_k=1)
+    predictor = PreviousToken(Shape(layers=4, experts=64, top_k=1, horizon=1, task=task))
+    predictor.fit(routes, None, TrainingOptions(), lambda *_: None)
+    requests = requests_of(routes, 64, drafting=Drafting(tokens=7, acceptance=0.9))
+    workload = Workload(requests, np.tile(np.arange(64, 0, -1.0), (4, 1)))
+    plan = plan_of(ranked(predictor, routes, 1), predictor.shape, requests)
+    # The last token that a step keeps is known after it, and is not computed again.
+    without, with_plan = (simulate(workload, Setting(Rule.LRU, 32), each, FAST) for each in (None, plan))
+    assert with_plan.hit_rate == pytest.approx(without.hit_rate, abs=0.02)
+    assert with_plan.decode_tokens == 800
 
 
 def test_what_was_copied_on_demand_may_wait_again() -> None:

@@ -1,0 +1,24 @@
+"""What the simulation does with an evicted expert, and when a policy knows what to evict. Compiled."""
+
+from __future__ import annotations
+
+import numba
+
+from speculation.offload.state import ABSENT, Clock, Count, Experts, Integers, Limits, Rule
+
+
+@numba.njit(cache=True, nogil=True)
+def evict(x: int, clock: Clock, limits: Limits, experts: Experts, counts: Integers) -> None:
+    """Take an expert out of its cache."""
+    expert = experts[x]
+    expert.where = ABSENT
+    expert.evicted_in = clock.step
+    if expert.is_unused_prefetch:
+        expert.is_unused_prefetch = False
+        counts[clock.kind, x // limits.num_experts, Count.WASTED.value] += 1
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def scored(layer: int, clock: Clock, limits: Limits) -> float:
+    """When the reuse scores of a layer are known."""
+    return clock.scored + (layer + 1) * limits.score_seconds if limits.rule == Rule.LEARNED else 0.0
