@@ -90,6 +90,7 @@ def in_batches(requests: Requests, batch: int) -> Requests:
         first_S=np.arange(steps + 1) * batch,
         is_decode_S=np.ones(steps, dtype=np.bool_),
         samples_next_N=requests.samples_next_N[: steps * batch],
+        problem_S=np.full(steps, -1),
     )
 
 

@@ -14,10 +14,10 @@ from analysis.documents.curves import CacheCurves
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
 from speculation.cli import PartName
-from speculation.offload_cli import Policy
 
 if TYPE_CHECKING:
     from speculation.offload.curve_study import CurveStudy
+    from speculation.offload.state import Rule
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -28,10 +28,11 @@ messages = Console(stderr=True, highlight=False)
 def curve(
     trace: Annotated[Path, typer.Argument(help="A trace directory.")],
     policy: Annotated[
-        list[Policy] | None,
+        list[str] | None,
         typer.Option(
+            metavar="NAME",
             help="Eviction policy (see 'specmoe simulate --help'). lru is computed in any case, at every size; others are "
-            "simulated, at about 14 sizes. May be repeated. Default: lru and belady."
+            "simulated, at about 14 sizes. May be repeated. Default: lru and belady.",
         ),
     ] = None,
     part: Annotated[PartName, typer.Option(help="Which problems to evaluate: a part of the split.")] = PartName.test,
@@ -76,7 +77,7 @@ def curve(
         trace=Trace.open(trace),
         part=part.value,
         training=None if training is None else Trace.open(training),
-        policies=tuple(name.rule for name in policy or (Policy.lru, Policy.belady)),
+        policies=tuple(_rule(name) for name in policy or ("lru", "belady")),
         fractions=tuple(cache_fraction or (0.1, 0.25, 0.5)),
         windows=tuple(window or WINDOWS),
         batch=batch,
@@ -86,6 +87,15 @@ def curve(
     if out is not None:
         write_curves(curves, out)
         typer.echo(f"{out}: curve.json, curve.csv, curve.html")
+
+
+def _rule(name: str) -> Rule:
+    from speculation.offload.state import Rule
+
+    known = {rule.label: rule for rule in Rule if rule != Rule.LEARNED}
+    if name not in known:
+        raise SpecmoeError(f"policy {name!r}: expected one of {', '.join(known)}")
+    return known[name]
 
 
 def run_with_progress(study: CurveStudy) -> CacheCurves:

@@ -172,6 +172,7 @@ def test_what_is_no_document_of_curves_is_refused(trace: Trace, tmp_path: Path) 
         (["--cache-fraction", "1.5"], "cache fraction 1.5: expected 0 to 1"),
         (["--training", "OTHER"], "MoE layers"),
         (["--out", "FILE"], "is not a folder"),
+        (["--policy", "learned"], "policy 'learned': expected one of lru, fifo"),
     ],
 )
 def test_wrong_usage_is_one_clear_line(
