@@ -34,7 +34,7 @@ REPORT_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """The outcome of a shard. cached: it was already finished. error: why there is no trace, in one line.
+    """The outcome of a shard. cached: it was already finished. error: why it has no trace, in one line.
 
     seconds: container time since its last report, including its start. dollars: the cost of that time.
     """
@@ -74,7 +74,7 @@ def finished_attempt(run: Path, job: CollectJob, shard: int) -> Path | None:
 def finished_parts(volume: Path, source: str) -> tuple[CollectJob, list[Path]]:
     """The job of the run in the folder `source` of a mounted Volume, and the trace folders of its shards, in order.
 
-    Raises `TraceError` if there is no such run, or if a shard is not finished.
+    Raises `TraceError` if the run does not exist, or if a shard is not finished.
     """
     folder = volume / source
     if not (folder / JOB_FILE).is_file():

@@ -156,7 +156,7 @@ class Trace:
 
     @property
     def routing_files(self) -> list[Path]:
-        """The files of the routing in order: those listed in the manifest, or all parts if there is no manifest yet."""
+        """The files of the routing in order: those listed in the manifest, or all parts if the trace has no manifest yet."""
         if self.manifest is not None:
             return [self.path / name for name in sorted(self.manifest.files) if name.startswith(f"{ROUTING_FOLDER}/")]
         return sorted((self.path / ROUTING_FOLDER).glob("part-*.parquet"))
