@@ -45,7 +45,7 @@ def plan(source: str, pieces: int, hops: int | None) -> AnalysisJob | str:
 def count(job: AnalysisJob, number: int, volume: str) -> tuple[int, bool, str]:
     """Count a part of a trace on the mounted Volume `volume`.
 
-    Returns its number, whether it had been counted before, and an error message of one line, empty if there is none.
+    Returns its number, whether it had been counted before, and an error message of one line, empty without an error.
     """
     try:
         cached = count_part(Path(TRACES), job, number)

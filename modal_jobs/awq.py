@@ -138,7 +138,7 @@ def quantize(
 def check_checkpoint(folder: Path) -> tuple[int, int]:
     """The numbers of 4-bit weight matrices and of routers in a checkpoint folder. Reads tensor names and types only.
 
-    Raises `ModelError` if a router is quantized, if there are no routers, or if no expert is quantized.
+    Raises `ModelError` if a router is quantized, if the checkpoint has no routers, or if no expert is quantized.
     """
     from safetensors import safe_open
 

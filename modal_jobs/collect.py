@@ -142,7 +142,7 @@ class Collector:
 def fetch_weights(checkpoint: str, revision: str | None) -> tuple[str | None, str]:
     """Download the model's files into the cache, on a machine without a GPU.
 
-    Returns their commit, and an error message of one line, empty if there is none.
+    Returns their commit, and an error message of one line, empty without an error.
     """
     try:
         commit = fetch_checkpoint(checkpoint, revision, say=say)

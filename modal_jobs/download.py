@@ -37,7 +37,7 @@ class Volume(Protocol):
 
 
 def stored_job(volume: Volume, run_id: str) -> CollectJob | None:
-    """The job of a run, as it was first uploaded; None if there is no such run."""
+    """The job of a run, as it was first uploaded; None if the run does not exist."""
     names = {PurePosixPath(entry.path).parts[0] for entry in volume.listdir("/")}
     if run_id not in names:
         return None
@@ -83,8 +83,8 @@ def download_run(
 ) -> Trace:
     """Download a finished run as the complete trace `out`. Intact files of an earlier download are not downloaded again.
 
-    about: entries to add to the metadata's `capture`. Raises `TraceError` if there is no such run, if it is not finished, or if
-    a file's SHA-256 does not match its shard's manifest, or if no problem of any shard can be run.
+    about: entries to add to the metadata's `capture`. Raises `TraceError` if the run does not exist or is not finished, if a
+    file's SHA-256 does not match its shard's manifest, or if no problem of any shard can be run.
     """
     check_free(out)
     job = stored_job(volume, run_id)

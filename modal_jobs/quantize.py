@@ -24,7 +24,7 @@ app = modal.App("specmoe-quantize")
 
 @app.function(image=cpu_image(), volumes={CACHE: cache_volume}, timeout=4 * 60 * 60, retries=2)
 def fetch(model: str, revision: str | None) -> str:
-    """Download the published weights into the cache. Returns an error message of one line, empty if there is none."""
+    """Download the published weights into the cache. Returns an error message of one line, empty without an error."""
     try:
         fetch_checkpoint(model, revision, say=say)
     except SpecmoeError as error:

@@ -41,7 +41,7 @@ REPORT_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """The outcome of a shard. cached: it was already finished. error: why there is no trace, in one line.
+    """The outcome of a shard. cached: it was already finished. error: why it has no trace, in one line.
 
     gaps: why no problem of it can be run, if none can: it is finished, without a trace.
     seconds: container time since its last report, including its start. dollars: the cost of that time.
@@ -103,8 +103,8 @@ def all_skipped(shards: Iterable[Skipped]) -> Skipped:
 def finished_parts(volume: Path, source: str) -> tuple[CollectJob, list[Path], Skipped]:
     """The job of the run in the folder `source` of a mounted Volume, and the trace folders of its shards, in order.
 
-    Also returns what is known of shards without a trace, of which no problem can be run. Raises `TraceError` if there is no
-    such run, if a shard is not finished, or if none has a trace.
+    Also returns what is known of shards without a trace, of which no problem can be run. Raises `TraceError` if the run does
+    not exist, if a shard is not finished, or if none has a trace.
     """
     folder = volume / source
     if not (folder / JOB_FILE).is_file():

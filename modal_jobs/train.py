@@ -40,7 +40,7 @@ app = modal.App("specmoe-train")
     retries=modal.Retries(max_retries=2, initial_delay=1.0),
 )
 def train(job: TrainJob, volume: str) -> str:
-    """Train on the mounted Volume `volume`. Returns an error message of one line, empty if there is none."""
+    """Train on the mounted Volume `volume`. Returns an error message of one line, empty without an error."""
     try:
         train_on_volume(Path(TRACES), job, Path("/tmp/specmoe"), say=say)
     except SpecmoeError as error:

@@ -42,7 +42,7 @@ class TrainJob:
 def open_source(volume: Path, source: str, work: Path) -> Trace:
     """The trace in the folder `source` of a mounted Volume. The shards of a run are merged into a trace in `work`.
 
-    Raises `TraceError` if there is no such run or trace, or if shards are missing.
+    Raises `TraceError` if the run or trace does not exist, or if shards are missing.
     """
     folder = volume / source
     if (folder / MANIFEST_FILE).is_file():

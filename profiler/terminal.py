@@ -7,7 +7,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-# Width of tables that are written to a file or a pipe, where there is no terminal to measure.
+# Width of tables that are written to a file or a pipe, which have no width to measure.
 TABLE_WIDTH = 200
 
 console = Console(highlight=False)

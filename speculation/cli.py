@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 console = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
-# Between two lines of progress where there is no terminal.
+# Between two lines of progress in a file or a pipe.
 PROGRESS_SECONDS = 10.0
 # gpt-oss-20b: `specmoe predictors` lists the parameters that a predictor for it has.
 REFERENCE_SHAPE = Shape(layers=24, experts=32, top_k=4, horizon=1)
@@ -178,7 +178,7 @@ def wait_passively() -> None:
 
 
 def train_with_progress(trace: Trace, predictor: str, out: Path, **settings: Any) -> Any:
-    """Run `speculation.training.fit.train` with a progress bar, or with plain lines where there is no terminal."""
+    """Run `speculation.training.fit.train` with a progress bar, or with plain lines in a file or a pipe."""
     wait_passively()
     from speculation.training.fit import train as run
 

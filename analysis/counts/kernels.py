@@ -24,7 +24,7 @@ compiled = numba.njit(nogil=True, cache=True, boundscheck=False)
 def count_load(ids: Array, weight_bits: Array, halves: Array, run: Array, counts: Array, mass: Array) -> None:
     """Add selections and routing weights of each expert to counts and mass `[R, L, E]`; run: table row of each token `[T]`.
 
-    weight_bits: float16 weights as uint16 `[T, L, K]`, or an array without tokens if there are no weights.
+    weight_bits: float16 weights as uint16 `[T, L, K]`, or an array without tokens if the trace has no weights.
     """
     tokens, layers, top_k = ids.shape
     experts = counts.shape[2]

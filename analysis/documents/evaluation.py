@@ -107,7 +107,7 @@ class Evaluation(BaseModel):
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """An evaluation's file, or that of a run's folder. Raises `TraceError` if it is none."""
+    """An evaluation's file, or that of a run's folder. Raises `TraceError` if the file is not an evaluation."""
     return read_document(path, Evaluation, EVALUATION_FILE, "specmoe evaluate RUN --trace T --json FILE")
 
 

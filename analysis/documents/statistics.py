@@ -287,7 +287,7 @@ def read_statistics(path: Path) -> StatisticsDocument:
         path: `statistics.json`, or the folder that `specmoe analyze --out` wrote.
 
     Raises:
-        TraceError: There is no such file, or it is something else.
+        TraceError: The file does not exist, or is something else.
 
     Example:
         >>> document = read_statistics(Path("reports/math"))  # doctest: +SKIP

@@ -315,7 +315,7 @@ def show(value: float, digits: int = 3) -> str:
 
 
 def mean(values: Floats) -> float:
-    """Mean of the finite values; `nan` if there are none."""
+    """Mean of the finite values; `nan` if no value is finite."""
     known = np.asarray(values)[np.isfinite(values)]
     return float(known.mean()) if known.size else float("nan")
 

@@ -19,8 +19,8 @@ class PairStatistics:
     lift_LEE: pairs counted, divided by the pairs expected if no expert preferred another (`expected_pairs`).
     unique_sets `[L]`: number of distinct sets; above 16,384 it is an estimate with 0.8 % standard error. possible_sets: E
     choose K. even_sets: expected number of distinct sets of the same number of tokens if every set were equally likely.
-    top_pair `[L, 2]`, top_lift `[L]`: the pair with the largest lift, among the pairs expected at least 25 times; lift 0 if
-    there are none. shuffled_top_lift `[L]`: the largest lift among the same number of pairs, drawn without preferences.
+    top_pair `[L, 2]`, top_lift `[L]`: the pair with the largest lift, among the pairs expected at least 25 times; lift 0
+    without such pairs. shuffled_top_lift `[L]`: the largest lift among the same number of pairs, drawn without preferences.
     """
 
     counts_LEE: Counts

@@ -29,7 +29,7 @@ from profiler.collect.collection import (
     summarize,
 )
 from profiler.collect.resume import check_settings, finished_problems, hidden_tokens_used
-from profiler.collect.run import Run
+from profiler.collect.run import CollectionRun
 from profiler.collect.selection import Selection, describe, select
 from profiler.collect.skipping import describe_skipped, encode_prompts, skipped_problems
 from profiler.collect.usage import UsageMonitor
@@ -87,7 +87,7 @@ class TraceCollector:
         model: Short name of the registry (`specmoe models`), `demo`, a Hugging Face hub id, or a folder.
         engine: `vllm` or `transformers`.
         precision: Checkpoint of a model known by short name. `auto` takes the first one that fits on this machine's GPU, or the
-            published one if there is no GPU.
+            published one without a GPU.
         revision: Branch, tag or commit of a hub model.
         engine_options: How the model is loaded, and what is captured besides experts and weights
             (`profiler.engines.EngineOptions`).
@@ -301,7 +301,7 @@ class TraceCollector:
                 self.on_stage(note)
             self.on_stage(f"running {len(prompts)} problems")
             began = time.monotonic()
-            run = Run(collection, sequences, monitor, self.on_stage, self.on_progress)
+            run = CollectionRun(collection, sequences, monitor, self.on_stage, self.on_progress)
             ran, report = run.complete(engine, prompts, unusable, self._hidden_tokens_left(collection, sequences))
             generate_seconds = time.monotonic() - began
             sequences |= ran

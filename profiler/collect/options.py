@@ -89,7 +89,7 @@ class LocalOptions(RunOptions):
     compiled: bool | None = option("vLLM: use torch.compile or not; default: only on a GPU.", None, flag="--compiled/--eager")
     prefix_caching: bool = option("Let vLLM reuse shared prefixes; the reused tokens are missing from the routing.", False)
     jsonl: bool = option("Also write routing.jsonl.", False)
-    resume: bool = option("Continue the interrupted collection in --out; start one if there is none.", False)
+    resume: bool = option("Continue the interrupted collection in --out; start one if --out does not exist or is empty.", False)
     verbose: bool = option("Show the engine's own log.", False)
 
     @property

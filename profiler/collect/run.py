@@ -23,7 +23,7 @@ from profiler.collect.usage import UsageMonitor
 from profiler.engines import Completion, Engine, Prompt
 
 
-class Run:
+class CollectionRun:
     """A new run of a collection, in a folder of its own.
 
     finished: sequences of earlier runs, by problem id. on_stage, on_progress: as for `TraceCollector`.

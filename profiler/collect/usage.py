@@ -97,7 +97,7 @@ def _resident_bytes() -> int:
 
 
 def _open_devices() -> list[Any]:
-    """NVML handles of all GPUs; empty if there is no driver."""
+    """NVML handles of all GPUs; empty without a driver."""
     import pynvml
 
     try:

@@ -205,7 +205,7 @@ DEMO_DATASETS = tuple(name for name, dataset in DATASETS.items() if dataset.embe
 
 
 def find_dataset(name: str) -> Dataset:
-    """The dataset called `name`. Raises `DatasetError`, listing all datasets, if there is none."""
+    """The dataset called `name`. Raises `DatasetError`, listing all datasets, if the name is unknown."""
     if name not in DATASETS:
         raise DatasetError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
     return DATASETS[name]

@@ -315,7 +315,7 @@ def _output_to(log: Path | None) -> Iterator[None]:
 
 
 def _root_cause(log: Path | None) -> str | None:
-    """The first exception in the log of vLLM's processes, without the prefix of its line; None if there is none."""
+    """The first exception in the log of vLLM's processes, without the prefix of its line; None without one."""
     if log is None:
         return None
     text = log.read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Convert routing that other tools recorded into traces: one module per format, detected from the content of the source.
+"""Convert routing that other tools recorded into traces: one module in `formats` each, detected from the content of the source.
 
 Every importer sets what it knows about the model on a `Target` and passes it rows or tokens in the order of the source. The
 `Target` reports what is missing and writes the trace. Sources are untrusted: nothing in them is executed, every size is
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from profiler.errors import TraceError
-from profiler.importers import (
+from profiler.importers.formats import (
     colibri,
     edge_csv,
     flame_moe,

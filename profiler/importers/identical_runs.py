@@ -2,8 +2,8 @@
 
 A dummy token is repeated thousands of times, so all of its rows have the same experts and the same weights, bit for bit. Text
 that repeats itself has the same experts at most: each position attends to more tokens, so that the weights differ. Where the
-weights say nothing (there are none, every token has the same ones, or they were rounded to a few decimals), a run may be text
-and is only reported.
+weights say nothing (the source has none, every token has the same ones, or they were rounded to a few decimals), a run may be
+text and is only reported.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class RouteFingerprints:
 class IdenticalRuns:
     """Which tokens `[T]` are in long runs of identical routes.
 
-    dummy_T: runs whose weights show that they are no text. unclear_T: runs that the weights say nothing about.
+    dummy_T: runs whose weights show that they are not text. unclear_T: runs that the weights say nothing about.
     """
 
     dummy_T: npt.NDArray[np.bool_]

@@ -40,12 +40,12 @@ def files_in(folder: Path, *patterns: str) -> list[Path]:
 
 
 def files_of(source: Path, *patterns: str) -> list[Path]:
-    """The file `source` itself, whatever its name, or the files of the folder `source`; empty if there are none."""
+    """The file `source` itself, whatever its name, or the files of the folder `source`; empty if the folder has no files."""
     return files_in(source, *patterns) if source.is_dir() else [source] * source.is_file()
 
 
 def sources_of(source: Path, *patterns: str) -> list[Path]:
-    """As `files_of`, but raises `TraceError` if there are none."""
+    """As `files_of`, but raises `TraceError` if the folder has no files."""
     files = files_of(source, *patterns)
     if not files:
         raise TraceError(f"{source}: the folder contains no file named {' or '.join(patterns)}")

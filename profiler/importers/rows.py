@@ -28,7 +28,7 @@ class ImportOptions:
     num_experts: experts per layer; None to use the source's number or, without one, the highest id plus one.
     drop_incomplete: leave out tokens routed to fewer than K experts, instead of recording empty slots.
     identical_runs: what becomes of long runs of tokens with identical routes, such as an engine's warm-up. auto: drop them
-        where the weights show that they are no text. drop: drop all of them. keep: keep them.
+        where the weights show that they are not text. drop: drop all of them. keep: keep them.
     command: the command line, for the metadata.
     """
 

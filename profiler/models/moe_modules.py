@@ -33,7 +33,7 @@ class MoEBlock:
 
     @property
     def correction_E(self) -> torch.Tensor | None:
-        """The bias `[E]` that is added to the scores for the selection only; None if there is none."""
+        """The bias `[E]` that is added to the scores for the selection only; None if the router has no such bias."""
         for name, values in (*self.block.named_parameters(), *self.block.named_buffers()):
             is_bias = name.rpartition(".")[2] in {"e_score_correction_bias", "expert_bias"}
             if is_bias and values.numel() == self.num_experts:

@@ -313,7 +313,7 @@ def fits(entry: ModelEntry, gpu: Gpu, precision: str) -> Preset | None:
 def preset(entry: ModelEntry, gpu: Gpu, precision: str = "auto") -> Preset:
     """How to run the model on one such GPU. With `auto`, in the first precision of `entry.checkpoints` that fits.
 
-    Raises `ModelError` if there is no such checkpoint, or if it does not fit, naming the GPUs and precisions that do.
+    Raises `ModelError` if the checkpoint is unknown, or if it does not fit, naming the GPUs and precisions that do.
     """
     if precision != "auto" and precision not in entry.precisions:
         raise ModelError(f"{entry.name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")

@@ -18,7 +18,7 @@ from profiler.trace.schema import RoutingChunk
 SAMPLED_GROUPS = 32
 # Share of the tokens beyond which a route or equal weights are reported.
 MAJORITY = 0.5
-# With fewer tokens, one route for most of them is no surprise.
+# With fewer tokens, one route for most of them is not suspicious.
 MIN_TOKENS = 64
 # With fewer possible sets of experts per layer, a real router may well prefer one of them.
 MIN_POSSIBLE_SETS = 100

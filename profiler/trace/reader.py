@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from profiler.errors import TraceError
-from profiler.trace.decoding import concatenate, decode_lists, decode_routing, entries
+from profiler.trace.decoding import concatenate, decode_routing
 from profiler.trace.schema import (
-    CAPTURE_FOLDER,
     MANIFEST_FILE,
-    MAX_HIDDEN_SIZE,
     METADATA_FILE,
     PROBLEMS_FILE,
     PROBLEMS_SCHEMA,
@@ -36,9 +33,8 @@ from profiler.trace.schema import (
     Metadata,
     RoutingChunk,
     routing_schema,
-    values_schema,
 )
-from profiler.trace.stream import ROUTING_STREAM, read_index
+from profiler.trace.unsealed import describe_unsealed
 from profiler.trace.untrusted.parquet_files import (
     check_sizes,
     count_rows,
@@ -48,6 +44,7 @@ from profiler.trace.untrusted.parquet_files import (
     read_table,
     same_columns,
 )
+from profiler.trace.values import iterate_values, read_values
 from profiler.trace.writer import sha256_of
 
 if TYPE_CHECKING:
@@ -56,8 +53,6 @@ if TYPE_CHECKING:
 # JSON of nothing but empty objects takes thirty times its length once parsed.
 MAX_DOCUMENT_BYTES = 16 << 20
 MAX_PROBLEM_ID = (1 << 31) - 1
-# Rows of logits or router inputs that are decoded at a time.
-ROWS_AT_A_TIME = 1 << 14
 
 _DocumentType = TypeVar("_DocumentType", bound=BaseModel)
 
@@ -136,7 +131,7 @@ class Trace:
             One line per fault; empty if the trace is complete.
         """
         if self.manifest is None:
-            return [f"no {MANIFEST_FILE} (the collection did not finish){self._unsealed()}"]
+            return [f"no {MANIFEST_FILE} (the collection did not finish){describe_unsealed(self.path, self.metadata)}"]
         faults = []
         if self.manifest.schema_version != SCHEMA_VERSION:
             faults.append(f"{MANIFEST_FILE} has schema version {self.manifest.schema_version}, expected {SCHEMA_VERSION}")
@@ -156,7 +151,7 @@ class Trace:
 
     @property
     def routing_files(self) -> list[Path]:
-        """The files of the routing in order: those listed in the manifest, or all parts if there is no manifest yet."""
+        """The files of the routing in order: those listed in the manifest, or all parts if the trace has no manifest yet."""
         if self.manifest is not None:
             return [self.path / name for name in sorted(self.manifest.files) if name.startswith(f"{ROUTING_FOLDER}/")]
         return sorted((self.path / ROUTING_FOLDER).glob("part-*.parquet"))
@@ -362,20 +357,7 @@ class Trace:
         Example:
             >>> positions_T, layers, logits_TLE = trace.values("logits", 0)
         """
-        tables = []
-        for path, file in self._value_files(folder):
-            for group, (first, last) in enumerate(problems_of_groups(file, path)):
-                if first <= problem_id <= last:
-                    table = _read_values(file, group, path)
-                    tables.append(table.filter(pc.equal(table.column("problem_id"), problem_id)))
-        if not sum(table.num_rows for table in tables):
-            raise TraceError(f"{self.path}: no {folder} of problem {problem_id}")
-        whole = pa.concat_tables(tables)
-        token_ids, layers = whole.column("token_id").to_numpy(), whole.column("layer").to_numpy()
-        count = len(np.unique(layers))
-        if len(layers) % count or (layers.reshape(-1, count) != layers[:count]).any():
-            raise TraceError(f"{self.path}: {folder} of problem {problem_id} lacks layers for some tokens")
-        return token_ids[::count], layers[:count].tolist(), decode_lists(whole.column(3), count)
+        return read_values(self.path, folder, problem_id)
 
     def value_rows(
         self, folder: str, problems: range | None = None
@@ -393,48 +375,7 @@ class Trace:
         Raises:
             TraceError: If rows break the format.
         """
-        for path, file in self._value_files(folder):
-            found = None if problems is None else problems_of_groups(file, path)
-            for group in range(file.num_row_groups):
-                if found is not None and problems is not None:
-                    first, last = found[group]
-                    if last < problems.start or first >= problems.stop:
-                        continue
-                whole = _read_values(file, group, path)
-                for start in range(0, whole.num_rows, ROWS_AT_A_TIME):
-                    table = whole.slice(start, ROWS_AT_A_TIME)
-                    values = decode_lists(table.column(3), 1)[:, 0]
-                    yield table.column("problem_id").to_numpy(), table.column("layer").to_numpy(), values
-
-    def _value_files(self, folder: str) -> Iterator[tuple[Path, pq.ParquetFile]]:
-        """The files of `logits/` or `hidden/`, their columns and sizes checked."""
-        for path in sorted((self.path / folder).glob("part-*.parquet")):
-            with open_parquet(path) as file:
-                names = file.schema_arrow.names
-                if len(names) != 4 or not same_columns(file.schema_arrow, _values_schema(file.schema_arrow, path)):
-                    raise TraceError(f"{path}: columns {names}, expected problem_id, layer, token_id and one list of float16")
-                check_sizes(file, path)
-                yield path, file
-
-    def _unsealed(self) -> str:
-        """What an unfinished collection has recorded so far, counted in complete lines and blocks of its files."""
-        capture = self.path / CAPTURE_FOLDER
-        tokens = 0
-        for path in sorted(capture.glob(f"run-*/{ROUTING_STREAM}")):
-            try:
-                index = read_index(path)
-                tokens += 0 if index is None else len(index.token_ids_N)
-            except TraceError as error:
-                return f"; {error}"
-        finished = sum(path.read_bytes().count(b"\n") for path in capture.glob("run-*/completions.jsonl"))
-        if not tokens:
-            return "; nothing was recorded yet"
-        outputs = f" and the outputs of {finished} problems" if finished else ""
-        if self.metadata.capture.get("server"):
-            how = "'python -m vllm_patch finish' seals them"
-        else:
-            how = "'specmoe collect --resume' continues the collection, 'specmoe convert' makes a trace of what was recorded"
-        return f"; {tokens:,} tokens{outputs} wait in {CAPTURE_FOLDER}/: {how}"
+        return iterate_values(self.path, folder, problems)
 
     def _groups(self, problems: range | None = None) -> Iterator[tuple[Path, pq.ParquetFile, int]]:
         """Every row group of the routing, or those that may contain `problems`, after a check of the file's columns."""
@@ -464,20 +405,6 @@ class Trace:
     def _checked(self) -> dict[Path, list[tuple[int, int]] | None]:
         """Files whose columns and sizes have been checked, with the result of `_problems_of`, None until it is needed."""
         return {}
-
-
-def _read_values(file: pq.ParquetFile, group: int, path: Path) -> pa.Table:
-    table = read_row_group(file, group, path)
-    if any(column.null_count for column in [*table.columns, *entries(table.column(3))]):
-        raise TraceError(f"{path}, row group {group}: nulls, expected none")
-    return table
-
-
-def _values_schema(schema: pa.Schema, path: Path) -> pa.Schema:
-    kind = schema.field(3).type
-    if not pa.types.is_fixed_size_list(kind) or not 1 <= kind.list_size <= MAX_HIDDEN_SIZE:
-        raise TraceError(f"{path}: column {schema.names[3]!r} is {kind}, expected a fixed-size list of float16")
-    return values_schema(schema.names[3], kind.list_size)
 
 
 def _key(chunk: RoutingChunk, token: int) -> int:

@@ -174,7 +174,7 @@ class ModelMetadata(_Document):
 class RecordMetadata(_Document):
     """What the routing rows contain. Only converted traces, whose source recorded less, differ from the defaults.
 
-    weights: false if there are no weights. Pairs are then in the order of the source, so the strongest expert is unknown.
+    weights: false if the trace has no weights. Pairs are then in the order of the source, so the strongest expert is unknown.
     empty_slots: the number of pairs without an expert (null in the files), from tokens routed to fewer than K experts.
     """
 

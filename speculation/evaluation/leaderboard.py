@@ -87,7 +87,7 @@ def leaderboard_rows(documents: list[Evaluation]) -> list[LeaderboardRow]:
             control = document.results.get(f"{name}, {CONTROL}")
             for horizon, metrics in result.metrics.items():
                 number = int(horizon.removeprefix("h="))
-                # There are no metrics if no token has another one that far ahead.
+                # A horizon has no metrics if no token has another one that far ahead.
                 if metrics and (own or (label, number) not in rows):
                     rows[label, number] = _row(document, result, label, number, control if own else None, own)
     return sorted(rows.values(), key=lambda row: (row.horizon, -row.recall))

@@ -103,7 +103,7 @@ class RankCounts:
             getattr(self, name).__iadd__(getattr(other, name))
 
     def metrics(self, group: int | None = None) -> dict[str, float]:
-        """All metrics by name, such as `recall@2`, for one group or for all together; empty if there are no examples."""
+        """All metrics by name, such as `recall@2`, for one group or for all together; empty without examples."""
         chosen = slice(None) if group is None else slice(group, group + 1)
         n, k = int(self.examples[chosen].sum()), self.top_k
         if not n:

@@ -62,7 +62,7 @@ def predictor_classes() -> dict[str, type[Predictor]]:
 
 
 def find_predictor(name: str) -> type[Predictor]:
-    """The predictor class called `name`. Raises `SpecmoeError`, which lists the known names, if there is no such predictor."""
+    """The predictor class called `name`. Raises `SpecmoeError`, which lists the known names, if the name is unknown."""
     classes = predictor_classes()
     if name not in classes:
         raise SpecmoeError(f"unknown predictor {name!r}: expected one of {', '.join(classes)}")

@@ -138,7 +138,7 @@ def test_a_quantized_router_is_refused(tmp_path: Path) -> None:
 @needs_llmcompressor
 def test_the_job_leaves_a_checkpoint_where_collect_finds_it(tmp_path: Path) -> None:
     account = OfflineModal(tmp_path / "account")
-    # A hub's cache as a download leaves it: there is no hub here.
+    # A hub's cache as a download leaves it: the tests have no hub.
     cache = tmp_path / "cache" / "models--tiny--moe"
     tiny("qwen2_moe", cache / "snapshots" / "c0ffee")
     (cache / "refs").mkdir()

@@ -256,7 +256,7 @@ def test_a_manifest_that_leaves_its_folder_is_refused(
     volume = LocalVolume(run.parent)
     with pytest.raises(TraceError, match=r"manifest.json on the Volume is not a manifest: .* leaves the trace directory"):
         fetch_trace(volume, str(attempt.relative_to(run.parent)), tmp_path / "fetched")
-    # Such a shard is none that is finished.
+    # Such a shard is not finished.
     with pytest.raises(TraceError, match=r"1 of 2 shards of .* are finished"):
         download_run(volume, job[0].run_id, tmp_path / "trace", say=said.append)
     assert sorted(path.name for path in tmp_path.iterdir()) == [job[0].run_id]

@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import traceback
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,10 +36,10 @@ KILLED_WITH_PARENT = 1
 class Specification:
     """A process: `python -m MODULE ARGUMENTS`.
 
-    environment: all variables. python_path: folders of modules, after the working directory. root: for a container, an empty
-    folder to build its own file system on. The rest is for containers only. mounts: folders at paths in the container, (path,
-    folder here, read only). files: (path, file here), copied. kept: folders with the interpreter, visible even below the paths
-    that containers have for themselves.
+    environment: all variables. python_path: folders of modules, after the working directory. warm_children: processes that it
+    spawns are warm, too. root: for a container, an empty folder to build its own file system on. The rest is for containers
+    only. mounts: folders at paths in the container, (path, folder here, read only). files: (path, file here), copied. kept:
+    folders with the interpreter, visible even below the paths that containers have for themselves.
     """
 
     module: str
@@ -46,6 +47,7 @@ class Specification:
     workdir: str
     environment: dict[str, str]
     python_path: list[str]
+    warm_children: bool = False
     root: str | None = None
     mounts: list[tuple[str, str, bool]] = field(default_factory=list)
     files: list[tuple[str, str]] = field(default_factory=list)
@@ -58,6 +60,9 @@ def main() -> NoReturn:
         # An environment need not have all.
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    # It finds the memory for a process's title only with the variables that the process began with.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("setproctitle").getproctitle()
     # The forks share these objects' memory as long as their garbage collectors do not touch them.
     gc.freeze()
     specification = start_processes(socket.socket(fileno=os.dup(0)))
@@ -165,6 +170,12 @@ def run(specification: Specification) -> None:
     sys.argv = [specification.module, *specification.arguments]
     # A shell's background job hands SIGINT down as ignored, and the tests may run in one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if specification.warm_children:
+        from support.spawning import spawn_from_here
+
+        if (spawned := spawn_from_here()) is not None:
+            spawned()
+            return
     runpy.run_module(specification.module, run_name="__main__", alter_sys=True)
 
 
@@ -206,6 +217,8 @@ def enter(specification: Specification, root: str) -> None:
     for path, source in specification.files:
         Path(root + path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, root + path)
+        # By its content: caches of what was compiled from a file know it again by its path, size and time.
+        os.utime(root + path, (zlib.crc32(Path(source).read_bytes()),) * 2)
     os.chroot(root)
     os.chdir(specification.workdir)
 

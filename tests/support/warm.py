@@ -147,16 +147,18 @@ def run(
     timeout: float = 300,
     starter: Starter | None = None,
     cwd: Path | None = None,
+    warm_children: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run([python, "-m", module, *arguments], capture_output=True, text=True)`.
 
-    environment: additional variables. starter: default: this interpreter with `LIBRARIES`. Raises `subprocess.TimeoutExpired`
-    after killing the process and its group.
+    environment: additional variables. starter: default: this interpreter with `LIBRARIES`. warm_children: what it starts by
+    `multiprocessing`'s method `spawn` is warm, too. Raises `subprocess.TimeoutExpired` after killing the process and its group.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
         files = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in outputs]
-        process = _start(starter or usual_starter(), Path(folder), module, arguments, environment, files, cwd or Path.cwd())
+        starter = starter or usual_starter()
+        process = _start(starter, Path(folder), module, arguments, environment, files, cwd or Path.cwd(), warm_children)
         try:
             code = process.code.result(timeout)
         except TimeoutError:
@@ -167,15 +169,23 @@ def run(
 
 
 def start(
-    module: str, *arguments: str | Path, environment: Mapping[str, str] | None = None, log: Path | None = None
+    module: str,
+    *arguments: str | Path,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+    warm_children: bool = False,
 ) -> Running:
-    """Start `python -m module arguments` and return at once. log: gets its output; else standard output is dropped."""
+    """Start `python -m module arguments` and return at once.
+
+    log: gets its output; else standard output is dropped. warm_children: as for `run`.
+    """
     read, write = os.pipe()
     output = os.open(os.devnull if log is None else log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     if log is not None:
         os.dup2(output, write)
     with tempfile.TemporaryDirectory() as folder:
-        process = _start(usual_starter(), Path(folder), module, arguments, environment, [output, write], Path.cwd())
+        outputs = [output, write]
+        process = _start(usual_starter(), Path(folder), module, arguments, environment, outputs, Path.cwd(), warm_children)
     return Running(process, os.fdopen(read))
 
 
@@ -192,6 +202,7 @@ def _start(
     environment: Mapping[str, str] | None,
     outputs: Sequence[int],
     cwd: Path,
+    warm_children: bool,
 ) -> Process:
     if changed := are_read_at_import(environment or {}):
         raise ValueError(f"libraries read {', '.join(changed)} while they are imported, which has happened: use subprocess")
@@ -202,9 +213,10 @@ def _start(
         workdir=str(cwd),
         environment=whole,
         python_path=[*filter(None, whole.get("PYTHONPATH", "").split(os.pathsep)), str(TESTS)],
+        warm_children=warm_children,
     )
     (folder / "specification").write_text(json.dumps(asdict(specification)))
-    return starter.start(folder / "specification", outputs).result(120)
+    return starter.start(folder / "specification", outputs).result(300)
 
 
 @functools.cache

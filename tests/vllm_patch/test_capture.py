@@ -34,7 +34,8 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     command += ["--dataset", "demo-math,demo-code,demo-reviews", "--num-problems", str(PROBLEMS)]
     command += ["--max-new-tokens", "150", "--out", str(out)]
     # One engine in the process that starts it, one in processes of its own, as it is by default.
-    done = warm.run("specmoe", *command, environment=IN_ONE_PROCESS if request.param == "eager" else {})
+    environment = IN_ONE_PROCESS if request.param == "eager" else {}
+    done = warm.run("specmoe", *command, environment=environment, warm_children=True)
     assert done.returncode == 0, done.stderr
     assert f"{PROBLEMS} problems" in done.stdout
     return Trace.open(out)
@@ -91,7 +92,7 @@ def test_a_run_that_is_cut_off_ends_with_one_line_and_leaves_no_process(
     command = ["collect", "--model", "demo", "--dataset", "demo-math,demo-code,demo-reviews"]
     command += ["--num-problems", "48", "--max-new-tokens", "850", "--out", str(tmp_path / "trace")]
     # Not tmp_path: vLLM's sockets are there, and a socket's path may have 107 characters.
-    run = warm.start("specmoe", *command, environment={"TMPDIR": short_folder})
+    run = warm.start("specmoe", *command, environment={"TMPDIR": short_folder}, warm_children=True)
     for line in run.stderr:
         if line.startswith("12 of 48"):
             break

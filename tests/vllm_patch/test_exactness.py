@@ -39,7 +39,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drive(*scenarios: list[object], **environment: str) -> None:
     words = [str(word) for scenario in scenarios for word in ("--", *scenario)]
-    done = warm.run("support.drive_vllm", *words[1:], environment=environment, timeout=500)
+    done = warm.run("support.drive_vllm", *words[1:], environment=environment, timeout=500, warm_children=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_patch.check.device import Device
+from vllm_patch.check.device import DeviceFacts
 from vllm_patch.check.jobs import FAMILY_NAMES
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict
 
@@ -18,7 +18,7 @@ NEVER_RUN = (
 )
 
 
-def coverage(jobs: list[JobResult], device: Device) -> tuple[list[str], list[str]]:
+def coverage(jobs: list[JobResult], device: DeviceFacts) -> tuple[list[str], list[str]]:
     """What was compared, and what was not: each a list of phrases."""
     compared = [job for job in jobs if job.verdict in COMPARED]
     covered = []

@@ -23,7 +23,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class DeviceFacts:
     """name: for people. memory: of the GPU or the host, in bytes. runners: model runners that vLLM can choose between."""
 
     name: str
@@ -32,7 +32,7 @@ class Device:
     runners: tuple[int, ...] = ()
 
 
-def find_device() -> Device:
+def find_device() -> DeviceFacts:
     """Ask vLLM in a separate process, so that this one does not occupy the GPU. Raises `EngineError` without a vLLM."""
     code = (
         "import json, os, torch, vllm.envs as e; gpu = torch.cuda.is_available(); "
@@ -47,10 +47,12 @@ def find_device() -> Device:
         reason = lines[-1] if lines else "no message"
         raise EngineError(f"vLLM cannot be imported ({reason}): install vLLM in this environment, or repair it")
     name, on_gpu, memory, has_runners = json.loads(done.stdout.strip().splitlines()[-1])
-    return Device(name=str(name), on_gpu=bool(on_gpu), memory=int(memory), runners=(1, 2) if on_gpu and has_runners else ())
+    return DeviceFacts(
+        name=str(name), on_gpu=bool(on_gpu), memory=int(memory), runners=(1, 2) if on_gpu and has_runners else ()
+    )
 
 
-def choose_dtype(model: str, device: Device) -> str:
+def choose_dtype(model: str, device: DeviceFacts) -> str:
     """The precision to check a model in: float32, in which routing can be compared exactly, where the device allows it.
 
     model: a family's name, `demo` or a folder. A model whose weights are quantized, do not fit in float32, or need kernels that
@@ -75,7 +77,7 @@ def context_length(folder: Path, wanted: int) -> int:
     return min(wanted, most) if isinstance(most, int) else wanted
 
 
-def _needs_half(config: dict[str, Any], text: dict[str, Any], device: Device) -> bool:
+def _needs_half(config: dict[str, Any], text: dict[str, Any], device: DeviceFacts) -> bool:
     if config.get("quantization_config") or text.get("quantization_config"):
         return True
     if device.on_gpu:
@@ -83,7 +85,7 @@ def _needs_half(config: dict[str, Any], text: dict[str, Any], device: Device) ->
     return "linear_attention" in (text.get("layer_types") or [])
 
 
-def _fits_in_float32(folder: Path, own: str, device: Device) -> bool:
+def _fits_in_float32(folder: Path, own: str, device: DeviceFacts) -> bool:
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     share = WEIGHTS_SHARE["gpu" if device.on_gpu else "cpu"]
     return stored / BYTES.get(own, 4) * BYTES["float32"] <= share * device.memory

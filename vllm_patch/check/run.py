@@ -207,7 +207,7 @@ class _Worker:
         return self._process.poll() is None
 
     def run(self, job: Job, limit: float) -> dict[str, Any]:
-        """The worker's answer, or a verdict that says why there is none."""
+        """The worker's answer, or a verdict that says why it did not answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         timed_out = threading.Event()

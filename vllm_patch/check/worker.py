@@ -134,7 +134,7 @@ def inspect_models_here() -> None:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedRun:
     """A trace and how it was recorded. in_transformers: vLLM runs the model with transformers' own modules."""
 
     trace: Trace
@@ -143,7 +143,7 @@ class Recorded:
     in_transformers: bool
 
 
-def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()) -> Recorded:
+def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()) -> RecordedRun:
     """Start vLLM, record the job's prompts, and stop vLLM.
 
     hidden_layers: the MoE layers whose router inputs are recorded, too.
@@ -195,10 +195,10 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
         if on_gpu:
             torch.cuda.empty_cache()
     assert recording.trace is not None
-    return Recorded(recording.trace, runner, started, in_transformers)
+    return RecordedRun(recording.trace, runner, started, in_transformers)
 
 
-def _compare(recorded: Recorded, model: Path, job: Job, *, recorded_inputs: bool = False) -> OracleAgreement:
+def _compare(recorded: RecordedRun, model: Path, job: Job, *, recorded_inputs: bool = False) -> OracleAgreement:
     """Compare with the reference, on the CPU wherever vLLM ran: it must not use the same kernels.
 
     vLLM changes the classes of models that it runs with transformers' modules, so these are compared in another process.

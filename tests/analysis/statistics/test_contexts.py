@@ -34,7 +34,7 @@ def test_contexts_by_hand() -> None:
     # The layer before, then the one before that.
     assert seen(TWO_LAYERS) == [[2, 3, 2], [2, 4, 0]]
     assert seen(LAYER_AND_TOKEN) == [[1, 4, 1], [2, 5, 0]]
-    # The second token is none of the vocabulary: the last row.
+    # The second token is not in the vocabulary: the last row.
     assert seen(TOKEN) == [[0, 1, 0], [0, 2, 1], [1, 1, 1], [1, 2, 1], [2, 1, 2], [2, 2, 0]]
     assert counts.strongest[NO_CONTEXT][0, 1, 0].tolist() == [0, 2, 0, 0]
 

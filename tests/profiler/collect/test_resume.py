@@ -145,7 +145,7 @@ def test_a_killed_vllm_run_ends_with_its_engine_and_is_resumed(tmp_path: Path) -
         ]
 
     out = tmp_path / "killed"
-    killed = warm.start(*command(out))
+    killed = warm.start(*command(out), warm_children=True)
     deadline = time.monotonic() + 120
     while not (out.is_dir() and runs_of(out) and captured_tokens(out)) and time.monotonic() < deadline:
         time.sleep(0.05)

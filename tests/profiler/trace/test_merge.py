@@ -80,7 +80,7 @@ def test_other_versions_devices_and_kernels_are_listed(parts: Path, tmp_path: Pa
     write_metadata(tmp_path / "b", metadata.model_copy(update=changed))
     (tmp_path / "b" / "manifest.json").unlink()
     write_manifest(tmp_path / "b")
-    # A file that its manifest does not list is none of the trace's.
+    # A file that its manifest does not list does not belong to the trace.
     shutil.copyfile(parts / "a" / "routing" / "part-00000.parquet", tmp_path / "b" / "routing" / "part-00001.parquet")
     merged = merge_traces([parts / "a", tmp_path / "b", parts / "c"], tmp_path / "merged")
     assert merged.metadata.versions["torch"] == f"{metadata.versions['torch']}, 9.9"

@@ -16,7 +16,7 @@ from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2 as pb
 
 from support.modal_server.parts import Event, Part, new_id
-from support.modal_server.processes import ONE_THREAD, Process, start, starter_of
+from support.modal_server.processes import ONE_THREAD, Process, numba_cache, start, starter_of
 from support.starter import Specification
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ class Containers(Part):
         mounts = [(path, str(source), False) for path, source in environment.folders.items()]
         # Its /tmp is its own, and so the server's folder is shown elsewhere.
         mounts += [("/tmp", str(folder / "tmp"), False), ("/__modal", str(folder), False)]
+        mounts.append(("/__numba", str(numba_cache()), False))
         for mount in definition.volume_mounts:
             copy = self.server.volumes.mount(mount.volume_id, folder / "volumes" / mount.volume_id)
             container.volumes[mount.volume_id] = copy
@@ -179,6 +180,7 @@ class Containers(Part):
             **environment.variables,
             **self.server.settings.environment,
             "PYTHONPATH": ":".join(environment.python_path),
+            "NUMBA_CACHE_DIR": "/__numba",
             "MODAL_SERVER_URL": "unix:///__modal/socket",
             "MODAL_TASK_ID": container.id,
             "MODAL_IS_REMOTE": "1",
@@ -236,7 +238,7 @@ class Containers(Part):
     async def FunctionGetInputs(
         self, request: pb.FunctionGetInputsRequest, container: Container | None
     ) -> pb.FunctionGetInputsResponse:
-        """The next input, one at a time; or, if there is none for some time, that the container is to stop."""
+        """The next input, one at a time; or, if none comes for some time, the order to stop."""
         assert container is not None
         queue, changed = self.queues[container.function.id], self.changed[container.function.id]
         idle = container.function.definition.autoscaler_settings.scaledown_window or IDLE_SECONDS

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import functools
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -58,6 +62,14 @@ class Process:
         if not self.process.code.done():
             with contextlib.suppress(ProcessLookupError):
                 how(self.pid, number)
+
+
+@functools.cache
+def numba_cache() -> Path:
+    """A folder for the functions that containers compile, so that each is compiled once; it lives as long as this process."""
+    folder = tempfile.mkdtemp(prefix="numba-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 _starters: dict[tuple[Path, tuple[str, ...], tuple[tuple[str, str], ...]], warm.Starter] = {}

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from vllm_patch.check.coverage import coverage, coverage_lines
-from vllm_patch.check.device import Device, choose_dtype, context_length
+from vllm_patch.check.device import DeviceFacts, choose_dtype, context_length
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict
 from vllm_patch.check.table import markdown_table
 
-GPU = Device(name="a GPU", on_gpu=True, memory=1 << 20)
-CPU = Device(name="CPU", on_gpu=False, memory=1 << 20)
+GPU = DeviceFacts(name="a GPU", on_gpu=True, memory=1 << 20)
+CPU = DeviceFacts(name="CPU", on_gpu=False, memory=1 << 20)
 HALF = {"model_type": "mixtral", "dtype": "bfloat16"}
 
 
@@ -43,7 +43,7 @@ def checkpoint(folder: Path, config: dict[str, Any], stored: int) -> str:
     ],
 )
 def test_float32_where_the_device_allows_it(
-    config: dict[str, Any], stored: int, device: Device, expected: str, tmp_path: Path
+    config: dict[str, Any], stored: int, device: DeviceFacts, expected: str, tmp_path: Path
 ) -> None:
     assert choose_dtype(checkpoint(tmp_path, config, stored), device) == expected
 

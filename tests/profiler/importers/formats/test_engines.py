@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from profiler.errors import TraceError
-from profiler.importers import find_format, import_trace, llama_cpp
+from profiler.importers import find_format, import_trace
+from profiler.importers.formats import llama_cpp
 from profiler.importers.reading import HEAD_BYTES
 from profiler.importers.rows import ImportOptions
 from profiler.trace.reader import Trace

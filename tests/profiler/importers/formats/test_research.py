@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from profiler.errors import TraceError
-from profiler.importers import find_format, import_trace, moe_beyond
+from profiler.importers import find_format, import_trace
+from profiler.importers.formats import moe_beyond
 from profiler.importers.rows import ImportOptions
 from profiler.trace.reader import Trace
 
@@ -353,8 +354,8 @@ def test_moe_beyond_is_read_the_same_at_once_and_row_by_row(tmp_path: Path, monk
     text = "Layer ID,Batch Number,Token,Activated Expert IDs\r\n" + "".join(lines)
     (tmp_path / "prompt_3.csv").write_bytes(text.encode())
     at_once = import_trace(tmp_path / "prompt_3.csv", tmp_path / "t")
-    monkeypatch.setattr("profiler.importers.moe_beyond.WHOLE_BYTES", 0)
-    monkeypatch.setattr("profiler.importers.moe_beyond.ROWS", 5)
+    monkeypatch.setattr("profiler.importers.formats.moe_beyond.WHOLE_BYTES", 0)
+    monkeypatch.setattr("profiler.importers.formats.moe_beyond.ROWS", 5)
     by_row = import_trace(tmp_path / "prompt_3.csv", tmp_path / "u")
     assert at_once.to_arrow() == by_row.to_arrow()
     assert at_once.tokens == by_row.tokens
