@@ -13,7 +13,6 @@ from speculation.offload.policies import choose_victim, note_load, worth
 from speculation.offload.ram import OUT, Ram, admit, touch
 from speculation.offload.state import (
     ABSENT,
-    ALL,
     COMING,
     FILLING,
     FILLS,
@@ -38,17 +37,16 @@ _inlined = numba.njit(cache=True, nogil=True, inline="always")
 
 @numba.njit(cache=True, nogil=True)
 def enqueue_prediction(
-    x: int, request: int, score: float, queues: Queues, lines: Lines, clock: Clock, limits: Limits, experts: Experts, ram: Ram
+    which: int, x: int, request: int, score: float, queues: Queues, lines: Lines, clock: Clock, experts: Experts
 ) -> bool:
-    """Queue an expert that is predicted for a request with a probability (score); return False if there is no room."""
+    """Queue an expert that is predicted for a request with a probability (score); return False if there is no room.
+
+    which: `READS` if it is on storage only, else `PREDICTED`.
+    """
     expert = experts[x]
     expert.predicted_for = max(expert.predicted_for, request)
     if expert.where != ABSENT and expert.where != FILLING:
         return True
-    which = READS if limits.ram != ALL and ram[x].before == OUT else PREDICTED
-    if which == READS and not limits.ram:
-        # What is prefetched from storage is first in host memory.
-        return False
     if not _append(which, x, request, clock.predictor_ends, score, queues, lines):
         return False
     expert.where = WAITING
@@ -92,6 +90,7 @@ def begin_transfers(
     clock: Clock,
     since: float,
     is_served: bool,
+    has_storage: bool,
     limits: Limits,
     experts: Experts,
     capacities: Integers,
@@ -103,7 +102,7 @@ def begin_transfers(
     """Begin the queued transfers that the interconnect can begin from `since` to now: predictions first, then fills.
 
     is_served: the request's experts are in the cache and in use, so an expert that finds no room waits for them. Else it is
-    dropped.
+    dropped. has_storage: host memory does not hold all experts.
     """
     request = clock.request
     soon = request + 1 if is_served else request
@@ -140,7 +139,7 @@ def begin_transfers(
         _remove_first(which, queues, lines)
         if is_stale:
             continue
-        is_out = limits.ram != ALL and ram[x].before == OUT
+        is_out = has_storage and ram[x].before == OUT
         if is_out and which == PREDICTED and target >= soon and _append(READS, x, target, entry.time, score, queues, lines):
             # Host memory has evicted it while it waited.
             continue
@@ -153,7 +152,7 @@ def begin_transfers(
             evict(slots[pool, slot], clock, limits, experts, counts)
         else:
             held[pool] += 1
-        if limits.ram != ALL:
+        if has_storage:
             touch(x, ram)
         slots[pool, slot] = x
         clock.transfers_end = begin + limits.copy_seconds
@@ -196,6 +195,7 @@ def begin_reads(
     lines: Lines,
     clock: Clock,
     is_served: bool,
+    storage_seconds: float,
     limits: Limits,
     experts: Experts,
     counts: Integers,
@@ -218,7 +218,7 @@ def begin_reads(
             begin = max(clock.reads_end, entry.time)
             if begin > clock.now:
                 break
-            clock.reads_end = clock.read_ends = begin + limits.storage_seconds
+            clock.reads_end = clock.read_ends = begin + storage_seconds
             clock.is_reading = True
             admit(x, clock.reads_end, ram)
             counts[clock.kind, x // limits.num_experts, Count.READS.value] += 1

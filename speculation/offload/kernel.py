@@ -17,7 +17,7 @@ import numpy.typing as npt
 from speculation.offload.background import begin_reads, begin_transfers, enqueue_fill, enqueue_prediction
 from speculation.offload.misses import load_missing, serve
 from speculation.offload.policies import begin_step, note_next_use, note_use, start_expert
-from speculation.offload.ram import Ram
+from speculation.offload.ram import OUT, Ram
 from speculation.offload.state import (
     ALL,
     COMING,
@@ -39,6 +39,7 @@ from speculation.offload.state import (
     Queues,
     Rule,
     Seconds,
+    Tiers,
 )
 
 _COUNTS = len(Count)
@@ -63,6 +64,7 @@ def play(
     host_floor_S: Seconds,
     predict_seconds: float,
     limits: Limits,
+    tiers: Tiers,
     popularity: Integers,
     capacities: Integers,
     scores_SX: npt.NDArray[np.float32],
@@ -87,7 +89,7 @@ def play(
         expert_floor_S: the least time that a layer's experts take on the device.
         host_floor_S: the least time that all of them would take on the host.
         predict_seconds: one prediction; predictions are made one after the other.
-        limits: numbers that stay.
+        limits, tiers: numbers that stay.
         popularity: ranks of all experts `[L * E]`, the most popular highest.
         capacities: how many experts each cache holds, `[L]`, or `[1]` if there is one for all layers.
         scores_SX: for `Rule.LEARNED`, the reuse score of every expert in each step `[S, L * E]`; else `[1, 0]`.
@@ -107,9 +109,9 @@ def play(
     _fill(popularity, capacities, experts, slots, held, limits.rule)
     clock = clocks[0]
     can_copy = np.isfinite(limits.copy_seconds)
-    has_storage = limits.ram != ALL
+    has_storage = tiers.ram != ALL
     # Else every miss is copied from host memory.
-    has_choice = has_storage or limits.miss != Miss.COPY
+    has_choice = has_storage or tiers.miss != Miss.COPY
     on_host = np.zeros(num_experts, dtype=np.bool_)
 
     for step in range(steps):
@@ -131,10 +133,22 @@ def play(
                 clock.now += layer_seconds_S[step]
                 routed = clock.now
                 if lines[READS].waiting:
-                    begin_reads(queues, lines, clock, False, limits, experts, counts, ram)
+                    begin_reads(queues, lines, clock, False, tiers.storage_seconds, limits, experts, counts, ram)
                 if lines[PREDICTED].waiting or lines[FILLS].waiting:
                     begin_transfers(
-                        queues, lines, clock, clock.computed, False, limits, experts, capacities, slots, held, counts, ram
+                        queues,
+                        lines,
+                        clock,
+                        clock.computed,
+                        False,
+                        has_storage,
+                        limits,
+                        experts,
+                        capacities,
+                        slots,
+                        held,
+                        counts,
+                        ram,
                     )
                 chosen = experts_N[starts_R[clock.request] : starts_R[clock.request + 1]]
                 next_use = next_use_N[starts_R[clock.request] : starts_R[clock.request + 1]]
@@ -142,9 +156,9 @@ def play(
                 hits[step] += found
                 on_device, host_ends = len(chosen), 0.0
                 if has_choice and found < len(chosen):
-                    host_seconds = max(limits.host_seconds, host_floor_S[step] / len(chosen))
+                    host_seconds = max(tiers.host_seconds, host_floor_S[step] / len(chosen))
                     needed, on_device, host_ends = serve(
-                        chosen, host_seconds, on_host, clock, limits, experts, capacities, slots, held, counts, ram
+                        chosen, host_seconds, on_host, clock, limits, tiers, experts, capacities, slots, held, counts, ram
                     )
                 elif misses:
                     needed = max(needed, load_missing(chosen, clock, limits, experts, capacities, slots, held, counts))
@@ -162,24 +176,29 @@ def play(
                     at_layer = plan_layers_N[entry] % layers
                     expert = at_layer * num_experts + plan_experts_N[entry]
                     target = step * layers + plan_layers_N[entry]
-                    score = plan_scores_N[entry]
-                    if not enqueue_prediction(expert, target, score, queues, lines, clock, limits, experts, ram):
+                    which = READS if has_storage and ram[expert].before == OUT else PREDICTED
+                    # What is prefetched from storage is first in host memory, which may have no room.
+                    if (which == READS and not tiers.ram) or not enqueue_prediction(
+                        which, expert, target, plan_scores_N[entry], queues, lines, clock, experts
+                    ):
                         counts[clock.kind, at_layer, Count.DROPPED.value] += 1
             if layer >= 0:
                 if on_device < len(chosen) and can_copy and capacities[pool]:
                     for place in range(len(chosen)):
                         if on_host[place]:
                             enqueue_fill(layer * num_experts + chosen[place], queues, lines, clock, limits, experts)
-                computation = max(on_device * limits.expert_seconds, expert_floor_S[step] * on_device / len(chosen))
+                computation = max(on_device * tiers.expert_seconds, expert_floor_S[step] * on_device / len(chosen))
                 ready = clock.now
                 clock.now = max(needed + computation, host_ends)
                 stall += clock.now - ready - computation
                 clock.computed = clock.now
                 # None of these experts is evicted while they are computed.
                 if lines[READS].waiting:
-                    begin_reads(queues, lines, clock, True, limits, experts, counts, ram)
+                    begin_reads(queues, lines, clock, True, tiers.storage_seconds, limits, experts, counts, ram)
                 if lines[PREDICTED].waiting or lines[FILLS].waiting:
-                    begin_transfers(queues, lines, clock, 0.0, True, limits, experts, capacities, slots, held, counts, ram)
+                    begin_transfers(
+                        queues, lines, clock, 0.0, True, has_storage, limits, experts, capacities, slots, held, counts, ram
+                    )
         ends[step] = clock.now
         stalls[step] = stall
     for which in (PREDICTED, READS):

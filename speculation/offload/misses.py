@@ -23,6 +23,7 @@ from speculation.offload.state import (
     Limits,
     Miss,
     Rule,
+    Tiers,
 )
 
 # Calls with this many arrays are not inlined by LLVM and cost a sixth of the time: these are inlined by numba.
@@ -104,6 +105,7 @@ def serve(
     on_host: npt.NDArray[np.bool_],
     clock: Clock,
     limits: Limits,
+    tiers: Tiers,
     experts: Experts,
     capacities: Integers,
     slots: Integers,
@@ -120,16 +122,16 @@ def serve(
         chosen: Experts of the request.
         host_seconds: Computation of one of them on the host.
         on_host: Set for each entry of `chosen`: whether the host computes it and it was a miss.
-        clock, limits, experts, capacities, slots, held, counts, ram: see `play`.
+        clock, limits, tiers, experts, capacities, slots, held, counts, ram: see `play`.
 
     Returns:
         When the device has all that it computes, how many those are, and when the host is done.
     """
     now, first = clock.now, clock.layer * limits.num_experts
     needed = host_ends = now
-    host_free = now + limits.host_latency
+    host_free = now + tiers.host_latency
     remaining = len(chosen)
-    has_storage = limits.ram != ALL
+    has_storage = tiers.ram != ALL
     # The policy takes its time to choose what to evict; the host waits for nothing of it.
     chosen_at = max(now + limits.policy_seconds, scored(clock.layer, clock, limits))
     for place in range(len(chosen)):
@@ -138,7 +140,7 @@ def serve(
         if expert.where != COMING or expert.arrival <= now:
             continue
         host_end = host_free + host_seconds
-        if limits.miss != Miss.COPY and host_end <= expert.arrival + limits.expert_seconds:
+        if tiers.miss != Miss.COPY and host_end <= expert.arrival + tiers.expert_seconds:
             host_free = host_ends = host_end
             remaining -= 1
             counts[clock.kind, clock.layer, Count.HOST.value] += 1
@@ -157,11 +159,11 @@ def serve(
             if has_storage:
                 if not waits_for_reads and (ram[x].before == OUT or ram[x].ready > now):
                     continue
-                ready = _fetch(x, clock, limits, counts, ram)
+                ready = _fetch(x, clock, tiers, counts, ram)
             host_end = max(host_free, ready) + host_seconds
             there = max(ready, chosen_at)
-            computed = max(there, clock.transfers_end) + limits.copy_seconds + limits.expert_seconds
-            if limits.miss == Miss.HOST or (limits.miss == Miss.CHEAPEST and host_end <= computed):
+            computed = max(there, clock.transfers_end) + limits.copy_seconds + tiers.expert_seconds
+            if tiers.miss == Miss.HOST or (tiers.miss == Miss.CHEAPEST and host_end <= computed):
                 host_free = host_ends = host_end
                 remaining -= 1
                 counts[clock.kind, clock.layer, Count.HOST.value] += 1
@@ -173,14 +175,14 @@ def serve(
 
 
 @numba.njit(cache=True, nogil=True)
-def _fetch(x: int, clock: Clock, limits: Limits, counts: Integers, ram: Ram) -> float:
+def _fetch(x: int, clock: Clock, tiers: Tiers, counts: Integers, ram: Ram) -> float:
     """Return when an expert is in host memory, after reading it from storage if it must be."""
     if ram[x].before != OUT:
         touch(x, ram)
         return max(clock.now, ram[x].ready)
     counts[clock.kind, clock.layer, Count.RAM_MISS.value] += 1
     counts[clock.kind, clock.layer, Count.READS.value] += 1
-    clock.reads_end = max(clock.reads_end, clock.now) + limits.storage_seconds
-    if limits.ram:
+    clock.reads_end = max(clock.reads_end, clock.now) + tiers.storage_seconds
+    if tiers.ram:
         admit(x, clock.reads_end, ram)
     return clock.reads_end

@@ -26,6 +26,7 @@ from speculation.offload.state import (
     Limits,
     Miss,
     Rule,
+    Tiers,
     expert_records,
 )
 
@@ -210,6 +211,7 @@ def simulate(
         host_floor,
         0.0 if costs is None else setting.predict_seconds,
         _limits(requests, setting, costs),
+        _tiers(setting, costs),
         workload.popularity,
         capacities,
         scores_SX,
@@ -256,6 +258,11 @@ def _limits(requests: Requests, setting: Setting, costs: Costs | None) -> Limits
         policy_seconds=0.0 if costs is None else setting.policy_seconds,
         score_seconds=0.0 if costs is None else setting.score_seconds,
         time_constant=setting.time_constant,
+    )
+
+
+def _tiers(setting: Setting, costs: Costs | None) -> Tiers:
+    return Tiers(
         expert_seconds=0.0 if costs is None else costs.expert_seconds,
         miss=int(setting.miss),
         host_seconds=0.0 if costs is None else costs.host_expert_seconds or 0.0,

@@ -131,9 +131,7 @@ class Limits(NamedTuple):
 
     copy_seconds: transfer time of one expert; infinite if nothing can be transferred. policy_seconds: time to choose the
     experts to evict, per request. score_seconds: time to compute the reuse scores of one layer (`Rule.LEARNED`).
-    time_constant: in steps (`Rule.EWMA`, `Rule.LFU_AGED`). expert_seconds, host_seconds: computation of an expert on the device
-    and on the host. host_latency: what the host takes besides, once a layer. miss: a `Miss`. ram: experts in host memory; `ALL`
-    if none is on storage only. storage_seconds: read of an expert.
+    time_constant: in steps (`Rule.EWMA`, `Rule.LFU_AGED`).
     """
 
     rule: int
@@ -144,12 +142,22 @@ class Limits(NamedTuple):
     policy_seconds: float
     score_seconds: float
     time_constant: float
-    expert_seconds: float = 0.0
-    miss: int = 0
-    host_seconds: float = 0.0
-    host_latency: float = 0.0
-    ram: int = -1
-    storage_seconds: float = 0.0
+
+
+class Tiers(NamedTuple):
+    """More numbers that stay, of the host and of storage: apart, because every call copies what it gets.
+
+    expert_seconds, host_seconds: computation of one expert on the device and on the host. host_latency: what the host takes
+    besides, once per layer. miss: a `Miss`. ram: experts in host memory; `ALL` if none is on storage only. storage_seconds:
+    read of one expert.
+    """
+
+    expert_seconds: float
+    miss: int
+    host_seconds: float
+    host_latency: float
+    ram: int
+    storage_seconds: float
 
 
 def record_type(described: type, **smaller: type) -> np.dtype[np.void]:
