@@ -5,6 +5,7 @@ JSON lines are not read with pyarrow: pyarrow 26 crashes the process if a value 
 
 from __future__ import annotations
 
+import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -31,6 +32,8 @@ MAX_BLOCK_ROWS = 4096
 # Memory of a decoded list entry, including its share of the list offsets.
 VALUE_BYTES = 8
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# NumPy parses the header of an array as Python literals, which adds errors of its tokenizer and parser.
+NOT_AN_ARRAY = (*UNREADABLE, SyntaxError, tokenize.TokenError)
 
 
 def files_in(folder: Path, *patterns: str) -> list[Path]:

@@ -6,7 +6,6 @@ The last generated token has no row. Whether the prompt is included depends on t
 
 from __future__ import annotations
 
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import UNREADABLE, TraceError, first_line
-from profiler.importers.reading import files_in, sources_of
+from profiler.errors import TraceError, first_line
+from profiler.importers.reading import NOT_AN_ARRAY, files_in, sources_of
 from profiler.importers.rows import EMPTY, MAX_LAYER, MAX_PIECE_BYTES
 from profiler.importers.target import Target
 from profiler.trace.schema import MAX_TOP_K
@@ -30,8 +29,6 @@ PATTERNS = ("*.npy", "*.npz")
 # Arrays are processed in slices of about this many ids.
 SLICE_IDS = 1 << 20
 ZIP_MAGIC = b"PK\x03\x04"
-# NumPy parses the header of an array as Python literals, which adds errors of its tokenizer and parser.
-NOT_AN_ARRAY = (*UNREADABLE, SyntaxError, tokenize.TokenError)
 
 
 def detect(source: Path) -> bool:

@@ -30,8 +30,7 @@ from pydantic_core import from_json
 
 from profiler.errors import TraceError, first_line
 from profiler.importers.known_model import known_model
-from profiler.importers.reading import BYTE_ORDER_MARK, files_of, integer_array, sources_of
-from profiler.importers.routed_experts import NOT_AN_ARRAY
+from profiler.importers.reading import BYTE_ORDER_MARK, NOT_AN_ARRAY, files_of, integer_array, sources_of
 from profiler.importers.rows import EMPTY, MAX_LAYER, layers_with_experts
 from profiler.importers.target import Target
 from profiler.models.registry import ModelEntry
