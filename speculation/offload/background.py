@@ -11,6 +11,7 @@ import numba
 from speculation.offload.eviction import evict, scored
 from speculation.offload.policies import choose_victim, note_load, worth
 from speculation.offload.ram import OUT, Ram, admit, touch
+from speculation.offload.recompiling import recompile_after
 from speculation.offload.state import (
     ABSENT,
     COMING,
@@ -30,6 +31,8 @@ from speculation.offload.state import (
     Queues,
     Rule,
 )
+
+recompile_after(__file__, "eviction", "policies", "ram", "state")
 
 # Calls with arrays that LLVM does not inline cost as much as their work.
 _inlined = numba.njit(cache=True, nogil=True, inline="always")

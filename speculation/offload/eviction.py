@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numba
 
+from speculation.offload.recompiling import recompile_after
 from speculation.offload.state import ABSENT, Clock, Count, Experts, Integers, Limits, Rule
+
+recompile_after(__file__, "state")
 
 
 @numba.njit(cache=True, nogil=True)

@@ -18,6 +18,7 @@ from speculation.offload.background import begin_reads, begin_transfers, enqueue
 from speculation.offload.misses import load_missing, serve
 from speculation.offload.policies import begin_step, note_next_use, note_use, start_expert
 from speculation.offload.ram import OUT, Ram
+from speculation.offload.recompiling import recompile_after
 from speculation.offload.state import (
     ALL,
     COMING,
@@ -41,6 +42,8 @@ from speculation.offload.state import (
     Seconds,
     Tiers,
 )
+
+recompile_after(__file__, "background", "eviction", "misses", "policies", "ram", "state")
 
 _COUNTS = len(Count)
 # Calls with this many arrays are not inlined by LLVM and cost a sixth of the time: these are inlined by numba.

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from speculation.offload.eviction import evict, scored
 from speculation.offload.policies import choose_victim, note_load
 from speculation.offload.ram import OUT, Ram, admit, touch
+from speculation.offload.recompiling import recompile_after
 from speculation.offload.state import (
     ABSENT,
     ALL,
@@ -25,6 +26,8 @@ from speculation.offload.state import (
     Rule,
     Tiers,
 )
+
+recompile_after(__file__, "eviction", "policies", "ram", "state")
 
 # Calls with this many arrays are not inlined by LLVM and cost a sixth of the time: these are inlined by numba.
 _inlined = numba.njit(cache=True, nogil=True, inline="always")

@@ -10,7 +10,10 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from speculation.offload.recompiling import recompile_after
 from speculation.offload.state import COMING, ORDER, PRESENT, Expert, Experts, Integers, Limits, Rule
+
+recompile_after(__file__, "state")
 
 # Added to the worth of experts that are evicted last: larger than any place in the order of uses, and added without rounding.
 _ABOVE_ALL = float(1 << 50)
