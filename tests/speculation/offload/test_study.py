@@ -288,7 +288,9 @@ def test_misses_on_a_host(trace: Trace, runner: CliRunner, tmp_path: Path) -> No
     slow, fast = by_host["DDR4-3200 desktop"], by_host["12-channel DDR5 server"]
     for name in ("on host", "host", "cheapest"):
         assert slow[name]["tokens_per_second"] < fast[name]["tokens_per_second"] < fast["all resident"]["tokens_per_second"]
-    assert slow["copy"]["tokens_per_second"] == fast["copy"]["tokens_per_second"] < fast["host"]["tokens_per_second"]
+    # The time that the policy takes is measured in each run.
+    assert slow["copy"]["tokens_per_second"] == pytest.approx(fast["copy"]["tokens_per_second"], rel=0.02)
+    assert fast["copy"]["tokens_per_second"] < fast["host"]["tokens_per_second"]
     assert fast["on host"]["on_host"] == 1.0
     assert fast["copy"]["on_host"] == fast["copy"]["filled_per_token"] == 0.0
     assert fast["host"]["filled_per_token"] > 0
