@@ -359,16 +359,20 @@ def print_simulation(simulation: Simulation) -> None:
         rows = [row for row in simulation.rows if row.device == device.name]
         is_timed = device.name is not None
         sizes = {row.capacity: row for row in rows if row.policy not in BOUNDS}
-        title = f"{escape(simulation.model)}, {device.name or 'transfers that take no time'}: hit rate, (gap captured)"
+        title = f"{escape(simulation.model)}, {device.name or 'transfers that take no time'}: hit rate (gap captured)"
         shown = Table(box=None, title=title + (", tokens/s" if is_timed else ""), title_justify="left")
-        shown.add_column("policy", no_wrap=True)
-        shown.add_column("prefetch")
+        pairs = list(dict.fromkeys((row.label, row.prefetch) for row in rows if row.policy not in BOUNDS))
+        has_prefetchers = len({prefetch for _, prefetch in pairs}) > 1
+        shown.add_column("policy")
+        if has_prefetchers:
+            shown.add_column("prefetch")
         for row in sizes.values():
             size = f", {row.gigabytes or 0:.1f} GB" if is_timed else ""
             shown.add_column(f"{row.share:.0%} ({row.capacity}{size})", justify="right", no_wrap=True)
-        for policy, prefetch in dict.fromkeys((row.label, row.prefetch) for row in rows if row.policy not in BOUNDS):
+        for policy, prefetch in pairs:
             found = {row.capacity: row for row in rows if (row.label, row.prefetch) == (policy, prefetch)}
-            shown.add_row(policy, escape(prefetch), *(_cell(found[size]) for size in sizes))
+            names = (policy, prefetch) if has_prefetchers else (policy,)
+            shown.add_row(*map(escape, names), *(_cell(found[size]) for size in sizes))
         console.print(shown)
         for row in rows:
             if row.policy in BOUNDS and is_timed:

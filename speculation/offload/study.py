@@ -33,6 +33,7 @@ from speculation.offload.sweep import (
     PrefetchOptions,
     popularity_of,
     prefetcher_of,
+    prefetchers_for,
     simple_prefetcher,
     sweep,
 )
@@ -129,8 +130,9 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     if study.is_global and study.slots != EVEN:
         raise SpecmoeError(f"slots {study.slots!r} are of caches for each layer: leave out the one cache for all layers")
     division = division_of(study.slots, study.trace, shape, workload, study.batch)
+    pairs = sum(len(prefetchers_for(policy, prefetchers)) for policy in policies)
     bounds = 2 + any(miss != Miss.COPY for miss in study.misses)
-    total = sum(bounds + len(each) * len(policies) * len(study.misses) * len(prefetchers) for each in sizes)
+    total = sum(bounds + len(each) * len(study.misses) * pairs for each in sizes)
     done = 0
 
     def count() -> None:

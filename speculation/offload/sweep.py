@@ -107,6 +107,11 @@ def simple_prefetcher(name: str, workload: Workload, options: PrefetchOptions) -
     raise SpecmoeError(f"unknown prefetcher {name!r}: expected {NONE}, {POPULARITY} or {ORACLE}")
 
 
+def prefetchers_for(policy: Evictor, prefetchers: list[Prefetcher]) -> list[Prefetcher]:
+    """The prefetchers to simulate with a policy: of a shuffled control, the first one only."""
+    return prefetchers[:1] if policy.name.endswith(CONTROL) else prefetchers
+
+
 def sweep(
     workload: Workload,
     capacities: list[list[int]],
@@ -159,7 +164,7 @@ def sweep(
         for capacity, policy in product(sizes, policies):
             slots = None if division is None else division(capacity)
             own_seconds = policy_seconds(workload, policy, capacity, is_global)
-            for miss, prefetcher in product(misses, prefetchers):
+            for miss, prefetcher in product(misses, prefetchers_for(policy, prefetchers)):
                 setting = replace(
                     nowhere,
                     policy=policy.rule,

@@ -15,9 +15,11 @@ from speculation.data.routes import Routes
 from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import Costs
 from speculation.offload.evictors import Evictor, learned_evictors, policy_seconds, scores_by_step
+from speculation.offload.plans import no_plan, oracle_plan
 from speculation.offload.requests import requests_of
 from speculation.offload.simulate import Setting, Workload, simulate
 from speculation.offload.state import Count, Rule
+from speculation.offload.sweep import Prefetcher, prefetchers_for
 from speculation.predictors.counting.popularity import Popularity
 from speculation.predictors.neural.reuse import Reuse
 from speculation.predictors.neural.reuse_features import discounted_use
@@ -104,6 +106,12 @@ def test_time_of_scores_by_hand() -> None:
 def test_a_policy_s_time_is_measured() -> None:
     seconds = policy_seconds(WORKLOAD, Evictor.of(Rule.LRU), 4, is_global=False)
     assert 0 < seconds < 1e-3
+
+
+def test_a_control_is_played_with_one_prefetcher() -> None:
+    none, other = Prefetcher("none", no_plan(WORKLOAD.requests)), Prefetcher("oracle", oracle_plan(WORKLOAD.requests, 1))
+    assert prefetchers_for(Evictor.of(Rule.LRU), [none, other]) == [none, other]
+    assert prefetchers_for(Evictor("run, shuffled control", Rule.LEARNED), [none, other]) == [none]
 
 
 def test_a_run_of_another_task_is_no_policy() -> None:

@@ -147,6 +147,42 @@ def test_the_report_answers(trace: Trace, run: Path, runner: CliRunner, tmp_path
     assert "no prefetching, if transfers took no time" in again.output
 
 
+def test_a_learned_policy(trace: Trace, runner: CliRunner, tmp_path: Path) -> None:
+    run = tmp_path / "reuse-run"
+    arguments = ["train", str(trace.path), "--task", "reuse", "--predictor", "reuse-small", "--epochs", "1", "--out", str(run)]
+    done = runner.invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "for reuse, horizon 1" in done.output
+    out = tmp_path / "sim"
+    output = simulated(
+        runner,
+        *(str(trace.path), "--model", "olmoe", "--policy", "lru", "--policy", str(run), "--policy", "belady"),
+        *("--cache-fraction", "0.25", "--predictor", "none", "--predictor", "oracle", "--out", str(out)),
+    )
+    assert "hit rate (gap captured), tokens/s" in output
+    rows = {(row.policy, row.prefetch): row for row in read_simulation(out).rows}
+    learned, control = rows["reuse-run", "none"], rows["reuse-run, shuffled control", "none"]
+    assert rows["lru", "none"].gap_captured == 0
+    assert rows["belady", "none"].gap_captured == 1
+    for row in (learned, control):
+        assert row.gap_captured is not None
+        assert row.gap_low is not None
+        assert row.gap_high is not None
+        assert row.gap_low <= row.gap_captured <= row.gap_high
+        assert row.score_microseconds > 0
+    assert learned.is_possible
+    assert not control.is_possible
+    assert rows["reuse-run", "oracle"].gap_captured is None
+    assert ("reuse-run, shuffled control", "oracle") not in rows
+    # A run predicts experts or their reuse: each has its place.
+    with pytest.raises(SpecmoeError, match="was trained for reuse: use it as a policy, not as a predictor"):
+        runner.invoke(app, ["simulate", str(trace.path), "--predictor", str(run)], catch_exceptions=False)
+    with pytest.raises(SpecmoeError, match="policy 'mru' is neither the folder of a run nor one of lru, fifo"):
+        runner.invoke(app, ["simulate", str(trace.path), "--policy", "mru"], catch_exceptions=False)
+    with pytest.raises(SpecmoeError, match="predicts when experts are used again, not which are chosen"):
+        runner.invoke(app, ["evaluate", str(run), "--trace", str(trace.path)], catch_exceptions=False)
+
+
 def test_without_generated_tokens_all_are_taken_as_such(
     make_trace: MakeTrace, random_problems: MakeProblems, runner: CliRunner
 ) -> None:
