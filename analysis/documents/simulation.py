@@ -20,7 +20,7 @@ BELADY, ORACLE = "belady", "oracle"
 DEFINITIONS = {
     "hit_rate": "experts in the cache when their layer's router chose them, over all that were chosen",
     "gap_captured": "without prefetching: (hits - those of lru) / (those of belady - those of lru), with the same cache; 0 is "
-    "lru, 1 the best possible; gap_low and gap_high: 95 % interval from resampling the problems, 1,000 times",
+    "lru, 1 is belady; gap_low and gap_high: 95 % interval from resampling the problems, 1,000 times",
     "late": "chosen experts whose prefetch was still in transfer, so that their layer waits for it, over all that were chosen",
     "miss": "chosen experts that were neither cached nor in transfer: loaded on demand or computed on the host, over all that "
     "were chosen",

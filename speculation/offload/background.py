@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numba
 
-from speculation.offload.eviction import evict, scored
+from speculation.offload.eviction import evict
 from speculation.offload.policies import choose_victim, note_load, worth
 from speculation.offload.ram import OUT, Ram, admit, touch
 from speculation.offload.recompiling import recompile_after
@@ -58,11 +58,14 @@ def enqueue_prediction(
 
 
 @numba.njit(cache=True, nogil=True)
-def enqueue_fill(x: int, queues: Queues, lines: Lines, clock: Clock, limits: Limits, experts: Experts) -> None:
-    """Queue a copy of an expert that the host computes, if there is room. It expires when its layer comes again."""
+def enqueue_fill(x: int, since: float, queues: Queues, lines: Lines, clock: Clock, limits: Limits, experts: Experts) -> None:
+    """Queue a copy of an expert that the host computes, if there is room. It expires when its layer comes again.
+
+    since: when host memory has it.
+    """
     expert = experts[x]
     expires = clock.request + limits.layers
-    if expert.where == ABSENT and _append(FILLS, x, expires, clock.now, 1.0, queues, lines):
+    if expert.where == ABSENT and _append(FILLS, x, expires, since, 1.0, queues, lines):
         expert.where = FILLING
         expert.waits_for = expires
 
@@ -176,7 +179,7 @@ def begin_transfers(
 @_inlined
 def _begin_of(entry: QueuedPrefetch, since: float, clock: Clock, limits: Limits) -> float:
     """When the transfer of an expert can begin."""
-    known: float = max(entry.time, scored(entry.expert // limits.num_experts, clock, limits))
+    known: float = entry.time
     return max(clock.transfers_end, known, since)
 
 

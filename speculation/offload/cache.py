@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from speculation.offload.policies import begin_step, choose_victim, note_load, note_use, start_expert
+from speculation.offload.policies import begin_step, choose_victim, note_load, note_use, set_scores, start_expert
 from speculation.offload.state import ABSENT, NEVER, ORDER, PRESENT, Limits, Rule, expert_records
 
 NO_SCORES: npt.NDArray[np.float32] = np.zeros(0, dtype=np.float32)
@@ -40,7 +41,7 @@ class ExpertCache:
         slot_of_X: int64 `[L * E]`, the slot of each expert; -1 if it is not cached.
 
     Raises:
-        SpecmoeError: The policy needs the future.
+        SpecmoeError: The policy needs the future, or the time constant is not positive.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class ExpertCache:
     ) -> None:
         if rule == Rule.BELADY:
             raise SpecmoeError("Belady's policy needs to know the future: it can be simulated, but not run")
+        if not 0 < time_constant < inf:
+            raise SpecmoeError(f"time constant {time_constant}: expected more than 0 steps")
         layers = len(capacities)
         self.rule, self.capacities, self.num_experts = rule, [min(size, num_experts) for size in capacities], num_experts
         self._limits = Limits(int(rule), layers, num_experts, False, 0.0, 0.0, 0.0, time_constant)
@@ -61,6 +64,7 @@ class ExpertCache:
         self._slots = [np.zeros(size, dtype=np.int64) for size in self.capacities]
         self._held = [0] * layers
         self._request, self._step = 0, -1
+        self._scores_X = NO_SCORES
         self.slot_of_X = np.full(layers * num_experts, -1, dtype=np.int64)
         for layer, capacity in enumerate(self.capacities):
             ranks = popularity[layer * num_experts : (layer + 1) * num_experts]
@@ -75,13 +79,16 @@ class ExpertCache:
         """Begin a step of the model.
 
         Args:
-            scores_X: The worth of every expert from now on `[L * E]`, for `Rule.LEARNED`.
+            scores_X: The worth of every expert `[L * E]` from when its layer is next looked up, for `Rule.LEARNED`.
         """
         self._step += 1
-        begin_step(self._step, scores_X, int(self.rule), self._limits.time_constant, self._experts)
+        self._scores_X = scores_X
+        begin_step(self._step, int(self.rule), self._limits.time_constant, self._experts)
 
     def look_up(self, layer: int, chosen: Sequence[int]) -> list[bool]:
         """Whether each chosen expert of a layer is cached. Until the next call, none of them is evicted."""
+        if self.rule == Rule.LEARNED:
+            set_scores(self._scores_X, layer * self.num_experts, self.num_experts, self._experts)
         numbers = [layer * self.num_experts + expert for expert in chosen]
         for x in numbers:
             self._experts[x]["chosen_by"] = self._request
@@ -112,9 +119,9 @@ class ExpertCache:
         else:
             is_prefetch = layers_ahead is not None
             soon = self._request if is_prefetch else self._request + 1
-            # During a prefetch no request is running, so no expert is spared for being in use.
-            now = -2 if is_prefetch else self._request
-            slot = choose_victim(slots, held, int(self.rule), self._limits.layers, now, soon, 0.0, is_prefetch, self._experts)
+            # Between two requests, the next one has not chosen any expert yet, so that none is spared for being in use.
+            request, layers = self._request, self._limits.layers
+            slot = choose_victim(slots, held, int(self.rule), layers, request, soon, 0.0, is_prefetch, self._experts)
             if slot < 0:
                 return None
             evicted = int(slots[slot])

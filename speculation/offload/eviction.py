@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 
 from speculation.offload.recompiling import recompile_after
-from speculation.offload.state import ABSENT, Clock, Count, Experts, Integers, Limits, Rule
+from speculation.offload.state import ABSENT, Clock, Count, Experts, Integers, Limits
 
 recompile_after(__file__, "state")
 
@@ -19,9 +19,3 @@ def evict(x: int, clock: Clock, limits: Limits, experts: Experts, counts: Intege
     if expert.is_unused_prefetch:
         expert.is_unused_prefetch = False
         counts[clock.kind, x // limits.num_experts, Count.WASTED.value] += 1
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def scored(layer: int, clock: Clock, limits: Limits) -> float:
-    """When the reuse scores of a layer are known."""
-    return clock.scored + (layer + 1) * limits.score_seconds if limits.rule == Rule.LEARNED else 0.0

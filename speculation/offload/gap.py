@@ -29,17 +29,21 @@ class Gap:
     def captured(self, result: SimulationResult) -> tuple[float | None, float | None, float | None]:
         """The share of the gap that a policy captures, and its 95 % interval.
 
-        The hits of generated tokens count. The interval is None if a step has tokens of several problems, or with one problem.
+        The hits of generated tokens count. Belady's policy is the best for these and for prompts together, so that with prompts
+        a policy can capture a little more than all. None if Belady's does not hit more often than `lru`. The interval is None
+        if a step has tokens of several problems, with one problem, or if Belady's gains nothing in some of the resamples.
         """
         lru_P, best_P, own_P = self._lru_P, self._best_P, self._by_problem(result)
-        if best_P.sum() == lru_P.sum():
+        if best_P.sum() <= lru_P.sum():
             return None, None, None
         captured = float((own_P.sum() - lru_P.sum()) / (best_P.sum() - lru_P.sum()))
         if len(own_P) < 2:
             return captured, None, None
         chosen = np.random.default_rng(0).integers(len(own_P), size=(RESAMPLES, len(own_P)))
         gap_N, own_N = ((of_P - lru_P)[chosen].sum(1) for of_P in (best_P, own_P))
-        low, high = np.quantile(own_N[gap_N > 0] / gap_N[gap_N > 0], [0.025, 0.975])
+        if (gap_N <= 0).any():
+            return captured, None, None
+        low, high = np.quantile(own_N / gap_N, [0.025, 0.975])
         return captured, float(low), float(high)
 
     def _by_problem(self, result: SimulationResult) -> npt.NDArray[np.int64]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from speculation.offload.background import begin_reads, begin_transfers, enqueue_fill, enqueue_prediction
 from speculation.offload.misses import load_missing, serve
-from speculation.offload.policies import begin_step, note_next_use, note_use, start_expert
+from speculation.offload.policies import begin_step, note_next_use, note_use, set_scores, start_expert
 from speculation.offload.ram import OUT, Ram
 from speculation.offload.recompiling import recompile_after
 from speculation.offload.state import (
@@ -116,17 +116,19 @@ def play(
     # Else every miss is copied from host memory.
     has_choice = has_storage or tiers.miss != Miss.COPY
     on_host = np.zeros(num_experts, dtype=np.bool_)
+    # The latest step whose reuse scores are known, and the one whose scores are being computed.
+    scored_step = scoring_step = -1
 
     for step in range(steps):
         stall = 0.0
         clock.now += draft_seconds_S[step]
         clock.step = step
         clock.kind = 1 if is_decode_S[step] else 0
-        if limits.rule == Rule.LEARNED:
-            # A thread of its own computes the scores, layer by layer, from when the step's tokens are known.
-            busy = clock.scored + layers * limits.score_seconds if step else 0.0
-            clock.scored = max(busy, clock.now)
-        begin_step(step, scores_SX[min(step, len(scores_SX) - 1)], limits.rule, limits.time_constant, experts)
+        begin_step(step, limits.rule, limits.time_constant, experts)
+        # A thread of its own scores all experts, from when the step's tokens are known. While it is busy, steps are left out.
+        if limits.rule == Rule.LEARNED and clock.scored <= clock.now:
+            scored_step, scoring_step = scoring_step, step
+            clock.scored = clock.now + layers * limits.score_seconds * asking_S[step]
         for point in range(layers + 1):
             # Point 0 is before the first layer; point l + 1 is layer l.
             layer = point - 1
@@ -153,6 +155,12 @@ def play(
                         counts,
                         ram,
                     )
+                if limits.rule == Rule.LEARNED:
+                    if clock.scored <= clock.now:
+                        scored_step = scoring_step
+                    if scored_step >= 0:
+                        # Experts of later layers keep their scores, which include their use by this step.
+                        set_scores(scores_SX[scored_step], layer * num_experts, num_experts, experts)
                 chosen = experts_N[starts_R[clock.request] : starts_R[clock.request + 1]]
                 next_use = next_use_N[starts_R[clock.request] : starts_R[clock.request + 1]]
                 misses, found, needed = _look_up(chosen, next_use, has_choice, clock, limits, experts, counts)
@@ -168,7 +176,6 @@ def play(
                 pool = 0 if limits.is_global else layer
                 for place in range(len(chosen)):
                     x = layer * num_experts + chosen[place]
-                    note_next_use(experts[x], next_use[place], limits.rule)
                     order = (clock.request + 1) * ORDER - 2 * place
                     note_use(x, clock.request, step, order, slots[pool], held[pool], capacities[pool], limits, experts)
             # Predictions are known with the routing; their transfers come after those that the routing itself needs.
@@ -181,15 +188,20 @@ def play(
                     target = step * layers + plan_layers_N[entry]
                     which = READS if has_storage and ram[expert].before == OUT else PREDICTED
                     # What is prefetched from storage is first in host memory, which may have no room.
-                    if (which == READS and not tiers.ram) or not enqueue_prediction(
-                        which, expert, target, plan_scores_N[entry], queues, lines, clock, experts
+                    has_slots = capacities[0 if limits.is_global else at_layer] > 0
+                    if (
+                        not has_slots
+                        or (which == READS and not tiers.ram)
+                        or not enqueue_prediction(which, expert, target, plan_scores_N[entry], queues, lines, clock, experts)
                     ):
                         counts[clock.kind, at_layer, Count.DROPPED.value] += 1
             if layer >= 0:
                 if on_device < len(chosen) and can_copy and capacities[pool]:
                     for place in range(len(chosen)):
                         if on_host[place]:
-                            enqueue_fill(layer * num_experts + chosen[place], queues, lines, clock, limits, experts)
+                            x = layer * num_experts + chosen[place]
+                            since = max(clock.now, ram[x].ready) if has_storage else clock.now
+                            enqueue_fill(x, since, queues, lines, clock, limits, experts)
                 computation = max(on_device * tiers.expert_seconds, expert_floor_S[step] * on_device / len(chosen))
                 ready = clock.now
                 clock.now = max(needed + computation, host_ends)

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from speculation.offload.eviction import evict, scored
+from speculation.offload.eviction import evict
 from speculation.offload.policies import choose_victim, note_load
 from speculation.offload.ram import OUT, Ram, admit, touch
 from speculation.offload.recompiling import recompile_after
@@ -46,7 +46,7 @@ def load_missing(
 ) -> float:
     """Transfer the experts that the look-up missed, one after the other; return when the last one arrives."""
     needed = clock.now
-    ready = max(clock.now + limits.policy_seconds, scored(clock.layer, clock, limits))
+    ready = clock.now + limits.policy_seconds
     for place in range(len(chosen)):
         x = clock.layer * limits.num_experts + chosen[place]
         if experts[x].where == MISSED:
@@ -136,7 +136,7 @@ def serve(
     remaining = len(chosen)
     has_storage = tiers.ram != ALL
     # The policy takes its time to choose what to evict; the host waits for nothing of it.
-    chosen_at = max(now + limits.policy_seconds, scored(clock.layer, clock, limits))
+    chosen_at = now + limits.policy_seconds
     for place in range(len(chosen)):
         on_host[place] = False
         expert = experts[first + chosen[place]]

@@ -113,7 +113,9 @@ def popularity_plan(
     """Plan to prefetch the most popular experts of each layer, `horizon` layers ahead, also across the end of a step."""
     top_LM = np.argsort(-probability_LE, axis=1, kind="stable")[:, :experts].astype(np.int32)
     counts_R = np.full(requests.steps * requests.layers, top_LM.shape[1])
-    return _plan_ahead(np.tile(top_LM.reshape(-1), requests.steps), counts_R, horizon, requests.layers)
+    chosen_N = np.tile(top_LM.reshape(-1), requests.steps)
+    scores_N = np.tile(np.take_along_axis(probability_LE, top_LM, 1).reshape(-1), requests.steps)
+    return _plan_ahead(chosen_N, scores_N, counts_R, horizon, requests.layers)
 
 
 def oracle_plan(requests: Requests, horizon: int) -> PrefetchPlan:
@@ -121,11 +123,20 @@ def oracle_plan(requests: Requests, horizon: int) -> PrefetchPlan:
 
     A perfect predictor with this horizon would prefetch the same.
     """
-    return _plan_ahead(requests.experts_N, np.diff(requests.starts_R), horizon, requests.layers)
+    certain_N = np.ones(len(requests.experts_N))
+    return _plan_ahead(requests.experts_N, certain_N, np.diff(requests.starts_R), horizon, requests.layers)
 
 
-def _plan_ahead(experts_N: npt.NDArray[np.int32], counts_R: npt.NDArray[np.int64], horizon: int, layers: int) -> PrefetchPlan:
-    """Plan to prefetch the experts of each request `horizon` layers ahead: `counts_R[r]` consecutive entries of `experts_N`."""
+def _plan_ahead(
+    experts_N: npt.NDArray[np.int32],
+    scores_N: npt.NDArray[np.floating[Any]],
+    counts_R: npt.NDArray[np.int64],
+    horizon: int,
+    layers: int,
+) -> PrefetchPlan:
+    """Plan to prefetch the experts of each request `horizon` layers ahead: `counts_R[r]` consecutive entries of `experts_N`,
+    with their probabilities `scores_N`.
+    """
     if not 1 <= horizon <= layers:
         raise SpecmoeError(f"horizon {horizon}: expected 1 to {layers} layers ahead")
     # No request is `horizon` layers before the first ones, so these are not prefetched.
@@ -138,7 +149,7 @@ def _plan_ahead(experts_N: npt.NDArray[np.int32], counts_R: npt.NDArray[np.int64
         np.cumsum(starts),
         np.repeat(layer + horizon, counts).astype(np.int32),
         experts_N[int(counts_R[:horizon].sum()) :].astype(np.int32),
-        np.ones(int(counts.sum()), dtype=np.float32),
+        scores_N[int(counts_R[:horizon].sum()) :].astype(np.float32),
     )
 
 

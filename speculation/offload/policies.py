@@ -47,22 +47,32 @@ def start_expert(expert: Expert, order: int, popularity: int, rule: int) -> None
 
 
 @numba.njit(cache=True, nogil=True)
-def begin_step(step: int, scores_X: npt.NDArray[np.float32], rule: int, time_constant: float, experts: Experts) -> None:
+def begin_step(step: int, rule: int, time_constant: float, experts: Experts) -> None:
     """Begin a step.
 
     Args:
         step: The step, from 0.
-        scores_X: The worth of every expert from now on `[L * E]`, for `Rule.LEARNED`.
         rule: The policy.
-        time_constant: Steps after which `Rule.LFU_AGED` halves all counts.
+        time_constant: Steps after which `Rule.LFU_AGED` halves all counts, rounded down.
         experts: All records, changed.
     """
-    if rule == Rule.LEARNED:
-        for x in range(len(experts)):
-            experts[x].key = scores_X[x]
-    elif rule == Rule.LFU_AGED and step and step % max(1, int(time_constant)) == 0:
+    if rule == Rule.LFU_AGED and step and step % max(1, int(time_constant)) == 0:
         for x in range(len(experts)):
             experts[x].key *= 0.5
+
+
+@numba.njit(cache=True, nogil=True)
+def set_scores(scores_X: npt.NDArray[np.float32], first: int, num_experts: int, experts: Experts) -> None:
+    """Set the worth of a layer's experts, for `Rule.LEARNED`.
+
+    Args:
+        scores_X: The scores of all experts `[L * E]`.
+        first: Number of the layer's first expert.
+        num_experts: E, the experts of the layer.
+        experts: All records, changed.
+    """
+    for x in range(first, first + num_experts):
+        experts[x].key = scores_X[x]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -85,7 +95,7 @@ def note_load(expert: Expert, request: int, order: int, rule: int) -> None:
     """
     expert.loaded_in = request
     if request < 0:
-        # A prefetched expert counts as used when it was loaded, so that it is not evicted before it can be used.
+        # A prefetched expert counts as loaded and used when it is due, so that it is not evicted before it can be used.
         expert.last_use = order
         if rule == Rule.LRU:
             expert.key = order

@@ -170,6 +170,10 @@ def replay(
         raise SpecmoeError(f"replay predicts after every layer: expected a {Task.NEXT_LAYER} run, not {predictor.shape.task}")
     if rule == Rule.LEARNED and scores_TX is None:
         raise SpecmoeError("the policy learned needs the scores of every token")
+    if rule == Rule.LEARNED and predictor is not None:
+        raise SpecmoeError(
+            "a learned policy is replayed without a predictor: what to prefetch is not weighed against what to keep"
+        )
     cache = ExpertCache(rule, [capacity] * sizes.layers, sizes.num_experts, popularity, time_constant)
     count = min(tokens, len(routes))
     work = _PendingWork(device, cache, sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,10 @@ class Setting:
         queue: Prefetches that may wait for the interconnect.
         predict_seconds: Time from the routing of a layer to the prediction made with it.
         slots: Experts in the cache of each layer, L numbers, if they differ; then `capacity` is their mean, rounded down.
-        time_constant: Tokens over which `ewma` and `lfu-aged` forget.
+        time_constant: Steps over which `ewma` and `lfu-aged` forget: with one sequence, tokens.
         policy_seconds: Time in which the policy chooses what to evict, per request with a miss. The transfer waits for it.
-        score_seconds: Time in which the predictor of `learned` scores the experts of one layer. A thread of its own scores one
-            layer after the other from the start of a step; a transfer waits until its layer is scored.
+        score_seconds: Time in which the predictor of `learned` scores the experts of one layer, for one sequence. A thread of
+            its own scores all layers from the start of a step; until it is done, the scores before hold.
         miss: What happens to a chosen expert that the cache lacks.
         ram: Experts that host memory holds, of all layers together; the others are on storage. None: all.
         draft_seconds: Time in which a draft model drafts the tokens of one step.
@@ -178,7 +179,7 @@ def simulate(
     """
     requests = workload.requests
     capacities = _capacities(setting, requests)
-    if setting.queue < 1 or not setting.time_constant > 0:
+    if setting.queue < 1 or not 0 < setting.time_constant < inf:
         raise SpecmoeError(f"queue {setting.queue}, time constant {setting.time_constant}: expected at least 1, and above 0")
     size = (requests.steps, requests.layers * requests.num_experts)
     if setting.policy == Rule.LEARNED and (scores_SX is None or scores_SX.shape != size):

@@ -108,8 +108,8 @@ class Clock:
 
     now: when the router of the current layer has chosen. computed: when the last layer's experts were computed. transfers_end,
     predictor_ends, reads_end: when the interconnect, the predictor and storage are free again. read_ends: when the background
-    read in progress ends, if is_reading. scored: when the step's reuse scores began to be computed. step, layer, request: the
-    current ones. kind: 1 for generated tokens, 0 for prompts.
+    read in progress ends, if is_reading. scored: when the reuse scores that are being computed are known. step, layer,
+    request: the current ones. kind: 1 for generated tokens, 0 for prompts.
     """
 
     now: float
@@ -130,8 +130,8 @@ class Limits(NamedTuple):
     """Numbers that stay.
 
     copy_seconds: transfer time of one expert; infinite if nothing can be transferred. policy_seconds: time to choose the
-    experts to evict, per request. score_seconds: time to compute the reuse scores of one layer (`Rule.LEARNED`).
-    time_constant: in steps (`Rule.EWMA`, `Rule.LFU_AGED`).
+    experts to evict, per request. score_seconds: time to compute the reuse scores of one layer for one sequence
+    (`Rule.LEARNED`). time_constant: in steps (`Rule.EWMA`, `Rule.LFU_AGED`).
     """
 
     rule: int

@@ -326,8 +326,12 @@ def _memory(study: Study, cost: Costs | None, shape: Shape) -> int | None:
     everything = shape.layers * shape.experts
     if study.ram_fraction is not None:
         return int(study.ram_fraction * everything + 1e-9)
-    if study.ram_gigabytes is None or cost is None:
+    if study.ram_gigabytes is None:
         return None
+    if cost is None:
+        raise SpecmoeError(
+            "host memory in GB needs the size of an expert: choose a model of known sizes, or a share of all experts"
+        )
     return min(everything, int(study.ram_gigabytes * 1e9 / cost.expert_bytes))
 
 

@@ -108,8 +108,10 @@ def simple_prefetcher(name: str, workload: Workload, options: PrefetchOptions) -
 
 
 def prefetchers_for(policy: Evictor, prefetchers: list[Prefetcher]) -> list[Prefetcher]:
-    """The prefetchers to simulate with a policy: of a shuffled control, the first one only."""
-    return prefetchers[:1] if policy.name.endswith(CONTROL) else prefetchers
+    """The prefetchers to simulate with a policy: of a shuffled control one only, `none` if it is among them."""
+    if not policy.is_control:
+        return prefetchers
+    return [each for each in prefetchers if each.name == NONE][:1] or prefetchers[:1]
 
 
 def sweep(
@@ -163,7 +165,7 @@ def sweep(
             jobs.append(_Job(cost, replace(nowhere, miss=Miss.HOST), lru, none, ON_HOST))
         for capacity, policy in product(sizes, policies):
             slots = None if division is None else division(capacity)
-            own_seconds = policy_seconds(workload, policy, capacity, is_global)
+            own_seconds = policy_seconds(workload, policy, capacity, is_global, slots)
             for miss, prefetcher in product(misses, prefetchers_for(policy, prefetchers)):
                 setting = replace(
                     nowhere,
@@ -219,7 +221,7 @@ def _row(
 ) -> SimulatedRow:
     cost, prefetcher, label = job.cost, job.prefetcher, job.label
     requests, setting, of = workload.requests, result.setting, result.total
-    is_comparable = label is None and prefetcher.name == NONE and setting.miss == Miss.COPY
+    is_comparable = label is None and prefetcher.name == NONE and setting.miss == Miss.COPY and setting.ram is None
     captured, low, high = gap.captured(result) if gap is not None and is_comparable else (None, None, None)
     pools = 1 if setting.is_global else requests.layers
     tokens = max(1, result.decode_tokens)

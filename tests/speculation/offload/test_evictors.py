@@ -16,7 +16,7 @@ from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import Costs
 from speculation.offload.evictors import Evictor, learned_evictors, policy_seconds, scores_by_step
 from speculation.offload.plans import no_plan, oracle_plan
-from speculation.offload.requests import requests_of
+from speculation.offload.requests import Drafting, Requests, requests_of
 from speculation.offload.simulate import Setting, Workload, simulate
 from speculation.offload.state import Count, Rule
 from speculation.offload.sweep import Prefetcher, prefetchers_for
@@ -58,9 +58,13 @@ def test_scores_of_a_step_of_several_sequences() -> None:
     # The first 90 steps decode both.
     assert scores_SX[3] == pytest.approx(1 - (1 - scores_TX[3]) * (1 - scores_TX[123]), abs=1e-6)
     assert (scores_SX[100] == scores_TX[100]).all()
-    # A prompt has the scores of its last token.
+    # A prompt's chunk has the scores at its first token, and draft tokens those at the token before them: what is known then.
     prompt = replace(ROUTES, is_decode_T=np.arange(210) >= 20)
-    assert (scores_by_step(scores_TX, requests_of(prompt, 8))[0] == scores_TX[19]).all()
+    assert (scores_by_step(scores_TX, requests_of(prompt, 8))[0] == scores_TX[0]).all()
+    drafted = requests_of(ROUTES, 8, drafting=Drafting(tokens=2, acceptance=1.0))
+    first_S = drafted.tokens_N[drafted.first_S[:-1]]
+    assert drafted.tokens_S.max() == 3
+    assert (scores_by_step(scores_TX, drafted) == scores_TX[first_S]).all()
 
 
 COSTS = Costs(
@@ -85,20 +89,31 @@ def played(scores: Any = None, **settings: Any) -> float:
 def test_a_policy_pays_for_its_own_time() -> None:
     plain = played()
     assert played(policy_seconds=0.5) > plain
-    scores = np.random.default_rng(0).random((210, 24), dtype=np.float32)
-    # Scores that are ready before the router has chosen cost nothing; slower ones delay the transfers.
-    assert played(scores, score_seconds=0.5) == played(scores)
-    assert played(scores, score_seconds=5.0) > played(scores)
+    # Scores that are ready before the first router has chosen cost nothing; slower ones come late and choose worse.
+    (learned, _) = learned_evictors(Perfect(SHAPE), "perfect", ROUTES, WORKLOAD.requests)
+    assert played(learned.scores_SX, score_seconds=0.5) == played(learned.scores_SX)
+    assert played(learned.scores_SX, score_seconds=5.0) > played(learned.scores_SX)
 
 
-def test_time_of_scores_by_hand() -> None:
-    # One layer, one expert, a cache of one, which holds expert 0: the router chooses at 2 s, the scores are there at 7 s.
+def test_scores_that_come_late_by_hand() -> None:
+    # One layer, one expert of four a step, a cache of two: at first 0 and 1, 0 as if used last.
+    requests = Requests.decoded(np.array([2, 3, 0, 1], dtype=np.int32), np.arange(5), layers=1, num_experts=4, top_k=1)
+    workload = Workload(requests, np.arange(4, 0, -1.0)[None])
+    # Keep 1 above all, then 0.
+    scores = np.tile(np.array([[0.5, 0.9, 0.1, 0.2]], dtype=np.float32), (4, 1))
+    at_once = simulate(workload, Setting(Rule.LEARNED, 2), None, COSTS, scores)
+    # 2 evicts 0, 3 evicts 2, 0 evicts 3, 1 is a hit.
+    assert at_once.hits_S.tolist() == [0, 0, 0, 1]
+    # In the first step all are worth nothing: 2 evicts 1, which was used longest ago. Then 3 evicts 2, and 0 is a hit.
+    late = simulate(workload, Setting(Rule.LEARNED, 2, score_seconds=3.0), None, COSTS, scores)
+    assert late.hits_S.tolist() == [0, 0, 1, 0]
+
+
+def test_time_of_a_choice_by_hand() -> None:
+    # One layer, one expert, a cache of one, which holds expert 0.
     routes = routes_of([(0, 1)], layers=1)
     routes = replace(routes, expert_ids_TLK=np.array([[[1]]], dtype=np.uint8), weights_TLK=np.ones((1, 1, 1), np.float16))
     workload = Workload(requests_of(routes, 2), np.array([[2.0, 1.0]]))
-    scores = np.zeros((1, 2), dtype=np.float32)
-    waiting = simulate(workload, Setting(Rule.LEARNED, 1, score_seconds=7.0), None, COSTS, scores)
-    assert waiting.decode_stall == 5.0 + 10.0
     choosing = simulate(workload, Setting(Rule.LRU, 1, policy_seconds=3.0), None, COSTS)
     assert choosing.decode_stall == 3.0 + 10.0
 
@@ -111,7 +126,9 @@ def test_a_policy_s_time_is_measured() -> None:
 def test_a_control_is_played_with_one_prefetcher() -> None:
     none, other = Prefetcher("none", no_plan(WORKLOAD.requests)), Prefetcher("oracle", oracle_plan(WORKLOAD.requests, 1))
     assert prefetchers_for(Evictor.of(Rule.LRU), [none, other]) == [none, other]
-    assert prefetchers_for(Evictor("run, shuffled control", Rule.LEARNED), [none, other]) == [none]
+    control = Evictor("run, shuffled control", Rule.LEARNED, is_control=True)
+    assert prefetchers_for(control, [other, none]) == [none]
+    assert prefetchers_for(control, [other]) == [other]
 
 
 def test_a_run_of_another_task_is_no_policy() -> None:
