@@ -121,6 +121,10 @@ def _content(trace: Trace, chosen: ExportFormat, options: ExportOptions) -> Cont
     entry = find_entry(options.model or model.id)
     if options.model is not None and entry is None:
         raise SpecmoeError(f"unknown model {options.model!r}: see 'specmoe models'")
+    if entry is not None and (
+        options.model is not None or (options.budget is not None and options.budget.gigabytes is not None)
+    ):
+        _check_shape(entry, model)
     notes: list[str] = []
     scope = _scope(chosen, options, notes)
     counted = count_experts(trace, decode_only=options.decode_only)
@@ -194,14 +198,18 @@ def _scope(chosen: ExportFormat, options: ExportOptions, notes: list[str]) -> st
 def _affordable(options: ExportOptions, model: ModelMetadata, entry: ModelEntry | None) -> int:
     """Experts that fit into the budget, in all layers."""
     assert options.budget is not None
+    size = None if entry is None else entry.expert_bytes(options.precision or next(iter(entry.checkpoints)))
+    return options.budget.experts(len(model.moe_layers), model.num_experts, size)
+
+
+def _check_shape(entry: ModelEntry, model: ModelMetadata) -> None:
+    """Raise `SpecmoeError` if the trace cannot be one of this entry's model: its sizes or layers would not be the trace's."""
     shape = len(model.moe_layers), model.num_experts
-    if options.budget.gigabytes is not None and entry is not None and (len(entry.moe_layers), entry.experts) != shape:
+    if (len(entry.moe_layers), entry.experts) != shape or model.moe_layers[-1] >= entry.layers:
         raise SpecmoeError(
             f"{entry.name} has {len(entry.moe_layers)} MoE layers of {entry.experts} experts; the trace has {shape[0]} of "
-            f"{shape[1]}: choose another model"
+            f"{shape[1]}, up to layer {model.moe_layers[-1]}: choose another model"
         )
-    size = None if entry is None else entry.expert_bytes(options.precision or next(iter(entry.checkpoints)))
-    return options.budget.experts(*shape, size)
 
 
 def _kept(

@@ -201,6 +201,34 @@ def test_gigabytes_use_the_size_of_the_model_s_experts(
             export(trace, tmp_path / "v.json", "json", **{"budget": Budget(gigabytes=12.0), **options})
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_named_model_has_the_trace_s_shape(name: str, trace: Trace, tmp_path: Path) -> None:
+    out = tmp_path / f"exported{FORMATS[name].suffix}"
+    with pytest.raises(SpecmoeError, match="32 MoE layers of 8 experts; the trace has 3 of 8, up to layer 3: choose another"):
+        export(trace, out, name, model="mixtral-8x7b")
+    assert not list(tmp_path.glob("exported*"))
+
+
+def test_a_named_model_has_the_trace_s_layers(make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path) -> None:
+    """As many layers, but numbered beyond those of the model."""
+    trace = make_trace(random_problems(20, 3, 32, 8, 2), 8, first_layer=2)
+    with pytest.raises(SpecmoeError, match="up to layer 33: choose another model"):
+        export(trace, tmp_path / "t.json", "sglang", model="mixtral-8x7b")
+
+
+@pytest.mark.parametrize("text", ["a\n--n-cpu-moe 0", "a\r$(id)", "a\x1b[2Jb\u2028c"])
+def test_names_in_a_trace_begin_no_line_of_arguments(text: str, trace: Trace, tmp_path: Path) -> None:
+    model = trace.metadata.model.model_copy(update={"id": text})
+    metadata = trace.metadata.model_copy(update={"model": model, "gaps": [text]})
+    export(replace(trace, metadata=metadata), tmp_path / "a.txt", "llama-cpp")
+    export(trace, tmp_path / "b.txt", "llama-cpp")
+    written, plain = ((tmp_path / name).read_text() for name in ("a.txt", "b.txt"))
+    arguments = [[line for line in found.splitlines() if not line.startswith("#")] for found in (written, plain)]
+    assert arguments[0] == arguments[1]
+    assert "\r" not in written
+    assert "\x1b" not in written
+
+
 @pytest.mark.parametrize("part", ["train", "all"])
 def test_what_is_not_held_out_says_so(part: str, trace: Trace, tmp_path: Path) -> None:
     report, _ = export(trace, tmp_path / "t.csv", "csv", part=part)
