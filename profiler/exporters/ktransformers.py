@@ -9,6 +9,7 @@ KTransformers reads no other kind of file here, so this one is written by `torch
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -37,4 +38,5 @@ def write(content: Content, out: Path) -> list[str]:
         if kept % layers == 0
         else f"--kt-gpu-experts-ratio {(kept + 0.5) / content.kept_LE.size:.7f}"
     )
-    return [f"KTransformers: --kt-expert-placement-strategy frequency --init-expert-location {out} {count}"]
+    place = f"--init-expert-location {shlex.quote(str(out))}"
+    return [f"KTransformers: --kt-expert-placement-strategy frequency {place} {count}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,14 @@ def test_names_in_a_trace_begin_no_line_of_arguments(text: str, trace: Trace, tm
     assert arguments[0] == arguments[1]
     assert "\r" not in written
     assert "\x1b" not in written
+
+
+@pytest.mark.parametrize("name", ["exllamav3", "ktransformers", "sglang"])
+def test_the_path_in_the_usage_is_one_word_of_a_shell(name: str, trace: Trace, tmp_path: Path) -> None:
+    out = tmp_path / f"two words; $(id){FORMATS[name].suffix}"
+    _, usage = export(trace, out, name)
+    words = [word.rstrip(",").removeprefix("EXL3_MOE_CPU_SPLIT_STATS=") for word in shlex.split(usage[0].replace(";", " "))]
+    assert str(out).replace(";", " ") in words
 
 
 @pytest.mark.parametrize("part", ["train", "all"])
