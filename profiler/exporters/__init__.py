@@ -18,10 +18,11 @@ from profiler.exporters import csv_table, exllamav3, json_table, ktransformers, 
 from profiler.exporters.choice import Budget, choose_experts, choose_layers, distinct_experts, hit_rate, overlap
 from profiler.exporters.content import Content
 from profiler.exporters.counts import ExpertCounts, count_experts
-from profiler.exporters.report import ExportReport, report_path, write_report
+from profiler.exporters.report import ExportReport, report_path
 from profiler.models.registry import ModelEntry, find_entry
 from profiler.trace.reader import Trace
 from profiler.trace.schema import ModelMetadata
+from profiler.trace.writer import temporary_of
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,10 @@ def export_trace(trace: Trace, out: Path, format_name: str, options: ExportOptio
     if options.by == "weight" and not trace.metadata.record.weights:
         raise SpecmoeError(f"{trace.path} has no routing weights: export by tokens")
     content = _content(trace, chosen, options)
-    usage = chosen.write(content, out)
-    write_report(content.report, out)
+    # The report gets its name last: a file that cannot be written leaves none, nor does a report that cannot be.
+    with temporary_of(report_path(out)) as temporary:
+        temporary.write_text(content.report.to_json(), encoding="utf-8")
+        usage = chosen.write(content, out)
     return content.report, usage
 
 

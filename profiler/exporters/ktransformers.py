@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from profiler.exporters.content import Content
+from profiler.trace.writer import temporary_of
 
 NAME = "ktransformers"
 ABOUT = "torch file for --kt-expert-placement-strategy frequency: tokens by decoder layer and expert; ranks all layers together"
@@ -28,9 +29,9 @@ def write(content: Content, out: Path) -> list[str]:
     import torch
 
     table = torch.from_numpy(np.ascontiguousarray(content.of_all_layers(content.score_LE)[None]))
-    temporary = out.with_suffix(".tmp")
-    torch.save({"logical_count": table}, temporary)
-    temporary.rename(out)
+    # Given a path, torch.save stores the name of the temporary file, too.
+    with temporary_of(out) as temporary, temporary.open("wb") as file:
+        torch.save({"logical_count": table}, file)
     kept, layers = int(content.kept_LE.sum()), len(content.kept_LE)
     # The engine rounds the product of ratio and experts down.
     count = (

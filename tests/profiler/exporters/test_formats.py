@@ -20,7 +20,7 @@ from profiler.exporters import FORMATS, ExportOptions, export_trace
 from profiler.exporters.choice import Budget
 from profiler.exporters.counts import count_experts
 from profiler.exporters.json_table import ExpertTable
-from profiler.exporters.report import ExportReport, report_path
+from profiler.exporters.report import REPORT_SUFFIX, ExportReport, report_path
 from profiler.trace.reader import Trace
 
 LAYERS, EXPERTS, FIRST = 3, 8, 1
@@ -51,7 +51,7 @@ def test_report_is_written_next_to_the_file(name: str, trace: Trace, tmp_path: P
     out = tmp_path / f"exported{FORMATS[name].suffix}"
     report, _ = export(trace, out, name)
     assert ExportReport.model_validate_json(report_path(out).read_text()) == report
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
     counted = count_experts(trace)
     assert report.tokens == counted.part("train").num_tokens
     assert report.held_out_tokens == counted.part("test").num_tokens
@@ -236,6 +236,42 @@ def test_the_path_in_the_usage_is_one_word_of_a_shell(name: str, trace: Trace, t
     _, usage = export(trace, out, name)
     words = [word.rstrip(",").removeprefix("EXL3_MOE_CPU_SPLIT_STATS=") for word in shlex.split(usage[0].replace(";", " "))]
     assert str(out).replace(";", " ") in words
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_other_files_are_left_alone(name: str, trace: Trace, tmp_path: Path) -> None:
+    (tmp_path / "hot.tmp").write_text("mine")
+    out = tmp_path / f"hot{FORMATS[name].suffix}"
+    export(trace, out, name)
+    assert {path.name for path in tmp_path.iterdir()} - {"trace"} == {"hot.tmp", out.name, report_path(out).name}
+    assert (tmp_path / "hot.tmp").read_text() == "mine"
+
+
+@pytest.mark.parametrize("report_fails", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_export_that_fails_leaves_nothing(
+    name: str, report_fails: bool, trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    out = folder / f"hot{FORMATS[name].suffix}"
+    write_text, rename = Path.write_text, Path.rename
+
+    def write(path: Path, text: str, **options: Any) -> int:
+        if REPORT_SUFFIX in path.name and report_fails:
+            raise OSError("disk full")
+        return write_text(path, text, **options)
+
+    def move(path: Path, target: Path) -> Path:
+        if target == out and not report_fails:
+            raise OSError("disk full")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(Path, "rename", move)
+    with pytest.raises(OSError, match="disk full"):
+        export(trace, out, name)
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("part", ["train", "all"])
