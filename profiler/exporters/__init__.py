@@ -143,7 +143,8 @@ def _content(trace: Trace, chosen: ExportFormat, options: ExportOptions) -> Cont
             raise SpecmoeError("how many experts to keep: expected a fraction, slots per layer, or gigabytes")
         kept_LE = _kept(training, score_LE, scope, _affordable(options, model, entry), options.batch)
     num_layers = model.num_layers or (None if entry is None else entry.layers)
-    if num_layers is None:
+    # A trace may have the name of a model that it is not of.
+    if num_layers is None or num_layers <= model.moe_layers[-1]:
         num_layers = model.moe_layers[-1] + 1
         notes.append(f"the number of decoder layers is not known: {num_layers}, up to the last one with experts, is assumed")
     if scope == "layers":

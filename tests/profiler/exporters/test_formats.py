@@ -211,10 +211,13 @@ def test_a_named_model_has_the_trace_s_shape(name: str, trace: Trace, tmp_path: 
 
 
 def test_a_named_model_has_the_trace_s_layers(make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path) -> None:
-    """As many layers, but numbered beyond those of the model."""
-    trace = make_trace(random_problems(20, 3, 32, 8, 2), 8, first_layer=2)
+    """As many layers, but numbered beyond those of the model: an error if it was named, a note if the trace names it."""
+    trace = make_trace(random_problems(20, 3, 32, 8, 2), 8, first_layer=2, model_id="mistralai/Mixtral-8x7B-v0.1")
     with pytest.raises(SpecmoeError, match="up to layer 33: choose another model"):
         export(trace, tmp_path / "t.json", "sglang", model="mixtral-8x7b")
+    report, _ = export(trace, tmp_path / "t.json", "sglang")
+    assert len(json.loads((tmp_path / "t.json").read_text())["logical_count"]) == 34
+    assert any("the number of decoder layers is not known: 34" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("text", ["a\n--n-cpu-moe 0", "a\r$(id)", "a\x1b[2Jb\u2028c"])
