@@ -261,8 +261,8 @@ def formats(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.
     """
     from profiler import exporters, importers
 
-    read = [{"format": entry.name, "use": "convert", "content": entry.about} for entry in importers.FORMATS.values()]
-    written = [{"format": entry.name, "use": "export", "content": entry.about} for entry in exporters.FORMATS.values()]
+    read = [{"format": entry.name, "use": "convert", "source": entry.about} for entry in importers.FORMATS.values()]
+    written = [{"format": entry.name, "use": "export", "source": entry.about} for entry in exporters.FORMATS.values()]
     print_rows(read + written, as_json)
 
 

@@ -70,6 +70,10 @@ class NothingToRunError(EngineError):
         self.problems = problems
         self.gaps = gaps
 
+    def __reduce__(self) -> tuple[type[NothingToRunError], tuple[int, list[str]]]:
+        """How to copy it into another process: with both arguments, of which `args` has only the message."""
+        return type(self), (self.problems, self.gaps)
+
 
 class EngineStoppedError(EngineError):
     """An engine stopped while it was running, for example because it ran out of memory. Another engine may work."""

@@ -78,7 +78,7 @@ def fit(
     gpu, place = _machine(device, host)
     result = fit_model(
         FitOptions(
-            entry=_entry(model, config),
+            entry=_entry(model, config, precision),
             gpu=gpu,
             host=place,
             memory=memory_gb,
@@ -142,13 +142,13 @@ def print_fit(fit: Fit) -> None:
         typer.echo(f"Assumed: {printable(line)}")
 
 
-def _entry(model: str | None, config: Path | None) -> ModelEntry:
+def _entry(model: str | None, config: Path | None, precision: str | None) -> ModelEntry:
     if (model is None) == (config is None):
         raise typer.BadParameter("expected either a model or --config", param_hint="MODEL")
     if config is not None:
         from profiler.models.sizes import entry_of_config
 
-        return entry_of_config(config)
+        return entry_of_config(config, precision)
     entry = find_entry(model or "")
     if entry is None:
         raise ModelError(f"unknown model {model!r}: expected one of {', '.join(MODELS)}, or another model's --config")

@@ -106,11 +106,17 @@ class Recorder:
         self._hidden_layers, self._hidden_budget = hidden_layers, hidden_tokens
         self._thread: threading.Thread | None = None
         self._files: Files | None = None
+        self._error: BaseException | None = None
 
     @property
     def recording(self) -> bool:
         """Whether a capture is running: `start` was called, and `stop` was not."""
         return self._thread is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the running capture ended with an error: nothing more is recorded until the next one."""
+        return self._error is not None
 
     def start(self, directory: Path, hidden_tokens: int | None = None) -> dict[str, Any]:
         """Begin writing to `directory`. Returns the `facts` of the loaded model, or `error`.
@@ -135,7 +141,7 @@ class Recorder:
     def _start(self, open_files: Callable[[], Files]) -> dict[str, Any]:
         if self.recording:
             return {"error": "a capture is already running in this engine"}
-        self._error: BaseException | None = None
+        self._error = None
         self._verified = False
         self._numbering = _Numbering()
         self._hidden_left = self._hidden_budget
@@ -195,11 +201,14 @@ class Recorder:
             self._change.notify_all()
 
     def end(self, error: BaseException) -> None:
-        """Write the queued rows, then end the capture with this error. Returns when the rows are written."""
+        """Write the queued rows, then end the capture with this error. Returns when the rows are written, or cannot be."""
         with self._change:
             self._ending = error
             self._change.notify_all()
-            self._change.wait_for(lambda: self._error is not None)
+            while self._error is None and self._thread is not None and self._thread.is_alive():
+                self._change.wait(BATCH_SECONDS)
+            # A writer that is gone writes nothing any more.
+            self._error = self._error or error
 
     def stop(self) -> dict[str, Any]:
         """Write the queued rows and close the files. Returns the same as `status`."""

@@ -150,7 +150,7 @@ class WorkerCapture:
         def end_capture_and_change(*args: Any, **kwargs: Any) -> Any:
             # The first reason stays: reload_weights calls load_weights.
             self._refusal = self._refusal or f"{name} changed the loaded weights: start the engine again to record it"
-            if self._recorder is not None and self._recorder.recording:
+            if self._recorder is not None and self._recorder.recording and not self._recorder.ended:
                 log.error("routing is no longer recorded: %s", self._refusal)
                 # Everything that is queued was computed with the weights that the metadata names.
                 self._recorder.end(RuntimeError(self._refusal))

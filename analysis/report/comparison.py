@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 
 from analysis.counts.locality import DISTANCES
-from analysis.report.figures import CHANCE, CONTROL, Line, Section, heat_map, html, lines
+from analysis.report.figures import CHANCE, CONTROL, Curve, Section, heat_map, html, lines
 from analysis.statistics.agreement import Agreement
 from analysis.statistics.compute import Statistics, mean, show
 from analysis.statistics.domains import DomainDistance, distance_of
@@ -114,7 +114,7 @@ def _agreement(agreements: dict[str, Agreement], compared: dict[str, Statistics]
     layers = next(iter(compared.values())).axes.moe_layers
     chosen = []
     for name, found in agreements.items():
-        chosen += [Line(name, found.shared), Line(f"{name}, two random tokens", found.shared_shuffled, CONTROL)]
+        chosen += [Curve(name, found.shared), Curve(f"{name}, two random tokens", found.shared_shuffled, CONTROL)]
     same_layers = all(len(found.shared) == len(layers) for found in agreements.values())
     most = max(len(found.shared) for found in agreements.values())
     drawn = lines(chosen, layers if same_layers else range(most), "layer", "share of K experts in common")
@@ -141,8 +141,8 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
     names = list(compared)
     depth = {name: np.linspace(0, 1, s.axes.layers) if s.axes.layers > 1 else np.zeros(1) for name, s in compared.items()}
     grid = np.linspace(0, 1, max(s.axes.layers for s in compared.values()))
-    chosen = [Line(name, np.interp(grid, depth[name], s.load.entropy_share)) for name, s in compared.items()]
-    chosen.append(Line("even load", np.ones(len(grid)), CHANCE))
+    chosen = [Curve(name, np.interp(grid, depth[name], s.load.entropy_share)) for name, s in compared.items()]
+    chosen.append(Curve("even load", np.ones(len(grid)), CHANCE))
     drawn = lines(chosen, [round(float(x), 3) for x in grid], "depth (0 first, 1 last MoE layer)", "load entropy / maximum")
     figures.append(html(drawn, "compared-load", "Load entropy over depth."))
     distances = load_distances(compared, paired)
@@ -155,7 +155,7 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
         chosen = []
         for each in distances:
             name = f"{each.first} / {each.second}"
-            chosen += [Line(name, each.distance), Line(f"{name}, problems permuted", each.shuffled, CONTROL)]
+            chosen += [Curve(name, each.distance), Curve(f"{name}, problems permuted", each.shuffled, CONTROL)]
         most = max(len(each.distance) for each in distances)
         drawn = lines(chosen, range(most), "MoE layer (from 0)", "Jensen-Shannon distance")
         figures.append(html(drawn, "compared-distance", "Distance between the loads by layer."))
@@ -196,7 +196,7 @@ def _hops(compared: dict[str, Statistics]) -> Section:
         popular = [mean(hop.marginal_topk) for hop in s.hops]
         above[name] = curve[0] - popular[0]
         missing = [float("nan")] * (most - len(curve))
-        chosen += [Line(name, [*curve, *missing]), Line(f"{name}, popularity", [*popular, *missing], CONTROL)]
+        chosen += [Curve(name, [*curve, *missing]), Curve(f"{name}, popularity", [*popular, *missing], CONTROL)]
     figure = lines(chosen, list(range(1, most + 1)), "hop (layers ahead)", "recall@K from one expert")
     figure.update_xaxes(dtick=1)
     headline = (
@@ -217,10 +217,10 @@ def _repetition(compared: dict[str, Statistics]) -> Section:
     chosen = []
     for name, s in compared.items():
         whole = s.repetitions[0]
-        chosen.append(Line(name, [mean(row) for row in whole.shared]))
-        chosen.append(Line(f"{name}, shuffled", [mean(whole.shared_shuffled)] * len(DISTANCES), CONTROL))
+        chosen.append(Curve(name, [mean(row) for row in whole.shared]))
+        chosen.append(Curve(f"{name}, shuffled", [mean(whole.shared_shuffled)] * len(DISTANCES), CONTROL))
         chance = repetition_chance(s.axes.num_experts, s.axes.top_k)[2]
-        chosen.append(Line(f"{name}, chance", [chance] * len(DISTANCES), CHANCE))
+        chosen.append(Curve(f"{name}, chance", [chance] * len(DISTANCES), CHANCE))
     figure = lines(chosen, DISTANCES, "distance (tokens)", "share of K experts in common", log_x=True)
     headline = "Share of the K experts that consecutive tokens have in common: " + ", ".join(
         f"{name} {mean(s.repetitions[0].shared[0]):.1%} (two random tokens: {mean(s.repetitions[0].shared_shuffled):.1%})"

@@ -41,7 +41,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """A line of a figure. style: `CONTROL` (dotted, color of the previous line), `CHANCE`, or None for the next color."""
 
     name: str
@@ -50,7 +50,7 @@ class Line:
 
 
 def lines(
-    chosen: Sequence[Line], x: Sequence[Any], x_title: str, y_title: str, *, log_x: bool = False, as_category: bool = False
+    chosen: Sequence[Curve], x: Sequence[Any], x_title: str, y_title: str, *, log_x: bool = False, as_category: bool = False
 ) -> go.Figure:
     """Lines over common x values."""
     figure = go.Figure()

@@ -10,7 +10,7 @@ from analysis.report.figures import (
     COLORS,
     CONTROL,
     LABELS,
-    Line,
+    Curve,
     Section,
     heat_map,
     html,
@@ -109,8 +109,8 @@ def domains_section(s: Statistics) -> Section:
         )
     chosen = []
     for pair in ranked[:MAX_PAIR_LINES]:
-        chosen.append(Line(f"{pair.first} / {pair.second}", pair.distance))
-        chosen.append(Line(f"{pair.first} / {pair.second}, shuffled", pair.shuffled, CONTROL))
+        chosen.append(Curve(f"{pair.first} / {pair.second}", pair.distance))
+        chosen.append(Curve(f"{pair.first} / {pair.second}, shuffled", pair.shuffled, CONTROL))
     figures.append(html(lines(chosen, layers, "layer", "Jensen-Shannon distance"), "domain-layers", headline))
     explanation = (
         "Jensen-Shannon distance between the expert loads of two datasets: 0 means equal, 1 disjoint. Dotted: with labels "
@@ -171,8 +171,8 @@ def clusters_section(s: Statistics) -> Section:
         chosen = []
         for method in [method for name, method in groups if name == feature]:
             found = [each for each in s.clusters if (each.feature, each.method) == (feature, method)]
-            chosen.append(Line(method, [each.silhouette for each in found]))
-            chosen.append(Line(f"{method}, shuffled", [each.shuffled for each in found], CONTROL))
+            chosen.append(Curve(method, [each.silhouette for each in found]))
+            chosen.append(Curve(f"{method}, shuffled", [each.shuffled for each in found], CONTROL))
         of = [each for each in s.clusters if each.feature == feature]
         beat = sum(each.silhouette > each.shuffled for each in of)
         sentences.append(

@@ -10,7 +10,7 @@ import numpy as np
 from analysis.counts.survey import ALL
 from analysis.report.figures import (
     CHANCE,
-    Line,
+    Curve,
     Section,
     heat_map,
     html,
@@ -39,10 +39,10 @@ def load_section(s: Statistics, labels: Sequence[str]) -> Section:
     explanation = "Each expert's share of its layer's selections, relative to an even share (1)."
     evenness = lines(
         [
-            Line("entropy / maximum", load.entropy_share),
-            Line("Gini coefficient", load.gini),
-            Line("share of experts used at all", load.coverage),
-            Line("entropy of an even load", np.ones(len(layers)), CHANCE),
+            Curve("entropy / maximum", load.entropy_share),
+            Curve("Gini coefficient", load.gini),
+            Curve("share of experts used at all", load.coverage),
+            Curve("entropy of an even load", np.ones(len(layers)), CHANCE),
         ],
         layers,
         "layer",

@@ -13,7 +13,7 @@ from analysis.report.figures import (
     COLORS,
     CONTROL,
     TOP_LEGEND,
-    Line,
+    Curve,
     Section,
     html,
     lines,
@@ -32,15 +32,15 @@ def repetition_section(s: Statistics) -> Section:
         ("first or second choice in common", whole.first_or_second, whole.first_or_second_shuffled, chances[1]),
         (f"share of the {top_k} experts in common", whole.shared, whole.shared_shuffled, chances[2]),
     )[: 1 if top_k == 1 else 3 if top_k > 2 else 2]:
-        chosen.append(Line(name, [mean(row) for row in values]))
-        chosen.append(Line(f"{name}, tokens shuffled", [mean(control)] * len(DISTANCES), CONTROL))
-        chosen.append(Line(f"{name}, chance", [chance] * len(DISTANCES), CHANCE))
+        chosen.append(Curve(name, [mean(row) for row in values]))
+        chosen.append(Curve(f"{name}, tokens shuffled", [mean(control)] * len(DISTANCES), CONTROL))
+        chosen.append(Curve(f"{name}, chance", [chance] * len(DISTANCES), CHANCE))
     by_distance = lines(chosen, DISTANCES, "distance (tokens)", "share of tokens", log_x=True)
     by_layer = lines(
         [
-            Line("same first choice as the previous token", whole.first[0]),
-            Line("shuffled", whole.first_shuffled, CONTROL),
-            Line("chance", [chances[0]] * len(layers), CHANCE),
+            Curve("same first choice as the previous token", whole.first[0]),
+            Curve("shuffled", whole.first_shuffled, CONTROL),
+            Curve("chance", [chances[0]] * len(layers), CHANCE),
         ],
         layers,
         "layer",
@@ -113,8 +113,8 @@ def reuse_section(s: Statistics) -> Section:
     between = np.concatenate([[0.0], reuse.between_share.mean(0).cumsum()[:-1]])
     stack = lines(
         [
-            Line("reuses with fewer other experts in between", between),
-            Line("chance: one expert per token, all equally likely", np.arange(experts) / experts, CHANCE),
+            Curve("reuses with fewer other experts in between", between),
+            Curve("chance: one expert per token, all equally likely", np.arange(experts) / experts, CHANCE),
         ],
         list(range(experts)),
         "number of other experts",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from analysis.documents.evaluation import CONTROL as CONTROL_NAME
 from analysis.documents.simulation import BOUNDS, SimulatedRow, Simulation
-from analysis.report.figures import CONTROL, Line, Section, html, lines
+from analysis.report.figures import CONTROL, Curve, Section, html, lines
 
 
 def offload_section(simulation: Simulation, device: str | None, number: str) -> Section:
@@ -19,7 +19,7 @@ def offload_section(simulation: Simulation, device: str | None, number: str) -> 
     for prefetch in dict.fromkeys(row.prefetch for row in rows):
         found = {row.share: row for row in rows if (row.policy, row.prefetch) == (shown, prefetch)}
         values = [_value(found.get(size)) for size in sizes]
-        chosen.append(Line(f"{shown}, {prefetch}", values, CONTROL if prefetch.endswith(CONTROL_NAME) else None))
+        chosen.append(Curve(f"{shown}, {prefetch}", values, CONTROL if prefetch.endswith(CONTROL_NAME) else None))
     y_title = "hit rate" if device is None else "tokens per second"
     figures: tuple[str, ...] = ()
     if len(sizes) > 1:

@@ -12,7 +12,7 @@ from analysis.report.figures import (
     CONTROL,
     LABELS,
     TOP_LEGEND,
-    Line,
+    Curve,
     Section,
     html,
     lines,
@@ -27,8 +27,8 @@ def weights_section(s: Statistics) -> Section:
     """Mean weights by rank, and margins where logits were recorded. Only for traces with weights."""
     assert s.weights is not None
     layers, weights = list(s.axes.moe_layers), s.weights
-    chosen = [Line(f"rank {rank + 1}", weights.mean[:, rank]) for rank in range(s.axes.top_k)]
-    chosen.append(Line("even: 1/K", [weights.even] * len(layers), CHANCE))
+    chosen = [Curve(f"rank {rank + 1}", weights.mean[:, rank]) for rank in range(s.axes.top_k)]
+    chosen.append(Curve("even: 1/K", [weights.even] * len(layers), CHANCE))
     figures = [html(lines(chosen, layers, "layer", "mean routing weight"), "weights", "Mean weight by rank and layer.")]
     headline = (
         f"On average the strongest expert has a weight of {weights.mean[:, 0].mean():.2f}, the last of {s.axes.top_k} has "
@@ -51,7 +51,7 @@ def weights_section(s: Statistics) -> Section:
         median = QUANTILES.index(0.5)
         drawn = lines(
             [
-                Line(f"{QUANTILES[q]:.0%} of tokens are below", s.margins.quantiles[:, q])
+                Curve(f"{QUANTILES[q]:.0%} of tokens are below", s.margins.quantiles[:, q])
                 for q in (0, median, len(QUANTILES) - 1)
             ],
             layers,
@@ -154,10 +154,10 @@ def predictions_section(evaluation: Evaluation, number: int) -> Section:
             float("nan") if metrics is None else metrics.get(metric, float("nan"))
             for metrics in result.by_target_layer.get("h=1", [])
         ]
-        chosen.append(Line(name, by_layer, CONTROL if name not in predictors else None))
+        chosen.append(Curve(name, by_layer, CONTROL if name not in predictors else None))
     figures: tuple[str, ...] = ()
     if chosen and len(chosen[0].y) > 1:
-        chosen.append(Line("chance", [evaluation.chance[metric]] * len(chosen[0].y), CHANCE))
+        chosen.append(Curve("chance", [evaluation.chance[metric]] * len(chosen[0].y), CHANCE))
         drawn = lines(chosen, list(range(len(chosen[0].y))), "predicted MoE layer (from 0)", metric)
         figures = (html(drawn, f"predictors-{number}", headline),)
     explanation = (

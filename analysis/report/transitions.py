@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from analysis.report.figures import (
     CHANCE,
     CONTROL,
-    Line,
+    Curve,
     Section,
     heat_map,
     html,
@@ -113,13 +113,13 @@ def hops_section(s: Statistics) -> Section:
 
     def figure(kind: str, same: str, independent: str, chance: float, y_title: str) -> go.Figure:
         chosen = [
-            Line("given an expert, held-out problems", curve(f"held_out_{kind}")),
-            Line("given an expert, same tokens", curve(f"conditional_{kind}")),
-            Line("given an expert, layers shuffled", curve(f"shuffled_{kind}"), CONTROL),
-            Line("popularity (the layer's most used)", curve(f"marginal_{kind}")),
-            Line("same expert index", curve(same)),
-            Line("same expert index, layers independent", curve(independent), CONTROL),
-            Line("chance", [chance] * len(hops), CHANCE),
+            Curve("given an expert, held-out problems", curve(f"held_out_{kind}")),
+            Curve("given an expert, same tokens", curve(f"conditional_{kind}")),
+            Curve("given an expert, layers shuffled", curve(f"shuffled_{kind}"), CONTROL),
+            Curve("popularity (the layer's most used)", curve(f"marginal_{kind}")),
+            Curve("same expert index", curve(same)),
+            Curve("same expert index, layers independent", curve(independent), CONTROL),
+            Curve("chance", [chance] * len(hops), CHANCE),
         ]
         drawn = lines(chosen, numbers, "hop (layers ahead)", y_title)
         drawn.update_xaxes(dtick=1)

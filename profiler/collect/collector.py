@@ -41,7 +41,7 @@ from profiler.models.resolve import resolve_model
 from profiler.trace.reader import Trace
 from profiler.trace.schema import CAPTURE_FOLDER, METADATA_FILE, Metadata
 from profiler.trace.stream import ROUTING_STREAM
-from profiler.trace.writer import check_free, exclusive, public_command, write_metadata
+from profiler.trace.writer import check_free, exclusive, left_temporaries, public_command, write_metadata
 
 
 @dataclass(frozen=True)
@@ -380,7 +380,7 @@ def _discard_if_empty(out: Path, created: bool) -> None:
     if any(captured_positions(run_folder(out, run)).get(ROUTING_STREAM) for run in runs_of(out)):
         return
     shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
-    for name in (METADATA_FILE, Path(METADATA_FILE).with_suffix(".tmp").name):
-        (out / name).unlink(missing_ok=True)
+    for path in (out / METADATA_FILE, *left_temporaries(out / METADATA_FILE)):
+        path.unlink(missing_ok=True)
     if created:
         out.rmdir()

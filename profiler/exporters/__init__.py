@@ -18,10 +18,11 @@ from profiler.exporters import csv_table, exllamav3, json_table, ktransformers, 
 from profiler.exporters.choice import Budget, choose_experts, choose_layers, distinct_experts, hit_rate, overlap
 from profiler.exporters.content import Content
 from profiler.exporters.counts import ExpertCounts, count_experts
-from profiler.exporters.report import ExportReport, report_path, write_report
+from profiler.exporters.report import ExportReport, report_path
 from profiler.models.registry import ModelEntry, find_entry
 from profiler.trace.reader import Trace
 from profiler.trace.schema import ModelMetadata
+from profiler.trace.writer import temporary_of
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,10 @@ def export_trace(trace: Trace, out: Path, format_name: str, options: ExportOptio
     if options.by == "weight" and not trace.metadata.record.weights:
         raise SpecmoeError(f"{trace.path} has no routing weights: export by tokens")
     content = _content(trace, chosen, options)
-    usage = chosen.write(content, out)
-    write_report(content.report, out)
+    # The report gets its name last: a file that cannot be written leaves none, nor does a report that cannot be.
+    with temporary_of(report_path(out)) as temporary:
+        temporary.write_text(content.report.to_json(), encoding="utf-8")
+        usage = chosen.write(content, out)
     return content.report, usage
 
 
@@ -121,6 +124,10 @@ def _content(trace: Trace, chosen: ExportFormat, options: ExportOptions) -> Cont
     entry = find_entry(options.model or model.id)
     if options.model is not None and entry is None:
         raise SpecmoeError(f"unknown model {options.model!r}: see 'specmoe models'")
+    if entry is not None and (
+        options.model is not None or (options.budget is not None and options.budget.gigabytes is not None)
+    ):
+        _check_shape(entry, model)
     notes: list[str] = []
     scope = _scope(chosen, options, notes)
     counted = count_experts(trace, decode_only=options.decode_only)
@@ -136,7 +143,8 @@ def _content(trace: Trace, chosen: ExportFormat, options: ExportOptions) -> Cont
             raise SpecmoeError("how many experts to keep: expected a fraction, slots per layer, or gigabytes")
         kept_LE = _kept(training, score_LE, scope, _affordable(options, model, entry), options.batch)
     num_layers = model.num_layers or (None if entry is None else entry.layers)
-    if num_layers is None:
+    # A trace may have the name of a model that it is not of.
+    if num_layers is None or num_layers <= model.moe_layers[-1]:
         num_layers = model.moe_layers[-1] + 1
         notes.append(f"the number of decoder layers is not known: {num_layers}, up to the last one with experts, is assumed")
     if scope == "layers":
@@ -194,14 +202,18 @@ def _scope(chosen: ExportFormat, options: ExportOptions, notes: list[str]) -> st
 def _affordable(options: ExportOptions, model: ModelMetadata, entry: ModelEntry | None) -> int:
     """Experts that fit into the budget, in all layers."""
     assert options.budget is not None
+    size = None if entry is None else entry.expert_bytes(options.precision or next(iter(entry.checkpoints)))
+    return options.budget.experts(len(model.moe_layers), model.num_experts, size)
+
+
+def _check_shape(entry: ModelEntry, model: ModelMetadata) -> None:
+    """Raise `SpecmoeError` if the trace cannot be one of this entry's model: its sizes or layers would not be the trace's."""
     shape = len(model.moe_layers), model.num_experts
-    if options.budget.gigabytes is not None and entry is not None and (len(entry.moe_layers), entry.experts) != shape:
+    if (len(entry.moe_layers), entry.experts) != shape or model.moe_layers[-1] >= entry.layers:
         raise SpecmoeError(
             f"{entry.name} has {len(entry.moe_layers)} MoE layers of {entry.experts} experts; the trace has {shape[0]} of "
-            f"{shape[1]}: choose another model"
+            f"{shape[1]}, up to layer {model.moe_layers[-1]}: choose another model"
         )
-    size = None if entry is None else entry.expert_bytes(options.precision or next(iter(entry.checkpoints)))
-    return options.budget.experts(*shape, size)
 
 
 def _kept(

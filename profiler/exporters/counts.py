@@ -53,14 +53,21 @@ class PartCounts:
     Attributes:
         parts: Part -> counts. Parts without tokens are missing.
         is_decode_only: Whether only generated tokens were counted.
+        problems: Part -> problems with any tokens, counted or not.
     """
 
     parts: dict[str, ExpertCounts]
     is_decode_only: bool
+    problems: dict[str, int]
 
     def part(self, name: str) -> ExpertCounts:
         """The counts of a part, or of all parts (`"all"`). Raises `EmptyPartError` if it has no token."""
         found = [counts for part, counts in self.parts.items() if name in {"all", part}]
+        if not found and (problems := self.problems.get(name, 0)):
+            raise EmptyPartError(
+                f"none of the {problems} problems in the {name} part of the split has a generated token with routing: count "
+                "prompts, too (--phase all), or choose another part"
+            )
         if not found:
             raise EmptyPartError(f"no problem falls into the {name} part of the split: choose another part, or a longer trace")
         total = found[0]
@@ -114,7 +121,8 @@ def count_experts(trace: Trace, *, decode_only: bool = True) -> PartCounts:
             parts[part_name] = ExpertCounts(
                 tokens[number, phases].sum(0), mass[number, phases].sum(0), int(counted[number, phases].sum()), problems
             )
-    return PartCounts(parts, is_decode_only)
+    with_tokens = {name: int(seen[part_P == number].any(1).sum()) for number, name in enumerate(PARTS)}
+    return PartCounts(parts, is_decode_only, with_tokens)
 
 
 def _count(chunk: RoutingChunk, num_experts: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

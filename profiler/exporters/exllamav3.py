@@ -9,6 +9,7 @@ any further key, so that the hit rate is in the report next to it.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from profiler.errors import SpecmoeError
@@ -43,8 +44,9 @@ def write(content: Content, out: Path) -> list[str]:
     }
     write_text(out, json.dumps(counts) + "\n")
     on_cpu = content.model.num_experts - content.kept_per_layer
+    statistics = f"EXL3_MOE_CPU_SPLIT_STATS={shlex.quote(str(out))}"
     return [
-        f"ExLlamaV3: EXL3_MOE_CPU_SPLIT_STATS={out} with --moe_cpu_split {on_cpu}; EXL3_MOE_CPU_SWAP=0 keeps this placement",
+        f"ExLlamaV3: {statistics} with --moe_cpu_split {on_cpu}; EXL3_MOE_CPU_SWAP=0 keeps this placement",
         f"its modules are named {key}: if it prints 'no routing stats for layer', give the names with a layer key",
     ]
 

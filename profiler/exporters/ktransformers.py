@@ -9,11 +9,13 @@ KTransformers reads no other kind of file here, so this one is written by `torch
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
 
 from profiler.exporters.content import Content
+from profiler.trace.writer import temporary_of
 
 NAME = "ktransformers"
 ABOUT = "torch file for --kt-expert-placement-strategy frequency: tokens by decoder layer and expert; ranks all layers together"
@@ -27,9 +29,9 @@ def write(content: Content, out: Path) -> list[str]:
     import torch
 
     table = torch.from_numpy(np.ascontiguousarray(content.of_all_layers(content.score_LE)[None]))
-    temporary = out.with_suffix(".tmp")
-    torch.save({"logical_count": table}, temporary)
-    temporary.rename(out)
+    # Given a path, torch.save stores the name of the temporary file, too.
+    with temporary_of(out) as temporary, temporary.open("wb") as file:
+        torch.save({"logical_count": table}, file)
     kept, layers = int(content.kept_LE.sum()), len(content.kept_LE)
     # The engine rounds the product of ratio and experts down.
     count = (
@@ -37,4 +39,5 @@ def write(content: Content, out: Path) -> list[str]:
         if kept % layers == 0
         else f"--kt-gpu-experts-ratio {(kept + 0.5) / content.kept_LE.size:.7f}"
     )
-    return [f"KTransformers: --kt-expert-placement-strategy frequency --init-expert-location {out} {count}"]
+    place = f"--init-expert-location {shlex.quote(str(out))}"
+    return [f"KTransformers: --kt-expert-placement-strategy frequency {place} {count}"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from profiler.errors import printable
 from profiler.exporters.content import Content
 from profiler.trace.writer import write_text
 
@@ -31,7 +32,9 @@ def write(content: Content, out: Path) -> list[str]:
     on_cpu = [layer for layer, kept in zip(content.model.moe_layers, kept_L.tolist(), strict=True) if not kept]
     first_kept = content.model.moe_layers[-int(kept_L.sum())] if kept_L.any() else content.model.moe_layers[-1] + 1
     lines = [
-        f"# {line}" for line in (f"{content.report.model}, from the trace {content.report.trace}", *content.report.lines())
+        # Names of a trace are untrusted: a line break in one would begin an argument.
+        f"# {printable(line)}"
+        for line in (f"{content.report.model}, from the trace {content.report.trace}", *content.report.lines())
     ]
     lines += ["# The same number of layers, the last ones:", f"--n-cpu-moe {first_kept if on_cpu else 0}"]
     lines.append(f"# The layers that read the most distinct experts per step of {content.batch}:")

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from profiler.trace.writer import write_text
-
 REPORT_SUFFIX = ".report.json"
 DEFINITIONS = {
     "hit_rate": "share of the choices of experts by held-out tokens that go to kept experts",
@@ -104,8 +102,3 @@ class ExportReport(BaseModel):
 def report_path(out: Path) -> Path:
     """Where the report of an exported file is written: next to it."""
     return out.with_name(out.name + REPORT_SUFFIX)
-
-
-def write_report(report: ExportReport, out: Path) -> None:
-    """Write the report next to the exported file `out`."""
-    write_text(report_path(out), report.to_json())

@@ -8,6 +8,7 @@ replicates experts by it. Other keys are ignored.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from profiler.errors import SpecmoeError
@@ -27,4 +28,4 @@ def write(content: Content, out: Path) -> list[str]:
         raise SpecmoeError("SGLang balances the number of tokens: export by tokens")
     table = content.of_all_layers(content.counts.tokens_LE)
     write_text(out, json.dumps({"logical_count": table.tolist(), "specmoe": content.report.model_dump()}) + "\n")
-    return [f"SGLang: --init-expert-location {out}, with --ep-size and --ep-num-redundant-experts"]
+    return [f"SGLang: --init-expert-location {shlex.quote(str(out))}, with --ep-size and --ep-num-redundant-experts"]

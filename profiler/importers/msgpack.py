@@ -38,13 +38,15 @@ MAX_DEPTH = 32
 # Limits on what a few bytes can become: lists, dictionaries and texts, of 50 bytes or more each, and values of any kind.
 MAX_OBJECTS = 1 << 20
 MAX_VALUES = 1 << 26
+# Of one value: the ids of 500,000 tokens in 61 layers with 8 experts, in 16 bits.
+MAX_BYTES = 512 << 20
 
 
 def entries_of_first(file: BinaryIO) -> Iterator[Any]:
     """The entries of the list that is the first entry of the list in `file`, one in memory at a time.
 
-    Raises `ValueError` if there is no such list, on extension types, on an entry with more values than fit in memory, and on
-    anything after the outer list. Its other entries are decoded, and discarded, before the iterator ends.
+    Raises `ValueError` if there is no such list, on extension types, on an entry with more bytes or values than fit in
+    memory, and on anything after the outer list. Its other entries are decoded, and discarded, before the iterator ends.
     """
     decoder = _Decoder(file)
     others = decoder.list_length() - 1
@@ -67,10 +69,11 @@ class _Decoder:
         file.seek(0)
         self._objects = 0
         self._values = 0
+        self._bytes = 0
 
     def counted_value(self) -> Any:
         """Decode the next value, within the limits of a value of its own."""
-        self._objects = self._values = 0
+        self._objects = self._values = self._bytes = 0
         return self.value(0)
 
     def list_length(self) -> int:
@@ -127,5 +130,8 @@ class _Decoder:
     def _take(self, size: int) -> bytes:
         if size > self._left:
             raise ValueError("the data ends within a value")
+        self._bytes += size
+        if self._bytes > MAX_BYTES:
+            raise ValueError(f"a value of more than {MAX_BYTES:,} bytes")
         self._left -= size
         return self._file.read(size)

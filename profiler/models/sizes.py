@@ -6,32 +6,37 @@ import json
 from pathlib import Path
 from typing import Any
 
-from profiler.errors import ModelError, first_line
+from profiler.errors import ModelError, first_line, printable
 from profiler.models.built import built_sizes
 from profiler.models.registry import ModelEntry
 from profiler.models.resolve import moe_facts
 
 MAX_CONFIG_BYTES = 4 << 20
-# The precision of a quantized checkpoint, by `quant_method`; others are taken as 16 bits.
-_PRECISIONS = {"mxfp4": "mxfp4", "awq": "awq", "gptq": "gptq", "fp8": "int8", "bitsandbytes": "int4"}
+# The precision of a quantized checkpoint, by `quant_method` if that tells it, or else by its bits.
+_BY_METHOD = {"mxfp4": "mxfp4", "fp8": "int8", "fbgemm_fp8": "int8"}
+_BY_BITS = {4: "int4", 8: "int8"}
+_FOUR_BITS = {"awq": "awq", "gptq": "gptq"}
 # Kinds of layers without keys and values.
 _NO_KEYS = ("linear", "mamba", "conv", "recurrent", "moe", "mlp")
 
 
-def entry_of_config(path: Path) -> ModelEntry:
+def entry_of_config(path: Path, precision: str | None = None) -> ModelEntry:
     """Read a model's sizes from its `config.json` and from the model that `transformers` builds from it, without weights.
 
     The entry has the number of MoE layers, not their places: they count as the last ones.
 
     Args:
         path: A `config.json`, or the folder that has it.
+        precision: Precision of the weights. Default: what the config says.
 
     Raises:
-        ModelError: The file is not such a config, the model is dense, or `transformers` cannot build it.
+        ModelError: The file is not such a config, the model is dense, `transformers` cannot build it, or the config does not
+            tell the precision.
     """
     path = path / "config.json" if path.is_dir() else path
     config = _read(path)
     facts = moe_facts(config)
+    precision = precision or precision_of(config, path)
     sizes = built_sizes(config)
     if sizes is None:
         raise ModelError(
@@ -43,11 +48,9 @@ def entry_of_config(path: Path) -> ModelEntry:
     hidden = int(text["hidden_size"])
     unused = moe_layers * (experts - int(facts["top_k"])) * sizes.routed_expert
     kv_bytes, window, window_kv_bytes = kv_cache_of(text, int(text.get("num_hidden_layers") or layers))
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     return ModelEntry(
         name=path.parent.resolve().name if path.name == "config.json" else path.stem,
-        checkpoints={_PRECISIONS.get(str(method), "bf16"): str(path)},
+        checkpoints={precision: str(path)},
         layers=layers,
         dense_layers=layers - moe_layers,
         experts=experts,
@@ -63,6 +66,43 @@ def entry_of_config(path: Path) -> ModelEntry:
         window=window,
         window_kv_bytes=window_kv_bytes,
     )
+
+
+def precision_of(config: dict[str, Any], path: Path) -> str:
+    """The entry of `PRECISIONS` for the weights of a checkpoint, from its config. path: of the config, for messages.
+
+    Raises:
+        ModelError: The weights are quantized, and the config does not say to how many bits, or to a number that has no entry.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return "bf16"
+    if not isinstance(quantization, dict):
+        raise ModelError(f"{path}: quantization_config: expected an object; name the precision (--precision)")
+    method = str(quantization.get("quant_method"))
+    if method in _BY_METHOD:
+        return _BY_METHOD[method]
+    bits = _bits_of(quantization)
+    # The default of transformers' AwqConfig.
+    if method == "awq" and not bits:
+        bits = {4}
+    found = {_FOUR_BITS.get(method, "int4") if each == 4 else _BY_BITS.get(each) for each in bits}
+    precision = found.pop() if len(found) == 1 else None
+    if precision is None:
+        said = f"weights of {' and '.join(map(str, sorted(bits)))} bits" if bits else "no number of bits that is known"
+        raise ModelError(f"{path}: quantized by {printable(method)}, {said}: name the precision (--precision)")
+    return precision
+
+
+def _bits_of(quantization: dict[str, Any]) -> set[int]:
+    """The bits of weights that a `quantization_config` names: several if layers differ, none if it does not say."""
+    named = [quantization.get("bits"), quantization.get("w_bit")]
+    named += [bits for bits in (8, 4) if quantization.get(f"load_in_{bits}bit") is True]
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        named.append(weights.get("num_bits") if isinstance(weights, dict) else None)
+    return {bits for bits in named if type(bits) is int}
 
 
 def kv_cache_of(config: dict[str, Any], layers: int) -> tuple[int, int | None, int]:

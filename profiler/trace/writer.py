@@ -214,9 +214,29 @@ def sha256_of(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    with temporary_of(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def temporary_of(path: Path) -> Iterator[Path]:
+    """A file to write in the block, which gets the name `path` at its end. It is removed if the block raises an error.
+
+    Its name is hidden and has the process's number: it is no other file's, such as that of `hot.csv` next to `hot.json`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def left_temporaries(path: Path) -> set[Path]:
+    """What killed processes left of `temporary_of(path)`."""
+    start, end = f".{path.name}.", ".tmp"
+    return {other for other in path.parent.iterdir() if other.name.startswith(start) and other.name.endswith(end)}
 
 
 def check_free(out: Path, *, resume: bool = False) -> None:
@@ -234,6 +254,6 @@ def check_free(out: Path, *, resume: bool = False) -> None:
     if not existing.is_dir():
         raise TraceError(f"{existing} is a file, not a folder: choose another output folder")
     # The process may have been killed before metadata.json had its final name.
-    begun = {(out / METADATA_FILE).with_suffix(".tmp")} if resume else set()
+    begun = left_temporaries(out / METADATA_FILE) if resume and out.is_dir() else set()
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - begun):
         raise TraceError(f"{out} exists and is not an empty folder: choose another output folder")

@@ -7,6 +7,7 @@ is simulated. Shape letters: L MoE layers, K experts per token, E experts, B bat
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from profiler.models.hosts import Host
 from profiler.models.registry import USED_SHARE, WORKSPACE, ModelEntry
 from profiler.trace.reader import Trace
 from speculation.offload.costs import MEMORY_SHARE, Costs, costs_of
+
+if TYPE_CHECKING:
+    from speculation.offload.requests import Requests
 
 ON_GPU = "all on the GPU"
 COPY = "cache on the GPU, misses copied to it"
@@ -170,8 +174,10 @@ def uniform_routing(entry: ModelEntry, slots: int, batch: int) -> Routing:
 def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch: int, costs: Costs) -> Routing:
     """Routing of a part of a trace, with `slots` experts per layer in the cache: least recently used, or fixed.
 
+    Only steps that decode exactly `batch` sequences count; later ones, when the part has too few problems left, do not.
+
     Raises:
-        SpecmoeError: The trace is of another model.
+        SpecmoeError: The trace is of another model, or the part has fewer sequences than the batch.
         EmptyPartError: The part, or the training part, has no problem.
     """
     # Imported late: without a trace, nothing needs the compiled simulation.
@@ -194,7 +200,7 @@ def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch:
     routes = load_routes(trace, part)
     if not routes.is_decode_T.any():
         routes = replace(routes, is_decode_T=np.ones(len(routes), dtype=np.bool_))
-    requests = requests_of(routes, entry.experts, batch=batch)
+    requests = _full_steps(requests_of(routes, entry.experts, batch=batch), batch, part)
     popularity_LE = expert_frequency(load_routes(trace, "train"), shape)
     is_decode_R = np.repeat(requests.is_decode_S, requests.layers)
     sizes_R = np.diff(requests.starts_R)
@@ -207,7 +213,7 @@ def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch:
     name = f"{trace.path.resolve().name}, {part} part"
     return Routing(
         union=float(sizes_R[is_decode_R].mean()),
-        union_source=f"mean over decoding steps of {name}",
+        union_source=f"mean over decoding steps of {batch} sequences, {name}",
         cache_hits=result.hit_rate,
         static_hits=float(is_kept_N[np.repeat(is_decode_R, sizes_R)].mean()),
         cache_source=f"simulated lru cache, {name}",
@@ -215,6 +221,18 @@ def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch:
         fill_hits=filled.hit_rate,
         fill_tokens_per_second=filled.tokens_per_second or 0.0,
     )
+
+
+def _full_steps(requests: Requests, batch: int, part: str) -> Requests:
+    """The requests up to the last step that decodes `batch` sequences. A batch is full until no problem is left to join it."""
+    full_S = requests.is_decode_S & (requests.sequences_S == batch)
+    if not full_S.any():
+        most = int(requests.sequences_S[requests.is_decode_S].max())
+        raise SpecmoeError(
+            f"batch {batch}: the {part} part of the trace never decodes more than {most} sequences at the same time; choose a "
+            "batch of at most that many, another part, or a trace of more problems"
+        )
+    return requests.first_steps(int(np.flatnonzero(full_S)[-1]) + 1)
 
 
 def _ways(options: FitOptions, memory: MemoryUse, costs: Costs, routing: Routing, warnings: list[str]) -> list[FitWay]:

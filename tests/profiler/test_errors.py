@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 from support.traces import MakeProblems, MakeTrace
 
-from profiler.errors import EXTRAS, first_line, missing_extra
+from profiler import errors
+from profiler.errors import EXTRAS, NothingToRunError, SpecmoeError, first_line, missing_extra
 from profiler.trace.reader import Trace
 
 BLOCKED = sorted({package for packages in EXTRAS.values() for package in packages})
@@ -68,3 +70,13 @@ def test_a_package_that_no_extra_brings() -> None:
 @pytest.mark.parametrize(("text", "line"), [("", "ValueError"), ("  \n ", "ValueError"), ("one\ntwo", "one")])
 def test_an_error_has_a_first_line(text: str, line: str) -> None:
     assert first_line(ValueError(text)) == line
+
+
+ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SpecmoeError)]
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: str(kind.__name__))
+def test_an_error_reaches_another_process(kind: type[SpecmoeError]) -> None:
+    error = NothingToRunError(3, ["too long", "other"]) if kind is NothingToRunError else kind("a reason")
+    copied = pickle.loads(pickle.dumps(error))
+    assert (type(copied), str(copied), vars(copied)) == (kind, str(error), vars(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,12 @@ def test_unknown_format(tmp_path: Path) -> None:
     done = runner.invoke(app, ["export", str(tmp_path), "--out", str(tmp_path / "o"), "--to", "gguf"])
     assert isinstance(done.exception, SpecmoeError)
     assert "unknown format 'gguf': expected one of llama-cpp" in str(done.exception)
+
+
+def test_formats_have_a_name_a_use_and_a_source() -> None:
+    """Programs read these keys."""
+    done = runner.invoke(app, ["formats", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert {tuple(row) for row in found} == {("format", "use", "source")}
+    assert {row["use"] for row in found} == {"convert", "export"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -219,6 +220,22 @@ def test_the_end_of_a_capture_writes_what_was_queued_before_it(
     answer = recorder.stop()
     assert answer["rows"] == (0 if failed else 12)
     assert answer["error"] == ("OSError: no disk" if failed else "RuntimeError: weights changed")
+
+
+def test_the_end_of_a_capture_does_not_wait_for_a_writer_that_is_gone(recorder: Recorder, tmp_path: Path) -> None:
+    recorder.start(tmp_path / "t")
+    # The thread ends without an error, as if the interpreter were shutting down.
+    with recorder._change:
+        recorder._stopping = True
+        recorder._change.notify_all()
+    assert recorder._thread is not None
+    recorder._thread.join()
+    waiting = threading.Thread(target=recorder.end, args=(RuntimeError("the weights changed"),), daemon=True)
+    waiting.start()
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+    assert recorder.ended
+    assert recorder.status()["error"] == "RuntimeError: the weights changed"
 
 
 def test_a_taken_folder_and_a_second_start_are_refused(recorder: Recorder, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def read(source: Path, target: Target) -> None:
     target.gaps += gaps
     without = unplaced = 0
     for path in files:
-        name = (path.stem,) if len(files) > 1 else ()
+        name = (path.name,) if len(files) > 1 else ()
         for number, response in enumerate(_responses(path)):
             if response.routes is None:
                 without += 1
@@ -109,7 +109,8 @@ def _add(response: _Response, shape: tuple[int, int] | None, problem_id: int, la
     weights_TLK = None if response.weights is None else _npy(response.weights, f"{where}: {WEIGHTS_FIELD}", "f")
     if weights_TLK is not None and weights_TLK.shape != ids_TLK.shape:
         raise TraceError(f"{where}: {WEIGHTS_FIELD} of shape {weights_TLK.shape}, expected that of the ids, {ids_TLK.shape}")
-    tokens = len(ids_TLK) if response.tokens is None else response.tokens
+    # Of a sequence of T tokens, the last one is never fed back: there are T - 1 rows.
+    tokens = len(ids_TLK) + 1 if response.tokens is None else response.tokens
     if len(ids_TLK) > tokens:
         raise TraceError(f"{where}: routes of {len(ids_TLK)} tokens, but there are {tokens}")
     # A server that was stopped by the last token may have computed it, too.

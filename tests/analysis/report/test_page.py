@@ -16,7 +16,7 @@ from support.frames import counted, make_axes, make_frame
 
 from analysis.counts.counting import TraceCounts
 from analysis.report import write_report
-from analysis.report.figures import COLORS, DASHES, Line, lines
+from analysis.report.figures import COLORS, DASHES, Curve, lines
 from analysis.statistics.compute import Source, Statistics, make_statistics
 from profiler.trace.schema import Metadata, ModelMetadata
 
@@ -69,7 +69,7 @@ def test_hops_that_do_not_fit_are_left_out_but_never_the_first(tmp_path: Path, m
 
 def test_lines_differ_in_color_and_in_dash() -> None:
     """Eight lines: no two look alike, in color or printed in gray with its neighbor."""
-    figure = lines([Line(str(number), [0.0]) for number in range(8)], [0], "x", "y")
+    figure = lines([Curve(str(number), [0.0]) for number in range(8)], [0], "x", "y")
     styles = [(trace.line.color, trace.line.dash) for trace in figure.data]
     assert len(set(styles)) == 8
     assert all(first[1] != second[1] for first, second in itertools.pairwise(styles))

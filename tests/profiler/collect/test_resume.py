@@ -333,7 +333,7 @@ def test_a_second_collector_is_refused_and_touches_nothing(unfinished: Path, tmp
 def test_what_a_kill_leaves_before_the_first_file_is_no_obstacle(tmp_path: Path, finished: Path) -> None:
     out = tmp_path / "trace"
     out.mkdir()
-    (out / "metadata.tmp").write_text("{")
+    (out / ".metadata.json.123.tmp").write_text("{")
     assert collect(options(out, resume=True)).resumed == 0
     assert_same(Trace.open(finished), Trace.open(out))
     (tmp_path / "mine").mkdir()

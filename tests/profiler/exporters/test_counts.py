@@ -36,6 +36,18 @@ def test_by_hand(make_trace: MakeTrace) -> None:
         counted.part("validation")
 
 
+def test_a_part_without_generated_tokens_says_so(make_trace: MakeTrace) -> None:
+    ids, weights = np.array([[[0, 1]], [[1, 2]]]), np.full((2, 1, 2), 0.5)
+    # The test problem's only position is its prompt.
+    trace = make_trace([(ids, weights), (ids[:1], weights[:1])], 4, prompts=prompts_of("train", "test"))
+    counted = count_experts(trace)
+    with pytest.raises(EmptyPartError, match=r"none of the 1 problems in the test part .* has a generated token .*--phase all"):
+        counted.part("test")
+    with pytest.raises(EmptyPartError, match="no problem falls into the validation part"):
+        counted.part("validation")
+    assert count_experts(trace, decode_only=False).part("test").num_tokens == 1
+
+
 def test_equals_plain_counting(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     problems = random_problems(30, 9, 3, 300, 4)
     trace = make_trace(problems, 300)

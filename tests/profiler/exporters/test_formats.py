@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from profiler.exporters import FORMATS, ExportOptions, export_trace
 from profiler.exporters.choice import Budget
 from profiler.exporters.counts import count_experts
 from profiler.exporters.json_table import ExpertTable
-from profiler.exporters.report import ExportReport, report_path
+from profiler.exporters.report import REPORT_SUFFIX, ExportReport, report_path
 from profiler.trace.reader import Trace
 
 LAYERS, EXPERTS, FIRST = 3, 8, 1
@@ -50,7 +51,7 @@ def test_report_is_written_next_to_the_file(name: str, trace: Trace, tmp_path: P
     out = tmp_path / f"exported{FORMATS[name].suffix}"
     report, _ = export(trace, out, name)
     assert ExportReport.model_validate_json(report_path(out).read_text()) == report
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
     counted = count_experts(trace)
     assert report.tokens == counted.part("train").num_tokens
     assert report.held_out_tokens == counted.part("test").num_tokens
@@ -199,6 +200,81 @@ def test_gigabytes_use_the_size_of_the_model_s_experts(
     ):
         with pytest.raises(error, match=message):
             export(trace, tmp_path / "v.json", "json", **{"budget": Budget(gigabytes=12.0), **options})
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_named_model_has_the_trace_s_shape(name: str, trace: Trace, tmp_path: Path) -> None:
+    out = tmp_path / f"exported{FORMATS[name].suffix}"
+    with pytest.raises(SpecmoeError, match="32 MoE layers of 8 experts; the trace has 3 of 8, up to layer 3: choose another"):
+        export(trace, out, name, model="mixtral-8x7b")
+    assert not list(tmp_path.glob("exported*"))
+
+
+def test_a_named_model_has_the_trace_s_layers(make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path) -> None:
+    """As many layers, but numbered beyond those of the model: an error if it was named, a note if the trace names it."""
+    trace = make_trace(random_problems(20, 3, 32, 8, 2), 8, first_layer=2, model_id="mistralai/Mixtral-8x7B-v0.1")
+    with pytest.raises(SpecmoeError, match="up to layer 33: choose another model"):
+        export(trace, tmp_path / "t.json", "sglang", model="mixtral-8x7b")
+    report, _ = export(trace, tmp_path / "t.json", "sglang")
+    assert len(json.loads((tmp_path / "t.json").read_text())["logical_count"]) == 34
+    assert any("the number of decoder layers is not known: 34" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("text", ["a\n--n-cpu-moe 0", "a\r$(id)", "a\x1b[2Jb\u2028c"])
+def test_names_in_a_trace_begin_no_line_of_arguments(text: str, trace: Trace, tmp_path: Path) -> None:
+    model = trace.metadata.model.model_copy(update={"id": text})
+    metadata = trace.metadata.model_copy(update={"model": model, "gaps": [text]})
+    export(replace(trace, metadata=metadata), tmp_path / "a.txt", "llama-cpp")
+    export(trace, tmp_path / "b.txt", "llama-cpp")
+    written, plain = ((tmp_path / name).read_text() for name in ("a.txt", "b.txt"))
+    arguments = [[line for line in found.splitlines() if not line.startswith("#")] for found in (written, plain)]
+    assert arguments[0] == arguments[1]
+    assert "\r" not in written
+    assert "\x1b" not in written
+
+
+@pytest.mark.parametrize("name", ["exllamav3", "ktransformers", "sglang"])
+def test_the_path_in_the_usage_is_one_word_of_a_shell(name: str, trace: Trace, tmp_path: Path) -> None:
+    out = tmp_path / f"two words; $(id){FORMATS[name].suffix}"
+    _, usage = export(trace, out, name)
+    words = [word.rstrip(",").removeprefix("EXL3_MOE_CPU_SPLIT_STATS=") for word in shlex.split(usage[0].replace(";", " "))]
+    assert str(out).replace(";", " ") in words
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_other_files_are_left_alone(name: str, trace: Trace, tmp_path: Path) -> None:
+    (tmp_path / "hot.tmp").write_text("mine")
+    out = tmp_path / f"hot{FORMATS[name].suffix}"
+    export(trace, out, name)
+    assert {path.name for path in tmp_path.iterdir()} - {"trace"} == {"hot.tmp", out.name, report_path(out).name}
+    assert (tmp_path / "hot.tmp").read_text() == "mine"
+
+
+@pytest.mark.parametrize("report_fails", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_export_that_fails_leaves_nothing(
+    name: str, report_fails: bool, trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    out = folder / f"hot{FORMATS[name].suffix}"
+    write_text, rename = Path.write_text, Path.rename
+
+    def write(path: Path, text: str, **options: Any) -> int:
+        if REPORT_SUFFIX in path.name and report_fails:
+            raise OSError("disk full")
+        return write_text(path, text, **options)
+
+    def move(path: Path, target: Path) -> Path:
+        if target == out and not report_fails:
+            raise OSError("disk full")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(Path, "rename", move)
+    with pytest.raises(OSError, match="disk full"):
+        export(trace, out, name)
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("part", ["train", "all"])

@@ -11,7 +11,7 @@ from support.configs import CONFIGS, DEEPSEEK_V2_LITE, MIXTRAL
 
 from profiler.errors import ModelError
 from profiler.models.registry import MODELS
-from profiler.models.sizes import entry_of_config, kv_cache_of
+from profiler.models.sizes import entry_of_config, kv_cache_of, precision_of
 
 
 def write(folder: Path, config: dict[str, Any]) -> Path:
@@ -82,6 +82,56 @@ TOKEN = 2 * 2 * 16 * 2
 )
 def test_kinds_of_attention(further: dict[str, Any], expected: tuple[int, int | None, int]) -> None:
     assert kv_cache_of(ATTENTION | further, 4) == expected
+
+
+def groups(*bits: int) -> dict[str, Any]:
+    return {"config_groups": {f"group_{n}": {"weights": {"num_bits": each, "type": "int"}} for n, each in enumerate(bits)}}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "precision"),
+    [
+        (None, "bf16"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "fp8", "fmt": "e4m3"}, "int8"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "gptq", "bits": 8}, "int8"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "int4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}, "int8"),
+        ({"quant_method": "compressed-tensors", **groups(4)}, "int4"),
+        ({"quant_method": "compressed-tensors", **groups(8, 8)}, "int8"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", **groups(4)}, "int4"),
+    ],
+)
+def test_the_precision_of_a_quantized_checkpoint(quantization: object, precision: str) -> None:
+    assert precision_of({"quantization_config": quantization}, Path("config.json")) == precision
+
+
+@pytest.mark.parametrize(
+    ("quantization", "said"),
+    [
+        ({"quant_method": "gptq"}, "quantized by gptq, no number of bits"),
+        ({"quant_method": "gptq", "bits": 3}, "quantized by gptq, weights of 3 bits"),
+        ({"quant_method": "bitsandbytes"}, "quantized by bitsandbytes, no number"),
+        ({"quant_method": "compressed-tensors", **groups(4, 8)}, "weights of 4 and 8 bits"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": None}}}, "no number of bits"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quantized by modelopt, no number"),
+        ({"quant_method": "new"}, "quantized by new, no number"),
+        ({}, "quantized by None, no number"),
+        ("awq", "expected an object"),
+    ],
+)
+def test_a_precision_that_is_not_said_is_asked_for(quantization: object, said: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", MIXTRAL | {"quantization_config": quantization})
+    with pytest.raises(ModelError, match=rf"{said}.*name the precision \(--precision\)"):
+        entry_of_config(folder)
+
+
+def test_a_named_precision_replaces_the_config_s(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", MIXTRAL | {"quantization_config": {"quant_method": "new"}})
+    assert list(entry_of_config(folder, "int8").checkpoints) == ["int8"]
 
 
 def test_what_is_no_config(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from profiler.trace.reader import Trace
 from profiler.trace.rows import has_repeats, sort_pairs
 from profiler.trace.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
 from profiler.trace.stream import RoutingWriter
-from profiler.trace.writer import write_manifest, write_metadata
+from profiler.trace.writer import left_temporaries, temporary_of, write_manifest, write_metadata, write_text
 
 MODEL = ModelMetadata(id="made", moe_layers=[1, 2], num_experts=4, top_k=2)
 
@@ -197,3 +197,26 @@ def test_an_expert_twice_in_a_layer_and_negative_problems_are_refused(tmp_path: 
         routing.add(3, np.arange(2), ids, weights)
     with pytest.raises(TraceError, match="problem 3, token 0, layer 2: the same expert twice"):
         seal(tmp_path / "u", MODEL, {3: 3})
+
+
+def test_text_is_written_next_to_other_files_and_not_over_them(tmp_path: Path) -> None:
+    (tmp_path / "hot.tmp").write_text("mine")
+    with temporary_of(tmp_path / "hot.json") as outer:
+        outer.write_text("first")
+        write_text(tmp_path / "hot.csv", "second")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "hot.tmp": "mine",
+        "hot.json": "first",
+        "hot.csv": "second",
+    }
+
+
+def test_a_temporary_file_is_removed_after_an_error_and_found_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "hot.json"
+    with temporary_of(path) as temporary:
+        temporary.write_text("begun")
+        assert left_temporaries(path) == {temporary}
+    path.unlink()
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert not list(tmp_path.iterdir())

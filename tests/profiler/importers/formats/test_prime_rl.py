@@ -183,6 +183,17 @@ def test_broken_messagepack_is_refused(data: bytes, reason: str) -> None:
         decode(data)
 
 
+@pytest.mark.parametrize("sample", [[bytes(100)], ["text"] * 20, [1] * 100], ids=["one", "several", "numbers"])
+def test_the_bytes_of_a_sample_are_limited(monkeypatch: pytest.MonkeyPatch, sample: list[Any]) -> None:
+    """Those of each sample by itself: a file may have any number of them."""
+    size, data = len(packed(sample)), packed([[sample] * 3])
+    monkeypatch.setattr(msgpack, "MAX_BYTES", size)
+    assert list(msgpack.entries_of_first(io.BytesIO(data))) == [sample] * 3
+    monkeypatch.setattr(msgpack, "MAX_BYTES", size - 1)
+    with pytest.raises(ValueError, match=f"a value of more than {size - 1} bytes"):
+        list(msgpack.entries_of_first(io.BytesIO(data)))
+
+
 @pytest.mark.parametrize(
     ("entry", "count"),
     [(b"\x90", 20), (b"\x80", 20), (b"\xa0", 20), (b"\xdd\0\0\0\0", 20), (b"\xc4\0", 20), (b"\x00", 40), (b"\xc3", 40)],

@@ -126,8 +126,28 @@ def test_several_samples_and_files_are_different_problems(tmp_path: Path) -> Non
     for name in ("a.json", "b.json"):
         save(tmp_path / "many", json.dumps({"choices": choices, "prompt_token_ids": [1] * PROMPT}), name)
     trace = import_trace(tmp_path / "many", tmp_path / "t")
-    assert trace.problems.column("source_key").to_pylist() == ["a/0", "a/1", "b/0", "b/1"]
+    assert trace.problems.column("source_key").to_pylist() == ["a.json/0", "a.json/1", "b.json/0", "b.json/1"]
     assert trace.problems.column("output").to_pylist() == ["0", "1", "0", "1"]
+
+
+def test_files_that_differ_only_in_their_ending_are_different_problems(tmp_path: Path) -> None:
+    (tmp_path / "both").mkdir()
+    for name in ("a.json", "a.jsonl"):
+        save(tmp_path / "both", json.dumps(generate()), name)
+    trace = import_trace(tmp_path / "both", tmp_path / "t")
+    assert sorted(trace.problems.column("source_key").to_pylist()) == ["a.json/0", "a.jsonl/0"]
+
+
+def test_choices_of_unknown_length_end_with_their_output(tmp_path: Path) -> None:
+    """Two choices without the prompt's token ids: the usage counts both, so T is one more than the rows."""
+    choices = [{"text": f"{n}", "token_ids": OUTPUT, "routed_experts": in_base64(ROUTES)} for n in range(2)]
+    trace = convert(tmp_path, {"choices": choices, "usage": {"prompt_tokens": PROMPT, "completion_tokens": 6}})
+    found = trace.tokens.to_pylist()
+    for problem in (0, 1):
+        decoded = [row for row in found if row["problem_id"] == problem and row["phase"] == "decode"]
+        assert [row["token_id"] for row in decoded] == [9, 10, 11]
+        assert [row["vocab_id"] for row in decoded] == OUTPUT
+        assert trace.arrays(problem).token_ids_T.tolist() == list(range(TOKENS - 1))
 
 
 def test_responses_without_routes_keep_their_number(tmp_path: Path) -> None:
