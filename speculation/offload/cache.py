@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from speculation.offload.policies import begin_step, choose_victim, note_load, note_use, set_scores, start_expert
+from speculation.offload.policies import begin_step, choose_victim, demote_oldest, note_load, note_use, set_scores, start_expert
 from speculation.offload.state import ABSENT, NEVER, ORDER, PRESENT, Limits, Rule, expert_records
 
 NO_SCORES: npt.NDArray[np.float32] = np.zeros(0, dtype=np.float32)
@@ -137,17 +137,10 @@ class ExpertCache:
     def note_use(self, layer: int, chosen: Sequence[int]) -> None:
         """Note that the chosen experts of a layer are used, and go on to the next layer."""
         for place, expert in enumerate(chosen):
-            note_use(
-                layer * self.num_experts + expert,
-                self._request,
-                self._step,
-                (self._request + 1) * ORDER - 2 * place,
-                self._slots[layer],
-                self._held[layer],
-                self.capacities[layer],
-                self._limits,
-                self._experts,
-            )
+            record = self._experts[layer * self.num_experts + expert]
+            order = (self._request + 1) * ORDER - 2 * place
+            if note_use(record, self._request, self._step, order, int(self.rule), self._limits.time_constant):
+                demote_oldest(self._slots[layer], self._held[layer], self.capacities[layer], self._experts)
         self._request += 1
 
     def _put(self, layer: int, x: int, slot: int) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from speculation.offload.background import begin_reads, begin_transfers, enqueue_fill, enqueue_prediction
 from speculation.offload.misses import load_missing, serve
-from speculation.offload.policies import begin_step, note_next_use, note_use, set_scores, start_expert
+from speculation.offload.policies import begin_step, demote_oldest, note_next_use, note_use, set_scores, start_expert
 from speculation.offload.ram import OUT, Ram
 from speculation.offload.recompiling import recompile_after
 from speculation.offload.state import (
@@ -177,7 +177,8 @@ def play(
                 for place in range(len(chosen)):
                     x = layer * num_experts + chosen[place]
                     order = (clock.request + 1) * ORDER - 2 * place
-                    note_use(x, clock.request, step, order, slots[pool], held[pool], capacities[pool], limits, experts)
+                    if note_use(experts[x], clock.request, step, order, limits.rule, limits.time_constant):
+                        demote_oldest(slots[pool], held[pool], capacities[pool], experts)
             # Predictions are known with the routing; their transfers come after those that the routing itself needs.
             first, end = plan_starts_Q[step * (layers + 1) + point], plan_starts_Q[step * (layers + 1) + point + 1]
             if can_copy and first < end:

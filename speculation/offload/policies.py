@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from speculation.offload.recompiling import recompile_after
-from speculation.offload.state import COMING, ORDER, PRESENT, Expert, Experts, Integers, Limits, Rule
+from speculation.offload.state import COMING, ORDER, PRESENT, Expert, Experts, Integers, Rule
 
 recompile_after(__file__, "state")
 
@@ -104,23 +104,20 @@ def note_load(expert: Expert, request: int, order: int, rule: int) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def note_use(
-    x: int, request: int, step: int, order: int, slots: Integers, held: int, capacity: int, limits: Limits, experts: Experts
-) -> None:
+def note_use(expert: Expert, request: int, step: int, order: int, rule: int, time_constant: float) -> bool:
     """Note that a request used an expert, cached or not.
 
     Args:
-        x: Number of the expert.
+        expert: The expert's record, changed.
         request: The request.
         step: Its step, which is the time in `Rule.EWMA`.
         order: The place of the use in the order of uses.
-        slots: Numbers of the experts in the same cache, of which there are `held`.
-        held: How many experts the cache holds.
-        capacity: How many it can hold.
-        limits: The policy, and its time constant.
-        experts: All records, changed.
+        rule: The policy.
+        time_constant: In steps, for `Rule.EWMA`.
+
+    Returns:
+        Whether the expert is now protected (`Rule.SLRU`), so that `demote_oldest` must be called for its cache.
     """
-    expert, rule = experts[x], limits.rule
     expert.last_use = order
     if rule == Rule.LRU:
         expert.key = order
@@ -129,19 +126,26 @@ def note_use(
     elif rule == Rule.EWMA:
         # The logarithm of the sum of exp(time) over all uses. It orders experts as the decayed sum does, because all sums decay
         # alike, and it changes only with a use.
-        time = step / limits.time_constant
+        time = step / time_constant
         expert.key = time + np.log1p(np.exp(expert.key - time))
     elif rule == Rule.SLRU and expert.where == PRESENT:
-        if expert.loaded_in == request:
-            expert.key = order
-        else:
+        if expert.loaded_in != request:
             expert.key = _ABOVE_ALL + order
-            _demote_oldest(slots, held, int(capacity * _PROTECTED_SHARE), experts)
+            return True
+        expert.key = order
+    return False
 
 
 @numba.njit(cache=True, nogil=True)
-def _demote_oldest(slots: Integers, held: int, room: int, experts: Experts) -> None:
-    """If more than `room` experts are protected, make the one used longest ago an ordinary one, the newest of these."""
+def demote_oldest(slots: Integers, held: int, capacity: int, experts: Experts) -> None:
+    """If too many experts of a cache are protected (`Rule.SLRU`), make the one used longest ago the newest of the others.
+
+    Args:
+        slots: Numbers of the experts in this cache, of which there are `held`.
+        held: How many experts the cache holds.
+        capacity: How many it can hold.
+        experts: All records, changed.
+    """
     protected, oldest, newest = 0, -1, -np.inf
     for slot in range(held):
         key = experts[slots[slot]].key
@@ -151,7 +155,7 @@ def _demote_oldest(slots: Integers, held: int, room: int, experts: Experts) -> N
                 oldest = slots[slot]
         else:
             newest = max(newest, key)
-    if protected > room:
+    if protected > int(capacity * _PROTECTED_SHARE):
         experts[oldest].key = max(newest, experts[oldest].key - _ABOVE_ALL)
 
 
@@ -196,6 +200,7 @@ def choose_victim(
     Returns:
         An index of `slots`; -1 if no expert can be evicted.
     """
+    is_derived = rule == Rule.LFRU or rule == Rule.LEAST_STALE
     found, found_last, found_worth, found_is_predicted = -1, 0, 0.0, False
     for slot in range(held):
         expert = experts[slots[slot]]
@@ -204,7 +209,7 @@ def choose_victim(
         is_predicted = expert.predicted_for >= soon
         if is_predicted and is_prefetch:
             continue
-        its = worth(expert, request, rule, layers)
+        its = worth(expert, request, rule, layers) if is_derived else expert.key
         if found >= 0:
             if is_predicted != found_is_predicted:
                 if is_predicted:
