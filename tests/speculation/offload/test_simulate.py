@@ -153,7 +153,8 @@ class PlainCache:
             Rule.LFU_AGED: (sum(0.5 ** (step // 24 - at // 24) for at in used), *last),
             Rule.SLRU: (expert in self.protected, *self.entered[expert], *last),
             Rule.LEAST_STALE: (is_current, *self.loaded[expert], *last),
-            Rule.LEARNED: (self.scores(step, expert),),
+            # Layers that the step has not reached keep the scores of the step before.
+            Rule.LEARNED: (self.scores(step - (expert[0] > now % self.layers), expert), *last),
             Rule.LRU: last,
             Rule.FIFO: (*self.loaded[expert], *last),
             Rule.LFU: (self.uses[expert], *last),
@@ -213,7 +214,7 @@ def plain_hits(steps: Steps, experts: int, rule: Rule, capacity: int, *, is_glob
     scores_SX = scores_for(workload_from(steps, experts))
 
     def scores(step: int, expert: tuple[int, int]) -> float:
-        return float(scores_SX[step, expert[0] * experts + expert[1]])
+        return float(scores_SX[step, expert[0] * experts + expert[1]]) if step >= 0 else 0.0
 
     if is_global:
         caches = [PlainCache(rule, capacity, popularity, future, layers, scores)] * layers
