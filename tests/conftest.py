@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from support.offline_hub import Hub
 from support.traces import MakeProblems, MakeTrace, Problems, write_made_trace
 
@@ -20,6 +21,10 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # A core for each worker and all that it starts: engines whose threads wait for a shared core take several times as long.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
+
+# No test is timed: the first example compiles, or loads compiled code, and machines differ.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Tests must not reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
