@@ -186,6 +186,7 @@ def _fetch(x: int, clock: Clock, tiers: Tiers, counts: Integers, ram: Ram) -> fl
     counts[clock.kind, clock.layer, Count.RAM_MISS.value] += 1
     counts[clock.kind, clock.layer, Count.READS.value] += 1
     clock.reads_end = max(clock.reads_end, clock.now) + tiers.storage_seconds
+    ram[x].ready = clock.reads_end
     if tiers.ram:
         admit(x, clock.reads_end, ram)
     return clock.reads_end

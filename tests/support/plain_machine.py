@@ -145,7 +145,8 @@ class PlainMachine:
         for place, pair in enumerate(pairs):
             self.used[pair] = (float(request), -float(place))
             self.uses[pair] += 1
-        self.fills += [(pair, now, request + layers) for pair in pairs if pair in on_host and pair in missed]
+        known = {pair: max(now, self.read_at.get(pair, 0.0)) for pair in missed}
+        self.fills += [(pair, known[pair], request + layers) for pair in pairs if pair in on_host and pair in missed]
         on_gpu = len(pairs) - len(on_host)
         return max(gpu_ready + on_gpu * times.expert, host_free if on_host else now)
 
