@@ -13,7 +13,6 @@ import argparse
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -52,7 +51,7 @@ def main() -> None:
     began = time.perf_counter()
     _ = workload.ahead
     print(f"next uses, for Belady: {count / (time.perf_counter() - began) / 1e6:.2f} M requests/s")
-    few = first_steps(requests, requests.steps // PLAIN_SHARE)
+    few = requests.first_steps(requests.steps // PLAIN_SHARE)
     found = []
     plain = seconds(lambda: found.append(plain_lru(few, capacity))) * requests.steps / few.steps
     ours = simulate(Workload(few, workload.popularity_LE), Setting(Rule.LRU, capacity)).total(Count.HIT)
@@ -92,23 +91,6 @@ def seconds(run: Callable[[], object]) -> float:
         run()
         found.append(time.perf_counter() - began)
     return median(found)
-
-
-def first_steps(requests: Requests, steps: int) -> Requests:
-    """The requests of the first `steps` steps."""
-    starts_R = requests.starts_R[: steps * requests.layers + 1]
-    tokens = requests.first_S[steps]
-    return replace(
-        requests,
-        experts_N=requests.experts_N[: starts_R[-1]],
-        starts_R=starts_R,
-        tokens_N=requests.tokens_N[:tokens],
-        first_S=requests.first_S[: steps + 1],
-        is_decode_S=requests.is_decode_S[:steps],
-        samples_next_N=requests.samples_next_N[:tokens],
-        is_draft_N=requests.is_draft_N[:tokens],
-        is_kept_N=requests.is_kept_N[:tokens],
-    )
 
 
 def plain_lru(requests: Requests, capacity: int) -> int:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from support.costs import COSTS
 from support.routes import routes_of
 
 from profiler.errors import SpecmoeError
 from speculation.data.routes import Routes
 from speculation.data.tasks import Shape, Task
-from speculation.offload.costs import Costs
 from speculation.offload.evictors import Evictor, learned_evictors, policy_seconds, scores_by_step
 from speculation.offload.plans import no_plan, oracle_plan
 from speculation.offload.requests import Drafting, Requests, requests_of
@@ -65,19 +65,6 @@ def test_scores_of_a_step_of_several_sequences() -> None:
     first_S = drafted.tokens_N[drafted.first_S[:-1]]
     assert drafted.tokens_S.max() == 3
     assert (scores_by_step(scores_TX, drafted) == scores_TX[first_S]).all()
-
-
-COSTS = Costs(
-    model="made",
-    device="none",
-    precision="none",
-    expert_bytes=1e9,
-    copy_seconds=10.0,
-    expert_seconds=1.0,
-    token_seconds=0.0,
-    layer_seconds=2.0,
-    layer_token_seconds=0.0,
-)
 
 
 def played(scores: Any = None, **settings: Any) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.costs import COSTS as COPY_COSTS
 from support.plain_machine import PlainMachine, Times
 
 from profiler.errors import SpecmoeError
@@ -19,20 +20,7 @@ from speculation.offload.state import Count, Miss, Rule
 
 Steps = list[list[list[int]]]
 # In seconds: a copy takes 10, an expert 1, the rest of a layer 2, an expert on the host 4 after a latency of .5, a read 20.
-COSTS = Costs(
-    model="made",
-    device="none",
-    precision="none",
-    expert_bytes=1e9,
-    copy_seconds=10.0,
-    expert_seconds=1.0,
-    token_seconds=0.0,
-    layer_seconds=2.0,
-    layer_token_seconds=0.0,
-    host_expert_seconds=4.0,
-    host_latency=0.5,
-    storage_seconds=20.0,
-)
+COSTS = replace(COPY_COSTS, host_expert_seconds=4.0, host_latency=0.5, storage_seconds=20.0)
 
 
 def workload_of(steps: Steps, experts: int) -> Workload:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.costs import COSTS
 from support.routes import routes_of
 
 from profiler.errors import SpecmoeError
@@ -25,18 +26,6 @@ from speculation.predictors.counting.previous_token import PreviousToken
 from speculation.predictors.options import TrainingOptions
 
 Steps = list[list[list[int]]]
-# Copies of 10 s, an expert used in 1 s, 2 s for the rest of a layer.
-COSTS = Costs(
-    model="made",
-    device="none",
-    precision="none",
-    expert_bytes=1e9,
-    copy_seconds=10.0,
-    expert_seconds=1.0,
-    token_seconds=0.0,
-    layer_seconds=2.0,
-    layer_token_seconds=0.0,
-)
 
 
 def requests_from(steps: Steps, experts: int) -> Requests:
