@@ -6,7 +6,8 @@
 - `state`, `policies`: the record of an expert, and which expert is evicted. `cache` is a cache for real slots with the same
   policies; `evictors` turns predictors of reuse into one; `gap` says how near a policy comes to the optimum.
 - `kernel`, with `misses` (demand loads and the host), `background` (prefetches), `eviction` and `ram` (host memory over
-  storage): the compiled, event-by-event simulation. `simulate` is its entry point; `recompiling` keeps its compiled code up to date.
+  storage): the compiled, event-by-event simulation. `simulate` is its entry point; `recompiling` keeps what was
+  compiled up to date.
 - `sweep`, `study`: many simulations of one trace, and what `specmoe simulate` writes.
 - `curves`, `working_set`, `slots`, `curve_study`: hits of every cache size, experts in use, and slots for each layer.
 - `fitting`: whether a model fits on a GPU, and how fast it is expected to be.
