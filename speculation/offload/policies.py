@@ -169,6 +169,12 @@ def demote_oldest(slots: Integers, held: int, capacity: int, experts: Experts) -
     return oldest
 
 
+@numba.njit(cache=True, nogil=True)
+def compares_keys(rule: int) -> bool:
+    """Whether an expert's worth is its key, in every request."""
+    return rule != Rule.LFRU and rule != Rule.LEAST_STALE
+
+
 @numba.njit(cache=True, nogil=True, inline="always")
 def worth(expert: Expert, request: int, rule: int, layers: int) -> float:
     """What the policy compares during `request`: the expert with the smallest worth is evicted."""
@@ -210,7 +216,7 @@ def choose_victim(
     Returns:
         An index of `slots`; -1 if no expert can be evicted.
     """
-    is_derived = rule == Rule.LFRU or rule == Rule.LEAST_STALE
+    is_derived = not compares_keys(rule)
     found, found_last, found_worth, found_is_predicted = -1, 0, 0.0, False
     for slot in range(held):
         expert = experts[slots[slot]]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from speculation.offload.policies import choose_victim, start_expert
+from speculation.offload.policies import choose_victim, compares_keys, start_expert
 from speculation.offload.recompiling import recompile_after
 from speculation.offload.simulation.records import Clock, Count, Limits, Pool, Pools
-from speculation.offload.state import ABSENT, PRESENT, Expert, Experts, Integers, Rule
+from speculation.offload.state import ABSENT, PRESENT, Expert, Experts, Integers
 
 recompile_after(__file__, "speculation.offload.policies", "speculation.offload.state", "speculation.offload.simulation.records")
 
@@ -105,7 +105,7 @@ def slot_to_vacate(
         request, soon, time, is_prefetch: See `choose_victim`.
         limits, experts, slots, keys: See `play`.
     """
-    if limits.rule != Rule.LFRU and limits.rule != Rule.LEAST_STALE:
+    if compares_keys(limits.rule):
         slot: int = _least_slot(pool.first, pool.first + pool.held, experts, slots, keys)
         # A transfer begins after those before it, so that no expert is still in transfer by then.
         if slot < 0 or experts[slots[slot]].predicted_for < soon:

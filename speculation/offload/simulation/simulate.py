@@ -33,7 +33,7 @@ from speculation.offload.simulation.records import (
 )
 from speculation.offload.state import TIME_CONSTANT, Rule, expert_records
 
-# Each expert of a request needs its own place in the kernel's order of uses.
+# Each expert of a request needs its own place in the event loop's order of uses.
 MAX_EXPERTS = 4096
 QUEUE = 64
 
