@@ -66,7 +66,7 @@ def train(
         typer.Option(
             help="What to predict. next-layer: a token's experts at the next layers, after each layer. next-token: the experts "
             "of the next tokens at all layers. whole-path: a token's experts at all layers, before its first. reuse: how soon "
-            "each expert is used again, which tells a cache what to keep."
+            "each expert is used again, from which a cache decides what to keep."
         ),
     ] = Task.NEXT_LAYER,
     horizon: Annotated[

@@ -61,7 +61,7 @@ _DocumentType = TypeVar("_DocumentType", bound=BaseModel)
 class Trace:
     """An opened trace directory.
 
-    Opening reads `metadata.json` and `manifest.json` only; everything else is read when it is asked for. Every row is checked
+    Opening reads `metadata.json` and `manifest.json` only; everything else is read on first use. Every row is checked
     as it is read, so no method returns data that breaks the format: it raises `TraceError` instead, naming file and row.
 
     Shape letters: T tokens, L MoE layers, K experts per token, E experts, D hidden size.

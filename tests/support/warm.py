@@ -60,7 +60,7 @@ class Starter:
             self._process = subprocess.Popen(
                 [str(python), "-P", str(STARTER), *modules],
                 stdin=other.fileno(),
-                # Tests run beside each other, and OpenMP's threads spin while they wait.
+                # Tests run at the same time, and OpenMP's threads spin while they wait.
                 env={**environment, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
                 cwd="/",

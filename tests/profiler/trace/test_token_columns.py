@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.traces import write_made_trace
+from support.traces import write_synthetic_trace
 
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
@@ -30,7 +30,7 @@ def both(table: pa.Table) -> np.ndarray:
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     ids = np.tile([[[0, 1]]], (2, 1, 1))
-    return write_made_trace(tmp_path_factory.mktemp("trace") / "t", [(ids, np.full(ids.shape, 0.5))], 4)
+    return write_synthetic_trace(tmp_path_factory.mktemp("trace") / "t", [(ids, np.full(ids.shape, 0.5))], 4)
 
 
 def chunk_of(keys: list[tuple[int, int]]) -> RoutingChunk:

@@ -279,7 +279,7 @@ def test_learning_the_known_rule_and_the_shuffled_control(markov_trace: Trace, t
 
 @pytest.mark.parametrize("task", [Task.NEXT_TOKEN, Task.WHOLE_PATH])
 def test_rules_over_tokens_are_learned(task: Task, make_trace: MakeTrace, tmp_path: Path) -> None:
-    """Each token's experts follow from the token before: e is followed by e+1, so that the vocabulary id tells everything."""
+    """Each token's experts follow from the token before: e is followed by e+1, so the vocabulary id determines all."""
     random = np.random.default_rng(0)
     problems, vocab_ids = [], []
     for _ in range(40):
@@ -301,7 +301,7 @@ def test_rules_over_tokens_are_learned(task: Task, make_trace: MakeTrace, tmp_pa
     assert scores["token-identity, shuffled control"]["recall@2"] < 0.4
 
 
-def test_on_independent_routing_nobody_beats_chance(
+def test_on_independent_routing_no_predictor_beats_chance(
     make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path
 ) -> None:
     trace = make_trace(random_problems(count=60, tokens=40, layers=3, num_experts=8, top_k=2), 8)

@@ -117,7 +117,7 @@ class Containers(Part):
         container.working.clear()
         queue = self.queues[container.function.id]
         if code and not container.was_used and not container.preempted and queue:
-            # It could not even ask for an input, so the next one could not either.
+            # It could not even request an input, so the next one could not either.
             code, failure = None, f"the container ended with exit code {code} before it took an input"
         if code is None:
             status = pb.GenericResult.GENERIC_STATUS_INIT_FAILURE

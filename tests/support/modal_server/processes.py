@@ -76,7 +76,7 @@ _starters: dict[tuple[Path, tuple[str, ...], tuple[tuple[str, str], ...]], warm.
 
 
 def starter_of(python: Path, modules: tuple[str, ...] = (), environment: Mapping[str, str] | None = None) -> warm.Starter:
-    """A warm interpreter. modules: imported beside the usual ones, with these additional variables."""
+    """A warm interpreter. modules: imported in addition to the usual ones, with these additional variables."""
     environment = environment if modules and environment else {}
     key = (python, modules, tuple(sorted(environment.items())))
     if key not in _starters or not _starters[key].alive:

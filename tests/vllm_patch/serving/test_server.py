@@ -35,7 +35,10 @@ from vllm_patch.serving.server import FINISHED_FILE, begin_trace, finish, next_t
 from vllm_patch.steps import NewRequest, Step
 
 METADATA = Metadata(
-    model=ModelMetadata(id="made", moe_layers=[0], num_experts=4, top_k=2), engine="vllm", hook="none", capture={"server": True}
+    model=ModelMetadata(id="synthetic", moe_layers=[0], num_experts=4, top_k=2),
+    engine="vllm",
+    hook="none",
+    capture={"server": True},
 )
 
 
