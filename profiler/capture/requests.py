@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -139,11 +140,17 @@ def free_ids(taken: Container[int]) -> Iterator[int]:
 _Record = TypeVar("_Record")
 
 
+@cache
+def _adapter(kind: type[_Record]) -> TypeAdapter[_Record]:
+    """The parser of a kind of record, which takes milliseconds to build."""
+    return TypeAdapter(kind)
+
+
 def _records(path: Path, kind: type[_Record]) -> Iterator[_Record]:
     """Parse JSON lines as `kind`. A last line without a line break was cut off by a kill and is left out."""
     if not path.is_file():
         return
-    adapter = TypeAdapter(kind)
+    adapter = _adapter(kind)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
