@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2 as pb
 
+from support import warm
 from support.modal_server.parts import Event, Part, new_id
 from support.modal_server.processes import ONE_THREAD, Process, numba_cache, start, starter_of
 from support.starter import Specification
@@ -194,6 +195,7 @@ class Containers(Part):
             workdir=environment.workdir,
             environment=variables,
             python_path=environment.python_path,
+            cores=warm.cores_of_this_process(),
             mounts=mounts,
             files=files,
             # The interpreters' folders, visible even below the paths that containers have for themselves, such as /tmp.
