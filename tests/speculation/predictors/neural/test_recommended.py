@@ -83,7 +83,7 @@ def test_it_learns_what_repeats_and_falls_to_chance_on_shuffled_experts() -> Non
         return routes_of(np.concatenate(ids), np.concatenate(keys), np.concatenate(owner))
 
     predictor = Recommended(Shape(layers=3, experts=8, top_k=2, horizon=1, task=Task.WHOLE_PATH))
-    options = replace(Recommended.defaults, epochs=12, batch_tokens=128)
+    options = replace(Recommended.defaults, epochs=6, batch_tokens=128)
     predictor.fit(repeating(100), repeating(15), options, lambda *_: None)
     test = repeating(20)
     recall = evaluate_predictor(predictor, test, {}).metrics["h=1"]["recall@2"]
