@@ -74,7 +74,7 @@ class RowGroups:
                     yield RowGroup(path, number, file, self._metadata)
 
     def first_problem_of(self, group: RowGroup) -> int:
-        """The smallest problem id of a row group, from the file's statistics or its rows."""
+        """The first problem id of a row group, read from its rows."""
         return self._problems_of(group.path, group._file)[group.number][0]
 
     def _problems_of(self, path: Path, file: pq.ParquetFile) -> list[tuple[int, int]]:

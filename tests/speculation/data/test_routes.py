@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from support.traces import MakeProblems, MakeTrace
 
-from profiler.errors import SpecmoeError, TraceError
+from profiler.errors import EmptyPartError, SpecmoeError, TraceError
 from profiler.trace.schema import RoutingChunk
 from profiler.trace.splits import part_of
-from speculation.data.routes import Routes, load_routes, make_routes
+from speculation.data.routes import Routes, load_routes, make_routes, route_digests
 from speculation.data.tasks import Shape, Task, targets
 
 
@@ -53,6 +53,17 @@ def test_a_part_without_problems_is_an_error(make_trace: MakeTrace, random_probl
     empty = next(part for part in ("train", "test") if part != part_of("prompt 0"))
     with pytest.raises(TraceError, match=f"no problem falls into the {empty} part"):
         load_routes(trace, empty)
+
+
+def test_a_part_whose_problems_are_all_left_out_is_an_error_of_its_own(
+    make_trace: MakeTrace, random_problems: MakeProblems
+) -> None:
+    trace = make_trace(random_problems(count=20, tokens=3, layers=2, num_experts=4, top_k=1), 4)
+    test = load_routes(trace, "test")
+    without = route_digests(trace, test)
+    assert set(load_routes(trace, "all", without=without).problem_ids_T).isdisjoint(test.problem_ids_T)
+    with pytest.raises(EmptyPartError, match="all its problems of the test part are also among those that it must not share"):
+        load_routes(trace, "test", without=without)
 
 
 def test_targets_by_hand() -> None:
