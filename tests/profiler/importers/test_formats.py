@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
+import lzma
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import fuzz
+from support import samples
 
 from profiler.errors import TraceError
 from profiler.importers import FORMATS, find_format, import_trace
@@ -16,22 +19,22 @@ from profiler.trace.reader import Trace
 
 # A sound file of each format.
 SAMPLES: dict[str, Callable[[Path], Path]] = {
-    "parquet": fuzz.make_parquet,
-    "flame-moe": fuzz.make_flame,
-    "sglang": fuzz.make_sglang,
-    "routed-experts": fuzz.make_npy,
-    "moe-beyond": fuzz.make_moe_beyond,
-    "edge-csv": fuzz.make_edge_csv,
-    "route-log": fuzz.make_route_log,
-    "olmoe": fuzz.make_olmoe,
-    "jsonl": fuzz.make_old_rows,
-    "slime": fuzz.make_slime,
-    "prime-rl": fuzz.make_prime_rl,
-    "server-responses": fuzz.make_vllm_responses,
-    "lattice": fuzz.make_lattice,
-    "colibri": fuzz.make_colibri,
-    "llama-cpp": fuzz.make_llama_cpp,
-    "megatron": fuzz.make_megatron,
+    "parquet": samples.make_parquet,
+    "flame-moe": samples.make_flame,
+    "sglang": samples.make_sglang,
+    "routed-experts": samples.make_npy,
+    "moe-beyond": samples.make_moe_beyond,
+    "edge-csv": samples.make_edge_csv,
+    "route-log": samples.make_route_log,
+    "olmoe": samples.make_olmoe,
+    "jsonl": samples.make_old_rows,
+    "slime": samples.make_slime,
+    "prime-rl": samples.make_prime_rl,
+    "server-responses": samples.make_vllm_responses,
+    "lattice": samples.make_lattice,
+    "colibri": samples.make_colibri,
+    "llama-cpp": samples.make_llama_cpp,
+    "megatron": samples.make_megatron,
 }
 FOLDER_ONLY = {"interrupted"}
 
@@ -72,6 +75,28 @@ def test_an_empty_folder_is_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(TraceError, match=r"empty: (the folder contains no file named |no routing\.parquet|expected metadata)"):
         import_trace(tmp_path / "empty", tmp_path / "t", format_name=name)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, bz2.compress], ids=["gzip", "xz", "bzip2"])
+@pytest.mark.parametrize("name", [None, "jsonl", "sglang", "moe-beyond", "server-responses"])
+def test_compressed_files_are_named_as_such(tmp_path: Path, name: str | None, pack: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(pack(b"{}"))
+    with pytest.raises(TraceError, match=r"a\.jsonl is compressed with (gzip|xz|bzip2): decompress it first"):
+        import_trace(tmp_path / "a.jsonl", tmp_path / "t", format_name=name)
+
+
+@pytest.mark.parametrize("name", [None, *FORMATS])
+def test_an_empty_file_is_named_as_such(tmp_path: Path, name: str | None) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(TraceError, match=r"a\.jsonl is an empty file"):
+        import_trace(tmp_path / "a.jsonl", tmp_path / "t", format_name=name)
+
+
+def test_compressed_files_of_a_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "b.jsonl.zst").touch()
+    with pytest.raises(TraceError, match=r"no file named \*\.jsonl or \*\.json; decompress b\.jsonl\.zst first"):
+        import_trace(tmp_path / "logs", tmp_path / "t", format_name="lattice")
 
 
 def test_a_file_is_not_an_interrupted_collection(tmp_path: Path) -> None:
