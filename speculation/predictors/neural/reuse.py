@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from speculation.data.history import History, Prediction
+from speculation.data.next_use import discounted_use
 from speculation.data.routes import Routes, RouteSource
 from speculation.data.tasks import Shape, Task
 from speculation.predictors.base import Arrays
@@ -28,16 +29,11 @@ from speculation.predictors.neural.reuse_features import (
     FEATURES,
     RECENT,
     SOON_AFTER,
-    discounted_use,
     reuse_features,
 )
 from speculation.predictors.neural.reuse_memory import MEMORY_FEATURES, TextMemory
 from speculation.predictors.neural.reuse_stream import ReuseStream
 from speculation.predictors.options import TrainingOptions
-
-# The time constant of the discount in tokens. With 4, 12 and 36 tokens, a cache of a quarter and of half of 32 experts kept
-# nearly the same experts; a larger cache prefers a longer one.
-FADE = 8.0
 
 
 class Reuse(NeuralPredictor):
@@ -122,7 +118,7 @@ class Reuse(NeuralPredictor):
 
     def truth(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         device = next(self.network.parameters()).device
-        use_TLE = discounted_use(routes.expert_ids_TLK, routes.followers_T, tokens_T, self.shape.experts, FADE)
+        use_TLE = discounted_use(routes.expert_ids_TLK, routes.followers_T, tokens_T, self.shape.experts)
         is_valid_TLH = np.ones((*use_TLE.shape[:2], 1), dtype=np.float32)
         return torch.from_numpy(use_TLE[:, :, None]).to(device), torch.from_numpy(is_valid_TLH).to(device)
 

@@ -25,8 +25,6 @@ AT_MATCH = slice(len(FADES) + 1, FEATURES, 1 + len(MATCH_FADES))
 SOON_AFTER = slice(len(FADES) + 3, FEATURES, 1 + len(MATCH_FADES))
 # The weight of a use that many tokens after a match, `[AFTER_MATCH, len(MATCH_FADES)]`.
 AFTER = np.exp(-np.arange(AFTER_MATCH)[:, None] / np.array(MATCH_FADES)).astype(np.float32)
-# Uses farther ahead than this many time constants count as none.
-FARTHEST = 8
 
 
 def reuse_features(
@@ -127,46 +125,3 @@ def add_matches(
                     if row[start + 1] == 0.0:
                         for fade in range(after.shape[1]):
                             row[start + 1 + fade] = after[at - place - 1, fade]
-
-
-def discounted_use(
-    expert_ids_TLK: npt.NDArray[Any],
-    followers_T: npt.NDArray[np.int64],
-    tokens_T: npt.NDArray[np.int64],
-    experts: int,
-    fade: float,
-) -> npt.NDArray[np.float32]:
-    """How soon every expert is used after a token, float32 `[T, L, E]`: `exp(-(n - 1) / fade)` for a next use n tokens later.
-
-    The token's own use does not count. 0 if the expert is not used again in the stretch, or not within `FARTHEST` times `fade`.
-
-    Args:
-        expert_ids_TLK: The routes.
-        followers_T: How many tokens of the same stretch follow each token.
-        tokens_T: The tokens.
-        experts: E.
-        fade: The time constant in tokens.
-    """
-    found_TLE = np.zeros((len(tokens_T), expert_ids_TLK.shape[1], experts), dtype=np.float32)
-    _look_ahead(expert_ids_TLK, followers_T, tokens_T, fade, found_TLE)
-    return found_TLE
-
-
-@numba.njit(cache=True, nogil=True)
-def _look_ahead(
-    ids: npt.NDArray[Any],
-    followers: npt.NDArray[np.int64],
-    tokens: npt.NDArray[np.int64],
-    fade: float,
-    out: npt.NDArray[np.float32],
-) -> None:
-    layers, top_k = ids.shape[1:]
-    for n in range(len(tokens)):
-        token = tokens[n]
-        for ahead in range(1, min(followers[token], int(FARTHEST * fade)) + 1):
-            value = np.exp(-(ahead - 1) / fade)
-            for layer in range(layers):
-                for k in range(top_k):
-                    expert = ids[token + ahead, layer, k]
-                    if out[n, layer, expert] == 0.0:
-                        out[n, layer, expert] = value
