@@ -14,6 +14,7 @@ def predictor_classes() -> dict[str, type[Predictor]]:
     from speculation.predictors.counting.backoff_counts import BackoffCounts
     from speculation.predictors.counting.boosted_trees import BoostedTrees
     from speculation.predictors.counting.conditional_counts import ConditionalCounts
+    from speculation.predictors.counting.ewma_repeats import EwmaRepeats
     from speculation.predictors.counting.popularity import Popularity
     from speculation.predictors.counting.previous_token import PreviousToken
     from speculation.predictors.counting.product_of_experts import ProductOfExperts
@@ -55,6 +56,7 @@ def predictor_classes() -> dict[str, type[Predictor]]:
         PreAttention,
         Recommended,
         RecommendedSmall,
+        EwmaRepeats,
         Reuse,
         ReuseSmall,
     )

@@ -24,8 +24,8 @@ class Stream:
         self.predictor = predictor
         self._arrays = arrays
         self._experts, self._horizon = predictor.shape.experts, predictor.shape.horizon
-        self._context = _stacked(arrays, "context", 2)
-        self._blocks = _stacked(arrays, "blocks", predictor.shape.layers - 1)
+        self._context = stacked(arrays, "context", 2)
+        self._blocks = stacked(arrays, "blocks", predictor.shape.layers - 1)
         self._all = np.concatenate(
             [arrays["tokens.weight"], arrays["last_all.weight"], arrays["match_all.weight"], 5 * arrays["recent_all.weight"]],
             axis=1,
@@ -70,11 +70,12 @@ class Stream:
         state = self._all @ np.concatenate(known) + self._all_bias
         state += arrays["order.weight"][order] + arrays["position.weight"][int(inputs["position"][0])]
         for number in range(len(self._context[0])):
-            _add_block(state, state, number, *self._context)
+            add_block(state, state, number, *self._context)
         self._state, self._hints = state, np.ascontiguousarray(hints_LD[1:])
 
 
-def _stacked(arrays: dict[str, Array], name: str, count: int) -> tuple[Array, ...]:
+def stacked(arrays: dict[str, Array], name: str, count: int) -> tuple[Array, ...]:
+    """The weights of `count` blocks called `name.0`, `name.1`, ..., stacked: what `add_block` takes."""
     parts = ("norm.weight", "norm.bias", "rise.weight", "rise.bias", "fall.weight", "fall.bias")
     return tuple(np.stack([arrays[f"{name}.{number}.{part}"] for number in range(count)]) for part in parts)
 
@@ -90,18 +91,20 @@ def _embedded(ids_LK: npt.NDArray[np.int64], weights_LK: Array, table: Array, ex
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _normalized(values: Array) -> Array:
+def normalized(values: Array) -> Array:
+    """A state `[D]` with mean 0 and variance 1: a LayerNorm without its scale and shift."""
     centered = values - np.float32(values.mean())
     deviation = math.sqrt((centered * centered).mean() + EPSILON)
-    normalized: Array = centered * np.float32(1 / deviation)
-    return normalized
+    scaled: Array = centered * np.float32(1 / deviation)
+    return scaled
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _add_block(
+def add_block(
     state: Array, seen: Array, n: int, scale: Array, shift: Array, rise: Array, rise_b: Array, fall: Array, fall_b: Array
 ) -> None:
-    hidden = np.dot(rise[n], _normalized(seen) * scale[n] + shift[n]) + rise_b[n]
+    """Add what block n computes from `seen` `[D]` to `state` `[D]`."""
+    hidden = np.dot(rise[n], normalized(seen) * scale[n] + shift[n]) + rise_b[n]
     for i in range(len(hidden)):
         hidden[i] *= np.float32(0.5) * (np.float32(1) + np.float32(math.erf(hidden[i] * np.float32(math.sqrt(0.5)))))
     state += np.dot(fall[n], hidden) + fall_b[n]
@@ -127,6 +130,6 @@ def _step(
     total = max(weights.sum(), np.float32(1e-6))
     for k in range(len(rows)):
         state += weights[k] / total * now[rows[k]]
-    _add_block(state, state + hints[layer], layer, scale, shift, rise, rise_b, fall, fall_b)
-    logits: Array = np.dot(_normalized(state + hints[layer]) * norm_scale[layer, 0], head[layer])
+    add_block(state, state + hints[layer], layer, scale, shift, rise, rise_b, fall, fall_b)
+    logits: Array = np.dot(normalized(state + hints[layer]) * norm_scale[layer, 0], head[layer])
     return logits

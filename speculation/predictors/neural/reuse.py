@@ -2,74 +2,135 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from speculation.data.routes import Routes
+from speculation.data.history import History, Prediction
+from speculation.data.next_use import discounted_use
+from speculation.data.routes import Routes, RouteSource
 from speculation.data.tasks import Shape, Task
+from speculation.predictors.base import Arrays
 from speculation.predictors.features import token_rows
-from speculation.predictors.neural.base import Block, NeuralPredictor, PairEmbedding, relative_weights
+from speculation.predictors.neural.base import (
+    Block,
+    NetworkConfig,
+    NeuralPredictor,
+    PairEmbedding,
+    mean_cross_entropy,
+    relative_weights,
+)
 from speculation.predictors.neural.recommended import TOKENS_BACK, UnknownTokenDropout
 from speculation.predictors.neural.reuse_features import (
     AT_MATCH,
     FEATURES,
     RECENT,
     SOON_AFTER,
-    discounted_use,
     reuse_features,
 )
+from speculation.predictors.neural.reuse_memory import MEMORY_FEATURES, TextMemory
+from speculation.predictors.neural.reuse_stream import ReuseStream
 from speculation.predictors.options import TrainingOptions
-
-# The time constant of the discount in tokens. With 4, 12 and 36 tokens, a cache of a quarter and of half of 32 experts kept
-# nearly the same experts; a larger cache prefers a longer one.
-FADE = 8.0
 
 
 class Reuse(NeuralPredictor):
     """Predicts the discounted next use `exp(-(n - 1) / 8)` of every expert, where n tokens pass until it is used again.
 
     It sees the token's identity and the routes of all earlier tokens, and predicts the use after this token: the token's own
-    experts are in use anyway when a cache must evict one. A small network looks at each expert's own recent use and at its use
-    after earlier occurrences of the same tokens (`reuse_features`); a larger one, once for a token, at the last token's routes
-    of all layers and at the identity of the last three tokens.
+    experts are in use anyway when a cache must evict one. A small network looks at each expert's own recent use, at its use
+    after earlier occurrences of the same tokens in this text (`reuse_features`), and at its use after the same tokens in the
+    training texts, whose routes it keeps (`TextMemory`). A larger one looks, once for a token, at the last token's routes of
+    all layers and at the identity of the last three tokens.
+
+    memory_bytes: what the routes of training texts may take; 0 to keep none.
     """
 
     name: ClassVar[str] = "reuse"
-    about: ClassVar[str] = "how soon each expert is used again, from its recent use and earlier occurrences of the same tokens"
+    about: ClassVar[str] = "how soon each expert is used again, from its recent use and what followed the same tokens before"
     source: ClassVar[str] = "this project (docs/offload.md)"
-    sees: ClassVar[str] = "all earlier routes, which tokens they are"
+    sees: ClassVar[str] = "all earlier routes, which tokens they are, the routes of training texts"
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.REUSE})
     default_width: ClassVar[int] = 192
     token_width: ClassVar[int] = 64
+    memory_bytes: ClassVar[int] = 32 << 20
     defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=4, batch_tokens=256, dropout=0.2)
 
+    def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, config: NetworkConfig | None = None) -> None:
+        super().__init__(shape, keys, config)
+        self.memory = TextMemory.empty(shape)
+
     def build(self, vocabulary_size: int) -> nn.Module:
-        return ReuseNetwork(self.shape, vocabulary_size, self.config.width, self.token_width)
+        features = FEATURES + (MEMORY_FEATURES if self.memory_bytes else 0)
+        return ReuseNetwork(self.shape, vocabulary_size, self.config.width, self.token_width, features)
+
+    def prepare(self, train: RouteSource) -> None:
+        super().prepare(train)
+        if self.memory_bytes:
+            self.memory = TextMemory.of(train, self.memory_bytes)
+
+    def predict(self, history: History) -> Prediction:
+        """Predict as every predictor does, but update the sums of the tokens before instead of computing them again."""
+        self.check(history)
+        stream = history.cache.get(self.name)
+        if stream is None or stream.predictor is not self:
+            stream = history.cache[self.name] = ReuseStream(self)
+        return Prediction.of(stream.scores(history)[:, None])
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
-        back_TB = tokens_T[:, None] - np.arange(TOKENS_BACK)
-        is_there_TB = back_TB >= routes.first_T[tokens_T, None]
-        rows_TB = token_rows(self.keys, routes.token_keys_T[np.maximum(back_TB, 0)].reshape(-1)).reshape(back_TB.shape)
+        return self._inputs(routes, tokens_T, None)
+
+    def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The mean binary cross-entropy; in training, a problem's own routes are left out of the memory."""
+        own_T = routes.problem_ids_T[tokens_T] if network.training else None
+        device = next(self.network.parameters()).device
+        arrays = {name: torch.from_numpy(array).to(device) for name, array in self._inputs(routes, tokens_T, own_T).items()}
+        return mean_cross_entropy(network(**arrays), *self.truth(routes, tokens_T))
+
+    def _inputs(
+        self, routes: Routes, tokens_T: npt.NDArray[np.int64], without_T: npt.NDArray[np.int32] | None
+    ) -> dict[str, npt.NDArray[Any]]:
+        """The arguments of `forward`. without_T: for each token, a problem whose routes are left out of the memory."""
+        features_TLEF = reuse_features(
+            routes.expert_ids_TLK, routes.first_T, routes.matches.by_length_TR, tokens_T, self.shape.experts
+        )
+        if self.memory_bytes:
+            found_TLEF = np.zeros((*features_TLEF.shape[:3], MEMORY_FEATURES), dtype=np.float32)
+            self.memory.add_features(self.memory.places(routes, tokens_T, without_T), found_TLEF)
+            features_TLEF = np.concatenate([features_TLEF, found_TLEF], axis=-1)
         last_T = routes.previous_T[tokens_T]
         weights_TLK = relative_weights(routes.weights_TLK[np.maximum(last_T, 0)])
         return {
-            "features": reuse_features(
-                routes.expert_ids_TLK, routes.first_T, routes.matches.by_length_TR, tokens_T, self.shape.experts
-            ),
-            "rows": np.where(is_there_TB, rows_TB, 0),
+            "features": features_TLEF,
+            "rows": self.token_rows(routes, tokens_T),
             "last_ids": routes.expert_ids_TLK[np.maximum(last_T, 0)].astype(np.int64),
             "last_weights": np.where(last_T[:, None, None] >= 0, weights_TLK, 0).astype(np.float32),
         }
 
+    def token_rows(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The rows of the token embedding of each token and the two before it, `[T, TOKENS_BACK]`."""
+        back_TB = tokens_T[:, None] - np.arange(TOKENS_BACK)
+        is_there_TB = back_TB >= routes.first_T[tokens_T, None]
+        rows_TB = token_rows(self.keys, routes.token_keys_T[np.maximum(back_TB, 0)].reshape(-1)).reshape(back_TB.shape)
+        return np.where(is_there_TB, rows_TB, 0)
+
     def truth(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         device = next(self.network.parameters()).device
-        use_TLE = discounted_use(routes.expert_ids_TLK, routes.followers_T, tokens_T, self.shape.experts, FADE)
+        use_TLE = discounted_use(routes.expert_ids_TLK, routes.followers_T, tokens_T, self.shape.experts)
         is_valid_TLH = np.ones((*use_TLE.shape[:2], 1), dtype=np.float32)
         return torch.from_numpy(use_TLE[:, :, None]).to(device), torch.from_numpy(is_valid_TLH).to(device)
+
+    def arrays(self) -> Arrays:
+        return super().arrays() | (self.memory.arrays() if self.memory_bytes else {})
+
+    @classmethod
+    def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
+        predictor = super().restore(shape, settings, arrays)
+        if cls.memory_bytes:
+            predictor.memory = TextMemory.restore(arrays, shape)
+        return predictor
 
 
 class ReuseNetwork(nn.Module):
@@ -77,7 +138,7 @@ class ReuseNetwork(nn.Module):
 
     hidden = 32
 
-    def __init__(self, shape: Shape, vocabulary_size: int, width: int, token_width: int) -> None:
+    def __init__(self, shape: Shape, vocabulary_size: int, width: int, token_width: int, features: int) -> None:
         super().__init__()
         pairs = shape.layers * shape.experts
         self.token = nn.Embedding(vocabulary_size, token_width)
@@ -95,7 +156,7 @@ class ReuseNetwork(nn.Module):
         self.context = nn.Linear(width, self.hidden)
         # Each expert's own offset in the hidden layer, in which the network that all experts share differs between them.
         self.own = nn.Parameter(torch.randn(shape.layers, shape.experts, self.hidden) * 0.1)
-        self.first = nn.Linear(FEATURES, self.hidden)
+        self.first = nn.Linear(features, self.hidden)
         self.second = nn.Linear(self.hidden, self.hidden)
         self.third = nn.Linear(self.hidden, 1)
         self.bias_LHE = nn.Parameter(torch.zeros(shape.layers, 1, shape.experts))

@@ -23,8 +23,8 @@ FEATURES = len(FADES) + 1 + len(RUN_LENGTHS) * (1 + len(MATCH_FADES))
 RECENT = FADES.index(16.0)
 AT_MATCH = slice(len(FADES) + 1, FEATURES, 1 + len(MATCH_FADES))
 SOON_AFTER = slice(len(FADES) + 3, FEATURES, 1 + len(MATCH_FADES))
-# Uses farther ahead than this many time constants count as none.
-FARTHEST = 8
+# The weight of a use that many tokens after a match, `[AFTER_MATCH, len(MATCH_FADES)]`.
+AFTER = np.exp(-np.arange(AFTER_MATCH)[:, None] / np.array(MATCH_FADES)).astype(np.float32)
 
 
 def reuse_features(
@@ -45,7 +45,7 @@ def reuse_features(
     """
     layers = expert_ids_TLK.shape[1]
     found_TLEF = np.zeros((len(tokens_T), layers, experts, FEATURES), dtype=np.float32)
-    _compute(expert_ids_TLK, first_T, match_TR, tokens_T, np.array(FADES), np.array(MATCH_FADES), found_TLEF)
+    _compute(expert_ids_TLK, first_T, match_TR, tokens_T, np.array(FADES), AFTER, found_TLEF)
     return found_TLEF
 
 
@@ -56,18 +56,14 @@ def _compute(
     match: npt.NDArray[np.int64],
     tokens: npt.NDArray[np.int64],
     fades: npt.NDArray[np.float64],
-    match_fades: npt.NDArray[np.float64],
+    after: npt.NDArray[np.float32],
     out: npt.NDArray[np.float32],
 ) -> None:
     layers, top_k = ids.shape[1:]
-    experts, runs, per_run = out.shape[2], match.shape[1], 1 + len(match_fades)
-    # The weight of a use that many tokens ago, as a mean per token; and of one that many tokens after a match.
+    # The weight of a use that many tokens ago, as a mean per token.
     weights = np.empty((WINDOW, len(fades)), dtype=np.float32)
     for back in range(WINDOW):
         weights[back] = np.exp(-back / fades) / fades
-    after = np.empty((AFTER_MATCH, len(match_fades)), dtype=np.float32)
-    for ahead in range(AFTER_MATCH):
-        after[ahead] = np.exp(-ahead / match_fades)
     for n in range(len(tokens)):
         token = tokens[n]
         begin = max(first[token], token - WINDOW)
@@ -80,27 +76,9 @@ def _compute(
                         row[len(fades)] = back + 1
                     for fade in range(len(fades)):
                         row[fade] += weights[back, fade]
-        for run in range(runs):
-            place = match[token, run]
-            start = len(fades) + 1 + run * per_run
-            if place < 0:
-                continue
-            if run and match[token, run - 1] == place:
-                # A longer run often ends at the same place.
-                out[n, :, :, start : start + per_run] = out[n, :, :, start - per_run : start]
-                continue
-            for layer in range(layers):
-                for k in range(top_k):
-                    out[n, layer, ids[place, layer, k], start] = 1.0
-            for at in range(place + 1, min(token, place + 1 + AFTER_MATCH)):
-                for layer in range(layers):
-                    for k in range(top_k):
-                        row = out[n, layer, ids[at, layer, k]]
-                        if row[start + 1] == 0.0:
-                            for fade in range(len(match_fades)):
-                                row[start + 1 + fade] = after[at - place - 1, fade]
+        add_matches(ids, match[token], token, after, out[n])
         for layer in range(layers):
-            for expert in range(experts):
+            for expert in range(out.shape[2]):
                 row = out[n, layer, expert]
                 for fade in range(len(fades)):
                     # Scaled to about -2 to 2.
@@ -109,44 +87,41 @@ def _compute(
                 row[len(fades)] = np.log(since) - np.float32(2.0)
 
 
-def discounted_use(
-    expert_ids_TLK: npt.NDArray[Any],
-    followers_T: npt.NDArray[np.int64],
-    tokens_T: npt.NDArray[np.int64],
-    experts: int,
-    fade: float,
-) -> npt.NDArray[np.float32]:
-    """How soon every expert is used after a token, float32 `[T, L, E]`: `exp(-(n - 1) / fade)` for a next use n tokens later.
-
-    The token's own use does not count. 0 if the expert is not used again in the stretch, or not within `FARTHEST` times `fade`.
-
-    Args:
-        expert_ids_TLK: The routes.
-        followers_T: How many tokens of the same stretch follow each token.
-        tokens_T: The tokens.
-        experts: E.
-        fade: The time constant in tokens.
-    """
-    found_TLE = np.zeros((len(tokens_T), expert_ids_TLK.shape[1], experts), dtype=np.float32)
-    _look_ahead(expert_ids_TLK, followers_T, tokens_T, fade, found_TLE)
-    return found_TLE
-
-
 @numba.njit(cache=True, nogil=True)
-def _look_ahead(
+def add_matches(
     ids: npt.NDArray[Any],
-    followers: npt.NDArray[np.int64],
-    tokens: npt.NDArray[np.int64],
-    fade: float,
+    match: npt.NDArray[np.int64],
+    token: int,
+    after: npt.NDArray[np.float32],
     out: npt.NDArray[np.float32],
 ) -> None:
+    """Add what followed earlier occurrences of a token to its features, which are zero there.
+
+    Args:
+        ids: The routes `[T, L, K]`.
+        match: For each run length, the latest earlier place where the same run of tokens ended; -1 without one.
+        token: The token.
+        after: The weight of a use that many tokens after a match, `[AFTER_MATCH, len(MATCH_FADES)]`.
+        out: The features `[L, E, FEATURES]`, changed.
+    """
     layers, top_k = ids.shape[1:]
-    for n in range(len(tokens)):
-        token = tokens[n]
-        for ahead in range(1, min(followers[token], int(FARTHEST * fade)) + 1):
-            value = np.exp(-(ahead - 1) / fade)
+    per_run = 1 + after.shape[1]
+    for run in range(len(match)):
+        place = match[run]
+        start = len(FADES) + 1 + run * per_run
+        if place < 0:
+            continue
+        if run and match[run - 1] == place:
+            # A longer run often ends at the same place.
+            out[:, :, start : start + per_run] = out[:, :, start - per_run : start]
+            continue
+        for layer in range(layers):
+            for k in range(top_k):
+                out[layer, ids[place, layer, k], start] = 1.0
+        for at in range(place + 1, min(token, place + 1 + len(after))):
             for layer in range(layers):
                 for k in range(top_k):
-                    expert = ids[token + ahead, layer, k]
-                    if out[n, layer, expert] == 0.0:
-                        out[n, layer, expert] = value
+                    row = out[layer, ids[at, layer, k]]
+                    if row[start + 1] == 0.0:
+                        for fade in range(after.shape[1]):
+                            row[start + 1 + fade] = after[at - place - 1, fade]

@@ -12,6 +12,7 @@ from support.costs import COSTS
 from support.routes import routes_of
 
 from profiler.errors import SpecmoeError
+from speculation.data.next_use import discounted_use
 from speculation.data.routes import Routes
 from speculation.data.tasks import Shape, Task
 from speculation.offload.evictors import Evictor, learned_evictors, policy_seconds, scores_by_step
@@ -23,7 +24,6 @@ from speculation.offload.state import Rule
 from speculation.offload.sweep import Prefetcher, prefetchers_for
 from speculation.predictors.counting.popularity import Popularity
 from speculation.predictors.neural.reuse import Reuse
-from speculation.predictors.neural.reuse_features import discounted_use
 
 ROUTES = routes_of([(0, 120), (0, 90)], layers=3)
 WORKLOAD = Workload(requests_of(ROUTES, 8), np.tile(np.arange(8, 0, -1.0), (3, 1)))

@@ -69,7 +69,7 @@ def test_wrong_choices_are_named(markov_trace: Trace, tmp_path: Path) -> None:
     names = (
         "uniform, popularity, previous-token, token-identity, conditional-counts, backoff-counts, product-of-experts, "
         "boosted-trees, mlp, interlayer-lstm, statistics-aware, ensemble, hierarchical, attention-graph, hybrid, "
-        "transformer, next-gate, pre-attention, recommended, recommended-small, reuse, reuse-small"
+        "transformer, next-gate, pre-attention, recommended, recommended-small, ewma-repeats, reuse, reuse-small"
     )
     with pytest.raises(SpecmoeError, match=f"expected one of {names}$"):
         train(markov_trace, "oracle", tmp_path / "run")

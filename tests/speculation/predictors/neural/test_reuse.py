@@ -1,4 +1,4 @@
-"""The reuse predictor: its features and its target against plain loops, its size, and what it learns from a known pattern."""
+"""The reuse predictor: its features against a plain loop, its size, and what it learns from a known pattern."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import pytest
 from support.routes import routes_of
 
 from profiler.errors import SpecmoeError
+from speculation.data.next_use import FADE
 from speculation.data.repeats import RUN_LENGTHS
 from speculation.data.routes import Routes
 from speculation.data.tasks import Shape, Task
-from speculation.predictors.neural.reuse import FADE, Reuse
+from speculation.predictors.neural.reuse import Reuse
 from speculation.predictors.neural.reuse_features import (
     AFTER_MATCH,
     FADES,
-    FARTHEST,
     FEATURES,
     MATCH_FADES,
     WINDOW,
-    discounted_use,
     reuse_features,
 )
 from speculation.predictors.neural.reuse_small import ReuseSmall
@@ -72,21 +71,6 @@ def test_features_are_those_of_a_plain_loop(routes: Routes) -> None:
                 assert found[row, layer, expert] == pytest.approx(expected, abs=1e-5), (token, layer, expert)
     # The repeated stretch is found by its longer runs; shorter ones also end at later places.
     assert (routes.matches.by_length_TR[209] == [202, 154, 109, 109]).all()
-
-
-def test_the_target_is_that_of_a_plain_loop(routes: Routes) -> None:
-    tokens_T = np.array([0, 5, WINDOW + 38, WINDOW + 39, len(routes) - 1])
-    found = discounted_use(routes.expert_ids_TLK, routes.followers_T, tokens_T, EXPERTS, FADE)
-    for row, token in enumerate(tokens_T.tolist()):
-        last = min(token + int(routes.followers_T[token]), token + int(FARTHEST * FADE))
-        for layer in range(2):
-            for expert in range(EXPERTS):
-                later = [at for at in range(token + 1, last + 1) if expert in routes.expert_ids_TLK[at, layer]]
-                expected = math.exp(-(later[0] - token - 1) / FADE) if later else 0.0
-                assert found[row, layer, expert] == pytest.approx(expected, abs=1e-6)
-    # After the last token of a problem, nothing is used.
-    assert not found[3].any()
-    assert not found[4].any()
 
 
 def test_the_small_form_is_small() -> None:
