@@ -1,0 +1,43 @@
+"""The memory on the device in which experts are computed: a fixed pool of slots, and two buffers for those that find no room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from speculation.runtime.layout import ExpertLayout, allocate
+
+# Experts of a prompt for which the cache has no room go through these: one is computed while the other is filled.
+BUFFERS = 2
+
+
+class Slots:
+    """Slots for experts on the device.
+
+    Args:
+        layouts: The layout of each layer's experts.
+        capacities: Slots of each layer.
+        device: Where they are.
+
+    Attributes:
+        bytes: Their size, buffers included.
+    """
+
+    def __init__(self, layouts: Sequence[ExpertLayout], capacities: Sequence[int], device: torch.device) -> None:
+        self.device = device
+        pools = [allocate(layout, count, device) for layout, count in zip(layouts, capacities, strict=True)]
+        # Each kind of layer has buffers of its own.
+        self._buffers = {layout: allocate(layout, BUFFERS, device) for layout in layouts}
+        self._memory = [memory_B for pool in pools for memory_B in pool]
+        self._views = [layout.views(memory_B) for layout, pool in zip(layouts, pools, strict=True) for memory_B in pool]
+        self._layouts = layouts
+        self.bytes = sum(pool.numel() for pool in (*pools, *self._buffers.values()))
+
+    def memory(self, layer: int, slot: int) -> torch.Tensor:
+        """uint8 `[bytes]` of a slot; of a buffer of a layer, numbered from -1 down, if it is negative."""
+        return self._memory[slot] if slot >= 0 else self._buffers[self._layouts[layer]][-1 - slot]
+
+    def weights(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
+        """The weights of the expert in a slot or buffer, by name."""
+        return self._views[slot] if slot >= 0 else self._layouts[layer].views(self.memory(layer, slot))
