@@ -283,12 +283,9 @@ def _stored(
     merges = kinds[:1] == ["MergeModulelist"] and operations[0].dim == 0
     for kind, operation in list(zip(kinds, operations, strict=True))[merges:]:
         dims = [getattr(operation, dim) for dim in _KNOWN_OPERATIONS.get(kind, ())]
-        if not dims or min(dims) < 1 or len(converter.target_patterns) != 1:
+        if converter is None or not dims or min(dims) < 1 or len(converter.target_patterns) != 1:
             raise ModelError(f"{name}: its conversion {kind} is not known to keep experts apart, so none is read on its own")
-    rows = [
-        _rows(name, [tensors[key] for key in sources[pattern]], sources[pattern][0], num_experts, merges)
-        for pattern in patterns
-    ]
+    rows = [_rows(name, sources[pattern], tensors, num_experts, merges) for pattern in patterns]
     by_expert = list(zip(*rows, strict=True))
     shapes = [tensor.shape for tensor in by_expert[0]]
     is_joined = all(shape[1:] == weight.shape[1:] for shape in shapes) and sum(shape[0] for shape in shapes) == weight.shape[0]
@@ -301,11 +298,14 @@ def _stored(
     return [StoredWeight(weight, parts, is_plain, conversion) for parts in by_expert]
 
 
-def _rows(name: str, found: list[StoredTensor], key: str, num_experts: int, merges: bool) -> list[StoredTensor]:
+def _rows(
+    name: str, keys: Sequence[str], tensors: Mapping[str, StoredTensor], num_experts: int, merges: bool
+) -> list[StoredTensor]:
     """The tensor of each expert: one of its own, or its part of one tensor of all experts."""
+    found = [tensors[key] for key in keys]
     if merges and len(found) == num_experts:
         return found
     if not merges and len(found) == 1 and found[0].shape[:1] == (num_experts,):
         return [found[0].row(expert) for expert in range(num_experts)]
-    what = f"{len(found)} tensors like {key}" if len(found) > 1 else f"{key} of shape {found[0].shape}"
+    what = f"{len(found)} tensors like {keys[0]}" if len(found) > 1 else f"{keys[0]} of shape {found[0].shape}"
     raise ModelError(f"{name}: the checkpoint has {what}, expected {num_experts} experts")

@@ -152,8 +152,8 @@ def _without_weights(classes: Sequence[type[torch.nn.Module]]) -> Iterator[None]
 
     try:
         for each, original in originals.items():
-            each.__init__ = emptied(original)  # type: ignore[misc]
+            each.__init__ = emptied(original)  # type: ignore[method-assign]
         yield
     finally:
         for each, original in originals.items():
-            each.__init__ = original  # type: ignore[misc]
+            each.__init__ = original  # type: ignore[method-assign]

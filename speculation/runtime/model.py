@@ -46,6 +46,8 @@ from speculation.training.runs import Run, load_run
 NEXT_GATE, NONE = "next-gate", "none"
 # A prompt is computed in parts of this many tokens, as in the simulation: it bounds the memory of activations.
 PREFILL_TOKENS = 512
+# The first arguments of every model's forward pass.
+_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")
 
 
 class Store(StrEnum):
@@ -368,9 +370,7 @@ class OffloadedModel:
         return {end} if isinstance(end, int) else set(end or [])
 
     def _begin_step(self, _model: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        arguments = (
-            dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), positional, strict=False)) | named
-        )
+        arguments = dict(zip(_POSITIONAL, positional, strict=False)) | named
         if arguments.get("input_ids") is None:
             raise SpecmoeError("this model's experts are offloaded: call it with input_ids, not with embeddings")
         self.experts.begin_step(step_of(arguments, self._finished_B))
@@ -393,7 +393,7 @@ def _dtype(name: str, config: Any) -> torch.dtype:
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     if isinstance(stored, str):
         stored = getattr(torch, stored, None)
-    return stored if stored in DTYPES.values() else torch.float32
+    return next((kind for kind in DTYPES.values() if kind == stored), torch.float32)
 
 
 def _shape(empty: Any, resolved: ResolvedModel, layers: int, experts: int) -> Shape:

@@ -1,4 +1,4 @@
-"""The memory on the device in which experts are computed: a fixed pool of slots, and two buffers for those that find no room."""
+"""The memory on the device in which experts are computed: a pool of slots, and two buffers for those that find no room."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,12 +118,12 @@ class DiskStore:
 
     def _read_all(self, pieces: Sequence[tuple[StoredTensor, Bytes]]) -> None:
         """Read tensors into memory, in pieces by several threads."""
-        work = []
-        for tensor, target in pieces:
-            file = self._files[tensor.file]
-            for start in range(0, len(target), PIECE):
-                work.append((file, tensor.start + start, target[start : start + PIECE]))
-            self.bytes_read += len(target)
+        work = [
+            (self._files[tensor.file], tensor.start + start, target[start : start + PIECE])
+            for tensor, target in pieces
+            for start in range(0, len(target), PIECE)
+        ]
+        self.bytes_read += sum(len(target) for _, target in pieces)
         for done in self._pool.map(self._read_piece, work):
             assert done is None
 
@@ -176,8 +178,6 @@ def faster_direct(layouts: Sequence[ExpertLayout], experts: Sequence[StoredExper
 
     The page cache wins where it holds the checkpoint. Each kind of read gets half of the time, and its own experts.
     """
-    import time
-
     speeds = []
     chosen = np.linspace(0, len(experts) - 1, num=min(len(experts), 64)).astype(int).tolist()
     for direct in (True, False):
@@ -203,8 +203,6 @@ class _Scratch:
     """Aligned memory for reads that bypass the page cache, one for each thread that reads."""
 
     def __init__(self) -> None:
-        import threading
-
         self._own = threading.local()
 
     def get(self) -> tuple[mmap.mmap, Bytes]:
@@ -255,7 +253,7 @@ class _File:
     def _fill(self, start: int, target: Bytes) -> None:
         done = 0
         while done < len(target):
-            found = os.preadv(self._handle, [memoryview(target)[done:]], start + done)
+            found = os.preadv(self._handle, [target[done:].data], start + done)
             if not found:
                 raise self._cut_off(start + done)
             done += found
