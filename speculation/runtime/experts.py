@@ -41,7 +41,8 @@ class PhaseCounts:
         bytes: Bytes that were copied to the device while these tokens were computed.
         seconds: Time from the first layer to the last, over all steps.
         stall: Time of it in which nothing was computed because an expert was not there.
-        foresight: Time of it in which predictions were made that nothing else overlapped on this thread.
+        compute: Time of it in which experts were computed. On a GPU only the time to start their kernels.
+        foresight: Time of it in which predictions were made, on the thread that computes.
     """
 
     tokens: int = 0
@@ -53,6 +54,7 @@ class PhaseCounts:
     bytes: int = 0
     seconds: float = 0.0
     stall: float = 0.0
+    compute: float = 0.0
     foresight: float = 0.0
 
 
@@ -199,6 +201,15 @@ class OffloadedExperts:
         there: list[tuple[int, int]] = []
         awaited: deque[Transfer] = deque()
         streamed: deque[int] = deque()
+        if self.cache.capacities[layer] == self.cache.num_experts:
+            # Every expert has its slot: there is nothing to decide.
+            slots = self.cache.slot_of_X[layer * self.cache.num_experts :].tolist()
+            phase.requested += len(chosen)
+            phase.hits += len(chosen)
+            self.hits_R.append(len(chosen))
+            for expert in chosen:
+                yield expert, self.slots.weights(layer, slots[expert])
+            return
         with self.transfers.lock:
             for place, (expert, is_cached) in enumerate(zip(chosen, self.cache.look_up(layer, chosen), strict=True)):
                 x = layer * self.cache.num_experts + expert
@@ -222,14 +233,18 @@ class OffloadedExperts:
             request, rows = self.cache.request, self._rows
             self._foresee(lambda foresight: foresight.after_layer(request, rows, routed))
         for expert, slot in there:
+            began = time.perf_counter()
             yield expert, self.slots.weights(layer, slot)
+            phase.compute += time.perf_counter() - began
         used = [slot for _, slot in there]
         while awaited:
             transfer = awaited.popleft()
             began = time.perf_counter()
             self.transfers.wait(transfer)
-            phase.stall += time.perf_counter() - began
+            there_at = time.perf_counter()
+            phase.stall += there_at - began
             yield transfer.expert, self.slots.weights(layer, transfer.slot)
+            phase.compute += time.perf_counter() - there_at
             used.append(transfer.slot)
             if transfer.slot < 0:
                 self.transfers.note_computation(layer, [transfer.slot])

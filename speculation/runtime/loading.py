@@ -120,9 +120,10 @@ def load_without_experts(folder: Path, config: Any, dtype: torch.dtype, device: 
 
     classes = list(dict.fromkeys(type(block.experts) for block in find_moe_blocks(empty)))
     options: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
-    verbosity = logging.get_verbosity()
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     # It would report every expert of the checkpoint as unexpected.
     logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
         with _without_weights(classes):
             model = AutoModelForCausalLM.from_pretrained(
@@ -132,6 +133,8 @@ def load_without_experts(folder: Path, config: Any, dtype: torch.dtype, device: 
         raise ModelError(f"transformers cannot load {folder}: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
     return model.eval()
 
 

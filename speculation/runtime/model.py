@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from profiler.errors import EngineError, ModelError, SpecmoeError, first_line
@@ -37,10 +38,11 @@ from speculation.runtime.loading import (
     model_config,
     skeleton,
 )
+from speculation.runtime.recording import PromptSource, RoutingRecorder
 from speculation.runtime.slots import BUFFERS, Slots
 from speculation.runtime.steps import step_of
 from speculation.runtime.stores import DiskStore, ExpertStore, HostStore, faster_direct
-from speculation.runtime.transfers import Transfers
+from speculation.runtime.transfers import TransferCounts, Transfers
 from speculation.training.runs import Run, load_run
 
 NEXT_GATE, NONE = "next-gate", "none"
@@ -113,6 +115,13 @@ class Generation:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class _Sampling:
+    temperature: float
+    top_p: float
+    ignore_eos: bool
+
+
 class OffloadedModel:
     """A `transformers` model whose experts are in host memory or on disk, with a cache of them on the device.
 
@@ -131,6 +140,10 @@ class OffloadedModel:
         cache_bytes: The size of the cache's memory, buffers included.
         expert_bytes: The size of all experts.
         reads: How experts are read, in words.
+        popularity: Ranks of all experts `[L * E]`; the cache began with the highest of each layer.
+        store: `ram` or `disk`.
+        prefetcher: What is prefetched; None for nothing.
+        prefetcher_run, reuse_run: The trained predictors of what is prefetched and of the policy, if there are any.
 
     Example:
         >>> from speculation.runtime import CacheSize, OffloadedModel
@@ -151,12 +164,18 @@ class OffloadedModel:
         capacity: int,
         expert_bytes: int,
         reads: str,
+        popularity: npt.NDArray[np.int64],
+        prefetcher: Prefetcher | None,
+        runs: tuple[Run | None, Run | None],
     ) -> None:
         self.model, self.tokenizer, self.experts, self.shape, self.metadata = model, tokenizer, experts, shape, metadata
-        self.capacity, self.expert_bytes, self.reads = capacity, expert_bytes, reads
+        self.capacity, self.expert_bytes, self.reads, self.popularity = capacity, expert_bytes, reads, popularity
+        self.store = Store.disk if isinstance(store, DiskStore) else Store.ram
         self.cache_bytes = experts.slots.bytes
         self._store = store
-        self._finished_B: np.ndarray[Any, np.dtype[np.bool_]] | None = None
+        self.prefetcher = prefetcher
+        self.prefetcher_run, self.reuse_run = (None if run is None else run.predictor for run in runs)
+        self._finished_B: npt.NDArray[np.bool_] | None = None
         self._hooks = [
             model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
             model.register_forward_hook(self._end_step, always_call=True),
@@ -224,7 +243,10 @@ class OffloadedModel:
             _fill(transfers)
             blocks = find_moe_blocks(model)
             prefetcher: Prefetcher | None = None
-            if predictor == NEXT_GATE:
+            if capacity == shape.experts:
+                # Nothing is ever loaded or evicted: there is nothing to predict.
+                prefetching = reuse = None
+            elif predictor == NEXT_GATE:
                 prefetcher = NextGatePrefetcher(blocks, prefetch or shape.top_k)
             elif prefetching is not None:
                 prefetcher = PredictorPrefetcher(prefetching.predictor, prefetch or shape.top_k)
@@ -233,7 +255,20 @@ class OffloadedModel:
             loaded = {"moe_layers": [module.layer for module in modules], "num_experts": shape.experts, "top_k": shape.top_k}
             metadata = resolved.metadata.model_copy(update=loaded | {"dtype": str(kind).removeprefix("torch.")})
             expert_bytes = sum(layout.bytes for layout in layouts) * shape.experts
-            offloaded = cls(model, _tokenizer(folder), experts, kept, shape, metadata, capacity, expert_bytes, reads)
+            offloaded = cls(
+                model,
+                _tokenizer(folder),
+                experts,
+                kept,
+                shape,
+                metadata,
+                capacity,
+                expert_bytes,
+                reads,
+                popularity,
+                prefetcher,
+                (prefetching, reuse),
+            )
             undo.pop_all()
         return offloaded
 
@@ -259,6 +294,8 @@ class OffloadedModel:
         batch: int = 1,
         ignore_eos: bool = False,
         on_token: Callable[[], None] | None = None,
+        trace: Path | None = None,
+        sources: Sequence[PromptSource] | None = None,
     ) -> list[Generation]:
         """Continue prompts.
 
@@ -271,19 +308,48 @@ class OffloadedModel:
             batch: Prompts that are computed at the same time.
             ignore_eos: Whether to go on after the end token.
             on_token: Called after every step.
+            trace: A new directory, for a trace of the routing of all prompts.
+            sources: Where each prompt comes from, for the trace.
 
         Raises:
             SpecmoeError: A prompt is empty, or longer than the model allows.
             EngineError: An expert cannot be read.
+            TraceError: The directory of the trace is not free.
         """
         ids = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         for number, tokens in enumerate(ids):
             self._check_prompt(number, tokens, max_new_tokens)
+        if batch < 1 or max_new_tokens < 1:
+            raise SpecmoeError(f"batch {batch}, {max_new_tokens} new tokens: expected at least 1")
         torch.manual_seed(seed)
-        found = []
-        for start in range(0, len(ids), batch):
-            sampling = (temperature, top_p, ignore_eos)
-            found += self._generate_batch(ids[start : start + batch], max_new_tokens, sampling, on_token)
+        choice = _Sampling(temperature, top_p, ignore_eos)
+        if trace is None:
+            return [
+                generation
+                for start in range(0, len(ids), batch)
+                for generation in self._generate_batch(ids[start : start + batch], max_new_tokens, choice, on_token)
+            ]
+        named = list(sources or [PromptSource(dataset="prompts", source_key=str(n), prompt=None) for n in range(len(ids))])
+        facts = {
+            "cache_fraction": self.capacity / self.shape.experts,
+            "policy": self.experts.cache.rule.label,
+            "reads": self.reads,
+        }
+        settings = {"temperature": temperature, "top_p": top_p, "seed": seed, "ignore_eos": ignore_eos}
+        found: list[Generation] = []
+        with RoutingRecorder(trace, self.metadata, facts, settings) as recorder:
+            self.experts.on_routed = recorder.add
+            try:
+                for start in range(0, len(ids), batch):
+                    some = ids[start : start + batch]
+                    recorder.start(len(some))
+                    done = self._generate_batch(some, max_new_tokens, choice, on_token)
+                    outputs, texts = [each.token_ids for each in done], [(each.text, each.finish_reason) for each in done]
+                    recorder.finish(named[start : start + batch], some, outputs, texts)
+                    found += done
+            finally:
+                self.experts.on_routed = None
+            recorder.seal()
         return found
 
     def close(self) -> None:
@@ -316,22 +382,21 @@ class OffloadedModel:
         self,
         ids: list[list[int]],
         max_new_tokens: int,
-        sampling: tuple[float, float, bool],
+        sampling: _Sampling,
         on_token: Callable[[], None] | None,
     ) -> list[Generation]:
         from transformers import StoppingCriteriaList
 
-        temperature, top_p, ignore_eos = sampling
-        ends = set() if ignore_eos else self._end_tokens
+        ends = set() if sampling.ignore_eos else self._end_tokens
         longest, pad = max(map(len, ids)), min(self._end_tokens, default=0)
         tokens_BT, mask_BT = torch.full((len(ids), longest), pad), torch.zeros((len(ids), longest), dtype=torch.long)
         for row, tokens in enumerate(ids):
             tokens_BT[row, longest - len(tokens) :] = torch.tensor(tokens)
             mask_BT[row, longest - len(tokens) :] = 1
         choice: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            choice = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        if ignore_eos:
+        if sampling.temperature > 0:
+            choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.ignore_eos:
             choice["eos_token_id"] = None
         self._finished_B = np.zeros(len(ids), dtype=np.bool_)
 
@@ -383,6 +448,11 @@ def peak_memory() -> int:
     """The most bytes of memory that this process has had in use so far."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def peak_device_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has had in use on a GPU so far; None for a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _dtype(name: str, config: Any) -> torch.dtype:
@@ -437,7 +507,7 @@ def _run(path: str, shape: Shape) -> Run:
     return run
 
 
-def _popularity(run: Run | None, shape: Shape) -> Any:
+def _popularity(run: Run | None, shape: Shape) -> npt.NDArray[np.int64]:
     """Ranks of all experts `[L * E]`: by the problems that a run was trained on; without a run, the lowest number first."""
     count = shape.layers * shape.experts
     popularity = np.zeros(count)
@@ -478,7 +548,7 @@ def _fill(transfers: Transfers) -> None:
         ]
     for transfer in begun:
         transfers.wait(transfer)
-    transfers.counts.bytes = 0
+    transfers.counts = TransferCounts()
 
 
 def _connect(model: Any, modules: Sequence[Any], experts: OffloadedExperts) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,12 +62,16 @@ class TransferCounts:
 
     Attributes:
         bytes: Bytes that were copied to the device.
+        transfers: Experts that were.
+        seconds: Time that the transfers took, one after the other.
         prefetched: Prefetches that were begun.
         useful: Those that were used before they were evicted.
         dropped: Predictions that were not acted on: the queue or the cache was full, or their layer came first.
     """
 
     bytes: int = 0
+    transfers: int = 0
+    seconds: float = 0.0
     prefetched: int = 0
     useful: int = 0
     dropped: int = 0
@@ -199,8 +204,11 @@ class Transfers:
                     transfer = self._demanded.popleft() if self._demanded else self._begin_prefetch()
                 if transfer is None:
                     continue
+                began = time.perf_counter()
                 event = self._copy(transfer)
                 with self.lock:
+                    self.counts.seconds += time.perf_counter() - began
+                    self.counts.transfers += 1
                     transfer.event, transfer.is_done = event, True
                     self._coming.pop(transfer.layer * self.cache.num_experts + transfer.expert, None)
                     if transfer.slot >= 0:
