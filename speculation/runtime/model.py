@@ -64,7 +64,7 @@ class CacheSize:
     """How many experts are on the device: a share of all, or a size in GB. Exactly one of them is set.
 
     Attributes:
-        fraction: The share, above 0 to 1; rounded down to whole experts per layer.
+        fraction: The share, 0 to 1; rounded down to whole experts per layer. With 0, every expert is loaded for each use.
         gigabytes: The size of the memory, buffers included.
     """
 
@@ -79,9 +79,11 @@ class CacheSize:
         """
         per_layer = sum(layout.bytes for layout in layouts)
         if self.fraction is not None:
-            if not 0 < self.fraction <= 1:
-                raise SpecmoeError(f"cache fraction {self.fraction}: expected more than 0, and at most 1")
+            if not 0 <= self.fraction <= 1:
+                raise SpecmoeError(f"cache fraction {self.fraction}: expected 0 to 1")
             found = int(self.fraction * num_experts + 1e-9)
+            if not self.fraction:
+                return 0
         else:
             size = 0.0 if self.gigabytes is None else self.gigabytes * 1e9
             buffers = sum(BUFFERS * layout.bytes for layout in dict.fromkeys(layouts))
