@@ -104,7 +104,11 @@ def generate(
     from speculation.runtime.model import CacheSize, OffloadedModel
 
     sources = _sources(prompt or [], dataset, num_problems, data_files)
-    size = CacheSize(gigabytes=cache_gb) if cache_gb is not None else CacheSize(fraction=0.25 if cache_fraction is None else cache_fraction)
+    size = (
+        CacheSize(gigabytes=cache_gb)
+        if cache_gb is not None
+        else CacheSize(fraction=0.25 if cache_fraction is None else cache_fraction)
+    )
     began = time.monotonic()
     offloaded = OffloadedModel.load(
         model,

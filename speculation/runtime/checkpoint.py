@@ -158,7 +158,7 @@ def _files(folder: Path) -> list[Path]:
         raise ModelError(f"{folder} has no safetensors checkpoint ({SINGLE_FILE} or {INDEX_FILE}): other formats are not read")
     try:
         names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not a checkpoint's index: expected JSON with 'weight_map'") from error
     for name in names:
         if Path(name).name != name:
@@ -177,7 +177,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
             raise ModelError(f"{file} is not a safetensors file, or is cut off: its header says {length} bytes of {size}")
         try:
             entries = json.loads(opened.read(length))
-        except (ValueError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ModelError(f"{file} is not a safetensors file: its header is not JSON") from error
     if not isinstance(entries, dict):
         raise ModelError(f"{file} is not a safetensors file: its header is not an object")

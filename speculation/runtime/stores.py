@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,7 +79,7 @@ class DiskStore:
         self._per_layer = len(experts) // len(layouts)
         self._files = {path: _File(path, direct=direct) for path in dict.fromkeys(_paths(experts))}
         self.direct = direct and all(file.direct for file in self._files.values())
-        self._signatures: dict[int, int] = {}
+        self._checksums: dict[int, tuple[int, ...]] = {}
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="specmoe-read")
         self._scratch = _Scratch()
         self.bytes_read = 0
@@ -98,7 +99,7 @@ class DiskStore:
                 raw = [np.empty(tensor.bytes, dtype=np.uint8) for tensor in stored.tensors]
                 pieces += zip(stored.tensors, raw, strict=True)
                 converted.append((stored, raw, place))
-        self._read_all(pieces)
+        self._check(x, pieces, self._read_all(pieces))
         for stored, raw, place in converted:
             tensors = [
                 torch.from_numpy(part).view(tensor.dtype).view(tensor.shape)
@@ -106,7 +107,6 @@ class DiskStore:
             ]
             weight = stored.convert(tensors).contiguous()
             memory[place : place + stored.weight.bytes] = weight.view(-1).view(torch.uint8).numpy()
-        self._check(x, pieces)
 
     def held(self, x: int) -> torch.Tensor | None:
         return None
@@ -116,27 +116,26 @@ class DiskStore:
         for file in self._files.values():
             file.close()
 
-    def _read_all(self, pieces: Sequence[tuple[StoredTensor, Bytes]]) -> None:
-        """Read tensors into memory, in pieces by several threads."""
+    def _read_all(self, pieces: Sequence[tuple[StoredTensor, Bytes]]) -> tuple[int, ...]:
+        """Read tensors into memory, in pieces by several threads; return the pieces' checksums."""
         work = [
             (self._files[tensor.file], tensor.start + start, target[start : start + PIECE])
             for tensor, target in pieces
             for start in range(0, len(target), PIECE)
         ]
         self.bytes_read += sum(len(target) for _, target in pieces)
-        for done in self._pool.map(self._read_piece, work):
-            assert done is None
+        return tuple(self._pool.map(self._read_piece, work))
 
-    def _read_piece(self, piece: tuple[_File, int, Bytes]) -> None:
+    def _read_piece(self, piece: tuple[_File, int, Bytes]) -> int:
         file, start, target = piece
         file.read(start, target, self._scratch)
+        return zlib.crc32(target.data)
 
-    def _check(self, x: int, pieces: Sequence[tuple[StoredTensor, Bytes]]) -> None:
+    def _check(self, x: int, pieces: Sequence[tuple[StoredTensor, Bytes]], checksums: tuple[int, ...]) -> None:
         """Compare an expert with its first read, and its files with what they were."""
         for path in dict.fromkeys(tensor.file for tensor, _ in pieces):
             self._files[path].check()
-        signature = hash(tuple(_signature(target) for _, target in pieces))
-        if self._signatures.setdefault(x, signature) != signature:
+        if self._checksums.setdefault(x, checksums) != checksums:
             file = pieces[0][0].file
             raise EngineError(
                 f"{file}: expert {x % self._per_layer} of MoE layer {x // self._per_layer} is not what was read before: the "
@@ -274,12 +273,3 @@ class _File:
 
 def _paths(experts: Sequence[StoredExpert]) -> list[Path]:
     return [tensor.file for expert in experts for stored in expert for tensor in stored.tensors]
-
-
-def _signature(content: Bytes) -> int:
-    """A number that changes with any word of the content, and with the order of its blocks: cheap next to the read."""
-    whole = len(content) // BLOCK * BLOCK
-    words = content[:whole].view(np.uint64).reshape(-1, BLOCK // 8) if whole and not content.ctypes.data % 8 else None
-    blocks = b"" if words is None else np.bitwise_xor.reduce(words, axis=1).tobytes()
-    rest = content if words is None else content[whole:]
-    return hash((blocks, rest.tobytes()))

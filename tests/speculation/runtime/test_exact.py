@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.offloaded import greedy, logits, plain_model, resident_model
 
-from profiler.errors import EngineError
+from profiler.errors import EngineError, SpecmoeError
 from profiler.models.resolve import demo_model_folder
 from speculation.offload.state import Rule
 from speculation.runtime import CacheSize, OffloadedModel
@@ -146,6 +146,20 @@ def test_a_long_prompt_is_computed_in_parts(mixtral: Path, monkeypatch: pytest.M
         # Four parts of three layers, then three tokens.
         assert len(offloaded.experts.hits_R) == (4 + 3) * 3
     assert generation.token_ids == expected
+
+
+def test_prompts_that_a_model_cannot_continue(mixtral: Path) -> None:
+    with OffloadedModel.load(str(mixtral), CacheSize(fraction=0.5), dtype="float32", device="cpu") as offloaded:
+        for prompt, message in (
+            ([], "prompt 1 is empty"),
+            ([512], "has token 512: the model knows tokens from 0 to 511"),
+            ([-1], "the model knows tokens from 0 to 511"),
+            ([1] * 1020, "more than the 1024 that the model allows"),
+            ("text", "this checkpoint has no tokenizer"),
+        ):
+            with pytest.raises(SpecmoeError, match=message):
+                offloaded.generate([PROMPT, prompt], max_new_tokens=8)
+        assert offloaded.experts.prefill.tokens == 0
 
 
 _RESIDENT: dict[str, object] = {}
