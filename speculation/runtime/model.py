@@ -373,9 +373,8 @@ class OffloadedModel:
         if not tokens:
             raise SpecmoeError(f"prompt {number} is empty: expected at least one token")
         if not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            raise SpecmoeError(
-                f"prompt {number} has token {max(tokens) if min(tokens) >= 0 else min(tokens)}: the model knows tokens from 0 to {vocabulary - 1}"
-            )
+            wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+            raise SpecmoeError(f"prompt {number} has token {wrong}: the model knows tokens from 0 to {vocabulary - 1}")
         if limit is not None and len(tokens) + max_new_tokens > limit:
             raise SpecmoeError(
                 f"prompt {number} has {len(tokens)} tokens: with {max_new_tokens} new ones that is more than the {limit} that "

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,7 +137,7 @@ def test_a_header_that_lies_about_its_tensors(demo: Path) -> None:
     ):
         text = json.dumps(header | {name: entry}).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-        with pytest.raises(ModelError, match="does not fit into the file|no valid entry"):
+        with pytest.raises(ModelError, match=r"does not fit into the file|no valid entry"):
             checkpoint_tensors(demo)
     for length in (0, 1, 1 << 40, 2**64 - 1):
         file.write_bytes(length.to_bytes(8, "little") + b"{}" * 10)
@@ -163,7 +164,7 @@ def test_a_conversion_that_mixes_experts_is_refused(demo: Path, monkeypatch: pyt
             locate_experts(empty, modules, tensors)
 
 
-def _renamings() -> list[object]:
+def _renamings() -> list[Any]:
     from transformers.core_model_loading import WeightRenaming
 
     return [WeightRenaming(".block_sparse_moe.", ".mlp.")]

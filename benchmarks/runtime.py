@@ -1,0 +1,447 @@
+"""Speed of a real model whose experts are on disk: with a cache, policies and predictors, and as transformers offloads them.
+
+    python -m benchmarks.runtime [--expert-mb 40] [--memory-gb 1.5] [--tokens 32] [--folder DIR] [--json FILE]
+
+The model is the embedded one with wider experts: further columns whose output is zero, so that its routing is the trained one
+while an expert has as many bytes as that of a real model. Two thirds of these bytes are random, so that no layer of the storage
+can leave them out. Every row generates the same tokens after the same prompts, in a process of its own; that they are equal is
+checked. Tokens/s are of generated tokens, without the prompts.
+
+With --memory-gb, each process gets a control group that limits its memory, the page cache of its files included (Linux, as
+root). Without it, the operating system may hold the whole checkpoint in memory, and rows that read through the page cache are
+not comparable with rows that read past it.
+
+The predictors are trained first: on the training part of a trace of the embedded prompts. The benchmark's prompts are of the
+test part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from profiler.collect.job import collect
+from profiler.collect.options import LocalOptions
+from profiler.datasets.registry import DEMO_DATASETS
+from profiler.models.resolve import demo_model_folder
+from profiler.trace.reader import Trace
+from speculation.data.routes import load_routes, problems_of_part
+from speculation.data.tasks import Task
+from speculation.offload.costs import Costs
+from speculation.offload.plans import plan_of, ranked
+from speculation.offload.requests import requests_of
+from speculation.offload.simulate import Setting, Workload, simulate
+from speculation.offload.state import Rule
+from speculation.predictors.options import TrainingOptions
+from speculation.runtime.model import CacheSize, OffloadedModel, peak_memory
+from speculation.runtime.recording import PromptSource
+from speculation.training.fit import train
+from speculation.training.runs import load_run
+
+PROMPTS = 3
+ACCELERATE, PLAIN, RESIDENT, ON_DEMAND = "accelerate", "plain transformers", "everything cached", "on demand"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row. kind: `ACCELERATE`, `PLAIN`, or our runtime with the other fields. tokens: new tokens per prompt."""
+
+    name: str
+    kind: str = "runtime"
+    fraction: float = 0.0
+    policy: str = "lru"
+    predictor: str | None = None
+    direct: bool = True
+    tokens: int
+    trace: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a row measured. seconds: of generated tokens."""
+
+    tokens: int
+    seconds: float
+    hit_rate: float | None
+    megabytes_per_token: float | None
+    stall: float | None
+    memory_gb: float
+    copy_seconds: float
+    expert_seconds: float
+    layer_seconds: float
+    output: list[list[int]]
+    notes: list[str]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--expert-mb", type=float, default=40.0, help="size of an expert in float32")
+    parser.add_argument("--memory-gb", type=float, help="limit of each process's memory, page cache included")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens per prompt")
+    parser.add_argument(
+        "--folder", type=Path, help="where the model, the trace and the predictors are kept; default: temporary"
+    )
+    parser.add_argument("--only", action="append", help="rows whose name contains this; may be repeated")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--child", nargs=3, metavar=("CASE", "MODEL", "PROMPTS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        case, model, prompts = arguments.child
+        print(json.dumps(asdict(run_case(Case(**json.loads(case)), Path(model), json.loads(prompts)))))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        report(arguments, folder)
+
+
+def report(arguments: argparse.Namespace, folder: Path) -> None:
+    """Run all rows and print them."""
+    model = folder / f"model-{arguments.expert_mb:g}"
+    if not model.is_dir():
+        widen(model, arguments.expert_mb * 1e6)
+    trace = demo_trace(folder / "trace")
+    prefetcher = trained(trace, folder / "run", "recommended-small", Task.NEXT_LAYER)
+    reuse = trained(trace, folder / "run-reuse", "reuse-small", Task.REUSE)
+    prompts = test_prompts(trace)
+    done = folder / "measured-trace"
+    shutil.rmtree(done, ignore_errors=True)
+    rows = cases(arguments.tokens, str(prefetcher), str(reuse), str(done))
+    if arguments.only:
+        rows = [row for row in rows if row.name == ON_DEMAND or any(part in row.name for part in arguments.only)]
+    measured: dict[str, Measured] = {}
+    for row in rows:
+        measured[row.name] = in_process(row, model, prompts, arguments.memory_gb)
+        check_output(row, measured)
+        print(f"{row.name}: {measured[row.name].tokens_per_second:.2f} tokens/s", file=sys.stderr, flush=True)
+    print_rows(rows, measured, simulated(rows, measured, Trace.open(done)), arguments)
+    if arguments.json:
+        found = [{**asdict(row), **asdict(measured[row.name])} for row in rows]
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def cases(tokens: int, prefetcher: str, reuse: str, trace: str) -> list[Case]:
+    """All rows, the fastest last."""
+    rows = [
+        # It copies all experts of a layer for every token: a few tokens are enough.
+        Case(name=ACCELERATE, kind=ACCELERATE, tokens=max(2, tokens // 8)),
+        Case(name=ON_DEMAND, tokens=tokens, trace=trace),
+    ]
+    for fraction in (0.25, 0.5):
+        rows += [
+            Case(name=f"{fraction:.0%} {name}", fraction=fraction, policy=policy, predictor=predictor, tokens=tokens)
+            for name, policy, predictor in (
+                ("lru", "lru", None),
+                ("lru + next-gate", "lru", "next-gate"),
+                ("lru + recommended-small", "lru", prefetcher),
+                ("ewma", "ewma", None),
+                ("ewma + recommended-small", "ewma", prefetcher),
+                ("reuse-small", reuse, None),
+                ("reuse-small + recommended-small", reuse, prefetcher),
+            )
+        ]
+        rows.append(Case(name=f"{fraction:.0%} lru, page cache", fraction=fraction, direct=False, tokens=tokens))
+    rows.append(Case(name=PLAIN, kind=PLAIN, tokens=tokens))
+    rows.append(Case(name=RESIDENT, fraction=1.0, tokens=tokens))
+    return rows
+
+
+def widen(folder: Path, expert_bytes: float) -> None:
+    """Write the embedded model with wider experts, in float32, one file per layer."""
+    source = demo_model_folder()
+    tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    config = json.loads((source / "config.json").read_text())
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    wide = max(width, int(expert_bytes / (3 * hidden * 4)))
+    unfinished = folder.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    random = torch.Generator().manual_seed(0)
+    where: dict[str, str] = {}
+    for layer in range(config["num_hidden_layers"]):
+        own = {name: tensor for name, tensor in tensors.items() if f".layers.{layer}." in name}
+        for name, tensor in own.items():
+            if ".experts." not in name:
+                continue
+            # silu(gate) * up is zero in the new columns, because up is.
+            kind = name.split(".")[-2]
+            rows = {"w1": (wide - width, hidden), "w3": (wide - width, hidden), "w2": (hidden, wide - width)}[kind]
+            more = torch.zeros(rows) if kind == "w3" else torch.randn(rows, generator=random)
+            own[name] = torch.cat([tensor, more], dim=1 if kind == "w2" else 0).contiguous()
+        save_file(own, unfinished / f"layer-{layer}.safetensors", metadata={"format": "pt"})
+        where |= dict.fromkeys(own, f"layer-{layer}.safetensors")
+    rest = {name: tensor for name, tensor in tensors.items() if name not in where}
+    save_file(rest, unfinished / "rest.safetensors", metadata={"format": "pt"})
+    where |= dict.fromkeys(rest, "rest.safetensors")
+    (unfinished / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (unfinished / "config.json").write_text(json.dumps(config | {"intermediate_size": wide, "dtype": "float32"}))
+    for path in source.glob("*.json"):
+        if path.name not in {"config.json", "training.json"}:
+            shutil.copyfile(path, unfinished / path.name)
+    os.sync()
+    unfinished.rename(folder)
+
+
+def demo_trace(folder: Path) -> Trace:
+    """A trace of all embedded prompts."""
+    if not (folder / "manifest.json").is_file():
+        collect(
+            LocalOptions(model="demo", dataset=",".join(DEMO_DATASETS), out=folder, num_problems=120, engine="transformers"),
+            on_stage=lambda text: print(text, file=sys.stderr),
+            on_progress=lambda progress: None,
+        )
+    return Trace.open(folder)
+
+
+def trained(trace: Trace, folder: Path, name: str, task: Task) -> Path:
+    """The directory of a run."""
+    if not (folder / "config.json").is_file():
+        train(trace, name, folder, task=task, options=TrainingOptions())
+    return folder
+
+
+def test_prompts(trace: Trace) -> list[str]:
+    """Prompts that no predictor has been trained on, one for each dataset."""
+    held_out = set(problems_of_part(trace, "test").tolist())
+    found: dict[str, str] = {}
+    for problem in trace.problems.to_pylist():
+        if problem["problem_id"] in held_out:
+            found.setdefault(problem["dataset"], problem["prompt"])
+    return list(found.values())[:PROMPTS]
+
+
+def in_process(case: Case, model: Path, prompts: list[str], memory_gb: float | None) -> Measured:
+    """Run a row in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.runtime", "--child", json.dumps(asdict(case)), str(model), json.dumps(prompts)]
+    with memory_limit(memory_gb) as group:
+        environment = os.environ | ({"SPECMOE_BENCHMARK_GROUP": str(group)} if group else {})
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{case.name} failed:\n{done.stderr[-2000:]}")
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+@contextmanager
+def memory_limit(gigabytes: float | None) -> Iterator[Path | None]:
+    """A control group whose processes may use so much memory, page cache included; version 1 or 2."""
+    if gigabytes is None:
+        yield None
+        return
+    root = Path("/sys/fs/cgroup")
+    is_second = (root / "cgroup.controllers").is_file()
+    group = (root if is_second else root / "memory") / f"specmoe-benchmark-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / ("memory.max" if is_second else "memory.limit_in_bytes")).write_text(str(int(gigabytes * 1e9)))
+        yield group
+    finally:
+        for _ in range(50):
+            try:
+                group.rmdir()
+                break
+            except OSError:
+                # Its last process is still ending.
+                time.sleep(0.1)
+
+
+def run_case(case: Case, model: Path, prompts: list[str]) -> Measured:
+    """Run one row in this process."""
+    group = os.environ.get("SPECMOE_BENCHMARK_GROUP")
+    if group:
+        (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+    if case.kind == "runtime":
+        return run_offloaded(case, model, prompts)
+    return run_transformers(case, model, prompts)
+
+
+def run_offloaded(case: Case, model: Path, prompts: list[str]) -> Measured:
+    size = CacheSize(fraction=case.fraction)
+    with OffloadedModel.load(
+        str(model),
+        size,
+        store="disk",
+        policy=case.policy,
+        predictor=case.predictor,
+        device="cpu",
+        dtype="float32",
+        direct=case.direct,
+    ) as offloaded:
+        sources = [PromptSource(dataset="demo", source_key=str(n), prompt=prompt) for n, prompt in enumerate(prompts)]
+        found = offloaded.generate(
+            prompts,
+            max_new_tokens=case.tokens,
+            ignore_eos=True,
+            trace=None if case.trace is None else Path(case.trace),
+            sources=sources,
+        )
+        decode, counts = offloaded.experts.decode, offloaded.experts.transfers.counts
+        layers = decode.tokens * offloaded.shape.layers
+        return Measured(
+            tokens=decode.tokens,
+            seconds=decode.seconds,
+            hit_rate=decode.hits / decode.requested,
+            megabytes_per_token=decode.bytes / 1e6 / decode.tokens,
+            stall=decode.stall / decode.seconds,
+            memory_gb=peak_memory() / 1e9,
+            copy_seconds=counts.seconds / max(1, counts.transfers),
+            expert_seconds=decode.compute / decode.requested,
+            layer_seconds=(decode.seconds - decode.stall - decode.compute) / layers,
+            output=[each.token_ids for each in found],
+            notes=offloaded.experts.notes,
+        )
+
+
+def run_transformers(case: Case, model: Path, prompts: list[str]) -> Measured:
+    """Plain transformers, with all experts in memory or with accelerate's offload to disk."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    options: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=model.parent) as offload:
+        if case.kind == ACCELERATE:
+            layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+            places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+            for layer in range(layers):
+                for part in ("self_attn", "input_layernorm", "post_attention_layernorm", "mlp.gate"):
+                    places[f"model.layers.{layer}.{part}"] = "cpu"
+                places[f"model.layers.{layer}.mlp.experts"] = "disk"
+            options = {"device_map": places, "offload_folder": offload}
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).eval()
+        loaded.set_experts_implementation("eager")
+        tokens, seconds, output = 0, 0.0, []
+        for prompt in prompts:
+            ids_BT = torch.tensor([tokenizer(prompt)["input_ids"]])
+            times: list[float] = []
+
+            def note(_tokens: Any, _scores: Any, found: list[float] = times, **_: Any) -> torch.Tensor:
+                found.append(time.perf_counter())
+                return torch.zeros(1, dtype=torch.bool)
+
+            with torch.inference_mode():
+                done_BT = loaded.generate(
+                    ids_BT, max_new_tokens=case.tokens, do_sample=False, eos_token_id=None, stopping_criteria=[note]
+                )
+            output.append([int(token) for token in done_BT[0, ids_BT.shape[1] :]])
+            # From the first token, which the prompt's forward pass gives, to the last.
+            tokens, seconds = tokens + len(times) - 1, seconds + times[-1] - times[0]
+    return Measured(
+        tokens=tokens,
+        seconds=seconds,
+        hit_rate=None,
+        megabytes_per_token=None,
+        stall=None,
+        memory_gb=peak_memory() / 1e9,
+        copy_seconds=0.0,
+        expert_seconds=0.0,
+        layer_seconds=0.0,
+        output=output,
+        notes=[],
+    )
+
+
+def check_output(row: Case, measured: dict[str, Measured]) -> None:
+    """Stop if a row generated other tokens than the first one of our runtime."""
+    reference = measured.get(ON_DEMAND)
+    if reference is None:
+        return
+    for name in {row.name, ACCELERATE} & measured.keys():
+        for own, others in zip(measured[name].output, reference.output, strict=True):
+            if own != others[: len(own)]:
+                raise SystemExit(f"{name} generated other tokens than {ON_DEMAND}: {own} instead of {others[: len(own)]}")
+
+
+def simulated(rows: list[Case], measured: dict[str, Measured], trace: Trace) -> dict[str, float]:
+    """Tokens/s that the simulation gives for rows of our runtime, with costs that other rows measured.
+
+    The transfer and computation of an expert are those of the row without a cache, the rest of a layer that of the row with
+    everything cached.
+    """
+    base, resident = measured[ON_DEMAND], measured.get(RESIDENT)
+    routes = load_routes(trace, "all")
+    requests = requests_of(routes, 8)
+    layer_seconds = base.layer_seconds
+    if resident is not None:
+        layer_seconds = max(0.0, resident.seconds / resident.tokens / requests.layers - requests.top_k * base.expert_seconds)
+    costs = Costs(
+        model="demo",
+        device="cpu",
+        precision="float32",
+        expert_bytes=1.0,
+        copy_seconds=base.copy_seconds,
+        expert_seconds=base.expert_seconds,
+        token_seconds=0.0,
+        layer_seconds=layer_seconds,
+        layer_token_seconds=0.0,
+    )
+    found = {}
+    for row in rows:
+        is_named = row.policy in {"lru", "ewma"}
+        if row.kind != "runtime" or not is_named or not row.direct or row.predictor == "next-gate":
+            continue
+        plan = None
+        if row.predictor is not None:
+            predictor = load_run(Path(row.predictor)).predictor
+            plan = plan_of(ranked(predictor, routes, requests.top_k), predictor.shape, requests)
+        setting = Setting(Rule[row.policy.upper()], int(row.fraction * 8))
+        result = simulate(Workload(requests, _ranks(row)), setting, plan, costs)
+        found[row.name] = result.tokens_per_second or 0.0
+    return found
+
+
+def _ranks(row: Case) -> Any:
+    """What the cache of a row begins with: the popular experts of its predictor's training, or the lowest numbers."""
+    if row.predictor is None:
+        return torch.zeros(8, 8).numpy()
+    return load_run(Path(row.predictor)).baselines["popularity"].arrays()["probability_LE"]
+
+
+def print_rows(
+    rows: list[Case], measured: dict[str, Measured], simulated: dict[str, float], arguments: argparse.Namespace
+) -> None:
+    """Print the table."""
+    base = measured[ON_DEMAND]
+    limit = "no limit of memory" if arguments.memory_gb is None else f"at most {arguments.memory_gb} GB of memory per row"
+    print(
+        f"{arguments.expert_mb:g} MB per expert, 8 layers of 8 experts, top-2; {len(base.output)} prompts, {arguments.tokens} new "
+        f"tokens each; {limit}; a transfer takes {base.copy_seconds * 1e3:.1f} ms "
+        f"({arguments.expert_mb / 1e3 / base.copy_seconds:.2f} GB/s), an expert {base.expert_seconds * 1e3:.1f} ms"
+    )
+    header = f"{'':38}{'tokens/s':>9}{'x on demand':>12}{'x lru':>7}{'hits':>7}{'MB/token':>10}{'waiting':>9}{'simulated':>11}"
+    print(header + f"{'ratio':>7}{'peak GB':>9}")
+    for row in rows:
+        one = measured[row.name]
+        lru = measured.get(f"{row.fraction:.0%} lru")
+        expected = simulated.get(row.name)
+        print(
+            f"{row.name:38}{one.tokens_per_second:9.2f}{one.tokens_per_second / base.tokens_per_second:12.2f}"
+            + (f"{one.tokens_per_second / lru.tokens_per_second:7.2f}" if lru and row.kind == "runtime" else " " * 7)
+            + (f"{one.hit_rate:7.3f}{one.megabytes_per_token:10.1f}{one.stall:9.0%}" if one.hit_rate is not None else " " * 26)
+            + (f"{expected:11.2f}{one.tokens_per_second / expected:7.2f}" if expected else " " * 18)
+            + f"{one.memory_gb:9.2f}"
+        )
+    for row in rows:
+        for note in measured[row.name].notes:
+            print(f"{row.name}: {note}")
+
+
+if __name__ == "__main__":
+    main()
