@@ -1,6 +1,8 @@
-"""Speed of a real model whose experts are on disk: with a cache, policies and predictors, and as transformers offloads them.
+"""Speed of a real model whose experts are on disk or in host memory: with a cache, policies and predictors, and as transformers
+offloads them.
 
     python -m benchmarks.runtime [--expert-mb 40] [--memory-gb 1.5] [--tokens 32] [--folder DIR] [--json FILE]
+    python -m benchmarks.runtime --device cuda
 
 The model is the embedded one with wider experts: further columns whose output is zero, so that its routing is the trained one
 while an expert has as many bytes as that of a real model. Two thirds of these bytes are random, so that no layer of the storage
@@ -11,8 +13,11 @@ With --memory-gb, each process gets a control group that limits its memory, the 
 root). Without it, the operating system may hold the whole checkpoint in memory, and rows that read through the page cache are
 not comparable with rows that read past it.
 
-The predictors are trained first: on the training part of a trace of the embedded prompts. The benchmark's prompts are of the
-test part.
+The predictors are trained first, on the training part of a trace of the embedded prompts, or given with --prefetcher and
+--reuse. The benchmark's prompts are of the test part.
+
+On a GPU, experts are in pinned host memory, and accelerate's row is its offload to host memory. Costs are measured on a CPU only,
+so there is no simulation to compare with.
 """
 
 from __future__ import annotations
@@ -27,10 +32,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -42,6 +48,7 @@ from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes, problems_of_part
 from speculation.data.tasks import Task
 from speculation.offload.costs import Costs
+from speculation.offload.evictors import scores_by_step
 from speculation.offload.plans import plan_of, ranked
 from speculation.offload.requests import requests_of
 from speculation.offload.simulate import Setting, Workload, simulate
@@ -65,6 +72,8 @@ class Case:
     fraction: float = 0.0
     policy: str = "lru"
     predictor: str | None = None
+    threshold: float = 0.0
+    device: str = "cpu"
     direct: bool = True
     tokens: int
     trace: str | None = None
@@ -119,12 +128,16 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
     if not model.is_dir():
         widen(model, arguments.expert_mb * 1e6)
     trace = demo_trace(folder / "trace")
-    prefetcher = trained(trace, folder / "run", "recommended-small", Task.NEXT_LAYER)
-    reuse = trained(trace, folder / "run-reuse", "reuse-small", Task.REUSE)
+    prefetcher = arguments.prefetcher or trained(trace, folder / "run", "recommended-small", Task.NEXT_LAYER)
+    reuse = arguments.reuse or trained(trace, folder / "run-reuse", "reuse-small", Task.REUSE)
     prompts = test_prompts(trace)
     done = folder / "measured-trace"
     shutil.rmtree(done, ignore_errors=True)
-    rows = cases(arguments.tokens, str(prefetcher), str(reuse), str(done))
+    rows = [
+        replace(row, device=arguments.device, threshold=arguments.threshold)
+        for row in cases(arguments.tokens, str(prefetcher), str(reuse), str(done))
+        if row.direct or arguments.device == "cpu"
+    ]
     if arguments.only:
         rows = [row for row in rows if row.name == ON_DEMAND or any(part in row.name for part in arguments.only)]
     measured: dict[str, Measured] = {}
@@ -278,10 +291,11 @@ def run_offloaded(case: Case, model: Path, prompts: list[str]) -> Measured:
     with OffloadedModel.load(
         str(model),
         size,
-        store="disk",
+        store="disk" if case.device == "cpu" else "ram",
         policy=case.policy,
         predictor=case.predictor,
-        device="cpu",
+        threshold=case.threshold,
+        device=case.device,
         dtype="float32",
         direct=case.direct,
     ) as offloaded:
@@ -317,24 +331,28 @@ def run_transformers(case: Case, model: Path, prompts: list[str]) -> Measured:
     tokenizer = AutoTokenizer.from_pretrained(model)
     options: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=model.parent) as offload:
+        device: Any = 0 if case.device == "cuda" else "cpu"
         if case.kind == ACCELERATE:
             layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-            places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+            names = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+            places = dict.fromkeys(names, device)
             for layer in range(layers):
                 for part in ("self_attn", "input_layernorm", "post_attention_layernorm", "mlp.gate"):
-                    places[f"model.layers.{layer}.{part}"] = "cpu"
-                places[f"model.layers.{layer}.mlp.experts"] = "disk"
+                    places[f"model.layers.{layer}.{part}"] = device
+                places[f"model.layers.{layer}.mlp.experts"] = "disk" if case.device == "cpu" else "cpu"
             options = {"device_map": places, "offload_folder": offload}
+        elif case.device == "cuda":
+            options = {"device_map": {"": 0}}
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).eval()
         loaded.set_experts_implementation("eager")
         tokens, seconds, output = 0, 0.0, []
         for prompt in prompts:
-            ids_BT = torch.tensor([tokenizer(prompt)["input_ids"]])
+            ids_BT = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
             times: list[float] = []
 
             def note(_tokens: Any, _scores: Any, found: list[float] = times, **_: Any) -> torch.Tensor:
                 found.append(time.perf_counter())
-                return torch.zeros(1, dtype=torch.bool)
+                return torch.zeros(1, dtype=torch.bool, device=device)
 
             with torch.inference_mode():
                 done_BT = loaded.generate(
@@ -394,24 +412,29 @@ def simulated(rows: list[Case], measured: dict[str, Measured], trace: Trace) -> 
     )
     found = {}
     for row in rows:
-        is_named = row.policy in {"lru", "ewma"}
-        if row.kind != "runtime" or not is_named or not row.direct or row.predictor == "next-gate":
+        # The simulation cannot know what the routers choose for another layer's input.
+        if row.kind != "runtime" or not row.direct or row.predictor == "next-gate" or row.device != "cpu":
             continue
         plan = None
         if row.predictor is not None:
             predictor = load_run(Path(row.predictor)).predictor
-            plan = plan_of(ranked(predictor, routes, requests.top_k), predictor.shape, requests)
-        setting = Setting(Rule[row.policy.upper()], int(row.fraction * 8))
-        result = simulate(Workload(requests, _ranks(row)), setting, plan, costs)
+            plan = plan_of(ranked(predictor, routes, requests.top_k, row.threshold), predictor.shape, requests)
+        rule, scores = Rule.LRU, None
+        if Path(row.policy).is_dir():
+            rule, reuse = Rule.LEARNED, load_run(Path(row.policy)).predictor
+            scores_TX = reuse.probabilities(routes, slice(0, len(routes))).reshape(len(routes), -1)
+            scores = scores_by_step(np.ascontiguousarray(scores_TX), requests)
+        elif row.policy != "lru":
+            rule = Rule[row.policy.upper()]
+        result = simulate(Workload(requests, _ranks(row)), Setting(rule, int(row.fraction * 8)), plan, costs, scores)
         found[row.name] = result.tokens_per_second or 0.0
     return found
 
 
 def _ranks(row: Case) -> Any:
     """What the cache of a row begins with: the popular experts of its predictor's training, or the lowest numbers."""
-    if row.predictor is None:
-        return torch.zeros(8, 8).numpy()
-    return load_run(Path(row.predictor)).baselines["popularity"].arrays()["probability_LE"]
+    run = next((path for path in (row.policy, row.predictor) if path is not None and Path(path).is_dir()), None)
+    return np.zeros((8, 8)) if run is None else load_run(Path(run)).baselines["popularity"].arrays()["probability_LE"]
 
 
 def print_rows(
@@ -421,8 +444,8 @@ def print_rows(
     base = measured[ON_DEMAND]
     limit = "no limit of memory" if arguments.memory_gb is None else f"at most {arguments.memory_gb} GB of memory per row"
     print(
-        f"{arguments.expert_mb:g} MB per expert, 8 layers of 8 experts, top-2; {len(base.output)} prompts, {arguments.tokens} new "
-        f"tokens each; {limit}; a transfer takes {base.copy_seconds * 1e3:.1f} ms "
+        f"{arguments.expert_mb:g} MB per expert, 8 layers of 8 experts, top-2; {len(base.output)} prompts, {arguments.tokens} "
+        f"new tokens each; {limit}; a transfer takes {base.copy_seconds * 1e3:.1f} ms "
         f"({arguments.expert_mb / 1e3 / base.copy_seconds:.2f} GB/s), an expert {base.expert_seconds * 1e3:.1f} ms"
     )
     header = f"{'':38}{'tokens/s':>9}{'x on demand':>12}{'x lru':>7}{'hits':>7}{'MB/token':>10}{'waiting':>9}{'simulated':>11}"

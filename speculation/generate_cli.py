@@ -68,6 +68,9 @@ def generate(
     prefetch: Annotated[
         int | None, typer.Option(min=1, help="Experts to prefetch per prediction and layer. Default: the model's top-k.")
     ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Prefetch only experts with at least this predicted probability.")
+    ] = 0.0,
     store: Annotated[
         Literal["ram", "disk"], typer.Option(help="Where the other experts are: in host memory, or in the checkpoint's files.")
     ] = "ram",
@@ -117,6 +120,7 @@ def generate(
         policy=policy,
         predictor=None if predictor == "none" else predictor,
         prefetch=prefetch,
+        threshold=threshold,
         device=device,
         dtype=dtype,
         time_constant=time_constant,
@@ -132,7 +136,7 @@ def generate(
         )
         settings = (max_new_tokens, temperature, top_p, seed, batch)
         found = _generate_with_progress(offloaded, sources, settings, trace)
-        simulated = None if trace is None else _simulated(offloaded, trace, time_constant, prefetch, batch)
+        simulated = None if trace is None else _simulated(offloaded, trace, time_constant, (prefetch, threshold), batch)
         result = _document(offloaded, policy, predictor, loaded, sources, found, simulated)
     for source, generation in zip(sources, found, strict=True):
         if len(sources) > 1:
@@ -247,7 +251,7 @@ def _line(decode: PhaseCounts) -> str:
 
 
 def _simulated(
-    offloaded: OffloadedModel, trace: Path, time_constant: float, prefetch: int | None, batch: int
+    offloaded: OffloadedModel, trace: Path, time_constant: float, prefetch: tuple[int | None, float], batch: int
 ) -> SimulatedPhase | None:
     """What the simulation says of the trace; None where it cannot be compared."""
     from profiler.trace.reader import Trace
@@ -265,7 +269,8 @@ def _simulated(
         costs,
         time_constant=time_constant,
         prefetcher=offloaded.prefetcher_run,
-        prefetch=prefetch or offloaded.shape.top_k,
+        prefetch=prefetch[0] or offloaded.shape.top_k,
+        threshold=prefetch[1],
         reuse=offloaded.reuse_run,
         batch=batch,
     )

@@ -53,6 +53,7 @@ def simulate_run(
     time_constant: float,
     prefetcher: Predictor | None = None,
     prefetch: int = 0,
+    threshold: float = 0.0,
     reuse: Predictor | None = None,
     batch: int = 1,
 ) -> SimulationResult:
@@ -63,7 +64,8 @@ def simulate_run(
         trace: The trace of everything that it has computed since it was loaded.
         costs: Default: hits only.
         time_constant: As the model was loaded with.
-        prefetcher, prefetch: What was prefetched: a predictor's likeliest experts, and how many.
+        prefetcher, prefetch, threshold: What was prefetched: so many of a predictor's likeliest experts, if they have at least
+            this probability.
         reuse: The predictor of the policy `Rule.LEARNED`.
         batch: Sequences that were decoded at the same time.
 
@@ -76,7 +78,7 @@ def simulate_run(
     rule = offloaded.experts.cache.rule
     plan: PrefetchPlan | None = None
     if prefetcher is not None:
-        plan = plan_of(ranked(prefetcher, routes, prefetch), prefetcher.shape, requests)
+        plan = plan_of(ranked(prefetcher, routes, prefetch, threshold), prefetcher.shape, requests)
     scores = None
     if rule == Rule.LEARNED and reuse is not None:
         width = offloaded.shape.layers * offloaded.shape.experts

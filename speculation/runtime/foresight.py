@@ -71,18 +71,19 @@ class PredictorPrefetcher:
     Args:
         predictor: A predictor of experts, for any task.
         experts: Experts to prefetch per prediction, layer and sequence.
+        threshold: Only those with at least this predicted probability.
 
     Raises:
         SpecmoeError: The predictor's task is `reuse`.
     """
 
-    def __init__(self, predictor: Predictor, experts: int) -> None:
+    def __init__(self, predictor: Predictor, experts: int, threshold: float = 0.0) -> None:
         if not predictor.shape.task.predicts_experts:
             raise SpecmoeError(
                 f"a predictor for {predictor.shape.task} says how soon experts are used again, not which come next: use it as "
                 "the policy"
             )
-        self.predictor, self._experts = predictor, experts
+        self.predictor, self._experts, self._threshold = predictor, experts, threshold
 
     def before_layers(self, histories: Sequence[History]) -> list[Foreseen]:
         if self.predictor.shape.task != Task.WHOLE_PATH:
@@ -118,7 +119,7 @@ class PredictorPrefetcher:
         sums: dict[int, float] = {}
         for ids_E, scores_E in ranked:
             for expert, score in zip(ids_E[: self._experts].tolist(), scores_E[: self._experts].tolist(), strict=True):
-                if expert != ABSTAIN:
+                if expert != ABSTAIN and score >= self._threshold:
                     sums[expert] = sums.get(expert, 0.0) + score
         ordered = sorted(sums.items(), key=lambda item: -item[1])
         return [Foreseen(layer, layers_ahead, expert, score) for expert, score in ordered]
@@ -132,11 +133,13 @@ class NextGatePrefetcher:
 
     Args:
         blocks: The model's MoE layers, in order.
+        top_k: K, the experts that a router chooses.
         experts: Experts to prefetch per sequence.
+        threshold: Only those with at least this probability, as `NextGate` in `speculation.predictors` defines it.
     """
 
-    def __init__(self, blocks: Sequence[MoEBlock], experts: int) -> None:
-        self._blocks, self._experts = blocks, experts
+    def __init__(self, blocks: Sequence[MoEBlock], top_k: int, experts: int, threshold: float = 0.0) -> None:
+        self._blocks, self._top_k, self._experts, self._threshold = blocks, top_k, experts, threshold
 
     def before_layers(self, histories: Sequence[History]) -> list[Foreseen]:
         return []
@@ -150,11 +153,14 @@ class NextGatePrefetcher:
         weight, bias = block.gate.get_parameter("weight"), getattr(block.gate, "bias", None)
         logits_SE = torch.nn.functional.linear(routed.hidden_SD.to(weight.dtype), weight, bias).float()
         correction_E = block.correction_E
-        scores_SE = logits_SE.softmax(-1) if correction_E is None else logits_SE.sigmoid() + correction_E.float()
-        best, chosen = scores_SE.topk(min(self._experts, scores_SE.shape[-1]), dim=-1)
+        if correction_E is not None:
+            logits_SE = (logits_SE.sigmoid() + correction_E.float()).clamp_min(1e-6).log()
+        chance_SE = self._top_k * logits_SE.softmax(-1)
+        best, chosen = (chance_SE / (1 + chance_SE)).topk(min(self._experts, chance_SE.shape[-1]), dim=-1)
         sums: dict[int, float] = {}
         for expert, score in zip(chosen.flatten().tolist(), best.flatten().tolist(), strict=True):
-            sums[expert] = sums.get(expert, 0.0) + score
+            if score >= self._threshold:
+                sums[expert] = sums.get(expert, 0.0) + score
         return [Foreseen(target, 1, expert, score) for expert, score in sorted(sums.items(), key=lambda item: -item[1])]
 
 

@@ -193,6 +193,7 @@ class OffloadedModel:
         policy: str | Path = Rule.LRU.label,
         predictor: str | Path | None = None,
         prefetch: int | None = None,
+        threshold: float = 0.0,
         device: str | None = None,
         dtype: str = "auto",
         time_constant: float = TIME_CONSTANT,
@@ -208,6 +209,7 @@ class OffloadedModel:
             policy: Which expert is evicted: a policy's name, any but belady; or the directory of a run of the task `reuse`.
             predictor: What is prefetched: the directory of a run, `next-gate`, or None for nothing.
             prefetch: Experts to prefetch per prediction, layer and sequence. Default: K.
+            threshold: Only those with at least this predicted probability.
             device: `cuda` or `cpu`. Default: cuda if there is a GPU.
             dtype: `auto` (as in the checkpoint), `float32`, `bfloat16` or `float16`.
             time_constant: Tokens over which `ewma` and `lfu-aged` forget.
@@ -249,9 +251,9 @@ class OffloadedModel:
                 # Nothing is ever loaded or evicted: there is nothing to predict.
                 prefetching = reuse = None
             elif predictor == NEXT_GATE:
-                prefetcher = NextGatePrefetcher(blocks, prefetch or shape.top_k)
+                prefetcher = NextGatePrefetcher(blocks, shape.top_k, prefetch or shape.top_k, threshold)
             elif prefetching is not None:
-                prefetcher = PredictorPrefetcher(prefetching.predictor, prefetch or shape.top_k)
+                prefetcher = PredictorPrefetcher(prefetching.predictor, prefetch or shape.top_k, threshold)
             experts = OffloadedExperts(transfers, slots, shape, prefetcher, None if reuse is None else reuse.predictor)
             _connect(model, [block.experts for block in blocks], experts)
             loaded = {"moe_layers": [module.layer for module in modules], "num_experts": shape.experts, "top_k": shape.top_k}
@@ -449,6 +451,10 @@ class OffloadedModel:
 
 def peak_memory() -> int:
     """The most bytes of memory that this process has had in use so far."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # What `getrusage` says of a new process includes the memory of the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 
