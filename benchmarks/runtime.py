@@ -16,7 +16,7 @@ not comparable with rows that read past it.
 The predictors are trained first, on the training part of a trace of the embedded prompts, or given with --prefetcher and
 --reuse. The benchmark's prompts are of the test part.
 
-On a GPU, experts are in pinned host memory, and accelerate's row is its offload to host memory. Costs are measured on a CPU only,
+On a GPU, experts are in pinned host memory, and accelerate offloads to host memory. Costs are measured on a CPU only,
 so there is no simulation to compare with.
 """
 

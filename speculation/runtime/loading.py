@@ -15,6 +15,7 @@ from profiler.models.resolve import ResolvedModel
 from speculation.runtime.checkpoint import ExpertsModule
 from speculation.runtime.forward import is_supported
 from speculation.runtime.layout import ExpertLayout, Weight
+from speculation.runtime.packing import MXFP4, packed_weights
 
 EXPERTS_IMPLEMENTATION = "specmoe_offloaded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,11 +39,12 @@ def checkpoint_folder(model: ResolvedModel) -> Path:
         raise ModelError(f"{model.location} cannot be downloaded: {first_line(error)}") from error
 
 
-def model_config(folder: Path) -> Any:
-    """The config of a checkpoint.
+def model_config(folder: Path) -> tuple[Any, str | None]:
+    """The config of a checkpoint without its quantization, and how its experts are packed: `mxfp4`, or None if they are not.
 
     Raises:
-        ModelError: `transformers` does not know it, or the checkpoint is quantized in a way whose experts cannot be copied.
+        ModelError: `transformers` does not know it.
+        EngineError: The checkpoint is quantized in a way whose experts are not plain tensors.
     """
     from transformers import AutoConfig
 
@@ -51,13 +53,17 @@ def model_config(folder: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"transformers cannot read the config of {folder}: {first_line(error)}") from error
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if quantization is None:
+        return config, None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if method != MXFP4:
         raise EngineError(
-            f"{folder} is quantized ({method}): experts are offloaded in float32, bfloat16 and float16; choose a checkpoint "
-            "that is not quantized"
+            f"{folder} is quantized ({method}): experts are offloaded in float32, bfloat16, float16 and {MXFP4}; choose such a "
+            "checkpoint"
         )
-    return config
+    # Else transformers would unpack all experts, or look for kernels that compute them packed.
+    del config.quantization_config
+    return config, MXFP4
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
@@ -75,8 +81,12 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
         raise ModelError(f"transformers cannot build this model: {first_line(error)}") from error
 
 
-def experts_modules(model: Any) -> list[ExpertsModule]:
+def experts_modules(model: Any, packing: str | None = None) -> list[ExpertsModule]:
     """The experts modules of a model, in the order of its layers.
+
+    Args:
+        model: The model, without weights.
+        packing: How its checkpoint packs experts.
 
     Raises:
         EngineError: The model has no experts, or they are not computed by `transformers`' experts interface.
@@ -85,10 +95,10 @@ def experts_modules(model: Any) -> list[ExpertsModule]:
     if not blocks:
         raise EngineError(f"{type(model).__name__} has no routers: choose a mixture-of-experts model")
     names = {id(module): name for name, module in model.named_modules()}
-    return [_experts_module(block, names[id(block.experts)]) for block in blocks]
+    return [_experts_module(block, names[id(block.experts)], packing) for block in blocks]
 
 
-def _experts_module(block: MoEBlock, name: str) -> ExpertsModule:
+def _experts_module(block: MoEBlock, name: str, packing: str | None) -> ExpertsModule:
     experts = block.experts
     parameters = dict(experts.named_parameters())
     if not is_supported(experts) or any("." in part for part in parameters) or not parameters:
@@ -99,6 +109,11 @@ def _experts_module(block: MoEBlock, name: str) -> ExpertsModule:
     if any(parameter.shape[0] != block.num_experts for parameter in parameters.values()):
         raise EngineError(f"{name}: a weight is not one per expert, so this family cannot be offloaded")
     weights = tuple(Weight(part, tuple(value.shape[1:]), value.dtype) for part, value in parameters.items())
+    if packing == MXFP4:
+        try:
+            weights = packed_weights(weights)
+        except ValueError as error:
+            raise EngineError(f"{name} cannot be in {MXFP4}: {error}") from error
     return ExpertsModule(block.layer, name, ExpertLayout(weights), block.num_experts)
 
 

@@ -224,10 +224,10 @@ class OffloadedModel:
             raise EngineError("PyTorch finds no CUDA GPU on this machine: choose the device cpu")
         resolved = resolve_model(name, revision=revision)
         folder = checkpoint_folder(resolved)
-        config = model_config(folder)
+        config, packing = model_config(folder)
         kind = _dtype(dtype, config)
         empty = skeleton(config, kind)
-        modules = experts_modules(empty)
+        modules = experts_modules(empty, packing)
         layouts = [module.layout for module in modules]
         located = locate_experts(empty, modules, checkpoint_tensors(folder))
         shape = _shape(empty, resolved, len(modules), modules[0].num_experts)
@@ -239,7 +239,7 @@ class OffloadedModel:
         with contextlib.ExitStack() as undo:
             kept, reads = _open_store(Store(store), layouts, flat, shape.experts, chosen, direct)
             undo.callback(kept.close)
-            slots = Slots(layouts, [capacity] * len(layouts), chosen)
+            slots = Slots(layouts, [capacity] * len(layouts), chosen, None if packing is None else kind)
             popularity = _popularity(reuse or prefetching, shape)
             held = ExpertCache(rule, [capacity] * len(layouts), shape.experts, popularity, time_constant)
             transfers = Transfers(held, kept, slots, layouts)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from speculation.runtime.layout import ExpertLayout, allocate
+from speculation.runtime.packing import unpack
 
 # Experts of a prompt for which the cache has no room go through these: one is computed while the other is filled.
 BUFFERS = 2
@@ -19,13 +20,20 @@ class Slots:
         layouts: The layout of each layer's experts.
         capacities: Slots of each layer.
         device: Where they are.
+        unpacked: The type in which packed experts are computed; None if they are not packed.
 
     Attributes:
         bytes: Their size, buffers included.
     """
 
-    def __init__(self, layouts: Sequence[ExpertLayout], capacities: Sequence[int], device: torch.device) -> None:
-        self.device = device
+    def __init__(
+        self,
+        layouts: Sequence[ExpertLayout],
+        capacities: Sequence[int],
+        device: torch.device,
+        unpacked: torch.dtype | None = None,
+    ) -> None:
+        self.device, self._unpacked = device, unpacked
         pools = [allocate(layout, count, device) for layout, count in zip(layouts, capacities, strict=True)]
         # Each kind of layer has buffers of its own.
         self._buffers = {layout: allocate(layout, BUFFERS, device) for layout in layouts}
@@ -39,5 +47,6 @@ class Slots:
         return self._memory[slot] if slot >= 0 else self._buffers[self._layouts[layer]][-1 - slot]
 
     def weights(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
-        """The weights of the expert in a slot or buffer, by name."""
-        return self._views[slot] if slot >= 0 else self._layouts[layer].views(self.memory(layer, slot))
+        """The weights of the expert in a slot or buffer, by name; unpacked, if they are packed."""
+        found = self._views[slot] if slot >= 0 else self._layouts[layer].views(self.memory(layer, slot))
+        return found if self._unpacked is None else unpack(found, self._unpacked)

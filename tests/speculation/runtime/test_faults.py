@@ -149,7 +149,7 @@ def test_a_conversion_that_mixes_experts_is_refused(demo: Path, monkeypatch: pyt
     from transformers import conversion_mapping
     from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
-    config = model_config(demo)
+    config, _ = model_config(demo)
     empty = skeleton(config, config.dtype)
     modules, tensors = experts_modules(empty), checkpoint_tensors(demo)
     for operations in ([MergeModulelist(dim=0), Transpose(0, 1)], [MergeModulelist(dim=1)], [Concatenate(dim=0)]):
