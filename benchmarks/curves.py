@@ -20,11 +20,12 @@ from statistics import median
 import numpy as np
 
 from benchmarks.simulate import LAYERS, read_requests, synthetic_requests
-from speculation.offload.curves import lru_curves
+from speculation.offload.curves.hit_curves import lru_curves
+from speculation.offload.curves.slots import best_slots
 from speculation.offload.requests import Requests
-from speculation.offload.simulate import Setting, Workload, simulate
-from speculation.offload.slots import best_slots
-from speculation.offload.state import Count, Rule
+from speculation.offload.simulation.records import Count
+from speculation.offload.simulation.simulate import Setting, Workload, simulate
+from speculation.offload.state import Rule
 
 ROUNDS = 3
 SIZES = 8

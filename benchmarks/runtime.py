@@ -51,7 +51,7 @@ from speculation.offload.costs import Costs
 from speculation.offload.evictors import scores_by_step
 from speculation.offload.plans import plan_of, ranked
 from speculation.offload.requests import requests_of
-from speculation.offload.simulate import Setting, Workload, simulate
+from speculation.offload.simulation.simulate import Setting, Workload, simulate
 from speculation.offload.state import Rule
 from speculation.predictors.options import TrainingOptions
 from speculation.runtime.model import CacheSize, OffloadedModel, peak_memory

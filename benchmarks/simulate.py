@@ -26,8 +26,9 @@ from speculation.data.routes import load_routes
 from speculation.offload.costs import costs_of
 from speculation.offload.plans import oracle_plan, popularity_plan
 from speculation.offload.requests import Requests, requests_of
-from speculation.offload.simulate import Setting, Workload, simulate
-from speculation.offload.state import Count, Rule
+from speculation.offload.simulation.records import Count
+from speculation.offload.simulation.simulate import Setting, Workload, simulate
+from speculation.offload.state import Rule
 
 LAYERS, EXPERTS, TOP_K = 24, 32, 4
 ROUNDS = 3

@@ -16,7 +16,7 @@ from profiler.trace.reader import Trace
 from speculation.cli import PartName
 
 if TYPE_CHECKING:
-    from speculation.offload.curve_study import CurveStudy
+    from speculation.offload.curves.curve_study import CurveStudy
     from speculation.offload.state import Rule
 
 app = typer.Typer()
@@ -68,8 +68,8 @@ def curve(
 
     Example: specmoe curve traces/held-out --part all --training traces/math --policy lru --policy lfru --policy belady
     """
-    from speculation.offload.curve_page import write_curves
-    from speculation.offload.curve_study import WINDOWS, CurveStudy
+    from speculation.offload.curves.curve_page import write_curves
+    from speculation.offload.curves.curve_study import WINDOWS, CurveStudy
 
     if out is not None and out.exists() and not out.is_dir():
         raise SpecmoeError(f"--out {out} is not a folder")
@@ -100,7 +100,7 @@ def _rule(name: str) -> Rule:
 
 def run_with_progress(study: CurveStudy) -> CacheCurves:
     """Compute the curves, with a progress bar where there is a terminal."""
-    from speculation.offload.curve_study import run_curves
+    from speculation.offload.curves.curve_study import run_curves
 
     if not messages.is_terminal:
         return run_curves(study)
@@ -116,7 +116,7 @@ def run_with_progress(study: CurveStudy) -> CacheCurves:
 
 def print_curves(curves: CacheCurves) -> None:
     """Print hit rates at some sizes, working sets and slots as tables, then the results in sentences, and the notes."""
-    from speculation.offload.curves import SHARES
+    from speculation.offload.curves.hit_curves import SHARES
 
     sizes = sorted({int(share * curves.num_experts) for share in SHARES})
     shown = _table(f"{curves.model}: hit rate by slots per layer", "policy", *map(str, sizes), "knee")

@@ -205,8 +205,8 @@ def simulate(
     Example: specmoe simulate traces/math --miss copy --miss host --host "DDR5-5600 desktop" --ram-gb 16 --storage "NVMe Gen4"
     """
     from speculation.offload.requests import Drafting
+    from speculation.offload.simulation.records import Miss
     from speculation.offload.simulation_page import write_simulation
-    from speculation.offload.state import Miss
     from speculation.offload.study import Study
 
     if ram_gb is not None and ram_fraction is not None:

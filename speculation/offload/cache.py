@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
 from speculation.offload.policies import begin_step, choose_victim, demote_oldest, note_load, note_use, set_scores, start_expert
-from speculation.offload.state import ABSENT, COMING, NEVER, ORDER, PRESENT, Limits, Rule, expert_records
+from speculation.offload.state import ABSENT, COMING, NEVER, ORDER, PRESENT, Rule, expert_records
 
 NO_SCORES: npt.NDArray[np.float32] = np.zeros(0, dtype=np.float32)
 
@@ -59,7 +59,7 @@ class ExpertCache:
             raise SpecmoeError(f"time constant {time_constant}: expected more than 0 steps")
         layers = len(capacities)
         self.rule, self.capacities, self.num_experts = rule, [min(size, num_experts) for size in capacities], num_experts
-        self._limits = Limits(int(rule), layers, num_experts, False, 0.0, 0.0, 0.0, time_constant)
+        self._layers, self._time_constant = layers, time_constant
         self._experts = expert_records(np.full(layers * num_experts, NEVER, dtype=np.int64))
         self._first_slots = np.concatenate(([0], np.cumsum(self.capacities)))
         self._slots = [np.zeros(size, dtype=np.int64) for size in self.capacities]
@@ -84,7 +84,7 @@ class ExpertCache:
         """
         self._step += 1
         self._scores_X = scores_X
-        begin_step(self._step, int(self.rule), self._limits.time_constant, self._experts)
+        begin_step(self._step, int(self.rule), self._time_constant, self._experts)
 
     def look_up(self, layer: int, chosen: Sequence[int]) -> list[bool]:
         """Whether each chosen expert of a layer is cached, or will be soon. Until `release`, none of them is evicted."""
@@ -126,11 +126,9 @@ class ExpertCache:
             slot = held
             self._held[layer] += 1
         else:
-            is_prefetch, soon, layers = layers_ahead is not None, self.request + 1, self._limits.layers
+            is_prefetch, soon = layers_ahead is not None, self.request + 1
             # Between two requests, the next one has not chosen any expert yet, so that none is spared for being in use.
-            request = self.request if self._in_use else soon
-            slot = choose_victim(slots, held, int(self.rule), layers, request, soon, 0.0, is_prefetch, self._experts)
-            if slot < 0 or (is_prefetch and self.rule == Rule.LEARNED and self._experts[slots[slot]]["key"] > score):
+from speculation.offload.state import ABSENT, COMING, NEVER, ORDER, PRESENT, Rule, expert_records
                 return None
             evicted = int(slots[slot])
             self._experts[evicted]["where"] = ABSENT
@@ -154,8 +152,7 @@ class ExpertCache:
         """Note that the chosen experts of a layer are used."""
         for place, expert in enumerate(chosen):
             record = self._experts[layer * self.num_experts + expert]
-            order = (self.request + 1) * ORDER - 2 * place
-            if note_use(record, self.request, self._step, order, int(self.rule), self._limits.time_constant):
+from speculation.offload.state import ABSENT, COMING, NEVER, ORDER, PRESENT, Rule, expert_records
                 demote_oldest(self._slots[layer], self._held[layer], self.capacities[layer], self._experts)
 
     def release(self) -> None:

@@ -16,8 +16,8 @@ from speculation.data.tasks import Task
 from speculation.evaluation.evaluate import microseconds_per_prediction
 from speculation.offload.plans import CHUNK_PROBABILITIES
 from speculation.offload.requests import Requests
-from speculation.offload.simulate import TIME_CONSTANT, Setting, Workload, simulate
-from speculation.offload.state import Rule
+from speculation.offload.simulation.simulate import Setting, Workload, simulate
+from speculation.offload.state import TIME_CONSTANT, Rule
 from speculation.predictors.base import Predictor
 
 # Requests that a policy is timed on.

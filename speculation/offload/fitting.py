@@ -185,8 +185,9 @@ def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch:
     from speculation.data.routes import load_routes
     from speculation.data.tasks import Shape, Task
     from speculation.offload.requests import requests_of
-    from speculation.offload.simulate import Setting, Workload, simulate
-    from speculation.offload.state import Miss, Rule
+    from speculation.offload.simulation.records import Miss
+    from speculation.offload.simulation.simulate import Setting, Workload, simulate
+    from speculation.offload.state import Rule
     from speculation.predictors.features import expert_frequency
 
     facts = trace.metadata.model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from speculation.offload.simulate import Setting, SimulationResult, Workload, simulate
+from speculation.offload.simulation.simulate import Setting, SimulationResult, Workload, simulate
 from speculation.offload.state import Rule
 
 RESAMPLES = 1000

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from speculation.offload.recompiling import recompile_after
 from speculation.offload.state import COMING, ORDER, PRESENT, Expert, Experts, Integers, Rule
 
-recompile_after(__file__, "state")
+recompile_after(__file__, "speculation.offload.state")
 
 # Added to the worth of experts that are evicted last: larger than any place in the order of uses, and added without rounding.
 _ABOVE_ALL = float(1 << 50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 
@@ -16,10 +17,10 @@ def recompile_after(file: str, *modules: str) -> None:
 
     Args:
         file: The caller's `__file__`. Call this before its first compiled function.
-        modules: Names of modules in the same folder that it calls.
+        modules: Full names of the imported modules that it calls.
     """
     own = Path(file)
-    newest = max((own.with_name(f"{name}.py").stat().st_mtime_ns for name in modules), default=0)
+    newest = max((Path(str(sys.modules[name].__file__)).stat().st_mtime_ns for name in modules), default=0)
     if own.stat().st_mtime_ns < newest:
         with contextlib.suppress(OSError):
             os.utime(own, ns=(newest, newest))

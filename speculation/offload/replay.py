@@ -22,8 +22,7 @@ from speculation.data.tasks import Task
 from speculation.offload.cache import NO_SCORES, ExpertCache
 from speculation.offload.costs import COPY_LATENCY, Costs
 from speculation.offload.devices import Cpu, Cuda, Device, Event
-from speculation.offload.simulate import TIME_CONSTANT
-from speculation.offload.state import Rule
+from speculation.offload.state import TIME_CONSTANT, Rule
 from speculation.predictors.base import Predictor
 
 DEVICES: dict[str, type[Cuda] | type[Cpu]] = {"cuda": Cuda, "cpu": Cpu}

@@ -22,8 +22,9 @@ from speculation.offload.costs import MEMORY_SHARE, Costs, costs_of, find_entry
 from speculation.offload.replay import Sizes, measure, open_device
 from speculation.offload.replay import replay as run_tokens
 from speculation.offload.requests import requests_of
-from speculation.offload.simulate import Setting, Workload, capacities, simulate
-from speculation.offload.state import Count, Rule
+from speculation.offload.simulation.records import Count
+from speculation.offload.simulation.simulate import Setting, Workload, capacities, simulate
+from speculation.offload.state import Rule
 from speculation.offload.sweep import NONE, Prefetcher, PrefetchOptions, popularity_of, prefetcher_of, simple_prefetcher
 from speculation.training.runs import load_run
 

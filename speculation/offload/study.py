@@ -18,14 +18,15 @@ from speculation.data.routes import Routes, load_routes, route_digests
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import check_run
 from speculation.offload.costs import Costs, costs_of, find_entry
-from speculation.offload.division import BY_CURVE, EVEN, division_of
+from speculation.offload.curves.division import BY_CURVE, EVEN, division_of
 from speculation.offload.evictors import Evictor, learned_evictors
 from speculation.offload.host_measure import measured_on_host
 from speculation.offload.replay import default_device, measure
 from speculation.offload.replay_study import Replay, sizes_of
 from speculation.offload.requests import NO_DRAFTS, Drafting, Requests, requests_of
-from speculation.offload.simulate import TIME_CONSTANT, Workload, capacities
-from speculation.offload.state import Miss, Rule
+from speculation.offload.simulation.records import Miss
+from speculation.offload.simulation.simulate import Workload, capacities
+from speculation.offload.state import TIME_CONSTANT, Rule
 from speculation.offload.sweep import (
     NONE,
     POPULARITY,

@@ -19,13 +19,14 @@ from speculation.data.routes import Routes, load_routes
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import microseconds_per_prediction
 from speculation.offload.costs import Costs
-from speculation.offload.division import Division
+from speculation.offload.curves.division import Division
 from speculation.offload.evictors import Evictor, policy_seconds
 from speculation.offload.gap import Gap
 from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Requests
-from speculation.offload.simulate import QUEUE, Setting, SimulationResult, Workload, simulate
-from speculation.offload.state import Count, Miss, Rule
+from speculation.offload.simulation.records import Count, Miss
+from speculation.offload.simulation.simulate import QUEUE, Setting, SimulationResult, Workload, simulate
+from speculation.offload.state import Rule
 from speculation.predictors.base import Predictor
 from speculation.predictors.features import expert_frequency
 from speculation.training.runs import Run

@@ -11,7 +11,7 @@ from speculation.offload.costs import Costs
 from speculation.offload.evictors import scores_by_step
 from speculation.offload.plans import PrefetchPlan, plan_of, ranked
 from speculation.offload.requests import requests_of
-from speculation.offload.simulate import Setting, SimulationResult, Workload, simulate
+from speculation.offload.simulation.simulate import Setting, SimulationResult, Workload, simulate
 from speculation.offload.state import Rule
 from speculation.predictors.base import Predictor
 from speculation.runtime.model import OffloadedModel

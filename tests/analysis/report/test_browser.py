@@ -15,8 +15,8 @@ from support.traces import write_made_trace
 
 from analysis.analyze import analyze_trace, compare_traces
 from profiler.trace.reader import Trace
-from speculation.offload.curve_page import write_curves
-from speculation.offload.curve_study import CurveStudy, run_curves
+from speculation.offload.curves.curve_page import write_curves
+from speculation.offload.curves.curve_study import CurveStudy, run_curves
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 # As root, and without a network that its own services could look for.

@@ -17,8 +17,9 @@ from speculation.data.tasks import Shape, Task
 from speculation.offload.evictors import Evictor, learned_evictors, policy_seconds, scores_by_step
 from speculation.offload.plans import no_plan, oracle_plan
 from speculation.offload.requests import Drafting, Requests, requests_of
-from speculation.offload.simulate import Setting, Workload, simulate
-from speculation.offload.state import Count, Rule
+from speculation.offload.simulation.records import Count
+from speculation.offload.simulation.simulate import Setting, Workload, simulate
+from speculation.offload.state import Rule
 from speculation.offload.sweep import Prefetcher, prefetchers_for
 from speculation.predictors.counting.popularity import Popularity
 from speculation.predictors.neural.reuse import Reuse

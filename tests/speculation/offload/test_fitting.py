@@ -21,8 +21,9 @@ from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import costs_of
 from speculation.offload.fitting import COMPUTE, COPY, FILL, LAYERS, ON_GPU, FitOptions, fit_model
 from speculation.offload.requests import requests_of
-from speculation.offload.simulate import Setting, Workload, simulate
-from speculation.offload.state import Miss, Rule
+from speculation.offload.simulation.records import Miss
+from speculation.offload.simulation.simulate import Setting, Workload, simulate
+from speculation.offload.state import Rule
 from speculation.predictors.features import expert_frequency
 
 DESKTOP = HOSTS["DDR5-5600 desktop"]

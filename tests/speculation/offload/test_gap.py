@@ -8,8 +8,9 @@ from support.routes import routes_of
 
 from speculation.offload.gap import Gap
 from speculation.offload.requests import requests_of
-from speculation.offload.simulate import Setting, Workload, simulate
-from speculation.offload.state import Count, Rule
+from speculation.offload.simulation.records import Count
+from speculation.offload.simulation.simulate import Setting, Workload, simulate
+from speculation.offload.state import Rule
 
 ROUTES = routes_of([(0, 40), (5, 30), (0, 25)], layers=3)
 WORKLOAD = Workload(requests_of(ROUTES, 8), np.tile(np.arange(8, 0, -1.0), (3, 1)))

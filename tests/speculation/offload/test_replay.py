@@ -16,8 +16,9 @@ from speculation.offload.costs import Costs
 from speculation.offload.devices import Cpu
 from speculation.offload.replay import Sizes, measure, open_device, replay
 from speculation.offload.requests import requests_of
-from speculation.offload.simulate import Setting, Workload, simulate
-from speculation.offload.state import Count, Rule
+from speculation.offload.simulation.records import Count
+from speculation.offload.simulation.simulate import Setting, Workload, simulate
+from speculation.offload.state import Rule
 from speculation.predictors.counting.conditional_counts import ConditionalCounts
 from speculation.predictors.options import TrainingOptions
 

@@ -20,8 +20,9 @@ from speculation.data.tasks import Shape, Task
 from speculation.offload.costs import Costs
 from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.requests import Drafting, Requests, requests_of
-from speculation.offload.simulate import Setting, SimulationResult, Workload, capacities, simulate
-from speculation.offload.state import Count, Rule
+from speculation.offload.simulation.records import Count
+from speculation.offload.simulation.simulate import Setting, SimulationResult, Workload, capacities, simulate
+from speculation.offload.state import Rule
 from speculation.predictors.counting.previous_token import PreviousToken
 from speculation.predictors.options import TrainingOptions
 

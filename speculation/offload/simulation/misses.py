@@ -6,28 +6,21 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from speculation.offload.eviction import evict
 from speculation.offload.policies import choose_victim, note_load
-from speculation.offload.ram import OUT, Ram, admit, touch
 from speculation.offload.recompiling import recompile_after
-from speculation.offload.state import (
-    ABSENT,
-    ALL,
-    COMING,
-    MISSED,
-    ORDER,
-    PRESENT,
-    Clock,
-    Count,
-    Experts,
-    Integers,
-    Limits,
-    Miss,
-    Rule,
-    Tiers,
-)
+from speculation.offload.simulation.eviction import evict
+from speculation.offload.simulation.host_memory import OUT, Ram, admit, touch
+from speculation.offload.simulation.records import ALL, Clock, Count, Limits, Miss, Tiers
+from speculation.offload.state import ABSENT, COMING, MISSED, ORDER, PRESENT, Experts, Integers, Rule
 
-recompile_after(__file__, "eviction", "policies", "ram", "state")
+recompile_after(
+    __file__,
+    "speculation.offload.policies",
+    "speculation.offload.state",
+    "speculation.offload.simulation.eviction",
+    "speculation.offload.simulation.host_memory",
+    "speculation.offload.simulation.records",
+)
 
 # Calls with this many arrays are not inlined by LLVM and cost a sixth of the time: these are inlined by numba.
 _inlined = numba.njit(cache=True, nogil=True, inline="always")

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speculation.offload.ram import OUT, admit, ram_records, touch
+from speculation.offload.simulation.host_memory import OUT, admit, ram_records, touch
 
 
 @settings(deadline=None)  # the first call compiles

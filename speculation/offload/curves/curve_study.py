@@ -14,12 +14,13 @@ from profiler.errors import EmptyPartError, SpecmoeError
 from profiler.trace.reader import Trace
 from speculation.data.routes import Routes, load_routes, route_digests
 from speculation.data.tasks import Shape, Task
-from speculation.offload.curves import HitCurves, knee, lru_curves, sampled_sizes
+from speculation.offload.curves.hit_curves import HitCurves, knee, lru_curves, sampled_sizes
+from speculation.offload.curves.slots import best_slots, even_slots, hits_of
+from speculation.offload.curves.working_sets import WorkingSets, step_sets, window_sets
 from speculation.offload.requests import requests_of
-from speculation.offload.simulate import Setting, Workload, capacities, simulate
-from speculation.offload.slots import best_slots, even_slots, hits_of
-from speculation.offload.state import Count, Rule
-from speculation.offload.working_set import WorkingSets, step_sets, window_sets
+from speculation.offload.simulation.records import Count
+from speculation.offload.simulation.simulate import Setting, Workload, capacities, simulate
+from speculation.offload.state import Rule
 from speculation.predictors.features import expert_frequency
 
 LRU, BELADY = Rule.LRU.label, Rule.BELADY.label

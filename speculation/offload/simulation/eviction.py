@@ -5,9 +5,10 @@ from __future__ import annotations
 import numba
 
 from speculation.offload.recompiling import recompile_after
-from speculation.offload.state import ABSENT, Clock, Count, Experts, Integers, Limits
+from speculation.offload.simulation.records import Clock, Count, Limits
+from speculation.offload.state import ABSENT, Experts, Integers
 
-recompile_after(__file__, "state")
+recompile_after(__file__, "speculation.offload.state", "speculation.offload.simulation.records")
 
 
 @numba.njit(cache=True, nogil=True)

@@ -13,10 +13,10 @@ from profiler.errors import EmptyPartError, SpecmoeError
 from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
 from speculation.data.tasks import Shape
-from speculation.offload.curves import lru_curves
+from speculation.offload.curves.hit_curves import lru_curves
+from speculation.offload.curves.slots import best_slots
 from speculation.offload.requests import requests_of
-from speculation.offload.simulate import Workload
-from speculation.offload.slots import best_slots
+from speculation.offload.simulation.simulate import Workload
 
 EVEN, BY_CURVE = "even", "curve"
 # The slots of each layer, given how many a layer has on average.

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from speculation.offload.recompiling import recompile_after
 from speculation.offload.state import record_type
 
-recompile_after(__file__, "state")
+recompile_after(__file__, "speculation.offload.state")
 
 
 class RamEntry:

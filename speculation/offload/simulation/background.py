@@ -8,31 +8,21 @@ from __future__ import annotations
 
 import numba
 
-from speculation.offload.eviction import evict
 from speculation.offload.policies import choose_victim, note_load, worth
-from speculation.offload.ram import OUT, Ram, admit, touch
 from speculation.offload.recompiling import recompile_after
-from speculation.offload.state import (
-    ABSENT,
-    COMING,
-    FILLING,
-    FILLS,
-    ORDER,
-    PREDICTED,
-    READS,
-    WAITING,
-    Clock,
-    Count,
-    Experts,
-    Integers,
-    Limits,
-    Lines,
-    QueuedPrefetch,
-    Queues,
-    Rule,
-)
+from speculation.offload.simulation.eviction import evict
+from speculation.offload.simulation.host_memory import OUT, Ram, admit, touch
+from speculation.offload.simulation.records import FILLS, PREDICTED, READS, Clock, Count, Limits, Lines, QueuedPrefetch, Queues
+from speculation.offload.state import ABSENT, COMING, FILLING, ORDER, WAITING, Experts, Integers, Rule
 
-recompile_after(__file__, "eviction", "policies", "ram", "state")
+recompile_after(
+    __file__,
+    "speculation.offload.policies",
+    "speculation.offload.state",
+    "speculation.offload.simulation.eviction",
+    "speculation.offload.simulation.host_memory",
+    "speculation.offload.simulation.records",
+)
 
 # Calls with arrays that LLVM does not inline cost as much as their work.
 _inlined = numba.njit(cache=True, nogil=True, inline="always")

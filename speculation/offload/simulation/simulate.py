@@ -13,29 +13,16 @@ import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
 from speculation.offload.costs import Costs
-from speculation.offload.kernel import play, uses_ahead
 from speculation.offload.plans import PrefetchPlan, no_plan
-from speculation.offload.ram import ram_records
 from speculation.offload.requests import Requests
-from speculation.offload.state import (
-    ALL,
-    CLOCK,
-    LINE,
-    MAX_REQUESTS,
-    QUEUED_PREFETCH,
-    Count,
-    Limits,
-    Miss,
-    Rule,
-    Tiers,
-    expert_records,
-)
+from speculation.offload.simulation.event_loop import play, uses_ahead
+from speculation.offload.simulation.host_memory import ram_records
+from speculation.offload.simulation.records import ALL, CLOCK, LINE, MAX_REQUESTS, QUEUED_PREFETCH, Count, Limits, Miss, Tiers
+from speculation.offload.state import TIME_CONSTANT, Rule, expert_records
 
 # Each expert of a request needs its own place in the kernel's order of uses.
 MAX_EXPERTS = 4096
 QUEUE = 64
-# Tokens over which `ewma` forgets. Values from 12 to 48 differ little (docs/offload.md).
-TIME_CONSTANT = 24.0
 
 
 @dataclass(frozen=True)

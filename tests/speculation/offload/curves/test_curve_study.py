@@ -14,7 +14,7 @@ from profiler.errors import SpecmoeError, TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.splits import part_of
 from specmoe import app
-from speculation.offload.curve_study import CurveStudy, run_curves, summary_of
+from speculation.offload.curves.curve_study import CurveStudy, run_curves, summary_of
 from speculation.offload.state import Rule
 from speculation.offload.study import Study, run_study
 

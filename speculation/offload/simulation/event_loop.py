@@ -14,36 +14,37 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from speculation.offload.background import begin_reads, begin_transfers, enqueue_fill, enqueue_prediction
-from speculation.offload.misses import load_missing, serve
 from speculation.offload.policies import begin_step, demote_oldest, note_next_use, note_use, set_scores, start_expert
-from speculation.offload.ram import OUT, Ram
 from speculation.offload.recompiling import recompile_after
-from speculation.offload.state import (
+from speculation.offload.simulation.background import begin_reads, begin_transfers, enqueue_fill, enqueue_prediction
+from speculation.offload.simulation.host_memory import OUT, Ram
+from speculation.offload.simulation.misses import load_missing, serve
+from speculation.offload.simulation.records import (
     ALL,
-    COMING,
     FILLS,
-    MISSED,
-    NEVER,
-    ORDER,
     PREDICTED,
-    PRESENT,
     READS,
-    WAITING,
     Clock,
     Count,
-    Experts,
-    Integers,
     Limits,
     Lines,
     Miss,
     Queues,
-    Rule,
     Seconds,
     Tiers,
 )
+from speculation.offload.state import COMING, MISSED, NEVER, ORDER, PRESENT, WAITING, Experts, Integers, Rule
 
-recompile_after(__file__, "background", "eviction", "misses", "policies", "ram", "state")
+recompile_after(
+    __file__,
+    "speculation.offload.policies",
+    "speculation.offload.state",
+    "speculation.offload.simulation.background",
+    "speculation.offload.simulation.eviction",
+    "speculation.offload.simulation.host_memory",
+    "speculation.offload.simulation.misses",
+    "speculation.offload.simulation.records",
+)
 
 _COUNTS = len(Count)
 # Calls with this many arrays are not inlined by LLVM and cost a sixth of the time: these are inlined by numba.

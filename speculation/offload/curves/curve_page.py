@@ -41,7 +41,7 @@ def curve_page(curves: CacheCurves) -> str:
     if curves.working_sets:
         figures.append(_working_sets(curves))
     environment = jinja2.Environment(
-        autoescape=True, loader=jinja2.PackageLoader("speculation.offload", ""), trim_blocks=True, lstrip_blocks=True
+        autoescape=True, loader=jinja2.PackageLoader("speculation.offload.curves", ""), trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("curve.html.j2").render(
         curves=curves,

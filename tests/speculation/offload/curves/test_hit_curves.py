@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from support.routes import routes_of
 
 from profiler.errors import SpecmoeError
-from speculation.offload.curves import HitCurves, knee, lru_curves, sampled_sizes
+from speculation.offload.curves.hit_curves import HitCurves, knee, lru_curves, sampled_sizes
+from speculation.offload.curves.slots import best_slots, even_slots, hits_of
+from speculation.offload.curves.working_sets import WorkingSets, step_sets, window_sets
 from speculation.offload.requests import Requests, requests_of
-from speculation.offload.simulate import Setting, Workload, simulate
-from speculation.offload.slots import best_slots, even_slots, hits_of
-from speculation.offload.state import Count, Rule
-from speculation.offload.working_set import WorkingSets, step_sets, window_sets
+from speculation.offload.simulation.records import Count
+from speculation.offload.simulation.simulate import Setting, Workload, simulate
+from speculation.offload.state import Rule
 
 # The first example of each test compiles what it calls, unless that is in numba's cache.
 compiled = settings(deadline=None)

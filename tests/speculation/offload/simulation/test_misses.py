@@ -15,8 +15,9 @@ from profiler.errors import SpecmoeError
 from speculation.offload.costs import Costs
 from speculation.offload.plans import PrefetchPlan, oracle_plan, popularity_plan
 from speculation.offload.requests import Requests
-from speculation.offload.simulate import Setting, SimulationResult, Workload, simulate
-from speculation.offload.state import Count, Miss, Rule
+from speculation.offload.simulation.records import Count, Miss
+from speculation.offload.simulation.simulate import Setting, SimulationResult, Workload, simulate
+from speculation.offload.state import Rule
 
 Steps = list[list[list[int]]]
 # In seconds: a copy takes 10, an expert 1, the rest of a layer 2, an expert on the host 4 after a latency of .5, a read 20.

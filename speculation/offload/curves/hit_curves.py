@@ -20,7 +20,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from speculation.offload.simulate import Workload
+from speculation.offload.simulation.simulate import Workload
 from speculation.offload.state import Integers
 
 # Sizes that tables show, as shares of all experts.
