@@ -128,7 +128,9 @@ class ExpertCache:
         else:
             is_prefetch, soon = layers_ahead is not None, self.request + 1
             # Between two requests, the next one has not chosen any expert yet, so that none is spared for being in use.
-from speculation.offload.state import ABSENT, COMING, NEVER, ORDER, PRESENT, Rule, expert_records
+            request = self.request if self._in_use else soon
+            slot = choose_victim(slots, held, int(self.rule), self._layers, request, soon, 0.0, is_prefetch, self._experts)
+            if slot < 0 or (is_prefetch and self.rule == Rule.LEARNED and self._experts[slots[slot]]["key"] > score):
                 return None
             evicted = int(slots[slot])
             self._experts[evicted]["where"] = ABSENT
@@ -152,7 +154,8 @@ from speculation.offload.state import ABSENT, COMING, NEVER, ORDER, PRESENT, Rul
         """Note that the chosen experts of a layer are used."""
         for place, expert in enumerate(chosen):
             record = self._experts[layer * self.num_experts + expert]
-from speculation.offload.state import ABSENT, COMING, NEVER, ORDER, PRESENT, Rule, expert_records
+            order = (self.request + 1) * ORDER - 2 * place
+            if note_use(record, self.request, self._step, order, int(self.rule), self._time_constant):
                 demote_oldest(self._slots[layer], self._held[layer], self.capacities[layer], self._experts)
 
     def release(self) -> None:
