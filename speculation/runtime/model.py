@@ -22,8 +22,7 @@ from profiler.models.resolve import ResolvedModel, resolve_model
 from profiler.trace.schema import ModelMetadata
 from speculation.data.tasks import Shape, Task
 from speculation.offload.cache import ExpertCache
-from speculation.offload.simulation.simulate import TIME_CONSTANT
-from speculation.offload.state import Rule
+from speculation.offload.state import TIME_CONSTANT, Rule
 from speculation.runtime.checkpoint import checkpoint_tensors, locate_experts
 from speculation.runtime.experts import OffloadedExperts
 from speculation.runtime.foresight import NextGatePrefetcher, PredictorPrefetcher, Prefetcher

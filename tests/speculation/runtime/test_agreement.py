@@ -12,7 +12,8 @@ from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
 from speculation.data.tasks import Task
-from speculation.offload.state import Count, Rule
+from speculation.offload.simulation.records import Count
+from speculation.offload.state import Rule
 from speculation.predictors.options import TrainingOptions
 from speculation.runtime import CacheSize, OffloadedModel
 from speculation.runtime.agreement import measured_costs, simulate_run
