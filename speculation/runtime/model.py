@@ -147,7 +147,7 @@ class OffloadedModel:
         prefetcher_run, reuse_run: The trained predictors of what is prefetched and of the policy, if there are any.
 
     Example:
-        >>> from speculation.runtime import CacheSize, OffloadedModel
+        >>> from speculation import CacheSize, OffloadedModel
         >>> with OffloadedModel.load("demo", CacheSize(fraction=0.5), store="disk") as offloaded:
         ...     (generation,) = offloaded.generate(["def add(a, b):"], max_new_tokens=8)
         >>> len(generation.token_ids)

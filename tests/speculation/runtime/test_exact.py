@@ -122,7 +122,12 @@ def test_sampling_under_a_seed_draws_the_same_tokens(mixtral: Path) -> None:
             other = offloaded.generate([PROMPT], max_new_tokens=16, temperature=1.0, seed=4, ignore_eos=True)[0].token_ids
         assert drawn != other
         found.append(drawn)
-    assert found[0] == found[1] == found[2]
+    torch.manual_seed(3)
+    resident = resident_model(mixtral)
+    prompt_BT = torch.tensor([PROMPT])
+    drawn_BT = resident.generate(prompt_BT, max_new_tokens=16, do_sample=True, temperature=1.0, eos_token_id=None)
+    expected = [int(token) for token in drawn_BT[0, len(PROMPT) :]]
+    assert found == [expected, expected, expected]
 
 
 def test_a_sequence_ends_with_its_end_token(mixtral: Path) -> None:
