@@ -9,8 +9,8 @@ while an expert has as many bytes as that of a real model. Two thirds of these b
 can leave them out. Every row generates the same tokens after the same prompts, in a process of its own; that they are equal is
 checked. Tokens/s are of generated tokens, without the prompts.
 
-With --memory-gb, each process gets a control group that limits its memory, the page cache of its files included (Linux, as
-root). Without it, the operating system may hold the whole checkpoint in memory, and rows that read through the page cache are
+With --memory-gb, each process that does not hold all experts gets a control group that limits its memory, the page cache of its
+files included (Linux, as root). Without it, the operating system may hold the whole checkpoint in memory, and rows that read through the page cache are
 not comparable with rows that read past it.
 
 The predictors are trained first, on the training part of a trace of the embedded prompts, or given with --prefetcher and
@@ -105,9 +105,11 @@ def main() -> None:
     parser.add_argument("--expert-mb", type=float, default=40.0, help="size of an expert in float32")
     parser.add_argument("--memory-gb", type=float, help="limit of each process's memory, page cache included")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens per prompt")
-    parser.add_argument(
-        "--folder", type=Path, help="where the model, the trace and the predictors are kept; default: temporary"
-    )
+    parser.add_argument("--folder", type=Path, help="where the model, trace and predictors are kept; default: temporary")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--prefetcher", type=Path, help="run of 'specmoe train' on traces of the embedded model")
+    parser.add_argument("--reuse", type=Path, help="the same of the task reuse")
+    parser.add_argument("--threshold", type=float, default=0.3, help="least probability of what is prefetched")
     parser.add_argument("--only", action="append", help="rows whose name contains this; may be repeated")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--child", nargs=3, metavar=("CASE", "MODEL", "PROMPTS"), help=argparse.SUPPRESS)
@@ -142,7 +144,9 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
         rows = [row for row in rows if row.name == ON_DEMAND or any(part in row.name for part in arguments.only)]
     measured: dict[str, Measured] = {}
     for row in rows:
-        measured[row.name] = in_process(row, model, prompts, arguments.memory_gb)
+        # Rows without offloading need memory for all experts.
+        limit = None if row.name in {PLAIN, RESIDENT} else arguments.memory_gb
+        measured[row.name] = in_process(row, model, prompts, limit)
         check_output(row, measured)
         print(f"{row.name}: {measured[row.name].tokens_per_second:.2f} tokens/s", file=sys.stderr, flush=True)
     print_rows(rows, measured, simulated(rows, measured, Trace.open(done)), arguments)
@@ -248,7 +252,8 @@ def in_process(case: Case, model: Path, prompts: list[str], memory_gb: float | N
         environment = os.environ | ({"SPECMOE_BENCHMARK_GROUP": str(group)} if group else {})
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise SystemExit(f"{case.name} failed:\n{done.stderr[-2000:]}")
+        why = "it was killed, which the limit of memory does" if done.returncode == -9 else done.stderr[-2000:]
+        raise SystemExit(f"{case.name} failed: {why}")
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -442,7 +447,9 @@ def print_rows(
 ) -> None:
     """Print the table."""
     base = measured[ON_DEMAND]
-    limit = "no limit of memory" if arguments.memory_gb is None else f"at most {arguments.memory_gb} GB of memory per row"
+    limit = "no limit of memory"
+    if arguments.memory_gb is not None:
+        limit = f"at most {arguments.memory_gb} GB of memory, page cache included, for each row that does not hold all experts"
     print(
         f"{arguments.expert_mb:g} MB per expert, 8 layers of 8 experts, top-2; {len(base.output)} prompts, {arguments.tokens} "
         f"new tokens each; {limit}; a transfer takes {base.copy_seconds * 1e3:.1f} ms "
