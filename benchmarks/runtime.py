@@ -10,8 +10,8 @@ can leave them out. Every row generates the same tokens after the same prompts, 
 checked. Tokens/s are of generated tokens, without the prompts.
 
 With --memory-gb, each process that does not hold all experts gets a control group that limits its memory, the page cache of its
-files included (Linux, as root). Without it, the operating system may hold the whole checkpoint in memory, and rows that read through the page cache are
-not comparable with rows that read past it.
+files included (Linux, as root). Without it, the operating system may hold the whole checkpoint in memory, and rows that read
+through the page cache are not comparable with rows that read past it.
 
 The predictors are trained first, on the training part of a trace of the embedded prompts, or given with --prefetcher and
 --reuse. The benchmark's prompts are of the test part.

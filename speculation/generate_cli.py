@@ -74,6 +74,13 @@ def generate(
     store: Annotated[
         Literal["ram", "disk"], typer.Option(help="Where the other experts are: in host memory, or in the checkpoint's files.")
     ] = "ram",
+    miss: Annotated[
+        Literal["copy", "host"],
+        typer.Option(
+            help="What happens to an expert that the cache lacks: it is copied; or the CPU computes it, and it is copied in "
+            "the background (host, with --store ram)."
+        ),
+    ] = "copy",
     device: Annotated[
         Literal["cuda", "cpu"] | None, typer.Option(help="Device to compute on. Default: cuda if there is a GPU, else cpu.")
     ] = None,
@@ -117,6 +124,7 @@ def generate(
         model,
         size,
         store=store,
+        miss=miss,
         policy=policy,
         predictor=None if predictor == "none" else predictor,
         prefetch=prefetch,
@@ -136,7 +144,11 @@ def generate(
         )
         settings = (max_new_tokens, temperature, top_p, seed, batch)
         found = _generate_with_progress(offloaded, sources, settings, trace)
-        simulated = None if trace is None else _simulated(offloaded, trace, time_constant, (prefetch, threshold), batch)
+        simulated = (
+            None
+            if trace is None or miss == "host"
+            else _simulated(offloaded, trace, time_constant, (prefetch, threshold), batch)
+        )
         result = _document(offloaded, policy, predictor, loaded, sources, found, simulated)
     for source, generation in zip(sources, found, strict=True):
         if len(sources) > 1:
@@ -150,7 +162,7 @@ def generate(
 def print_result(result: GenerationRun) -> None:
     """Print how fast a run was and what its cache did."""
     shown = Table(box=None)
-    for column in ("", "tokens", "tokens/s", "hits", "late", "loaded", "MB/token", "waiting", "predicting"):
+    for column in ("", "tokens", "tokens/s", "hits", "late", "loaded", "on host", "MB/token", "waiting", "predicting"):
         shown.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for name, phase in (("prompts", result.prefill), ("generated", result.decode)):
         if phase.tokens:
@@ -160,7 +172,8 @@ def print_result(result: GenerationRun) -> None:
                 f"{phase.tokens_per_second:.2f}",
                 f"{phase.hit_rate:.3f}",
                 f"{phase.late / phase.requested:.3f}",
-                f"{phase.misses / phase.requested:.3f}",
+                f"{(phase.misses - phase.host) / phase.requested:.3f}",
+                f"{phase.host / phase.requested:.3f}",
                 f"{phase.gigabytes * 1e3 / phase.tokens:.4g}",
                 f"{phase.stall:.0%}",
                 f"{phase.foresight:.0%}",
@@ -335,6 +348,7 @@ def _phase(counts: PhaseCounts) -> GenerationPhase:
         hits=counts.hits,
         late=counts.late,
         misses=counts.misses,
+        host=counts.host,
         streamed=counts.streamed,
         gigabytes=counts.bytes / 1e9,
         stall=counts.stall / seconds,

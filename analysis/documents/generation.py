@@ -13,9 +13,10 @@ class GenerationPhase(_Record):
     """The computation of prompts (prefill), or of generated tokens (decode).
 
     tokens: tokens that were computed. seconds: how long that took. requested: experts that layers needed, each once per layer
-    and step. hits: those that were in the cache. late: those whose prefetch was in transfer. misses: those that were loaded on
-    demand. streamed: misses for which the cache had no room. gigabytes: bytes copied to the device, in 1e9. stall, foresight:
-    share of the time in which computation waited for an expert, and in which it waited for a prediction.
+    and step. hits: those that were in the cache. late: those whose prefetch was in transfer. misses: those that were neither:
+    loaded on demand, or computed on the host. host: the latter. streamed: misses for which the cache had no room. gigabytes:
+    bytes copied to the device, in 1e9. stall, foresight: share of the time in which computation waited for an expert, and in
+    which it waited for a prediction.
     """
 
     tokens: int = Field(ge=0)
@@ -24,6 +25,7 @@ class GenerationPhase(_Record):
     hits: int = Field(ge=0)
     late: int = Field(ge=0)
     misses: int = Field(ge=0)
+    host: int = Field(ge=0)
     streamed: int = Field(ge=0)
     gigabytes: float = Field(ge=0)
     stall: float = Field(ge=0)

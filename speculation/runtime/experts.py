@@ -21,6 +21,7 @@ from speculation.runtime.foresight import Foreseen, Foresight, ForesightThread, 
 from speculation.runtime.forward import Weights, weighted_sum
 from speculation.runtime.slots import BUFFERS, Slots
 from speculation.runtime.steps import Step
+from speculation.runtime.stores import HostStore
 from speculation.runtime.transfers import Transfer, Transfers
 
 # Predictions that take a larger share of the time, after so many tokens, get a thread of their own.
@@ -36,7 +37,8 @@ class PhaseCounts:
         requested: Experts that layers needed, each once per layer and step.
         hits: Those that were in the cache.
         late: Those whose prefetch was in transfer.
-        misses: Those that were loaded on demand.
+        misses: Those that were not: loaded on demand, or computed on the host.
+        host: Those that were computed on the host.
         streamed: Those for which the cache had no room.
         bytes: Bytes that were copied to the device while these tokens were computed.
         seconds: Time from the first layer to the last, over all steps.
@@ -50,6 +52,7 @@ class PhaseCounts:
     hits: int = 0
     late: int = 0
     misses: int = 0
+    host: int = 0
     streamed: int = 0
     bytes: int = 0
     seconds: float = 0.0
@@ -71,6 +74,7 @@ class OffloadedExperts:
         shape: The sizes of the model.
         prefetcher: What to prefetch; None for nothing.
         reuse: The predictor of the policy `Rule.LEARNED`; else None.
+        host: The store in host memory whose experts are computed there when the cache lacks them; None if they are copied.
 
     Attributes:
         on_routed: Gets the routing of each step; None if nothing needs it.
@@ -86,8 +90,9 @@ class OffloadedExperts:
         shape: Shape,
         prefetcher: Prefetcher | None = None,
         reuse: Predictor | None = None,
+        host: HostStore | None = None,
     ) -> None:
-        self.transfers, self.slots = transfers, slots
+        self.transfers, self.slots, self._host = transfers, slots, host
         self.on_routed: OnRouted | None = None
         self.prefill, self.decode = PhaseCounts(), PhaseCounts()
         self.hits_R: list[int] = []
@@ -183,8 +188,12 @@ class OffloadedExperts:
         return self._compute(layer, experts, hidden_TD, expert_ids_TK, weights_TK)
 
     @property
+    def _is_decode(self) -> bool:
+        return self._step is not None and self._step.is_decode
+
+    @property
     def _phase(self) -> PhaseCounts:
-        return self.decode if self._step is not None and self._step.is_decode else self.prefill
+        return self.decode if self._is_decode else self.prefill
 
     def _compute(
         self, layer: int, experts: Any, hidden_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor
@@ -201,6 +210,7 @@ class OffloadedExperts:
         there: list[tuple[int, int]] = []
         awaited: deque[Transfer] = deque()
         streamed: deque[int] = deque()
+        on_host: list[int] = []
         if self.cache.capacities[layer] == self.cache.num_experts:
             # Every expert has its slot: there is nothing to decide.
             slots = self.cache.slot_of_X[layer * self.cache.num_experts :].tolist()
@@ -221,20 +231,31 @@ class OffloadedExperts:
                     phase.late += 1
                 else:
                     phase.misses += 1
-                    self._load(layer, expert, place, awaited, streamed)
+                    # A prompt's experts have many tokens each: they are copied.
+                    if self._host is not None and self._is_decode:
+                        on_host.append(expert)
+                        self.transfers.fill(layer, expert)
+                    else:
+                        self._load(layer, expert, place, awaited, streamed)
             phase.requested += len(chosen)
             phase.hits += len(there)
             phase.streamed += len(streamed)
+            phase.host += len(on_host)
             self.hits_R.append(len(there))
             for buffer in range(min(BUFFERS, len(streamed))):
                 awaited.append(self.transfers.demand(layer, streamed.popleft(), -1 - buffer))
             self.cache.note_use(layer, chosen)
-        if self._step is not None and self._step.is_decode:
+        if self._is_decode:
             request, rows = self.cache.request, self._rows
             self._foresee(lambda foresight: foresight.after_layer(request, rows, routed))
         for expert, slot in there:
             began = time.perf_counter()
             yield expert, self.slots.weights(layer, slot)
+            phase.compute += time.perf_counter() - began
+        for expert in on_host:
+            assert self._host is not None
+            began = time.perf_counter()
+            yield expert, self.slots.weights_in(layer, self._host.held(layer * self.cache.num_experts + expert))
             phase.compute += time.perf_counter() - began
         used = [slot for _, slot in there]
         while awaited:

@@ -76,7 +76,10 @@ def weighted_sum(
 
 
 def one_expert(experts: Any, weights: Weights, hidden_ND: torch.Tensor) -> torch.Tensor:
-    """The output of one expert for some tokens, `[N, D]`, without routing weights."""
+    """The output of one expert for some tokens, `[N, D]`, without routing weights. It is computed where its weights are."""
+    device = next(iter(weights.values())).device
+    if device != hidden_ND.device:
+        return one_expert(experts, weights, hidden_ND.to(device)).to(hidden_ND.device)
     if experts.has_gate:
         inner = experts._apply_gate(_product(experts, weights, "gate_up_proj", hidden_ND))
     else:

@@ -45,6 +45,7 @@ from speculation.runtime.transfers import TransferCounts, Transfers
 from speculation.training.runs import Run, load_run
 
 NEXT_GATE, NONE = "next-gate", "none"
+COPY, HOST = "copy", "host"
 # A prompt is computed in parts of this many tokens, as in the simulation: it bounds the memory of activations.
 PREFILL_TOKENS = 512
 # The first arguments of every model's forward pass.
@@ -189,6 +190,7 @@ class OffloadedModel:
         cache: CacheSize,
         *,
         store: str = Store.ram,
+        miss: str = COPY,
         policy: str | Path = Rule.LRU.label,
         predictor: str | Path | None = None,
         prefetch: int | None = None,
@@ -205,6 +207,8 @@ class OffloadedModel:
             name: A model by short name, folder or hub id.
             cache: The size of the cache.
             store: `ram` or `disk`: where the other experts are.
+            miss: What happens to a generated token's expert that the cache lacks: `copy`; or `host`: the CPU computes it, and
+                it is copied in the background. `host` needs experts in host memory. On a GPU, the two round differently.
             policy: Which expert is evicted: a policy's name, any but belady; or the directory of a run of the task `reuse`.
             predictor: What is prefetched: the directory of a run, `next-gate`, or None for nothing.
             prefetch: Experts to prefetch per prediction, layer and sequence. Default: K.
@@ -218,6 +222,10 @@ class OffloadedModel:
         Raises:
             SpecmoeError: The model's family, its checkpoint or an option is not supported; the message says why.
         """
+        if miss not in (COPY, HOST) or (miss == HOST and store != Store.ram):
+            raise SpecmoeError(
+                f"miss {miss!r} with experts in {store}: expected {COPY}, or {HOST} with experts in {Store.ram.value}"
+            )
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if chosen.type == "cuda" and not torch.cuda.is_available():
             raise EngineError("PyTorch finds no CUDA GPU on this machine: choose the device cpu")
@@ -253,7 +261,9 @@ class OffloadedModel:
                 prefetcher = NextGatePrefetcher(blocks, shape.top_k, prefetch or shape.top_k, threshold)
             elif prefetching is not None:
                 prefetcher = PredictorPrefetcher(prefetching.predictor, prefetch or shape.top_k, threshold)
-            experts = OffloadedExperts(transfers, slots, shape, prefetcher, None if reuse is None else reuse.predictor)
+            host = kept if miss == HOST and isinstance(kept, HostStore) else None
+            scorer = None if reuse is None else reuse.predictor
+            experts = OffloadedExperts(transfers, slots, shape, prefetcher, scorer, host)
             _connect(model, [block.experts for block in blocks], experts)
             loaded = {"moe_layers": [module.layer for module in modules], "num_experts": shape.experts, "top_k": shape.top_k}
             metadata = resolved.metadata.model_copy(update=loaded | {"dtype": str(kind).removeprefix("torch.")})

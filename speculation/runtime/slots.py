@@ -48,5 +48,11 @@ class Slots:
 
     def weights(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
         """The weights of the expert in a slot or buffer, by name; unpacked, if they are packed."""
-        found = self._views[slot] if slot >= 0 else self._layouts[layer].views(self.memory(layer, slot))
+        if slot < 0:
+            return self.weights_in(layer, self.memory(layer, slot))
+        return self._views[slot] if self._unpacked is None else unpack(self._views[slot], self._unpacked)
+
+    def weights_in(self, layer: int, memory_B: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same of a layer's expert in other memory, uint8 `[bytes]`."""
+        found = self._layouts[layer].views(memory_B)
         return found if self._unpacked is None else unpack(found, self._unpacked)

@@ -139,6 +139,19 @@ class Transfers:
         self._waiting.add(x)
         self.lock.notify_all()
 
+    def fill(self, layer: int, expert: int) -> None:
+        """Queue an expert that is computed on the host now, so that the cache has it when its layer comes again.
+
+        The caller holds `lock`.
+        """
+        x = layer * self.cache.num_experts + expert
+        if x in self._waiting or len(self._prefetches) >= QUEUE:
+            return
+        request = self.cache.request + len(self.cache.capacities)
+        heapq.heappush(self._prefetches, Prefetch(request, next(self._numbers), layer, expert, 1.0))
+        self._waiting.add(x)
+        self.lock.notify_all()
+
     def coming(self, x: int) -> Transfer | None:
         """The transfer of an expert that has a slot but is not there yet; None if it is there. The caller holds `lock`."""
         if x in self._unused:

@@ -102,6 +102,21 @@ def test_without_a_cache_every_expert_is_loaded(mixtral: Path) -> None:
         assert decode.misses == decode.streamed == decode.requested == 5 * 3 * 2
 
 
+def test_misses_computed_on_the_host_change_no_token(mixtral: Path) -> None:
+    with OffloadedModel.load(
+        str(mixtral), CacheSize(fraction=0.5), miss="host", store="ram", dtype="float32", device="cpu"
+    ) as offloaded:
+        (generation,) = offloaded.generate([PROMPT], max_new_tokens=12, ignore_eos=True)
+        assert generation.token_ids == greedy(resident_model(mixtral), PROMPT, 12)
+        decode = offloaded.experts.decode
+        assert decode.host == decode.misses > 0
+        # They were copied into the cache in the background, and found there later.
+        offloaded.experts.transfers.settle()
+        assert offloaded.experts.transfers.counts.prefetched > 0
+    with pytest.raises(SpecmoeError, match="host with experts in ram"):
+        OffloadedModel.load(str(mixtral), CacheSize(fraction=0.5), miss="host", store="disk", device="cpu")
+
+
 def test_prompts_of_different_lengths_are_computed_together(mixtral: Path) -> None:
     """Left-padded, as transformers does it: a padded position, and a sequence that has ended, need no experts."""
     prompts = [PROMPT, PROMPT[:2], [5] * 14]
