@@ -13,8 +13,8 @@ With --memory-gb, each process that does not hold all experts gets a control gro
 files included (Linux, as root). Without it, the operating system may hold the whole checkpoint in memory, and rows that read
 through the page cache are not comparable with rows that read past it.
 
-The predictors are trained first, on the training part of a trace of the embedded prompts, or given with --prefetcher and
---reuse. The benchmark's prompts are of the test part.
+The predictors are trained first, on the training part of a trace of the embedded prompts with four sampled continuations each;
+or they are given with --prefetcher and --reuse. The benchmark's prompts are of the test part.
 
 On a GPU, experts are in pinned host memory, and accelerate offloads to host memory. Costs are measured on a CPU only,
 so there is no simulation to compare with.
@@ -40,9 +40,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from profiler.collect.job import collect
-from profiler.collect.options import LocalOptions
-from profiler.datasets.registry import DEMO_DATASETS
+from profiler.datasets.problems import read_problems
+from profiler.datasets.registry import DEMO_DATASETS, find_dataset
 from profiler.models.resolve import demo_model_folder
 from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes, problems_of_part
@@ -60,6 +59,8 @@ from speculation.training.fit import train
 from speculation.training.runs import load_run
 
 PROMPTS = 3
+# The predictors are trained on so many continuations of each prompt, of so many tokens at most.
+SAMPLES, TRAIN_TOKENS = 4, 160
 ACCELERATE, PLAIN, RESIDENT, ON_DEMAND = "accelerate", "plain transformers", "everything cached", "on demand"
 
 
@@ -218,13 +219,20 @@ def widen(folder: Path, expert_bytes: float) -> None:
 
 
 def demo_trace(folder: Path) -> Trace:
-    """A trace of all embedded prompts."""
+    """A trace of all embedded prompts, each continued several times by the embedded model itself."""
     if not (folder / "manifest.json").is_file():
-        collect(
-            LocalOptions(model="demo", dataset=",".join(DEMO_DATASETS), out=folder, num_problems=120, engine="transformers"),
-            on_stage=lambda text: print(text, file=sys.stderr),
-            on_progress=lambda progress: None,
-        )
+        shutil.rmtree(folder, ignore_errors=True)
+        problems = [problem for name in DEMO_DATASETS for problem in read_problems(find_dataset(name))]
+        sources = [
+            PromptSource(dataset=each.dataset, source_key=f"{each.source_key}-{sample}", prompt=each.prompt)
+            for sample in range(SAMPLES)
+            for each in problems
+        ]
+        with OffloadedModel.load("demo", CacheSize(fraction=1.0), device="cpu") as offloaded:
+            prompts = [source.prompt or "" for source in sources]
+            offloaded.generate(
+                prompts, max_new_tokens=TRAIN_TOKENS, temperature=0.9, batch=len(problems), trace=folder, sources=sources
+            )
     return Trace.open(folder)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -94,7 +95,7 @@ def generate(
     trace: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Also write a trace of the routing, and print what the simulation says of these tokens."
+            metavar="DIR", help="Also write a trace of the routing and, with --batch 1, print what the simulation says of it."
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a model on the hub.")] = None,
@@ -114,11 +115,9 @@ def generate(
     from speculation.runtime.model import CacheSize, OffloadedModel
 
     sources = _sources(prompt or [], dataset, num_problems, data_files)
-    size = (
-        CacheSize(gigabytes=cache_gb)
-        if cache_gb is not None
-        else CacheSize(fraction=0.25 if cache_fraction is None else cache_fraction)
-    )
+    if cache_gb is None and cache_fraction is None:
+        cache_fraction = 0.25
+    size = CacheSize(fraction=cache_fraction, gigabytes=cache_gb)
     began = time.monotonic()
     offloaded = OffloadedModel.load(
         model,
@@ -137,25 +136,23 @@ def generate(
     with offloaded:
         loaded = time.monotonic() - began
         messages.print(
-            f"{offloaded.metadata.id}: {offloaded.capacity} of {offloaded.shape.experts} experts per layer in a cache of "
-            f"{offloaded.cache_bytes / 1e9:.3g} GB, all {offloaded.expert_bytes / 1e9:.3g} GB of experts are read "
+            f"{escape(offloaded.metadata.id)}: {offloaded.capacity} of {offloaded.shape.experts} experts per layer in a cache "
+            f"of {offloaded.cache_bytes / 1e9:.3g} GB, all {offloaded.expert_bytes / 1e9:.3g} GB of experts are read "
             f"{offloaded.reads}; loaded in {loaded:.1f} s",
             soft_wrap=True,
         )
         settings = (max_new_tokens, temperature, top_p, seed, batch)
         found = _generate_with_progress(offloaded, sources, settings, trace)
-        simulated = (
-            None
-            if trace is None or miss == "host"
-            else _simulated(offloaded, trace, time_constant, (prefetch, threshold), batch)
-        )
+        simulated = None
+        if trace is not None and miss == "copy" and batch == 1:
+            simulated = _simulated(offloaded, trace, time_constant, (prefetch, threshold))
         result = _document(offloaded, policy, predictor, loaded, sources, found, simulated)
-    for source, generation in zip(sources, found, strict=True):
-        if len(sources) > 1:
-            console.rule(f"{source.dataset} {source.source_key}", align="left")
-        typer.echo("\n".join(map(printable, f"{source.prompt}{generation.text}".split("\n"))))
     if json_file is not None:
         write_text(json_file, result.to_json())
+    for source, generation in zip(sources, found, strict=True):
+        if len(sources) > 1:
+            console.rule(escape(printable(f"{source.dataset} {source.source_key}")), align="left")
+        typer.echo("\n".join(map(printable, f"{source.prompt}{generation.text}".split("\n"))))
     print_result(result)
 
 
@@ -264,7 +261,7 @@ def _line(decode: PhaseCounts) -> str:
 
 
 def _simulated(
-    offloaded: OffloadedModel, trace: Path, time_constant: float, prefetch: tuple[int | None, float], batch: int
+    offloaded: OffloadedModel, trace: Path, time_constant: float, prefetch: tuple[int | None, float]
 ) -> SimulatedPhase | None:
     """What the simulation says of the trace; None where it cannot be compared."""
     from profiler.trace.reader import Trace
@@ -285,7 +282,6 @@ def _simulated(
         prefetch=prefetch[0] or offloaded.shape.top_k,
         threshold=prefetch[1],
         reuse=offloaded.reuse_run,
-        batch=batch,
     )
     return simulated_phase(result, costs)
 

@@ -20,7 +20,8 @@ from speculation.runtime.model import OffloadedModel
 def measured_costs(offloaded: OffloadedModel) -> Costs:
     """The costs of a run so far, on the device that it ran on: means over its transfers, experts and layers.
 
-    Only for a CPU: on a GPU, kernels run on after they are started, so that their time is not seen here.
+    Only for one sequence at a time, and for a CPU: on a GPU, kernels run on after they are started, so that their time is not
+    seen here.
     """
     experts, counts = offloaded.experts, offloaded.experts.transfers.counts
     decode = experts.decode
@@ -55,26 +56,24 @@ def simulate_run(
     prefetch: int = 0,
     threshold: float = 0.0,
     reuse: Predictor | None = None,
-    batch: int = 1,
 ) -> SimulationResult:
     """Simulate the cache of a model on the trace of its own run.
 
     Args:
         offloaded: The model, whose cache began as it does in the simulation.
-        trace: The trace of everything that it has computed since it was loaded.
+        trace: The trace of everything that it has computed since it was loaded, one sequence at a time.
         costs: Default: hits only.
         time_constant: As the model was loaded with.
         prefetcher, prefetch, threshold: What was prefetched: so many of a predictor's likeliest experts, if they have at least
             this probability.
         reuse: The predictor of the policy `Rule.LEARNED`.
-        batch: Sequences that were decoded at the same time.
 
     Raises:
         SpecmoeError: The trace is of another model.
     """
     offloaded.shape.check(trace.metadata, trace.path, "this model")
     routes = load_routes(trace, "all")
-    requests = requests_of(routes, offloaded.shape.experts, batch=batch)
+    requests = requests_of(routes, offloaded.shape.experts)
     rule = offloaded.experts.cache.rule
     plan: PrefetchPlan | None = None
     if prefetcher is not None:

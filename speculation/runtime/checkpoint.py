@@ -151,14 +151,15 @@ def checkpoint_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _files(folder: Path) -> list[Path]:
+    # As transformers chooses: a single file goes before an index.
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
     index = folder / INDEX_FILE
     if not index.is_file():
-        if (folder / SINGLE_FILE).is_file():
-            return [folder / SINGLE_FILE]
         raise ModelError(f"{folder} has no safetensors checkpoint ({SINGLE_FILE} or {INDEX_FILE}): other formats are not read")
     try:
         names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} is not a checkpoint's index: expected JSON with 'weight_map'") from error
     for name in names:
         if Path(name).name != name:
@@ -177,7 +178,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
             raise ModelError(f"{file} is not a safetensors file, or is cut off: its header says {length} bytes of {size}")
         try:
             entries = json.loads(opened.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelError(f"{file} is not a safetensors file: its header is not JSON") from error
     if not isinstance(entries, dict):
         raise ModelError(f"{file} is not a safetensors file: its header is not an object")
@@ -189,7 +190,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
             start, end = (int(place) for place in entry["data_offsets"])
             shape = tuple(int(length) for length in entry["shape"])
             dtype = _DTYPES.get(entry["dtype"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(f"{file}: its header has no valid entry for {name!r}") from error
         if dtype is None:
             # Not of an expert, or refused where it is.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,8 @@ from speculation.runtime.steps import Step
 from speculation.runtime.stores import HostStore
 from speculation.runtime.transfers import Transfer, Transfers
 
-# Predictions that take a larger share of the time, after so many tokens, get a thread of their own.
-MAX_FORESIGHT, PACE_TOKENS = 0.1, 16
+# Predictions that take a larger share of the time, after so many tokens without the first ones, get a thread of their own.
+MAX_FORESIGHT, PACE_TOKENS, WARM_UP_TOKENS = 0.1, 20, 4
 
 
 @dataclass
@@ -42,9 +43,9 @@ class PhaseCounts:
         streamed: Those for which the cache had no room.
         bytes: Bytes that were copied to the device while these tokens were computed.
         seconds: Time from the first layer to the last, over all steps.
-        stall: Time of it in which nothing was computed because an expert was not there.
-        compute: Time of it in which experts were computed. On a GPU only the time to start their kernels.
-        foresight: Time of it in which predictions were made, on the thread that computes.
+        stall: Part of `seconds` during which this thread waited for an expert.
+        compute: Part of `seconds` during which experts were computed. On a GPU only the time to start their kernels.
+        foresight: Part of `seconds` during which predictions were made, on the thread that computes.
     """
 
     tokens: int = 0
@@ -79,7 +80,7 @@ class OffloadedExperts:
     Attributes:
         on_routed: Gets the routing of each step; None if nothing needs it.
         prefill, decode: What happened so far.
-        hits_R: Hits of every request, one for each layer of each step.
+        hits_R: Set it to a list to get the hits of every request, one for each layer of each step.
         notes: What a user should know of how it ran, a line each.
     """
 
@@ -95,17 +96,19 @@ class OffloadedExperts:
         self.transfers, self.slots, self._host = transfers, slots, host
         self.on_routed: OnRouted | None = None
         self.prefill, self.decode = PhaseCounts(), PhaseCounts()
-        self.hits_R: list[int] = []
+        self.hits_R: list[int] | None = None
         self.notes: list[str] = []
         self._foresight: Foresight | ForesightThread = Foresight(
             shape, prefetcher, reuse, on_foreseen=self.prefetch, on_scores=self.use_scores
         )
         self._step: Step | None = None
         self._rows: list[int] = []
-        self._real_N: torch.Tensor | None = None
+        self._computed_N: torch.Tensor | None = None
+        self._layers, self._sequences = shape.layers, 0
         self._routed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
         self._scores_X = NO_SCORES
-        self._began = 0.0
+        self._began, self._bytes_before = 0.0, 0
+        self._warm_up = (0.0, 0.0)
 
     @property
     def cache(self) -> ExpertCache:
@@ -113,41 +116,49 @@ class OffloadedExperts:
         return self.transfers.cache
 
     def begin_step(self, step: Step) -> None:
-        """Begin a forward pass."""
+        """Begin a forward pass.
+
+        Raises:
+            EngineError: An earlier transfer failed.
+        """
         self._step, self._rows, self._routed = step, step.rows, []
-        is_real_N = step.is_real_BT.reshape(-1)
-        self._real_N = None if is_real_N.all() else torch.from_numpy(np.flatnonzero(is_real_N)).to(self.slots.device)
+        is_computed_N = step.is_computed_BT.reshape(-1)
+        self._computed_N = (
+            None if is_computed_N.all() else torch.from_numpy(np.flatnonzero(is_computed_N)).to(self.slots.device)
+        )
         self._began = time.perf_counter()
         self._bytes_before = self.transfers.counts.bytes
         rows, firsts = self._rows, [int(step.token_ids_BT[row][step.is_real_BT[row]][0]) for row in self._rows]
-        request = self.cache.request
-        if step.is_new:
-            sequences = len(step.token_ids_BT)
+        request, sequences = self.cache.request, len(step.token_ids_BT)
+        if step.is_new or sequences != self._sequences:
+            # Sequences that go on from elsewhere are followed from here.
+            self._sequences = sequences
             self._foresee(lambda foresight: foresight.start(sequences))
         if step.is_decode:
             self._foresee(lambda foresight: foresight.begin_decode(request, rows, firsts))
         else:
             self._foresee(lambda foresight: foresight.begin_prefill(rows, firsts))
         with self.transfers.lock:
+            self.transfers.check()
             self.cache.begin_step(self._scores_X)
 
     def end_step(self) -> None:
-        """End a forward pass."""
-        step = self._step
-        if step is None or not self._routed:
+        """End a forward pass. One that failed in the middle counts for nothing."""
+        step, self._step = self._step, None
+        if step is None or len(self._routed) < self._layers:
             return
-        phase = self._phase
+        phase = self.decode if step.is_decode else self.prefill
+        computed_N = step.is_real_BT.reshape(-1)[step.is_computed_BT.reshape(-1)]
+        expert_ids_NLK = np.stack([ids for ids, _ in self._routed], axis=1)[computed_N]
+        weights_NLK = np.stack([weights for _, weights in self._routed], axis=1)[computed_N]
+        if not step.is_decode:
+            self._foresee(lambda foresight: _end_prefill(foresight, step, expert_ids_NLK, weights_NLK), phase)
         phase.seconds += time.perf_counter() - self._began
         phase.tokens += int(step.is_real_BT.sum())
         phase.bytes += self.transfers.counts.bytes - self._bytes_before
-        expert_ids_NLK = np.stack([ids for ids, _ in self._routed], axis=1)
-        weights_NLK = np.stack([weights for _, weights in self._routed], axis=1)
-        if not step.is_decode:
-            self._foresee(lambda foresight: _end_prefill(foresight, step, expert_ids_NLK, weights_NLK))
         self._check_pace()
         if self.on_routed is not None:
             self.on_routed(step, expert_ids_NLK, weights_NLK)
-        self._step = None
 
     def use_scores(self, scores_X: npt.NDArray[np.float32]) -> None:
         """Use these scores of all experts from the next step on."""
@@ -164,7 +175,7 @@ class OffloadedExperts:
     def forward(
         self, layer: int, experts: Any, hidden_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """The output of a layer's experts, `[T, D]`; zeros for positions that are not real.
+        """The output of a layer's experts, `[T, D]`; zeros for sequences that have finished.
 
         Args:
             layer: The index of the MoE layer.
@@ -178,14 +189,13 @@ class OffloadedExperts:
         """
         if self._step is None:
             raise SpecmoeError("this model's experts are offloaded: call the whole model, not a part of it")
-        if self._real_N is not None:
-            real_N = self._real_N
-            out_TD = torch.zeros_like(hidden_TD)
-            if len(real_N):
-                found = self._compute(layer, experts, hidden_TD[real_N], expert_ids_TK[real_N], weights_TK[real_N])
-                out_TD[real_N] = found
-            return out_TD
-        return self._compute(layer, experts, hidden_TD, expert_ids_TK, weights_TK)
+        if self._computed_N is None:
+            return self._compute(layer, experts, hidden_TD, expert_ids_TK, weights_TK)
+        some_N = self._computed_N
+        out_TD = torch.zeros_like(hidden_TD)
+        if len(some_N):
+            out_TD[some_N] = self._compute(layer, experts, hidden_TD[some_N], expert_ids_TK[some_N], weights_TK[some_N])
+        return out_TD
 
     @property
     def _is_decode(self) -> bool:
@@ -198,9 +208,9 @@ class OffloadedExperts:
     def _compute(
         self, layer: int, experts: Any, hidden_ND: torch.Tensor, expert_ids_NK: torch.Tensor, weights_NK: torch.Tensor
     ) -> torch.Tensor:
-        ids_NK, scale_NK = expert_ids_NK.cpu().numpy(), weights_NK.float().cpu().numpy()
+        ids_NK, scale_NK = expert_ids_NK.detach().cpu().numpy(), weights_NK.detach().float().cpu().numpy()
         self._routed.append((ids_NK, scale_NK))
-        routed = RoutedLayer(layer, ids_NK, scale_NK, hidden_ND)
+        routed = RoutedLayer(layer, ids_NK, scale_NK, hidden_ND.detach())
         ready = self._ready(routed, strongest_first(ids_NK, scale_NK))
         return weighted_sum(experts, hidden_ND, expert_ids_NK, weights_NK, ready)
 
@@ -216,11 +226,11 @@ class OffloadedExperts:
             slots = self.cache.slot_of_X[layer * self.cache.num_experts :].tolist()
             phase.requested += len(chosen)
             phase.hits += len(chosen)
-            self.hits_R.append(len(chosen))
+            self._note_hits(len(chosen))
             for expert in chosen:
                 yield expert, self.slots.weights(layer, slots[expert])
             return
-        with self.transfers.lock:
+        with self.transfers.lock, self._unbroken():
             for place, (expert, is_cached) in enumerate(zip(chosen, self.cache.look_up(layer, chosen), strict=True)):
                 x = layer * self.cache.num_experts + expert
                 coming = self.transfers.coming(x) if is_cached else None
@@ -241,7 +251,7 @@ class OffloadedExperts:
             phase.hits += len(there)
             phase.streamed += len(streamed)
             phase.host += len(on_host)
-            self.hits_R.append(len(there))
+            self._note_hits(len(there))
             for buffer in range(min(BUFFERS, len(streamed))):
                 awaited.append(self.transfers.demand(layer, streamed.popleft(), -1 - buffer))
             self.cache.note_use(layer, chosen)
@@ -276,25 +286,45 @@ class OffloadedExperts:
         with self.transfers.lock:
             self.cache.release()
 
-    def _foresee(self, work: Callable[[Foresight], None]) -> None:
-        """Follow and predict: here, or in a thread of its own once this turns out to hold up the model."""
+    @contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        """Whatever interrupts the block leaves the cache unusable, and later calls say so."""
+        try:
+            yield
+        except BaseException as error:
+            self.transfers.break_off(error)
+            raise
+
+    def _note_hits(self, hits: int) -> None:
+        if self.hits_R is not None:
+            self.hits_R.append(hits)
+
+    def _foresee(self, work: Callable[[Foresight], None], phase: PhaseCounts | None = None) -> None:
+        """Follow and predict: here, or in a thread of its own once this turns out to hold up the model.
+
+        phase: whose time it is, if not that of the step in progress.
+        """
         if isinstance(self._foresight, ForesightThread):
             self._foresight.call(work)
             return
         began = time.perf_counter()
         work(self._foresight)
-        self._phase.foresight += time.perf_counter() - began
+        (phase or self._phase).foresight += time.perf_counter() - began
 
     def _check_pace(self) -> None:
         """Give predictions a thread of their own if they have taken too large a share of the time."""
         phase = self.decode
-        if isinstance(self._foresight, ForesightThread) or phase.tokens < PACE_TOKENS or not phase.foresight:
+        if isinstance(self._foresight, ForesightThread) or not phase.foresight:
             return
-        share = phase.foresight / phase.seconds
+        if phase.tokens <= WARM_UP_TOKENS:
+            self._warm_up = (phase.foresight, phase.seconds)
+        if phase.tokens < PACE_TOKENS:
+            return
+        share = (phase.foresight - self._warm_up[0]) / max(phase.seconds - self._warm_up[1], 1e-9)
         if share > MAX_FORESIGHT:
             self._foresight = ForesightThread(self._foresight)
             self.notes.append(
-                f"predictions took {share:.0%} of the time of the first {phase.tokens} generated tokens: from there on they "
+                f"predictions took {share:.0%} of the time of {phase.tokens} generated tokens: from there on they "
                 "are made in a thread of their own, some of them too late or not at all"
             )
 
@@ -311,7 +341,7 @@ class OffloadedExperts:
             streamed.append(expert)
             return
         if placed.evicted is not None:
-            self.transfers.evicted(layer * self.cache.num_experts + placed.evicted)
+            self.transfers.evicted(placed.evicted)
         awaited.append(self.transfers.demand(layer, expert, placed.slot))
 
 

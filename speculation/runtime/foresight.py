@@ -215,6 +215,10 @@ class Foresight:
         """Forget all sequences; start new ones."""
         self._histories = [History(self._shape) for _ in range(sequences)]
 
+    def _followed(self, rows: Sequence[int]) -> list[History]:
+        """The histories of some sequences; none after a fault, until sequences start again."""
+        return [self._histories[row] for row in rows] if self._histories else []
+
     def begin_decode(self, request: int, rows: Sequence[int], token_ids: Sequence[int]) -> None:
         """Begin a step that decodes one token of each of some sequences.
 
@@ -223,7 +227,9 @@ class Foresight:
             rows: The sequences.
             token_ids: The token of each of them.
         """
-        histories = [self._histories[row] for row in rows]
+        histories = self._followed(rows)
+        if not histories:
+            return
         if self._shape_of_history is not None:
             for history, token in zip(histories, token_ids, strict=True):
                 history.begin(token)
@@ -237,15 +243,18 @@ class Foresight:
 
         The scores are those at each part's first token: its later tokens' routes are not known yet.
         """
-        if self._reuse is None:
+        histories = self._followed(rows)
+        if self._reuse is None or not histories:
             return
-        for row, token in zip(rows, first_tokens, strict=True):
-            self._histories[row].begin(token, is_decode=False)
-        self._on_scores(reuse_scores(self._reuse, [self._histories[row] for row in rows]))
+        for history, token in zip(histories, first_tokens, strict=True):
+            history.begin(token, is_decode=False)
+        self._on_scores(reuse_scores(self._reuse, histories))
 
     def after_layer(self, request: int, rows: Sequence[int], routed: RoutedLayer) -> None:
         """A layer's router has chosen, in a step that decodes: the cache's request of that number."""
-        histories = [self._histories[row] for row in rows]
+        histories = self._followed(rows)
+        if not histories:
+            return
         if self._shape_of_history is not None:
             for history, ids_K, weights_K in zip(histories, routed.expert_ids_SK, routed.weights_SK, strict=True):
                 history.add(ids_K, weights_K)
@@ -260,7 +269,7 @@ class Foresight:
         weights_TLK: npt.NDArray[np.float32],
     ) -> None:
         """A part of a prompt is computed: its tokens, and the experts that they were routed to."""
-        if self._shape_of_history is None:
+        if self._shape_of_history is None or not self._histories:
             return
         history = self._histories[row]
         for place, token in enumerate(token_ids):
@@ -275,12 +284,12 @@ class ForesightThread:
     """Runs a `Foresight` in a thread of its own, for predictors that would hold up the model.
 
     Args:
-        foresight: What to run. It is used by nobody else from then on.
+        foresight: What to run. Nothing else may use it afterwards.
     """
 
     def __init__(self, foresight: Foresight) -> None:
         self._foresight = foresight
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[Foresight], None] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="specmoe-predict", daemon=True)
         self._thread.start()
@@ -289,11 +298,12 @@ class ForesightThread:
         """Queue a call of one of the foresight's methods.
 
         Raises:
-            SpecmoeError: An earlier one failed.
+            SpecmoeError: An earlier one failed. Sequences that are started after this are followed again.
         """
         if self._error is not None:
-            raise self._error
-        self._calls.put(lambda: work(self._foresight))
+            error, self._error = self._error, None
+            raise error
+        self._calls.put(work)
 
     def close(self) -> None:
         """Stop the thread, after what is queued."""
@@ -301,10 +311,11 @@ class ForesightThread:
         self._thread.join()
 
     def _run(self) -> None:
-        while (call := self._calls.get()) is not None:
+        while (work := self._calls.get()) is not None:
             self._foresight.is_behind = not self._calls.empty()
             try:
-                call()
+                work(self._foresight)
             except BaseException as error:  # the next call raises it
                 self._error = error
-                return
+                # Not followed any more, until sequences start.
+                self._foresight.start(0)

@@ -17,9 +17,8 @@ Weights = dict[str, torch.Tensor]
 
 def is_supported(experts: Any) -> bool:
     """Whether a module computes experts in the way of `transformers`' experts interface, which this module follows."""
-    return all(hasattr(experts, name) for name in ("is_transposed", "has_bias", "has_gate", "act_fn", "_apply_gate")) or (
-        all(hasattr(experts, name) for name in ("is_transposed", "has_bias", "has_gate", "_apply_gate"))
-    )
+    has_interface = all(hasattr(experts, name) for name in ("is_transposed", "has_bias", "has_gate", "_apply_gate"))
+    return has_interface and (bool(experts.has_gate) or hasattr(experts, "act_fn"))
 
 
 def resident_forward(

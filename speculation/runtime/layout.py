@@ -8,6 +8,8 @@ from math import prod
 
 import torch
 
+from profiler.errors import EngineError
+
 # Each weight begins at a multiple of so many bytes, so that kernels get the alignment that they get from an allocator.
 ALIGNMENT = 64
 
@@ -68,14 +70,36 @@ class ExpertLayout:
         }
 
 
-def allocate(layout: ExpertLayout, count: int, device: torch.device, *, pinned: bool = False) -> torch.Tensor:
+@torch.inference_mode(False)
+def allocate(layout: ExpertLayout, count: int, device: torch.device) -> torch.Tensor:
     """Memory of `count` experts, uint8 `[count, bytes]`, aligned, with undefined content."""
-    if device.type == "cuda" or pinned:
-        # Their allocators align to 256 bytes and more.
-        return torch.empty((count, layout.bytes), dtype=torch.uint8, device=device, pin_memory=pinned)
+    if device.type == "cuda":
+        # Its allocator aligns to 256 bytes and more.
+        return torch.empty((count, layout.bytes), dtype=torch.uint8, device=device)
     flat_B = torch.empty(count * layout.bytes + ALIGNMENT, dtype=torch.uint8)
     start = -flat_B.data_ptr() % ALIGNMENT
     return flat_B[start : start + count * layout.bytes].view(count, layout.bytes)
+
+
+def pin(memory: torch.Tensor) -> None:
+    """Page-lock host memory, so that a GPU copies from it directly and while the program goes on.
+
+    PyTorch's own allocator of pinned memory rounds sizes up to powers of two, which can be twice of what a layer needs.
+
+    Raises:
+        EngineError: The operating system does not lock that much.
+    """
+    status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))  # type: ignore[no-untyped-call]
+    if status:
+        raise EngineError(
+            f"{memory.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {status}): raise the limit of locked "
+            "memory (ulimit -l), or keep the experts on disk"
+        )
+
+
+def unpin(memory: torch.Tensor) -> None:
+    """Undo `pin`."""
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
 
 def _aligned(size: int) -> int:

@@ -50,12 +50,15 @@ def model_config(folder: Path) -> tuple[Any, str | None]:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config from elsewhere can make a model's class raise anything
         raise ModelError(f"transformers cannot read the config of {folder}: {first_line(error)}") from error
+    if getattr(config, "transformers_weights", None):
+        raise EngineError(f"{folder} names its weights in config.json (transformers_weights): this is not supported")
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return config, None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    is_entries = isinstance(quantization, dict)
+    method = quantization.get("quant_method") if is_entries else getattr(quantization, "quant_method", quantization)
     if method != MXFP4:
         raise EngineError(
             f"{folder} is quantized ({method}): experts are offloaded in float32, bfloat16, float16 and {MXFP4}; choose such a "
@@ -77,7 +80,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # as above
         raise ModelError(f"transformers cannot build this model: {first_line(error)}") from error
 
 
@@ -95,7 +98,10 @@ def experts_modules(model: Any, packing: str | None = None) -> list[ExpertsModul
     if not blocks:
         raise EngineError(f"{type(model).__name__} has no routers: choose a mixture-of-experts model")
     names = {id(module): name for name, module in model.named_modules()}
-    return [_experts_module(block, names[id(block.experts)], packing) for block in blocks]
+    found = [_experts_module(block, names[id(block.experts)], packing) for block in blocks]
+    if len({module.num_experts for module in found}) > 1:
+        raise EngineError(f"the layers of {type(model).__name__} have different numbers of experts: they cannot be offloaded")
+    return found
 
 
 def _experts_module(block: MoEBlock, name: str, packing: str | None) -> ExpertsModule:
@@ -153,6 +159,11 @@ def load_without_experts(folder: Path, config: Any, dtype: torch.dtype, device: 
     return model.eval()
 
 
+def input_width(experts: torch.nn.Module) -> int:
+    """The width of what the experts of a module without weights get."""
+    return int(experts._specmoe_width)  # type: ignore[arg-type]  # set where the weights were left out
+
+
 @contextlib.contextmanager
 def _without_weights(classes: Sequence[type[torch.nn.Module]]) -> Iterator[None]:
     """Until the end of the block, new modules of these classes have empty tensors instead of their parameters."""
@@ -161,6 +172,8 @@ def _without_weights(classes: Sequence[type[torch.nn.Module]]) -> Iterator[None]
     def emptied(original: Any) -> Any:
         def create(self: torch.nn.Module, *arguments: Any, **named: Any) -> None:
             original(self, *arguments, **named)
+            up = next(value for name, value in self.named_parameters(recurse=False) if name in {"gate_up_proj", "up_proj"})
+            object.__setattr__(self, "_specmoe_width", int(up.shape[1 if getattr(self, "is_transposed", False) else -1]))
             for name in [name for name, _ in self.named_parameters(recurse=False)]:
                 delattr(self, name)
                 # Not a parameter, so that it is not looked for in the checkpoint.

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from profiler.errors import EngineError, ModelError, SpecmoeError, first_line
-from profiler.models.moe_modules import find_moe_blocks, find_top_k
+from profiler.models.moe_modules import MoEBlock, find_moe_blocks, find_top_k
 from profiler.models.resolve import ResolvedModel, resolve_model
 from profiler.trace.schema import ModelMetadata
 from speculation.data.tasks import Shape, Task
@@ -33,6 +34,7 @@ from speculation.runtime.loading import (
     EXPERTS_IMPLEMENTATION,
     checkpoint_folder,
     experts_modules,
+    input_width,
     load_without_experts,
     model_config,
     skeleton,
@@ -78,6 +80,8 @@ class CacheSize:
             SpecmoeError: There is not room for the K experts of one token.
         """
         per_layer = sum(layout.bytes for layout in layouts)
+        if (self.fraction is None) == (self.gigabytes is None):
+            raise SpecmoeError("the size of the cache: expected either a share or a size in GB")
         if self.fraction is not None:
             if not 0 <= self.fraction <= 1:
                 raise SpecmoeError(f"cache fraction {self.fraction}: expected 0 to 1")
@@ -85,7 +89,9 @@ class CacheSize:
             if not self.fraction:
                 return 0
         else:
-            size = 0.0 if self.gigabytes is None else self.gigabytes * 1e9
+            size = (self.gigabytes or 0.0) * 1e9
+            if not 0 <= size < inf:
+                raise SpecmoeError(f"cache of {self.gigabytes} GB: expected 0 or more")
             buffers = sum(BUFFERS * layout.bytes for layout in dict.fromkeys(layouts))
             found = min(num_experts, int((size - buffers) / per_layer))
         if found < top_k:
@@ -178,6 +184,7 @@ class OffloadedModel:
         self.prefetcher = prefetcher
         self.prefetcher_run, self.reuse_run = (None if run is None else run.predictor for run in runs)
         self._finished_B: npt.NDArray[np.bool_] | None = None
+        self._prompt_tokens = 1
         self._hooks = [
             model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
             model.register_forward_hook(self._end_step, always_call=True),
@@ -226,9 +233,11 @@ class OffloadedModel:
             raise SpecmoeError(
                 f"miss {miss!r} with experts in {store}: expected {COPY}, or {HOST} with experts in {Store.ram.value}"
             )
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if chosen.type == "cuda" and not torch.cuda.is_available():
-            raise EngineError("PyTorch finds no CUDA GPU on this machine: choose the device cpu")
+        if store not in tuple(Store):
+            raise SpecmoeError(f"store {store!r}: expected {' or '.join(Store)}")
+        if prefetch is not None and prefetch < 1:
+            raise SpecmoeError(f"{prefetch} experts to prefetch: expected at least 1")
+        chosen = _device(device)
         resolved = resolve_model(name, revision=revision)
         folder = checkpoint_folder(resolved)
         config, packing = model_config(folder)
@@ -258,6 +267,7 @@ class OffloadedModel:
                 # Nothing is ever loaded or evicted: there is nothing to predict.
                 prefetching = reuse = None
             elif predictor == NEXT_GATE:
+                _check_widths(blocks)
                 prefetcher = NextGatePrefetcher(blocks, shape.top_k, prefetch or shape.top_k, threshold)
             elif prefetching is not None:
                 prefetcher = PredictorPrefetcher(prefetching.predictor, prefetch or shape.top_k, threshold)
@@ -319,7 +329,7 @@ class OffloadedModel:
             top_p: Tokens are drawn from the likeliest ones whose probabilities add up to this.
             seed: Of the draws.
             batch: Prompts that are computed at the same time.
-            ignore_eos: Whether to go on after the end token.
+            ignore_eos: Whether to continue after the end token.
             on_token: Called after every step.
             trace: A new directory, for a trace of the routing of all prompts.
             sources: Where each prompt comes from, for the trace.
@@ -366,9 +376,12 @@ class OffloadedModel:
         return found
 
     def close(self) -> None:
-        """Stop the threads and close the files. The model cannot be used afterwards."""
+        """Stop the threads and close the files, if this has not been done. The model cannot be used afterwards."""
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
         self.experts.close()
         self._store.close()
 
@@ -399,7 +412,7 @@ class OffloadedModel:
         sampling: _Sampling,
         on_token: Callable[[], None] | None,
     ) -> list[Generation]:
-        from transformers import StoppingCriteriaList
+        from transformers import GenerationConfig, StoppingCriteriaList
 
         ends = set() if sampling.ignore_eos else self._end_tokens
         longest, pad = max(map(len, ids)), min(self._end_tokens, default=0)
@@ -407,11 +420,9 @@ class OffloadedModel:
         for row, tokens in enumerate(ids):
             tokens_BT[row, longest - len(tokens) :] = torch.tensor(tokens)
             mask_BT[row, longest - len(tokens) :] = 1
-        choice: dict[str, Any] = {"do_sample": False}
+        choice: dict[str, Any] = {"do_sample": False, "eos_token_id": sorted(ends) or None}
         if sampling.temperature > 0:
-            choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        if sampling.ignore_eos:
-            choice["eos_token_id"] = None
+            choice |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         self._finished_B = np.zeros(len(ids), dtype=np.bool_)
 
         def note_token(tokens_BT: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
@@ -422,19 +433,23 @@ class OffloadedModel:
                 on_token()
             return torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
 
-        device = self.model.device
+        device, own = self.model.device, self.model.generation_config
+        # Nothing but what the caller asked for: a checkpoint's own settings may penalize, filter, or search.
+        plain = GenerationConfig(**choice, max_new_tokens=max_new_tokens, pad_token_id=pad, disable_compile=True)
+        # Models with a recurrent state do not all carry it from one part of a prompt to the next.
+        if longest > PREFILL_TOKENS and not getattr(self.model, "_is_stateful", False):
+            plain.prefill_chunk_size = PREFILL_TOKENS
+        self._prompt_tokens = longest
+        self.model.generation_config = plain
         try:
             output_BT = self.model.generate(
                 tokens_BT.to(device),
                 attention_mask=mask_BT.to(device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                prefill_chunk_size=PREFILL_TOKENS if longest > PREFILL_TOKENS else None,
                 stopping_criteria=StoppingCriteriaList([note_token]),
-                **choice,
             )
         finally:
-            self._finished_B = None
+            self.model.generation_config = own
+            self._finished_B, self._prompt_tokens = None, 1
         return [self._generation(tokens, row, ends) for tokens, row in zip(ids, output_BT[:, longest:].tolist(), strict=True)]
 
     def _generation(self, prompt: list[int], output: list[int], ends: set[int]) -> Generation:
@@ -446,13 +461,16 @@ class OffloadedModel:
     @property
     def _end_tokens(self) -> set[int]:
         end = self.model.generation_config.eos_token_id
-        return {end} if isinstance(end, int) else set(end or [])
+        found = [end] if isinstance(end, int) else list(end or [])
+        if not all(isinstance(token, int) for token in found):
+            raise ModelError(f"the generation config names the end tokens {found}: expected numbers")
+        return set(found)
 
     def _begin_step(self, _model: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         arguments = dict(zip(_POSITIONAL, positional, strict=False)) | named
         if arguments.get("input_ids") is None:
             raise SpecmoeError("this model's experts are offloaded: call it with input_ids, not with embeddings")
-        self.experts.begin_step(step_of(arguments, self._finished_B))
+        self.experts.begin_step(step_of(arguments, self._finished_B, self._prompt_tokens))
 
     def _end_step(self, *_: Any) -> None:
         self.experts.end_step()
@@ -473,15 +491,26 @@ def peak_device_memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise SpecmoeError(f"device {name!r}: expected cuda, cuda:N or cpu") from error
+    if device.type not in {"cuda", "cpu"}:
+        raise SpecmoeError(f"device {name!r}: expected cuda, cuda:N or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(f"PyTorch finds no GPU {device} on this machine: choose the device cpu")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
 def _dtype(name: str, config: Any) -> torch.dtype:
     if name != "auto":
         if name not in DTYPES:
             raise SpecmoeError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
-    if isinstance(stored, str):
-        stored = getattr(torch, stored, None)
-    return next((kind for kind in DTYPES.values() if kind == stored), torch.float32)
+    found = DTYPES.get(stored) if isinstance(stored, str) else next((kind for kind in DTYPES.values() if kind == stored), None)
+    return found or torch.float32
 
 
 def _shape(empty: Any, resolved: ResolvedModel, layers: int, experts: int) -> Shape:
@@ -569,6 +598,17 @@ def _fill(transfers: Transfers) -> None:
     transfers.counts = TransferCounts()
 
 
+def _check_widths(blocks: Sequence[MoEBlock]) -> None:
+    """Raise `SpecmoeError` if experts get another input than routers: it says nothing of the next layer's choice."""
+    for block in blocks:
+        inputs, width = input_width(block.experts), block.gate.get_parameter("weight").shape[1]
+        if inputs != width:
+            raise SpecmoeError(
+                f"{NEXT_GATE} needs the router's input, of width {width}, but this family's experts get one of width {inputs}: "
+                "choose a trained predictor"
+            )
+
+
 def _connect(model: Any, modules: Sequence[Any], experts: OffloadedExperts) -> None:
     """Make a model compute its experts through the cache."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -597,7 +637,10 @@ def experts_forward(
 def _tokenizer(folder: Path) -> Any | None:
     from transformers import AutoTokenizer
 
+    names = [path.name for path in folder.iterdir()]
+    if not any(name.startswith(("tokenizer", "vocab")) or name.endswith(".model") for name in names):
+        return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        return None
+    except Exception as error:  # a file from elsewhere can make a tokenizer's class raise anything
+        raise ModelError(f"the tokenizer of {folder} cannot be read: {first_line(error)}") from error

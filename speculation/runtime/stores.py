@@ -18,7 +18,7 @@ import torch
 
 from profiler.errors import EngineError
 from speculation.runtime.checkpoint import StoredExpert, StoredTensor
-from speculation.runtime.layout import ExpertLayout, allocate
+from speculation.runtime.layout import ExpertLayout, allocate, pin, unpin
 
 # Reads that bypass the page cache begin and end at multiples of this, in the file and in memory.
 BLOCK = 4096
@@ -77,7 +77,14 @@ class DiskStore:
     def __init__(self, layouts: Sequence[ExpertLayout], experts: Sequence[StoredExpert], *, direct: bool) -> None:
         self._layouts, self._experts = layouts, experts
         self._per_layer = len(experts) // len(layouts)
-        self._files = {path: _File(path, direct=direct) for path in dict.fromkeys(_paths(experts))}
+        self._files: dict[Path, _File] = {}
+        try:
+            for path in dict.fromkeys(_paths(experts)):
+                self._files[path] = _File(path, direct=direct)
+        except BaseException:
+            for file in self._files.values():
+                file.close()
+            raise
         self.direct = direct and all(file.direct for file in self._files.values())
         self._checksums: dict[int, tuple[int, ...]] = {}
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="specmoe-read")
@@ -115,6 +122,7 @@ class DiskStore:
         self._pool.shutdown(wait=True)
         for file in self._files.values():
             file.close()
+        self._files.clear()
 
     def _read_all(self, pieces: Sequence[tuple[StoredTensor, Bytes]]) -> tuple[int, ...]:
         """Read tensors into memory, in pieces by several threads; return the pieces' checksums."""
@@ -154,13 +162,24 @@ class HostStore:
     """
 
     def __init__(self, disk: DiskStore, layouts: Sequence[ExpertLayout], num_experts: int, *, pinned: bool) -> None:
-        host = torch.device("cpu")
-        self._memory = [allocate(layout, num_experts, host, pinned=pinned) for layout in layouts]
         self._num_experts = num_experts
-        for x in range(len(layouts) * num_experts):
-            disk.read(x, self.held(x))
+        self._memory: list[torch.Tensor] = []
+        self._pinned: list[torch.Tensor] = []
+        try:
+            _check_memory(sum(layout.bytes for layout in layouts) * num_experts)
+            for layout in layouts:
+                self._memory.append(allocate(layout, num_experts, torch.device("cpu")))
+                if pinned:
+                    pin(self._memory[-1])
+                    self._pinned.append(self._memory[-1])
+            for x in range(len(layouts) * num_experts):
+                disk.read(x, self.held(x))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            disk.close()
         self.bytes_read = disk.bytes_read
-        disk.close()
 
     def read(self, x: int, memory_B: torch.Tensor) -> None:
         memory_B.copy_(self.held(x))
@@ -169,7 +188,22 @@ class HostStore:
         return self._memory[x // self._num_experts][x % self._num_experts]
 
     def close(self) -> None:
+        for memory in self._pinned:
+            unpin(memory)
+        self._pinned.clear()
         self._memory.clear()
+
+
+def _check_memory(size: int) -> None:
+    """Raise `EngineError` if all experts do not fit into the memory that is available."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    if size > available:
+        raise EngineError(
+            f"the experts take {size / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are available: keep them on disk "
+            "(store disk)"
+        )
 
 
 def faster_direct(layouts: Sequence[ExpertLayout], experts: Sequence[StoredExpert], seconds: float = 0.5) -> bool:
@@ -241,10 +275,14 @@ class _File:
             first = start // BLOCK * BLOCK
             size = -(-(start + len(target) - first) // BLOCK) * BLOCK
             memory, array = scratch.get()
+            found = 0
             with memoryview(memory) as view:
-                found = os.preadv(self._handle, [view[:size]], first)
-            if found < start - first + len(target):
-                raise self._cut_off(first + found)
+                while found < start - first + len(target):
+                    # A read can end early, at a multiple of the block unless the file ends.
+                    more = os.preadv(self._handle, [view[found:size]], first + found)
+                    if not more or ((found + more) % BLOCK and found + more < start - first + len(target)):
+                        raise self._cut_off(first + found + more)
+                    found += more
             target[:] = array[start - first : start - first + len(target)]
         except OSError as error:
             raise EngineError(f"{self.path} cannot be read: {error.strerror}") from error
@@ -263,8 +301,9 @@ class _File:
     def check(self) -> None:
         """Raise `EngineError` if the file is not what it was when it was opened."""
         now, opened = os.fstat(self._handle), self._opened
-        if (now.st_size, now.st_mtime_ns) != (opened.st_size, opened.st_mtime_ns) or not now.st_nlink:
-            what = "changed" if now.st_nlink else "removed"
+        is_removed = now.st_nlink < opened.st_nlink
+        if (now.st_size, now.st_mtime_ns) != (opened.st_size, opened.st_mtime_ns) or is_removed:
+            what = "removed" if is_removed else "changed"
             raise EngineError(f"{self.path} was {what} while its experts were in use: restore it and start again")
 
     def close(self) -> None:

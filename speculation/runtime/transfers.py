@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from profiler.errors import EngineError
 from speculation.offload.cache import ExpertCache
-from speculation.runtime.layout import ExpertLayout, allocate
+from speculation.runtime.layout import ExpertLayout, allocate, pin, unpin
 from speculation.runtime.slots import Slots
 from speculation.runtime.stores import ExpertStore
 
@@ -27,15 +28,13 @@ class Transfer:
 
     Attributes:
         layer, expert, slot: What is transferred, and to which slot or buffer of the layer.
-        is_done: Whether the expert can be used. On a GPU its copy may still be under way; `event` marks its end.
-        event: See `is_done`; None on a CPU.
+        is_done: Whether the expert is there.
     """
 
     layer: int
     expert: int
     slot: int
     is_done: bool = False
-    event: Any = None
 
 
 @dataclass(order=True, frozen=True)
@@ -110,14 +109,22 @@ class Transfers:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         # What a file is read into on its way to a GPU.
         host = torch.device("cpu")
-        self._staging = {layout: allocate(layout, 1, host, pinned=True)[0] for layout in layouts} if self._stream else {}
-        self._last_reads: dict[tuple[int, int], Any] = {}
+        self._staging = {layout: allocate(layout, 1, host)[0] for layout in layouts} if self._stream else {}
+        for memory in self._staging.values():
+            pin(memory)
+        self._last_reads: dict[Any, Any] = {}
+        if self._stream is not None:
+            # The slots' memory may have been in use by kernels that have not ended.
+            self._stream.wait_stream(torch.cuda.current_stream(device))
         self._thread = threading.Thread(target=self._run, name="specmoe-transfer", daemon=True)
         self._thread.start()
 
     def demand(self, layer: int, expert: int, slot: int) -> Transfer:
         """Queue the transfer of an expert that a layer waits for. The caller holds `lock`."""
         transfer = Transfer(layer, expert, slot)
+        if slot >= 0:
+            # The cache has it from now on: whoever finds it there waits for its transfer, whatever becomes of this request.
+            self._coming[layer * self.cache.num_experts + expert] = transfer
         self._demanded.append(transfer)
         self.lock.notify_all()
         return transfer
@@ -157,8 +164,7 @@ class Transfers:
         if x in self._unused:
             self._unused.discard(x)
             self.counts.useful += 1
-        transfer = self._coming.get(x)
-        return None if transfer is None or (transfer.is_done and _is_past(transfer.event)) else transfer
+        return self._coming.get(x)
 
     def evicted(self, x: int) -> None:
         """Note that an expert was evicted. The caller holds `lock`."""
@@ -172,22 +178,20 @@ class Transfers:
         """
         with self.lock:
             while not transfer.is_done:
-                self._check()
+                self.check()
                 self.lock.wait()
-        if transfer.event is not None:
-            torch.cuda.current_stream().wait_event(transfer.event)
 
     def note_computation(self, layer: int, slots: list[int]) -> None:
         """Note that the computation that was just started reads these slots: no transfer overwrites them before it ends."""
         if self._stream is not None:
-            event = torch.cuda.current_stream().record_event()
-            self._last_reads.update({(layer if slot < 0 else -1, slot): event for slot in slots})
+            event = torch.cuda.current_stream(self._slots.device).record_event()
+            self._last_reads.update({self._place(layer, slot): event for slot in slots})
 
     def settle(self) -> None:
         """Wait until no transfer is queued or in progress."""
         with self.lock:
             while self._demanded or self._prefetches or self._coming:
-                self._check()
+                self.check()
                 self.lock.wait(0.01)
 
     def close(self) -> None:
@@ -196,15 +200,31 @@ class Transfers:
             self._is_closed = True
             self.lock.notify_all()
         self._thread.join()
+        for memory in self._staging.values():
+            unpin(memory)
+        self._staging.clear()
 
     @property
     def wasted(self) -> int:
         """Prefetches that were begun and not used, evicted or not."""
         return self.counts.prefetched - self.counts.useful
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise what ended the transfers, if anything did: what is in the slots cannot be relied on any more."""
         if self._error is not None:
             raise self._error
+
+    def break_off(self, error: BaseException) -> None:
+        """Note that the cache and the transfers do not fit together any more, because changing them was interrupted."""
+        with self.lock:
+            self._error = self._error or EngineError(
+                f"an earlier call was interrupted while the cache was changed ({type(error).__name__}): load the model again"
+            )
+            self.lock.notify_all()
+
+    def _place(self, layer: int, slot: int) -> Any:
+        """What identifies the memory of a slot, or of a buffer, which layers of one kind share."""
+        return slot if slot >= 0 else (self._layouts[layer], slot)
 
     def _run(self) -> None:
         try:
@@ -218,13 +238,14 @@ class Transfers:
                 if transfer is None:
                     continue
                 began = time.perf_counter()
-                event = self._copy(transfer)
+                self._copy(transfer)
                 with self.lock:
                     self.counts.seconds += time.perf_counter() - began
                     self.counts.transfers += 1
-                    transfer.event, transfer.is_done = event, True
-                    self._coming.pop(transfer.layer * self.cache.num_experts + transfer.expert, None)
-                    if transfer.slot >= 0:
+                    transfer.is_done = True
+                    x = transfer.layer * self.cache.num_experts + transfer.expert
+                    if self._coming.get(x) is transfer:
+                        del self._coming[x]
                         self.cache.arrive(transfer.layer, transfer.expert)
                     self.lock.notify_all()
         except BaseException as error:  # whoever waits raises it
@@ -253,19 +274,19 @@ class Transfers:
         self._coming[x] = Transfer(wanted.layer, wanted.expert, placed.slot)
         return self._coming[x]
 
-    def _copy(self, transfer: Transfer) -> Any:
-        """Transfer an expert; return the event of its end on a GPU."""
+    def _copy(self, transfer: Transfer) -> None:
+        """Transfer an expert, and wait until it is there."""
         memory_B = self._slots.memory(transfer.layer, transfer.slot)
         x = transfer.layer * self.cache.num_experts + transfer.expert
         self.counts.bytes += len(memory_B)
         if self._stream is None:
             self._store.read(x, memory_B)
-            return None
+            return
         held_B = self._store.held(x)
         if held_B is None:
             held_B = self._staging[self._layouts[transfer.layer]]
             self._store.read(x, held_B)
-        last_read = self._last_reads.get((transfer.layer if transfer.slot < 0 else -1, transfer.slot))
+        last_read = self._last_reads.get(self._place(transfer.layer, transfer.slot))
         with torch.cuda.stream(self._stream):
             if last_read is not None:
                 self._stream.wait_event(last_read)
@@ -274,8 +295,3 @@ class Transfers:
         # One transfer at a time: so a demand load does not wait for prefetches that were issued before, and the staging memory
         # is free again.
         event.synchronize()
-        return event
-
-
-def _is_past(event: Any) -> bool:
-    return event is None or bool(event.query())

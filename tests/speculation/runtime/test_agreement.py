@@ -29,10 +29,12 @@ def test_hits_are_those_of_the_simulation_step_by_step(rule: Rule, tmp_path: Pat
     out = tmp_path / "trace"
     size = CacheSize(fraction=0.375)
     with OffloadedModel.load("demo", size, policy=rule.label, time_constant=4.0, device="cpu") as offloaded:
+        hits_R: list[int] = []
+        offloaded.experts.hits_R = hits_R
         generations = offloaded.generate(PROMPTS, max_new_tokens=24, trace=out)
         trace = Trace.open(out)
         result = simulate_run(offloaded, trace, None, time_constant=4.0)
-        steps = np.array(offloaded.experts.hits_R).reshape(-1, 8).sum(axis=1)
+        steps = np.array(hits_R).reshape(-1, 8).sum(axis=1)
         assert steps.tolist() == result.hits_S.tolist()
         decode = offloaded.experts.decode
         assert (decode.requested, decode.hits) == (result.total(Count.REQUESTED), result.total(Count.HIT))
@@ -52,9 +54,11 @@ def test_a_learned_policy_evicts_what_the_simulation_evicts(tmp_path: Path, monk
     run = train(Trace.open(first), "reuse-small", tmp_path / "run", options=TrainingOptions(epochs=1), task=Task.REUSE)
     out = tmp_path / "second"
     with OffloadedModel.load("demo", CacheSize(fraction=0.5), policy=tmp_path / "run", device="cpu") as offloaded:
+        hits_R: list[int] = []
+        offloaded.experts.hits_R = hits_R
         offloaded.generate(PROMPTS, max_new_tokens=24, trace=out)
         result = simulate_run(offloaded, Trace.open(out), None, time_constant=24.0, reuse=run.predictor)
-        steps = np.array(offloaded.experts.hits_R).reshape(-1, 8).sum(axis=1)
+        steps = np.array(hits_R).reshape(-1, 8).sum(axis=1)
         # Where two experts' scores differ by rounding only, either may be evicted.
         assert np.abs(steps - result.hits_S).sum() <= 0.01 * steps.sum()
 

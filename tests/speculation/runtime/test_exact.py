@@ -162,9 +162,12 @@ def test_a_long_prompt_is_computed_in_parts(mixtral: Path, monkeypatch: pytest.M
     expected = greedy(plain_model(mixtral), prompt, 4)
     monkeypatch.setattr("speculation.runtime.model.PREFILL_TOKENS", 16)
     with OffloadedModel.load(str(mixtral), CacheSize(fraction=0.5), dtype="float32", device="cpu") as offloaded:
+        hits_R: list[int] = []
+        offloaded.experts.hits_R = hits_R
         (generation,) = offloaded.generate([prompt], max_new_tokens=4, ignore_eos=True)
         # Four parts of three layers, then three tokens.
-        assert len(offloaded.experts.hits_R) == (4 + 3) * 3
+        assert len(hits_R) == (4 + 3) * 3
+        assert offloaded.experts.decode.tokens == 3
     assert generation.token_ids == expected
 
 
