@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from profiler.errors import EngineError, ModelError, SpecmoeError
 from profiler.models.resolve import demo_model_folder
@@ -73,6 +75,105 @@ def test_a_file_that_changes_under_a_running_model(
             offloaded.generate([PROMPT], max_new_tokens=16, ignore_eos=True)
 
 
+@pytest.mark.parametrize("interruption", [EngineError("the drive is gone"), KeyboardInterrupt()])
+def test_after_a_fault_nothing_is_computed_with_what_is_in_the_slots(
+    demo: Path, interruption: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the next call would find everything that it needs in the cache."""
+    with OffloadedModel.load(str(demo), CacheSize(fraction=0.75), store="disk", device="cpu") as offloaded:
+        store = offloaded.experts.transfers._store
+
+        def read(_x: int, memory_B: torch.Tensor) -> None:
+            memory_B.fill_(7)
+            raise interruption
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "read", read)
+            with pytest.raises(type(interruption)):
+                offloaded.generate([[100, 200, 300, 400, 500]], max_new_tokens=8, ignore_eos=True)
+        for prompt in ([5], [35], PROMPT):
+            with pytest.raises(type(interruption)):
+                offloaded.generate([prompt], max_new_tokens=2, ignore_eos=True)
+
+
+def test_a_call_that_is_interrupted_while_it_waits_leaves_nothing_unfinished_behind(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = CacheSize(fraction=0.75)
+    with OffloadedModel.load(str(demo), size, store="disk", device="cpu") as offloaded:
+        (expected,) = offloaded.generate([PROMPT], max_new_tokens=12, ignore_eos=True)
+    with OffloadedModel.load(str(demo), size, store="disk", device="cpu") as offloaded:
+        transfers, read = offloaded.experts.transfers, offloaded.experts.transfers._store.read
+
+        def slow(x: int, memory_B: torch.Tensor) -> None:
+            time.sleep(0.05)
+            read(x, memory_B)
+
+        def interrupt(_transfer: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(transfers._store, "read", slow)
+        with monkeypatch.context() as patch:
+            patch.setattr(transfers, "wait", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                offloaded.generate([PROMPT], max_new_tokens=12, ignore_eos=True)
+        (found,) = offloaded.generate([PROMPT], max_new_tokens=12, ignore_eos=True)
+    assert found == expected
+
+
+def test_an_interruption_while_the_cache_changes_makes_it_unusable(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OffloadedModel.load(str(demo), CacheSize(fraction=0.5), store="disk", device="cpu") as offloaded:
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(offloaded.experts.transfers, "demand", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                offloaded.generate([PROMPT], max_new_tokens=12, ignore_eos=True)
+        with pytest.raises(EngineError, match=r"interrupted while the cache was changed \(KeyboardInterrupt\): load the model"):
+            offloaded.generate([PROMPT], max_new_tokens=12, ignore_eos=True)
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(demo: Path) -> None:
+    """Else the experts would be those of another checkpoint than the rest of the model."""
+    with OffloadedModel.load(str(demo), CacheSize(fraction=0.5), store="disk", device="cpu") as offloaded:
+        (expected,) = offloaded.generate([PROMPT], max_new_tokens=4)
+    (demo / "model.safetensors.index.json").write_text('{"weight_map": {"a": "other.safetensors"}}')
+    with OffloadedModel.load(str(demo), CacheSize(fraction=0.5), store="disk", device="cpu") as offloaded:
+        assert offloaded.generate([PROMPT], max_new_tokens=4) == [expected]
+
+
+def test_experts_that_do_not_fit_into_memory_are_refused(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Little:
+        available = 1_000_000
+
+    monkeypatch.setattr("psutil.virtual_memory", Little)
+    with pytest.raises(EngineError, match=r"0\.0 GB of memory are available: keep them on disk"):
+        OffloadedModel.load(str(demo), CacheSize(fraction=0.5), store="ram", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"store": "ssd"}, "store 'ssd': expected ram or disk"),
+        ({"device": "gpu"}, "device 'gpu': expected cuda, cuda:N or cpu"),
+        ({"device": "meta"}, "device 'meta': expected cuda, cuda:N or cpu"),
+        ({"device": "cuda:63"}, "finds no GPU cuda:63"),
+        ({"dtype": "float99"}, "dtype 'float99': expected auto"),
+        ({"prefetch": 0}, "0 experts to prefetch"),
+        ({"cache": CacheSize()}, "expected either a share or a size in GB"),
+        ({"cache": CacheSize(fraction=0.5, gigabytes=1.0)}, "expected either a share or a size in GB"),
+        ({"cache": CacheSize(gigabytes=float("nan"))}, "cache of nan GB"),
+        ({"cache": CacheSize(fraction=1.5)}, r"cache fraction 1\.5: expected 0 to 1"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:
+    size = options.pop("cache", CacheSize(fraction=0.5))
+    with pytest.raises(SpecmoeError, match=message):
+        OffloadedModel.load("demo", size, **{"device": "cpu"} | options)
+
+
 def test_experts_in_memory_do_not_need_the_file_any_more(demo: Path) -> None:
     with OffloadedModel.load(str(demo), CacheSize(fraction=0.25), store="ram", device="cpu") as offloaded:
         (before,) = offloaded.generate([PROMPT], max_new_tokens=16)
@@ -89,6 +190,11 @@ def _without_an_expert(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def _index(folder: Path, content: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+
+
 def _edit_config(folder: Path, **entries: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
@@ -101,14 +207,16 @@ def _edit_config(folder: Path, **entries: object) -> None:
         (lambda f: (f / "model.safetensors").write_bytes(b"PK\x03\x04" + b"\0" * 100), "is not a safetensors file"),
         (lambda f: (f / "model.safetensors").unlink(), "has no safetensors checkpoint"),
         (
-            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}'),
+            lambda f: _index(f, '{"weight_map": {"a": "../../etc/passwd"}}'),
             "names the file '../../etc/passwd': expected a file in the same folder",
         ),
-        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "is not a checkpoint's index"),
-        (
-            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "other.safetensors"}}'),
-            "lacks other.safetensors",
-        ),
+        (lambda f: _index(f, "[]"), "is not a checkpoint's index"),
+        (lambda f: _index(f, "[" * 100_000), "is not a checkpoint's index"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "the tokenizer of .* cannot be read"),
+        (lambda f: _edit_config(f, rope_parameters=5), "transformers cannot (read the config|build this model)"),
+        (lambda f: _edit_config(f, quantization_config=5), "is quantized|cannot read the config"),
+        (lambda f: _edit_config(f, transformers_weights="other.safetensors"), "names its weights in config.json"),
+        (lambda f: _index(f, '{"weight_map": {"a": "other.safetensors"}}'), "lacks other.safetensors"),
         (_without_an_expert, "the checkpoint has 7 tensors|expected 8 experts|holds it in two ways"),
         (lambda f: _edit_config(f, quantization_config={"quant_method": "awq", "bits": 4}), r"is quantized \(awq\)"),
     ],
@@ -133,6 +241,7 @@ def test_a_header_that_lies_about_its_tensors(demo: Path) -> None:
         {"dtype": "BF16", "shape": [-160, -128], "data_offsets": [0, 40960]},
         {"dtype": "BF16", "shape": [160, 128], "data_offsets": [-40960, 0]},
         {"dtype": "BF16", "shape": "160", "data_offsets": [0]},
+        {"dtype": "BF16", "shape": [160, 128], "data_offsets": [0, float("inf")]},
         "text",
     ):
         text = json.dumps(header | {name: entry}).encode()
