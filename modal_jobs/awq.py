@@ -234,7 +234,7 @@ def calibration_texts(dataset: str, count: int, data_files: Path | None, source:
     """Prompts for calibration, taken evenly from comma-separated datasets. Raises `DatasetError`."""
     names = tuple(name.strip() for name in dataset.split(","))
     selection = Selection(datasets=names, num_problems=count, data_files=data_files, sampling=Sampling())
-    return [problem.prompt for problem in select(selection, str(source))]
+    return [problem.prompt for problem in select(selection, str(source)) if problem.unusable is None]
 
 
 def describe_report(target: Path, report: QuantizeReport) -> str:

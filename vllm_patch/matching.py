@@ -20,20 +20,24 @@ class UnmatchedOutputError(TraceError):
 
 @dataclass(frozen=True)
 class Output:
-    """One sample of a request's output, with the id that the program knows the request by."""
+    """One sample of a request's output, with the id that the program knows the request by.
+
+    sample_name: the id that vLLM gives the sample if its request has several, where that is unknown; otherwise empty.
+    """
 
     name: str
     prompt_token_ids: list[int]
     token_ids: list[int]
+    sample_name: str = ""
 
 
 def match_outputs(
-    outputs: list[Output], requests: list[CapturedRequest], inputs: CapturedInputs
+    outputs: list[Output], requests: list[CapturedRequest], inputs: CapturedInputs, *, drafts: bool = False
 ) -> list[CapturedRequest | UnmatchedOutputError]:
     """For each output, the request of its id and prompt that read its tokens; each request is used once.
 
     If several requests read the same tokens, their routes are the same, and it does not matter which is which. Outputs without
-    such a request get an error instead.
+    such a request get an error instead. drafts: whether requests also read draft tokens, which may have been rejected.
     """
     by_id: defaultdict[str, list[CapturedRequest]] = defaultdict(list)
     by_name: defaultdict[str, list[CapturedRequest]] = defaultdict(list)
@@ -51,19 +55,36 @@ def match_outputs(
     for place in sorted(range(len(outputs)), key=order):
         output = outputs[place]
         try:
-            found[place] = _choose(output, by_id.get(output.name) or by_name.get(output.name, []), free, inputs)
+            named = [
+                request
+                for name in (output.name, output.sample_name)
+                if name
+                for request in by_id.get(name) or by_name.get(name, [])
+            ]
+            found[place] = _choose(output, named, free, inputs, drafts=drafts)
         except UnmatchedOutputError as error:
             found[place] = error
     return [found[place] for place in range(len(outputs))]
 
 
-def _choose(output: Output, named: list[CapturedRequest], free: set[int], inputs: CapturedInputs) -> CapturedRequest:
+def _choose(
+    output: Output, named: list[CapturedRequest], free: set[int], inputs: CapturedInputs, *, drafts: bool
+) -> CapturedRequest:
     if not named:
         raise UnmatchedOutputError(f"output {output.name!r} was not generated during the recording")
     same = [request for request in named if request.prompt_token_ids == output.prompt_token_ids]
     if inputs.known:
         tokens = output.prompt_token_ids + output.token_ids
         same = [request for request in same if inputs.has_read(request.number, tokens)]
+        if same and not drafts:
+            # What a request reads behind the end of its output begins with the output's last token. In the last piece of a
+            # stream, the token after the prompt is another one than was read there.
+            same = [request for request in same if inputs.difference(request.number, tokens, last=True) is None]
+            if not same:
+                raise UnmatchedOutputError(
+                    f"output {output.name!r} lacks tokens of its request: with output_kind=DELTA, the last output has the last "
+                    "tokens only; use CUMULATIVE or FINAL_ONLY"
+                )
     elif len(same) > 1:
         raise UnmatchedOutputError(
             f"output {output.name!r}: {len(same)} requests had this id and prompt, and this vLLM release does not show which "

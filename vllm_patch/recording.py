@@ -19,7 +19,7 @@ from profiler.capture.options import CaptureOptions, separate_compile_cache
 from profiler.capture.protocol import Workers
 from profiler.capture.requests import ABORTED, CapturedRequest, Sequence, read_requests
 from profiler.capture.sealing import run_folder
-from profiler.errors import TraceError
+from profiler.errors import EngineError, TraceError
 from profiler.models.resolve import loaded_model
 from profiler.trace.reader import Trace
 from profiler.trace.schema import Metadata
@@ -101,6 +101,11 @@ class Recording:
                 output of this call is added. The recording continues, and its trace is written even if the error leaves the
                 block.
         """
+        if self.trace is not None:
+            raise TraceError(f"{self.out} is complete: add outputs inside the block that generates them")
+        if not isinstance(outputs, Iterable):
+            self._refusal = TraceError(f"{type(outputs).__name__} cannot be added to a recording: expected a list of outputs")
+            raise self._refusal
         # By identity: the outputs are kept, so no other object gets the same.
         added: dict[int, Any] = {}
         for output in outputs:
@@ -113,6 +118,11 @@ class Recording:
         self._outputs |= added
 
     def __enter__(self) -> Self:
+        if not hasattr(self._llm, "llm_engine"):
+            raise EngineError(
+                f"{type(self._llm).__name__} cannot be recorded by Recording: expected a vllm.LLM; record other engines as a "
+                "server is recorded, with CaptureOptions(out=...)"
+            )
         if self.out.exists() and any(self.out.iterdir()):
             raise TraceError(f"{self.out} exists and is not an empty folder: choose another one")
         self._facts = self._workers.start(run_folder(self.out, 0))
@@ -150,13 +160,15 @@ class Recording:
         samples = [(output, sample) for output in self._outputs.values() for sample in output.outputs]
         outputs = [
             Output(
-                f"{sample.index}_{output.request_id}" if len(output.outputs) > 1 else output.request_id,
+                f"{sample.index}_{output.request_id}" if len(output.outputs) > 1 or sample.index else output.request_id,
                 list(output.prompt_token_ids),
                 list(sample.token_ids),
+                # Unless vLLM returns all samples of a request together, each output has those that have just finished.
+                sample_name=f"{sample.index}_{output.request_id}",
             )
             for output, sample in samples
         ]
-        found = match_outputs(outputs, requests, inputs)
+        found = match_outputs(outputs, requests, inputs, drafts=self._llm.llm_engine.vllm_config.speculative_config is not None)
         sequences: list[Sequence] = []
         for (output, sample), named, request in zip(samples, outputs, found, strict=True):
             if isinstance(request, CapturedRequest):

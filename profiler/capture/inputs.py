@@ -74,13 +74,14 @@ class CapturedInputs:
         reached = at < len(positions_T) and positions_T[at] == last
         return bool(reached) and self.difference(number, token_ids) is None
 
-    def difference(self, number: int, token_ids: list[int]) -> tuple[int, int] | None:
+    def difference(self, number: int, token_ids: list[int], *, last: bool = False) -> tuple[int, int] | None:
         """The first position at which request `number` read another token than `token_ids`, and that token; None if none did.
 
-        Positions that were not captured, and the last token, which is never read, cannot differ.
+        Positions that were not captured cannot differ. The last token is compared only with `last`: an engine that schedules
+        ahead reads it, but at its position may also be a draft token that was rejected.
         """
         positions_T, vocab_T = self._of(number)
-        end = int(np.searchsorted(positions_T, max(len(token_ids) - 1, 0)))
+        end = int(np.searchsorted(positions_T, max(len(token_ids) - (not last), 0)))
         positions_T, vocab_T = positions_T[:end], vocab_T[:end]
         expected_T = np.asarray(token_ids, dtype=np.int32)[positions_T]
         differs = np.flatnonzero((vocab_T != expected_T) & (vocab_T >= 0))

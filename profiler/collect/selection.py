@@ -58,8 +58,8 @@ def select(selection: Selection, location: str, revision: str | None = None) -> 
     """The selected problems, dataset by dataset.
 
     location, revision: of the model whose tokenizer counts the tokens, if the selection limits tokens.
-    Raises `DatasetError` if a dataset is unknown, named twice, unreadable or empty; `ModelError` if tokens must be counted and
-    the tokenizer cannot be loaded.
+    Raises `DatasetError` if a dataset is unknown, named twice, unreadable or empty, or if no row has a prompt; `ModelError` if
+    tokens must be counted and the tokenizer cannot be loaded.
     """
     if selection.data_files is not None and len(selection.datasets) > 1:
         raise DatasetError("data_files can be given for one dataset only")
@@ -70,7 +70,12 @@ def select(selection: Selection, location: str, revision: str | None = None) -> 
         dataset.name: read_problems(dataset, data_files=selection.data_files, max_new_tokens=selection.sampling.max_new_tokens)
         for dataset in datasets
     }
-    return _take(selection, sources, lambda: token_counter(location, revision))
+    problems = _take(selection, sources, lambda: token_counter(location, revision))
+    if all(problem.unusable is not None for problem in problems):
+        # Known before an engine starts.
+        first = problems[0]
+        raise DatasetError(f"no problem can be run; the first, {first.dataset} {first.source_key}: {first.unusable}")
+    return problems
 
 
 def guess(selection: Selection) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""Problems that cannot be run: an empty prompt, no room for one, or a prompt that the engine rejects. The others still run."""
+"""Problems that cannot be run: no prompt, no room for one, or a prompt that the engine rejects. The others still run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ def encode_prompts(engine: Engine, problems: dict[int, Problem]) -> tuple[list[t
     """
     prompts, unusable = [], {}
     for problem_id, problem in problems.items():
+        if problem.unusable is not None:
+            unusable[problem_id] = problem.unusable
+            continue
         room = engine.max_length - problem.max_new_tokens
         if room < 1:
             unusable[problem_id] = (

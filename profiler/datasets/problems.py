@@ -35,6 +35,7 @@ class Problem:
     """A prompt and where it came from. `source_key` identifies it within its dataset.
 
     max_new_tokens: maximum of generated tokens. max_prompt_tokens: truncate the prompt to so many tokens; None for no limit.
+    unusable: why its row gives no prompt, such as a missing value; None if it does.
     """
 
     dataset: str
@@ -42,13 +43,15 @@ class Problem:
     prompt: str
     max_new_tokens: int
     max_prompt_tokens: int | None = None
+    unusable: str | None = None
 
 
 def read_problems(dataset: Dataset, *, data_files: Path | None = None, max_new_tokens: int | None = None) -> Iterator[Problem]:
     """Iterate over all problems, from `data_files` (.parquet, .jsonl) if given, otherwise embedded or from the hub.
 
     They are in the order of the file, or in a fixed shuffled order if the dataset is sorted by class.
-    Raises `DatasetError` on an unreadable file or a missing column.
+    A row with a missing value, or one that is not text, becomes a problem without a prompt that says so.
+    Raises `DatasetError` on an unreadable file, or if its first row lacks a column.
     """
     if data_files is not None:
         rows = _read_local(data_files, dataset)
@@ -56,21 +59,27 @@ def read_problems(dataset: Dataset, *, data_files: Path | None = None, max_new_t
         rows = _read_embedded(dataset)
     else:
         rows = _read_hub(dataset)
-    where = data_files or dataset.hub_id
     for number, row in rows:
-        for column in dataset.columns:
-            if row.get(column) is None:
-                raise DatasetError(f"{where}, row {number}: column {column!r} is empty, and {dataset.name} needs it")
-            if column != dataset.key and not _is_text(row[column]):
-                raise DatasetError(f"{where}, row {number}: column {column!r} is {str(row[column])[:40]!r}, expected text")
-        prompt = dataset.template.format(**row)
-        if len(prompt.strip()) >= dataset.min_characters:
+        unusable = next(filter(None, (_fault(row, column, dataset) for column in dataset.columns)), None)
+        prompt = "" if unusable is not None else dataset.template.format(**row)
+        if unusable is not None or len(prompt.strip()) >= dataset.min_characters:
+            key = row.get(dataset.key) if dataset.key else None
             yield Problem(
                 dataset=dataset.name,
-                source_key=str(row[dataset.key]) if dataset.key else str(number),
+                source_key=str(key) if key is not None and _is_text(str(key)) else str(number),
                 prompt=prompt,
                 max_new_tokens=max_new_tokens or dataset.new_tokens,
+                unusable=unusable,
             )
+
+
+def _fault(row: dict[str, Any], column: str, dataset: Dataset) -> str | None:
+    """Why a value that a dataset needs cannot be used; None if it can."""
+    if row.get(column) is None:
+        return f"its column {column!r} is empty"
+    if not _is_text(str(row[column]) if column == dataset.key else row[column]):
+        return f"its column {column!r} is {str(row[column])[:40]!r}, expected text"
+    return None
 
 
 def typical_problems(dataset: Dataset, max_new_tokens: int | None = None) -> Iterator[Problem]:
@@ -162,7 +171,7 @@ def _read_embedded(dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_local(path: Path, dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.is_file():
-        raise DatasetError(f"data file {path}: no such file")
+        raise DatasetError(f"data file {path}: {'a folder, expected a file' if path.is_dir() else 'no such file'}")
     if path.suffix == ".parquet":
         return _read_parquet(path, dataset)
     if path.suffix in {".jsonl", ".ndjson"}:
@@ -198,16 +207,19 @@ def _read_json_lines(path: Path, dataset: Dataset) -> Iterator[tuple[int, dict[s
             lines = ((number, _line_at(file, starts[number])) for number in numbers)
         else:
             lines = ((number, line) for number, line in enumerate(iter(lambda: file.readline(MAX_JSONL_LINE), b"")))
+        first: int | None = None
         for number, line in lines:
             if not line.strip():
                 continue
+            first = number if first is None else first
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DatasetError(f"data file {path}, line {number + 1} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DatasetError(f"data file {path}, line {number + 1}: expected an object with columns")
-            _check_columns(list(row), dataset, path)
+            if number == first:
+                _check_columns(list(row), dataset, path)
             yield number, row
 
 

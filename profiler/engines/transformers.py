@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from profiler.engines import AUTO_BACKEND, Completion, EngineOptions, Prompt, Sa
 from profiler.engines.low_memory import place, quantize_experts
 from profiler.errors import EngineError, ModelError, first_line
 from profiler.models.deepseek_v1 import local_rewriting
-from profiler.models.moe_modules import MoEBlock, find_moe_blocks, selection
+from profiler.models.moe_modules import MoEBlock, find_moe_blocks, find_output_scale, selection
 from profiler.models.resolve import ResolvedModel
 from profiler.trace.stream import RoutingWriter
 
@@ -167,6 +168,15 @@ class TransformersEngine:
         return output
 
 
+_OUTPUT_SCALES: WeakKeyDictionary[torch.nn.Module, float] = WeakKeyDictionary()
+
+
+def _output_scale(block: MoEBlock) -> float:
+    if block.block not in _OUTPUT_SCALES:
+        _OUTPUT_SCALES[block.block] = find_output_scale(block)
+    return _OUTPUT_SCALES[block.block]
+
+
 def moe_blocks(model: torch.nn.Module) -> list[MoEBlock]:
     """The model's MoE layers, in order. Raises `ModelError` if it has none."""
     blocks = find_moe_blocks(model)
@@ -181,8 +191,9 @@ def route(
     token_ids: list[int],
     on_router_input: OnRouterInput | None = None,
 ) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32]]:
-    """Expert ids and weights `[T, L, K]` of one sequence, as the experts get them.
+    """Expert ids and weights `[T, L, K]` of one sequence, as the model applies them.
 
+    Where the MoE block multiplies the experts' output by a factor, so are the weights.
     on_router_input: called layer by layer; see `OnRouterInput`.
     Raises `ModelError` if the model has no routers, and `EngineError` if neither the experts' inputs nor the routers' outputs
     have ids and weights.
@@ -218,7 +229,10 @@ class _Reading:
         ]
 
     def ids_and_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._pair if self._pair is not None else _ids_and_weights(self._block.router, self._output)
+        if self._pair is None:
+            return _ids_and_weights(self._block.router, self._output)
+        ids, weights = self._pair
+        return ids, weights.float() * _output_scale(self._block)
 
     def _show_input(self, _gate: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed = self._on_router_input(self._block, inputs[0].flatten(0, -2)) if self._on_router_input is not None else None

@@ -52,6 +52,9 @@ class Format:
     read: Callable[[Path, Target], None]
 
 
+# How compressed files begin.
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2"}
+
 FORMATS = {
     module.NAME: Format(module.NAME, module.ABOUT, module.KINDS, module.detect, module.read)
     for module in (
@@ -86,6 +89,7 @@ def import_trace(
     """
     if not source.is_file() and not source.is_dir():
         raise TraceError(f"{source}: no such file or folder")
+    _check_content(source)
     if directory.is_symlink():
         raise TraceError(f"{directory} is a link: choose a folder")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -110,6 +114,19 @@ def import_trace(
         if not created:
             directory.mkdir()
         raise
+
+
+def _check_content(source: Path) -> None:
+    """Raise `TraceError` if a file is empty or compressed, which no format is."""
+    if not source.is_file():
+        return
+    with source.open("rb") as file:
+        start = file.read(max(map(len, COMPRESSED)))
+    if not start:
+        raise TraceError(f"{source} is an empty file")
+    kind = next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
+    if kind is not None:
+        raise TraceError(f"{source} is compressed with {kind}: decompress it first")
 
 
 def find_format(source: Path, name: str | None = None) -> Format:

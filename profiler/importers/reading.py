@@ -51,7 +51,9 @@ def sources_of(source: Path, *patterns: str) -> list[Path]:
     """As `files_of`, but raises `TraceError` if the folder has no files."""
     files = files_of(source, *patterns)
     if not files:
-        raise TraceError(f"{source}: the folder contains no file named {' or '.join(patterns)}")
+        packed = files_in(source, *(f"{pattern}.{ending}" for pattern in patterns for ending in ("gz", "zst", "xz", "bz2")))
+        advice = f"; decompress {packed[0].name} first" if packed else ""
+        raise TraceError(f"{source}: the folder contains no file named {' or '.join(patterns)}{advice}")
     return files
 
 

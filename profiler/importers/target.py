@@ -346,8 +346,9 @@ class Target:
             tokens = self._token_table()
             write_table(self.directory / TOKENS_FILE, tokens.unify_dictionaries())
             for problem, found in content_hashes(tokens).items():
-                if problem in self.problems:
-                    self.problems[problem].further.setdefault(CONTENT_HASH, found)
+                # A source may know tokens of problems that it does not name.
+                named = self.problems.setdefault(problem, ImportedProblem("unknown", str(problem)))
+                named.further.setdefault(CONTENT_HASH, found)
         if self.problems:
             known = sorted(self.problems.keys() & losses.last_token.keys())
             further = sorted({name for p in known for name in self.problems[p].further} - set(PROBLEMS_SCHEMA.names))

@@ -114,8 +114,8 @@ _ARRAY_NAMES: list[Any] = [
 ]
 
 
-def tensor_array(value: object, dimensions: int, what: str) -> npt.NDArray[Any]:
-    """A tensor of whole numbers as an array. Raises `TraceError`, naming `what`, on any other tensor.
+def tensor_array(value: object, dimensions: int, what: str, *, floating: bool = False) -> npt.NDArray[Any]:
+    """A tensor of whole numbers, or with `floating` of others, as an array. Raises `TraceError`, naming `what`, on any other.
 
     An expanded tensor, which has more elements than its storage, is refused.
     """
@@ -123,9 +123,12 @@ def tensor_array(value: object, dimensions: int, what: str) -> npt.NDArray[Any]:
 
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta or value.ndim != dimensions:
         raise TraceError(f"{what}: expected a tensor of {dimensions} dimensions")
-    if value.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
-        raise TraceError(f"{what}: {value.dtype}, expected whole numbers")
+    whole = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+    if value.dtype not in ((torch.float16, torch.bfloat16, torch.float32, torch.float64) if floating else whole):
+        expected = "floating-point" if floating else "whole"
+        raise TraceError(f"{what}: {value.dtype}, expected {expected} numbers")
     size = value.numel() * value.element_size()
     if size > min(value.untyped_storage().nbytes(), MAX_PIECE_BYTES):
         raise TraceError(f"{what}: more elements than its storage holds, or more than {MAX_PIECE_BYTES >> 20} MiB")
-    return np.asarray(value.numpy())
+    # NumPy has no bfloat16.
+    return np.asarray((value.float() if floating else value).numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -39,23 +40,26 @@ def built_facts(config: dict[str, Any]) -> BuiltFacts | None:
     """Build the model of a `config.json` on the meta device and look where its experts are.
 
     Returns None if this cannot tell: `transformers` or torch is not installed, does not know the model's type, cannot build it
-    from this config, or the MoE layers differ in E. Raises `ModelError` if the config promises more layers or experts than any
-    model has. No code of the config's repository is run.
+    from this config, the MoE layers differ in E, or a layer has several sets of experts. Raises `ModelError` if the config
+    promises more layers or experts than any model has. No code of the config's repository is run.
     """
     built = _build(config)
     if built is None:
         return None
-    from profiler.models.moe_modules import count_layers, find_moe_blocks, find_top_k
+    from profiler.models.moe_modules import count_layers, find_experts, find_moe_blocks, find_top_k
 
     model = built.model
-    blocks = find_moe_blocks(model)
-    if not blocks:
+    experts = find_experts(model)
+    layers = [layer for layer, _ in experts]
+    if not experts:
         has_experts = any("expert" in name or "router" in name for name, _ in model.named_modules())
         return None if has_experts else BuiltFacts(None, [], 0, None)
-    if len({block.num_experts for block in blocks}) > 1:
+    if len({count for _, count in experts}) > 1 or len(set(layers)) < len(layers) or experts[0][1] < 2:
         return None
-    top_k = find_top_k(blocks[0], blocks[0].gate.get_parameter("weight").shape[1])
-    return BuiltFacts(count_layers(model), [block.layer for block in blocks], blocks[0].num_experts, top_k)
+    # Some routers have more outputs than there are experts, so that their blocks are not found.
+    blocks = find_moe_blocks(model)
+    top_k = find_top_k(blocks[0], blocks[0].gate.get_parameter("weight").shape[1]) if blocks else None
+    return BuiltFacts(count_layers(model), layers, experts[0][1], top_k)
 
 
 @dataclass(frozen=True)
@@ -122,17 +126,30 @@ def _build(config: dict[str, Any]) -> _Built | None:
         text = whole.get_text_config(decoder=True)
         # Some families have other names for these, such as n_layer.
         check_sizes({name: getattr(text, name, None) for name in ("num_hidden_layers", "num_experts")} | text.to_dict())
+        text._attn_implementation = "eager"
         options = {"trust_remote_code": False, "attn_implementation": "eager"}
+        kind = next((kind for kind in (AutoModelForCausalLM, AutoModel) if type(text) in kind._model_mapping), None)
         with torch.device("meta"):
-            try:
-                model = AutoModelForCausalLM.from_config(text, **options)
-            except ValueError:
-                model = AutoModel.from_config(text, **options)
+            model = kind.from_config(text, **options) if kind is not None else _decoder_class(text)(text)
     except ModelError:
         raise
     except Exception:  # a config from elsewhere can make a model's class raise anything
         return None
     return _Built(model, text)
+
+
+def _decoder_class(text: Any) -> Any:
+    """The class of a decoder that `transformers` has only as a part of larger models, such as those that read images.
+
+    Raises `StopIteration` if there is none.
+    """
+    from transformers import PreTrainedModel
+
+    modeling: Any = importlib.import_module(type(text).__module__.replace(".configuration_", ".modeling_"))
+    classes = [found for found in vars(modeling).values() if isinstance(found, type) and issubclass(found, PreTrainedModel)]
+    names = {found.__name__: getattr(found, "config_class", None) for found in classes}
+    wanted = next(name for name, config in names.items() if config is type(text) and not name.endswith("PreTrainedModel"))
+    return getattr(modeling, wanted)
 
 
 def check_sizes(config: dict[str, Any]) -> None:

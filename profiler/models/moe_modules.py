@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,6 +63,16 @@ def find_moe_blocks(model: torch.nn.Module) -> list[MoEBlock]:
     return [blocks[layer] for layer in sorted(blocks)]
 
 
+def find_experts(model: torch.nn.Module) -> list[tuple[int, int]]:
+    """The decoder layer and E of every module named `experts`, in the order of layers, whether its router is known or not."""
+    found = [
+        (int(match["layer"]), _count(module))
+        for name, module in model.named_modules()
+        if name.endswith(".experts") and (match := _LAYER.search(name)) is not None
+    ]
+    return sorted(found)
+
+
 def count_layers(model: torch.nn.Module) -> int:
     """The number of decoder layers in the stack that has the experts."""
     for name, _ in model.named_modules():
@@ -91,6 +102,40 @@ def find_top_k(block: MoEBlock, hidden_size: int) -> int | None:
                 return int(part.shape[-1])
     top_k = getattr(block.router, "top_k", None)
     return top_k if isinstance(top_k, int) else None
+
+
+@torch.inference_mode()
+def find_output_scale(block: MoEBlock) -> float:
+    """The factor by which the block multiplies what its experts compute, found by running it with experts that output 1 and 0.
+
+    Most families multiply the weights instead, so it is 1. Laguna and MiniMax M3 multiply the output by their routed scaling
+    factor. It is also 1 where the block cannot be run on its own: as in Gemma 4, whose block is the whole decoder layer.
+    """
+    for dtype in {parameter.dtype: None for parameter in block.block.parameters() if parameter.is_floating_point()}:
+        with contextlib.suppress(Exception):
+            weight_ED = block.gate.get_parameter("weight")
+            hidden_TD = torch.zeros((1, 2, weight_ED.shape[1]), device=weight_ED.device, dtype=dtype)
+            ones, zeros = (_output_with(block, hidden_TD, value) for value in (1.0, 0.0))
+            measured = float((ones - zeros).float().mean())
+            # In the model's precision the measured value is rounded, the block's own attribute is not.
+            known = [value for value in vars(block.block).values() if isinstance(value, float)]
+            return next((value for value in known if math.isclose(value, measured, rel_tol=0.01)), measured)
+    return 1.0
+
+
+def _output_with(block: MoEBlock, hidden_TD: torch.Tensor, value: float) -> torch.Tensor:
+    """The block's output if its experts compute the same value everywhere."""
+
+    def replace(_module: torch.nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(output, value)
+
+    hook = block.experts.register_forward_hook(replace)
+    try:
+        output = block.block(hidden_TD)
+    finally:
+        hook.remove()
+    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return result
 
 
 class _ReachedExpertsError(Exception):

@@ -150,6 +150,8 @@ def moe_facts(config: dict[str, Any], *, build: bool = True) -> dict[str, Any]:
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     architecture = (config.get("architectures") or text.get("architectures") or [config.get("model_type", "this model")])[0]
     check_sizes(config)
+    if text.get("is_encoder_decoder"):
+        raise ModelError(f"{architecture} has an encoder and a decoder, which cannot be recorded: choose a decoder-only model")
     named: dict[str, Any] | ModelError
     try:
         named = _named_facts(text, architecture)

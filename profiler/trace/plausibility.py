@@ -39,6 +39,11 @@ def doubts(trace: Trace) -> list[str]:
         where = "every layer" if 1 < len(repeated) == len(layers) else f"layer {', '.join(map(str, repeated))}"
         share = f"{min(repeated.values()):.0%} of the tokens or more"
         found.append(f"implausible: {share} have the same route at {where}: a warm-up, padding, or a faulty recorder")
+    elif (same := sample.same_experts(trace)) > MAJORITY:
+        found.append(
+            f"implausible: {same:.0%} of the tokens have the same experts at every layer, only their weights differ: a "
+            "warm-up, padding, or a faulty recorder"
+        )
     equal = sample.equal_weights
     if equal > MAJORITY:
         found.append(f"implausible: {equal:.0%} of the rows have K equal weights, which no router computes: placeholders")
@@ -49,11 +54,12 @@ def doubts(trace: Trace) -> list[str]:
 class _Sample:
     """What is kept of N sampled rows, some of each part of the trace.
 
-    routes_N: hashes of their experts and weights. equal_weights: the share of rows whose K weights, more than one, are all the
-    same. weights_vary: whether there are weights that tell rows apart.
+    routes_N: hashes of their experts and weights. experts_N: of their experts alone. equal_weights: the share of rows whose K
+    weights, more than one, are all the same. weights_vary: whether there are weights that tell rows apart.
     """
 
     routes_N: npt.NDArray[np.uint64]
+    experts_N: npt.NDArray[np.uint64]
     equal_weights: float
     weights_vary: bool
 
@@ -61,10 +67,14 @@ class _Sample:
     def of(cls, trace: Trace) -> _Sample:
         """Read the sample, of which one chunk at a time is in memory."""
         routes: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
+        experts: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
         first_K: npt.NDArray[np.float16] | None = None
         equal, vary = 0, False
         for chunk in _chunks(trace):
-            routes_N = hash_rows(chunk.expert_ids_TLK.reshape(-1, chunk.expert_ids_TLK.shape[-1]))
+            # In any order: with weights that are nearly equal, the stronger expert may be either.
+            ids_NK = np.sort(chunk.expert_ids_TLK.reshape(-1, chunk.expert_ids_TLK.shape[-1]), axis=-1)
+            experts.append(hash_rows(ids_NK))
+            routes_N = experts[-1].copy()
             if chunk.weights_TLK is not None and len(routes_N):
                 weights_NK = chunk.weights_TLK.reshape(len(routes_N), -1)
                 # If weights never vary, this changes all hashes alike.
@@ -74,7 +84,7 @@ class _Sample:
                 equal += int((weights_NK == weights_NK[:, :1]).all(1).sum()) if len(first_K) > 1 else 0
             routes.append(routes_N)
         routes_N = np.concatenate(routes)
-        return cls(routes_N, equal / max(1, len(routes_N)), vary)
+        return cls(routes_N, np.concatenate(experts), equal / max(1, len(routes_N)), vary)
 
     def repeated_layers(self, trace: Trace) -> dict[int, float]:
         """The decoder layers at which most sampled tokens have the same route, with their share."""
@@ -84,10 +94,23 @@ class _Sample:
         few_routes = not self.weights_vary and comb(model.num_experts, model.top_k) < MIN_POSSIBLE_SETS
         if few_routes or len(routes_TL) < MIN_TOKENS:
             return {}
-        # A route of more than half of the tokens is also the median.
-        medians_L = np.partition(routes_TL, len(routes_TL) // 2, axis=0)[len(routes_TL) // 2]
-        shares = zip(model.moe_layers, (routes_TL == medians_L).mean(0).tolist(), strict=True)
+        shares = zip(model.moe_layers, _majority(routes_TL).tolist(), strict=True)
         return {layer: share for layer, share in shares if share > MAJORITY}
+
+    def same_experts(self, trace: Trace) -> float:
+        """The share of the tokens that have the most frequent experts of all layers together, if it is above `MAJORITY`."""
+        model = trace.metadata.model
+        experts_TL = self.experts_N.reshape(-1, len(model.moe_layers))
+        possible = comb(model.num_experts, model.top_k) ** len(model.moe_layers)
+        if possible < MIN_POSSIBLE_SETS or len(experts_TL) < MIN_TOKENS:
+            return 0.0
+        return float(_majority(hash_rows(experts_TL)[:, None])[0])
+
+
+def _majority(hashes_TL: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """The share of tokens with their layer's median hash `[L]`: the hash of more than half of them, if there is one."""
+    medians_L = np.partition(hashes_TL, len(hashes_TL) // 2, axis=0)[len(hashes_TL) // 2]
+    return np.asarray((hashes_TL == medians_L).mean(0))
 
 
 def _chunks(trace: Trace) -> Iterator[RoutingChunk]:

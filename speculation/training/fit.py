@@ -13,7 +13,7 @@ from profiler.errors import EmptyPartError, SpecmoeError
 from profiler.trace.reader import Trace
 from profiler.trace.splits import problem_digests, split_key
 from speculation.data.groups import RouteGroups
-from speculation.data.routes import RouteSource, load_routes, route_digests
+from speculation.data.routes import RouteSource, each_group, load_routes, route_digests
 from speculation.data.tasks import Shape, Task
 from speculation.predictors.neural.loop import CHECKPOINTS
 from speculation.predictors.options import Progress, TrainingOptions
@@ -57,7 +57,7 @@ def train(
 
     Raises:
         SpecmoeError: The predictor is unknown, the horizon or an option does not suit it, `out` is not empty, there is nothing
-            to resume, no problem is left to train on, or training diverges.
+            to resume, no problem is left to train on or is long enough for the horizon, or training diverges.
     """
     predictor_class = find_predictor(predictor_name)
     _check_out(out, resume)
@@ -74,11 +74,14 @@ def train(
         return RouteGroups(of, part, options.shards_per_group, router_inputs=needs, without=without)
 
     train_routes = load(trace, "train" if validation is None else "all", None)
+    _check_targets(train_routes, shape, trace.path)
     shared = 0
     if validation is None:
-        validation_routes = _validation_part(trace, load)
+        found = _validation_part(trace, load)
+        validation_routes = found if found is not None and _has_targets(found, shape) else None
     else:
         validation_routes, shared = _validation_trace(trace, train_routes, validation, shape, load)
+        _check_targets(validation_routes, shape, validation.path)
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -112,6 +115,21 @@ def _check_out(out: Path, resume: bool) -> None:
     if not resume and not is_empty:
         hint = ", or resume its training" if (out / CHECKPOINTS).is_dir() and not (out / CONFIG_FILE).is_file() else ""
         raise SpecmoeError(f"{out} exists and is not an empty folder: choose another folder{hint}")
+
+
+def _check_targets(routes: RouteSource, shape: Shape, path: Path) -> None:
+    """Raise `SpecmoeError` if no problem is long enough to predict anything: its loss would be 0 whatever is predicted."""
+    if not _has_targets(routes, shape):
+        raise SpecmoeError(
+            f"{path}: no problem to train on or to validate with has a token {shape.horizon} after another one, so "
+            f"{shape.task} has nothing to predict: choose a smaller horizon, or a trace of longer problems"
+        )
+
+
+def _has_targets(routes: RouteSource, shape: Shape) -> bool:
+    if shape.task != Task.NEXT_TOKEN:
+        return True
+    return any(group.followers_T.max(initial=0) >= shape.horizon for group in each_group(routes))
 
 
 def _validation_part(trace: Trace, load: Load) -> RouteSource | None:

@@ -161,12 +161,16 @@ def test_whatever_ids_repeat_every_output_gets_the_routes_of_its_tokens(
 ) -> None:
     runs, batch, reverse = program
     directory = tmp_path_factory.mktemp("trace")
+    drafts = any(any(run.drafts) for run in runs)
     requests = capture(directory, runs, batch)
     assert len(requests) == len(runs)
     outputs = [run for run in runs if not run.aborted]
     outputs = outputs[::-1] if reverse else outputs
     found = match_outputs(
-        [Output(run.name, run.prompt, run.output) for run in outputs], requests, CapturedInputs(run_folder(directory, 0))
+        [Output(run.name, run.prompt, run.output) for run in outputs],
+        requests,
+        CapturedInputs(run_folder(directory, 0)),
+        drafts=drafts,
     )
     sequences: list[Sequence] = []
     for run, request in zip(outputs, found, strict=True):
@@ -236,6 +240,31 @@ def test_ids_of_the_program_may_end_as_those_of_vllm(tmp_path: Path, suffix: str
         else:
             assert isinstance(request, CapturedRequest)
             assert request.request_id == output.name + suffix
+
+
+@pytest.mark.parametrize(("output", "last"), [([3, 4, 5], 5), ([3, 4, 5, 6], 6), ([3, 4], 4)])
+def test_the_last_piece_of_a_stream_is_not_taken_for_the_output(tmp_path: Path, output: list[int], last: int) -> None:
+    """Its one token would stand where the request read the first one."""
+    requests = capture(tmp_path, [Run("q", [1, 2], output, "q")], 1)
+    inputs = CapturedInputs(run_folder(tmp_path, 0))
+    whole, piece = Output("q", [1, 2], output), Output("q", [1, 2], [last])
+    assert match_outputs([whole], requests, inputs) == requests
+    (error,) = match_outputs([piece], requests, inputs)
+    assert "lacks tokens of its request: with output_kind=DELTA" in str(error)
+    # A draft that was rejected may stand there, too.
+    assert match_outputs([piece], requests, inputs, drafts=True) == requests
+
+
+@pytest.mark.parametrize("suffix", ["", "-0a1b2c3d"], ids=["vLLM 0.13", "vLLM 0.14"])
+def test_a_sample_that_came_alone_is_found_by_its_number(tmp_path: Path, suffix: str) -> None:
+    """Unless FINAL_ONLY is asked for, vLLM returns each sample by itself, and the name of the first one says nothing."""
+    names = ["0_q", "1_q", "q"]
+    requests = capture(tmp_path, [Run(name, [1, 2], [3, 4, n], name + suffix) for n, name in enumerate(names)], 1)
+    outputs = [Output("1_q", [1, 2], [3, 4, 1], "1_q"), Output("q", [1, 2], [3, 4, 0], "0_q")]
+    found = match_outputs(outputs, requests[:2], CapturedInputs(run_folder(tmp_path, 0)))
+    assert found == [requests[1], requests[0]]
+    # A request of that very id comes first.
+    assert match_outputs(outputs[1:], requests, CapturedInputs(run_folder(tmp_path, 0))) == [requests[2]]
 
 
 def test_an_output_of_before_takes_no_request_of_an_id_that_seems_to_have_a_suffix(tmp_path: Path) -> None:

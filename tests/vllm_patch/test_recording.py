@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from profiler.capture.protocol import START, STOP
-from profiler.errors import TraceError
+from profiler.errors import EngineError, TraceError
 from vllm_patch.recording import Recording
 
 FACTS = {
@@ -59,6 +59,22 @@ def test_an_error_after_the_start_stops_the_engine_from_recording(tmp_path: Path
     monkeypatch.setattr("vllm_patch.recording.write_metadata", lambda *_: None)
     Recording(engine, tmp_path / "other").__enter__()
     assert engine.calls == [START, STOP, START]
+
+
+@pytest.mark.parametrize("outputs", [None, 3, SimpleNamespace(request_id="0", outputs=[], finished=True), [None], "text", [[]]])
+def test_what_is_no_list_of_outputs_is_refused_by_add(outputs: Any, tmp_path: Path) -> None:
+    recording = Recording(Engine(tmp_path), tmp_path / "trace")
+    with pytest.raises(TraceError, match="cannot be added to a recording: expected"):
+        recording.add(outputs)
+
+
+def test_engines_of_other_classes_are_refused_before_they_record(tmp_path: Path) -> None:
+    class AsyncLLM:
+        async def collective_rpc(self, name: str) -> None:
+            pytest.fail("was asked")
+
+    with pytest.raises(EngineError, match=r"AsyncLLM cannot be recorded by Recording: expected a vllm\.LLM"):
+        Recording(AsyncLLM(), tmp_path / "trace").__enter__()
 
 
 @pytest.mark.parametrize("config", ['{"model_type": "llama"}', '{"moe_num_experts": 8}', "no JSON"])

@@ -2,7 +2,8 @@
 
 A dump is a `.pt` file of `records` and `last_physical_to_logical_map`. A record is one forward pass: `input_ids`, `positions`,
 `extend_seq_lens`, `forward_mode`, and `topk_ids_of_layer`, int32 `[L, T, K]` with -1 in dense layers, unused columns and
-padding. Its ids are those of physical experts; the map translates them to the model's own (logical) ids. There are no weights.
+padding. Its ids are those of physical experts; the map translates them to the model's own (logical) ids. There are no weights
+upstream; those of forks, in `topk_weights_of_layer` of the same shape, are read.
 Every rank writes a file; with plain tensor parallelism the files are copies of each other (sgl-project/sglang,
 python/sglang/srt/eplb/expert_distribution.py, commits dd780ab and 02295fe). The other modes (stat, stat_approx, per_pass) write
 counts only.
@@ -34,7 +35,7 @@ from profiler.importers.torch_files import load_plain, tensor_array
 from profiler.trace.schema import DECODE, MAX_TOP_K, PREFILL
 
 NAME = "sglang"
-ABOUT = "SGLang expert-distribution dump of mode per_token: a .pt file, or a folder of them; no weights"
+ABOUT = "SGLang expert-distribution dump of mode per_token: a .pt file, or a folder of them; weights of forks only"
 KINDS = ("file", "folder")
 
 DECODE_MODES = (2, "decode")
@@ -99,7 +100,7 @@ def _mapping(value: object, path: Path) -> npt.NDArray[Any] | None:
 
 @dataclass(frozen=True)
 class _ForwardPass:
-    """One forward pass: T tokens with logical expert ids `[L, T, K]`, `EMPTY` in slots without an expert."""
+    """One forward pass: T tokens with logical expert ids `[L, T, K]`, `EMPTY` in slots without an expert, and their weights."""
 
     number: int
     decode: bool
@@ -108,6 +109,7 @@ class _ForwardPass:
     lengths: list[int]
     request_ids: list[str] | None
     ids_LTK: npt.NDArray[Any]
+    weights_LTK: npt.NDArray[Any] | None
     layers: list[int]
     where: str
 
@@ -119,6 +121,12 @@ class _ForwardPass:
         layers, tokens, top_k = ids_LTK.shape
         if layers > MAX_LAYER or top_k > MAX_TOP_K:
             raise TraceError(f"{where}: {layers} layers and {top_k} experts per token are more than a trace can hold")
+        weights_LTK = None
+        if record.get("topk_weights_of_layer") is not None:
+            what = f"{where}: topk_weights_of_layer"
+            weights_LTK = tensor_array(record["topk_weights_of_layer"], 3, what, floating=True)
+            if weights_LTK.shape != ids_LTK.shape:
+                raise TraceError(f"{what} of shape {weights_LTK.shape}, expected that of the ids, {ids_LTK.shape}")
         vocab_ids_T = integer_array(record.get("input_ids"), f"{where}: input_ids")
         positions_T = integer_array(record.get("positions"), f"{where}: positions")
         if min(len(vocab_ids_T), len(positions_T)) < tokens:
@@ -148,6 +156,7 @@ class _ForwardPass:
             lengths=lengths,
             request_ids=None if requests is None else [str(request) for request in requests],
             ids_LTK=ids_LTK,
+            weights_LTK=weights_LTK,
             layers=np.flatnonzero((ids_LTK != EMPTY).any((1, 2))).tolist(),
             where=where,
         )
@@ -204,7 +213,10 @@ class _SequenceAssembler:
             phase = DECODE if step.decode else PREFILL
             sequence.pieces.setdefault(phase, []).append((positions_T[mine_T], step.vocab_ids_T[span][mine_T]))
             ids_TLK = ids_LTK[:, span][:, mine_T].transpose(1, 0, 2)
-            self._target.add_arrays(sequence.problem_id, positions_T[mine_T], layers, ids_TLK, None, step.where)
+            weights_TLK = None
+            if step.weights_LTK is not None:
+                weights_TLK = step.weights_LTK[layers][:, span][:, mine_T].transpose(1, 0, 2)
+            self._target.add_arrays(sequence.problem_id, positions_T[mine_T], layers, ids_TLK, weights_TLK, step.where)
 
     def finish(self) -> None:
         """Pass the phases and vocabulary ids of all tokens to the target."""

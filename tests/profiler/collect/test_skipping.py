@@ -21,6 +21,10 @@ BAD_PROBLEMS = {
         Problem(dataset="made", source_key="bad", prompt="def", max_new_tokens=5000),
         "max_new_tokens 5000 leaves no room for a prompt in 1024 tokens",
     ),
+    "a row without a prompt": (
+        Problem(dataset="made", source_key="bad", prompt="", max_new_tokens=3, unusable="its column 'prompt' is empty"),
+        "its column 'prompt' is empty",
+    ),
     "a prompt that is cut to nothing": (
         Problem(dataset="made", source_key="bad", prompt="def", max_new_tokens=3, max_prompt_tokens=0),
         "its prompt has no tokens",
@@ -76,7 +80,7 @@ def test_a_problem_that_cannot_be_run_is_skipped_named_and_counted(
 def test_only_if_no_problem_can_be_run_is_it_an_error(strict: TraceCollector, tmp_path: Path) -> None:
     bad = [problem for problem, _ in BAD_PROBLEMS.values()]
     with pytest.raises(
-        EngineError, match=r"none of the 4 problems can be run; skipped problem 0 \(made bad\): its prompt has no"
+        EngineError, match=r"none of the 5 problems can be run; skipped problem 0 \(made bad\): its prompt has no"
     ):
         strict.collect(collection(tmp_path / "t", bad))
     assert not (tmp_path / "t").exists()
@@ -96,5 +100,5 @@ def test_skipped_problems_stay_skipped_when_a_collection_is_resumed(
     # All that is left is sealing: nothing may start the engine.
     monkeypatch.setattr(strict, "start", None)
     summary = strict.collect(collection(tmp_path / "t", problems, resume=True))
-    assert (summary.problems, summary.resumed, summary.skipped_problems) == (1, 1, 4)
-    assert len(Trace.open(tmp_path / "t").metadata.gaps) == 4
+    assert (summary.problems, summary.resumed, summary.skipped_problems) == (1, 1, len(BAD_PROBLEMS))
+    assert len(Trace.open(tmp_path / "t").metadata.gaps) == len(BAD_PROBLEMS)

@@ -59,9 +59,31 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(DatasetError, match="lacks column 'question', which gsm8k needs; it has text"):
         load_problems(gsm8k, 1, data_files=tmp_path / "other.parquet")
-    pq.write_table(pa.table({"question": pa.array([None], pa.string())}), tmp_path / "null.parquet")
-    with pytest.raises(DatasetError, match="row 0: column 'question' is empty"):
-        load_problems(gsm8k, 1, data_files=tmp_path / "null.parquet")
+    with pytest.raises(DatasetError, match="a folder, expected a file"):
+        load_problems(gsm8k, 1, data_files=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "value", "reason"),
+    [
+        ("parquet", None, "its column 'prompt' is empty"),
+        ("jsonl", None, "its column 'prompt' is empty"),
+        ("jsonl", 5, "its column 'prompt' is '5', expected text"),
+        ("jsonl", ["def f()"], "its column 'prompt' is \"['def f()']\", expected text"),
+        ("jsonl", "a\ud800b", "its column 'prompt' is 'a\\ud800b', expected text"),
+    ],
+)
+def test_a_row_without_a_prompt_is_a_problem_that_says_so(tmp_path: Path, suffix: str, value: object, reason: str) -> None:
+    path = tmp_path / f"problems.{suffix}"
+    rows = [{"task_id": "a", "prompt": value}, {"task_id": "b", "prompt": "def g():"}, {"prompt": "def h():"}]
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    problems = load_problems(DATASETS["humaneval"], 3, data_files=path)
+    assert [problem.unusable for problem in problems] == [reason, None, "its column 'task_id' is empty"]
+    assert [problem.source_key for problem in problems] == ["a", "b", "2"]
+    assert [problem.prompt for problem in problems] == ["", "def g():", ""]
 
 
 def test_without_a_network_the_hub_says_how_to_go_on() -> None:

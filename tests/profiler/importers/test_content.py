@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from profiler.errors import TraceError
@@ -53,6 +55,29 @@ def test_vocabulary_ids_are_content_too(tmp_path: Path) -> None:
     assert split_key(trace) == "content_sha256"
     assert a == c
     assert len({a, b, d, e}) == 4
+
+
+@pytest.mark.parametrize("column", ["vocab_id", "text"])
+@pytest.mark.parametrize("named", [True, False])
+def test_tokens_are_content_whether_the_source_names_their_problems_or_not(tmp_path: Path, column: str, named: bool) -> None:
+    """Problems 0 and 2 have the same prompt and different outputs; the table of problems, if any, has only some of them."""
+    tokens = [[5, 6, 1], [6, 5, 1], [5, 6, 2]]
+    places = [(problem, token) for problem in range(3) for token in range(3)]
+    keys = {"problem_id": [problem for problem, _ in places], "token_id": [token for _, token in places]}
+    values = [tokens[problem][token] for problem, token in places]
+    source = tmp_path / "source"
+    source.mkdir()
+    pq.write_table(pa.table(keys | {"layer": [0] * 9, "expert_ids": [[0, 1]] * 9}), source / "routing.parquet")
+    phases = ["decode" if token == 2 else "prefill" for _, token in places]
+    content = {column: values if column == "vocab_id" else list(map(str, values))}
+    pq.write_table(pa.table(keys | {"phase": phases} | content), source / "tokens.parquet")
+    if named:
+        pq.write_table(pa.table({"problem_id": [1], "dataset": ["d"]}), source / "problems.parquet")
+    trace = import_trace(source, tmp_path / "t")
+    a, b, c = problem_digests(trace).values()
+    assert split_key(trace) == "content_sha256"
+    assert a == c != b
+    assert trace.problems.column("dataset").to_pylist() == ["unknown", "d" if named else "unknown", "unknown"]
 
 
 def test_without_content_the_source_key_is_all_there_is(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
+import lzma
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +75,28 @@ def test_an_empty_folder_is_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(TraceError, match=r"empty: (the folder contains no file named |no routing\.parquet|expected metadata)"):
         import_trace(tmp_path / "empty", tmp_path / "t", format_name=name)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, bz2.compress], ids=["gzip", "xz", "bzip2"])
+@pytest.mark.parametrize("name", [None, "jsonl", "sglang", "moe-beyond", "server-responses"])
+def test_compressed_files_are_named_as_such(tmp_path: Path, name: str | None, pack: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(pack(b"{}"))
+    with pytest.raises(TraceError, match=r"a\.jsonl is compressed with (gzip|xz|bzip2): decompress it first"):
+        import_trace(tmp_path / "a.jsonl", tmp_path / "t", format_name=name)
+
+
+@pytest.mark.parametrize("name", [None, *FORMATS])
+def test_an_empty_file_is_named_as_such(tmp_path: Path, name: str | None) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(TraceError, match=r"a\.jsonl is an empty file"):
+        import_trace(tmp_path / "a.jsonl", tmp_path / "t", format_name=name)
+
+
+def test_compressed_files_of_a_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "b.jsonl.zst").touch()
+    with pytest.raises(TraceError, match=r"no file named \*\.jsonl or \*\.json; decompress b\.jsonl\.zst first"):
+        import_trace(tmp_path / "logs", tmp_path / "t", format_name="lattice")
 
 
 def test_a_file_is_not_an_interrupted_collection(tmp_path: Path) -> None:

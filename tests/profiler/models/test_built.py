@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, PretrainedConfig
 
 from profiler.errors import ModelError
 from profiler.models.moe_modules import find_moe_blocks
@@ -73,6 +74,42 @@ def test_facts_are_those_of_the_modules(name: str, configs: dict[str, Path]) -> 
 def test_a_model_folder_is_resolved_as_it_is_built(name: str, configs: dict[str, Path]) -> None:
     model = resolve_model(str(configs[name])).metadata
     assert (model.moe_layers, model.num_experts, model.top_k) == SOME[name]
+
+
+# Types that `FAMILIES` lacks, by the defaults of their config classes: MoE layers, E and K.
+TYPES = {
+    # Decoders that transformers has only as a part of larger models.
+    "step3p5": (range(3, 45), 288, 8),
+    "step3p7": (range(3, 45), 288, 8),
+    "qwen3_omni_moe": (range(28), 128, 8),
+    # The router has more outputs than there are experts, or the experts belong to attention, too.
+    "inkling_text": (range(66), 256, 6),
+    "zaya": (range(40), 16, 1),
+    "jetmoe": (range(12), 8, 2),
+    # Their names alone say that every layer has experts.
+    "glm5_next": (range(3, 45), 288, 8),
+    "kimi_linear": (range(1, 27), 256, 8),
+}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_decoders_without_a_class_or_a_usual_router_are_found(model_type: str) -> None:
+    facts = moe_facts(json.loads(json.dumps(CONFIG_MAPPING[model_type]().to_dict())))
+    layers, experts, top_k = TYPES[model_type]
+    assert (facts["moe_layers"], facts["num_experts"], facts["top_k"]) == (list(layers), experts, top_k)
+
+
+def test_what_one_layer_has_several_sets_of_is_not_guessed() -> None:
+    """Ernie 4.5 VL has experts for text and others for images."""
+    with pytest.raises(ModelError, match="does not say which layers have experts"):
+        moe_facts(json.loads(json.dumps(CONFIG_MAPPING["ernie4_5_vl_moe_text"]().to_dict())))
+
+
+@pytest.mark.parametrize("model_type", ["nllb-moe", "switch_transformers"])
+def test_encoder_decoder_models_are_refused(model_type: str) -> None:
+    config = {"model_type": model_type, "is_encoder_decoder": True, "num_experts": 8, "num_layers": 2}
+    with pytest.raises(ModelError, match=f"{model_type} has an encoder and a decoder"):
+        moe_facts(config)
 
 
 def test_a_dense_model_of_a_moe_class_is_refused() -> None:

@@ -45,6 +45,17 @@ def test_one_route_for_most_tokens_is_implausible(tmp_path: Path) -> None:
     ]
 
 
+def test_one_set_of_experts_for_most_tokens_is_implausible_whatever_the_weights(tmp_path: Path) -> None:
+    """Dummy tokens whose weights differ in their last bits, so that the two experts change places."""
+    random = np.random.default_rng(0)
+    ids_TLK = random.random((300, 3, 16)).argsort(-1)[..., :2]
+    weights_TLK = np.sort(random.random((300, 3, 2)), -1)[..., ::-1].copy()
+    ids_TLK[:200] = np.where(random.random((200, 3, 1)) < 0.5, [3, 7], [7, 3])
+    weights_TLK[:200] = np.array([0.5, 0.499]) + random.random((200, 3, 1)) / 100
+    (found,) = doubts(write_made_trace(tmp_path / "t", [(ids_TLK, weights_TLK.astype(np.float16))], 16))
+    assert found.startswith("implausible: 67% of the tokens have the same experts at every layer, only their weights differ: ")
+
+
 def test_only_the_layers_at_fault_are_named(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     ids_TLK = random.random((300, 3, 16)).argsort(-1)[..., :2]

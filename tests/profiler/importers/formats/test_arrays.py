@@ -162,6 +162,17 @@ def test_request_ids_are_used_where_a_fork_records_them(tmp_path: Path) -> None:
     assert trace.arrays(1).expert_ids_TLK[:, 0, 0].tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_read_where_a_fork_records_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = torch.zeros(2, 2, 8, dtype=dtype)
+    weights[1, :, :2] = torch.tensor([[0.25, 0.5], [0.75, 0.125]])
+    trace = convert_dump(tmp_path, [record(1, 1, [1, 2], [0, 1], [2], [0, 4]) | {"topk_weights_of_layer": weights}])
+    found = trace.arrays(0)
+    assert found.weights_TLK is not None
+    assert found.expert_ids_TLK[:, 0].tolist() == [[1, 0], [4, 5]]
+    assert found.weights_TLK[:, 0].tolist() == [[0.5, 0.25], [0.75, 0.125]]
+
+
 def test_physical_experts_are_mapped_to_the_models_own(tmp_path: Path) -> None:
     trace = convert_dump(tmp_path, [record(1, 1, [1], [0], [1], [6])], mapping=[0, 1, 2, 3, 4, 5, 2, 4])
     assert trace.load().expert_ids_TLK.tolist() == [[[2, 4]]]
@@ -225,6 +236,11 @@ def test_a_dump_with_code_in_it_is_not_run(tmp_path: Path, capsys: pytest.Captur
         ({"extend_seq_lens": [0]}, "extend_seq_lens of 0 tokens in all"),
         ({"extend_seq_lens": [NESTED]}, "extend_seq_lens: expected a list of whole numbers"),
         ({"rids": [NESTED]}, "expected rids, strings or numbers"),
+        (
+            {"topk_weights_of_layer": torch.zeros(2, 1, 2)},
+            r"of shape \(2, 1, 2\), expected that of the ids",
+        ),
+        ({"topk_weights_of_layer": torch.zeros(2, 1, 8, dtype=torch.int32)}, "int32, expected floating-point numbers"),
         ({"forward_mode": torch.tensor([1, 2]), "extend_seq_lens": None}, None),
         ({"topk_ids_of_layer": torch.full((2, 1, 2), 9, dtype=torch.int32)}, "not in last_physical_to_logical_map"),
         ({"topk_ids_of_layer": torch.ones(1, dtype=torch.int32).expand(2, 1, 1 << 40)}, "more elements than its storage holds"),
