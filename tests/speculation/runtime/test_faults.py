@@ -214,7 +214,7 @@ def _edit_config(folder: Path, **entries: object) -> None:
         (lambda f: _index(f, "[" * 100_000), "is not a checkpoint's index"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "the tokenizer of .* cannot be read"),
         (lambda f: _edit_config(f, rope_parameters=5), "transformers cannot (read the config|build this model)"),
-        (lambda f: _edit_config(f, quantization_config=5), "is quantized|cannot read the config"),
+        (lambda f: _edit_config(f, quantization_config=5), "quantization_config is 5, expected an object"),
         (lambda f: _edit_config(f, transformers_weights="other.safetensors"), "names its weights in config.json"),
         (lambda f: _index(f, '{"weight_map": {"a": "other.safetensors"}}'), "lacks other.safetensors"),
         (_without_an_expert, "the checkpoint has 7 tensors|expected 8 experts|holds it in two ways"),
