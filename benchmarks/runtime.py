@@ -2,6 +2,7 @@
 offloads them.
 
     python -m benchmarks.runtime [--expert-mb 40] [--memory-gb 1.5] [--tokens 32] [--folder DIR] [--json FILE]
+    python -m benchmarks.runtime --experts 32 --top-k 4 --expert-mb 10
     python -m benchmarks.runtime --device cuda
 
 The model is the embedded one with wider experts: further columns whose output is zero, so that its routing is the trained one
@@ -15,6 +16,9 @@ through the page cache are not comparable with rows that read past it.
 
 The predictors are trained first, on the training part of a trace of the embedded prompts with four sampled continuations each;
 or they are given with --prefetcher and --reuse. The benchmark's prompts are of the test part.
+
+With another number of experts than the embedded model's 8, routers and experts are random: no predictor is trained, and the
+routing is not that of a trained model.
 
 On a GPU, experts are in pinned host memory, and accelerate offloads to host memory. Costs are measured on a CPU only,
 so there is no simulation to compare with.
@@ -59,6 +63,7 @@ from speculation.training.fit import train
 from speculation.training.runs import load_run
 
 PROMPTS = 3
+DEMO_EXPERTS, DEMO_TOP_K = 8, 2
 # The predictors are trained on so many continuations of each prompt, of so many tokens at most.
 SAMPLES, TRAIN_TOKENS = 4, 160
 ACCELERATE, PLAIN, RESIDENT, ON_DEMAND = "accelerate", "plain transformers", "everything cached", "on demand"
@@ -104,6 +109,8 @@ class Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expert-mb", type=float, default=40.0, help="size of an expert in float32")
+    parser.add_argument("--experts", type=int, default=DEMO_EXPERTS, help="experts per layer")
+    parser.add_argument("--top-k", type=int, default=DEMO_TOP_K, help="experts per token")
     parser.add_argument("--memory-gb", type=float, help="limit of each process's memory, page cache included")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens per prompt")
     parser.add_argument("--folder", type=Path, help="where the model, trace and predictors are kept; default: temporary")
@@ -127,18 +134,21 @@ def main() -> None:
 
 def report(arguments: argparse.Namespace, folder: Path) -> None:
     """Run all rows and print them."""
-    model = folder / f"model-{arguments.expert_mb:g}"
+    is_demo = (arguments.experts, arguments.top_k) == (DEMO_EXPERTS, DEMO_TOP_K)
+    model = folder / f"model-{arguments.experts}-{arguments.top_k}-{arguments.expert_mb:g}"
     if not model.is_dir():
-        widen(model, arguments.expert_mb * 1e6)
+        widen(model, arguments.expert_mb * 1e6, None if is_demo else (arguments.experts, arguments.top_k))
     trace = demo_trace(folder / "trace")
-    prefetcher = arguments.prefetcher or trained(trace, folder / "run", "recommended-small", Task.NEXT_LAYER)
-    reuse = arguments.reuse or trained(trace, folder / "run-reuse", "reuse-small", Task.REUSE)
+    prefetcher = reuse = None
+    if is_demo:
+        prefetcher = arguments.prefetcher or trained(trace, folder / "run", "recommended-small", Task.NEXT_LAYER)
+        reuse = arguments.reuse or trained(trace, folder / "run-reuse", "reuse-small", Task.REUSE)
     prompts = test_prompts(trace)
     done = folder / "measured-trace"
     shutil.rmtree(done, ignore_errors=True)
     rows = [
         replace(row, device=arguments.device, threshold=arguments.threshold)
-        for row in cases(arguments.tokens, str(prefetcher), str(reuse), str(done))
+        for row in cases(arguments.tokens, prefetcher, reuse, str(done))
         if row.direct or arguments.device == "cpu"
     ]
     if arguments.only:
@@ -150,31 +160,35 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
         measured[row.name] = in_process(row, model, prompts, limit)
         check_output(row, measured)
         print(f"{row.name}: {measured[row.name].tokens_per_second:.2f} tokens/s", file=sys.stderr, flush=True)
-    print_rows(rows, measured, simulated(rows, measured, Trace.open(done)), arguments)
+    print_rows(rows, measured, simulated(rows, measured, Trace.open(done), arguments.experts), arguments)
     if arguments.json:
         found = [{**asdict(row), **asdict(measured[row.name])} for row in rows]
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def cases(tokens: int, prefetcher: str, reuse: str, trace: str) -> list[Case]:
-    """All rows, the fastest last."""
+def cases(tokens: int, prefetcher: Path | None, reuse: Path | None, trace: str) -> list[Case]:
+    """All rows, the fastest last; those of trained predictors only if there are any."""
     rows = [
         # It copies all experts of a layer for every token: a few tokens are enough.
         Case(name=ACCELERATE, kind=ACCELERATE, tokens=max(2, tokens // 8)),
         Case(name=ON_DEMAND, tokens=tokens, trace=trace),
     ]
     for fraction in (0.25, 0.5):
+        kinds: list[tuple[str, str, str | None]] = [
+            ("lru", "lru", None),
+            ("lru + next-gate", "lru", "next-gate"),
+            ("ewma", "ewma", None),
+        ]
+        if prefetcher is not None and reuse is not None:
+            kinds += [
+                ("lru + predictor", "lru", str(prefetcher)),
+                ("ewma + predictor", "ewma", str(prefetcher)),
+                ("learned", str(reuse), None),
+                ("learned + predictor", str(reuse), str(prefetcher)),
+            ]
         rows += [
             Case(name=f"{fraction:.0%} {name}", fraction=fraction, policy=policy, predictor=predictor, tokens=tokens)
-            for name, policy, predictor in (
-                ("lru", "lru", None),
-                ("lru + next-gate", "lru", "next-gate"),
-                ("lru + recommended-small", "lru", prefetcher),
-                ("ewma", "ewma", None),
-                ("ewma + recommended-small", "ewma", prefetcher),
-                ("reuse-small", reuse, None),
-                ("reuse-small + recommended-small", reuse, prefetcher),
-            )
+            for name, policy, predictor in kinds
         ]
         rows.append(Case(name=f"{fraction:.0%} lru, page cache", fraction=fraction, direct=False, tokens=tokens))
     rows.append(Case(name=PLAIN, kind=PLAIN, tokens=tokens))
@@ -182,13 +196,19 @@ def cases(tokens: int, prefetcher: str, reuse: str, trace: str) -> list[Case]:
     return rows
 
 
-def widen(folder: Path, expert_bytes: float) -> None:
-    """Write the embedded model with wider experts, in float32, one file per layer."""
+def widen(folder: Path, expert_bytes: float, shape: tuple[int, int] | None) -> None:
+    """Write the embedded model with wider experts, in float32, one file per layer.
+
+    shape: E and K of a model with random routers and experts instead of the embedded ones; None for these.
+    """
     source = demo_model_folder()
     tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
     config = json.loads((source / "config.json").read_text())
     hidden, width = config["hidden_size"], config["intermediate_size"]
     wide = max(width, int(expert_bytes / (3 * hidden * 4)))
+    if shape is not None:
+        config |= {"num_local_experts": shape[0], "num_experts_per_tok": shape[1]}
+        tensors = with_random_experts(tensors, config)
     unfinished = folder.with_suffix(".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -216,6 +236,20 @@ def widen(folder: Path, expert_bytes: float) -> None:
             shutil.copyfile(path, unfinished / path.name)
     os.sync()
     unfinished.rename(folder)
+
+
+def with_random_experts(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of the embedded model with as many random experts as the config says, and routers to match."""
+    random = torch.Generator().manual_seed(1)
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    found = {name: tensor for name, tensor in tensors.items() if ".block_sparse_moe." not in name}
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}.block_sparse_moe"
+        found[f"{block}.gate.weight"] = torch.randn(config["num_local_experts"], hidden, generator=random)
+        for expert in range(config["num_local_experts"]):
+            for part, rows in (("w1", (width, hidden)), ("w3", (width, hidden)), ("w2", (hidden, width))):
+                found[f"{block}.experts.{expert}.{part}.weight"] = torch.randn(rows, generator=random) * 0.05
+    return found
 
 
 def demo_trace(folder: Path) -> Trace:
@@ -400,7 +434,7 @@ def check_output(row: Case, measured: dict[str, Measured]) -> None:
                 raise SystemExit(f"{name} generated other tokens than {ON_DEMAND}: {own} instead of {others[: len(own)]}")
 
 
-def simulated(rows: list[Case], measured: dict[str, Measured], trace: Trace) -> dict[str, float]:
+def simulated(rows: list[Case], measured: dict[str, Measured], trace: Trace, experts: int) -> dict[str, float]:
     """Tokens/s that the simulation gives for rows of our runtime, with costs that other rows measured.
 
     The transfer and computation of an expert are those of the row without a cache, the rest of a layer that of the row with
@@ -408,7 +442,7 @@ def simulated(rows: list[Case], measured: dict[str, Measured], trace: Trace) -> 
     """
     base, resident = measured[ON_DEMAND], measured.get(RESIDENT)
     routes = load_routes(trace, "all")
-    requests = requests_of(routes, 8)
+    requests = requests_of(routes, experts)
     layer_seconds = base.layer_seconds
     if resident is not None:
         layer_seconds = max(0.0, resident.seconds / resident.tokens / requests.layers - requests.top_k * base.expert_seconds)
@@ -439,15 +473,23 @@ def simulated(rows: list[Case], measured: dict[str, Measured], trace: Trace) -> 
             scores = scores_by_step(np.ascontiguousarray(scores_TX), requests)
         elif row.policy != "lru":
             rule = Rule[row.policy.upper()]
-        result = simulate(Workload(requests, _ranks(row)), Setting(rule, int(row.fraction * 8)), plan, costs, scores)
+        result = simulate(
+            Workload(requests, _ranks(row, requests.layers, experts)),
+            Setting(rule, int(row.fraction * experts)),
+            plan,
+            costs,
+            scores,
+        )
         found[row.name] = result.tokens_per_second or 0.0
     return found
 
 
-def _ranks(row: Case) -> Any:
+def _ranks(row: Case, layers: int, experts: int) -> Any:
     """What the cache of a row begins with: the popular experts of its predictor's training, or the lowest numbers."""
     run = next((path for path in (row.policy, row.predictor) if path is not None and Path(path).is_dir()), None)
-    return np.zeros((8, 8)) if run is None else load_run(Path(run)).baselines["popularity"].arrays()["probability_LE"]
+    return (
+        np.zeros((layers, experts)) if run is None else load_run(Path(run)).baselines["popularity"].arrays()["probability_LE"]
+    )
 
 
 def print_rows(
@@ -459,8 +501,8 @@ def print_rows(
     if arguments.memory_gb is not None:
         limit = f"at most {arguments.memory_gb} GB of memory, page cache included, for each row that does not hold all experts"
     print(
-        f"{arguments.expert_mb:g} MB per expert, 8 layers of 8 experts, top-2; {len(base.output)} prompts, {arguments.tokens} "
-        f"new tokens each; {limit}; a transfer takes {base.copy_seconds * 1e3:.1f} ms "
+        f"{arguments.expert_mb:g} MB per expert, 8 layers of {arguments.experts} experts, top-{arguments.top_k}; {len(base.output)} prompts, "
+        f"{arguments.tokens} new tokens each; {limit}; a transfer takes {base.copy_seconds * 1e3:.1f} ms "
         f"({arguments.expert_mb / 1e3 / base.copy_seconds:.2f} GB/s), an expert {base.expert_seconds * 1e3:.1f} ms"
     )
     header = f"{'':38}{'tokens/s':>9}{'x on demand':>12}{'x lru':>7}{'hits':>7}{'MB/token':>10}{'waiting':>9}{'simulated':>11}"
