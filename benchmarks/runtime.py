@@ -66,6 +66,8 @@ PROMPTS = 3
 DEMO_EXPERTS, DEMO_TOP_K = 8, 2
 # The predictors are trained on so many continuations of each prompt, of so many tokens at most.
 SAMPLES, TRAIN_TOKENS = 4, 160
+# Layers ahead that are predicted: where a transfer takes longer than a layer's computation, one is too late.
+HORIZON = 3
 ACCELERATE, PLAIN, RESIDENT, ON_DEMAND = "accelerate", "plain transformers", "everything cached", "on demand"
 
 
@@ -79,6 +81,7 @@ class Case:
     policy: str = "lru"
     predictor: str | None = None
     threshold: float = 0.0
+    prefetch: int | None = None
     device: str = "cpu"
     direct: bool = True
     tokens: int
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--prefetcher", type=Path, help="run of 'specmoe train' on traces of the embedded model")
     parser.add_argument("--reuse", type=Path, help="the same of the task reuse")
+    parser.add_argument("--prefetch", type=int, default=3, help="most experts to prefetch per prediction and layer")
     parser.add_argument("--threshold", type=float, default=0.3, help="least probability of what is prefetched")
     parser.add_argument("--only", action="append", help="rows whose name contains this; may be repeated")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
@@ -141,13 +145,13 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
     trace = demo_trace(folder / "trace")
     prefetcher = reuse = None
     if is_demo:
-        prefetcher = arguments.prefetcher or trained(trace, folder / "run", "recommended-small", Task.NEXT_LAYER)
+        prefetcher = arguments.prefetcher or trained(trace, folder / "run", "recommended-small", Task.NEXT_LAYER, HORIZON)
         reuse = arguments.reuse or trained(trace, folder / "run-reuse", "reuse-small", Task.REUSE)
     prompts = test_prompts(trace)
     done = folder / "measured-trace"
     shutil.rmtree(done, ignore_errors=True)
     rows = [
-        replace(row, device=arguments.device, threshold=arguments.threshold)
+        replace(row, device=arguments.device, threshold=arguments.threshold, prefetch=arguments.prefetch)
         for row in cases(arguments.tokens, prefetcher, reuse, str(done))
         if row.direct or arguments.device == "cpu"
     ]
@@ -270,10 +274,10 @@ def demo_trace(folder: Path) -> Trace:
     return Trace.open(folder)
 
 
-def trained(trace: Trace, folder: Path, name: str, task: Task) -> Path:
+def trained(trace: Trace, folder: Path, name: str, task: Task, horizon: int = 1) -> Path:
     """The directory of a run."""
     if not (folder / "config.json").is_file():
-        train(trace, name, folder, task=task, options=TrainingOptions())
+        train(trace, name, folder, task=task, horizon=horizon, options=TrainingOptions())
     return folder
 
 
@@ -342,6 +346,7 @@ def run_offloaded(case: Case, model: Path, prompts: list[str]) -> Measured:
         policy=case.policy,
         predictor=case.predictor,
         threshold=case.threshold,
+        prefetch=case.prefetch,
         device=case.device,
         dtype="float32",
         direct=case.direct,
@@ -465,7 +470,7 @@ def simulated(rows: list[Case], measured: dict[str, Measured], trace: Trace, exp
         plan = None
         if row.predictor is not None:
             predictor = load_run(Path(row.predictor)).predictor
-            plan = plan_of(ranked(predictor, routes, requests.top_k, row.threshold), predictor.shape, requests)
+            plan = plan_of(ranked(predictor, routes, row.prefetch or requests.top_k, row.threshold), predictor.shape, requests)
         rule, scores = Rule.LRU, None
         if Path(row.policy).is_dir():
             rule, reuse = Rule.LEARNED, load_run(Path(row.policy)).predictor
@@ -501,9 +506,10 @@ def print_rows(
     if arguments.memory_gb is not None:
         limit = f"at most {arguments.memory_gb} GB of memory, page cache included, for each row that does not hold all experts"
     print(
-        f"{arguments.expert_mb:g} MB per expert, 8 layers of {arguments.experts} experts, top-{arguments.top_k}; {len(base.output)} prompts, "
-        f"{arguments.tokens} new tokens each; {limit}; a transfer takes {base.copy_seconds * 1e3:.1f} ms "
-        f"({arguments.expert_mb / 1e3 / base.copy_seconds:.2f} GB/s), an expert {base.expert_seconds * 1e3:.1f} ms"
+        f"{arguments.expert_mb:g} MB per expert, 8 layers of {arguments.experts} experts, top-{arguments.top_k}; "
+        f"{len(base.output)} prompts, {arguments.tokens} new tokens each; {limit}; a transfer takes "
+        f"{base.copy_seconds * 1e3:.1f} ms ("
+        f"{arguments.expert_mb / 1e3 / base.copy_seconds:.2f} GB/s), an expert {base.expert_seconds * 1e3:.1f} ms"
     )
     header = f"{'':38}{'tokens/s':>9}{'x on demand':>12}{'x lru':>7}{'hits':>7}{'MB/token':>10}{'waiting':>9}{'simulated':>11}"
     print(header + f"{'ratio':>7}{'peak GB':>9}")
