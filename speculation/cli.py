@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -66,7 +67,7 @@ def train(
         typer.Option(
             help="What to predict. next-layer: a token's experts at the next layers, after each layer. next-token: the experts "
             "of the next tokens at all layers. whole-path: a token's experts at all layers, before its first. reuse: how soon "
-            "each expert is used again, which tells a cache what to keep."
+            "each expert is used again, from which a cache decides what to keep."
         ),
     ] = Task.NEXT_LAYER,
     horizon: Annotated[
@@ -352,17 +353,23 @@ def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JS
             "sees": cls.sees,
             "about": cls.about,
             "source": cls.source,
-            "parameters": cls.parameters_for(REFERENCE_SHAPE),
+            "parameters": cls.parameters_for(_reference_shape(cls.tasks)),
         }
         for name, cls in predictor_classes().items()
     ]
     if as_json:
         console.print_json(json.dumps(rows))
         return
-    shape = REFERENCE_SHAPE
-    reference = f"{shape.layers} MoE layers of {shape.experts} experts, top-{shape.top_k}, one layer ahead"
     for row in rows:
+        shape = _reference_shape(row["tasks"])
+        ahead = "one layer ahead" if shape.task == Task.NEXT_LAYER else shape.task
+        reference = f"{shape.layers} MoE layers of {shape.experts} experts, top-{shape.top_k}, {ahead}"
         typer.echo(f"{row['name']:<20} {row['about']}")
         typer.echo(f"{'':<20} sees {row['sees']}; predicts {', '.join(row['tasks'])}; {row['source']}")
         size = "depends on the data" if row["parameters"] is None else f"{row['parameters']:,} for {reference}"
         typer.echo(f"{'':<20} parameters: {size}")
+
+
+def _reference_shape(tasks: Collection[Task]) -> Shape:
+    """The shape for which predictors are compared in size: one layer ahead, or the first task of those that predict others."""
+    return replace(REFERENCE_SHAPE, task=Task.NEXT_LAYER if Task.NEXT_LAYER in tasks else min(tasks))

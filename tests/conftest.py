@@ -1,4 +1,4 @@
-"""Traces made by the tests: small, known, and written by the project's own writers."""
+"""Fixtures that all tests share: small synthetic traces, written by the project's own writers, and a hub on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from support.offline_hub import Hub
-from support.traces import MakeProblems, MakeTrace, Problems, write_made_trace
+from support.traces import MakeProblems, MakeTrace, Problems, write_synthetic_trace
 
 from profiler.trace.reader import Trace
 
@@ -41,10 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def make_trace(tmp_path: Path) -> MakeTrace:
-    """Make a complete trace: see `write_made_trace`."""
+    """Make a complete trace: see `write_synthetic_trace`."""
 
     def make(problems: Problems, num_experts: int, *, name: str = "trace", **options: Any) -> Trace:
-        return write_made_trace(tmp_path / name, problems, num_experts, **options)
+        return write_synthetic_trace(tmp_path / name, problems, num_experts, **options)
 
     return make
 

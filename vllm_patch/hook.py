@@ -15,13 +15,10 @@ from typing import Any, cast
 import torch
 
 from vllm_patch.kernels import KernelChoices
-from vllm_patch.releases import Hook
+from vllm_patch.releases import SOURCE_ATTRIBUTE, Hook
 
 Copy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Called in every forward pass with (router inputs `[T, D]`, router logits `[T, E]`, weights `[T, K]`, ids `[T, K]`)."""
-
-# The attribute of a layer or router that vLLM's source calls if it was patched (`vllm_patch.source`).
-SOURCE_ATTRIBUTE = "specmoe_copy"
 
 
 class UnsupportedModelError(Exception):

@@ -40,7 +40,7 @@ class KernelChoices:
         return self._replaced.get(kernel)
 
     def advice(self, kernel: str) -> str:
-        """What to do about a kernel that selects experts internally and is used all the same."""
+        """What to do about a kernel that selects experts internally and is used nevertheless."""
         advice = f"use vLLM {FIRST_RELEASE} or newer, where capture chooses another kernel, or another quantization"
         return self._refusals.get(kernel, advice)
 

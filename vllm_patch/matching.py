@@ -1,4 +1,4 @@
-"""Find the captured request of each output of a program: request ids alone do not tell, since a program may use one again."""
+"""Find the captured request of each output of a program: request ids are not enough, since a program may reuse one."""
 
 from __future__ import annotations
 

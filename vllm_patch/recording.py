@@ -34,7 +34,7 @@ def enable(options: CaptureOptions | None = None) -> None:
     """Switch capture on for the engines that this process starts from now on.
 
     Call it before vLLM starts: the engine's processes inherit the switch through environment variables. Captured engines get
-    their own compile cache, because vLLM's key for compiled code does not tell captured and plain runs apart. They also
+    their own compile cache, because vLLM's key for compiled code does not distinguish captured and plain runs. They also
     skip kernels that select experts internally, where vLLM has another one; the trace's metadata names both.
 
     Args:

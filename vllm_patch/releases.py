@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+# The attribute of a layer or router that vLLM's source calls if it was patched (`vllm_patch.source`).
+SOURCE_ATTRIBUTE = "specmoe_copy"
 _PACKAGE = "vllm.model_executor.layers.fused_moe"
 
 Release = tuple[int, int]

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from profiler.errors import SpecmoeError
-from vllm_patch.hook import SOURCE_ATTRIBUTE
-from vllm_patch.releases import HOOKS, NEWEST, OLDEST, Hook
+from vllm_patch.releases import HOOKS, NEWEST, OLDEST, SOURCE_ATTRIBUTE, Hook
 
 BEGIN = "# speculative-moe begin: 'python -m vllm_patch revert' removes these lines"
 END = "# speculative-moe end"

@@ -259,7 +259,7 @@ class WorkerCapture:
             raise UnsupportedModelError("router inputs: this model's experts get a different input than its router")
         if (options.hidden_layers or options.logits) and any(hasattr(x.module, "_moe_state") for x in layers):
             raise UnsupportedModelError(
-                "router inputs and logits: this model's routers run in transformers' code, which tells vLLM only their choice"
+                "router inputs and logits: this model's routers run in transformers' code, which passes vLLM only their choice"
             )
         model = self._worker.model_runner.get_model()
         # Programs for reinforcement learning also pass new weights to the model itself.

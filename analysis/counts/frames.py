@@ -11,14 +11,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from analysis.counts.survey import ROWS_AT_A_TIME, Axes, dataset_indices, token_identity
+from analysis.counts.survey import Axes, dataset_indices, token_identity
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
-from profiler.trace.schema import DECODE, PREFILL, TOKENS_FILE, RoutingChunk
+from profiler.trace.schema import DECODE, PREFILL, RoutingChunk
 from profiler.trace.splits import digest_of_number, iterate_digests
-from profiler.trace.untrusted.parquet_files import stream_table
+from profiler.trace.token_columns import TokenColumns
 
 PHASES = (PREFILL, DECODE, "unknown")
+UNKNOWN_PHASE = 2
 EVERY_PROBLEM = range(1 << 31)
 
 
@@ -77,7 +78,7 @@ def read_frames(
     `problems.parquet` lacks a problem or a table is not sorted.
     """
     facts = facts or problem_facts(trace, axes)
-    tokens = _Tokens(trace, axes, problems.start) if trace.has_tokens else None
+    tokens = _tokens(trace, axes, problems.start)
     for chunk in trace.chunks(whole_problems=False, problems=None if problems == EVERY_PROBLEM else problems):
         if trace.has_problems:
             at_T = np.minimum(np.searchsorted(facts.ids_P, chunk.problem_ids_T), len(facts.ids_P) - 1)
@@ -95,62 +96,28 @@ def read_frames(
             ids_P, of_T = np.unique(chunk.problem_ids_T, return_inverse=True)
             dataset_T = np.zeros(len(chunk), dtype=np.int32)
             fold_T = np.array([_fold(digest_of_number(int(number))) for number in ids_P], dtype=np.int32)[of_T]
-        if tokens is None:
-            phase_T, vocab_T = np.full(len(chunk), 2, dtype=np.int32), np.full(len(chunk), -1, dtype=np.int32)
-        else:
-            phase_T, vocab_T = tokens.facts(chunk)
+        phase_T, vocab_T = np.ascontiguousarray(tokens.of(chunk).T)
         yield Frame(chunk, dataset_T, phase_T, fold_T, vocab_T)
 
 
-class _Tokens:
-    """`tokens.parquet` read alongside the routing: both are sorted by problem and position."""
+def _tokens(trace: Trace, axes: Axes, first_problem: int) -> TokenColumns:
+    """Phase and vocabulary index of each token, `[T, 2]`."""
+    identity = token_identity(trace) if trace.has_tokens else None
+    vocabulary = pa.array(axes.vocabulary, identity.type) if identity and axes.vocabulary else None
+    phases = pa.array(PHASES[:UNKNOWN_PHASE])
 
-    def __init__(self, trace: Trace, axes: Axes, first_problem: int) -> None:
-        self._path = trace.path / TOKENS_FILE
-        identity = token_identity(trace)
-        fields = [("problem_id", pa.int32()), ("token_id", pa.int32()), ("phase", pa.string())]
-        self._tables = stream_table(
-            self._path, pa.schema([*fields, *([identity] if identity else [])]), ROWS_AT_A_TIME, first_problem
-        )
-        self._vocabulary = pa.array(axes.vocabulary, identity.type) if identity and axes.vocabulary else None
-        self._phases = pa.array(PHASES[:2])
-        self._keys: npt.NDArray[np.int64] = np.empty(0, np.int64)
-        self._phase: npt.NDArray[np.int32] = np.empty(0, np.int32)
-        self._vocab: npt.NDArray[np.int32] = np.empty(0, np.int32)
+    def values(table: pa.Table) -> npt.NDArray[np.int32]:
+        values_N2 = np.empty((table.num_rows, 2), dtype=np.int32)
+        values_N2[:, 0] = _places(table.column("phase"), phases, UNKNOWN_PHASE)
+        values_N2[:, 1] = -1
+        if identity and vocabulary is not None:
+            column = table.column(identity.name)
+            known = column.is_valid().to_numpy()
+            values_N2[known, 1] = _places(column, vocabulary, len(vocabulary))[known]
+        return values_N2
 
-    def facts(self, chunk: RoutingChunk) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Phase and vocabulary index of each token `[T]`; chunks must come in order."""
-        wanted_T = chunk.problem_ids_T.astype(np.int64) << 32 | chunk.token_ids_T
-        keep = int(np.searchsorted(self._keys, wanted_T[0]))
-        keys, phases, vocabs = [self._keys[keep:]], [self._phase[keep:]], [self._vocab[keep:]]
-        last = int(self._keys[-1]) if len(self._keys) else -1
-        while last < wanted_T[-1]:
-            table = next(self._tables, None)
-            if table is None:
-                break
-            key = table.column("problem_id").to_numpy().astype(np.int64) << 32 | table.column("token_id").to_numpy()
-            if key[0] <= last or (np.diff(key) <= 0).any():
-                raise TraceError(f"{self._path} is not sorted by (problem_id, token_id)")
-            last = int(key[-1])
-            behind = int(np.searchsorted(key, wanted_T[0]))
-            keys.append(key[behind:])
-            phases.append(_places(table.column("phase"), self._phases, len(PHASES) - 1)[behind:])
-            vocabs.append(self._vocab_places(table)[behind:])
-        self._keys, self._phase, self._vocab = np.concatenate(keys), np.concatenate(phases), np.concatenate(vocabs)
-        phase_T, vocab_T = np.full(len(chunk), 2, dtype=np.int32), np.full(len(chunk), -1, dtype=np.int32)
-        if len(self._keys):
-            at_T = np.minimum(np.searchsorted(self._keys, wanted_T), len(self._keys) - 1)
-            known_T = self._keys[at_T] == wanted_T
-            phase_T[known_T], vocab_T[known_T] = self._phase[at_T[known_T]], self._vocab[at_T[known_T]]
-        return phase_T, vocab_T
-
-    def _vocab_places(self, table: pa.Table) -> npt.NDArray[np.int32]:
-        if self._vocabulary is None:
-            return np.full(table.num_rows, -1, dtype=np.int32)
-        column = table.column(3)
-        places = _places(column, self._vocabulary, len(self._vocabulary))
-        places[column.is_null().to_numpy()] = -1
-        return places
+    columns = [pa.field("phase", pa.string()), *([identity] if identity else [])]
+    return TokenColumns(trace, columns, values, np.array([UNKNOWN_PHASE, -1], dtype=np.int32), first_problem=first_problem)
 
 
 def _places(column: Any, values: Any, otherwise: int) -> npt.NDArray[np.int32]:

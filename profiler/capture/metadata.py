@@ -12,7 +12,7 @@ def describe_kernels(kernels: dict[str, str | None], *, replaced_only: bool = Fa
     """One line per kernel that computed experts: what it is and why vLLM used it.
 
     kernels: kernel -> the one that vLLM would use without capture; None if it is the same. replaced_only: only lines about
-    kernels that capture made vLLM choose.
+    kernels that vLLM chose because of capture.
     """
     return [
         f"experts computed by {kernel}, vLLM's own choice"

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from profiler.errors import EmptyPartError, TraceError
-from profiler.trace.phases import GeneratedTokens
 from profiler.trace.reader import Trace
-from profiler.trace.schema import RoutingChunk
+from profiler.trace.schema import DECODE, RoutingChunk
 from profiler.trace.splits import PARTS, all_digests, part_of_digest
+from profiler.trace.token_columns import TokenColumns
 
 # Tokens that are counted at a time: their ids take 8 bytes each while they are counted.
 TOKENS_AT_A_TIME = 1 << 14
@@ -94,7 +95,7 @@ def count_experts(trace: Trace, *, decode_only: bool = True) -> PartCounts:
     tokens, mass = np.zeros(shape, dtype=np.int64), np.zeros(shape)
     counted = np.zeros(shape[:2], dtype=np.int64)
     seen = np.zeros((len(ids_P), 2), dtype=np.bool_)
-    generated = GeneratedTokens(trace)
+    generated = TokenColumns(trace, [pa.field("phase", pa.string())], _is_decode, False)
     for chunk in trace.chunks(whole_problems=False):
         at_T = np.minimum(np.searchsorted(ids_P, chunk.problem_ids_T), max(0, len(ids_P) - 1))
         if not len(ids_P) or (ids_P[at_T] != chunk.problem_ids_T).any():
@@ -123,6 +124,11 @@ def count_experts(trace: Trace, *, decode_only: bool = True) -> PartCounts:
             )
     with_tokens = {name: int(seen[part_P == number].any(1).sum()) for number, name in enumerate(PARTS)}
     return PartCounts(parts, is_decode_only, with_tokens)
+
+
+def _is_decode(table: pa.Table) -> npt.NDArray[np.bool_]:
+    is_decode: npt.NDArray[np.bool_] = table.column("phase").to_numpy(zero_copy_only=False) == DECODE
+    return is_decode
 
 
 def _count(chunk: RoutingChunk, num_experts: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

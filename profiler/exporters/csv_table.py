@@ -15,7 +15,7 @@ NAME = "csv"
 ABOUT = f"a row for each layer and expert: {', '.join(COLUMNS)}"
 SCOPE = "either"
 SUFFIX = ".csv"
-UNVERIFIED = "nothing: no engine reads it"
+UNVERIFIED = "no engine reads this format"
 
 
 def write(content: Content, out: Path) -> list[str]:

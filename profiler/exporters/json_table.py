@@ -15,7 +15,7 @@ NAME = "json"
 ABOUT = "our own document: the report, and for each layer tokens, shares, weights, ranks, and kept experts"
 SCOPE = "either"
 SUFFIX = ".json"
-UNVERIFIED = "nothing: no engine reads it"
+UNVERIFIED = "no engine reads this format"
 
 
 class ExpertTable(BaseModel):

@@ -28,7 +28,7 @@ _USUAL_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_
 
 @dataclass(frozen=True)
 class BuiltFacts:
-    """What the modules say. moe_layers is empty for a dense model. top_k: None if the modules do not tell."""
+    """What the modules say. moe_layers is empty for a dense model. top_k: None if the modules do not have it."""
 
     num_layers: int | None
     moe_layers: list[int]
@@ -39,9 +39,9 @@ class BuiltFacts:
 def built_facts(config: dict[str, Any]) -> BuiltFacts | None:
     """Build the model of a `config.json` on the meta device and look where its experts are.
 
-    Returns None if this cannot tell: `transformers` or torch is not installed, does not know the model's type, cannot build it
-    from this config, the MoE layers differ in E, or a layer has several sets of experts. Raises `ModelError` if the config
-    promises more layers or experts than any model has. No code of the config's repository is run.
+    Returns None if the facts cannot be found: `transformers` or torch is not installed, does not know the model's type, cannot
+    build it from this config, the MoE layers differ in E, or a layer has several sets of experts. Raises `ModelError` if the
+    config promises more layers or experts than any model has. No code of the config's repository is run.
     """
     built = _build(config)
     if built is None:
@@ -115,7 +115,7 @@ class _Built:
 
 
 def _build(config: dict[str, Any]) -> _Built | None:
-    """The model on the meta device, and the config of its decoder; None if this cannot tell."""
+    """The model on the meta device, and the config of its decoder; None if it cannot be built."""
     check_sizes(config)
     try:
         import torch

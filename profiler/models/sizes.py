@@ -12,7 +12,7 @@ from profiler.models.registry import ModelEntry
 from profiler.models.resolve import moe_facts
 
 MAX_CONFIG_BYTES = 4 << 20
-# The precision of a quantized checkpoint, by `quant_method` if that tells it, or else by its bits.
+# The precision of a quantized checkpoint, by `quant_method` if that determines it, or else by its bits.
 _BY_METHOD = {"mxfp4": "mxfp4", "fp8": "int8", "fbgemm_fp8": "int8"}
 _BY_BITS = {4: "int4", 8: "int8"}
 _FOUR_BITS = {"awq": "awq", "gptq": "gptq"}
@@ -31,7 +31,7 @@ def entry_of_config(path: Path, precision: str | None = None) -> ModelEntry:
 
     Raises:
         ModelError: The file is not such a config, the model is dense, `transformers` cannot build it, or the config does not
-            tell the precision.
+            state the precision.
     """
     path = path / "config.json" if path.is_dir() else path
     config = _read(path)

@@ -55,7 +55,7 @@ class _Sample:
     """What is kept of N sampled rows, some of each part of the trace.
 
     routes_N: hashes of their experts and weights. experts_N: of their experts alone. equal_weights: the share of rows whose K
-    weights, more than one, are all the same. weights_vary: whether there are weights that tell rows apart.
+    weights, more than one, are all the same. weights_vary: whether there are weights that distinguish rows.
     """
 
     routes_N: npt.NDArray[np.uint64]

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from profiler.errors import TraceError
-from profiler.trace.decoding import concatenate, decode_routing
+from profiler.trace.decoding import concatenate
+from profiler.trace.row_groups import RowGroup, RowGroups
 from profiler.trace.schema import (
     MANIFEST_FILE,
     METADATA_FILE,
@@ -32,18 +32,9 @@ from profiler.trace.schema import (
     Manifest,
     Metadata,
     RoutingChunk,
-    routing_schema,
 )
 from profiler.trace.unsealed import describe_unsealed
-from profiler.trace.untrusted.parquet_files import (
-    check_sizes,
-    count_rows,
-    open_parquet,
-    problems_of_groups,
-    read_row_group,
-    read_table,
-    same_columns,
-)
+from profiler.trace.untrusted.parquet_files import count_rows, open_parquet, read_table
 from profiler.trace.values import iterate_values, read_values
 from profiler.trace.writer import sha256_of
 
@@ -61,7 +52,7 @@ _DocumentType = TypeVar("_DocumentType", bound=BaseModel)
 class Trace:
     """An opened trace directory.
 
-    Opening reads `metadata.json` and `manifest.json` only; everything else is read when it is asked for. Every row is checked
+    Opening reads `metadata.json` and `manifest.json` only; everything else is read on first use. Every row is checked
     as it is read, so no method returns data that breaks the format: it raises `TraceError` instead, naming file and row.
 
     Shape letters: T tokens, L MoE layers, K experts per token, E experts, D hidden size.
@@ -216,10 +207,10 @@ class Trace:
         """
         pending: list[RoutingChunk] = []
         last_key = -1
-        for path, file, group in self._groups(problems):
-            chunk = decode_routing(read_row_group(file, group, path), self.metadata, f"{path}, row group {group}")
+        for group in self._groups(problems):
+            chunk = group.decode()
             if _key(chunk, 0) <= last_key:
-                raise TraceError(f"{path}, row group {group}: its first row does not come after the row before it")
+                raise TraceError(f"{group.place}: its first row does not come after the row before it")
             last_key = _key(chunk, -1)
             if problems is not None:
                 first, end = np.searchsorted(chunk.problem_ids_T, [problems.start, problems.stop])
@@ -252,11 +243,11 @@ class Trace:
             TraceError: If row groups are not in order.
         """
         ends: list[tuple[int, int]] = []
-        for path, file, group in self._groups():
-            first = self._problems_of(path, file)[group][0]
+        for group in self._groups():
+            first = self._row_groups.first_problem_of(group)
             if ends and first < ends[-1][0]:
-                raise TraceError(f"{path}, row group {group}: its first row does not come after the row before it")
-            ends.append((first, file.metadata.row_group(group).num_rows))
+                raise TraceError(f"{group.place}: its first row does not come after the row before it")
+            ends.append((first, group.num_rows))
         if not ends:
             return []
         rows = np.cumsum([0, *(rows for _, rows in ends[:-1])])
@@ -291,8 +282,8 @@ class Trace:
             >>> first_layer_TK = problem.expert_ids_TLK[:, 0]
         """
         pieces = []
-        for path, file, group in self._groups(range(problem_id, problem_id + 1)):
-            chunk = decode_routing(read_row_group(file, group, path), self.metadata, f"{path}, row group {group}")
+        for group in self._groups(range(problem_id, problem_id + 1)):
+            chunk = group.decode()
             first, end = np.searchsorted(chunk.problem_ids_T, [problem_id, problem_id + 1])
             if first < end:
                 pieces.append(chunk.take(slice(int(first), int(end))))
@@ -313,9 +304,9 @@ class Trace:
             TraceError: As `chunks` does, and if the trace has no rows.
         """
         tables = []
-        for path, file, group in self._groups():
-            table = read_row_group(file, group, path)
-            decode_routing(table, self.metadata, f"{path}, row group {group}")
+        for group in self._groups():
+            table = group.table()
+            group.decode(table)
             tables.append(table)
         if not tables:
             raise TraceError(f"{self.path} has no routing rows")
@@ -377,34 +368,13 @@ class Trace:
         """
         return iterate_values(self.path, folder, problems)
 
-    def _groups(self, problems: range | None = None) -> Iterator[tuple[Path, pq.ParquetFile, int]]:
-        """Every row group of the routing, or those that may contain `problems`, after a check of the file's columns."""
-        model, record = self.metadata.model, self.metadata.record
-        expected = routing_schema(model.num_experts, model.top_k, weights=record.weights)
-        for path in self.routing_files:
-            with open_parquet(path) as file:
-                if path not in self._checked:
-                    if not same_columns(file.schema_arrow, expected):
-                        names = file.schema_arrow.names
-                        raise TraceError(f"{path}: columns {names}, whose names or types differ from what the metadata says")
-                    check_sizes(file, path)
-                    self._checked[path] = None
-                for group in range(file.num_row_groups):
-                    first, last = (0, 0) if problems is None else self._problems_of(path, file)[group]
-                    if problems is None or (first < problems.stop and problems.start <= last):
-                        yield path, file, group
-
-    def _problems_of(self, path: Path, file: pq.ParquetFile) -> list[tuple[int, int]]:
-        """The first and last problem id of each row group of a file that has been checked."""
-        found = self._checked[path]
-        if found is None:
-            found = self._checked[path] = problems_of_groups(file, path)
-        return found
+    def _groups(self, problems: range | None = None) -> Iterator[RowGroup]:
+        """The row groups of the routing in order, or those that may contain `problems`."""
+        return self._row_groups.of(self.routing_files, problems)
 
     @cached_property
-    def _checked(self) -> dict[Path, list[tuple[int, int]] | None]:
-        """Files whose columns and sizes have been checked, with the result of `_problems_of`, None until it is needed."""
-        return {}
+    def _row_groups(self) -> RowGroups:
+        return RowGroups(self.metadata)
 
 
 def _key(chunk: RoutingChunk, token: int) -> int:

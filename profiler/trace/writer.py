@@ -222,7 +222,7 @@ def write_text(path: Path, text: str) -> None:
 def temporary_of(path: Path) -> Iterator[Path]:
     """A file to write in the block, which gets the name `path` at its end. It is removed if the block raises an error.
 
-    Its name is hidden and has the process's number: it is no other file's, such as that of `hot.csv` next to `hot.json`.
+    Its name is hidden and contains the final name and the process's number, so that no other file has the same one.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

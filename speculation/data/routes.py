@@ -268,7 +268,7 @@ def route_digests(trace: Trace, routes: RouteSource) -> npt.NDArray[np.uint64]:
 def problems_of_part(trace: Trace, part: str, without: npt.NDArray[np.uint64] | None = None) -> npt.NDArray[np.int32]:
     """The ids of the problems in a part `[P]`, ascending, except those with the digests `without`.
 
-    Raises `TraceError` if predictors cannot use the trace.
+    Raises `TraceError` if predictors cannot use the trace, and `EmptyPartError` if `without` leaves out the whole part.
     """
     if trace.metadata.record.empty_slots:
         count = trace.metadata.record.empty_slots
@@ -277,9 +277,16 @@ def problems_of_part(trace: Trace, part: str, without: npt.NDArray[np.uint64] | 
             "convert the source again with drop_incomplete"
         )
     left_out = set() if without is None else set(without.tolist())
-    digests = {problem_id: number for problem_id, number in all_digests(trace).items() if number not in left_out}
-    chosen = [problem_id for problem_id, number in digests.items() if part in {"all", part_of_digest(number)}]
-    return np.array(sorted(chosen), dtype=np.int32)
+    digests = {
+        problem_id: number for problem_id, number in all_digests(trace).items() if part in {"all", part_of_digest(number)}
+    }
+    chosen = sorted(problem_id for problem_id, number in digests.items() if number not in left_out)
+    if digests and not chosen:
+        kept = "problems" if part == "all" else f"problems of the {part} part"
+        raise EmptyPartError(
+            f"{trace.path}: all its {kept} are also among those that it must not share: choose a trace with other problems"
+        )
+    return np.array(chosen, dtype=np.int32)
 
 
 def _token_facts(trace: Trace, problems: range | None) -> TokenFacts | None:

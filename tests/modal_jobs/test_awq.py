@@ -43,7 +43,7 @@ def quantizing() -> warm.Starter:
 
 
 def tiny(family: str, folder: Path) -> Path:
-    """A random checkpoint with the demo model's tokenizer, norms of unequal channels, and routers that tell tokens apart."""
+    """A random checkpoint with the demo model's tokenizer, norms of unequal channels, and routers that distinguish tokens."""
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model_folder())
     shape = {**SHAPE, "vocab_size": len(tokenizer), "num_key_value_heads": 4}

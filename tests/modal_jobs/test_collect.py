@@ -40,7 +40,7 @@ SERVER: dict[str, Any] = {"environment": IN_ONE_PROCESS, "modules": MODULES}
 
 @pytest.fixture(scope="module")
 def local(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """The same problems, collected in one go on this machine."""
+    """The same problems, collected in one run on this machine."""
     out = tmp_path_factory.mktemp("local") / "trace"
     command = ["collect", "--model", "demo", "--dataset", "gsm8k", "--data-files", str(questions)]
     command += ["--num-problems", str(PROBLEMS), "--max-new-tokens", str(NEW_TOKENS), "--dtype", "float32", "--out", str(out)]
@@ -49,7 +49,7 @@ def local(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 
 def arguments(questions: Path, out: Path) -> list[str]:
-    # float32: what a token is computed beside must not decide its experts.
+    # float32: a token's experts must not depend on the other tokens of its batch.
     return [
         *("run", "modal_jobs/collect.py", "--dataset", "gsm8k", "--data-files", str(questions), "--model", "demo"),
         *("--num-problems", str(PROBLEMS), "--max-new-tokens", str(NEW_TOKENS), "--dtype", "float32"),

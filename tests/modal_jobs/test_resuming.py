@@ -108,7 +108,7 @@ def test_a_detached_run_outlives_its_client(tmp_path: Path) -> None:
     account = OfflineModal(tmp_path / "account")
     plan = account.command("specmoe", "plan", "--json", *JOB[2:])
     run_id = json.loads(plan.stdout)["run_id"]
-    # The client is killed as soon as the first container works; then only the Volume tells.
+    # The client is killed as soon as the first container works; from then on, progress shows only on the Volume.
     script = tmp_path / "detach.sh"
     script.write_text(
         f"modal run --detach {' '.join(JOB[1:])} --out {tmp_path / 'never'} > {tmp_path / 'log'} 2>&1 &\n"

@@ -1,4 +1,4 @@
-"""Made-up costs whose sums are easy to follow by hand."""
+"""Synthetic costs whose sums are easy to follow by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from speculation.offload.costs import Costs
 
 # A copy takes 10 s, an expert 1 s, the rest of a layer 2 s.
 COSTS = Costs(
-    model="made",
+    model="synthetic",
     device="none",
     precision="none",
     expert_bytes=1e9,

@@ -1,4 +1,4 @@
-"""What proposes drafts in speculative decoding, made from the small checkpoints of `check` so that some drafts are accepted.
+"""What proposes drafts in speculative decoding, built from the small checkpoints of `check` so that some drafts are accepted.
 
 Nothing is trained: the draft model is the target with noise in its output layer, and the EAGLE and MTP layers pass on the
 target's own hidden states.

@@ -243,10 +243,10 @@ def skipping(out: Path, models: list[str]) -> None:
         summary = collector.collect(
             Collection(
                 problems={
-                    number: Problem(dataset="made", source_key=str(number), prompt=text, max_new_tokens=5)
+                    number: Problem(dataset="synthetic", source_key=str(number), prompt=text, max_new_tokens=5)
                     for number, text in enumerate(texts)
                 },
-                datasets=[DatasetMetadata(name="made", problems=len(texts))],
+                datasets=[DatasetMetadata(name="synthetic", problems=len(texts))],
                 sampling=Sampling(ignore_eos=True),
                 out=out / "trace",
             )
@@ -255,7 +255,7 @@ def skipping(out: Path, models: list[str]) -> None:
 
 
 def half(out: Path, models: list[str]) -> None:
-    """bfloat16, mixed batch, with logits, so that near ties can be told from errors.
+    """bfloat16, mixed batch, with logits, so that near ties can be distinguished from errors.
 
     vLLM prefers a kernel that selects experts itself, so that capture must choose another one.
     """

@@ -1,4 +1,4 @@
-"""Frames for the tests of accumulators, made from plain arrays."""
+"""Synthetic frames for the tests of accumulators, from plain arrays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_axes(
     top_k: int,
     *,
     hops: int = 1,
-    datasets: tuple[str, ...] = ("made",),
+    datasets: tuple[str, ...] = ("synthetic",),
     vocabulary: tuple[TokenKey, ...] = (),
     has_weights: bool = True,
 ) -> Axes:

@@ -1,8 +1,9 @@
 """A warm interpreter that forks processes: slow imports happen once, not in every process.
 
-`support.warm` runs this file as a script, with the names of the modules to import as arguments and one end of a socket as
+`support.warm` runs this file as a script, with the names of the modules to import as arguments and a listening socket as
 standard input. It needs only the standard library. Each request is the path of a process's specification, with two file
-descriptors for its output; each answer is a JSON object. When the socket closes, all processes are killed.
+descriptors for its output; each answer is a JSON object. When a connection closes, the processes that were requested over it
+are killed; when all have closed, this program ends.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ KILLED_WITH_PARENT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Specification:
-    """A process: `python -m MODULE ARGUMENTS`.
+    """A process: `python -m MODULE ARGUMENTS`, or `python MODULE ARGUMENTS` for the path of a script, which ends in `.py`.
 
     environment: all variables. python_path: folders of modules, after the working directory. warm_children: processes that it
-    spawns are warm, too. root: for a container, an empty folder to build its own file system on. The rest is for containers
-    only. mounts: folders at paths in the container, (path, folder here, read only). files: (path, file here), copied. kept:
-    folders with the interpreter, visible even below the paths that containers have for themselves.
+    spawns are warm, too. cores: those that it may use; all if empty. root: for a container, an empty folder to build its own
+    file system on. The rest is for containers only. mounts: folders at paths in the container, (path, folder here, read only).
+    files: (path, file here), copied. kept: folders with the interpreter, visible even below the paths that containers have for
+    themselves.
     """
 
     module: str
@@ -48,6 +50,7 @@ class Specification:
     environment: dict[str, str]
     python_path: list[str]
     warm_children: bool = False
+    cores: list[int] = field(default_factory=list)
     root: str | None = None
     mounts: list[tuple[str, str, bool]] = field(default_factory=list)
     files: list[tuple[str, str]] = field(default_factory=list)
@@ -55,7 +58,7 @@ class Specification:
 
 
 def main() -> NoReturn:
-    """Import, then start processes until the socket closes."""
+    """Import, then start processes until all connections have closed."""
     for name in sys.argv[1:]:
         # An environment need not have all.
         with contextlib.suppress(ImportError):
@@ -82,15 +85,25 @@ def main() -> NoReturn:
         leave(code)
 
 
-def start_processes(control: socket.socket) -> Specification | None:
+def start_processes(listening: socket.socket) -> Specification | None:
     """Fork a process for each request; returns its specification in the process, and None in this one at the end."""
     waiting = selectors.DefaultSelector()
-    waiting.register(control, selectors.EVENT_READ)
-    running: dict[int, int] = {}
+    waiting.register(listening, selectors.EVENT_READ)
+    # Where requests come from, and each one's processes: by a handle that becomes readable when the process ends, its number.
+    running: dict[socket.socket, dict[int, int]] = {}
     while True:
         for key, _ in waiting.select():
+            if key.fileobj is listening:
+                control, _ = listening.accept()
+                running[control] = {}
+                waiting.register(control, selectors.EVENT_READ, control)
+                continue
+            control = key.data
+            if control not in running:
+                # It was closed in this very round.
+                continue
             if key.fileobj is not control:
-                pid = running.pop(key.fd)
+                pid = running[control].pop(key.fd)
                 _, status = os.waitpid(pid, 0)
                 waiting.unregister(key.fd)
                 os.close(key.fd)
@@ -98,14 +111,21 @@ def start_processes(control: socket.socket) -> Specification | None:
                 continue
             request, outputs = _next(control)
             if not request:
-                for pid in running.values():
-                    os.killpg(pid, signal.SIGKILL)
-                return None
+                _end(waiting, control, running.pop(control))
+                if not running:
+                    return None
+                continue
             specification = Specification(**json.loads(Path(request.decode()).read_text()))
             starter = os.getpid()
             pid = os.fork()
             if pid == 0:
-                _detach(control, waiting, running, outputs, starter)
+                for other in running:
+                    other.close()
+                listening.close()
+                waiting.close()
+                for handle in [handle for handles in running.values() for handle in handles]:
+                    os.close(handle)
+                _detach(outputs, starter)
                 return specification
             for output in outputs:
                 os.close(output)
@@ -113,9 +133,20 @@ def start_processes(control: socket.socket) -> Specification | None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.setpgid(pid, pid)
             handle = os.pidfd_open(pid)
-            running[handle] = pid
-            waiting.register(handle, selectors.EVENT_READ)
+            running[control][handle] = pid
+            waiting.register(handle, selectors.EVENT_READ, control)
             _answer(control, {"started": request.decode(), "pid": pid})
+
+
+def _end(waiting: selectors.BaseSelector, control: socket.socket, processes: dict[int, int]) -> None:
+    """Kill the processes that were requested over a connection, and close it."""
+    for handle, pid in processes.items():
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        waiting.unregister(handle)
+        os.close(handle)
+    waiting.unregister(control)
+    control.close()
 
 
 def _next(control: socket.socket) -> tuple[bytes, list[int]]:
@@ -133,18 +164,12 @@ def _answer(control: socket.socket, answer: dict[str, Any]) -> None:
         control.send(json.dumps(answer).encode())
 
 
-def _detach(
-    control: socket.socket, waiting: selectors.BaseSelector, running: dict[int, int], outputs: list[int], starter: int
-) -> None:
-    """Make a process of its own out of the fork: its group, its output, nothing of the starter's, and it dies with that."""
+def _detach(outputs: list[int], starter: int) -> None:
+    """Make a process of its own out of the fork: its group, its output, and it dies with the starter."""
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(KILLED_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != starter:
         os._exit(1)
-    control.close()
-    waiting.close()
-    for handle in running:
-        os.close(handle)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, output in enumerate([nothing, *outputs]):
         os.dup2(output, number)
@@ -165,6 +190,8 @@ def run(specification: Specification) -> None:
         os.chdir(specification.workdir)
     os.environ.clear()
     os.environ.update(specification.environment)
+    if specification.cores:
+        os.sched_setaffinity(0, specification.cores)
     # As `python -m` makes it.
     sys.path[:] = [specification.workdir, *specification.python_path, *sys.path]
     sys.argv = [specification.module, *specification.arguments]
@@ -176,7 +203,10 @@ def run(specification: Specification) -> None:
         if (spawned := spawn_from_here()) is not None:
             spawned()
             return
-    runpy.run_module(specification.module, run_name="__main__", alter_sys=True)
+    if specification.module.endswith(".py"):
+        runpy.run_path(specification.module, run_name="__main__")
+    else:
+        runpy.run_module(specification.module, run_name="__main__", alter_sys=True)
 
 
 def leave(code: int) -> NoReturn:

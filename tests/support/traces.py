@@ -20,12 +20,12 @@ MakeTrace = Callable[..., Trace]
 MakeProblems = Callable[..., Problems]
 
 
-def write_made_trace(
+def write_synthetic_trace(
     directory: Path,
     problems: Problems,
     num_experts: int,
     *,
-    model_id: str = "made",
+    model_id: str = "synthetic",
     first_layer: int = 0,
     prompts: list[str] | None = None,
     datasets: list[str] | None = None,
@@ -67,7 +67,7 @@ def write_made_trace(
         rows.append(
             {
                 "problem_id": problem_id,
-                "dataset": datasets[problem_id] if datasets else "made",
+                "dataset": datasets[problem_id] if datasets else "synthetic",
                 "source_key": str(problem_id),
                 "prompt": prompts[problem_id] if prompts else f"prompt {problem_id}",
                 "output": "",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import socket
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -36,6 +39,9 @@ LIBRARIES = (
 )
 T = TypeVar("T")
 
+# The test processes of one run have this in common.
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)
+
 # Beginnings of the names of variables that libraries read while they are imported.
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "OMP_", "MKL_", "TORCH", "NUMBA_", "VLLM_LOGGING", "VLLM_CONFIGURE", "LD_")
 
@@ -49,32 +55,30 @@ class Process:
 
 
 class Starter:
-    """A warm interpreter, which lives until this process ends.
+    """A warm interpreter, which lives until every process that uses it has ended.
 
-    python: the interpreter. modules: imported beforehand, in `environment`; those that it lacks are left out.
+    python: the interpreter. modules: imported beforehand, in `environment`; those that it lacks are left out. All test
+    processes of a run share an interpreter with the same arguments, since each takes seconds and hundreds of megabytes.
     """
 
     def __init__(self, python: Path, modules: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with other:
-            self._process = subprocess.Popen(
-                [str(python), "-P", str(STARTER), *modules],
-                stdin=other.fileno(),
-                # Tests run beside each other, and OpenMP's threads spin while they wait.
-                env={**environment, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-                cwd="/",
-            )
+        kept = {name: environment[name] for name in sorted(environment) if name.startswith((*READ_AT_IMPORT, "MODAL_"))}
+        identity = hashlib.sha256(json.dumps([RUN, str(python), list(modules), kept]).encode()).hexdigest()
+        self._name = f"{python.name} with {', '.join(modules)}"
+        # Tests run at the same time, and OpenMP's threads spin while they wait.
+        environment = {**environment, "OMP_NUM_THREADS": "1"}
+        self._control = _connection(f"\0specmoe-{identity}", [str(python), "-P", str(STARTER), *modules], environment)
         self._lock = threading.Lock()
         self._started: dict[str, Future[Process]] = {}
         self._ended: dict[int, Future[int]] = {}
-        threading.Thread(target=self._receive, name="starter", daemon=True).start()
+        self._receiver = threading.Thread(target=self._receive, name="starter", daemon=True)
+        self._receiver.start()
         atexit.register(self._close)
 
     @property
     def alive(self) -> bool:
         """Whether it can start processes."""
-        return self._process.poll() is None
+        return self._receiver.is_alive()
 
     def start(self, specification: Path, outputs: Sequence[int]) -> Future[Process]:
         """Start the process that a file specifies. outputs: descriptors for its standard output and errors; closed here."""
@@ -98,7 +102,7 @@ class Starter:
                     self._started.pop(answer["started"]).set_result(Process(answer["pid"], code))
                 else:
                     self._ended.pop(answer["ended"]).set_result(answer["code"])
-        lost = RuntimeError(f"the process that starts others has ended: {self._process.args!r}")
+        lost = RuntimeError(f"the process that starts others has ended: {self._name}")
         with self._lock:
             for started in self._started.values():
                 started.set_exception(lost)
@@ -111,9 +115,39 @@ class Starter:
         return b""
 
     def _close(self) -> None:
-        # It kills its processes and ends.
-        self._control.shutdown(socket.SHUT_RDWR)
-        self._process.wait()
+        # It kills the processes that were started from here, and then closes its end.
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_WR)
+        self._receiver.join()
+
+
+# Kept: a `Popen` that is deleted while its process runs warns of that.
+_interpreters: list[subprocess.Popen[bytes]] = []
+
+
+def _connection(name: str, command: Sequence[str], environment: Mapping[str, str]) -> socket.socket:
+    """A connection to the program that listens at an abstract address. It is started if there is none."""
+    while True:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+            try:
+                listening.bind(name)
+            except OSError:
+                # Another process has the address: only one can.
+                pass
+            else:
+                listening.listen()
+                _interpreters.append(
+                    subprocess.Popen(command, stdin=listening.fileno(), env=environment, start_new_session=True, cwd="/")
+                )
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                connection.connect(name)
+            except ConnectionRefusedError:
+                # The one that has the address does not listen yet, or is ending.
+                connection.close()
+                time.sleep(0.01)
+            else:
+                return connection
 
 
 def _running(future: Future[T]) -> Future[T]:
@@ -151,8 +185,9 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run([python, "-m", module, *arguments], capture_output=True, text=True)`.
 
-    environment: additional variables. starter: default: this interpreter with `LIBRARIES`. warm_children: what it starts by
-    `multiprocessing`'s method `spawn` is warm, too. Raises `subprocess.TimeoutExpired` after killing the process and its group.
+    module: or the path of a script, which ends in `.py`. environment: additional variables. starter: default: this interpreter
+    with `LIBRARIES`. warm_children: what it starts by `multiprocessing`'s method `spawn` is warm, too. Raises
+    `subprocess.TimeoutExpired` after killing the process and its group.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
@@ -194,6 +229,11 @@ def are_read_at_import(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name.startswith(READ_AT_IMPORT))
 
 
+def cores_of_this_process() -> list[int]:
+    """The cores that this process may use; empty where that cannot be limited."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def _start(
     starter: Starter,
     folder: Path,
@@ -214,6 +254,7 @@ def _start(
         environment=whole,
         python_path=[*filter(None, whole.get("PYTHONPATH", "").split(os.pathsep)), str(TESTS)],
         warm_children=warm_children,
+        cores=cores_of_this_process(),
     )
     (folder / "specification").write_text(json.dumps(asdict(specification)))
     return starter.start(folder / "specification", outputs).result(300)

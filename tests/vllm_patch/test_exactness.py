@@ -222,8 +222,8 @@ def test_prompts_that_vllm_rejects_are_skipped(in_one_process: Path) -> None:
     assert json.loads((in_one_process / "skipping" / "summary.json").read_text())["skipped_problems"] == 2
     assert trace.problems.column("problem_id").to_pylist() == [0, 3]
     empty, rejected = trace.metadata.gaps
-    assert empty == "skipped problem 1 (made 1): its prompt has no tokens"
-    assert rejected.startswith("skipped problem 2 (made 2): vLLM rejects it: Token id 1000000 is out of vocabulary")
+    assert empty == "skipped problem 1 (synthetic 1): its prompt has no tokens"
+    assert rejected.startswith("skipped problem 2 (synthetic 2): vLLM rejects it: Token id 1000000 is out of vocabulary")
     assert assert_agrees(trace, load_oracle(demo_model_folder())) > 0
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import warm
 
 from benchmarks.kernels import CHECKPOINTS, DEVICES, table
 from profiler.engines.vllm import is_installed
@@ -22,8 +21,7 @@ ROOT = Path(__file__).parents[2]
 def of_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The choices of the installed vLLM; `benchmarks.kernels` says what it replaces."""
     out = tmp_path_factory.mktemp("kernels") / "choices.json"
-    command = [sys.executable, "-m", "benchmarks.kernels", "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = warm.run("benchmarks.kernels", "--json", out, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(json.loads(out.read_text()))
 

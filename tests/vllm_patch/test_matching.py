@@ -25,7 +25,9 @@ from vllm_patch.recorder import Recorder
 from vllm_patch.steps import NewRequest, Step
 
 EXPERTS = 251
-METADATA = Metadata(model=ModelMetadata(id="made", moe_layers=[0], num_experts=EXPERTS, top_k=1), engine="none", hook="none")
+METADATA = Metadata(
+    model=ModelMetadata(id="synthetic", moe_layers=[0], num_experts=EXPERTS, top_k=1), engine="none", hook="none"
+)
 
 
 @dataclass
@@ -114,7 +116,7 @@ def sequence(problem_id: int, number: int, prompt: list[int], output: list[int])
     return Sequence(
         problem_id=problem_id,
         captured_as=(0, number),
-        dataset="made",
+        dataset="synthetic",
         source_key="",
         prompt=None,
         output="",

@@ -21,7 +21,7 @@ from vllm_patch.capture_files import CapturedRows
 from vllm_patch.recorder import Recorder
 from vllm_patch.steps import NewRequest, Step
 
-MODEL = ModelMetadata(id="made", moe_layers=[0, 1], num_experts=4, top_k=2)
+MODEL = ModelMetadata(id="synthetic", moe_layers=[0, 1], num_experts=4, top_k=2)
 HIDDEN = 3
 
 

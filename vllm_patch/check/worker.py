@@ -261,7 +261,7 @@ def _sampling() -> Any:
 
 
 def _runner_of(llm: Any) -> str | None:
-    """The module of the model runner, which tells the two runners of some releases apart."""
+    """The module of the model runner, which distinguishes the two runners of some releases."""
     with contextlib.suppress(Exception):
         worker = llm.llm_engine.model_executor.driver_worker.worker
         return str(type(worker.model_runner).__module__.removeprefix("vllm."))

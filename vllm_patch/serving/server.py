@@ -8,6 +8,7 @@ A separate process (`sealer`) joins the two when a trace is full or the server h
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -251,13 +252,12 @@ def _record_of(request: CapturedRequest, records: list[dict[str, Any]], inputs: 
 
 def _decoder(metadata: Metadata) -> Any:
     """A function from token ids to text. Without a tokenizer, the text is the ids themselves."""
-    from transformers import AutoTokenizer
+    tokenizer = None
+    if name := metadata.capture.get("tokenizer"):
+        from transformers import AutoTokenizer
 
-    name = metadata.capture.get("tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name) if name else None
-    except (OSError, ValueError):
-        tokenizer = None
+        with contextlib.suppress(OSError, ValueError):
+            tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer is None:
         return lambda token_ids: " ".join(map(str, token_ids))
     return tokenizer.decode

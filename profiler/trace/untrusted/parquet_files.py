@@ -133,7 +133,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 def stream_table(path: Path, schema: pa.Schema, rows: int, from_problem: int = 0) -> Iterator[pa.Table]:
     """The columns of `schema` in order, at most `rows` rows at a time, so that memory does not grow with the table.
 
-    from_problem: row groups that end before this problem are passed over; the column problem_id must be sorted for that.
+    from_problem: row groups that end before this problem are skipped; the column problem_id must be sorted for that.
     Raises `TraceError` as `read_table` does, and if a page or the text of one row is too large.
     """
     found = _columns_found(path, schema)

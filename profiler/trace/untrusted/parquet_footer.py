@@ -1,7 +1,7 @@
 """Read from a Parquet file's footer how many values each column declares, and from its page headers how large its pages are.
 
 A list of a billion entries fits into a few bytes, and so does a page of gigabytes: both must be known before anything is
-decoded. pyarrow exposes the number of values, but pyarrow 26 crashes the process when asked for the columns of some broken
+decoded. pyarrow exposes the number of values, but pyarrow 26 crashes the process when it reads the columns of some broken
 footers, and it does not expose page sizes. Only a small part of Thrift's compact protocol is needed (apache/parquet-format,
 parquet.thrift:
 FileMetaData 4 -> RowGroup 1, 3 -> ColumnChunk 3 -> ColumnMetaData 3, 5, 7, 9, 11; PageHeader 2, 3, 5, 8).

@@ -138,7 +138,7 @@ def test_traces_without_tables_are_counted(trace: Trace) -> None:
     counts = count_trace(bare)
     assert counts.axes.datasets == (ALL_PROBLEMS,)
     assert counts.load.tokens.tolist() == [[0, 0, 720]]
-    # Problems are told apart all the same, and fall into both folds.
+    # Problems are still distinguished, and fall into both folds.
     assert len(counts.load.blocks.counts) == 12
     assert (counts.transitions.strongest.sum((1, 2, 3, 4)) > 0).all()
 
@@ -146,7 +146,7 @@ def test_traces_without_tables_are_counted(trace: Trace) -> None:
 def test_many_datasets_are_counted_as_one_more() -> None:
     survey = Survey()
     survey.problems.update({f"d{number:02}": 100 - number for number in range(40)})
-    model = ModelMetadata(id="made", moe_layers=[0, 1], num_experts=4, top_k=1)
+    model = ModelMetadata(id="synthetic", moe_layers=[0, 1], num_experts=4, top_k=1)
     axes = axes_from(survey, model, hops=1, has_weights=True)
     assert axes.datasets == (*(f"d{number:02}" for number in range(15)), OTHER_DATASETS)
 
@@ -189,7 +189,7 @@ def test_too_many_hops_are_refused(
 
 
 def test_every_accumulator_is_part_of_a_count() -> None:
-    """A statistic that is not in `TraceCounts` would be merged and stored by nobody."""
+    """A statistic that is not in `TraceCounts` would be neither merged nor stored."""
 
     def below(kind: type) -> set[type]:
         return {kind} if not kind.__subclasses__() else set().union(*map(below, kind.__subclasses__()))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from support.traces import write_made_trace
+from support.traces import write_synthetic_trace
 
 from analysis.analyze import analyze_trace, compare_traces
 from profiler.trace.reader import Trace
@@ -47,7 +47,7 @@ def browser() -> Iterator[Browser]:
 
 
 class Opened:
-    """A page that was opened from disk, with everything that it said or asked for."""
+    """A page that was opened from disk, with its console messages and requests."""
 
     def __init__(self, browser: Browser, path: Path, width: int = 1100) -> None:
         self.complaints: list[str] = []
@@ -77,7 +77,7 @@ class Opened:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Routing with a link between layers, and a token that one expert likes."""
+    """Routing with a dependency between layers, and a token that one expert prefers."""
     folder = tmp_path_factory.mktemp("report")
     random = np.random.default_rng(0)
     problems, vocab = [], []
@@ -90,7 +90,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ids[tokens[:60] == 4, 2] = [7, 1]
         problems.append((ids, np.tile([0.75, 0.25], (60, 5, 1))))
         vocab.append(tokens)
-    trace = write_made_trace(
+    trace = write_synthetic_trace(
         folder / "trace",
         problems,
         8,

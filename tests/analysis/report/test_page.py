@@ -34,8 +34,8 @@ def statistics_of(layers: int, experts: int, top_k: int, tokens: int, hops: int)
     frame = make_frame(problems, experts, datasets=[0, 1] * 10, vocab=vocab)
     for part in counts.parts.values():
         counted(part, [frame])
-    model = ModelMetadata(id="made", moe_layers=list(range(layers)), num_experts=experts, top_k=top_k)
-    return make_statistics(counts, Source("made", Metadata(model=model, engine="none", hook="none"), ()))
+    model = ModelMetadata(id="synthetic", moe_layers=list(range(layers)), num_experts=experts, top_k=top_k)
+    return make_statistics(counts, Source("synthetic", Metadata(model=model, engine="none", hook="none"), ()))
 
 
 def embedded(page: str, kind: str) -> dict[str, Any]:

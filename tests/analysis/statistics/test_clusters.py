@@ -1,4 +1,4 @@
-"""Groups that were made are found; tables without groups do not beat their control by much."""
+"""Groups in synthetic tables are found; tables without groups do not beat their control by much."""
 
 from __future__ import annotations
 

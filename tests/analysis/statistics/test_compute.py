@@ -1,4 +1,4 @@
-"""From a trace to files: what is in them, and that they say nothing that the trace cannot tell."""
+"""From a trace to files: what is in them, and that they claim nothing that is not in the trace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.traces import MakeProblems, MakeTrace, write_made_trace
+from support.traces import MakeProblems, MakeTrace, write_synthetic_trace
 from typer.testing import CliRunner
 
 from analysis.analyze import analyze_trace, compare_traces
@@ -122,7 +122,7 @@ def test_cells_do_not_run_as_formulas(make_trace: MakeTrace, random_problems: Ma
 def test_one_layer_one_expert_per_token_and_no_weights(
     make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path
 ) -> None:
-    """What a trace cannot tell is left out, and nothing fails for it."""
+    """Statistics of what is not in a trace are left out, and nothing fails."""
     problems = random_problems(count=3, tokens=6, layers=1, num_experts=3, top_k=1)
     _, findings = analyze_trace(make_trace(problems, 3), tmp_path / "r")
     assert [title for title, _ in findings] == [
@@ -137,7 +137,7 @@ def test_one_layer_one_expert_per_token_and_no_weights(
 
 def test_layers_keep_the_decoder_s_numbers(tmp_path: Path, random_problems: MakeProblems) -> None:
     problems = random_problems(count=4, tokens=8, layers=3, num_experts=4, top_k=2)
-    trace = write_made_trace(tmp_path / "trace", problems, 4, first_layer=5)
+    trace = write_synthetic_trace(tmp_path / "trace", problems, 4, first_layer=5)
     analyze_trace(trace, tmp_path / "r")
     with (tmp_path / "r" / "tables" / "layers.csv").open(encoding="utf-8") as file:
         assert {row["layer"] for row in csv.DictReader(file)} == {"5", "6", "7"}
@@ -260,6 +260,6 @@ def test_evaluations_that_cannot_be_shown_are_refused(change: dict[str, object],
 def test_compared_traces_have_names_of_their_own(make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path) -> None:
     problems = random_problems(count=2, tokens=6, layers=2, num_experts=4, top_k=1)
     (tmp_path / "x").mkdir()
-    traces = [write_made_trace(tmp_path / name, problems, 4) for name in ("a", "x/a", "a-2")]
+    traces = [write_synthetic_trace(tmp_path / name, problems, 4) for name in ("a", "x/a", "a-2")]
     document, _ = compare_traces(traces, tmp_path / "r")
     assert document.traces == {"a": str(traces[0].path), "a-2": str(traces[1].path), "a-2-2": str(traces[2].path)}

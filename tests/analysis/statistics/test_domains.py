@@ -55,7 +55,7 @@ def test_equal_domains_are_within_their_control() -> None:
 def test_specialized_experts_are_found_with_their_interval() -> None:
     share = np.full((3, 8), 1 / 8)
     code = share.copy()
-    # Expert 2 of layer 1 is used three times as often in code: 0.3 instead of 0.1 beside seven even ones.
+    # Expert 2 of layer 1 is used three times as often in code: 0.3 instead of 0.1, and the other seven share the rest evenly.
     code[1] = np.where(np.arange(8) == 2, 0.3, 0.7 / 7)
     math = share.copy()
     math[1] = np.where(np.arange(8) == 2, 0.1, 0.9 / 7)

@@ -16,7 +16,7 @@ from profiler.trace.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
 from profiler.trace.stream import HIDDEN_STREAM, LOGITS_STREAM, RoutingWriter, ValuesWriter
 from profiler.trace.writer import write_metadata
 
-METADATA = Metadata(model=ModelMetadata(id="made", moe_layers=[1, 4], num_experts=4, top_k=2), engine="none", hook="none")
+METADATA = Metadata(model=ModelMetadata(id="synthetic", moe_layers=[1, 4], num_experts=4, top_k=2), engine="none", hook="none")
 
 
 def sequence(
@@ -25,7 +25,7 @@ def sequence(
     return Sequence(
         problem_id=problem_id,
         captured_as=None if captured_as is None else (0, captured_as),
-        dataset="made",
+        dataset="synthetic",
         source_key=str(problem_id),
         prompt="p",
         output="o",
@@ -56,7 +56,7 @@ def test_rows_get_the_ids_of_their_problems(directory: Path) -> None:
     assert trace.metadata.gaps == ["2 positions of 1 problems came from the prefix cache: problem 0"]
     assert trace.problems.column("cached_tokens").to_pylist() == [2, 0]
     assert not (directory / CAPTURE_FOLDER).exists()
-    assert [(dataset.name, dataset.problems) for dataset in trace.metadata.datasets] == [("made", 2)]
+    assert [(dataset.name, dataset.problems) for dataset in trace.metadata.datasets] == [("synthetic", 2)]
 
 
 def test_each_kind_of_gap_has_its_line(directory: Path) -> None:

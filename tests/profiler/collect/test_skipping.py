@@ -16,25 +16,28 @@ from profiler.trace.reader import Trace
 from profiler.trace.schema import DatasetMetadata
 
 BAD_PROBLEMS = {
-    "an empty prompt": (Problem(dataset="made", source_key="bad", prompt="", max_new_tokens=3), "its prompt has no tokens"),
+    "an empty prompt": (
+        Problem(dataset="synthetic", source_key="bad", prompt="", max_new_tokens=3),
+        "its prompt has no tokens",
+    ),
     "no room for a prompt": (
-        Problem(dataset="made", source_key="bad", prompt="def", max_new_tokens=5000),
+        Problem(dataset="synthetic", source_key="bad", prompt="def", max_new_tokens=5000),
         "max_new_tokens 5000 leaves no room for a prompt in 1024 tokens",
     ),
     "a row without a prompt": (
-        Problem(dataset="made", source_key="bad", prompt="", max_new_tokens=3, unusable="its column 'prompt' is empty"),
+        Problem(dataset="synthetic", source_key="bad", prompt="", max_new_tokens=3, unusable="its column 'prompt' is empty"),
         "its column 'prompt' is empty",
     ),
     "a prompt that is cut to nothing": (
-        Problem(dataset="made", source_key="bad", prompt="def", max_new_tokens=3, max_prompt_tokens=0),
+        Problem(dataset="synthetic", source_key="bad", prompt="def", max_new_tokens=3, max_prompt_tokens=0),
         "its prompt has no tokens",
     ),
     "a token outside the vocabulary": (
-        Problem(dataset="made", source_key="bad", prompt="\N{SNOWMAN}", max_new_tokens=3),
+        Problem(dataset="synthetic", source_key="bad", prompt="\N{SNOWMAN}", max_new_tokens=3),
         "it has a token that the model, with 3072, does not know",
     ),
 }
-GOOD = Problem(dataset="made", source_key="good", prompt="def f(x):", max_new_tokens=3)
+GOOD = Problem(dataset="synthetic", source_key="good", prompt="def f(x):", max_new_tokens=3)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def strict() -> Iterator[TraceCollector]:
 def collection(out: Path, problems: list[Problem], *, resume: bool = False) -> Collection:
     return Collection(
         problems=dict(enumerate(problems)),
-        datasets=[DatasetMetadata(name="made", problems=len(problems))],
+        datasets=[DatasetMetadata(name="synthetic", problems=len(problems))],
         sampling=Sampling(),
         out=out,
         resume=resume,
@@ -73,14 +76,14 @@ def test_a_problem_that_cannot_be_run_is_skipped_named_and_counted(
     trace = Trace.open(tmp_path / "t")
     assert trace.faults(verify=True) == []
     assert trace.problems.column("problem_id").to_pylist() == [i for i in range(3) if i != place]
-    assert trace.metadata.gaps == [f"skipped problem {place} (made bad): {reason}"]
-    assert f"skipping problem {place} (made bad): {reason}" in said
+    assert trace.metadata.gaps == [f"skipped problem {place} (synthetic bad): {reason}"]
+    assert f"skipping problem {place} (synthetic bad): {reason}" in said
 
 
 def test_only_if_no_problem_can_be_run_is_it_an_error(strict: TraceCollector, tmp_path: Path) -> None:
     bad = [problem for problem, _ in BAD_PROBLEMS.values()]
     with pytest.raises(
-        EngineError, match=r"none of the 5 problems can be run; skipped problem 0 \(made bad\): its prompt has no"
+        EngineError, match=r"none of the 5 problems can be run; skipped problem 0 \(synthetic bad\): its prompt has no"
     ):
         strict.collect(collection(tmp_path / "t", bad))
     assert not (tmp_path / "t").exists()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import warm
 
 from profiler.engines.vllm import is_installed
 
@@ -21,7 +22,8 @@ def test_a_script_from_standard_input_is_told_to_be_a_file() -> None:
 
 
 def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=200)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = warm.run(str(script), timeout=200, warm_children=True)
     assert done.returncode == 1
     assert "put what starts the collection under if __name__ == '__main__'" in done.stderr.splitlines()[-1]

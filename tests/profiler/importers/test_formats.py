@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import fuzz
+from support import samples
 
 from profiler.errors import TraceError
 from profiler.importers import FORMATS, find_format, import_trace
@@ -19,22 +19,22 @@ from profiler.trace.reader import Trace
 
 # A sound file of each format.
 SAMPLES: dict[str, Callable[[Path], Path]] = {
-    "parquet": fuzz.make_parquet,
-    "flame-moe": fuzz.make_flame,
-    "sglang": fuzz.make_sglang,
-    "routed-experts": fuzz.make_npy,
-    "moe-beyond": fuzz.make_moe_beyond,
-    "edge-csv": fuzz.make_edge_csv,
-    "route-log": fuzz.make_route_log,
-    "olmoe": fuzz.make_olmoe,
-    "jsonl": fuzz.make_old_rows,
-    "slime": fuzz.make_slime,
-    "prime-rl": fuzz.make_prime_rl,
-    "server-responses": fuzz.make_vllm_responses,
-    "lattice": fuzz.make_lattice,
-    "colibri": fuzz.make_colibri,
-    "llama-cpp": fuzz.make_llama_cpp,
-    "megatron": fuzz.make_megatron,
+    "parquet": samples.make_parquet,
+    "flame-moe": samples.make_flame,
+    "sglang": samples.make_sglang,
+    "routed-experts": samples.make_npy,
+    "moe-beyond": samples.make_moe_beyond,
+    "edge-csv": samples.make_edge_csv,
+    "route-log": samples.make_route_log,
+    "olmoe": samples.make_olmoe,
+    "jsonl": samples.make_old_rows,
+    "slime": samples.make_slime,
+    "prime-rl": samples.make_prime_rl,
+    "server-responses": samples.make_vllm_responses,
+    "lattice": samples.make_lattice,
+    "colibri": samples.make_colibri,
+    "llama-cpp": samples.make_llama_cpp,
+    "megatron": samples.make_megatron,
 }
 FOLDER_ONLY = {"interrupted"}
 

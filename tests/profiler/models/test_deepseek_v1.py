@@ -43,7 +43,7 @@ def test_the_rewriting_routes_and_computes_as_the_original(checkpoint: Path, tmp
 
 
 def test_the_configuration_is_read_without_its_code(checkpoint: Path) -> None:
-    (checkpoint / "configuration_deepseek.py").write_text("raise SystemExit('code of a stranger')")
+    (checkpoint / "configuration_deepseek.py").write_text("raise SystemExit('untrusted code')")
     register_config()
     register_config()
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)

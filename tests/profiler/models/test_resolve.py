@@ -84,8 +84,8 @@ def test_unknown_names_list_what_exists(tmp_path: Path) -> None:
 
 
 def test_a_hub_model_that_cannot_be_reached_is_one_error() -> None:
-    with pytest.raises(ModelError, match="cannot read the config of model 'nobody/nothing'"):
-        resolve_model("nobody/nothing")
+    with pytest.raises(ModelError, match="cannot read the config of model 'unknown/nothing'"):
+        resolve_model("unknown/nothing")
 
 
 def test_the_embedded_model_is_what_its_card_says() -> None:

@@ -1,4 +1,4 @@
-"""Parts of one collection become the trace that one collection would have made."""
+"""Parts of one collection become the trace that a single collection would have written."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_merged_parts_equal_the_whole(parts: Path, tmp_path: Path) -> None:
     whole = Trace.open(parts / "whole")
-    merged = merge_traces([parts / "c", parts / "a", parts / "b"], tmp_path / "merged", about={"made": "here"})
+    merged = merge_traces([parts / "c", parts / "a", parts / "b"], tmp_path / "merged", about={"synthetic": "here"})
     assert merged.faults(verify=True) == []
     assert merged.to_arrow().equals(whole.to_arrow())
     assert merged.tokens.equals(whole.tokens)
     assert merged.problems.equals(whole.problems)
     assert merged.metadata.datasets == whole.metadata.datasets
     assert merged.metadata.sampling == whole.metadata.sampling
-    expected = {**whole.metadata.capture, "parts": 3, "runs": 3, "made": "here", "devices": {"CPU": 3}}
+    expected = {**whole.metadata.capture, "parts": 3, "runs": 3, "synthetic": "here", "devices": {"CPU": 3}}
     assert merged.metadata.capture == {name: value for name, value in expected.items() if name != "device"}
     assert merged.metadata.versions == whole.metadata.versions
     assert [len(chunk) for chunk in merged.chunks()]

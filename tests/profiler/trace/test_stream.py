@@ -17,7 +17,7 @@ from profiler.errors import TraceError
 from profiler.trace.schema import ModelMetadata, RecordMetadata
 from profiler.trace.stream import ROUTING_STREAM, CaptureIndex, RoutingWriter, gather, read_index
 
-MODEL = ModelMetadata(id="made", moe_layers=[0, 1], num_experts=4, top_k=2)
+MODEL = ModelMetadata(id="synthetic", moe_layers=[0, 1], num_experts=4, top_k=2)
 
 
 def write(folder: Path, blocks: int, tokens: int = 3) -> Path:
@@ -106,7 +106,7 @@ def test_a_stream_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_compressed_blocks_are_not_unpacked(tmp_path: Path) -> None:
-    """A few bytes of a stranger's stream must not become gigabytes."""
+    """A few bytes of an untrusted stream must not become gigabytes."""
     schema = read_schema(write(tmp_path / "ours", blocks=1))
     path = tmp_path / ROUTING_STREAM
     rows = 100_000

@@ -20,7 +20,7 @@ from profiler.trace.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
 from profiler.trace.stream import RoutingWriter
 from profiler.trace.writer import left_temporaries, temporary_of, write_manifest, write_metadata, write_text
 
-MODEL = ModelMetadata(id="made", moe_layers=[1, 2], num_experts=4, top_k=2)
+MODEL = ModelMetadata(id="synthetic", moe_layers=[1, 2], num_experts=4, top_k=2)
 
 
 def start(directory: Path) -> RoutingWriter:

@@ -50,7 +50,7 @@ def fitted(name: str, task: Task, horizon: int = 2) -> Predictor:
     return predictor
 
 
-def told(history: History, routes: Routes, tokens: range) -> None:
+def add_tokens(history: History, routes: Routes, tokens: range) -> None:
     for token in tokens:
         history.begin(int(routes.token_keys_T[token]), is_decode=bool(routes.is_decode_T[token]))
         for layer in range(LAYERS):
@@ -111,7 +111,7 @@ def test_a_layer_that_was_not_asked_about_changes_nothing() -> None:
     predictor, routes = fitted("recommended-small", Task.NEXT_LAYER), random_routes(1, 5, seed=2)
     every, last = History(predictor.shape), History(predictor.shape)
     for history in (every, last):
-        told(history, routes, range(4))
+        add_tokens(history, routes, range(4))
         history.begin(int(routes.token_keys_T[4]))
     for layer in range(LAYERS - 1):
         for history in (every, last):
@@ -127,7 +127,7 @@ def test_two_predictors_and_two_histories_do_not_mix() -> None:
     first, second = random_routes(1, 6, seed=3), random_routes(1, 6, seed=4)
     histories = [History(one.shape), History(one.shape)]
     for history, routes in zip(histories, (first, second), strict=True):
-        told(history, routes, range(5))
+        add_tokens(history, routes, range(5))
         history.begin(int(routes.token_keys_T[5]))
         history.add(routes.expert_ids_TLK[5, 0], routes.weights_TLK[5, 0])
     for _ in range(2):

@@ -118,8 +118,8 @@ def test_a_runtime_tells_router_inputs_too(name: str, make_trace: MakeTrace) -> 
         expected = predictor.probabilities(routes, slice(token, token + 1))[0]
         history.begin(int(routes.token_keys_T[token]))
         for layer in range(LAYERS):
-            told = (array[token, layer] for array in (routes.expert_ids_TLK, routes.weights_TLK, routes.router.hidden_TLD))
-            history.add(*told)
+            known = (array[token, layer] for array in (routes.expert_ids_TLK, routes.weights_TLK, routes.router.hidden_TLD))
+            history.add(*known)
             if layer < LAYERS - 1:
                 prediction = predictor.predict(history)
                 found = np.take_along_axis(expected[layer], prediction.expert_ids, -1)

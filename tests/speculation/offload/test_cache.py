@@ -1,4 +1,4 @@
-"""The cache of a program with real slots: which expert it gives up for a prefetch, and what it refuses."""
+"""The cache of a program with real slots: which expert it evicts for a prefetch, and what it refuses."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def entry() -> ModelEntry:
     """A model of 4 layers of 16 experts, of which 8 fit next to the rest on an RTX 4090 with 3.9 GB."""
     return ModelEntry(
         name="small",
-        checkpoints={"bf16": "made"},
+        checkpoints={"bf16": "synthetic"},
         layers=4,
         experts=16,
         top_k=2,
@@ -162,7 +162,7 @@ def test_a_trace_gives_hit_rates_and_the_simulation_s_speed(
     slots = found.memory.slots
     assert 0 < slots < 16
     requests = requests_of(load_routes(trace, "test"), 16, batch=batch)
-    # The last steps have fewer sequences: they are no steps of this batch.
+    # The last steps have fewer sequences: they are not steps of this batch.
     assert (requests.sequences_S[requests.is_decode_S][-1] < batch) == (batch > 1)
     full = int(np.flatnonzero(requests.is_decode_S & (requests.sequences_S == batch))[-1]) + 1
     requests = requests.first_steps(full)

@@ -17,7 +17,7 @@ from speculation.offload.costs import HOST_LATENCY, Costs
 from speculation.offload.host_measure import host_seconds, measured_on_host, read_seconds
 
 COSTS = Costs(
-    model="made",
+    model="synthetic",
     device="none",
     precision="bf16",
     expert_bytes=1e6,

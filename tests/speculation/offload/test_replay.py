@@ -120,7 +120,7 @@ def test_transfers_and_computations_are_real() -> None:
 
 def test_measured_costs() -> None:
     costs = Costs(
-        model="made",
+        model="synthetic",
         device="",
         precision="bfloat16",
         expert_bytes=4096.0,

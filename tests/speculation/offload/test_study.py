@@ -204,7 +204,7 @@ def test_one_layer(make_trace: MakeTrace, random_problems: MakeProblems, runner:
     trace = make_trace(random_problems(count=30, tokens=12, layers=1, num_experts=8, top_k=1), 8, name="one")
     output = simulated(runner, str(trace.path), "--predictor", "none", "--predictor", "oracle", "--predictor", "popularity")
     assert "oracle" in output
-    assert "The sizes of made are unknown, so no device was simulated" in output
+    assert "The sizes of synthetic are unknown, so no device was simulated" in output
 
 
 def test_runs_of_the_same_name_and_a_closed_link(trace: Trace, run: Path, runner: CliRunner, tmp_path: Path) -> None:
@@ -283,8 +283,8 @@ def test_what_is_no_simulation_is_refused(tmp_path: Path) -> None:
     ("arguments", "text"),
     [
         (
-            ["--predictor", "nobody"],
-            "predictor 'nobody' is neither the folder of a run, nor none, popularity, oracle or the name of a predictor",
+            ["--predictor", "unknown"],
+            "predictor 'unknown' is neither the folder of a run, nor none, popularity, oracle or the name of a predictor",
         ),
         (["--model", "mixtral-8x7b"], "mixtral-8x7b has 32 MoE layers of 8 experts, top-2; the trace has 16 of 64, top-8"),
         (["--model", "gpt-9"], "unknown model 'gpt-9'"),

@@ -41,7 +41,7 @@ NAMES = [
     for name, cls in predictor_classes().items()
     if name not in WITHOUT and not cls.needs_router_inputs and Task.NEXT_LAYER in cls.tasks
 ]
-OPTIONS = TrainingOptions(epochs=5, batch_tokens=128, width=32, learning_rate=5e-3, average=50, dropout=0.0)
+OPTIONS = TrainingOptions(epochs=3, batch_tokens=192, width=32, learning_rate=1e-2, average=20, dropout=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_a_run_is_pushed_as_a_model(trace: Trace, tmp_path: Path, hub: tuple[str
     done = pushed(trace, tmp_path / "run", address, "--push", "me/predictor", "--private")
     assert done.returncode == 0, done.stderr
     repository = repositories["me/predictor"]
-    # A model is what the hub takes a repository for whose type is not told.
+    # The hub takes a repository without a type for a model.
     assert repository["asked"].get("type", "model") == "model"
     assert repository["private"]
     files = repository["files"]

@@ -8,7 +8,7 @@ have commits; containers can be preempted. Images are recorded, not built, and c
     apps         apps, what their containers print
     functions    functions, classes, images, secrets
     calls        inputs and outputs
-    containers   when containers start and stop, what they ask for
+    containers   when containers start and stop, what they request
     volumes      committed files, working copies
     store        uploaded files and blobs
     processes    containers' processes, which `support.warm` starts

@@ -17,7 +17,7 @@ from support.modal_server.parts import Part, new_id
 if TYPE_CHECKING:
     from support.modal_server.server import Server
 
-# The version of Modal's own packages in images: the client asks for it, and nothing depends on it here.
+# The version of Modal's own packages in images: the client requests it, and nothing depends on it here.
 IMAGE_BUILDER = "2025.06"
 
 
@@ -74,7 +74,7 @@ class Apps(Part):
         return Empty()
 
     async def AppClientDisconnect(self, request: pb.AppClientDisconnectRequest, container: Container | None) -> Empty:
-        """A detached app goes on, unless its client was done."""
+        """A detached app continues, unless its client had finished."""
         done = request.reason == pb.APP_DISCONNECT_REASON_ENTRYPOINT_COMPLETED
         if done or not self.apps[request.app_id].detached:
             self.server.run(self._end(request.app_id))

@@ -143,7 +143,7 @@ class Calls(Part):
         *,
         for_good: bool = False,
     ) -> None:
-        """Record an output; a failure is tried again first, if nobody waits for it who would. for_good: it is not."""
+        """Record an output; a failure of a call that no client waits for is retried first, unless for_good is true."""
         policy = done.call.function.definition.retry_policy
         spawned = done.call.invocation == pb.FUNCTION_CALL_INVOCATION_TYPE_ASYNC
         if spawned and result.status in FAILED and not for_good and done.retry < policy.retries:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2 as pb
 
+from support import warm
 from support.modal_server.parts import Event, Part, new_id
 from support.modal_server.processes import ONE_THREAD, Process, numba_cache, start, starter_of
 from support.starter import Specification
@@ -117,7 +118,7 @@ class Containers(Part):
         container.working.clear()
         queue = self.queues[container.function.id]
         if code and not container.was_used and not container.preempted and queue:
-            # It could not even ask for an input, so the next one could not either.
+            # It could not even request an input, so the next one could not either.
             code, failure = None, f"the container ended with exit code {code} before it took an input"
         if code is None:
             status = pb.GenericResult.GENERIC_STATUS_INIT_FAILURE
@@ -194,6 +195,7 @@ class Containers(Part):
             workdir=environment.workdir,
             environment=variables,
             python_path=environment.python_path,
+            cores=warm.cores_of_this_process(),
             mounts=mounts,
             files=files,
             # The interpreters' folders, visible even below the paths that containers have for themselves, such as /tmp.

@@ -1,4 +1,4 @@
-"""A trace that was recorded wrongly is told from one that was recorded well; the routing is a real router's, without vLLM."""
+"""Traces that were recorded wrongly are found, and the correct one is accepted; a real router's routing, without vLLM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.traces import write_made_trace
+from support.traces import write_synthetic_trace
 
 from profiler.engines.transformers import route
 from profiler.models.moe_modules import MoEBlock
@@ -38,7 +38,7 @@ def record(
     for tokens in TOKENS:
         ids_TLK, weights_TLK = route(oracle, tokens[:-1])
         problems.append(change(ids_TLK, weights_TLK) if change is not None else (ids_TLK, weights_TLK))
-    return write_made_trace(folder, problems, oracle.config.num_local_experts, vocab_ids=TOKENS, unrecorded=unrecorded)
+    return write_synthetic_trace(folder, problems, oracle.config.num_local_experts, vocab_ids=TOKENS, unrecorded=unrecorded)
 
 
 def swap_layers(ids_TLK: np.ndarray, weights_TLK: np.ndarray) -> Arrays:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.traces import write_made_trace
+from support.traces import write_synthetic_trace
 
 from profiler.engines.transformers import route
 from profiler.models.moe_modules import MoEBlock
@@ -73,7 +73,7 @@ def record(engines: Engines, folder: Path, fault: Callable[[Recorded], Recorded]
         recorded = Recorded(ids, weights, np.stack(hidden, axis=1))
         sequences.append(fault(recorded) if fault is not None else recorded)
     config = engines.reference.config
-    return write_made_trace(
+    return write_synthetic_trace(
         folder,
         [(sequence.ids, sequence.weights) for sequence in sequences],
         getattr(config, "num_local_experts", None) or config.num_experts,

@@ -35,7 +35,10 @@ from vllm_patch.serving.server import FINISHED_FILE, begin_trace, finish, next_t
 from vllm_patch.steps import NewRequest, Step
 
 METADATA = Metadata(
-    model=ModelMetadata(id="made", moe_layers=[0], num_experts=4, top_k=2), engine="vllm", hook="none", capture={"server": True}
+    model=ModelMetadata(id="synthetic", moe_layers=[0], num_experts=4, top_k=2),
+    engine="vllm",
+    hook="none",
+    capture={"server": True},
 )
 
 
@@ -47,6 +50,12 @@ def test_clients_numbers_are_kept_and_the_others_get_the_smallest_free_ones() ->
     labels = [None, 1, "question 4", 1, 0, -3, 2**40]
     ids = problem_ids([request(number, label) for number, label in enumerate(labels)])
     assert ids == {1: 1, 4: 0, 0: 2, 2: 3, 3: 4, 5: 5, 6: 6}
+
+
+@pytest.fixture(autouse=True)
+def steps_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` waits for each step, which the recorder would otherwise keep for a second to write it with others."""
+    monkeypatch.setattr("vllm_patch.recorder.BATCH_BYTES", 1)
 
 
 def serve(out: Path, steps: list[Step], limit: int) -> list[Path]:
@@ -90,8 +99,7 @@ def finished_line(name: str, output: list[int]) -> str:
     return json.dumps({"request_id": name, "output_token_ids": output, "finish_reason": "length"}) + "\n"
 
 
-def test_a_request_stays_with_the_trace_in_which_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_patch.recorder.BATCH_BYTES", 1)
+def test_a_request_stays_with_the_trace_in_which_it_began(tmp_path: Path) -> None:
     steps = [
         step([("a", 0, 2), ("b", 0, 2)], new=("a", "b")),
         step([("b", 2, 1), ("c", 0, 2)], new=("c",), finished=("a",)),
@@ -182,8 +190,7 @@ def appears(path: Path, seconds: float = 60.0) -> bool:
     return path.exists()
 
 
-def test_traces_are_sealed_when_closed_and_when_the_server_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_patch.recorder.BATCH_BYTES", 1)
+def test_traces_are_sealed_when_closed_and_when_the_server_is_killed(tmp_path: Path) -> None:
     steps = [step([("a", 0, 4)], new=("a",)), step([("b", 0, 4)], new=("b",), finished=("a",)), step([("c", 0, 1)], new=("c",))]
     full, last = serve(tmp_path, steps, limit=4 * 8)[:2]
     (tmp_path / FINISHED_FILE).write_text("".join(finished_line(name, [5, 6]) for name in "abc"))
@@ -237,7 +244,8 @@ def test_a_real_server_records_its_traffic_and_closes_the_trace_on_sigterm(tmp_p
     command = ["--model", str(demo_model_folder())]
     command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += ["--dtype", "float32", "--max-model-len", "512", "--no-enable-prefix-caching"]
-    server = warm.start("vllm.entrypoints.openai.api_server", *command, environment=environment, log=tmp_path / "log")
+    module = "vllm.entrypoints.openai.api_server"
+    server = warm.start(module, *command, environment=environment, log=tmp_path / "log", warm_children=True)
     try:
         deadline = time.monotonic() + 120
         while True:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.fuzz import packed
+from support.samples import packed
 
 from profiler.errors import TraceError
 from profiler.importers import import_trace, msgpack

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.fuzz import in_base64
+from support.samples import in_base64
 
 from profiler.errors import TraceError
 from profiler.importers import find_format, import_trace
@@ -47,7 +47,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "sglang /generate": generate(),
     "sglang chat": chat(sgl_ext={"routed_experts": raw()}),
     "sglang chat, miles": chat(meta_info={"routed_experts": raw()}),
-    "sglang, beside the choices": {**chat(), "sgl_ext": {"routed_experts": raw()}},
+    "sglang, next to the choices": {**chat(), "sgl_ext": {"routed_experts": raw()}},
     "vllm chat, uint8": chat(routed_experts=in_base64(ROUTES.astype(np.uint8))),
     "vllm chat, int32, weights": chat(routed_experts=in_base64(ROUTES), routed_expert_weights=in_base64(WEIGHTS)),
     "vllm completions": {**chat(), "choices": [{"text": "So.", "finish_reason": "stop", "routed_experts": in_base64(ROUTES)}]},
@@ -106,7 +106,7 @@ def test_ids_of_logprobs_are_those_of_the_output(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encode", [raw, in_base64], ids=["sglang", "vllm"])
 @pytest.mark.parametrize("start", [1, 8, 10])
 def test_rows_that_begin_later_keep_their_positions(tmp_path: Path, encode: Callable[[np.ndarray], str], start: int) -> None:
-    """The response does not say from which position on its request asked for routes."""
+    """The response does not say at which position the routes that were requested begin."""
     rows = encode(ROUTES[start:])
     part = generate(routed_experts=rows) if encode is raw else chat(routed_experts=rows)
     whole = generate() if encode is raw else chat(routed_experts=in_base64(ROUTES))

@@ -70,7 +70,7 @@ def test_much_text_in_a_row_group_is_read_in_order(tmp_path: Path, groups: int) 
 
 
 def test_text_that_repeats_the_text_before_is_not_written_out_at_once(tmp_path: Path) -> None:
-    """Values that tell only where they differ from the last: one page of them can stand for gigabytes too."""
+    """Values stored as differences from the one before: one page of them can also stand for gigabytes."""
     text = "x" * 1_000_000
     table = pa.table({"problem_id": pa.array(range(300), pa.int32()), "text": [text] * 300})
     pq.write_table(
@@ -85,7 +85,7 @@ def test_text_that_repeats_the_text_before_is_not_written_out_at_once(tmp_path: 
 
 
 def test_columns_of_other_names_than_the_schema_s_are_refused(tmp_path: Path) -> None:
-    """The second copy of a name, beside the pages: pyarrow does not look at it, and so the pages would go unmeasured."""
+    """A column chunk's own copy of its name: pyarrow ignores it, so the chunk's pages would not be measured."""
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"problem_id": pa.array([1], pa.int32()), "text": ["x"]}), path, store_schema=False)
     content = path.read_bytes()

@@ -70,10 +70,10 @@ def test_inputs_by_hand(task: Task) -> None:
 
 
 def test_it_learns_what_repeats_and_falls_to_chance_on_shuffled_experts() -> None:
-    """Every problem is a random run of 12 tokens said four times: nothing but the earlier place tells the routes."""
+    """Every problem repeats 12 random tokens four times: routes can be predicted only from the earlier occurrences."""
     random = np.random.default_rng(0)
 
-    def made(problems: int) -> Routes:
+    def repeating(problems: int) -> Routes:
         ids, keys, owner = [], [], []
         for problem in range(problems):
             once = random.random((12, 3, 8)).argsort(-1)[:, :, :2]
@@ -83,9 +83,9 @@ def test_it_learns_what_repeats_and_falls_to_chance_on_shuffled_experts() -> Non
         return routes_of(np.concatenate(ids), np.concatenate(keys), np.concatenate(owner))
 
     predictor = Recommended(Shape(layers=3, experts=8, top_k=2, horizon=1, task=Task.WHOLE_PATH))
-    options = replace(Recommended.defaults, epochs=12, batch_tokens=128)
-    predictor.fit(made(100), made(15), options, lambda *_: None)
-    test = made(20)
+    options = replace(Recommended.defaults, epochs=6, batch_tokens=128)
+    predictor.fit(repeating(100), repeating(15), options, lambda *_: None)
+    test = repeating(20)
     recall = evaluate_predictor(predictor, test, {}).metrics["h=1"]["recall@2"]
     # Three quarters are repetitions; the rest is chance, a quarter.
     assert recall == pytest.approx(0.75 + 0.25 * 0.25, abs=0.04)
