@@ -1,10 +1,11 @@
-"""Speed of the simulation: requests per second of every policy, with and without prefetching, compared with a plain Python LRU.
+"""Speed of the simulation: requests per second of every policy, with and without prefetching and a host, compared with a plain
+Python LRU.
 
     python -m benchmarks.simulate [--trace DIR] [--requests N]
 
 A request is one token at one layer: K experts at once. Runs on one core, with compiled code warm, on synthetic requests of
 gpt-oss-20b's shape (24 layers of 32 experts, top-4), in which a token's experts resemble those of the previous token. Times are
-medians of three.
+CPU times, medians of three.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from statistics import median
 import numpy as np
 
 from profiler.models.gpus import find_gpu
+from profiler.models.hosts import find_host
 from profiler.models.registry import MODELS
 from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
 from speculation.offload.costs import costs_of
 from speculation.offload.plans import oracle_plan, popularity_plan
 from speculation.offload.requests import Requests, requests_of
-from speculation.offload.simulation.records import Count
+from speculation.offload.simulation.records import Count, Miss
 from speculation.offload.simulation.simulate import Setting, Workload, simulate
 from speculation.offload.state import Rule
 
@@ -49,9 +51,9 @@ def main() -> None:
         f"{count:,} requests of {requests.top_k} of {requests.num_experts} experts, {requests.layers} layers; {capacity} cached"
     )
 
-    began = time.perf_counter()
+    began = time.process_time()
     _ = workload.ahead
-    print(f"next uses, for Belady: {count / (time.perf_counter() - began) / 1e6:.2f} M requests/s")
+    print(f"next uses, for Belady: {count / (time.process_time() - began) / 1e6:.2f} M requests/s")
     few = requests.first_steps(requests.steps // PLAIN_SHARE)
     found = []
     plain = seconds(lambda: found.append(plain_lru(few, capacity))) * requests.steps / few.steps
@@ -65,16 +67,27 @@ def main() -> None:
         for rule in Rule:
             took = seconds(partial(simulate, workload, Setting(rule, size, is_global), scores_SX=scores))
             where = "one cache for all layers" if is_global else "a cache per layer"
-            print(f"{rule.label}, {where}: {count / took / 1e6:.2f} M requests/s, {plain / took:.0f} x plain LRU")
-    costs = costs_of(MODELS["gpt-oss-20b"], find_gpu("RTX 4090"))
+            print(f"{rule.label}, {where}: {count / took / 1e6:.2f} M requests/s, {plain / took:.1f} x plain LRU")
+    costs = costs_of(MODELS["gpt-oss-20b"], find_gpu("RTX 4090"), host=find_host("DDR5-5600 desktop"))
     for name, plan in (
+        ("nothing", None),
         ("popularity", popularity_plan(workload.popularity_LE, requests.top_k, 1, requests)),
         ("oracle", oracle_plan(requests, 1)),
         ("oracle, 4 layers ahead", oracle_plan(requests, 4)),
     ):
-        for rule in (Rule.LRU, Rule.BELADY):
-            took = seconds(partial(simulate, workload, Setting(rule, capacity), plan, costs))
-            print(f"{rule.label}, {name} prefetched, with times: {count / took / 1e6:.2f} M requests/s")
+        for rule, miss, is_global in (
+            (Rule.LRU, Miss.COPY, False),
+            (Rule.LRU, Miss.COPY, True),
+            (Rule.LRU, Miss.HOST, False),
+            (Rule.BELADY, Miss.COPY, False),
+        ):
+            size = capacity * requests.layers if is_global else capacity
+            took = seconds(partial(simulate, workload, Setting(rule, size, is_global, miss=miss), plan, costs))
+            where = "one cache for all layers" if is_global else "a cache per layer"
+            print(
+                f"{rule.label}, {where}, misses: {miss.name.lower()}, {name} prefetched, with times: "
+                f"{count / took / 1e6:.2f} M requests/s, {plain / took:.1f} x plain LRU"
+            )
     if not arguments.trace:
         for part in (10, 3, 1):
             some = synthetic_requests(arguments.requests // LAYERS // part)
@@ -84,13 +97,13 @@ def main() -> None:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """The median of `ROUNDS` rounds, after a warm-up round that compiles code and allocates arrays."""
+    """The median CPU time of `ROUNDS` rounds, after a warm-up round that compiles code and allocates arrays."""
     run()
     found = []
     for _ in range(ROUNDS):
-        began = time.perf_counter()
+        began = time.process_time()
         run()
-        found.append(time.perf_counter() - began)
+        found.append(time.process_time() - began)
     return median(found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -19,8 +19,7 @@ from speculation.predictors.base import Predictor
 CHUNK_PROBABILITIES = 1 << 25
 
 
-@dataclass(frozen=True)
-class PrefetchPlan:
+class PrefetchPlan(NamedTuple):
     """Experts to prefetch, in the order in which their transfers are queued.
 
     A step has L + 1 points at which prefetches are queued: before its first layer, and after each of its layers. S steps make

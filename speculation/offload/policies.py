@@ -47,7 +47,7 @@ def start_expert(expert: Expert, order: int, popularity: int, rule: int) -> None
 
 
 @numba.njit(cache=True, nogil=True)
-def begin_step(step: int, rule: int, time_constant: float, experts: Experts) -> None:
+def begin_step(step: int, rule: int, time_constant: float, experts: Experts) -> bool:
     """Begin a step.
 
     Args:
@@ -55,10 +55,15 @@ def begin_step(step: int, rule: int, time_constant: float, experts: Experts) -> 
         rule: The policy.
         time_constant: Steps after which `Rule.LFU_AGED` halves all counts, rounded down.
         experts: All records, changed.
+
+    Returns:
+        Whether keys have changed.
     """
-    if rule == Rule.LFU_AGED and step and step % max(1, int(time_constant)) == 0:
-        for x in range(len(experts)):
-            experts[x].key *= 0.5
+    if rule != Rule.LFU_AGED or not step or step % max(1, int(time_constant)):
+        return False
+    for x in range(len(experts)):
+        experts[x].key *= 0.5
+    return True
 
 
 @numba.njit(cache=True, nogil=True)
@@ -127,7 +132,7 @@ def note_use(expert: Expert, request: int, step: int, order: int, rule: int, tim
         # The logarithm of the sum of exp(time) over all uses. It orders experts as the decayed sum does, because all sums decay
         # alike, and it changes only with a use.
         time = step / time_constant
-        expert.key = time + np.log1p(np.exp(expert.key - time))
+        expert.key = time + np.log(1.0 + np.exp(expert.key - time))
     elif rule == Rule.SLRU and expert.where == PRESENT:
         if expert.loaded_in != request:
             expert.key = _ABOVE_ALL + order
@@ -137,7 +142,7 @@ def note_use(expert: Expert, request: int, step: int, order: int, rule: int, tim
 
 
 @numba.njit(cache=True, nogil=True)
-def demote_oldest(slots: Integers, held: int, capacity: int, experts: Experts) -> None:
+def demote_oldest(slots: Integers, held: int, capacity: int, experts: Experts) -> int:
     """If too many experts of a cache are protected (`Rule.SLRU`), make the one used longest ago the newest of the others.
 
     Args:
@@ -145,6 +150,9 @@ def demote_oldest(slots: Integers, held: int, capacity: int, experts: Experts) -
         held: How many experts the cache holds.
         capacity: How many it can hold.
         experts: All records, changed.
+
+    Returns:
+        The number of that expert; -1 if there is none.
     """
     protected, oldest, newest = 0, -1, -np.inf
     for slot in range(held):
@@ -155,8 +163,16 @@ def demote_oldest(slots: Integers, held: int, capacity: int, experts: Experts) -
                 oldest = slots[slot]
         else:
             newest = max(newest, key)
-    if protected > int(capacity * _PROTECTED_SHARE):
-        experts[oldest].key = max(newest, experts[oldest].key - _ABOVE_ALL)
+    if protected <= int(capacity * _PROTECTED_SHARE):
+        return -1
+    experts[oldest].key = max(newest, experts[oldest].key - _ABOVE_ALL)
+    return oldest
+
+
+@numba.njit(cache=True, nogil=True)
+def compares_keys(rule: int) -> bool:
+    """Whether an expert's worth is its key, in every request."""
+    return rule != Rule.LFRU and rule != Rule.LEAST_STALE
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -200,7 +216,7 @@ def choose_victim(
     Returns:
         An index of `slots`; -1 if no expert can be evicted.
     """
-    is_derived = rule == Rule.LFRU or rule == Rule.LEAST_STALE
+    is_derived = not compares_keys(rule)
     found, found_last, found_worth, found_is_predicted = -1, 0, 0.0, False
     for slot in range(held):
         expert = experts[slots[slot]]

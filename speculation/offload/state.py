@@ -40,8 +40,8 @@ class Expert:
     keys. next_use: the next request that chooses it. chosen_by: the last request whose router chose it. predicted_for: the
     farthest request for which it is predicted. loaded_in: the request that loaded it on demand, -1 for a prefetch. arrival:
     when its transfer ends. waits_for: the request for which its transfer is queued. evicted_in: the last step that evicted it.
-    where: `ABSENT`, `PRESENT`, `COMING`, `WAITING`, `FILLING` or `MISSED`. is_unused_prefetch: it was prefetched and has not
-    been used since.
+    slot: its place among the slots of all simulated caches, -1 if it is not cached. where: `ABSENT`, `PRESENT`, `COMING`,
+    `WAITING`, `FILLING` or `MISSED`. is_unused_prefetch: it was prefetched and has not been used since.
     """
 
     key: float
@@ -53,6 +53,7 @@ class Expert:
     loaded_in: int
     waits_for: int
     evicted_in: int
+    slot: int
     where: int
     is_unused_prefetch: bool
 
@@ -64,7 +65,7 @@ def record_type(described: type, **smaller: type) -> np.dtype[np.void]:
     return np.dtype(fields, align=True)
 
 
-# 56 bytes, less than one cache line.
+# 64 bytes, one cache line.
 EXPERT = record_type(
     Expert,
     chosen_by=np.int32,
@@ -72,6 +73,7 @@ EXPERT = record_type(
     loaded_in=np.int32,
     waits_for=np.int32,
     evicted_in=np.int32,
+    slot=np.int32,
     where=np.int8,
 )
 Experts = Sequence[Expert]
@@ -89,6 +91,6 @@ def expert_records(first_use: Integers) -> npt.NDArray[np.void]:
     """Records of experts before the first request, none of them cached. first_use `[L * E]`: the request that needs each."""
     experts = np.zeros(len(first_use), dtype=EXPERT)
     experts["next_use"] = first_use
-    for name in ("chosen_by", "predicted_for", "evicted_in", "loaded_in"):
+    for name in ("chosen_by", "predicted_for", "evicted_in", "loaded_in", "slot"):
         experts[name] = -1
     return experts

@@ -8,39 +8,47 @@ from __future__ import annotations
 
 import numba
 
-from speculation.offload.policies import choose_victim, note_load, worth
+from speculation.offload.policies import note_load, worth
 from speculation.offload.recompiling import recompile_after
-from speculation.offload.simulation.eviction import evict
 from speculation.offload.simulation.host_memory import OUT, Ram, admit, touch
-from speculation.offload.simulation.records import FILLS, PREDICTED, READS, Clock, Count, Limits, Lines, QueuedPrefetch, Queues
-from speculation.offload.state import ABSENT, COMING, FILLING, ORDER, WAITING, Experts, Integers, Rule
+from speculation.offload.simulation.occupancy import IN_USE, occupy, slot_to_vacate, vacate
+from speculation.offload.simulation.records import (
+    ALL,
+    FILLS,
+    PREDICTED,
+    READS,
+    Clock,
+    Count,
+    Limits,
+    Line,
+    Lines,
+    Pools,
+    QueuedPrefetch,
+    Queues,
+    Tiers,
+)
+from speculation.offload.state import ABSENT, COMING, FILLING, ORDER, WAITING, Expert, Experts, Integers, Rule
 
 recompile_after(
     __file__,
     "speculation.offload.policies",
     "speculation.offload.state",
-    "speculation.offload.simulation.eviction",
     "speculation.offload.simulation.host_memory",
+    "speculation.offload.simulation.occupancy",
     "speculation.offload.simulation.records",
 )
 
-# Calls with arrays that LLVM does not inline cost as much as their work.
-_inlined = numba.njit(cache=True, nogil=True, inline="always")
 
-
-@numba.njit(cache=True, nogil=True)
-def enqueue_prediction(
-    which: int, x: int, request: int, score: float, queues: Queues, lines: Lines, clock: Clock, experts: Experts
-) -> bool:
+@numba.njit(cache=True, nogil=True, forceinline=True)
+def enqueue_prediction(x: int, request: int, score: float, expert: Expert, queues: Queues, line: Line, clock: Clock) -> bool:
     """Queue an expert that is predicted for a request with a probability (score); return False if there is no room.
 
-    which: `READS` if it is on storage only, else `PREDICTED`.
+    line: that of `READS` if the expert is on storage only, else that of `PREDICTED`.
     """
-    expert = experts[x]
     expert.predicted_for = max(expert.predicted_for, request)
     if expert.where != ABSENT and expert.where != FILLING:
         return True
-    if not _append(which, x, request, clock.predictor_ends, score, queues, lines):
+    if not _append(x, request, clock.predictor_ends, score, queues, line):
         return False
     expert.where = WAITING
     expert.waits_for = request
@@ -55,107 +63,107 @@ def enqueue_fill(x: int, since: float, queues: Queues, lines: Lines, clock: Cloc
     """
     expert = experts[x]
     expires = clock.request + limits.layers
-    if expert.where == ABSENT and _append(FILLS, x, expires, since, 1.0, queues, lines):
+    if expert.where == ABSENT and _append(x, expires, since, 1.0, queues, lines[FILLS]):
         expert.where = FILLING
         expert.waits_for = expires
 
 
-@_inlined
-def _append(which: int, x: int, request: int, time: float, score: float, queues: Queues, lines: Lines) -> bool:
-    line = lines[which]
-    size = queues.shape[1]
-    if line.waiting == size:
+@numba.njit(cache=True, nogil=True, forceinline=True)
+def _append(x: int, request: int, time: float, score: float, queues: Queues, line: Line) -> bool:
+    if line.waiting == line.size:
         return False
-    entry = queues[which, (line.head + line.waiting) % size]
+    place = line.head + line.waiting
+    entry = queues[line.start + (place if place < line.size else place - line.size)]
     entry.expert, entry.request, entry.time, entry.score = x, request, time, score
     line.waiting += 1
     return True
 
 
-@_inlined
-def _remove_first(which: int, queues: Queues, lines: Lines) -> None:
-    line = lines[which]
-    line.head = (line.head + 1) % queues.shape[1]
+@numba.njit(cache=True, nogil=True, forceinline=True)
+def _remove_first(line: Line) -> None:
+    line.head = line.head + 1 if line.head + 1 < line.size else 0
     line.waiting -= 1
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, forceinline=True)
 def begin_transfers(
+    since: float,
+    soon: int,
     queues: Queues,
     lines: Lines,
     clock: Clock,
-    since: float,
-    is_served: bool,
-    has_storage: bool,
     limits: Limits,
+    tiers: Tiers | None,
     experts: Experts,
-    capacities: Integers,
     slots: Integers,
-    held: Integers,
+    keys: Integers,
+    pools: Pools,
     counts: Integers,
     ram: Ram,
 ) -> None:
     """Begin the queued transfers that the interconnect can begin from `since` to now: predictions first, then fills.
 
-    is_served: the request's experts are in the cache and in use, so an expert that finds no room waits for them. Else it is
-    dropped. has_storage: host memory does not hold all experts.
+    soon: the first request that has not looked its experts up yet. If that is the next one, the current one's experts are in
+    the cache and in use, so an expert that finds no room waits for them. Else it is dropped.
     """
     request = clock.request
-    soon = request + 1 if is_served else request
+    is_served = soon > request
     predicted, fills = lines[PREDICTED], lines[FILLS]
-    while (predicted.waiting or fills.waiting) and clock.transfers_end <= clock.now:
-        which, begin = PREDICTED, 0.0
+    while clock.transfers_end <= clock.now and (predicted.waiting or fills.waiting):
+        is_fill, begin = False, 0.0
         if predicted.waiting:
-            begin = _begin_of(queues[PREDICTED, predicted.head], since, clock, limits)
-        if fills.waiting:
-            other = _begin_of(queues[FILLS, fills.head], since, clock, limits)
+            begin = _begin_of(queues[predicted.start + predicted.head], since, clock)
+        if tiers is not None and fills.waiting:
+            other = _begin_of(queues[fills.start + fills.head], since, clock)
             if not predicted.waiting or other < begin:
-                which, begin = FILLS, other
-        entry = queues[which, lines[which].head]
+                is_fill, begin = True, other
+        line = fills if is_fill else predicted
+        entry = queues[line.start + line.head]
         x, target, score = entry.expert, entry.request, entry.score
         expert = experts[x]
         # It was loaded on demand since, and perhaps waits again farther behind.
-        is_stale = expert.where != (FILLING if which == FILLS else WAITING) or expert.waits_for != target
+        is_stale = expert.where != (FILLING if is_fill else WAITING) or expert.waits_for != target
         if not is_stale and begin > clock.now:
             break
         at_layer = x // limits.num_experts
-        pool = 0 if limits.is_global else at_layer
-        slot = held[pool]
-        is_full = slot >= capacities[pool]
+        pool = pools[0 if limits.is_global else at_layer]
+        slot = pool.first + pool.held
+        is_full = pool.held >= pool.capacity
         if not is_stale and target >= soon and is_full:
-            slot = choose_victim(slots[pool], slot, limits.rule, limits.layers, request, soon, begin, True, experts)
+            slot = slot_to_vacate(pool, request, soon, begin, True, limits, experts, slots, keys)
             if slot < 0 and is_served:
                 break
-            if slot >= 0 and which == FILLS:
-                if not _is_worth_more(x, slots[pool, slot], soon, request, limits, experts):
+            if slot >= 0 and is_fill:
+                if not _is_worth_more(x, slots[slot], soon, request, limits, experts):
                     slot = -1
-            elif slot >= 0 and limits.rule == Rule.LEARNED and experts[slots[pool, slot]].key > score:
+            elif slot >= 0 and limits.rule == Rule.LEARNED and experts[slots[slot]].key > score:
                 # One score decides what to keep and what to fetch: what is worth more than the prediction stays.
                 slot = -1
-        _remove_first(which, queues, lines)
+        _remove_first(line)
         if is_stale:
             continue
-        is_out = has_storage and ram[x].before == OUT
-        if is_out and which == PREDICTED and target >= soon and _append(READS, x, target, entry.time, score, queues, lines):
-            # Host memory has evicted it while it waited.
-            continue
+        is_out = False
+        if tiers is not None:
+            is_out = tiers.ram != ALL and ram[x].before == OUT
+            if is_out and not is_fill and target >= soon and _append(x, target, entry.time, score, queues, lines[READS]):
+                # Host memory has evicted it while it waited.
+                continue
         if target < soon or slot < 0 or is_out:
             expert.where = ABSENT
-            if which == PREDICTED:
+            if not is_fill:
                 counts[clock.kind, at_layer, Count.DROPPED.value] += 1
             continue
         if is_full:
-            evict(slots[pool, slot], clock, limits, experts, counts)
+            vacate(slots[slot], clock, limits, experts, counts)
         else:
-            held[pool] += 1
-        if has_storage:
+            pool.held += 1
+        if tiers is not None and tiers.ram != ALL:
             touch(x, ram)
-        slots[pool, slot] = x
         clock.transfers_end = begin + limits.copy_seconds
         expert.arrival = clock.transfers_end
         expert.where = COMING
         counts[clock.kind, at_layer, Count.LOADS.value] += 1
-        if which == FILLS:
+        if is_fill:
             # It counts as used when it was, not when it is copied.
             note_load(expert, request, soon * ORDER + 1, limits.rule)
             expert.loaded_in = -1
@@ -164,13 +172,15 @@ def begin_transfers(
             expert.is_unused_prefetch = True
             note_load(expert, -1, target * ORDER + 1, limits.rule)
             counts[clock.kind, at_layer, Count.PREFETCHED.value] += 1
+        occupy(slot, x, expert, slots, keys)
+        if expert.chosen_by == request:
+            keys[slot] = IN_USE
 
 
-@_inlined
-def _begin_of(entry: QueuedPrefetch, since: float, clock: Clock, limits: Limits) -> float:
+@numba.njit(cache=True, nogil=True, forceinline=True)
+def _begin_of(entry: QueuedPrefetch, since: float, clock: Clock) -> float:
     """When the transfer of an expert can begin."""
-    known: float = entry.time
-    return max(clock.transfers_end, known, since)
+    return max(clock.transfers_end, entry.time, since)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -187,20 +197,23 @@ def _is_worth_more(x: int, other: int, soon: int, request: int, limits: Limits, 
 
 @numba.njit(cache=True, nogil=True)
 def begin_reads(
+    soon: int,
     queues: Queues,
     lines: Lines,
     clock: Clock,
-    is_served: bool,
-    storage_seconds: float,
     limits: Limits,
+    tiers: Tiers,
     experts: Experts,
     counts: Integers,
     ram: Ram,
 ) -> None:
-    """End and begin the reads of predicted experts that storage can until now; what was read waits for the interconnect."""
-    soon = clock.request + 1 if is_served else clock.request
-    while lines[READS].waiting:
-        entry = queues[READS, lines[READS].head]
+    """End and begin the reads of predicted experts that storage can until now; what was read waits for the interconnect.
+
+    soon: the first request that has not looked its experts up yet.
+    """
+    line = lines[READS]
+    while line.waiting:
+        entry = queues[line.start + line.head]
         x, target = entry.expert, entry.request
         expert = experts[x]
         is_stale = expert.where != WAITING or expert.waits_for != target
@@ -214,12 +227,12 @@ def begin_reads(
             begin = max(clock.reads_end, entry.time)
             if begin > clock.now:
                 break
-            clock.reads_end = clock.read_ends = begin + storage_seconds
+            clock.reads_end = clock.read_ends = begin + tiers.storage_seconds
             clock.is_reading = True
             admit(x, clock.reads_end, ram)
             counts[clock.kind, x // limits.num_experts, Count.READS.value] += 1
             continue
-        _remove_first(READS, queues, lines)
-        if not is_stale and (target < soon or not _append(PREDICTED, x, target, there, entry.score, queues, lines)):
+        _remove_first(line)
+        if not is_stale and (target < soon or not _append(x, target, there, entry.score, queues, lines[PREDICTED])):
             expert.where = ABSENT
             counts[clock.kind, x // limits.num_experts, Count.DROPPED.value] += 1

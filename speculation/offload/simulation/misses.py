@@ -6,106 +6,116 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from speculation.offload.policies import choose_victim, note_load
+from speculation.offload.policies import note_load
 from speculation.offload.recompiling import recompile_after
-from speculation.offload.simulation.eviction import evict
 from speculation.offload.simulation.host_memory import OUT, Ram, admit, touch
-from speculation.offload.simulation.records import ALL, Clock, Count, Limits, Miss, Tiers
+from speculation.offload.simulation.occupancy import IN_USE, occupy, slot_to_vacate, vacate
+from speculation.offload.simulation.records import ALL, Clock, Count, Limits, Miss, Pool, Tiers
 from speculation.offload.state import ABSENT, COMING, MISSED, ORDER, PRESENT, Experts, Integers, Rule
 
 recompile_after(
     __file__,
     "speculation.offload.policies",
     "speculation.offload.state",
-    "speculation.offload.simulation.eviction",
     "speculation.offload.simulation.host_memory",
+    "speculation.offload.simulation.occupancy",
     "speculation.offload.simulation.records",
 )
 
-# Calls with this many arrays are not inlined by LLVM and cost a sixth of the time: these are inlined by numba.
-_inlined = numba.njit(cache=True, nogil=True, inline="always")
 
-
-@_inlined
+@numba.njit(cache=True, nogil=True, forceinline=True)
 def load_missing(
-    chosen: npt.NDArray[np.int32],
+    start: int,
+    size: int,
+    experts_N: npt.NDArray[np.int32],
     clock: Clock,
     limits: Limits,
+    pool: Pool,
     experts: Experts,
-    capacities: Integers,
     slots: Integers,
-    held: Integers,
+    keys: Integers,
     counts: Integers,
 ) -> float:
-    """Transfer the experts that the look-up missed, one after the other; return when the last one arrives."""
-    needed = clock.now
-    ready = clock.now + limits.policy_seconds
-    for place in range(len(chosen)):
-        x = clock.layer * limits.num_experts + chosen[place]
+    """Transfer the experts that the look-up missed, one after the other; return when the last one arrives.
+
+    Args:
+        start, size: The request's part of `experts_N`.
+        experts_N, clock, limits, experts, slots, keys, counts: See `play`.
+        pool: The cache of the layer.
+    """
+    needed, ready = clock.now, clock.now + limits.policy_seconds
+    for place in range(size):
+        x = clock.layer * limits.num_experts + experts_N[start + place]
         if experts[x].where == MISSED:
-            needed = load(x, place, ready, clock, limits, experts, capacities, slots, held, counts)
+            needed = _load(x, place, ready, clock, limits, pool, experts, slots, keys, counts)
     return needed
 
 
-@_inlined
-def load(
+@numba.njit(cache=True, nogil=True, forceinline=True)
+def _load(
     x: int,
     place: int,
     ready: float,
     clock: Clock,
     limits: Limits,
+    pool: Pool,
     experts: Experts,
-    capacities: Integers,
     slots: Integers,
-    held: Integers,
+    keys: Integers,
     counts: Integers,
 ) -> float:
     """Transfer an expert on demand, from `ready` at the earliest; return when it arrives. place: its place in the request."""
-    layer, request = clock.layer, clock.request
-    pool = 0 if limits.is_global else layer
+    request = clock.request
     expert = experts[x]
-    # By then, what is in transfer now has arrived and can be evicted.
     begin = max(ready, clock.transfers_end)
     clock.transfers_end = begin + limits.copy_seconds
-    counts[clock.kind, layer, Count.LOADS.value] += 1
-    slot = held[pool]
-    if slot < capacities[pool]:
-        held[pool] += 1
+    counts[clock.kind, clock.layer, Count.LOADS.value] += 1
+    slot = pool.first + pool.held
+    if pool.held < pool.capacity:
+        pool.held += 1
     else:
-        slot = choose_victim(slots[pool], slot, limits.rule, limits.layers, request, request + 1, begin, False, experts)
-        if slot >= 0:
-            evict(slots[pool, slot], clock, limits, experts, counts)
-        elif limits.rule == Rule.BELADY:
-            # Of a request that is larger than the cache, the experts stay that are needed first.
-            for other in range(held[pool]):
-                farthest = experts[slots[pool, slot]].next_use if slot >= 0 else expert.next_use
-                if experts[slots[pool, other]].next_use > farthest:
-                    slot = other
+        slot = slot_to_vacate(pool, request, request + 1, begin, False, limits, experts, slots, keys)
+        if slot < 0 and limits.rule == Rule.BELADY:
+            slot = _slot_needed_last(pool, expert.next_use, experts, slots)
             if slot >= 0:
-                evict(slots[pool, slot], clock, limits, experts, counts)
-                counts[clock.kind, layer, Count.STREAMED.value] += 1
+                counts[clock.kind, clock.layer, Count.STREAMED.value] += 1
+        if slot >= 0:
+            vacate(slots[slot], clock, limits, experts, counts)
     if slot >= 0:
-        slots[pool, slot] = x
         expert.where = PRESENT
         note_load(expert, request, (request + 1) * ORDER - 2 * place, limits.rule)
+        occupy(slot, x, expert, slots, keys)
+        keys[slot] = IN_USE
     else:
         expert.where = ABSENT
-        counts[clock.kind, layer, Count.STREAMED.value] += 1
+        counts[clock.kind, clock.layer, Count.STREAMED.value] += 1
     return clock.transfers_end
 
 
 @numba.njit(cache=True, nogil=True)
+def _slot_needed_last(pool: Pool, next_use: int, experts: Experts, slots: Integers) -> int:
+    """Of a request that is larger than the cache, the experts stay that are needed first: the slot of the last, if later."""
+    found = -1
+    for slot in range(pool.first, pool.first + pool.held):
+        if experts[slots[slot]].next_use > next_use:
+            found, next_use = slot, experts[slots[slot]].next_use
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
 def serve(
-    chosen: npt.NDArray[np.int32],
+    start: int,
+    size: int,
+    experts_N: npt.NDArray[np.int32],
     host_seconds: float,
     on_host: npt.NDArray[np.bool_],
     clock: Clock,
     limits: Limits,
     tiers: Tiers,
+    pool: Pool,
     experts: Experts,
-    capacities: Integers,
     slots: Integers,
-    held: Integers,
+    keys: Integers,
     counts: Integers,
     ram: Ram,
 ) -> tuple[float, int, float]:
@@ -115,10 +125,11 @@ def serve(
     computed. Those that must be read from storage come last, because that takes longest.
 
     Args:
-        chosen: Experts of the request.
-        host_seconds: Computation of one of them on the host.
-        on_host: Set for each entry of `chosen`: whether the host computes it and it was a miss.
-        clock, limits, tiers, experts, capacities, slots, held, counts, ram: see `play`.
+        start, size: The request's part of `experts_N`.
+        host_seconds: Computation of one of its experts on the host.
+        on_host: Set for each of them: whether the host computes it and it was a miss.
+        experts_N, clock, limits, tiers, experts, slots, keys, counts, ram: See `play`.
+        pool: The cache of the layer.
 
     Returns:
         When the device has all that it computes, how many those are, and when the host is done.
@@ -126,17 +137,17 @@ def serve(
     now, first = clock.now, clock.layer * limits.num_experts
     needed = host_ends = now
     host_free = now + tiers.host_latency
-    remaining = len(chosen)
+    remaining = size
     has_storage = tiers.ram != ALL
     # The policy takes its time to choose what to evict; the host waits for nothing of it.
     chosen_at = now + limits.policy_seconds
-    for place in range(len(chosen)):
+    for place in range(size):
         on_host[place] = False
-        expert = experts[first + chosen[place]]
+        expert = experts[first + experts_N[start + place]]
         if expert.where != COMING or expert.arrival <= now:
             continue
         host_end = host_free + host_seconds
-        if tiers.miss != Miss.COPY and host_end <= expert.arrival + tiers.expert_seconds:
+        if tiers.miss != Miss.COPY and host_end <= expert.arrival + limits.expert_seconds:
             host_free = host_ends = host_end
             remaining -= 1
             counts[clock.kind, clock.layer, Count.HOST.value] += 1
@@ -147,8 +158,8 @@ def serve(
             expert.is_unused_prefetch = False
             counts[clock.kind, clock.layer, Count.USEFUL.value] += 1
     for waits_for_reads in range(1 + has_storage):
-        for place in range(len(chosen)):
-            x = first + chosen[place]
+        for place in range(size):
+            x = first + experts_N[start + place]
             if experts[x].where != MISSED:
                 continue
             ready = now
@@ -158,7 +169,7 @@ def serve(
                 ready = _fetch(x, clock, tiers, counts, ram)
             host_end = max(host_free, ready) + host_seconds
             there = max(ready, chosen_at)
-            computed = max(there, clock.transfers_end) + limits.copy_seconds + tiers.expert_seconds
+            computed = max(there, clock.transfers_end) + limits.copy_seconds + limits.expert_seconds
             if tiers.miss == Miss.HOST or (tiers.miss == Miss.CHEAPEST and host_end <= computed):
                 host_free = host_ends = host_end
                 remaining -= 1
@@ -166,7 +177,7 @@ def serve(
                 experts[x].where = ABSENT
                 on_host[place] = True
             else:
-                needed = max(needed, load(x, place, there, clock, limits, experts, capacities, slots, held, counts))
+                needed = max(needed, _load(x, place, there, clock, limits, pool, experts, slots, keys, counts))
     return needed, remaining, host_ends
 
 

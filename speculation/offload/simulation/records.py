@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from speculation.offload.state import record_type
+from speculation.offload.state import Integers, record_type
+
+Seconds = npt.NDArray[np.float64]
 
 
 class Miss(IntEnum):
@@ -54,8 +56,11 @@ class QueuedPrefetch:
 
 
 class Line:
-    """The part of a ring of queued transfers that is in use, a record of `LINE`: its first entry, and how many there are."""
+    """A ring of queued transfers, a record of `LINE`: the part of the array of all three that is its room, the place of its
+    first entry in it, and how many entries there are."""
 
+    start: int
+    size: int
     head: int
     waiting: int
 
@@ -83,11 +88,44 @@ class Clock:
     is_reading: bool
 
 
+class Pool:
+    """One cache, a record of `POOL`: its first slot, how many slots it has, and how many of them hold an expert."""
+
+    first: int
+    capacity: int
+    held: int
+
+
+class StepInputs(NamedTuple):
+    """What is given of each step.
+
+    is_decode: whether it decodes. asking: predictions that it makes after each layer. draft_seconds: time before its first
+    layer. layer_seconds: for each of its layers, time of everything but the experts. expert_floor: the least time that a
+    layer's experts take on the device. host_floor: the least time that all of them would take on the host.
+    """
+
+    is_decode: npt.NDArray[np.bool_]
+    asking: Integers
+    draft_seconds: Seconds
+    layer_seconds: Seconds
+    expert_floor: Seconds
+    host_floor: Seconds
+
+
+class StepResults(NamedTuple):
+    """What is found of each step: experts that were in the cache, when it ends, and how long computation waited."""
+
+    hits: Integers
+    ends: Seconds
+    stalls: Seconds
+
+
 class Limits(NamedTuple):
     """Numbers that stay.
 
-    copy_seconds: transfer time of one expert; infinite if nothing can be transferred. policy_seconds: time to choose the
-    experts to evict, per request. score_seconds: time to compute the reuse scores of one layer for one sequence
+    copy_seconds: transfer time of one expert; infinite if nothing can be transferred. expert_seconds: computation of one
+    expert on the device. predict_seconds: one prediction; predictions are made one after the other. policy_seconds: time to
+    choose the experts to evict, per request. score_seconds: time to compute the reuse scores of one layer for one sequence
     (`Rule.LEARNED`). time_constant: in steps (`Rule.EWMA`, `Rule.LFU_AGED`).
     """
 
@@ -96,20 +134,20 @@ class Limits(NamedTuple):
     num_experts: int
     is_global: bool
     copy_seconds: float
+    expert_seconds: float
+    predict_seconds: float
     policy_seconds: float
     score_seconds: float
     time_constant: float
 
 
 class Tiers(NamedTuple):
-    """More numbers that stay, of the host and of storage: apart, because every call copies what it gets.
+    """More numbers that stay, if misses are not all copied from host memory.
 
-    expert_seconds, host_seconds: computation of one expert on the device and on the host. host_latency: what the host takes
-    besides, once per layer. miss: a `Miss`. ram: experts in host memory; `ALL` if none is on storage only. storage_seconds:
-    read of one expert.
+    miss: a `Miss`. host_seconds: computation of one expert on the host. host_latency: what the host takes besides, once per
+    layer. ram: experts in host memory; `ALL` if none is on storage only. storage_seconds: read of one expert.
     """
 
-    expert_seconds: float
     miss: int
     host_seconds: float
     host_latency: float
@@ -117,13 +155,13 @@ class Tiers(NamedTuple):
     storage_seconds: float
 
 
-QUEUED_PREFETCH, CLOCK, LINE = record_type(QueuedPrefetch), record_type(Clock), record_type(Line)
+QUEUED_PREFETCH, CLOCK, LINE, POOL = (record_type(described) for described in (QueuedPrefetch, Clock, Line, Pool))
 Lines = Sequence[Line]
-# Three rings of `QUEUED_PREFETCH` records, of equal size, in an array of two dimensions: predictions that wait for the
-# interconnect, fills that do, and predictions that wait for storage.
-Queues = npt.NDArray[Any]
+Pools = Sequence[Pool]
+# Three rings of `QUEUED_PREFETCH` records, of equal size: predictions that wait for the interconnect, fills that do, and
+# predictions that wait for storage.
+Queues = Sequence[QueuedPrefetch]
 PREDICTED, FILLS, READS = 0, 1, 2
-Seconds = npt.NDArray[np.float64]
 
 ALL = -1
 # Requests are numbered in 32 bits.

@@ -17,10 +17,23 @@ from speculation.offload.plans import PrefetchPlan, no_plan
 from speculation.offload.requests import Requests
 from speculation.offload.simulation.event_loop import play, uses_ahead
 from speculation.offload.simulation.host_memory import ram_records
-from speculation.offload.simulation.records import ALL, CLOCK, LINE, MAX_REQUESTS, QUEUED_PREFETCH, Count, Limits, Miss, Tiers
+from speculation.offload.simulation.records import (
+    ALL,
+    CLOCK,
+    LINE,
+    MAX_REQUESTS,
+    POOL,
+    QUEUED_PREFETCH,
+    Count,
+    Limits,
+    Miss,
+    StepInputs,
+    StepResults,
+    Tiers,
+)
 from speculation.offload.state import TIME_CONSTANT, Rule, expert_records
 
-# Each expert of a request needs its own place in the kernel's order of uses.
+# Each expert of a request needs its own place in the event loop's order of uses.
 MAX_EXPERTS = 4096
 QUEUE = 64
 
@@ -171,44 +184,41 @@ def simulate(
     size = (requests.steps, requests.layers * requests.num_experts)
     if setting.policy == Rule.LEARNED and (scores_SX is None or scores_SX.shape != size):
         raise SpecmoeError(f"the policy learned needs the scores of {size[1]} experts in {size[0]} steps")
-    if scores_SX is None:
-        scores_SX = np.zeros((1, 0), dtype=np.float32)
     _check_costs(setting, costs)
-    plan = no_plan(requests) if plan is None else plan
-    tokens_S = requests.tokens_S.astype(np.float64)
-    layer_seconds = expert_floor = host_floor = np.zeros(requests.steps)
-    if costs is not None:
-        layer_seconds = np.maximum(costs.layer_seconds, tokens_S * costs.layer_token_seconds)
-        expert_floor = tokens_S * costs.token_seconds
-        host_floor = tokens_S * requests.top_k * costs.host_token_seconds
+    tiers = _tiers(setting, costs)
+    if tiers is not None and plan is None:
+        plan = no_plan(requests)
+    elif tiers is None and plan is not None and not len(plan.experts_N):
+        plan = None
     next_use_N, first_use = workload.ahead
-    counts_KLC, hits_S, ends_S, stalls_S = play(
+    pools = _pools(capacities, requests)
+    slots = int(pools["capacity"].sum())
+    counts_KLC = np.zeros((2, requests.layers, len(Count)), dtype=np.int64)
+    found = StepResults(np.zeros(requests.steps, dtype=np.int64), np.zeros(requests.steps), np.zeros(requests.steps))
+    play(
         requests.experts_N,
         requests.starts_R,
-        # At most one token of a prompt's piece, the last, makes predictions.
-        np.where(requests.is_decode_S, requests.sequences_S, 1),
-        requests.is_decode_S,
         next_use_N,
-        plan.starts_Q,
-        plan.layers_N,
-        plan.experts_N,
-        plan.scores_N,
-        np.where(requests.is_decode_S, 0.0 if costs is None else setting.draft_seconds, 0.0),
-        layer_seconds,
-        expert_floor,
-        host_floor,
-        0.0 if costs is None else setting.predict_seconds,
+        _steps(requests, setting, costs),
+        plan,
+        np.zeros((0, 0), dtype=np.float32) if scores_SX is None else scores_SX,
         _limits(requests, setting, costs),
-        _tiers(setting, costs),
+        tiers,
         workload.popularity,
-        capacities,
-        scores_SX,
+        _most_popular(workload, len(pools)),
         expert_records(first_use),
+        np.zeros(slots, dtype=np.int64),
+        np.zeros(slots, dtype=np.int64),
+        pools,
         _memory(workload, setting, capacities),
-        np.zeros((3, setting.queue), dtype=QUEUED_PREFETCH),
-        np.zeros(3, dtype=LINE),
+        np.zeros(requests.num_experts, dtype=np.bool_),
+        np.zeros(3 * setting.queue, dtype=QUEUED_PREFETCH),
+        _lines(setting.queue),
         np.zeros(1, dtype=CLOCK),
+        counts_KLC,
+        found,
     )
+    ends_S = found.ends
     is_endless = not np.isfinite(ends_S[-1:]).all()
     spans_S = np.diff(ends_S, prepend=0.0) if not is_endless else np.full(requests.steps, np.inf)
     is_decode_S = requests.is_decode_S
@@ -216,10 +226,10 @@ def simulate(
         setting,
         counts_LC=counts_KLC[1],
         prefill_counts_LC=counts_KLC[0],
-        hits_S=hits_S,
+        hits_S=found.hits,
         decode_tokens=int(requests.kept_S[is_decode_S].sum()),
         decode_seconds=float(spans_S[is_decode_S].sum()),
-        decode_stall=float(np.inf if is_endless else stalls_S[is_decode_S].sum()),
+        decode_stall=float(np.inf if is_endless else found.stalls[is_decode_S].sum()),
         prefill_tokens=int(requests.tokens_S[~is_decode_S].sum()),
         prefill_seconds=float(spans_S[~is_decode_S].sum()),
     )
@@ -236,6 +246,24 @@ def _check_costs(setting: Setting, costs: Costs | None) -> None:
         raise SpecmoeError("experts cannot be on storage: the costs do not say how long a read takes; choose a storage")
 
 
+def _steps(requests: Requests, setting: Setting, costs: Costs | None) -> StepInputs:
+    tokens_S = requests.tokens_S.astype(np.float64)
+    layer_seconds = expert_floor = host_floor = np.zeros(requests.steps)
+    if costs is not None:
+        layer_seconds = np.maximum(costs.layer_seconds, tokens_S * costs.layer_token_seconds)
+        expert_floor = tokens_S * costs.token_seconds
+        host_floor = tokens_S * requests.top_k * costs.host_token_seconds
+    return StepInputs(
+        is_decode=requests.is_decode_S,
+        # At most one token of a prompt's piece, the last, makes predictions.
+        asking=np.where(requests.is_decode_S, requests.sequences_S, 1),
+        draft_seconds=np.where(requests.is_decode_S, 0.0 if costs is None else setting.draft_seconds, 0.0),
+        layer_seconds=layer_seconds,
+        expert_floor=expert_floor,
+        host_floor=host_floor,
+    )
+
+
 def _limits(requests: Requests, setting: Setting, costs: Costs | None) -> Limits:
     return Limits(
         rule=int(setting.policy),
@@ -243,21 +271,45 @@ def _limits(requests: Requests, setting: Setting, costs: Costs | None) -> Limits
         num_experts=requests.num_experts,
         is_global=setting.is_global,
         copy_seconds=0.0 if costs is None else costs.copy_seconds,
+        expert_seconds=0.0 if costs is None else costs.expert_seconds,
+        predict_seconds=0.0 if costs is None else setting.predict_seconds,
         policy_seconds=0.0 if costs is None else setting.policy_seconds,
         score_seconds=0.0 if costs is None else setting.score_seconds,
         time_constant=setting.time_constant,
     )
 
 
-def _tiers(setting: Setting, costs: Costs | None) -> Tiers:
+def _tiers(setting: Setting, costs: Costs | None) -> Tiers | None:
+    if setting.miss == Miss.COPY and setting.ram is None:
+        return None
     return Tiers(
-        expert_seconds=0.0 if costs is None else costs.expert_seconds,
         miss=int(setting.miss),
         host_seconds=0.0 if costs is None else costs.host_expert_seconds or 0.0,
         host_latency=0.0 if costs is None else costs.host_latency,
         ram=ALL if setting.ram is None else setting.ram,
         storage_seconds=0.0 if costs is None else costs.storage_seconds or 0.0,
     )
+
+
+def _pools(capacities: npt.NDArray[np.int64], requests: Requests) -> npt.NDArray[np.void]:
+    """Records of caches, none of which has more slots than there are experts for it."""
+    pools = np.zeros(len(capacities), dtype=POOL)
+    pools["capacity"] = np.minimum(capacities, requests.layers * requests.num_experts // len(capacities))
+    pools["first"] = np.cumsum(pools["capacity"]) - pools["capacity"]
+    return pools
+
+
+def _lines(queue: int) -> npt.NDArray[np.void]:
+    """Records of the rings, all empty."""
+    lines = np.zeros(3, dtype=LINE)
+    lines["start"], lines["size"] = queue * np.arange(3), queue
+    return lines
+
+
+def _most_popular(workload: Workload, pools: int) -> npt.NDArray[np.int64]:
+    """The experts of each cache, the most popular first, `[pools, size]`."""
+    ranks = workload.popularity.reshape(pools, -1)
+    return np.argsort(-ranks, axis=1, kind="stable") + ranks.shape[1] * np.arange(pools)[:, None]
 
 
 def _memory(workload: Workload, setting: Setting, capacities: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
