@@ -1,7 +1,7 @@
 """Speed of a real model whose experts are on disk or in host memory: with a cache, policies and predictors, and as transformers
 offloads them.
 
-    python -m benchmarks.runtime [--expert-mb 40] [--memory-gb 1.5] [--tokens 32] [--folder DIR] [--json FILE]
+    python -m benchmarks.runtime [--expert-mb 40] [--tokens 32] [--folder DIR] [--json FILE]
     python -m benchmarks.runtime --experts 32 --top-k 4 --expert-mb 10
     python -m benchmarks.runtime --device cuda
 
@@ -10,9 +10,9 @@ while an expert has as many bytes as that of a real model. Two thirds of these b
 can leave them out. Every row generates the same tokens after the same prompts, in a process of its own; that they are equal is
 checked. Tokens/s are of generated tokens, without the prompts.
 
-With --memory-gb, each process that does not hold all experts gets a control group that limits its memory, the page cache of its
-files included (Linux, as root). Without it, the operating system may hold the whole checkpoint in memory, and rows that read
-through the page cache are not comparable with rows that read past it.
+On Linux, as root, each process gets a control group that limits its memory, the page cache of its files included, to what the
+rows with the same share of experts in a cache need: else the operating system would hold the whole checkpoint in memory. Before
+each row, the checkpoint's files are dropped from the page cache.
 
 The predictors are trained first, on the training part of a trace of the embedded prompts with four sampled continuations each;
 or they are given with --prefetcher and --reuse. The benchmark's prompts are of the test part.
@@ -59,11 +59,14 @@ from speculation.offload.state import Rule
 from speculation.predictors.options import TrainingOptions
 from speculation.runtime.model import CacheSize, OffloadedModel, peak_memory
 from speculation.runtime.recording import PromptSource
+from speculation.runtime.slots import BUFFERS
 from speculation.training.fit import train
 from speculation.training.runs import load_run
 
 PROMPTS = 3
 DEMO_EXPERTS, DEMO_TOP_K = 8, 2
+# Memory of a process without its experts.
+OVERHEAD_GB = 0.7
 # The predictors are trained on so many continuations of each prompt, of so many tokens at most.
 SAMPLES, TRAIN_TOKENS = 4, 160
 # Layers ahead that are predicted: where a transfer takes longer than a layer's computation, one is too late.
@@ -114,7 +117,7 @@ def main() -> None:
     parser.add_argument("--expert-mb", type=float, default=40.0, help="size of an expert in float32")
     parser.add_argument("--experts", type=int, default=DEMO_EXPERTS, help="experts per layer")
     parser.add_argument("--top-k", type=int, default=DEMO_TOP_K, help="experts per token")
-    parser.add_argument("--memory-gb", type=float, help="limit of each process's memory, page cache included")
+    parser.add_argument("--no-limit", action="store_true", help="do not limit the memory of the rows")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens per prompt")
     parser.add_argument("--folder", type=Path, help="where the model, trace and predictors are kept; default: temporary")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -159,8 +162,10 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
         rows = [row for row in rows if row.name == ON_DEMAND or any(part in row.name for part in arguments.only)]
     measured: dict[str, Measured] = {}
     for row in rows:
-        # Rows without offloading need memory for all experts.
-        limit = None if row.name in {PLAIN, RESIDENT} else arguments.memory_gb
+        expert_gb, layers = arguments.expert_mb / 1e3, 8
+        cached_gb = (layers * int(row.fraction * arguments.experts) + BUFFERS) * expert_gb
+        limit = None if arguments.no_limit or row.name in {PLAIN, RESIDENT} else OVERHEAD_GB + cached_gb
+        drop_from_page_cache(model)
         measured[row.name] = in_process(row, model, prompts, limit)
         check_output(row, measured)
         print(f"{row.name}: {measured[row.name].tokens_per_second:.2f} tokens/s", file=sys.stderr, flush=True)
@@ -173,11 +178,10 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
 def cases(tokens: int, prefetcher: Path | None, reuse: Path | None, trace: str) -> list[Case]:
     """All rows, the fastest last; those of trained predictors only if there are any."""
     rows = [
-        # It copies all experts of a layer for every token: a few tokens are enough.
-        Case(name=ACCELERATE, kind=ACCELERATE, tokens=max(2, tokens // 8)),
         Case(name=ON_DEMAND, tokens=tokens, trace=trace),
     ]
     for fraction in (0.25, 0.5):
+        rows.append(Case(name=f"{fraction:.0%} {ACCELERATE}", kind=ACCELERATE, fraction=fraction, tokens=max(2, tokens // 4)))
         kinds: list[tuple[str, str, str | None]] = [
             ("lru", "lru", None),
             ("lru + next-gate", "lru", "next-gate"),
@@ -301,6 +305,14 @@ def in_process(case: Case, model: Path, prompts: list[str], memory_gb: float | N
         why = "it was killed, which the limit of memory does" if done.returncode == -9 else done.stderr[-2000:]
         raise SystemExit(f"{case.name} failed: {why}")
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    """Make reads of a folder's files go to the disk."""
+    os.sync()
+    for path in folder.iterdir():
+        with path.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
@@ -433,10 +445,9 @@ def check_output(row: Case, measured: dict[str, Measured]) -> None:
     reference = measured.get(ON_DEMAND)
     if reference is None:
         return
-    for name in {row.name, ACCELERATE} & measured.keys():
-        for own, others in zip(measured[name].output, reference.output, strict=True):
-            if own != others[: len(own)]:
-                raise SystemExit(f"{name} generated other tokens than {ON_DEMAND}: {own} instead of {others[: len(own)]}")
+    for own, others in zip(measured[row.name].output, reference.output, strict=True):
+        if own != others[: len(own)]:
+            raise SystemExit(f"{row.name} generated other tokens than {ON_DEMAND}: {own} instead of {others[: len(own)]}")
 
 
 def simulated(rows: list[Case], measured: dict[str, Measured], trace: Trace, experts: int) -> dict[str, float]:
@@ -502,9 +513,9 @@ def print_rows(
 ) -> None:
     """Print the table."""
     base = measured[ON_DEMAND]
-    limit = "no limit of memory"
-    if arguments.memory_gb is not None:
-        limit = f"at most {arguments.memory_gb} GB of memory, page cache included, for each row that does not hold all experts"
+    limit = f"memory, page cache included: {OVERHEAD_GB} GB and the cache"
+    if arguments.no_limit:
+        limit = "no limit of memory"
     print(
         f"{arguments.expert_mb:g} MB per expert, 8 layers of {arguments.experts} experts, top-{arguments.top_k}; "
         f"{len(base.output)} prompts, {arguments.tokens} new tokens each; {limit}; a transfer takes "
