@@ -16,6 +16,7 @@ import profiler.terminal
 import speculation.cli
 import speculation.curve_cli
 import speculation.fit_cli
+import speculation.generate_cli
 import speculation.offload_cli
 from profiler.collect.options import EngineName
 
@@ -33,6 +34,7 @@ app.add_typer(speculation.cli.app)
 app.add_typer(speculation.offload_cli.app)
 app.add_typer(speculation.curve_cli.app)
 app.add_typer(speculation.fit_cli.app)
+app.add_typer(speculation.generate_cli.app)
 
 DEMO_NEW_TOKENS = 64
 

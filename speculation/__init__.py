@@ -1,7 +1,8 @@
 """Expert predictors: train them on traces, evaluate them, and measure what their predictions are worth to a cache of experts.
 
 A runtime loads a trained predictor with `load_predictor` and feeds it one token and one layer at a time through a `History`.
-To evaluate many tokens at once, use `load_run` and `load_routes`.
+To evaluate many tokens at once, use `load_run` and `load_routes`. `OffloadedModel` runs a model whose experts do not fit on the
+device.
 
 Names are imported on first use, because counting predictors do not need torch.
 """
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
     from speculation.data.routes import Routes, load_routes
     from speculation.data.tasks import Shape, Task
     from speculation.predictors.base import Predictor
+    from speculation.runtime.model import CacheSize, Generation, OffloadedModel
     from speculation.training.runs import Run, load_predictor, load_run
 
 __all__ = [
+    "CacheSize",
+    "Generation",
     "History",
+    "OffloadedModel",
     "Prediction",
     "Predictor",
     "Routes",
@@ -32,6 +37,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CacheSize": "runtime.model",
+    "Generation": "runtime.model",
+    "OffloadedModel": "runtime.model",
     "History": "data.history",
     "Prediction": "data.history",
     "Routes": "data.routes",

@@ -127,12 +127,15 @@ def check_facts(entry: ModelEntry, model: ResolvedModel) -> None:
 def _resolved(
     name: str, location: str, config: dict[str, Any], facts: dict[str, Any], dtype: str, revision: str | None
 ) -> ResolvedModel:
+    quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise ValueError(f"quantization_config is {quantization!r}, expected an object")
     metadata = ModelMetadata(
         id=name if name == DEMO_MODEL else location,
         revision=revision,
         architecture=(config.get("architectures") or [None])[0],
         dtype=config.get("dtype") or config.get("torch_dtype") if dtype == "auto" else dtype,
-        quantization=(config.get("quantization_config") or {}).get("quant_method"),
+        quantization=quantization.get("quant_method"),
         **facts,
     )
     nested = config.get("text_config")

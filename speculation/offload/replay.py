@@ -235,6 +235,8 @@ class _PendingWork:
         self.computation = self.device.compute_experts(slots, transfers)
         self.last_reads.update(dict.fromkeys(slots, self.computation))
         cache.note_use(layer, chosen)
+        # Transfers keep their order and wait for the computation that reads their slot.
+        cache.release()
 
     def prefetch(self, layer: int, predicted: list[int], layers_ahead: int) -> None:
         """Start to load predicted experts that are not cached, as long as there is room for them."""

@@ -35,12 +35,14 @@ def test_what_a_prefetch_evicts(rule: Rule) -> None:
         cache.begin_step(np.array([0.9, 0.3, 0.0, 0.0], dtype=np.float32))
         assert cache.look_up(0, [expert]) == [True]
         cache.note_use(0, [expert])
+        cache.release()
     if rule == Rule.LFRU:
         # 0 is left alone until its four uses are fewer per time than the one of 1.
         for _ in range(4):
             cache.begin_step()
             cache.look_up(0, [1])
             cache.note_use(0, [1])
+            cache.release()
     cache.predict(0, 2, layers_ahead=1)
     placed = cache.load(0, 2, 0, layers_ahead=1)
     assert placed is not None

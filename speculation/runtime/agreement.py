@@ -1,0 +1,98 @@
+"""What the simulation says of the tokens that a model with offloaded experts has just computed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis.documents.generation import SimulatedPhase
+from profiler.trace.reader import Trace
+from speculation.data.routes import load_routes
+from speculation.offload.costs import Costs
+from speculation.offload.evictors import scores_by_step
+from speculation.offload.plans import PrefetchPlan, plan_of, ranked
+from speculation.offload.requests import requests_of
+from speculation.offload.simulation.simulate import Setting, SimulationResult, Workload, simulate
+from speculation.offload.state import Rule
+from speculation.predictors.base import Predictor
+from speculation.runtime.model import OffloadedModel
+
+
+def measured_costs(offloaded: OffloadedModel) -> Costs:
+    """The costs of a run so far, on the device that it ran on: means over its transfers, experts and layers.
+
+    Only for one sequence at a time, and for a CPU: on a GPU, kernels run on after they are started, so that their time is not
+    seen here.
+    """
+    experts, counts = offloaded.experts, offloaded.experts.transfers.counts
+    decode = experts.decode
+    layers = decode.tokens * offloaded.shape.layers
+    rest = decode.seconds - decode.stall - decode.compute
+    transfer = counts.seconds / counts.transfers if counts.transfers else 0.0
+    return Costs(
+        model=offloaded.metadata.id,
+        device=str(experts.slots.device),
+        precision=offloaded.metadata.dtype or "",
+        expert_bytes=offloaded.expert_bytes / (offloaded.shape.layers * offloaded.shape.experts),
+        copy_seconds=transfer,
+        expert_seconds=decode.compute / max(1, decode.requested),
+        token_seconds=0.0,
+        layer_seconds=rest / max(1, layers),
+        layer_token_seconds=0.0,
+        assumptions=(
+            f"measured in this run: {transfer * 1e3:.2f} ms for the transfer of an expert, "
+            f"{decode.compute / max(1, decode.requested) * 1e3:.2f} ms to compute one, "
+            f"{rest / max(1, layers) * 1e3:.2f} ms for the rest of a layer, predictions included",
+        ),
+    )
+
+
+def simulate_run(
+    offloaded: OffloadedModel,
+    trace: Trace,
+    costs: Costs | None,
+    *,
+    time_constant: float,
+    prefetcher: Predictor | None = None,
+    prefetch: int = 0,
+    threshold: float = 0.0,
+    reuse: Predictor | None = None,
+) -> SimulationResult:
+    """Simulate the cache of a model on the trace of its own run.
+
+    Args:
+        offloaded: The model, whose cache began as it does in the simulation.
+        trace: The trace of everything that it has computed since it was loaded, one sequence at a time.
+        costs: Default: hits only.
+        time_constant: As the model was loaded with.
+        prefetcher, prefetch, threshold: What was prefetched: so many of a predictor's likeliest experts, if they have at least
+            this probability.
+        reuse: The predictor of the policy `Rule.LEARNED`.
+
+    Raises:
+        SpecmoeError: The trace is of another model.
+    """
+    offloaded.shape.check(trace.metadata, trace.path, "this model")
+    routes = load_routes(trace, "all")
+    requests = requests_of(routes, offloaded.shape.experts)
+    rule = offloaded.experts.cache.rule
+    plan: PrefetchPlan | None = None
+    if prefetcher is not None:
+        plan = plan_of(ranked(prefetcher, routes, prefetch, threshold), prefetcher.shape, requests)
+    scores = None
+    if rule == Rule.LEARNED and reuse is not None:
+        width = offloaded.shape.layers * offloaded.shape.experts
+        scores_TX = reuse.probabilities(routes, slice(0, len(routes))).reshape(-1, width)
+        scores = scores_by_step(np.ascontiguousarray(scores_TX), requests)
+    ranks_LE = offloaded.popularity.reshape(offloaded.shape.layers, -1).astype(np.float64)
+    return simulate(
+        Workload(requests, ranks_LE), Setting(rule, offloaded.capacity, time_constant=time_constant), plan, costs, scores
+    )
+
+
+def simulated_phase(result: SimulationResult, costs: Costs) -> SimulatedPhase:
+    """The document's form of a simulation."""
+    return SimulatedPhase(
+        hit_rate=result.hit_rate,
+        tokens_per_second=result.tokens_per_second or 0.0,
+        assumptions=list(costs.assumptions),
+    )
