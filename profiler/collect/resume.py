@@ -24,6 +24,9 @@ def check_settings(before: Metadata, now: dict[str, Any], out: Path) -> None:
         if isinstance(old, dict) and isinstance(new, dict):
             for key in new:
                 compare(old.get(key), new[key], f"{name}.{key}" if name else key)
+        elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            for number, (before, after) in enumerate(zip(old, new, strict=True)):
+                compare(before, after, f"{name}[{number}]")
         elif old != new:
             raise TraceError(
                 f"{out} was started with {name} {old!r}, now it is {new!r}: resume with the arguments of the first run"

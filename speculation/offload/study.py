@@ -172,7 +172,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     notes += [
         f"{len(routes.problem_ids)} problems, {decode:,} generated and {len(routes) - decode:,} prompt tokens "
         f"({study.part} part); {study.batch} at a time; {kinds}, filled at first with the most popular experts of training.",
-        f"Prefetched: {how.experts} experts per prediction; popularity and oracle {how.horizon} layers ahead. "
+        f"Prefetched: {how.experts} experts per prediction; popularity and oracle {_layers(how.horizon)} ahead. "
         "Predictors predict for generated tokens only. Their time was measured on this machine, one prediction after the "
         "other. The shuffled control prefetches what was predicted for other tokens.",
         *_drafting_notes(study, requests),
@@ -372,3 +372,7 @@ def _prefetchers(
         raise SpecmoeError(
             f"predictor {name!r} is neither the folder of a run, nor {NONE}, {POPULARITY}, {ORACLE} or the name of a predictor"
         )
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"

@@ -274,7 +274,7 @@ def test_a_collection_of_a_version_without_some_settings_is_resumed(unfinished: 
     ("changes", "reason"),
     [
         ({"max_new_tokens": 5}, "was started with sampling.max_new_tokens 4, now it is 5"),
-        ({"num_problems": 2}, "was started with datasets"),
+        ({"num_problems": 2}, r"was started with datasets\[0\]\.problems \d, now it is 2"),
         ({"engine": "vllm"}, "was started with engine 'transformers', now it is 'vllm'"),
         ({"dtype": "bfloat16"}, None),
     ],
