@@ -238,8 +238,8 @@ def simulate(
 def _check_costs(setting: Setting, costs: Costs | None) -> None:
     if costs is None and (setting.miss != Miss.COPY or setting.ram is not None):
         raise SpecmoeError(
-            "the time that a host or storage takes depends on the size of an expert, which is not known: choose a model of known "
-            "sizes"
+            "the time that a host or storage takes depends on the size of an expert, which is not known: choose a model of "
+            "known sizes"
         )
     if setting.miss != Miss.COPY and (costs is None or costs.host_expert_seconds is None):
         raise SpecmoeError("experts cannot be computed on the host: the costs do not say how long that takes; choose a host")
