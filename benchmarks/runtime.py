@@ -51,8 +51,8 @@ from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes, problems_of_part
 from speculation.data.tasks import Task
 from speculation.offload.costs import Costs
-from speculation.offload.evictors import scores_by_step
 from speculation.offload.plans import plan_of, ranked
+from speculation.offload.policy_scores import scores_by_step
 from speculation.offload.requests import requests_of
 from speculation.offload.simulation.simulate import Setting, Workload, simulate
 from speculation.offload.state import Rule

@@ -22,8 +22,8 @@ from profiler.trace.writer import write_text
 from speculation.cli import PartName
 
 if TYPE_CHECKING:
+    from speculation.offload.simulation_study import Study
     from speculation.offload.state import Rule
-    from speculation.offload.study import Study
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -207,7 +207,7 @@ def simulate(
     from speculation.offload.requests import Drafting
     from speculation.offload.simulation.records import Miss
     from speculation.offload.simulation_page import write_simulation
-    from speculation.offload.study import Study
+    from speculation.offload.simulation_study import Study
 
     if ram_gb is not None and ram_fraction is not None:
         raise SpecmoeError("--ram-gb and --ram-fraction say the same: give one of them")
@@ -338,7 +338,7 @@ def replay(
 
 def run_with_progress(study: Study) -> Simulation:
     """Run a study, with a progress bar where there is a terminal."""
-    from speculation.offload.study import run_study
+    from speculation.offload.simulation_study import run_study
 
     if not messages.is_terminal:
         return run_study(study)

@@ -10,7 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
-from speculation.offload.policies import begin_step, choose_victim, demote_oldest, note_load, note_use, set_scores, start_expert
+from speculation.offload.eviction_policies import (
+    begin_step,
+    choose_victim,
+    demote_oldest,
+    note_load,
+    note_use,
+    set_scores,
+    start_expert,
+)
 from speculation.offload.state import ABSENT, COMING, NEVER, ORDER, PRESENT, Rule, expert_records
 
 NO_SCORES: npt.NDArray[np.float32] = np.zeros(0, dtype=np.float32)

@@ -8,8 +8,8 @@ from analysis.documents.generation import SimulatedPhase
 from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
 from speculation.offload.costs import Costs
-from speculation.offload.evictors import scores_by_step
 from speculation.offload.plans import PrefetchPlan, plan_of, ranked
+from speculation.offload.policy_scores import scores_by_step
 from speculation.offload.requests import requests_of
 from speculation.offload.simulation.simulate import Setting, SimulationResult, Workload, simulate
 from speculation.offload.state import Rule

@@ -18,11 +18,11 @@ from profiler.trace.rows import sort_pairs
 from speculation.data.tasks import Shape
 from speculation.offload.cache import NO_SCORES, ExpertCache
 from speculation.predictors.base import Predictor
+from speculation.runtime.expert_stores import HostStore
 from speculation.runtime.foresight import Foreseen, Foresight, ForesightThread, Prefetcher, RoutedLayer
 from speculation.runtime.forward import Weights, weighted_sum
 from speculation.runtime.slots import BUFFERS, Slots
 from speculation.runtime.steps import Step
-from speculation.runtime.stores import HostStore
 from speculation.runtime.transfers import Transfer, Transfers
 
 # Predictions that take a larger share of the time, after so many tokens without the first ones, get a thread of their own.

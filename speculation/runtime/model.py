@@ -25,11 +25,12 @@ from speculation.data.tasks import Shape, Task
 from speculation.offload.cache import ExpertCache
 from speculation.offload.state import TIME_CONSTANT, Rule
 from speculation.runtime.checkpoint import checkpoint_tensors, locate_experts
+from speculation.runtime.expert_stores import DiskStore, ExpertStore, HostStore, faster_direct
 from speculation.runtime.experts import OffloadedExperts
 from speculation.runtime.foresight import NextGatePrefetcher, PredictorPrefetcher, Prefetcher
 from speculation.runtime.forward import resident_forward
 from speculation.runtime.layout import ExpertLayout
-from speculation.runtime.loading import (
+from speculation.runtime.model_loading import (
     DTYPES,
     EXPERTS_IMPLEMENTATION,
     checkpoint_folder,
@@ -42,7 +43,6 @@ from speculation.runtime.loading import (
 from speculation.runtime.recording import PromptSource, RoutingRecorder
 from speculation.runtime.slots import BUFFERS, Slots
 from speculation.runtime.steps import step_of
-from speculation.runtime.stores import DiskStore, ExpertStore, HostStore, faster_direct
 from speculation.runtime.transfers import TransferCounts, Transfers
 from speculation.training.runs import Run, load_run
 

@@ -14,9 +14,9 @@ import torch
 
 from profiler.errors import EngineError
 from speculation.offload.cache import ExpertCache
+from speculation.runtime.expert_stores import ExpertStore
 from speculation.runtime.layout import ExpertLayout, allocate, pin, unpin
 from speculation.runtime.slots import Slots
-from speculation.runtime.stores import ExpertStore
 
 # Prefetches that may wait; a prediction that finds no room is dropped.
 QUEUE = 64

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
-from speculation.runtime.loading import EXPERTS_IMPLEMENTATION
 from speculation.runtime.model import experts_forward
+from speculation.runtime.model_loading import EXPERTS_IMPLEMENTATION
 
 
 def resident_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

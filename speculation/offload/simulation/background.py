@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numba
 
-from speculation.offload.policies import note_load, worth
+from speculation.offload.eviction_policies import note_load, worth
 from speculation.offload.recompiling import recompile_after
 from speculation.offload.simulation.host_memory import OUT, Ram, admit, touch
 from speculation.offload.simulation.occupancy import IN_USE, occupy, slot_to_vacate, vacate
@@ -31,7 +31,7 @@ from speculation.offload.state import ABSENT, COMING, FILLING, ORDER, WAITING, E
 
 recompile_after(
     __file__,
-    "speculation.offload.policies",
+    "speculation.offload.eviction_policies",
     "speculation.offload.state",
     "speculation.offload.simulation.host_memory",
     "speculation.offload.simulation.occupancy",

@@ -16,8 +16,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from speculation.offload.eviction_policies import begin_step, demote_oldest, note_next_use, note_use, set_scores
 from speculation.offload.plans import PrefetchPlan
-from speculation.offload.policies import begin_step, demote_oldest, note_next_use, note_use, set_scores
 from speculation.offload.recompiling import recompile_after
 from speculation.offload.simulation.background import begin_reads, begin_transfers, enqueue_fill, enqueue_prediction
 from speculation.offload.simulation.host_memory import OUT, Ram
@@ -43,7 +43,7 @@ from speculation.offload.state import COMING, MISSED, NEVER, ORDER, PRESENT, WAI
 
 recompile_after(
     __file__,
-    "speculation.offload.policies",
+    "speculation.offload.eviction_policies",
     "speculation.offload.state",
     "speculation.offload.simulation.background",
     "speculation.offload.simulation.host_memory",

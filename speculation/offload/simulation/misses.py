@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from speculation.offload.policies import note_load
+from speculation.offload.eviction_policies import note_load
 from speculation.offload.recompiling import recompile_after
 from speculation.offload.simulation.host_memory import OUT, Ram, admit, touch
 from speculation.offload.simulation.occupancy import IN_USE, occupy, slot_to_vacate, vacate
@@ -15,7 +15,7 @@ from speculation.offload.state import ABSENT, COMING, MISSED, ORDER, PRESENT, Ex
 
 recompile_after(
     __file__,
-    "speculation.offload.policies",
+    "speculation.offload.eviction_policies",
     "speculation.offload.state",
     "speculation.offload.simulation.host_memory",
     "speculation.offload.simulation.occupancy",

@@ -10,12 +10,14 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from speculation.offload.policies import choose_victim, compares_keys, start_expert
+from speculation.offload.eviction_policies import choose_victim, compares_keys, start_expert
 from speculation.offload.recompiling import recompile_after
 from speculation.offload.simulation.records import Clock, Count, Limits, Pool, Pools
 from speculation.offload.state import ABSENT, PRESENT, Expert, Experts, Integers
 
-recompile_after(__file__, "speculation.offload.policies", "speculation.offload.state", "speculation.offload.simulation.records")
+recompile_after(
+    __file__, "speculation.offload.eviction_policies", "speculation.offload.state", "speculation.offload.simulation.records"
+)
 
 IN_USE = (1 << 63) - 1
 _ALL_BUT_SIGN = (1 << 63) - 1

@@ -17,7 +17,7 @@ from profiler.errors import EngineError, ModelError, SpecmoeError
 from profiler.models.resolve import demo_model_folder
 from speculation.runtime import CacheSize, OffloadedModel
 from speculation.runtime.checkpoint import checkpoint_tensors, locate_experts
-from speculation.runtime.loading import experts_modules, model_config, skeleton
+from speculation.runtime.model_loading import experts_modules, model_config, skeleton
 
 PROMPT = [17, 301, 44, 45, 46, 301, 44, 9, 120]
 

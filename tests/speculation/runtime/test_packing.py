@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from profiler.errors import EngineError
 from speculation.runtime import CacheSize, OffloadedModel
 from speculation.runtime.layout import Weight
-from speculation.runtime.loading import EXPERTS_IMPLEMENTATION
+from speculation.runtime.model_loading import EXPERTS_IMPLEMENTATION
 from speculation.runtime.packing import BLOCK, FP4_VALUES, packed_weights, unpack
 from vllm_patch.check.families import make
 

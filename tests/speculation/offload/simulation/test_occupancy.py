@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speculation.offload.policies import choose_victim
+from speculation.offload.eviction_policies import choose_victim
 from speculation.offload.simulation.occupancy import IN_USE, note_keys, slot_to_vacate
 from speculation.offload.simulation.records import POOL, Limits
 from speculation.offload.state import NEVER, PRESENT, Rule, expert_records

@@ -15,8 +15,8 @@ from profiler.errors import SpecmoeError
 from speculation.data.next_use import discounted_use
 from speculation.data.routes import Routes
 from speculation.data.tasks import Shape, Task
-from speculation.offload.evictors import Evictor, learned_evictors, policy_seconds, scores_by_step
 from speculation.offload.plans import no_plan, oracle_plan
+from speculation.offload.policy_scores import Evictor, learned_evictors, policy_seconds, scores_by_step
 from speculation.offload.requests import Drafting, Requests, requests_of
 from speculation.offload.simulation.records import Count
 from speculation.offload.simulation.simulate import Setting, Workload, simulate

@@ -19,8 +19,8 @@ from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import check_run
 from speculation.offload.costs import Costs, costs_of, find_entry
 from speculation.offload.curves.division import BY_CURVE, EVEN, division_of
-from speculation.offload.evictors import Evictor, learned_evictors
 from speculation.offload.host_measure import measured_on_host
+from speculation.offload.policy_scores import Evictor, learned_evictors
 from speculation.offload.replay import default_device, measure
 from speculation.offload.replay_study import Replay, sizes_of
 from speculation.offload.requests import NO_DRAFTS, Drafting, Requests, requests_of
