@@ -274,8 +274,13 @@ def replay(
         ),
     ] = None,
     policy: Annotated[
-        Policy, typer.Option(help="Which expert a full cache evicts (see 'specmoe simulate --help'); any but belady.")
-    ] = Policy.lru,
+        str,
+        typer.Option(
+            metavar="NAME|RUN",
+            help="Which expert a full cache evicts (see 'specmoe simulate --help'): any but belady, or a run directory of "
+            "'specmoe train --task reuse'.",
+        ),
+    ] = "lru",
     cache_fraction: Annotated[float, typer.Option(min=0, max=1, help="Cache size as a share of all experts.")] = 0.25,
     on: Annotated[On | None, typer.Option(help="Device to replay on. Default: cuda if there is a GPU, else cpu.")] = None,
     model: ModelName = None,
@@ -302,12 +307,17 @@ def replay(
     from speculation.offload.replay import default_device
     from speculation.offload.replay_study import Replay, run_replay
 
+    reuse = Path(policy) if policy not in {known.value for known in Policy} else None
+    if reuse is not None and not reuse.is_dir():
+        known = ", ".join(each.value for each in Policy if each != Policy.belady)
+        raise SpecmoeError(f"policy {policy!r} is neither the folder of a run nor one of {known}")
     result = run_replay(
         Replay(
             trace=Trace.open(trace),
             part=part.value,
             run=predictor,
-            policy=policy.rule,
+            policy=Policy.lru.rule if reuse is not None else Policy(policy).rule,
+            reuse=reuse,
             fraction=cache_fraction,
             kind=default_device() if on is None else on.value,
             model=model,

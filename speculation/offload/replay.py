@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from profiler.errors import SpecmoeError
-from speculation.data.history import History
+from speculation.data.history import ABSTAIN, History
 from speculation.data.repeats import UNKNOWN_TOKEN
 from speculation.data.routes import Routes
 from speculation.data.tasks import Task
@@ -169,10 +169,6 @@ def replay(
         raise SpecmoeError(f"replay predicts after every layer: expected a {Task.NEXT_LAYER} run, not {predictor.shape.task}")
     if rule == Rule.LEARNED and scores_TX is None:
         raise SpecmoeError("the policy learned needs the scores of every token")
-    if rule == Rule.LEARNED and predictor is not None:
-        raise SpecmoeError(
-            "a learned policy is replayed without a predictor: what to prefetch is not weighed against what to keep"
-        )
     cache = ExpertCache(rule, [capacity] * sizes.layers, sizes.num_experts, popularity, time_constant)
     count = min(tokens, len(routes))
     work = _PendingWork(device, cache, sizes)
@@ -194,8 +190,9 @@ def replay(
                 history.add(chosen, routes.weights_TLK[token, layer])
                 if layer < sizes.layers - 1:
                     prediction = predictor.predict(history)
+                    scores = prediction.scores[:, :experts].tolist()
                     for hop, predicted in enumerate(prediction.expert_ids[:, :experts].tolist(), start=1):
-                        work.prefetch(layer + hop, predicted, hop)
+                        work.prefetch(layer + hop, predicted, scores[hop - 1], hop)
         device.wait(work.computation)
     seconds = time.perf_counter() - began
     return ReplayMeasurement(count, seconds, count * sizes.layers * top_k, work.hits, work.late, work.prefetched)
@@ -238,24 +235,23 @@ class _PendingWork:
         # Transfers keep their order and wait for the computation that reads their slot.
         cache.release()
 
-    def prefetch(self, layer: int, predicted: list[int], layers_ahead: int) -> None:
+    def prefetch(self, layer: int, predicted: list[int], scores: list[float], layers_ahead: int) -> None:
         """Start to load predicted experts that are not cached, as long as there is room for them."""
-        # -1 where a predictor abstains.
-        wanted = [expert for expert in predicted if expert >= 0]
-        for expert in wanted:
+        wanted = [(expert, score) for expert, score in zip(predicted, scores, strict=True) if expert != ABSTAIN]
+        for expert, _ in wanted:
             self.cache.predict(layer, expert, layers_ahead)
-        for expert in wanted:
+        for expert, score in wanted:
             x = layer * self.sizes.num_experts + expert
             if self.cache.slot_of_X[x] >= 0 or not self.cache.capacities[layer]:
                 continue
-            slot = self._load(layer, expert, 0, layers_ahead)
+            slot = self._load(layer, expert, 0, layers_ahead, score)
             if slot is None:
                 break
             self.in_flight[x] = self._copy(slot, x)
             self.prefetched += 1
 
-    def _load(self, layer: int, expert: int, place: int, layers_ahead: int | None = None) -> int | None:
-        placed = self.cache.load(layer, expert, place, layers_ahead)
+    def _load(self, layer: int, expert: int, place: int, layers_ahead: int | None = None, score: float = 1.0) -> int | None:
+        placed = self.cache.load(layer, expert, place, layers_ahead, score)
         if placed is None:
             return None
         if placed.evicted is not None:

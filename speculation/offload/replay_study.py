@@ -19,6 +19,7 @@ from speculation.data.routes import Routes, load_routes
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import check_run
 from speculation.offload.costs import MEMORY_SHARE, Costs, costs_of, find_entry
+from speculation.offload.policy_scores import Evictor, learned_evictors
 from speculation.offload.replay import Sizes, measure, open_device
 from speculation.offload.replay import replay as run_tokens
 from speculation.offload.requests import requests_of
@@ -37,7 +38,9 @@ class Replay:
         trace: The trace.
         part: Part of the split by problem: `test`, `validation`, `train` or `all`.
         run: Run directory of a predictor for next-layer; None replays without predictions only.
-        policy: Which expert a full cache evicts; any but Belady's.
+        policy: Which expert a full cache evicts; any but Belady's, and not `Rule.LEARNED`.
+        reuse: Run directory of a predictor of reuse, whose policy is replayed instead. Its scores are computed before the
+            replay, so that their time is not part of it.
         fraction: Share of all experts that the cache holds, 0 to 1.
         kind: Device: `cuda` or `cpu`.
         model: Registered model whose sizes the dummy experts have. Default: the trace's model.
@@ -60,6 +63,7 @@ class Replay:
     rest_bytes: int | None = None
     experts: int | None = None
     tokens: int = 500
+    reuse: Path | None = None
 
 
 def run_replay(wanted: Replay) -> ReplayResult:
@@ -81,13 +85,18 @@ def run_replay(wanted: Replay) -> ReplayResult:
     measured = measure(wanted.kind, sizes, costs)
     (capacity,) = capacities(workload, [wanted.fraction], [], None, False)
     experts = wanted.experts or shape.top_k
+    evictor = Evictor.of(wanted.policy)
+    if wanted.reuse is not None:
+        reuse = load_run(wanted.reuse)
+        check_run(reuse, wanted.trace)
+        evictor = next(learned_evictors(reuse.predictor, wanted.reuse.name, routes, workload.requests))
     cases: list[tuple[str, int, Prefetcher, Any]] = [
         ("on demand", 0, simple_prefetcher(NONE, workload, PrefetchOptions(experts=1)), None),
-        (wanted.policy.label, capacity, simple_prefetcher(NONE, workload, PrefetchOptions(experts=1)), None),
+        (evictor.name, capacity, simple_prefetcher(NONE, workload, PrefetchOptions(experts=1)), None),
     ]
     if run is not None and wanted.run is not None:
         first = next(prefetcher_of(run.predictor, wanted.run.name, routes, workload.requests, PrefetchOptions(experts=experts)))
-        cases.append((f"{wanted.policy.label}, {wanted.run.name}", capacity, first, run.predictor))
+        cases.append((f"{evictor.name}, {wanted.run.name}", capacity, first, run.predictor))
     rows = []
     for name, size, prefetcher, predictor in cases:
         device = open_device(wanted.kind, shape.layers * size + shape.top_k, sizes)
@@ -96,17 +105,18 @@ def run_replay(wanted: Replay) -> ReplayResult:
                 device,
                 routes,
                 sizes,
-                wanted.policy,
+                evictor.rule,
                 size,
                 workload.popularity,
                 predictor,
                 experts=experts,
                 tokens=wanted.tokens,
+                scores_TX=evictor.scores_SX,
             )
         finally:
             device.close()
-        setting = Setting(wanted.policy, size, predict_seconds=prefetcher.predict_seconds)
-        estimate = simulate(workload, setting, prefetcher.plan, measured)
+        setting = Setting(evictor.rule, size, predict_seconds=prefetcher.predict_seconds)
+        estimate = simulate(workload, setting, prefetcher.plan, measured, evictor.scores_SX)
         assert estimate.tokens_per_second is not None  # it has costs
         rows.append(
             ReplayRow(
@@ -121,7 +131,10 @@ def run_replay(wanted: Replay) -> ReplayResult:
                 prefetched_per_token=found.prefetched / found.tokens,
             )
         )
-    return ReplayResult(device=measured.device, assumptions=list(measured.describe()), tokens=len(routes), rows=rows)
+    lines = list(measured.describe())
+    if wanted.reuse is not None:
+        lines.append(f"the scores of {wanted.reuse.name} were computed before the replay: their time is in no row")
+    return ReplayResult(device=measured.device, assumptions=lines, tokens=len(routes), rows=rows)
 
 
 def _first(routes: Routes, tokens: int) -> Routes:

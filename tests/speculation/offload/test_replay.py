@@ -94,6 +94,18 @@ def test_a_predictor_in_the_loop(horizon: int) -> None:
     assert (none.hits, none.prefetched) == (plain.hits, 0)
 
 
+def test_a_learned_policy_keeps_what_is_worth_more_than_a_prediction() -> None:
+    """With the highest scores, nothing is evicted for a prediction; with the lowest, as much as under any other policy."""
+
+    def prefetched(score: float) -> int:
+        scores = np.full((110, 24), score, dtype=np.float32)
+        found = replay(Instant(), ROUTES, SIZES, Rule.LEARNED, 4, WORKLOAD.popularity, fitted(), experts=2, scores_TX=scores)
+        return found.prefetched
+
+    assert prefetched(1.0) == 0
+    assert prefetched(0.0) > 100
+
+
 def test_on_this_processor() -> None:
     device = open_device("cpu", 3 * 3 + 2, SIZES)
     found = replay(device, ROUTES, SIZES, Rule.LRU, 3, WORKLOAD.popularity, fitted(), experts=2, tokens=30)
