@@ -97,7 +97,7 @@ def test_a_predictor_in_the_loop(horizon: int) -> None:
 def test_a_learned_policy_keeps_what_is_worth_more_than_a_prediction() -> None:
     """With the highest scores, nothing is evicted for a prediction; with the lowest, as much as under any other policy."""
 
-    def prefetched(score: float) -> int:
+    def prefetched(score: float, tokens: int = 110) -> int:
         scores = np.full((110, 24), score, dtype=np.float32)
         found = replay(Instant(), ROUTES, SIZES, Rule.LEARNED, 4, WORKLOAD.popularity, fitted(), experts=2, scores_TX=scores)
         return found.prefetched
