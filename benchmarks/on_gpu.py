@@ -1,4 +1,4 @@
-"""The commands that use a GPU but not vLLM: training, evaluation and replay of real routing, as a user would run them.
+"""The commands that use a GPU but not vLLM: generation with offloaded experts, training, evaluation and replay of real routing.
 
     python -m benchmarks.on_gpu TRAIN_TRACE VALIDATION_TRACE --out FOLDER [--seconds 200] [--model gpt-oss-20b]
 
@@ -54,6 +54,18 @@ def main() -> None:
         return step.get("exit_code") == 0
 
     train, validation, out = str(options.train), str(options.validation), options.out
+    # Offloading must not change a token, on this device either.
+    generated = []
+    for name, cached in (("everything", "1"), ("a quarter", ".25"), ("nothing", "0")):
+        file = out / f"generate-{cached}.json"
+        tried = ["--cache-fraction", cached, "--policy", "ewma", "--predictor", "next-gate", "--json", str(file)]
+        fixed = ["--dataset", "demo-code", "--num-problems", "3", "--max-new-tokens", "48", "--dtype", "float32"]
+        if run(f"generate, {name} cached", ["generate", "demo", *fixed, *tried], 60, file):
+            generated.append([each["token_ids"] for each in steps[-1]["result"]["outputs"]])
+    print(
+        f"generate: {'the same tokens' if generated and generated.count(generated[0]) == 3 else 'NOT the same tokens'}",
+        flush=True,
+    )
     for predictor, share in (("recommended-small", 0.2), ("recommended", 0.45)):
         folder, board = out / predictor, out / f"{predictor}.json"
         fit = ["train", train, "--validation", validation, "--predictor", predictor, "--out", str(folder)]
