@@ -38,6 +38,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--reuse", type=Path, help="the same of the task reuse")
     parser.add_argument("--prefetch", type=int, default=3, help="most experts to prefetch per prediction and layer")
     parser.add_argument("--threshold", type=float, default=0.3, help="least probability of what is prefetched")
+    parser.add_argument("--rounds", type=int, default=3, help="how often all rows are run, one after the other")
     parser.add_argument("--only", action="append", help="rows whose name contains this; may be repeated")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--child", nargs=3, metavar=("CASE", "MODEL", "PROMPTS"), help=argparse.SUPPRESS)
@@ -160,18 +162,28 @@ def report(arguments: argparse.Namespace, folder: Path) -> None:
     ]
     if arguments.only:
         rows = [row for row in rows if row.name == ON_DEMAND or any(part in row.name for part in arguments.only)]
-    measured: dict[str, Measured] = {}
-    for row in rows:
-        expert_gb, layers = arguments.expert_mb / 1e3, 8
-        cached_gb = (layers * int(row.fraction * arguments.experts) + BUFFERS) * expert_gb
-        limit = None if arguments.no_limit or row.name in {PLAIN, RESIDENT} else OVERHEAD_GB + cached_gb
-        drop_from_page_cache(model)
-        measured[row.name] = in_process(row, model, prompts, limit)
-        check_output(row, measured)
-        print(f"{row.name}: {measured[row.name].tokens_per_second:.2f} tokens/s", file=sys.stderr, flush=True)
-    print_rows(rows, measured, simulated(rows, measured, Trace.open(done), arguments.experts), arguments)
+    # The speed of storage changes with time: rows are compared within a round.
+    rounds: list[dict[str, Measured]] = []
+    for number in range(arguments.rounds):
+        measured: dict[str, Measured] = {}
+        for row in rows:
+            # Only the first round writes the trace.
+            once = row if not number else replace(row, trace=None)
+            cached_gb = (8 * int(row.fraction * arguments.experts) + BUFFERS) * arguments.expert_mb / 1e3
+            limit = None if arguments.no_limit or row.name in {PLAIN, RESIDENT} else OVERHEAD_GB + cached_gb
+            drop_from_page_cache(model)
+            measured[row.name] = in_process(once, model, prompts, limit)
+            check_output(row, measured)
+            print(f"{number + 1}: {row.name}: {measured[row.name].tokens_per_second:.2f} tokens/s", file=sys.stderr, flush=True)
+        rounds.append(measured)
+    simulator = Simulator(Trace.open(done), arguments.experts)
+    print_rows(rows, rounds, simulator, arguments)
     if arguments.json:
-        found = [{**asdict(row), **asdict(measured[row.name])} for row in rows]
+        found = [
+            {"round": number, **asdict(row), **asdict(measured[row.name])}
+            for number, measured in enumerate(rounds)
+            for row in rows
+        ]
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -450,35 +462,36 @@ def check_output(row: Case, measured: dict[str, Measured]) -> None:
             raise SystemExit(f"{row.name} generated other tokens than {ON_DEMAND}: {own} instead of {others[: len(own)]}")
 
 
-def simulated(rows: list[Case], measured: dict[str, Measured], trace: Trace, experts: int) -> dict[str, float]:
-    """Tokens/s that the simulation gives for rows of our runtime, with costs that other rows measured.
+class Simulator:
+    """The simulation of the rows of our runtime, on the trace that one of them wrote."""
 
-    The transfer and computation of an expert are those of the row without a cache, the rest of a layer that of the row with
-    everything cached.
-    """
-    base, resident = measured[ON_DEMAND], measured.get(RESIDENT)
-    routes = load_routes(trace, "all")
-    requests = requests_of(routes, experts)
-    layer_seconds = base.layer_seconds
-    if resident is not None:
-        layer_seconds = max(0.0, resident.seconds / resident.tokens / requests.layers - requests.top_k * base.expert_seconds)
-    costs = Costs(
-        model="demo",
-        device="cpu",
-        precision="float32",
-        expert_bytes=1.0,
-        copy_seconds=base.copy_seconds,
-        expert_seconds=base.expert_seconds,
-        token_seconds=0.0,
-        layer_seconds=layer_seconds,
-        layer_token_seconds=0.0,
-    )
-    found = {}
-    for row in rows:
+    def __init__(self, trace: Trace, experts: int) -> None:
+        self._experts, self._routes = experts, load_routes(trace, "all")
+        self._requests = requests_of(self._routes, experts)
+
+    def tokens_per_second(self, row: Case, one: Measured, base: Measured) -> float | None:
+        """What the simulation gives for a row; None where it cannot tell.
+
+        Args:
+            row: The row.
+            one: What it measured: the means of its transfers and of its experts' computation are the costs.
+            base: The row without a cache, whose rest of a layer has no predictions in it.
+        """
         # The simulation cannot know what the routers choose for another layer's input.
-        if row.kind != "runtime" or not row.direct or row.predictor == "next-gate" or row.device != "cpu":
-            continue
-        plan = None
+        if row.kind != "runtime" or not row.direct or row.predictor == "next-gate" or row.device != "cpu" or row.fraction == 1:
+            return None
+        costs = Costs(
+            model="demo",
+            device="cpu",
+            precision="float32",
+            expert_bytes=1.0,
+            copy_seconds=one.copy_seconds,
+            expert_seconds=one.expert_seconds,
+            token_seconds=0.0,
+            layer_seconds=base.layer_seconds,
+            layer_token_seconds=0.0,
+        )
+        routes, requests, plan = self._routes, self._requests, None
         if row.predictor is not None:
             predictor = load_run(Path(row.predictor)).predictor
             plan = plan_of(ranked(predictor, routes, row.prefetch or requests.top_k, row.threshold), predictor.shape, requests)
@@ -489,15 +502,8 @@ def simulated(rows: list[Case], measured: dict[str, Measured], trace: Trace, exp
             scores = scores_by_step(np.ascontiguousarray(scores_TX), requests)
         elif row.policy != "lru":
             rule = Rule[row.policy.upper()]
-        result = simulate(
-            Workload(requests, _ranks(row, requests.layers, experts)),
-            Setting(rule, int(row.fraction * experts)),
-            plan,
-            costs,
-            scores,
-        )
-        found[row.name] = result.tokens_per_second or 0.0
-    return found
+        workload = Workload(requests, _ranks(row, requests.layers, self._experts))
+        return simulate(workload, Setting(rule, int(row.fraction * self._experts)), plan, costs, scores).tokens_per_second
 
 
 def _ranks(row: Case, layers: int, experts: int) -> Any:
@@ -509,34 +515,40 @@ def _ranks(row: Case, layers: int, experts: int) -> Any:
 
 
 def print_rows(
-    rows: list[Case], measured: dict[str, Measured], simulated: dict[str, float], arguments: argparse.Namespace
+    rows: list[Case], rounds: list[dict[str, Measured]], simulator: Simulator, arguments: argparse.Namespace
 ) -> None:
-    """Print the table."""
-    base = measured[ON_DEMAND]
-    limit = f"memory, page cache included: {OVERHEAD_GB} GB and the cache"
-    if arguments.no_limit:
-        limit = "no limit of memory"
+    """Print the table: medians over the rounds, each ratio within its round."""
+    base = rounds[0][ON_DEMAND]
+    copy_seconds = [one.copy_seconds for measured in rounds for one in measured.values() if one.copy_seconds]
+    limit = "no limit of memory" if arguments.no_limit else f"memory, page cache included: {OVERHEAD_GB} GB and the cache"
     print(
         f"{arguments.expert_mb:g} MB per expert, 8 layers of {arguments.experts} experts, top-{arguments.top_k}; "
-        f"{len(base.output)} prompts, {arguments.tokens} new tokens each; {limit}; a transfer takes "
-        f"{base.copy_seconds * 1e3:.1f} ms ("
-        f"{arguments.expert_mb / 1e3 / base.copy_seconds:.2f} GB/s), an expert {base.expert_seconds * 1e3:.1f} ms"
+        f"{len(base.output)} prompts, {arguments.tokens} new tokens each; {limit}; {len(rounds)} rounds; a transfer takes "
+        f"{min(copy_seconds) * 1e3:.0f} to {max(copy_seconds) * 1e3:.0f} ms, an expert {base.expert_seconds * 1e3:.1f} ms"
     )
-    header = f"{'':38}{'tokens/s':>9}{'x on demand':>12}{'x lru':>7}{'hits':>7}{'MB/token':>10}{'waiting':>9}{'simulated':>11}"
-    print(header + f"{'ratio':>7}{'peak GB':>9}")
+    header = (
+        f"{'':24}{'tokens/s':>9}{'(all rounds)':>16}{'x on demand':>12}{'x lru':>7}{'hits':>7}{'MB/token':>10}{'waiting':>9}"
+    )
+    print(header + f"{'x simulated':>12}{'peak GB':>9}")
     for row in rows:
-        one = measured[row.name]
-        lru = measured.get(f"{row.fraction:.0%} lru")
-        expected = simulated.get(row.name)
+        found = [measured[row.name] for measured in rounds]
+        speeds = [one.tokens_per_second for one in found]
+        lru = f"{row.fraction:.0%} lru"
+        pairs = [(one, measured) for one, measured in zip(found, rounds, strict=True)]
+        expected = [simulator.tokens_per_second(row, one, measured[ON_DEMAND]) for one, measured in pairs]
+        ratios = [speed / value for speed, value in zip(speeds, expected, strict=True) if value]
+        ratio = median(one.tokens_per_second / measured[ON_DEMAND].tokens_per_second for one, measured in pairs)
+        by_lru = [one.tokens_per_second / measured[lru].tokens_per_second for one, measured in pairs if lru in measured]
+        one = found[0]
         print(
-            f"{row.name:38}{one.tokens_per_second:9.2f}{one.tokens_per_second / base.tokens_per_second:12.2f}"
-            + (f"{one.tokens_per_second / lru.tokens_per_second:7.2f}" if lru and row.kind == "runtime" else " " * 7)
+            f"{row.name:24}{median(speeds):9.2f}{f'({min(speeds):.2f}-{max(speeds):.2f})':>16}{ratio:12.2f}"
+            + (f"{median(by_lru):7.2f}" if by_lru else " " * 7)
             + (f"{one.hit_rate:7.3f}{one.megabytes_per_token:10.1f}{one.stall:9.0%}" if one.hit_rate is not None else " " * 26)
-            + (f"{expected:11.2f}{one.tokens_per_second / expected:7.2f}" if expected else " " * 18)
+            + (f"{median(ratios):12.2f}" if ratios else " " * 12)
             + f"{one.memory_gb:9.2f}"
         )
     for row in rows:
-        for note in measured[row.name].notes:
+        for note in rounds[0][row.name].notes:
             print(f"{row.name}: {note}")
 
 
