@@ -18,6 +18,7 @@ import speculation.curve_cli
 import speculation.fit_cli
 import speculation.generate_cli
 import speculation.offload_cli
+import speculation.replay_cli
 from profiler.collect.options import EngineName
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.add_typer(profiler.registry_cli.app)
 app.add_typer(analysis.cli.app)
 app.add_typer(speculation.cli.app)
 app.add_typer(speculation.offload_cli.app)
+app.add_typer(speculation.replay_cli.app)
 app.add_typer(speculation.curve_cli.app)
 app.add_typer(speculation.fit_cli.app)
 app.add_typer(speculation.generate_cli.app)

@@ -58,7 +58,9 @@ from speculation.offload.requests import requests_of
 from speculation.offload.simulation.simulate import Setting, Workload, simulate
 from speculation.offload.state import Rule
 from speculation.predictors.options import TrainingOptions
-from speculation.runtime.model import CacheSize, OffloadedModel, peak_memory
+from speculation.runtime.memory import peak_memory
+from speculation.runtime.model import OffloadedModel
+from speculation.runtime.options import CacheSize
 from speculation.runtime.recording import PromptSource
 from speculation.runtime.slots import BUFFERS
 from speculation.training.fit import train

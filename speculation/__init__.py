@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from speculation.data.routes import Routes, load_routes
     from speculation.data.tasks import Shape, Task
     from speculation.predictors.base import Predictor
-    from speculation.runtime.model import CacheSize, Generation, OffloadedModel
+    from speculation.runtime.model import Generation, OffloadedModel
+    from speculation.runtime.options import CacheSize
     from speculation.training.runs import Run, load_predictor, load_run
 
 __all__ = [
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "CacheSize": "runtime.model",
+    "CacheSize": "runtime.options",
     "Generation": "runtime.model",
     "OffloadedModel": "runtime.model",
     "History": "data.history",

@@ -112,7 +112,8 @@ def generate(
     if cache_fraction is not None and cache_gb is not None:
         raise SpecmoeError("choose either --cache-fraction or --cache-gb")
     wait_passively()
-    from speculation.runtime.model import CacheSize, OffloadedModel
+    from speculation.runtime.model import OffloadedModel
+    from speculation.runtime.options import CacheSize
 
     sources = _sources(prompt or [], dataset, num_problems, data_files)
     if cache_gb is None and cache_fraction is None:
@@ -295,7 +296,7 @@ def _document(
     found: list[Generation],
     simulated: SimulatedPhase | None,
 ) -> GenerationRun:
-    from speculation.runtime.model import peak_device_memory, peak_memory
+    from speculation.runtime.memory import peak_device_memory, peak_memory
 
     experts, counts = offloaded.experts, offloaded.experts.transfers.counts
     device_memory = peak_device_memory(experts.slots.device)

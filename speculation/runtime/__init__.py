@@ -4,11 +4,14 @@
 - `slots`, `transfers`: the memory on the device, and the thread that fills it: demand loads first, then prefetches.
 - `forward`, `experts`: the computation of experts in any order, and what happens in an MoE layer.
 - `steps`, `foresight`: the tokens of a forward pass, and what is predicted from them.
-- `model_loading`, `model`: a `transformers` model without its experts, and `OffloadedModel`, which puts all of it together.
+- `options`, `model_loading`: what a user chooses, and a `transformers` model without its experts.
+- `assembly`, `model`: how the model gets at its experts, and `OffloadedModel`, which is all of it.
+- `recording`, `agreement`, `memory`: the trace of a run, its simulation, and the memory that it took.
 """
 
 from __future__ import annotations
 
-from speculation.runtime.model import CacheSize, Generation, OffloadedModel
+from speculation.runtime.model import Generation, OffloadedModel
+from speculation.runtime.options import CacheSize
 
 __all__ = ["CacheSize", "Generation", "OffloadedModel"]

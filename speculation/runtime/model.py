@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,93 +13,55 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from profiler.errors import EngineError, ModelError, SpecmoeError, first_line
-from profiler.models.moe_modules import MoEBlock, find_moe_blocks, find_top_k
-from profiler.models.resolve import ResolvedModel, resolve_model
+from profiler.errors import ModelError, SpecmoeError
+from profiler.models.moe_modules import find_moe_blocks
+from profiler.models.resolve import resolve_model
 from profiler.trace.schema import ModelMetadata
-from speculation.data.tasks import Shape, Task
+from speculation.data.tasks import Shape
 from speculation.offload.cache import ExpertCache
 from speculation.offload.state import TIME_CONSTANT, Rule
+from speculation.runtime.assembly import (
+    check_widths,
+    connect,
+    fill_cache,
+    load_tokenizer,
+    open_store,
+    shape_of,
+)
 from speculation.runtime.checkpoint import checkpoint_tensors, locate_experts
-from speculation.runtime.expert_stores import DiskStore, ExpertStore, HostStore, faster_direct
+from speculation.runtime.expert_stores import DiskStore, ExpertStore, HostStore
 from speculation.runtime.experts import OffloadedExperts
 from speculation.runtime.foresight import NextGatePrefetcher, PredictorPrefetcher, Prefetcher
-from speculation.runtime.forward import resident_forward
-from speculation.runtime.layout import ExpertLayout
 from speculation.runtime.model_loading import (
-    DTYPES,
-    EXPERTS_IMPLEMENTATION,
     checkpoint_folder,
     experts_modules,
-    input_width,
     load_without_experts,
     model_config,
     skeleton,
 )
+from speculation.runtime.options import (
+    COPY,
+    HOST,
+    NEXT_GATE,
+    NONE,
+    CacheSize,
+    Store,
+    choose_device,
+    choose_dtype,
+    choose_policy,
+    load_run_for,
+    popularity_ranks,
+)
 from speculation.runtime.recording import PromptSource, RoutingRecorder
-from speculation.runtime.slots import BUFFERS, Slots
+from speculation.runtime.slots import Slots
 from speculation.runtime.steps import step_of
-from speculation.runtime.transfers import TransferCounts, Transfers
-from speculation.training.runs import Run, load_run
+from speculation.runtime.transfers import Transfers
+from speculation.training.runs import Run
 
-NEXT_GATE, NONE = "next-gate", "none"
-COPY, HOST = "copy", "host"
 # A prompt is computed in parts of this many tokens, as in the simulation: it bounds the memory of activations.
 PREFILL_TOKENS = 512
 # The first arguments of every model's forward pass.
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")
-
-
-class Store(StrEnum):
-    """Where experts are kept that are not in the cache."""
-
-    ram = "ram"
-    disk = "disk"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheSize:
-    """How many experts are on the device: a share of all, or a size in GB. Exactly one of them is set.
-
-    Attributes:
-        fraction: The share, 0 to 1; rounded down to whole experts per layer. With 0, every expert is loaded for each use.
-        gigabytes: The size of the memory, buffers included.
-    """
-
-    fraction: float | None = None
-    gigabytes: float | None = None
-
-    def capacity(self, layouts: Sequence[ExpertLayout], num_experts: int, top_k: int) -> int:
-        """Slots per layer.
-
-        Raises:
-            SpecmoeError: There is not room for the K experts of one token.
-        """
-        per_layer = sum(layout.bytes for layout in layouts)
-        if (self.fraction is None) == (self.gigabytes is None):
-            raise SpecmoeError("the size of the cache: expected either a share or a size in GB")
-        if self.fraction is not None:
-            if not 0 <= self.fraction <= 1:
-                raise SpecmoeError(f"cache fraction {self.fraction}: expected 0 to 1")
-            found = int(self.fraction * num_experts + 1e-9)
-            if not self.fraction:
-                return 0
-        else:
-            size = (self.gigabytes or 0.0) * 1e9
-            if not 0 <= size < inf:
-                raise SpecmoeError(f"cache of {self.gigabytes} GB: expected 0 or more")
-            buffers = sum(BUFFERS * layout.bytes for layout in dict.fromkeys(layouts))
-            found = min(num_experts, int((size - buffers) / per_layer))
-        if found < top_k:
-            raise SpecmoeError(
-                f"a cache of {max(0, found)} of {num_experts} experts per layer cannot hold the {top_k} of one token: choose "
-                f"at least a share of {top_k / num_experts:.3g}, or {self._least(layouts, top_k):.3g} GB"
-            )
-        return found
-
-    def _least(self, layouts: Sequence[ExpertLayout], top_k: int) -> float:
-        buffers = sum(BUFFERS * layout.bytes for layout in dict.fromkeys(layouts))
-        return (top_k * sum(layout.bytes for layout in layouts) + buffers) / 1e9
 
 
 @dataclass(frozen=True)
@@ -237,50 +195,50 @@ class OffloadedModel:
             raise SpecmoeError(f"store {store!r}: expected {' or '.join(Store)}")
         if prefetch is not None and prefetch < 1:
             raise SpecmoeError(f"{prefetch} experts to prefetch: expected at least 1")
-        chosen = _device(device)
+        chosen = choose_device(device)
         resolved = resolve_model(name, revision=revision)
         folder = checkpoint_folder(resolved)
         config, packing = model_config(folder)
-        kind = _dtype(dtype, config)
+        kind = choose_dtype(dtype, config)
         empty = skeleton(config, kind)
         modules = experts_modules(empty, packing)
         layouts = [module.layout for module in modules]
         located = locate_experts(empty, modules, checkpoint_tensors(folder))
-        shape = _shape(empty, resolved, len(modules), modules[0].num_experts)
+        shape = shape_of(empty, resolved, len(modules), modules[0].num_experts)
         capacity = cache.capacity(layouts, shape.experts, shape.top_k)
-        rule, reuse = _policy(str(policy), shape)
-        prefetching = _run(str(predictor), shape) if predictor not in (None, NONE, NEXT_GATE) else None
+        rule, reuse = choose_policy(str(policy), shape)
+        prefetching = load_run_for(str(predictor), shape) if predictor not in (None, NONE, NEXT_GATE) else None
         model = load_without_experts(folder, config, kind, chosen, empty)
         flat = [expert for layer in located for expert in layer]
         with contextlib.ExitStack() as undo:
-            kept, reads = _open_store(Store(store), layouts, flat, shape.experts, chosen, direct)
+            kept, reads = open_store(Store(store), layouts, flat, shape.experts, chosen, direct)
             undo.callback(kept.close)
             slots = Slots(layouts, [capacity] * len(layouts), chosen, None if packing is None else kind)
-            popularity = _popularity(reuse or prefetching, shape)
+            popularity = popularity_ranks(reuse or prefetching, shape)
             held = ExpertCache(rule, [capacity] * len(layouts), shape.experts, popularity, time_constant)
             transfers = Transfers(held, kept, slots, layouts)
             undo.callback(transfers.close)
-            _fill(transfers)
+            fill_cache(transfers)
             blocks = find_moe_blocks(model)
             prefetcher: Prefetcher | None = None
             if capacity == shape.experts:
                 # Nothing is ever loaded or evicted: there is nothing to predict.
                 prefetching = reuse = None
             elif predictor == NEXT_GATE:
-                _check_widths(blocks)
+                check_widths(blocks)
                 prefetcher = NextGatePrefetcher(blocks, shape.top_k, prefetch or shape.top_k, threshold)
             elif prefetching is not None:
                 prefetcher = PredictorPrefetcher(prefetching.predictor, prefetch or shape.top_k, threshold)
             host = kept if miss == HOST and isinstance(kept, HostStore) else None
             scorer = None if reuse is None else reuse.predictor
             experts = OffloadedExperts(transfers, slots, shape, prefetcher, scorer, host)
-            _connect(model, [block.experts for block in blocks], experts)
+            connect(model, [block.experts for block in blocks], experts)
             loaded = {"moe_layers": [module.layer for module in modules], "num_experts": shape.experts, "top_k": shape.top_k}
             metadata = resolved.metadata.model_copy(update=loaded | {"dtype": str(kind).removeprefix("torch.")})
             expert_bytes = sum(layout.bytes for layout in layouts) * shape.experts
             offloaded = cls(
                 model,
-                _tokenizer(folder),
+                load_tokenizer(folder),
                 experts,
                 kept,
                 shape,
@@ -474,173 +432,3 @@ class OffloadedModel:
 
     def _end_step(self, *_: Any) -> None:
         self.experts.end_step()
-
-
-def peak_memory() -> int:
-    """The most bytes of memory that this process has had in use so far."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        # What `getrusage` says of a new process includes the memory of the one that started it.
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
-
-
-def peak_device_memory(device: torch.device) -> int | None:
-    """The most bytes that this process has had in use on a GPU so far; None for a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise SpecmoeError(f"device {name!r}: expected cuda, cuda:N or cpu") from error
-    if device.type not in {"cuda", "cpu"}:
-        raise SpecmoeError(f"device {name!r}: expected cuda, cuda:N or cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EngineError(f"PyTorch finds no GPU {device} on this machine: choose the device cpu")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def _dtype(name: str, config: Any) -> torch.dtype:
-    if name != "auto":
-        if name not in DTYPES:
-            raise SpecmoeError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
-        return DTYPES[name]
-    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
-    found = DTYPES.get(stored) if isinstance(stored, str) else next((kind for kind in DTYPES.values() if kind == stored), None)
-    return found or torch.float32
-
-
-def _shape(empty: Any, resolved: ResolvedModel, layers: int, experts: int) -> Shape:
-    hidden = empty.config.get_text_config(decoder=True).hidden_size
-    top_k = find_top_k(find_moe_blocks(empty)[0], hidden) or resolved.metadata.top_k
-    return Shape(layers=layers, experts=experts, top_k=top_k, horizon=1, task=Task.WHOLE_PATH)
-
-
-def _policy(policy: str, shape: Shape) -> tuple[Rule, Run | None]:
-    """The rule of a policy by name, or a run of the task reuse."""
-    labels = {rule.label: rule for rule in Rule if rule not in (Rule.BELADY, Rule.LEARNED)}
-    if policy in labels:
-        return labels[policy], None
-    if policy == Rule.BELADY.label:
-        raise SpecmoeError("belady needs to know the future: it can be simulated, but not run")
-    if not Path(policy).is_dir():
-        raise SpecmoeError(
-            f"unknown policy {policy!r}: expected one of {', '.join(labels)}, or the directory of a run of "
-            f"'specmoe train --task {Task.REUSE}'"
-        )
-    run = _run(policy, shape)
-    if run.predictor.shape.task != Task.REUSE:
-        raise SpecmoeError(
-            f"{policy} was trained for {run.predictor.shape.task}: a policy needs a run of 'specmoe train --task {Task.REUSE}'"
-        )
-    return Rule.LEARNED, run
-
-
-def _run(path: str, shape: Shape) -> Run:
-    if not Path(path).is_dir():
-        raise SpecmoeError(f"unknown predictor {path!r}: expected {NEXT_GATE}, {NONE}, or the directory of 'specmoe train'")
-    run = load_run(Path(path))
-    own = run.predictor.shape
-    if (own.layers, own.experts, own.top_k) != (shape.layers, shape.experts, shape.top_k):
-        raise SpecmoeError(
-            f"{path} is for {own.layers} MoE layers and top-{own.top_k} of {own.experts} experts, but this model has "
-            f"{shape.layers} and top-{shape.top_k} of {shape.experts}"
-        )
-    if run.predictor.takes_router_inputs:
-        raise SpecmoeError(f"{path} needs router inputs, which the runtime does not give to predictors: choose {NEXT_GATE}")
-    return run
-
-
-def _popularity(run: Run | None, shape: Shape) -> npt.NDArray[np.int64]:
-    """Ranks of all experts `[L * E]`: by the problems that a run was trained on; without a run, the lowest number first."""
-    count = shape.layers * shape.experts
-    popularity = np.zeros(count)
-    if run is not None and "popularity" in run.baselines:
-        popularity = run.baselines["popularity"].arrays()["probability_LE"].astype(np.float64).reshape(-1)
-    ranks = np.empty(count, dtype=np.int64)
-    ranks[np.lexsort((-np.arange(count), popularity))] = np.arange(count)
-    return ranks
-
-
-def _open_store(
-    store: Store,
-    layouts: Sequence[ExpertLayout],
-    experts: Sequence[Any],
-    num_experts: int,
-    device: torch.device,
-    direct: bool | None,
-) -> tuple[ExpertStore, str]:
-    """The store, and how it reads, in words."""
-    if store == Store.ram:
-        pinned = device.type == "cuda"
-        disk = DiskStore(layouts, experts, direct=False)
-        return HostStore(disk, layouts, num_experts, pinned=pinned), "from pinned memory" if pinned else "from memory"
-    converted = sum(not weight.is_plain for weight in experts[0])
-    bypass = faster_direct(layouts, experts) if direct is None else direct
-    disk = DiskStore(layouts, experts, direct=bypass)
-    how = "from disk, past the page cache" if disk.direct else "from disk, through the page cache"
-    return disk, how + (f"; {converted} of {len(experts[0])} weights are converted at each read" if converted else "")
-
-
-def _fill(transfers: Transfers) -> None:
-    """Load the experts with which the cache begins."""
-    cache = transfers.cache
-    with transfers.lock:
-        begun = [
-            transfers.demand(x // cache.num_experts, x % cache.num_experts, int(cache.slot_of_X[x]))
-            for x in np.flatnonzero(cache.slot_of_X >= 0).tolist()
-        ]
-    for transfer in begun:
-        transfers.wait(transfer)
-    transfers.counts = TransferCounts()
-
-
-def _check_widths(blocks: Sequence[MoEBlock]) -> None:
-    """Raise `SpecmoeError` if experts get another input than routers: it says nothing of the next layer's choice."""
-    for block in blocks:
-        inputs, width = input_width(block.experts), block.gate.get_parameter("weight").shape[1]
-        if inputs != width:
-            raise SpecmoeError(
-                f"{NEXT_GATE} needs the router's input, of width {width}, but this family's experts get one of width {inputs}: "
-                "choose a trained predictor"
-            )
-
-
-def _connect(model: Any, modules: Sequence[Any], experts: OffloadedExperts) -> None:
-    """Make a model compute its experts through the cache."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    for layer, module in enumerate(modules):
-        # Not an attribute that would make it part of the model.
-        object.__setattr__(module, "_specmoe", (layer, experts))
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
-    try:
-        model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
-    except (ValueError, KeyError) as error:
-        raise EngineError(f"{type(model).__name__}: its experts cannot be replaced: {first_line(error)}") from error
-
-
-def experts_forward(
-    module: Any, hidden_TD: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
-) -> torch.Tensor:
-    """The experts function that is registered with `transformers`: through the cache, or with the module's own weights."""
-    connected: tuple[int, OffloadedExperts] | None = getattr(module, "_specmoe", None)
-    if connected is None:
-        return resident_forward(module, hidden_TD, expert_ids_TK, weights_TK)
-    layer, experts = connected
-    return experts.forward(layer, module, hidden_TD, expert_ids_TK, weights_TK)
-
-
-def _tokenizer(folder: Path) -> Any | None:
-    from transformers import AutoTokenizer
-
-    names = [path.name for path in folder.iterdir()]
-    if not any(name.startswith(("tokenizer", "vocab")) or name.endswith(".model") for name in names):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a file from elsewhere can make a tokenizer's class raise anything
-        raise ModelError(f"the tokenizer of {folder} cannot be read: {first_line(error)}") from error

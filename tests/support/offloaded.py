@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
-from speculation.runtime.model import experts_forward
+from speculation.runtime.assembly import experts_forward
 from speculation.runtime.model_loading import EXPERTS_IMPLEMENTATION
 
 

@@ -30,6 +30,7 @@ def runner() -> CliRunner:
 def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are printed as on a wide terminal, whatever imported the module first."""
     monkeypatch.setattr("speculation.offload_cli.console", Console(width=200, highlight=False))
+    monkeypatch.setattr("speculation.replay_cli.console", Console(width=200, highlight=False))
 
 
 @pytest.fixture

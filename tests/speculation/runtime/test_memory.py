@@ -18,7 +18,8 @@ EXPERT_BYTES = 3 * 128 * WIDTH * 2
 
 RUN = """
 import sys, torch
-from speculation.runtime.model import CacheSize, OffloadedModel, peak_memory
+from speculation.runtime import CacheSize, OffloadedModel
+from speculation.runtime.memory import peak_memory
 torch.set_num_threads(1)
 OffloadedModel.load("demo", CacheSize(fraction=0.25), store="disk", device="cpu").close()
 before = peak_memory()
