@@ -97,7 +97,7 @@ def costs_of(
     host_bandwidth: float | None = None,
     storage: Storage | None = None,
 ) -> Costs:
-    """Estimate the costs of a registered model on a GPU, and on the host and storage beside it.
+    """Estimate the costs of a registered model on a GPU, and on the host and storage next to it.
 
     Decoding is limited by reading weights: time is bytes over bandwidth. For many tokens at a time, it is floating-point
     operations over FLOP/s, where that is longer. The KV cache, activations, sampling and the framework's own overhead are

@@ -1,4 +1,4 @@
-"""The small form of `reuse`: less than 1 MB, and fast enough for one CPU thread beside the model."""
+"""The small form of `reuse`: less than 1 MB, and fast enough for one CPU thread next to the model."""
 
 from __future__ import annotations
 
