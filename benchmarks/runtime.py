@@ -53,7 +53,7 @@ from speculation.data.routes import load_routes, problems_of_part
 from speculation.data.tasks import Task
 from speculation.offload.costs import Costs
 from speculation.offload.plans import plan_of, ranked
-from speculation.offload.policy_scores import scores_by_step
+from speculation.offload.policy_scores import scores_by_step, token_scores
 from speculation.offload.requests import requests_of
 from speculation.offload.simulation.simulate import Setting, Workload, simulate
 from speculation.offload.state import Rule
@@ -500,8 +500,7 @@ class Simulator:
         rule, scores = Rule.LRU, None
         if Path(row.policy).is_dir():
             rule, reuse = Rule.LEARNED, load_run(Path(row.policy)).predictor
-            scores_TX = reuse.probabilities(routes, slice(0, len(routes))).reshape(len(routes), -1)
-            scores = scores_by_step(np.ascontiguousarray(scores_TX), requests)
+            scores = scores_by_step(token_scores(reuse, routes), requests)
         elif row.policy != "lru":
             rule = Rule[row.policy.upper()]
         workload = Workload(requests, _ranks(row, requests.layers, self._experts))

@@ -62,7 +62,7 @@ def learned_evictors(predictor: Predictor, name: str, routes: Routes, requests: 
         raise SpecmoeError(
             f"{name} was trained for {predictor.shape.task}: a policy needs a run of 'specmoe train --task {Task.REUSE}'"
         )
-    scores_TX = _scores(predictor, routes)
+    scores_TX = token_scores(predictor, routes)
     seconds = microseconds_per_prediction(predictor, routes) / 1e6
     yield Evictor(name, Rule.LEARNED, scores_SX=scores_by_step(scores_TX, requests), score_seconds=seconds)
     order = np.random.default_rng(0).permutation(len(routes))
@@ -103,7 +103,7 @@ def policy_seconds(
     return min(took) / (steps * requests.layers)
 
 
-def _scores(predictor: Predictor, routes: Routes) -> npt.NDArray[np.float32]:
+def token_scores(predictor: Predictor, routes: Routes) -> npt.NDArray[np.float32]:
     """The predictor's scores at every token, `[T, L * E]`."""
     width = predictor.shape.layers * predictor.shape.experts
     most = MAX_SCORE_BYTES // (width * 4)

@@ -9,7 +9,7 @@ from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
 from speculation.offload.costs import Costs
 from speculation.offload.plans import PrefetchPlan, plan_of, ranked
-from speculation.offload.policy_scores import scores_by_step
+from speculation.offload.policy_scores import scores_by_step, token_scores
 from speculation.offload.requests import requests_of
 from speculation.offload.simulation.simulate import Setting, SimulationResult, Workload, simulate
 from speculation.offload.state import Rule
@@ -80,9 +80,7 @@ def simulate_run(
         plan = plan_of(ranked(prefetcher, routes, prefetch, threshold), prefetcher.shape, requests)
     scores = None
     if rule == Rule.LEARNED and reuse is not None:
-        width = offloaded.shape.layers * offloaded.shape.experts
-        scores_TX = reuse.probabilities(routes, slice(0, len(routes))).reshape(-1, width)
-        scores = scores_by_step(np.ascontiguousarray(scores_TX), requests)
+        scores = scores_by_step(token_scores(reuse, routes), requests)
     ranks_LE = offloaded.popularity.reshape(offloaded.shape.layers, -1).astype(np.float64)
     return simulate(
         Workload(requests, ranks_LE), Setting(rule, offloaded.capacity, time_constant=time_constant), plan, costs, scores

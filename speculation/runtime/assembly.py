@@ -24,6 +24,7 @@ from speculation.runtime.transfers import TransferCounts, Transfers
 
 
 def shape_of(empty: Any, resolved: ResolvedModel, layers: int, experts: int) -> Shape:
+    """The sizes of a model without weights."""
     hidden = empty.config.get_text_config(decoder=True).hidden_size
     top_k = find_top_k(find_moe_blocks(empty)[0], hidden) or resolved.metadata.top_k
     return Shape(layers=layers, experts=experts, top_k=top_k, horizon=1, task=Task.WHOLE_PATH)
@@ -99,6 +100,7 @@ def experts_forward(
 
 
 def load_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer of a checkpoint; None if it has none. Raises `ModelError` if it cannot be read."""
     from transformers import AutoTokenizer
 
     names = [path.name for path in folder.iterdir()]

@@ -89,7 +89,7 @@ def pin(memory: torch.Tensor) -> None:
     Raises:
         EngineError: The operating system does not lock that much.
     """
-    status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))  # type: ignore[no-untyped-call]
+    status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))  # type: ignore[no-untyped-call] # not annotated
     if status:
         raise EngineError(
             f"{memory.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {status}): raise the limit of locked "
@@ -99,7 +99,7 @@ def pin(memory: torch.Tensor) -> None:
 
 def unpin(memory: torch.Tensor) -> None:
     """Undo `pin`."""
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call] # not annotated
 
 
 def _aligned(size: int) -> int:

@@ -94,7 +94,7 @@ class OffloadedModel:
     Outputs do not depend on the cache, the policy or the predictor: they are those of the same model with all experts on the
     device. `model` can be called like any other model, for example `model(input_ids)` or `model.generate(...)`.
 
-    Not supported: tensor parallelism, continuous batching, quantized checkpoints, training.
+    Not supported: tensor parallelism, continuous batching, quantized checkpoints but those in MXFP4, training.
 
     Attributes:
         model: The `transformers` model.
@@ -208,6 +208,9 @@ class OffloadedModel:
         capacity = cache.capacity(layouts, shape.experts, shape.top_k)
         rule, reuse = choose_policy(str(policy), shape)
         prefetching = load_run_for(str(predictor), shape) if predictor not in (None, NONE, NEXT_GATE) else None
+        if capacity == shape.experts:
+            # Nothing is ever loaded or evicted: there is nothing to choose or to predict.
+            rule, reuse, prefetching, predictor = Rule.LRU, None, None, None
         model = load_without_experts(folder, config, kind, chosen, empty)
         flat = [expert for layer in located for expert in layer]
         with contextlib.ExitStack() as undo:
@@ -221,10 +224,7 @@ class OffloadedModel:
             fill_cache(transfers)
             blocks = find_moe_blocks(model)
             prefetcher: Prefetcher | None = None
-            if capacity == shape.experts:
-                # Nothing is ever loaded or evicted: there is nothing to predict.
-                prefetching = reuse = None
-            elif predictor == NEXT_GATE:
+            if predictor == NEXT_GATE:
                 check_widths(blocks)
                 prefetcher = NextGatePrefetcher(blocks, shape.top_k, prefetch or shape.top_k, threshold)
             elif prefetching is not None:

@@ -183,6 +183,7 @@ def _without_weights(classes: Sequence[type[torch.nn.Module]]) -> Iterator[None]
 
     try:
         for each, original in originals.items():
+            # mypy: a class's own constructor is replaced, on purpose, and put back below.
             each.__init__ = emptied(original)  # type: ignore[method-assign]
         yield
     finally:

@@ -63,6 +63,21 @@ def test_a_learned_policy_evicts_what_the_simulation_evicts(tmp_path: Path, monk
         assert np.abs(steps - result.hits_S).sum() <= 0.01 * steps.sum()
 
 
+def test_with_everything_cached_a_trained_policy_and_predictor_have_nothing_to_do(tmp_path: Path) -> None:
+    """They are left out, so that the simulation of the run needs no scores either."""
+    first = tmp_path / "first"
+    with OffloadedModel.load("demo", CacheSize(fraction=0.5), device="cpu") as offloaded:
+        offloaded.generate(PROMPTS * 4, max_new_tokens=8, trace=first)
+    run = tmp_path / "run"
+    train(Trace.open(first), "ewma-repeats", run, options=TrainingOptions(), task=Task.REUSE)
+    out = tmp_path / "second"
+    with OffloadedModel.load("demo", CacheSize(fraction=1), policy=run, predictor="next-gate", device="cpu") as offloaded:
+        offloaded.generate(PROMPTS, max_new_tokens=8, trace=out)
+        result = simulate_run(offloaded, Trace.open(out), None, time_constant=24.0, reuse=offloaded.reuse_run)
+        assert result.hit_rate == 1
+        assert offloaded.experts.transfers.counts.transfers == 0
+
+
 def test_measured_costs_explain_the_time_of_the_run(tmp_path: Path) -> None:
     """Without stalls and transfers, the simulation with a run's costs takes the time that the run took."""
     with OffloadedModel.load("demo", CacheSize(fraction=0.5), device="cpu") as offloaded:
