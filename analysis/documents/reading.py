@@ -30,5 +30,7 @@ def read_document(path: Path, kind: type[Document], name: str, command: str) -> 
         where = ".".join(str(part) for part in first["loc"])
         what = "; ".join(filter(None, [where, first["msg"]]))
         raise TraceError(f"{path}: expected what '{command}' writes: {what}") from error
+    except FileNotFoundError as error:
+        raise TraceError(f"{path}: no such file; expected what '{command}' writes") from error
     except OSError as error:
         raise TraceError(f"{path}: {first_line(error)}") from error

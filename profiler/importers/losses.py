@@ -84,7 +84,9 @@ def holes(missing: Missing, dropped_keys: npt.NDArray[np.int64]) -> list[str]:
         others, holes = others + (rest > 0), holes + rest
     found = []
     if late:
-        found.append(f"{late:,} problems begin after position 0, {beginnings:,} positions in: no prefill, or not all")
+        found.append(
+            f"{late:,} problems lack their first positions, {beginnings:,} in all: prompts not recorded, or only in part"
+        )
     if others:
         found.append(f"{holes:,} further positions of {others:,} problems have no rows")
     return found

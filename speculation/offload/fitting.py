@@ -214,7 +214,7 @@ def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch:
     name = f"{trace.path.resolve().name}, {part} part"
     return Routing(
         union=float(sizes_R[is_decode_R].mean()),
-        union_source=f"mean over decoding steps of {batch} sequences, {name}",
+        union_source=f"mean over decoding steps of {batch} {'sequence' if batch == 1 else 'sequences'}, {name}",
         cache_hits=result.hit_rate,
         static_hits=float(is_kept_N[np.repeat(is_decode_R, sizes_R)].mean()),
         cache_source=f"simulated lru cache, {name}",

@@ -172,9 +172,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     notes += [
         f"{len(routes.problem_ids)} problems, {decode:,} generated and {len(routes) - decode:,} prompt tokens "
         f"({study.part} part); {study.batch} at a time; {kinds}, filled at first with the most popular experts of training.",
-        f"Prefetched: {how.experts} experts per prediction; popularity and oracle {_layers(how.horizon)} ahead. "
-        "Predictors predict for generated tokens only. Their time was measured on this machine, one prediction after the "
-        "other. The shuffled control prefetches what was predicted for other tokens.",
+        *_prefetching_notes(study, how),
         *_drafting_notes(study, requests),
         *study.trace.caveats(),
     ]
@@ -331,7 +329,8 @@ def _memory(study: Study, cost: Costs | None, shape: Shape) -> int | None:
         return None
     if cost is None:
         raise SpecmoeError(
-            "host memory in GB needs the size of an expert: choose a model of known sizes, or a share of all experts"
+            "host memory in GB needs the size of an expert: name a model of known sizes (--model; see 'specmoe models'), "
+            "or give a share of all experts (--ram-fraction)"
         )
     return min(everything, int(study.ram_gigabytes * 1e9 / cost.expert_bytes))
 
@@ -372,6 +371,16 @@ def _prefetchers(
         raise SpecmoeError(
             f"predictor {name!r} is neither the folder of a run, nor {NONE}, {POPULARITY}, {ORACLE} or the name of a predictor"
         )
+
+
+def _prefetching_notes(study: Study, how: PrefetchOptions) -> list[str]:
+    if set(study.predictors) == {NONE}:
+        return []
+    return [
+        f"Prefetched: {how.experts} experts per prediction; popularity and oracle {_layers(how.horizon)} ahead. "
+        "Predictors predict for generated tokens only. Their time was measured on this machine, one prediction after the "
+        "other. The shuffled control prefetches what was predicted for other tokens."
+    ]
 
 
 def _layers(count: int) -> str:

@@ -177,6 +177,7 @@ def test_a_trace_gives_hit_rates_and_the_simulation_s_speed(
     filled = simulate(Workload(requests, popularity), Setting(Rule.LRU, slots, miss=Miss.HOST), costs=costs)
     assert way(found, FILL).hit_rate == filled.hit_rate
     assert way(found, FILL).tokens_per_second == pytest.approx(filled.tokens_per_second, rel=1e-3)
+    assert found.union_source.startswith(f"mean over decoding steps of {batch} sequence{'s' * (batch > 1)}, ")
     # Routing is uniform: the formulas without a trace hold.
     plain = fit_model(replace(options, trace=None))
     assert found.union == pytest.approx(plain.union, rel=0.1)

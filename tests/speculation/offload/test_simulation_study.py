@@ -269,6 +269,15 @@ def test_documents_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert found.best[0].is_possible
 
 
+@pytest.mark.parametrize(("predictors", "said"), [(["none"], False), (["none", "oracle"], True)])
+def test_prefetching_is_described_only_if_there_is_any(
+    predictors: list[str], said: bool, trace: Trace, runner: CliRunner
+) -> None:
+    options = [each for name in predictors for each in ("--predictor", name)]
+    output = simulated(runner, str(trace.path), "--cache-fraction", "0.25", *options)
+    assert ("Prefetched: " in output) == said
+
+
 def test_what_is_no_simulation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "simulation.json"
     for text in ("[]", '{"model": "m", "trace": "t", "devices": [], "notes": [], "best": [], "rows": []}'):
@@ -289,7 +298,7 @@ def test_what_is_no_simulation_is_refused(tmp_path: Path) -> None:
         ),
         (["--model", "mixtral-8x7b"], "mixtral-8x7b has 32 MoE layers of 8 experts, top-2; the trace has 16 of 64, top-8"),
         (["--model", "gpt-9"], "unknown model 'gpt-9'"),
-        (["--cache-gb", "3"], "a cache size in GB needs the size of an expert"),
+        (["--cache-gb", "3"], "a cache size in GB needs the size of an expert: name a model of known sizes (--model"),
         (["--device", "TPU"], "unknown GPU 'TPU': expected one of RTX 3090"),
         (["--cache-fraction", "2"], "cache fraction 2.0: expected 0 to 1"),
         (["--predictor", "oracle", "--horizon", "17"], "horizon 17: expected 1 to 16 layers ahead"),

@@ -195,7 +195,7 @@ def test_an_unknown_weight_is_unknown_wherever_it_stands(tmp_path: Path) -> None
 
 def test_a_huge_position_takes_no_memory(tmp_path: Path) -> None:
     gaps = convert(tmp_path, [line(token_id=2**31 - 3)]).metadata.gaps
-    assert gaps[0] == "1 problems begin after position 0, 2,147,483,645 positions in: no prefill, or not all"
+    assert gaps[0] == "1 problems lack their first positions, 2,147,483,645 in all: prompts not recorded, or only in part"
 
 
 def test_the_largest_id_leaves_room_for_that_of_empty_slots(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_number_of_experts_below_the_highest_id_is_refused(tmp_path: Path) -> 
 def test_positions_that_are_not_there_are_named_as_gaps(tmp_path: Path) -> None:
     gaps = convert(tmp_path, [line(token_id=2), line(token_id=7)]).metadata.gaps
     assert gaps[:2] == [
-        "1 problems begin after position 0, 2 positions in: no prefill, or not all",
+        "1 problems lack their first positions, 2 in all: prompts not recorded, or only in part",
         "4 further positions of 1 problems have no rows",
     ]
 

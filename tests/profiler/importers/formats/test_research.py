@@ -243,7 +243,7 @@ def test_bare_parquet_keeps_what_else_is_known_of_problems_and_tokens(tmp_path: 
     assert trace.tokens.column("phase").to_pylist() == ["decode", "decode"]
     assert trace.metadata.gaps == [
         "the phases of tokens are unknown: every problem begins after position 0, so all count as generated",
-        "1 problems begin after position 0, 101 positions in: no prefill, or not all",
+        "1 problems lack their first positions, 101 in all: prompts not recorded, or only in part",
     ]
 
 

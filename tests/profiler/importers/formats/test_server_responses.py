@@ -117,7 +117,7 @@ def test_rows_that_begin_later_keep_their_positions(tmp_path: Path, encode: Call
     trace = convert(tmp_path, whole, part, model="mixtral-8x7b" if encode is raw else "unknown")
     assert trace.arrays(1).token_ids_T.tolist() == list(range(start, TOKENS - 1))
     assert (trace.arrays(1).expert_ids_TLK == trace.arrays(0).expert_ids_TLK[start:]).all()
-    assert any("1 problems begin after position 0" in gap for gap in trace.metadata.gaps)
+    assert any("1 problems lack their first positions" in gap for gap in trace.metadata.gaps)
 
 
 def test_several_samples_and_files_are_different_problems(tmp_path: Path) -> None:
