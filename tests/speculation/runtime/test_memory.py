@@ -18,7 +18,7 @@ WIDTH, LAYERS = 16384, 4
 EXPERT_BYTES = 3 * 128 * WIDTH * 2
 
 RUN = """
-import sys, torch
+import gc, sys, torch
 from speculation.runtime import CacheSize, OffloadedModel
 from speculation.runtime.memory import peak_memory
 torch.set_num_threads(1)
@@ -28,6 +28,8 @@ for options in ({"store": "disk", "direct": True}, {"store": "ram", "expert_bits
     with OffloadedModel.load(sys.argv[1], CacheSize(fraction=0.25), device="cpu", **options) as offloaded:
         offloaded.generate([[17, 301, 44, 45]], max_new_tokens=4, ignore_eos=True)
         print(offloaded.cache_bytes, offloaded.expert_bytes, peak_memory() - before)
+    del offloaded
+    gc.collect()
 """
 
 
