@@ -13,6 +13,7 @@ within a round. Rounded experts may generate other tokens, whose hits differ.
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 import time
 from dataclasses import dataclass
@@ -159,6 +160,8 @@ def print_speed(model: Path, prompts: list[str], arguments: argparse.Namespace) 
 
 def run(model: Path, prompts: list[str], row: Row, bits: int | None, arguments: argparse.Namespace) -> Measured:
     """One row, once."""
+    # Models have cycles of references, and the last one's memory is needed.
+    gc.collect()
     with OffloadedModel.load(
         str(model), row.cache, store=row.store, expert_bits=bits, dtype=arguments.dtype, device="cpu", direct=True
     ) as offloaded:
