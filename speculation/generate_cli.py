@@ -88,6 +88,13 @@ def generate(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type of the weights. Default: the checkpoint's.")
     ] = "auto",
+    expert_bits: Annotated[
+        Literal["8", "4"] | None,
+        typer.Option(
+            help="Round routed experts to so many bits, and keep and cache them so: two or four times as many in 16 bits fit. "
+            "Default: as in the checkpoint."
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts to compute at the same time.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; else tokens are drawn.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens of this probability.")] = 1.0,
@@ -103,7 +110,8 @@ def generate(
 ) -> None:
     """Generate text with a model whose experts are in host memory or on disk, with a cache of them on the device.
 
-    The output does not depend on the cache, the policy or the predictor. Only their speed differs.
+    The output does not depend on the cache, the policy or the predictor. Only their speed differs. With --expert-bits, it is
+    the output of the rounded experts.
 
     Example: specmoe generate demo --prompt "def add(a, b):" --store disk --cache-fraction .5 --policy ewma
     """
@@ -131,6 +139,7 @@ def generate(
         threshold=threshold,
         device=device,
         dtype=dtype,
+        expert_bits=None if expert_bits is None else int(expert_bits),
         time_constant=time_constant,
         revision=revision,
     )
@@ -304,6 +313,7 @@ def _document(
         model=offloaded.metadata.id,
         device=str(experts.slots.device),
         dtype=offloaded.metadata.dtype or "",
+        expert_bits=offloaded.expert_bits,
         store=offloaded.store.value,
         reads=offloaded.reads,
         policy=policy,

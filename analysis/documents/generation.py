@@ -65,7 +65,7 @@ class GeneratedText(_Record):
 
 class GenerationRun(_Record):
     """A run. capacity: slots for experts in each layer, of `num_experts`. cache_gigabytes, expert_gigabytes: the size of the
-    cache's memory and of all experts, in 1e9 bytes.
+    cache's memory and of all experts, in 1e9 bytes. expert_bits: bits that experts were rounded to; None if they were not.
 
     prefetched, useful, wasted, dropped: prefetches that were begun, those used before they were evicted, those not used, and
     predictions that were not acted on. memory_gigabytes: the most memory that the process had in use. device_gigabytes: the
@@ -76,6 +76,7 @@ class GenerationRun(_Record):
     model: str
     device: str
     dtype: str
+    expert_bits: int | None = None
     store: str
     reads: str
     policy: str

@@ -14,9 +14,10 @@ from profiler.models.moe_modules import MoEBlock, find_moe_blocks, find_top_k
 from profiler.models.resolve import ResolvedModel
 from speculation.data.tasks import Shape, Task
 from speculation.runtime.checkpoint import StoredExpert
-from speculation.runtime.expert_stores import DiskStore, ExpertStore, HostStore, faster_direct
+from speculation.runtime.expert_stores import DiskStore, ExpertStore, HostStore, PackingStore, faster_direct
 from speculation.runtime.experts import OffloadedExperts
 from speculation.runtime.forward import resident_forward
+from speculation.runtime.integer_groups import IntegerGroups
 from speculation.runtime.layout import ExpertLayout
 from speculation.runtime.model_loading import EXPERTS_IMPLEMENTATION, input_width
 from speculation.runtime.options import NEXT_GATE, Store
@@ -34,20 +35,31 @@ def open_store(
     store: Store,
     layouts: Sequence[ExpertLayout],
     experts: Sequence[StoredExpert],
+    packings: Sequence[IntegerGroups] | None,
     num_experts: int,
     device: torch.device,
     direct: bool | None,
 ) -> tuple[ExpertStore, str]:
-    """The store, and how it reads, in words."""
+    """The store, and how it reads, in words.
+
+    layouts: of the experts in the checkpoint. packings: how they are packed when they are read; None if they are not.
+    """
+    bypass = store == Store.disk and (faster_direct(layouts, experts) if direct is None else direct)
+    disk = DiskStore(layouts, experts, direct=bypass)
+    source: ExpertStore = disk if packings is None else PackingStore(disk, packings, num_experts)
+    kept = layouts if packings is None else [packing.layout for packing in packings]
     if store == Store.ram:
         pinned = device.type == "cuda"
-        disk = DiskStore(layouts, experts, direct=False)
-        return HostStore(disk, layouts, num_experts, pinned=pinned), "from pinned memory" if pinned else "from memory"
+        how = "from pinned memory" if pinned else "from memory"
+        how += "" if packings is None else f", in {packings[0].bits} bits"
+        return HostStore(source, kept, num_experts, pinned=pinned), how
     converted = sum(not weight.is_plain for weight in experts[0])
-    bypass = faster_direct(layouts, experts) if direct is None else direct
-    disk = DiskStore(layouts, experts, direct=bypass)
     how = "from disk, past the page cache" if disk.direct else "from disk, through the page cache"
-    return disk, how + (f"; {converted} of {len(experts[0])} weights are converted at each read" if converted else "")
+    how += f"; {converted} of {len(experts[0])} weights are converted at each read" if converted else ""
+    if packings is not None:
+        stored = sum(tensor.bytes for weight in experts[0] for tensor in weight.tensors)
+        how += f"; at each read, {stored / 1e6:.3g} MB are packed to {kept[0].bytes / 1e6:.3g} MB, in {packings[0].bits} bits"
+    return source, how
 
 
 def fill_cache(transfers: Transfers) -> None:

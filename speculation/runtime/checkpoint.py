@@ -209,14 +209,16 @@ class ExpertsModule:
     Attributes:
         layer: The index of the decoder layer.
         name: The module's name in the model.
-        layout: The weights of one expert.
+        layout: The weights of one expert in the checkpoint.
         num_experts: E, the experts of the layer.
+        is_transposed: Whether their matrices are `[in, out]` instead of `[out, in]`.
     """
 
     layer: int
     name: str
     layout: ExpertLayout
     num_experts: int
+    is_transposed: bool
 
 
 def locate_experts(

@@ -1,4 +1,4 @@
-"""Where experts are kept that are not on the device: in the checkpoint's files, or in host memory."""
+"""Where experts are kept that are not on the device: in the checkpoint's files, or in host memory; as they are, or packed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 
 from profiler.errors import EngineError
 from speculation.runtime.checkpoint import StoredExpert, StoredTensor
+from speculation.runtime.integer_groups import IntegerGroups
 from speculation.runtime.layout import ExpertLayout, allocate, pin, unpin
 
 # Reads that bypass the page cache begin and end at multiples of this, in the file and in memory.
@@ -29,13 +30,12 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class ExpertStore(Protocol):
-    """All experts of a model. Experts are numbered `layer * E + expert`, counted over the MoE layers.
+    """All experts of a model. Experts are numbered `layer * E + expert`, counted over the MoE layers."""
 
-    Attributes:
-        bytes_read: Bytes that were read from files so far.
-    """
-
-    bytes_read: int
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that were read from files so far."""
+        ...
 
     def read(self, x: int, memory_B: torch.Tensor) -> None:
         """Copy an expert into host memory.
@@ -69,6 +69,9 @@ class DiskStore:
         experts: Where the checkpoint has each expert, by number.
         direct: Whether reads bypass the operating system's page cache. Where the file system does not support that, they do
             not.
+
+    Attributes:
+        bytes_read: Bytes that were read from files so far.
 
     Raises:
         EngineError: A file cannot be opened.
@@ -151,17 +154,57 @@ class DiskStore:
             )
 
 
+class PackingStore:
+    """The experts of a checkpoint in a packed form. They are packed again at each read, one at a time.
+
+    Args:
+        disk: The checkpoint.
+        packings: The form of each layer's experts.
+        num_experts: E, the experts of a layer.
+    """
+
+    def __init__(self, disk: DiskStore, packings: Sequence[IntegerGroups], num_experts: int) -> None:
+        self._disk, self._packings, self._num_experts = disk, packings, num_experts
+        self._plain = {each: allocate(each, 1, torch.device("cpu"))[0] for each in {packing.plain for packing in packings}}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that were read from files so far."""
+        return self._disk.bytes_read
+
+    def read(self, x: int, memory_B: torch.Tensor) -> None:
+        layer, expert = divmod(x, self._num_experts)
+        packing = self._packings[layer]
+        plain_B = self._plain[packing.plain]
+        self._disk.read(x, plain_B)
+        try:
+            packing.pack(packing.plain.views(plain_B), packing.layout.views(memory_B))
+        except ValueError as error:
+            raise EngineError(
+                f"expert {expert} of MoE layer {layer} cannot be rounded to {packing.bits} bits: {error}"
+            ) from error
+
+    def held(self, x: int) -> torch.Tensor | None:
+        return None
+
+    def close(self) -> None:
+        self._disk.close()
+
+
 class HostStore:
     """Experts in host memory, read from a checkpoint once.
 
     Args:
-        disk: The checkpoint.
+        source: The checkpoint.
         layouts: The layout of each layer's experts.
         num_experts: E, the experts of a layer.
         pinned: Whether the memory is page-locked, as fast transfers to a GPU need.
+
+    Attributes:
+        bytes_read: Bytes that were read from files.
     """
 
-    def __init__(self, disk: DiskStore, layouts: Sequence[ExpertLayout], num_experts: int, *, pinned: bool) -> None:
+    def __init__(self, source: ExpertStore, layouts: Sequence[ExpertLayout], num_experts: int, *, pinned: bool) -> None:
         self._num_experts = num_experts
         self._memory: list[torch.Tensor] = []
         self._pinned: list[torch.Tensor] = []
@@ -173,13 +216,13 @@ class HostStore:
                     pin(self._memory[-1])
                     self._pinned.append(self._memory[-1])
             for x in range(len(layouts) * num_experts):
-                disk.read(x, self.held(x))
+                source.read(x, self.held(x))
         except BaseException:
             self.close()
             raise
         finally:
-            disk.close()
-        self.bytes_read = disk.bytes_read
+            source.close()
+        self.bytes_read = source.bytes_read
 
     def read(self, x: int, memory_B: torch.Tensor) -> None:
         memory_B.copy_(self.held(x))

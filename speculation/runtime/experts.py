@@ -20,7 +20,8 @@ from speculation.offload.cache import NO_SCORES, ExpertCache
 from speculation.predictors.base import Predictor
 from speculation.runtime.expert_stores import HostStore
 from speculation.runtime.foresight import Foreseen, Foresight, ForesightThread, Prefetcher, RoutedLayer
-from speculation.runtime.forward import Weights, weighted_sum
+from speculation.runtime.forward import weighted_sum
+from speculation.runtime.layout import Weights
 from speculation.runtime.slots import BUFFERS, Slots
 from speculation.runtime.steps import Step
 from speculation.runtime.transfers import Transfer, Transfers

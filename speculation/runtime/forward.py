@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-Weights = dict[str, torch.Tensor]
+from speculation.runtime.layout import Weights
 
 
 def is_supported(experts: Any) -> bool:

@@ -1,10 +1,11 @@
-"""How one expert lies in memory: its weights one after the other, as it is copied."""
+"""How one expert lies in memory: its weights one after the other, as it is copied; plain, or in a packed form."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Protocol
 
 import torch
 
@@ -12,6 +13,9 @@ from profiler.errors import EngineError
 
 # Each weight begins at a multiple of so many bytes, so that kernels get the alignment that they get from an allocator.
 ALIGNMENT = 64
+
+# The weights of one expert, by name.
+Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,37 @@ class Weight:
         """Its size."""
         return prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a matrix of one expert, rather than a bias: only these are packed."""
+        return len(self.shape) == 2
+
+
+class Packing(Protocol):
+    """A form of an expert with fewer bytes, in which it is kept, transferred and cached. It is unpacked to be computed.
+
+    Implementations are frozen dataclasses, because layouts are compared.
+    """
+
+    @property
+    def plain(self) -> ExpertLayout:
+        """The expert as it is computed."""
+        ...
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """The packed expert. Its `packing` is this one."""
+        ...
+
+    def unpack(self, packed: Weights, into: Weights) -> None:
+        """Unpack an expert.
+
+        Args:
+            packed: Its weights, laid out as `layout` says.
+            into: Memory for its weights on the same device, laid out as `plain` says.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class ExpertLayout:
@@ -40,9 +75,11 @@ class ExpertLayout:
 
     Attributes:
         weights: The weights in order.
+        packing: How they are unpacked to be computed; None if they are computed as they are.
     """
 
     weights: tuple[Weight, ...]
+    packing: Packing | None = None
 
     @cached_property
     def offsets(self) -> dict[str, int]:
@@ -58,7 +95,7 @@ class ExpertLayout:
         """The size of one expert's memory: its weights, each rounded up to `ALIGNMENT`."""
         return sum(_aligned(weight.bytes) for weight in self.weights)
 
-    def views(self, memory_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    def views(self, memory_B: torch.Tensor) -> Weights:
         """The weights in an expert's memory, by name.
 
         Args:

@@ -29,7 +29,7 @@ from speculation.runtime.assembly import (
     shape_of,
 )
 from speculation.runtime.checkpoint import checkpoint_tensors, locate_experts
-from speculation.runtime.expert_stores import DiskStore, ExpertStore, HostStore
+from speculation.runtime.expert_stores import ExpertStore, HostStore
 from speculation.runtime.experts import OffloadedExperts
 from speculation.runtime.foresight import NextGatePrefetcher, PredictorPrefetcher, Prefetcher
 from speculation.runtime.model_loading import (
@@ -46,8 +46,10 @@ from speculation.runtime.options import (
     NONE,
     CacheSize,
     Store,
+    check_bits,
     choose_device,
     choose_dtype,
+    choose_packings,
     choose_policy,
     load_run_for,
     popularity_ranks,
@@ -92,7 +94,8 @@ class OffloadedModel:
     """A `transformers` model whose experts are in host memory or on disk, with a cache of them on the device.
 
     Outputs do not depend on the cache, the policy or the predictor: they are those of the same model with all experts on the
-    device. `model` can be called like any other model, for example `model(input_ids)` or `model.generate(...)`.
+    device, or with all of them rounded to `expert_bits`. `model` can be called like any other model, for example
+    `model(input_ids)` or `model.generate(...)`.
 
     Not supported: tensor parallelism, continuous batching, quantized checkpoints but those in MXFP4, training.
 
@@ -103,8 +106,9 @@ class OffloadedModel:
         shape: Its sizes.
         metadata: Facts of the model, for a trace.
         capacity: Slots per layer.
-        cache_bytes: The size of the cache's memory, buffers included.
-        expert_bytes: The size of all experts.
+        cache_bytes: The size of the cache's memory: slots, buffers, and the room in which a packed expert is unpacked.
+        expert_bytes: The size of all experts, packed if they are kept packed.
+        expert_bits: 8 or 4 if they were rounded to so many bits; else None.
         reads: How experts are read, in words.
         popularity: Ranks of all experts `[L * E]`; the cache began with the highest of each layer.
         store: `ram` or `disk`.
@@ -129,6 +133,7 @@ class OffloadedModel:
         metadata: ModelMetadata,
         capacity: int,
         expert_bytes: int,
+        expert_bits: int | None,
         reads: str,
         popularity: npt.NDArray[np.int64],
         prefetcher: Prefetcher | None,
@@ -136,8 +141,8 @@ class OffloadedModel:
     ) -> None:
         self.model, self.tokenizer, self.experts, self.shape, self.metadata = model, tokenizer, experts, shape, metadata
         self.capacity, self.expert_bytes, self.reads, self.popularity = capacity, expert_bytes, reads, popularity
-        self.store = Store.disk if isinstance(store, DiskStore) else Store.ram
-        self.cache_bytes = experts.slots.bytes
+        self.store = Store.ram if isinstance(store, HostStore) else Store.disk
+        self.expert_bits, self.cache_bytes = expert_bits, experts.slots.bytes
         self._store = store
         self.prefetcher = prefetcher
         self.prefetcher_run, self.reuse_run = (None if run is None else run.predictor for run in runs)
@@ -162,6 +167,7 @@ class OffloadedModel:
         threshold: float = 0.0,
         device: str | None = None,
         dtype: str = "auto",
+        expert_bits: int | None = None,
         time_constant: float = TIME_CONSTANT,
         direct: bool | None = None,
         revision: str | None = None,
@@ -180,6 +186,8 @@ class OffloadedModel:
             threshold: Only those with at least this predicted probability.
             device: `cuda` or `cpu`. Default: cuda if there is a GPU.
             dtype: `auto` (as in the checkpoint), `float32`, `bfloat16` or `float16`.
+            expert_bits: 8 or 4: routed experts are rounded to integers in groups, kept and cached so, and unpacked for each
+                computation. Experts in `ram` are packed once; from `disk`, at each read. Default: as in the checkpoint.
             time_constant: Tokens over which `ewma` and `lfu-aged` forget.
             direct: Whether reads from disk bypass the page cache. Default: whichever is faster here, measured.
             revision: Of a hub id.
@@ -195,6 +203,7 @@ class OffloadedModel:
             raise SpecmoeError(f"store {store!r}: expected {' or '.join(Store)}")
         if prefetch is not None and prefetch < 1:
             raise SpecmoeError(f"{prefetch} experts to prefetch: expected at least 1")
+        check_bits(expert_bits)
         chosen = choose_device(device)
         resolved = resolve_model(name, revision=revision)
         folder = checkpoint_folder(resolved)
@@ -202,7 +211,9 @@ class OffloadedModel:
         kind = choose_dtype(dtype, config)
         empty = skeleton(config, kind)
         modules = experts_modules(empty, packing)
-        layouts = [module.layout for module in modules]
+        packings = choose_packings(expert_bits, modules)
+        stored = [module.layout for module in modules]
+        layouts = stored if packings is None else [packing.layout for packing in packings]
         located = locate_experts(empty, modules, checkpoint_tensors(folder))
         shape = shape_of(empty, resolved, len(modules), modules[0].num_experts)
         capacity = cache.capacity(layouts, shape.experts, shape.top_k)
@@ -214,9 +225,9 @@ class OffloadedModel:
         model = load_without_experts(folder, config, kind, chosen, empty)
         flat = [expert for layer in located for expert in layer]
         with contextlib.ExitStack() as undo:
-            kept, reads = open_store(Store(store), layouts, flat, shape.experts, chosen, direct)
+            kept, reads = open_store(Store(store), stored, flat, packings, shape.experts, chosen, direct)
             undo.callback(kept.close)
-            slots = Slots(layouts, [capacity] * len(layouts), chosen, None if packing is None else kind)
+            slots = Slots(layouts, [capacity] * len(layouts), chosen)
             popularity = popularity_ranks(reuse or prefetching, shape)
             held = ExpertCache(rule, [capacity] * len(layouts), shape.experts, popularity, time_constant)
             transfers = Transfers(held, kept, slots, layouts)
@@ -234,7 +245,10 @@ class OffloadedModel:
             experts = OffloadedExperts(transfers, slots, shape, prefetcher, scorer, host)
             connect(model, [block.experts for block in blocks], experts)
             loaded = {"moe_layers": [module.layer for module in modules], "num_experts": shape.experts, "top_k": shape.top_k}
-            metadata = resolved.metadata.model_copy(update=loaded | {"dtype": str(kind).removeprefix("torch.")})
+            loaded |= {"dtype": str(kind).removeprefix("torch.")}
+            if expert_bits is not None:
+                loaded["quantization"] = f"experts in {expert_bits} bits"
+            metadata = resolved.metadata.model_copy(update=loaded)
             expert_bytes = sum(layout.bytes for layout in layouts) * shape.experts
             offloaded = cls(
                 model,
@@ -245,6 +259,7 @@ class OffloadedModel:
                 metadata,
                 capacity,
                 expert_bytes,
+                expert_bits,
                 reads,
                 popularity,
                 prefetcher,

@@ -15,7 +15,7 @@ from profiler.models.resolve import ResolvedModel
 from speculation.runtime.checkpoint import ExpertsModule
 from speculation.runtime.forward import is_supported
 from speculation.runtime.layout import ExpertLayout, Weight
-from speculation.runtime.packing import MXFP4, packed_weights
+from speculation.runtime.mxfp4 import MXFP4, Mxfp4
 
 EXPERTS_IMPLEMENTATION = "specmoe_offloaded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,13 +114,13 @@ def _experts_module(block: MoEBlock, name: str, packing: str | None) -> ExpertsM
         )
     if any(parameter.shape[0] != block.num_experts for parameter in parameters.values()):
         raise EngineError(f"{name}: a weight is not one per expert, so this family cannot be offloaded")
-    weights = tuple(Weight(part, tuple(value.shape[1:]), value.dtype) for part, value in parameters.items())
+    layout = ExpertLayout(tuple(Weight(part, tuple(value.shape[1:]), value.dtype) for part, value in parameters.items()))
     if packing == MXFP4:
         try:
-            weights = packed_weights(weights)
+            layout = Mxfp4(layout).layout
         except ValueError as error:
             raise EngineError(f"{name} cannot be in {MXFP4}: {error}") from error
-    return ExpertsModule(block.layer, name, ExpertLayout(weights), block.num_experts)
+    return ExpertsModule(block.layer, name, layout, block.num_experts, is_transposed=bool(experts.is_transposed))
 
 
 def load_without_experts(folder: Path, config: Any, dtype: torch.dtype, device: torch.device, empty: Any) -> Any:

@@ -16,9 +16,12 @@ import torch
 from profiler.errors import EngineError, SpecmoeError
 from speculation.data.tasks import Shape, Task
 from speculation.offload.state import Rule
+from speculation.runtime.checkpoint import ExpertsModule
+from speculation.runtime.integer_groups import GROUPS, IntegerGroups
 from speculation.runtime.layout import ExpertLayout
 from speculation.runtime.model_loading import DTYPES
-from speculation.runtime.slots import BUFFERS
+from speculation.runtime.mxfp4 import MXFP4
+from speculation.runtime.slots import bytes_besides_slots
 from speculation.training.runs import Run, load_run
 
 NEXT_GATE, NONE = "next-gate", "none"
@@ -38,7 +41,7 @@ class CacheSize:
 
     Attributes:
         fraction: The share, 0 to 1; rounded down to whole experts per layer. With 0, every expert is loaded for each use.
-        gigabytes: The size of the memory, buffers included.
+        gigabytes: The size of the memory: slots, buffers, and the room in which a packed expert is unpacked.
     """
 
     fraction: float | None = None
@@ -63,8 +66,7 @@ class CacheSize:
             size = (self.gigabytes or 0.0) * 1e9
             if not 0 <= size < inf:
                 raise SpecmoeError(f"cache of {self.gigabytes} GB: expected 0 or more")
-            buffers = sum(BUFFERS * layout.bytes for layout in dict.fromkeys(layouts))
-            found = min(num_experts, int((size - buffers) / per_layer))
+            found = min(num_experts, int((size - bytes_besides_slots(layouts)) / per_layer))
         if found < top_k:
             raise SpecmoeError(
                 f"a cache of {max(0, found)} of {num_experts} experts per layer cannot hold the {top_k} of one token: choose "
@@ -73,8 +75,7 @@ class CacheSize:
         return found
 
     def _least(self, layouts: Sequence[ExpertLayout], top_k: int) -> float:
-        buffers = sum(BUFFERS * layout.bytes for layout in dict.fromkeys(layouts))
-        return (top_k * sum(layout.bytes for layout in layouts) + buffers) / 1e9
+        return (top_k * sum(layout.bytes for layout in layouts) + bytes_besides_slots(layouts)) / 1e9
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -99,6 +100,28 @@ def choose_dtype(name: str, config: Any) -> torch.dtype:
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     found = DTYPES.get(stored) if isinstance(stored, str) else next((kind for kind in DTYPES.values() if kind == stored), None)
     return found or torch.float32
+
+
+def check_bits(bits: int | None) -> None:
+    """Raise `SpecmoeError` if experts cannot be packed to so many bits."""
+    if bits is not None and bits not in GROUPS:
+        raise SpecmoeError(f"experts in {bits} bits: expected {' or '.join(map(str, GROUPS))}")
+
+
+def choose_packings(bits: int | None, modules: Sequence[ExpertsModule]) -> list[IntegerGroups] | None:
+    """How each layer's experts are packed when they are read; None if they stay as they are.
+
+    Raises:
+        SpecmoeError: The checkpoint has them in a packed form already.
+    """
+    if bits is None:
+        return None
+    if any(module.layout.packing is not None for module in modules):
+        raise SpecmoeError(
+            f"experts in {bits} bits: the experts of this checkpoint are packed already ({MXFP4}, about 4 bits), and rounding "
+            "them again only adds errors; leave this option out"
+        )
+    return [IntegerGroups(bits, module.layout, module.is_transposed) for module in modules]
 
 
 def choose_policy(policy: str, shape: Shape) -> tuple[Rule, Run | None]:

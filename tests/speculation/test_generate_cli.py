@@ -59,6 +59,26 @@ def test_prompts_of_a_dataset_with_prefetching(tmp_path: Path) -> None:
     assert "demo-reviews" in output
 
 
+def test_experts_in_four_bits(tmp_path: Path) -> None:
+    """The bytes that are counted are those of packed experts; the routing is recorded as that of a quantized model."""
+    file, trace = tmp_path / "run.json", tmp_path / "trace"
+    output = run(
+        *("--prompt", PROMPT, "--expert-bits", "4", "--cache-gb", "0.002", "--max-new-tokens", "8"),
+        *("--json", str(file), "--trace", str(trace)),
+    )
+    document = GenerationRun.model_validate_json(file.read_text())
+    assert document.expert_bits == 4
+    assert document.reads == "from memory, in 4 bits"
+    # Of 123 KB each in bfloat16, a cache of this size would hold one per layer.
+    packed = 3 * 128 * 160 * 4.5 / 8
+    assert document.expert_gigabytes == pytest.approx(64 * packed / 1e9)
+    assert document.capacity == 6
+    assert document.cache_gigabytes == pytest.approx((50 * packed + 3 * 128 * 160 * 2) / 1e9)
+    assert document.decode.gigabytes == pytest.approx(document.decode.misses * packed / 1e9)
+    assert "in 4 bits" in output
+    assert Trace.open(trace).metadata.model.quantization == "experts in 4 bits"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,11 +11,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 from speculation.runtime.assembly import experts_forward
-from speculation.runtime.model_loading import EXPERTS_IMPLEMENTATION
+from speculation.runtime.integer_groups import IntegerGroups
+from speculation.runtime.layout import ExpertLayout, Weights, allocate
+from speculation.runtime.model_loading import EXPERTS_IMPLEMENTATION, experts_modules
 
 
-def resident_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model with all experts in memory, computed by the same experts function.
+def resident_model(folder: Path, dtype: torch.dtype = torch.float32, expert_bits: int | None = None) -> Any:
+    """The model with all experts in memory, rounded to so many bits or as they are, computed by the same experts function.
 
     Its experts are copied, so that they are aligned like those of a cache: products on a CPU round differently where a weight
     begins in the middle of a cache line, as it does in a file that is mapped into memory.
@@ -26,8 +28,28 @@ def resident_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.data = parameter.data.clone()
+    if expert_bits is not None:
+        round_experts(model, expert_bits)
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     return model
+
+
+def round_experts(model: Any, bits: int) -> None:
+    """Give the experts of a model the weights that they have after they are packed to integers and unpacked."""
+    for found in experts_modules(model):
+        packing = IntegerGroups(bits, found.layout, found.is_transposed)
+        packed, plain = empty_expert(packing.layout), empty_expert(packing.plain)
+        parameters = dict(model.get_submodule(found.name).named_parameters())
+        for expert in range(found.num_experts):
+            packing.pack({name: value.data[expert] for name, value in parameters.items()}, packed)
+            packing.unpack(packed, plain)
+            for name, value in parameters.items():
+                value.data[expert] = plain[name]
+
+
+def empty_expert(layout: ExpertLayout) -> Weights:
+    """Memory for the weights of an expert, by name."""
+    return layout.views(allocate(layout, 1, torch.device("cpu"))[0])
 
 
 def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

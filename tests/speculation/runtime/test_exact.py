@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_logits_are_equal_and_so_are_the_tokens_of_plain_transformers(family: st
         assert offloaded.experts.transfers.counts.transfers > 0
 
 
+# Of each kind of experts: matrices `[out, in]`; `[in, out]` with biases; without a gate; next to shared experts, which stay as
+# they are.
+@pytest.mark.parametrize(
+    ("family", "bits"), [("mixtral", 8), ("gpt_oss", 4), ("gpt_oss", 8), ("nemotron_h", 4), ("deepseek_v3", 4)]
+)
+def test_with_rounded_experts_logits_are_those_of_rounded_resident_experts(family: str, bits: int, tmp_path: Path) -> None:
+    folder = make(family, tmp_path)
+    size = CacheSize(fraction=0.5)
+    with OffloadedModel.load(str(folder), size, expert_bits=bits, dtype="float32", device="cpu") as offloaded:
+        tokens_BT = torch.tensor([PROMPT])
+        found_BTV = logits(offloaded.model, tokens_BT)
+        assert torch.equal(found_BTV, logits(resident_model(folder, expert_bits=bits), tokens_BT))
+        assert not torch.equal(found_BTV, logits(resident_model(folder), tokens_BT))
+
+
 @pytest.mark.parametrize("family", ["dbrx", "llama4", "longcat_flash"])
 def test_experts_of_another_form_are_refused_by_name(family: str, tmp_path: Path) -> None:
     folder = make(family, tmp_path)
@@ -62,14 +78,16 @@ def test_experts_of_another_form_are_refused_by_name(family: str, tmp_path: Path
         OffloadedModel.load(str(folder), CacheSize(fraction=0.5), device="cpu")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [("float32", None), ("bfloat16", None), ("float16", None), ("bfloat16", 8), ("float16", 4)]
+)
 @pytest.mark.parametrize("store", ["ram", "disk"])
-def test_every_type_and_store_gives_what_resident_experts_give(dtype: str, store: str) -> None:
+def test_every_type_and_store_gives_what_resident_experts_give(dtype: str, bits: int | None, store: str) -> None:
     """The embedded model is stored in bfloat16: other types are converted when they are read."""
-    folder = demo_model_folder()
-    with OffloadedModel.load("demo", CacheSize(fraction=0.25), store=store, dtype=dtype, device="cpu") as offloaded:
+    folder, size = demo_model_folder(), CacheSize(fraction=0.25)
+    with OffloadedModel.load("demo", size, store=store, dtype=dtype, expert_bits=bits, device="cpu") as offloaded:
         tokens_BT = torch.tensor([PROMPT])
-        resident = resident_model(folder, getattr(torch, dtype))
+        resident = resident_model(folder, getattr(torch, dtype), bits)
         assert torch.equal(logits(offloaded.model, tokens_BT), logits(resident, tokens_BT))
         (generation,) = offloaded.generate([PROMPT], max_new_tokens=12, ignore_eos=True)
         assert generation.token_ids == greedy(resident, PROMPT, 12)
@@ -81,15 +99,16 @@ def test_every_type_and_store_gives_what_resident_experts_give(dtype: str, store
     rule=st.sampled_from(RULES),
     predictor=st.sampled_from([None, "next-gate"]),
     store=st.sampled_from(["ram", "disk"]),
+    bits=st.sampled_from([None, 8, 4]),
     prompts=st.lists(st.lists(st.integers(2, 3000), min_size=1, max_size=20), min_size=1, max_size=3),
 )
 def test_no_cache_policy_or_predictor_changes_a_token(
-    slots: int, rule: str, predictor: str | None, store: str, prompts: list[list[int]]
+    slots: int, rule: str, predictor: str | None, store: str, bits: int | None, prompts: list[list[int]]
 ) -> None:
-    resident = _resident_demo()
+    resident = _resident_demo(bits)
     size = CacheSize(fraction=slots / 8)
     with OffloadedModel.load(
-        "demo", size, store=store, policy=rule, predictor=predictor, device="cpu", dtype="float32"
+        "demo", size, store=store, policy=rule, predictor=predictor, expert_bits=bits, device="cpu", dtype="float32"
     ) as offloaded:
         for prompt, generation in zip(prompts, offloaded.generate(prompts, max_new_tokens=6, ignore_eos=True), strict=True):
             assert generation.token_ids == greedy(resident, prompt, 6)
@@ -104,12 +123,13 @@ def test_without_a_cache_every_expert_is_loaded(mixtral: Path) -> None:
         assert decode.misses == decode.streamed == decode.requested == 5 * 3 * 2
 
 
-def test_misses_computed_on_the_host_change_no_token(mixtral: Path) -> None:
+@pytest.mark.parametrize("bits", [None, 4])
+def test_misses_computed_on_the_host_change_no_token(mixtral: Path, bits: int | None) -> None:
     with OffloadedModel.load(
-        str(mixtral), CacheSize(fraction=0.5), miss="host", store="ram", dtype="float32", device="cpu"
+        str(mixtral), CacheSize(fraction=0.5), miss="host", store="ram", dtype="float32", expert_bits=bits, device="cpu"
     ) as offloaded:
         (generation,) = offloaded.generate([PROMPT], max_new_tokens=12, ignore_eos=True)
-        assert generation.token_ids == greedy(resident_model(mixtral), PROMPT, 12)
+        assert generation.token_ids == greedy(resident_model(mixtral, expert_bits=bits), PROMPT, 12)
         decode = offloaded.experts.decode
         assert decode.host == decode.misses > 0
         # They were copied into the cache in the background, and found there later.
@@ -259,10 +279,6 @@ def test_prompts_that_a_model_cannot_continue(mixtral: Path) -> None:
         assert offloaded.experts.prefill.tokens == 0
 
 
-_RESIDENT: dict[str, object] = {}
-
-
-def _resident_demo() -> object:
-    if not _RESIDENT:
-        _RESIDENT["demo"] = resident_model(demo_model_folder())
-    return _RESIDENT["demo"]
+@cache
+def _resident_demo(bits: int | None) -> object:
+    return resident_model(demo_model_folder(), expert_bits=bits)

@@ -51,7 +51,8 @@ def _damage_silently(file: Path) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-@pytest.mark.parametrize("direct", [False, True])
+# Also of experts that are packed when they are read.
+@pytest.mark.parametrize(("direct", "bits"), [(False, None), (True, 4)])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -62,9 +63,10 @@ def _damage_silently(file: Path) -> None:
     ],
 )
 def test_a_file_that_changes_under_a_running_model(
-    demo: Path, damage: Callable[[Path], None], message: str, direct: bool
+    demo: Path, damage: Callable[[Path], None], message: str, direct: bool, bits: int | None
 ) -> None:
-    with OffloadedModel.load(str(demo), CacheSize(fraction=0.25), store="disk", device="cpu", direct=direct) as offloaded:
+    size = CacheSize(fraction=0.25)
+    with OffloadedModel.load(str(demo), size, store="disk", expert_bits=bits, device="cpu", direct=direct) as offloaded:
         offloaded.generate([PROMPT], max_new_tokens=16, ignore_eos=True)
         damage(demo / "model.safetensors")
         with pytest.raises(EngineError, match=message) as caught:
@@ -162,6 +164,7 @@ def test_experts_that_do_not_fit_into_memory_are_refused(demo: Path, monkeypatch
         ({"device": "cuda:63"}, "finds no GPU cuda:63"),
         ({"dtype": "float99"}, "dtype 'float99': expected auto"),
         ({"prefetch": 0}, "0 experts to prefetch"),
+        ({"expert_bits": 5}, "experts in 5 bits: expected 8 or 4"),
         ({"cache": CacheSize()}, "expected either a share or a size in GB"),
         ({"cache": CacheSize(fraction=0.5, gigabytes=1.0)}, "expected either a share or a size in GB"),
         ({"cache": CacheSize(gigabytes=float("nan"))}, "cache of nan GB"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -17,20 +18,26 @@ WIDTH, LAYERS = 16384, 4
 EXPERT_BYTES = 3 * 128 * WIDTH * 2
 
 RUN = """
-import sys, torch
+import gc, sys, torch
 from speculation.runtime import CacheSize, OffloadedModel
 from speculation.runtime.memory import peak_memory
 torch.set_num_threads(1)
 OffloadedModel.load("demo", CacheSize(fraction=0.25), store="disk", device="cpu").close()
 before = peak_memory()
-with OffloadedModel.load(sys.argv[1], CacheSize(fraction=0.25), store="disk", device="cpu", direct=True) as offloaded:
-    offloaded.generate([[17, 301, 44, 45]], max_new_tokens=4, ignore_eos=True)
-    print(offloaded.cache_bytes, offloaded.expert_bytes, peak_memory() - before)
+for options in ({"store": "disk", "direct": True}, {"store": "ram", "expert_bits": 4}):
+    with OffloadedModel.load(sys.argv[1], CacheSize(fraction=0.25), device="cpu", **options) as offloaded:
+        offloaded.generate([[17, 301, 44, 45]], max_new_tokens=4, ignore_eos=True)
+        print(offloaded.cache_bytes, offloaded.expert_bytes, peak_memory() - before)
+    del offloaded
+    gc.collect()
 """
 
 
 def test_a_model_takes_the_memory_of_its_cache(tmp_path: Path) -> None:
-    """Of 403 MB of experts, a quarter and two buffers are in memory; with the rest, it would be four times as much."""
+    """Of 403 MB of experts, a quarter and two buffers are in memory; with the rest, it would be four times as much.
+
+    With all experts in memory in 4 bits, there is one unpacked expert at a time.
+    """
     source = demo_model_folder()
     config = json.loads((source / "config.json").read_text()) | {"intermediate_size": WIDTH, "num_hidden_layers": LAYERS}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -52,8 +59,14 @@ def test_a_model_takes_the_memory_of_its_cache(tmp_path: Path) -> None:
     save_file({key: value.to(torch.bfloat16) for key, value in tensors.items()}, tmp_path / "model.safetensors")
     del tensors
     done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300)
-    cache, experts, grown = map(int, done.stdout.split())
+    plain_line, packed_line = done.stdout.splitlines()
+    cache, experts, grown = map(int, plain_line.split())
+    packed_cache, packed, packed_grown = map(int, packed_line.split())
     assert experts == LAYERS * 8 * EXPERT_BYTES
     assert cache == (LAYERS * 2 + 2) * EXPERT_BYTES
     # What was loaded before has warmed up everything but the cache, and 30 MB of attention weights and activations.
     assert grown < cache + 60e6 < experts / 2
+    assert packed == pytest.approx(experts * 4.5 / 16, rel=1e-3)
+    assert packed_cache == packed // 4 + 2 * packed // (LAYERS * 8) + EXPERT_BYTES
+    # One expert is read and packed at a time, another one is unpacked and computed.
+    assert packed_grown < packed + packed_cache + EXPERT_BYTES + 60e6 < experts * 0.7

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from support.offloaded import greedy, logits
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from profiler.errors import EngineError
+from profiler.errors import EngineError, SpecmoeError
 from speculation.runtime import CacheSize, OffloadedModel
-from speculation.runtime.layout import Weight
+from speculation.runtime.layout import ExpertLayout, Weight
 from speculation.runtime.model_loading import EXPERTS_IMPLEMENTATION
-from speculation.runtime.packing import BLOCK, FP4_VALUES, packed_weights, unpack
+from speculation.runtime.mxfp4 import BLOCK, FP4_VALUES, Mxfp4
 from vllm_patch.check.families import make
 
 PROMPT = [17, 301, 44, 45, 46, 301, 44, 9, 120]
@@ -27,16 +27,23 @@ def test_the_numbers_of_a_block() -> None:
     blocks[0, 0, :3] = torch.tensor([0x21, 0x7F, 0xA0])
     blocks[1, 0, 15] = 0x5B
     scales = torch.tensor([[127], [130]], dtype=torch.uint8)
-    found = unpack({"down_proj_blocks": blocks, "down_proj_scales": scales, "bias": torch.ones(2)}, torch.float32)
-    assert found.keys() == {"down_proj", "bias"}
-    assert found["down_proj"].shape == (32, 2)
+    plain = ExpertLayout((Weight("down_proj", (32, 2), torch.float32), Weight("bias", (2,), torch.float32)))
+    form = Mxfp4(plain)
+    assert [(weight.name, weight.shape) for weight in form.layout.weights] == [
+        ("down_proj_blocks", (2, 1, 16)),
+        ("down_proj_scales", (2, 1)),
+        ("bias", (2,)),
+    ]
+    found = {"down_proj": torch.empty(32, 2), "bias": torch.empty(2)}
+    form.unpack({"down_proj_blocks": blocks, "down_proj_scales": scales, "bias": torch.ones(2)}, found)
+    assert found["bias"].tolist() == [1.0, 1.0]
     assert found["down_proj"][:6, 0].tolist() == [0.5, 1.0, -6.0, 6.0, 0.0, -1.0]
     assert found["down_proj"][30:, 1].tolist() == [-1.5 * 8, 3.0 * 8]
 
 
 def test_a_matrix_that_no_blocks_add_up_to() -> None:
     with pytest.raises(ValueError, match="has 40 inputs, expected a multiple of 32"):
-        packed_weights((Weight("down_proj", (40, 8), torch.bfloat16),))
+        _ = Mxfp4(ExpertLayout((Weight("down_proj", (40, 8), torch.bfloat16),))).layout
 
 
 @pytest.mark.parametrize("store", ["ram", "disk"])
@@ -66,6 +73,11 @@ def test_other_quantization_is_refused_by_name(tmp_path: Path) -> None:
         path.write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
         with pytest.raises(EngineError, match=rf"is quantized \({method}\)"):
             OffloadedModel.load(str(folder), CacheSize(fraction=0.5), device="cpu")
+
+
+def test_packed_experts_are_not_rounded_to_integers(tmp_path: Path) -> None:
+    with pytest.raises(SpecmoeError, match=r"experts of this checkpoint are packed already \(mxfp4"):
+        OffloadedModel.load(str(packed_gpt_oss(tmp_path)), CacheSize(fraction=0.5), expert_bits=4, device="cpu")
 
 
 def packed_gpt_oss(folder: Path) -> Path:
