@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import shutil
 from collections.abc import Iterable
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from analysis.documents.csv_text import csv_text
 from analysis.documents.evaluation import CONTROL, Evaluation
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
@@ -166,12 +165,8 @@ def result_rows(document: Evaluation, run: Run, facts: dict[str, Any]) -> list[d
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write rows as CSV: numbers with six digits, unknown values empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in row.items()} for row in rows)
-    write_text(path, text.getvalue())
+    """Write rows of the same columns as CSV."""
+    write_text(path, csv_text([list(rows[0]), *(list(row.values()) for row in rows)]))
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:

@@ -175,6 +175,11 @@ class Evaluation(BaseModel):
         """`recall@4` for a model with four experts per token."""
         return next(iter(self.results.values())).recall_at_k_name
 
+    @property
+    def mass_at_k_name(self) -> str:
+        """`mass@4` for a model with four experts per token; without weights, no result has this metric."""
+        return self.recall_at_k_name.replace("recall", "mass")
+
     def to_json(self) -> str:
         """The file's content."""
         return self.model_dump_json(indent=1, by_alias=True) + "\n"
@@ -229,31 +234,30 @@ def table(evaluation: Evaluation, horizon: int = 1) -> list[dict[str, str]]:
 
 
 def budget_table(evaluation: Evaluation, horizon: int = 1) -> list[dict[str, str]]:
-    """What m fetched experts cover, as rows of text: recall@m for some m from K up, mass@K and mass@2K, calibration error.
+    """What the m most likely experts cover, as rows of text: recall@m for some m from K up (columns `@m`), mass@K, mass@2K.
 
-    Empty if an older release wrote the evaluation. Columns of weights are left out if the trace has none.
+    ECE: the expected calibration error. Empty if an older release wrote the evaluation. Columns of weights are left out if the
+    trace has none.
     """
     key = f"h={horizon}"
     own = evaluation.results[evaluation.predictor].budget.get(key) if evaluation.predictor in evaluation.results else None
     if not own:
         return []
     top_k, experts = own[0].m, own[-1].m
-    shown = [m for m in (point.m for point in own) if m in {round(top_k * factor) for factor in BUDGET_FACTORS} and m < experts]
+    multiples = {round(top_k * factor) for factor in BUDGET_FACTORS}
+    shown = [point.m for point in own if point.m in multiples and point.m < experts]
     masses = [m for m in shown if m in {top_k, 2 * top_k}] if evaluation.has_weights else []
-    columns = [*(f"recall@{m}" for m in shown), *(f"mass@{m}" for m in masses)]
-    by_chance = {
-        f"{what}@{m}": f"{m / experts:.3f}" for what, numbers in (("recall", shown), ("mass", masses)) for m in numbers
-    }
-    rows = [{"predictor": "chance"} | {name: by_chance[name] for name in columns} | {"calibration error": "-"}]
+    by_chance = {f"{what}@{m}": f"{m / experts:.3f}" for what, numbers in (("", shown), ("mass", masses)) for m in numbers}
+    rows = [{"predictor": "chance"} | by_chance | {"ECE": "-"}]
     for name, result in evaluation.results.items():
         points = {point.m: point for point in result.budget.get(key, [])}
         if not points:
             continue
         row = {"predictor": CONTROL if name.endswith(CONTROL) else name}
-        row |= {f"recall@{m}": f"{points[m].recall:.3f}" for m in shown}
+        row |= {f"@{m}": f"{points[m].recall:.3f}" for m in shown}
         row |= {f"mass@{m}": _shown(points[m].mass) for m in masses}
         calibration = result.calibration.get(key)
-        rows.append(row | {"calibration error": _shown(None if calibration is None else calibration.error)})
+        rows.append(row | {"ECE": _shown(None if calibration is None else calibration.error)})
     return rows
 
 

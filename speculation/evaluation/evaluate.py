@@ -29,7 +29,7 @@ from speculation.data.history import History
 from speculation.data.repeats import UNKNOWN_TOKEN
 from speculation.data.routes import Routes, load_routes, route_digests
 from speculation.data.tasks import Task, targets
-from speculation.evaluation.metrics import DEFINITIONS, ConfidenceCounts, ProblemSums, RankCounts, chance, true_ranks
+from speculation.evaluation.metrics import ConfidenceCounts, ProblemSums, RankCounts, chance, definitions, true_ranks
 from speculation.predictors.base import Predictor
 from speculation.training.runs import Run, count_parameters, manifest_sha256
 
@@ -107,7 +107,7 @@ def evaluate(
         trained_on=int(np.isin(route_digests(trace, routes), run.trained_on).sum()),
         tokens=len(routes),
         has_weights=has_weights,
-        definitions=DEFINITIONS,
+        definitions=definitions(shape.top_k, has_weights=has_weights),
         caveats=trace.caveats(),
         recipe=recipe(run),
         train_seconds=run.train_seconds,

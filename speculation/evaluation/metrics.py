@@ -44,6 +44,12 @@ DEFINITIONS = {
 }
 
 
+def definitions(top_k: int, *, has_weights: bool) -> dict[str, str]:
+    """The definitions of what `RankCounts` and `ConfidenceCounts` report, see there."""
+    unknown = set() if has_weights else {"mass@m", *(("top-1", "hit@m") if top_k > 1 else ())}
+    return {name: text for name, text in DEFINITIONS.items() if name not in unknown}
+
+
 def true_ranks(scores_NE: npt.NDArray[np.floating[Any]], true_NK: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Ranks `[N, K]` of the true experts `true_NK` among the scores `[N, E]`; equal scores rank by expert id.
 
