@@ -97,7 +97,7 @@ def test_a_transfer_matrix(make_trace: MakeTrace, tmp_path: Path) -> None:
     assert cells.keys() == {(source, target) for source in [*names, ALL] for target in names}
     for (source, target), row in cells.items():
         # The rule of one dataset predicts nothing in the other; a mixture of the two predicts a part of each.
-        low, high = (0.9, 1.0) if source == target else (0.4, 0.9) if source == ALL else (0.0, 0.1)
+        low, high = (0.9, 1.0) if source == target else (0.1, 0.95) if source == ALL else (0.0, 0.1)
         assert low <= row["recall@2"] <= high, (source, target, row)
         assert row["high"] >= row["recall@2"] >= row["low"]
     # All were trained on as many problems, so that rows differ in the data only.
