@@ -150,7 +150,8 @@ def _ranking(documents: list[Evaluation], rows: list[LeaderboardRow], summaries:
     order = [*labels, *seed_labels]
     figure.update_xaxes(title=k_name, range=[0, 1])
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, automargin=True, tickfont={"size": 12})
-    _lay_out(figure, f"{first.task}, {first.model}: {first.problems} problems", 160 + 44 * len(order))
+    above: dict[str, object] = {"orientation": "h", "yanchor": "bottom", "y": 1}
+    _lay_out(figure, f"{first.task}, {first.model}: {first.problems} problems", 160 + 44 * len(order), above)
     return figure
 
 
@@ -226,13 +227,14 @@ def _shown(documents: list[Evaluation]) -> Iterator[tuple[dict[str, str], str, R
         yield {"color": COLORS[number % len(COLORS)], "dash": dash}, label, result
 
 
-def _lay_out(figure: go.Figure, title: str, height: int) -> None:
+def _lay_out(figure: go.Figure, title: str, height: int, legend: dict[str, object] | None = None) -> None:
+    """legend: its place; None for the right side, where many entries fit."""
     figure.update_layout(
         template="plotly_white",
         title=escape(title),
         font={"size": 14},
         height=height,
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1},
+        legend=legend or {},
     )
 
 

@@ -100,11 +100,11 @@ def test_a_transfer_matrix(make_trace: MakeTrace, tmp_path: Path) -> None:
         low, high = (0.9, 1.0) if source == target else (0.1, 0.95) if source == ALL else (0.0, 0.1)
         assert low <= row["recall@2"] <= high, (source, target, row)
         assert row["high"] >= row["recall@2"] >= row["low"]
-    # All were trained on as many problems, so that rows differ in the data only.
-    assert len({row["train_problems"] for row in rows}) == 1
+    # All were trained on as many distinct prompts, so that rows differ in the data only.
+    runs = [load_run(tmp_path / "runs" / f"token-identity-{source}") for source in [*names, ALL]]
+    assert len({len(run.trained_on) for run in runs}) == 1
     test = digests_of(trace, part="test")
-    for source in [*names, ALL]:
-        run = load_run(tmp_path / "runs" / f"token-identity-{source}")
+    for source, run in zip([*names, ALL], runs, strict=True):
         assert not np.isin(run.trained_on, test).any()
         own = by_dataset(trace, None, "train")
         allowed = np.concatenate([own[name] for name in ([source] if source in own else own)])
