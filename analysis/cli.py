@@ -127,21 +127,27 @@ def print_statistics(statistics: Statistics) -> None:
         title=f"{escape(printable(model.id))}: {statistics.problems:,} problems, {statistics.tokens:,} tokens",
         title_justify="left",
     )
-    headers = ("layer", "entropy/max", "busiest/mean", "repeats", "shuffled", "bits to next", "shuffled")
+    repetition = statistics.repetitions[0]
+    if statistics.axes.knows_strongest:
+        repeats, repeats_shuffled, to_next = repetition.first, repetition.first_shuffled, "bits to next"
+        names = ("information_bits", "information_shuffled_bits")
+    else:
+        repeats, repeats_shuffled, to_next = repetition.shared, repetition.shared_shuffled, f"recall@{model.top_k} to next"
+        names = ("conditional_topk", "shuffled_topk")
+    headers = ("layer", "entropy/max", "busiest/mean", "repeats", "shuffled", to_next, "shuffled")
     for header in headers:
         table.add_column(header, justify="right")
-    repetition = statistics.repetitions[0]
     for n, layer in enumerate(model.moe_layers):
         shared = ("", "")
-        if statistics.hops and n < len(statistics.hops[0].information_bits):
-            first = statistics.hops[0]
-            shared = show(float(first.information_bits[n])), show(float(first.information_shuffled_bits[n]))
+        if statistics.hops and n < len(model.moe_layers) - 1:
+            first, second = (show(float(getattr(statistics.hops[0], name)[n])) for name in names)
+            shared = first, second
         table.add_row(
             str(layer),
             show(float(statistics.load.entropy_share[n])),
             show(float(statistics.load.max_over_mean[n]), 2),
-            show(float(repetition.first[0, n])),
-            show(float(repetition.first_shuffled[n])),
+            show(float(repeats[0, n])),
+            show(float(repeats_shuffled[n])),
             *shared,
         )
     console.print(table)

@@ -17,14 +17,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from analysis.documents.evaluation import Evaluation, table
+from analysis.documents.evaluation import Evaluation, budget_table, table
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
 from profiler.trace.writer import write_text
 from speculation.data.tasks import Shape, Task
 
 if TYPE_CHECKING:
-    from speculation.evaluation.leaderboard import LeaderboardRow
+    from speculation.evaluation.leaderboard_rows import LeaderboardRow, SeedSummary
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -232,13 +232,15 @@ def evaluate(
     leaderboard: Annotated[
         Path | None,
         typer.Option(
-            help="Write a comparison of all runs to this folder: tables (.md, .csv), a plot (.html) and all metrics (.json)."
+            help="Write a comparison of all runs to this folder: tables (.md, .csv), plots (.html) and all metrics (.json). "
+            "Runs that differ in their seed only are also summarized."
         ),
     ] = None,
 ) -> None:
     """Evaluate trained predictors on held-out problems.
 
-    The results are compared with chance, with the baselines and with a shuffled control.
+    The results are compared with chance, with the baselines and with a shuffled control. For a trace without routing weights,
+    metrics that depend on them, or on which expert is the strongest, are left out.
 
     Example: specmoe evaluate runs/math-mlp --trace traces/math --json math-mlp.json
 
@@ -246,6 +248,7 @@ def evaluate(
     """
     from speculation.evaluation.evaluate import evaluate as evaluate_run
     from speculation.evaluation.leaderboard import write_leaderboard
+    from speculation.evaluation.leaderboard_rows import seed_summaries
     from speculation.training.runs import load_run
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -269,21 +272,19 @@ def evaluate(
     if json_file is not None:
         write_text(json_file, documents[0].to_json())
     if leaderboard is not None:
-        print_leaderboard(write_leaderboard(documents, leaderboard), documents[0])
-        typer.echo(f"{leaderboard}: leaderboard.md, .csv, .json, .html")
+        print_leaderboard(write_leaderboard(documents, leaderboard), documents[0], seed_summaries(documents))
+        typer.echo(f"{leaderboard}: leaderboard.md, .csv, .json, .html; metrics.csv, budget.csv, reliability.csv")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print a table per horizon, and what the numbers mean."""
     horizons = len(next(iter(evaluation.results.values())).metrics)
     for horizon in range(1, horizons + 1):
-        rows = table(evaluation, horizon)
-        shown = Table(box=None, title=f"{_target(evaluation.task, horizon)}, {escape(evaluation.model)}", title_justify="left")
-        for column in rows[0]:
-            shown.add_column(column, justify="left" if column == "predictor" else "right", no_wrap=True)
-        for row in rows:
-            shown.add_row(*row.values())
-        console.print(shown)
+        _print_rows(table(evaluation, horizon), f"{_target(evaluation.task, horizon)}, {escape(evaluation.model)}")
+        budget = budget_table(evaluation, horizon)
+        if budget:
+            weight = " (mass: of their weight)" if evaluation.has_weights else ""
+            _print_rows(budget, f"Share of the chosen experts{weight} in the top m; ECE: calibration")
     trained_on = evaluation.trained_on
     what = f"Not held out (the run was trained on {trained_on} of these problems)" if trained_on else "Held out"
     part = f"{evaluation.part} part of a split {evaluation.split}" if evaluation.part != "all" else "the whole trace"
@@ -295,6 +296,15 @@ def print_evaluation(evaluation: Evaluation) -> None:
         typer.echo(line)
     for caveat in evaluation.caveats:
         typer.echo(f"Note: {caveat}")
+
+
+def _print_rows(rows: list[dict[str, str]], title: str) -> None:
+    shown = Table(box=None, title=title, title_justify="left")
+    for column in rows[0]:
+        shown.add_column(column, justify="left" if column == "predictor" else "right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row.values())
+    console.print(shown)
 
 
 def _split_by_flags(evaluation: Evaluation) -> list[str]:
@@ -309,8 +319,10 @@ def _split_by_flags(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def print_leaderboard(rows: list[LeaderboardRow], document: Evaluation) -> None:
-    """Print the rows of `speculation.evaluation.leaderboard` as a table."""
+def print_leaderboard(rows: list[LeaderboardRow], document: Evaluation, summaries: list[SeedSummary]) -> None:
+    """Print the rows of `speculation.evaluation.leaderboard` as a table, and the means over seeds below it."""
+    from speculation.evaluation.leaderboard_page import spread
+
     k_name = document.recall_at_k_name
     title = f"{document.task}, {escape(document.model)}; {document.problems} problems, {document.tokens:,} tokens"
     shown = Table(box=None, title=title, title_justify="left")
@@ -328,6 +340,12 @@ def print_leaderboard(rows: list[LeaderboardRow], document: Evaluation) -> None:
             "" if row.microseconds_per_prediction is None else f"{row.microseconds_per_prediction:,.0f}",
         )
     console.print(shown)
+    if summaries:
+        typer.echo("Runs that differ in their seed only: mean over the seeds (lowest-highest).")
+    for each in summaries:
+        values = ", ".join(f"{name} {spread(*value)}" for name, value in each.metrics.items())
+        seeds = ", ".join(map(str, each.seeds))
+        typer.echo(f"{each.predictor}, h = {each.horizon}, {len(each.seeds)} seeds ({seeds}): {values}")
 
 
 def _target(task: str, horizon: int) -> str:

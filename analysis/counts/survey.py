@@ -83,6 +83,11 @@ class Axes:
         """Number of MoE layers."""
         return len(self.moe_layers)
 
+    @property
+    def knows_strongest(self) -> bool:
+        """Whether it is known which of a token's experts is the strongest: with weights, or if there is only one."""
+        return self.has_weights or self.top_k == 1
+
 
 def survey_trace(trace: Trace, choice: Choice = EVERYTHING) -> Survey:
     """Survey a trace's tables in bounded memory. Raises `TraceError` if they are broken or lack a column of `choice`."""

@@ -36,7 +36,9 @@ def comparison_table(compared: dict[str, Statistics]) -> dict[str, dict[str, flo
     rows: dict[str, dict[str, float]] = {}
 
     def add(figure: str, values: dict[str, float]) -> None:
-        rows[figure] = values
+        # A figure of the strongest experts is known of no trace, if none says which they are.
+        if any(np.isfinite(value) for value in values.values()):
+            rows[figure] = values
 
     add("chance of an expert (K/E)", {name: s.axes.top_k / s.axes.num_experts for name, s in compared.items()})
     add("load entropy / maximum", {name: mean(s.load.entropy_share) for name, s in compared.items()})
@@ -122,11 +124,19 @@ def _agreement(agreements: dict[str, Agreement], compared: dict[str, Statistics]
         f"{name} {mean(found.shared):.1%} (two random tokens: {mean(found.shared_shuffled):.1%})"
         for name, found in agreements.items()
     )
-    rows: list[tuple[str, ...]] = [
-        ("traces", "prompts", "tokens", "experts in common", "same set", "same strongest", "two random tokens")
-    ]
+    columns = {
+        "experts in common": "shared", "same set": "same_set", "same strongest": "same_first",
+        "two random tokens": "shared_shuffled",
+    }  # fmt: skip
+    # Known of no pair of traces, if none says which experts are the strongest.
+    columns = {
+        name: field
+        for name, field in columns.items()
+        if any(np.isfinite(getattr(found, field)).any() for found in agreements.values())
+    }
+    rows: list[tuple[str, ...]] = [("traces", "prompts", "tokens", *columns)]
     for name, found in agreements.items():
-        values = (found.shared, found.same_set, found.same_first, found.shared_shuffled)
+        values = [getattr(found, field) for field in columns.values()]
         rows.append((name, f"{found.problems:,}", f"{found.tokens:,}", *(show(mean(value)) for value in values)))
     explanation = (
         "Prompts in both traces are compared token by token, which shows what another precision or engine changes. Generated "

@@ -27,49 +27,61 @@ def repetition_section(s: Statistics) -> Section:
     whole, layers, top_k = s.repetitions[0], list(s.axes.moe_layers), s.axes.top_k
     chances = repetition_chance(s.axes.num_experts, top_k)
     chosen = []
-    for name, values, control, chance in (
+    kinds = (
         ("same first choice", whole.first, whole.first_shuffled, chances[0]),
         ("first or second choice in common", whole.first_or_second, whole.first_or_second_shuffled, chances[1]),
         (f"share of the {top_k} experts in common", whole.shared, whole.shared_shuffled, chances[2]),
-    )[: 1 if top_k == 1 else 3 if top_k > 2 else 2]:
+    )
+    first_kind, last_kind = (0, 1 if top_k == 1 else 3 if top_k > 2 else 2) if s.axes.knows_strongest else (2, 3)
+    for name, values, control, chance in kinds[first_kind:last_kind]:
         chosen.append(Curve(name, [mean(row) for row in values]))
         chosen.append(Curve(f"{name}, tokens shuffled", [mean(control)] * len(DISTANCES), CONTROL))
         chosen.append(Curve(f"{name}, chance", [chance] * len(DISTANCES), CHANCE))
     by_distance = lines(chosen, DISTANCES, "distance (tokens)", "share of tokens", log_x=True)
+    name, values, control, chance = kinds[first_kind]
     by_layer = lines(
         [
-            Curve("same first choice as the previous token", whole.first[0]),
-            Curve("shuffled", whole.first_shuffled, CONTROL),
-            Curve("chance", [chances[0]] * len(layers), CHANCE),
+            Curve(f"{name}, with the previous token", values[0]),
+            Curve("shuffled", control, CONTROL),
+            Curve("chance", [chance] * len(layers), CHANCE),
         ],
         layers,
         "layer",
         "share of tokens",
     )
-    if np.isfinite(whole.first[0]).any():
-        n = int(np.nanargmax(whole.first[0]))
+    if np.isfinite(values[0]).any():
+        n = int(np.nanargmax(values[0]))
+        what = (
+            f"Consecutive tokens have the same first choice {mean(values[0]):.1%} of the time"
+            if s.axes.knows_strongest
+            else f"Consecutive tokens have {mean(values[0]):.1%} of their {top_k} experts in common"
+        )
         headline = (
-            f"Consecutive tokens have the same first choice {mean(whole.first[0]):.1%} of the time (two random tokens: "
-            f"{mean(whole.first_shuffled):.1%}, chance: {chances[0]:.1%}), most often at layer {layers[n]} "
-            f"({whole.first[0, n]:.0%})."
+            f"{what} (two random tokens: {mean(control):.1%}, chance: {chance:.1%}), most at layer {layers[n]} "
+            f"({values[0, n]:.0%})."
         )
     else:
         headline = "No problem has two consecutive recorded tokens, so repetition cannot be measured."
     shown = sorted({0, len(layers) // 2, len(layers) - 1})
     names = [f"layer {layers[n]}" for n in shown]
-    rows = [("dataset", *(f"first, {name}" for name in names), *(f"first or second, {name}" for name in names))]
+    columns = {"first": ("first", chances[0]), "first or second": ("first_or_second", chances[1])}
+    if not s.axes.knows_strongest:
+        columns = {"in common": ("shared", chances[2])}
+    rows = [("dataset", *(f"{column}, {name}" for column in columns for name in names))]
     for each in s.repetitions:
-        both = [values[0, n] for values in (each.first, each.first_or_second) for n in shown]
-        rows.append((each.dataset, *(show(100 * float(value), 1) for value in both)))
-    rows.append(
-        ("shuffled", *(show(100 * v, 1) for v in [*whole.first_shuffled[shown], *whole.first_or_second_shuffled[shown]]))
-    )
-    rows.append(("chance", *[show(100 * chances[0], 1)] * len(shown), *[show(100 * chances[1], 1)] * len(shown)))
+        cells = [getattr(each, field)[0, n] for field, _ in columns.values() for n in shown]
+        rows.append((each.dataset, *(show(100 * float(value), 1) for value in cells)))
+    cells = [getattr(whole, f"{field}_shuffled")[n] for field, _ in columns.values() for n in shown]
+    rows.append(("shuffled", *(show(100 * float(value), 1) for value in cells)))
+    rows.append(("chance", *(show(100 * value, 1) for _, value in columns.values() for _ in shown)))
     tables = [tuple(rows)]
     explanation = (
         "Pairs of tokens of the same problem, in the same layer. Shuffled: two tokens drawn at random from the whole trace. "
-        "The "
-        "table follows Table 5 of the Mixtral paper, in percent of consecutive tokens."
+    )
+    explanation += (
+        "The table follows Table 5 of the Mixtral paper, in percent of consecutive tokens."
+        if s.axes.knows_strongest
+        else "The table is in percent, of consecutive tokens."
     )
     if s.table_5:
         agree = sum(row.within for row in s.table_5)

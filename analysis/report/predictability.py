@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.documents.evaluation import Evaluation, table
+from analysis.documents.evaluation import Evaluation, budget_table, table
 from analysis.report.figures import (
     CHANCE,
     COLORS,
@@ -19,7 +21,7 @@ from analysis.report.figures import (
     wrapped,
 )
 from analysis.statistics.compute import Statistics, mean, show
-from analysis.statistics.contexts import TASKS
+from analysis.statistics.contexts import TASKS, ContextStatistics
 from analysis.statistics.weights import QUANTILES
 
 
@@ -90,27 +92,17 @@ def predictability_section(s: Statistics) -> Section:
     figure.update_xaxes(title=f"recall@{top_k}", rangemode="tozero")
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(legend=TOP_LEGEND, height=220 + 44 * len(names))
-    rows = [
-        (
-            "context",
-            f"recall@{top_k}",
-            "top-1",
-            "entropy of the strongest (bits)",
-            "entropy of the set, at most (bits)",
-            "tasks",
-        )
-    ]
-    rows += [
-        (
-            each.shown,
-            _between(each.recall_held_out, each.recall_plug_in),
-            _between(each.top1_held_out, each.top1_plug_in),
-            _between(each.first_bits_plug_in, each.first_bits_held_out, 2),
-            _between(each.set_bits_plug_in, each.set_bits_held_out, 2),
-            ", ".join(task for task, known in TASKS.items() if each.context in known),
-        )
-        for each in s.contexts
-    ]
+    columns: dict[str, Callable[[ContextStatistics], str]] = {
+        "context": lambda each: each.shown,
+        f"recall@{top_k}": lambda each: _between(each.recall_held_out, each.recall_plug_in),
+        "top-1": lambda each: _between(each.top1_held_out, each.top1_plug_in),
+        "entropy of the strongest (bits)": lambda each: _between(each.first_bits_plug_in, each.first_bits_held_out, 2),
+        "entropy of the set, at most (bits)": lambda each: _between(each.set_bits_plug_in, each.set_bits_held_out, 2),
+        "tasks": lambda each: ", ".join(task for task, known in TASKS.items() if each.context in known),
+    }
+    if not s.axes.knows_strongest:
+        columns = {name: cell for name, cell in columns.items() if name not in {"top-1", "entropy of the strongest (bits)"}}
+    rows = [tuple(columns), *(tuple(cell(each) for cell in columns.values()) for each in s.contexts)]
     sentences = []
     for task, known in TASKS.items():
         usable = [by_name[name] for name in known if name in by_name and np.isfinite(by_name[name].recall_held_out)]
@@ -160,10 +152,29 @@ def predictions_section(evaluation: Evaluation, number: int) -> Section:
         chosen.append(Curve("chance", [evaluation.chance[metric]] * len(chosen[0].y), CHANCE))
         drawn = lines(chosen, list(range(len(chosen[0].y))), "predicted MoE layer (from 0)", metric)
         figures = (html(drawn, f"predictors-{number}", headline),)
+    by_budget = {name: result.budget["h=1"] for name, result in evaluation.results.items() if result.budget.get("h=1")}
+    tables = [cells]
+    if by_budget:
+        all_m = [point.m for point in next(iter(by_budget.values()))]
+        chosen = [
+            Curve(name, [point.recall for point in points], CONTROL if name not in predictors else None)
+            for name, points in by_budget.items()
+        ]
+        chosen.append(Curve("chance", [m / all_m[-1] for m in all_m], CHANCE))
+        caption = "Share of the chosen experts among the m most likely ones."
+        drawn = lines(chosen, all_m, "m: experts fetched per token and layer", "recall@m")
+        figures += (html(drawn, f"budget-{number}", caption),)
+        budget = budget_table(evaluation)
+        tables.append((tuple(budget[0]), *(tuple(row.values()) for row in budget)))
     explanation = (
         f"Run {evaluation.run}, task {evaluation.task}, evaluated on {evaluation.problems} problems ({evaluation.tokens:,} "
         "tokens) "
         f"of {evaluation.trace}: the {evaluation.part} part of a split {evaluation.split}. In parentheses: 95 % interval over "
         "problems."
     )
-    return Section("Predictors", headline, explanation, figures, (cells,))
+    if by_budget:
+        explanation += (
+            " Second table: recall, and share of the routing weight (mass), if the m most likely experts are fetched; ECE: "
+            "expected calibration error of the predicted probabilities."
+        )
+    return Section("Predictors", headline, explanation, figures, tuple(tables))

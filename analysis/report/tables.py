@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from analysis.counts.locality import DISTANCES
+from analysis.documents.csv_text import csv_text
 from analysis.statistics.compute import Statistics
 from analysis.statistics.weights import QUANTILES
 from profiler.trace.writer import write_text
@@ -41,9 +40,7 @@ def write_tables(statistics: Statistics, labels: Sequence[str], folder: Path) ->
         header, *body = rows
         path = folder / f"{name}.csv"
         if body:
-            text = io.StringIO()
-            csv.writer(text).writerows([header, *([_cell(value) for value in row] for row in body)])
-            write_text(path, text.getvalue())
+            write_text(path, csv_text([header, *body]))
             paths.append(path)
         else:
             # An earlier analysis may have written this table into the same folder.
@@ -52,13 +49,6 @@ def write_tables(statistics: Statistics, labels: Sequence[str], folder: Path) ->
 
 
 Rows = Iterable[Sequence[Any]]
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float | np.floating):
-        return f"{value:.6g}" if np.isfinite(value) else ""
-    # Spreadsheets run text that begins like a formula, and the tokens of a trace are untrusted.
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _load(s: Statistics) -> Rows:

@@ -48,46 +48,57 @@ def transitions_section(s: Statistics) -> Section:
     highest = float(np.quantile(s.probabilities[0, : len(layers) - 1], 0.999)) or 1.0
     figure.update_traces(zmax=highest)
     figure.update_layout(height=560)
-    information, control = first.information_bits, first.information_shuffled_bits
-    strongest = int(np.argmax(information))
-    headline = (
-        f"The strongest experts of adjacent layers share {information.mean():.2f} bits on average (shuffled "
-        f"control: {show(control.mean())}), most between layers {layers[strongest]} and {layers[strongest + 1]}: "
-        f"{information.max():.2f} bits."
-    )
+    if s.axes.knows_strongest:
+        information, control = first.information_bits, first.information_shuffled_bits
+        strongest = int(np.argmax(information))
+        headline = (
+            f"The strongest experts of adjacent layers share {information.mean():.2f} bits on average (shuffled "
+            f"control: {show(control.mean())}), most between layers {layers[strongest]} and {layers[strongest + 1]}: "
+            f"{information.max():.2f} bits."
+        )
+        columns = {
+            "bits": first.information_bits,
+            "shuffled": first.information_shuffled_bits,
+            "top-1, same tokens": first.conditional_top1,
+            "top-1, held out": first.held_out_top1,
+            "popularity": first.marginal_top1,
+            "same index": first.same_strongest,
+            "if independent": first.independent_strongest,
+        }
+        measures = (
+            "Bits: mutual information of the strongest experts, corrected for bias. Top-1: accuracy of predicting the next "
+            "layer's strongest expert, on the same tokens and on held-out problems."
+        )
+    else:
+        recall = f"recall@{s.axes.top_k}"
+        headline = (
+            f"From one expert of a layer, {mean(first.conditional_topk):.1%} of those of the next layer are predicted with "
+            f"{s.axes.top_k} guesses on the same tokens (shuffled control: {mean(first.shuffled_topk):.1%}, popularity: "
+            f"{mean(first.marginal_topk):.1%})."
+        )
+        columns = {
+            f"{recall}, same tokens": first.conditional_topk,
+            f"{recall}, held out": first.held_out_topk,
+            "shuffled": first.shuffled_topk,
+            "popularity": first.marginal_topk,
+            "same index": first.same_selected,
+            "if independent": first.independent_selected,
+        }
+        measures = f"{recall}: share of the next layer's experts predicted with {s.axes.top_k} guesses from one expert."
     sliders = "" if hops == 0 else "Move the sliders to change the layers; the color scale stays the same. "
     explanation = (
         "P(expert at the later layer | expert at the earlier layer), over all pairs of selected experts of a token. Every row "
         f"sums to 1; by chance every entry would be {1 / experts:.3f}. If all rows were equal, the layers would be "
         "independent. "
-        f"{sliders}Colors end at the 99.9th percentile of one-hop probabilities. Bits: mutual information of the strongest "
-        "experts, corrected for bias. Top-1: accuracy of predicting the next layer's strongest expert, on the same tokens and "
-        "on "
-        "held-out problems."
+        f"{sliders}Colors end at the 99.9th percentile of one-hop probabilities. {measures}"
     )
     if hops == 0:
         explanation += f" The figure shows layers {layers[0]} and {layers[1]}; all other matrices are in transitions.npz."
     elif hops < len(s.hops):
         explanation += f" Hops beyond {hops} would make this page too large; they are in transitions.npz."
-    rows: list[tuple[str, ...]] = [
-        ("layers", "bits", "shuffled", "top-1, same tokens", "top-1, held out", "popularity", "same index", "if independent")
-    ]
+    rows: list[tuple[str, ...]] = [("layers", *columns)]
     rows += [
-        (
-            f"{layers[n]} → {layers[n + 1]}",
-            *(
-                show(float(values[n]))
-                for values in (
-                    information,
-                    control,
-                    first.conditional_top1,
-                    first.held_out_top1,
-                    first.marginal_top1,
-                    first.same_strongest,
-                    first.independent_strongest,
-                )
-            ),
-        )
+        (f"{layers[n]} → {layers[n + 1]}", *(show(float(values[n])) for values in columns.values()))
         for n in range(len(layers) - 1)
     ]
     data = {
@@ -125,34 +136,31 @@ def hops_section(s: Statistics) -> Section:
         drawn.update_xaxes(dtick=1)
         return drawn
 
-    held_out, popular = curve("held_out_top1"), curve("marginal_top1")
+    kind = "top1" if s.axes.knows_strongest else "topk"
+    held_out, popular = curve(f"held_out_{kind}"), curve(f"marginal_{kind}")
     if np.isfinite(held_out[0]):
-        headline = (
+        what = (
             f"Given a layer's strongest expert, the next layer's strongest is predicted correctly for {held_out[0]:.0%} of "
-            "tokens "
-            f"(popularity alone: {popular[0]:.0%}, chance: {1 / experts:.0%})"
-            + (f"; {numbers[-1]} layers ahead, for {held_out[-1]:.0%}." if len(hops) > 1 else ".")
+            f"tokens (popularity alone: {popular[0]:.0%}, chance: {1 / experts:.0%})"
+            if s.axes.knows_strongest
+            else f"Given one expert of a layer, {held_out[0]:.0%} of the next layer's are predicted with {top_k} guesses "
+            f"(popularity alone: {popular[0]:.0%}, chance: {top_k / experts:.0%})"
         )
+        headline = what + (f"; {numbers[-1]} layers ahead, {held_out[-1]:.0%}." if len(hops) > 1 else ".")
     else:
         headline = "There are too few problems to hold any out: predictions are evaluated on the tokens that were counted."
     explanation = (
         "Means over layers. The prediction is the expert that most often follows the given one; 'held-out problems' means "
-        "that the experts are counted on one half of the problems and predicted on the other, in both directions. First "
-        "figure: "
-        "accuracy for the strongest expert, given the strongest at the earlier layer."
+        "that the experts are counted on one half of the problems and predicted on the other, in both directions."
     )
+    figures = []
+    if s.axes.knows_strongest:
+        explanation += " Top-1 accuracy: for the strongest expert, given the strongest at the earlier layer."
+        drawn = figure("top1", "same_strongest", "independent_strongest", 1 / experts, "top-1 accuracy")
+        figures.append(html(drawn, "hops-strongest", headline))
     if top_k > 1:
-        explanation += (
-            f" Second figure: recall of the {top_k} experts with {top_k} predictions, given one at the earlier layer."
-        )
+        explanation += f" Recall@{top_k}: of the {top_k} experts with {top_k} predictions, given one at the earlier layer."
     explanation += " Predictors that use all earlier layers are evaluated by 'specmoe evaluate'."
-    figures = [
-        html(
-            figure("top1", "same_strongest", "independent_strongest", 1 / experts, "top-1 accuracy"),
-            "hops-strongest",
-            headline,
-        )
-    ]
     if top_k > 1:
         drawn = figure("topk", "same_selected", "independent_selected", top_k / experts, f"recall@{top_k}")
         figures.append(html(drawn, "hops-selected", "Recall of all selected experts by hop."))

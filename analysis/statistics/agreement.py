@@ -32,7 +32,7 @@ class Agreement:
         tokens: Number of tokens that were compared.
         shared: Mean number of experts in common, divided by K, per MoE layer `[L]`.
         same_set: Share of tokens with the same set of K experts `[L]`.
-        same_first: Share of tokens with the same strongest expert `[L]`.
+        same_first: Share of tokens with the same strongest expert `[L]`; `nan` if a trace does not say which that is.
         shared_shuffled: The control for `shared` `[L]`: its expected value for two random tokens, one from each trace, computed
             from the expert loads of both.
     """
@@ -130,7 +130,10 @@ def agreement_of(one: Prompts, other: Prompts) -> Agreement | None:
     if tokens == 0:
         return None
     shuffled = (normalized(loads[0]) * normalized(loads[1])).sum(1) * top_k
-    return Agreement(problems, tokens, totals[0] / tokens / top_k, totals[1] / tokens, totals[2] / tokens, shuffled)
+    shared_L, same_set_L, same_first_L = totals[0] / tokens / top_k, totals[1] / tokens, totals[2] / tokens
+    if not (first.metadata.knows_strongest and second.metadata.knows_strongest):
+        same_first_L = np.full(layers, np.nan)
+    return Agreement(problems, tokens, shared_L, same_set_L, same_first_L, shuffled)
 
 
 Ids = npt.NDArray[Any]

@@ -240,6 +240,10 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
         left = "" if axes.choice.without is None else f" of problems without {axes.choice.without!r}"
         raise TraceError(f"{source.name} has no routing rows{left}")
     repetitions = _repetitions(counts)
+    hops = [hop_statistics(counts.transitions, hop, axes.top_k, seed) for hop in range(1, axes.hops + 1)]
+    if not axes.knows_strongest:
+        repetitions = [each.without_strongest(axes.top_k) for each in repetitions]
+        hops = [each.without_strongest() for each in hops]
     pairs_NEE = counts.transitions.pairs[:, 0, : axes.layers - 1].sum(0, dtype=np.int64) if axes.hops else None
     return Statistics(
         source=source,
@@ -247,10 +251,10 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
         tokens=tokens,
         problems=sum(counts.reuse.lengths.values()),
         loads=_loads(counts),
-        hops=[hop_statistics(counts.transitions, hop, axes.top_k, seed) for hop in range(1, axes.hops + 1)],
+        hops=hops,
         probabilities=_probabilities(counts),
         repetitions=repetitions,
-        table_5=compare_with_table_5(repetitions, source.metadata.model),
+        table_5=compare_with_table_5(repetitions, source.metadata.model) if axes.knows_strongest else [],
         reuse=reuse_statistics(counts.reuse, load.counts.sum((0, 1)), tokens),
         pairs=pair_statistics(counts.pairs, axes.top_k, seed),
         domains=domain_distances(load.blocks, axes.datasets, seed),
@@ -259,7 +263,7 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
         clusters=cluster_experts(counts.pairs.together if axes.top_k > 1 else None, pairs_NEE, axes.layers, seed),
         weights=weight_statistics(counts.weights),
         margins=margin_statistics(counts.margins),
-        contexts=context_statistics(counts.contexts, axes.top_k),
+        contexts=context_statistics(counts.contexts, axes.top_k, knows_strongest=axes.knows_strongest),
         blocks=flat_blocks(load.blocks, axes.datasets)[0],
     )
 

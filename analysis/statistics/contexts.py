@@ -36,6 +36,8 @@ TASKS: dict[str, tuple[str, ...]] = {
     "whole-path": (NO_CONTEXT, PREVIOUS_TOKEN, TWO_OF_TOKEN, TOKEN),
 }
 """The contexts that are known in each task (at horizon h = 1)."""
+# The contexts that do not depend on which experts are the strongest.
+OF_NO_EXPERT = (NO_CONTEXT, TOKEN)
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,21 @@ class ContextStatistics:
         return self.context if self.coverage > 0.999 else f"{self.context} (only common tokens: {self.coverage:.0%} of all)"
 
 
-def context_statistics(counts: ContextCounts, top_k: int) -> list[ContextStatistics]:
-    """Statistics of all contexts that have tokens, in the order of TASKS["next-layer"]."""
-    names = [name for name in TASKS["next-layer"] if name in counts.selected and counts.strongest[name].any()]
+def context_statistics(counts: ContextCounts, top_k: int, *, knows_strongest: bool = True) -> list[ContextStatistics]:
+    """Statistics of all contexts that have tokens, in the order of TASKS["next-layer"].
+
+    knows_strongest: whether the trace says which experts are the strongest. Without, contexts of them are left out, and
+    first_bits and top1 are `nan`.
+    """
+    contexts = TASKS["next-layer"] if knows_strongest else OF_NO_EXPERT
+    names = [name for name in contexts if name in counts.selected and counts.strongest[name].any()]
     columns = {name: _columns(counts, name, top_k) for name in names}
+    if not knows_strongest:
+        unknown = {f"{what}_{how}" for what in ("first_bits", "top1") for how in ("plug_in", "held_out")}
+        columns = {
+            name: {figure: np.full_like(values, np.nan) if figure in unknown else values for figure, values in each.items()}
+            for name, each in columns.items()
+        }
     common = np.logical_and.reduce([np.isfinite(columns[name]["recall_held_out"]) for name in names]) if names else np.empty(0)
     found = []
     for name in names:

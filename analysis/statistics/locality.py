@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import comb
 
@@ -25,6 +25,8 @@ class Repetition:
     first: both tokens have the same strongest expert. first_or_second: the two strongest experts of both tokens have one in
     common. shared: experts in common, divided by K. *_shuffled `[L]`: the same for two tokens drawn at random from this
     dataset, computed exactly from the counts. Chance: 1/E; 1 - C(E-2, 2)/C(E, 2); K/E.
+
+    first is `nan` if the trace does not say which expert is the strongest; so is first_or_second, unless K is 2.
     """
 
     dataset: str
@@ -35,6 +37,13 @@ class Repetition:
     first_shuffled: Floats
     first_or_second_shuffled: Floats
     shared_shuffled: Floats
+
+    def without_strongest(self, top_k: int) -> Repetition:
+        """The same for a trace that does not say which experts are the strongest: what depends on it is `nan`."""
+        names = ["first", "first_shuffled"]
+        if top_k > 2:
+            names += ["first_or_second", "first_or_second_shuffled"]
+        return replace(self, **{name: np.full_like(getattr(self, name), np.nan) for name in names})
 
 
 def repetition(

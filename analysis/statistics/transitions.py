@@ -5,7 +5,7 @@ n and k count MoE layers only. Every pair is of two layers of the same token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import random_table
@@ -35,6 +35,8 @@ class HopStatistics:
     same_strongest: the strongest experts at n and n+hop have the same index. same_selected: the index of an expert selected at
     n is also selected at n+hop. independent_strongest, independent_selected: their expected values from the loads of both
     layers alone, which is the expectation of the shuffled control. Chance is 1/E and K/E.
+
+    Everything about the strongest experts is `nan` if the trace does not say which they are.
     """
 
     hop: int
@@ -52,6 +54,11 @@ class HopStatistics:
     independent_strongest: Floats
     same_selected: Floats
     independent_selected: Floats
+
+    def without_strongest(self) -> HopStatistics:
+        """The same for a trace that does not say which experts are the strongest: what depends on it is `nan`."""
+        of_strongest = [name for name in vars(self) if name.endswith(("_bits", "_top1", "_strongest"))]
+        return replace(self, **{name: np.full_like(getattr(self, name), np.nan) for name in of_strongest})
 
 
 def hop_statistics(counts: TransitionCounts, hop: int, top_k: int, seed: int = 0) -> HopStatistics:

@@ -17,11 +17,12 @@ def known_model(name: str) -> ModelEntry | None:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the rows of a source show about its model."""
+    """What a source shows about its model. stated_experts: the number of experts that it states, None if it does not."""
 
     layers: list[int]
     highest_id: int
     most_experts: int
+    stated_experts: int | None = None
 
     def contradiction(self, entry: ModelEntry) -> str | None:
         """Why these rows cannot be of this model, or None."""
@@ -31,6 +32,8 @@ class Recorded:
             return f"layer {few}, but the MoE layers of {entry.name} are {entry.moe_layers[0]}-{entry.moe_layers[-1]}"
         if self.highest_id >= entry.experts:
             return f"expert id {self.highest_id}, but {entry.name} has {entry.experts} experts"
+        if self.stated_experts not in {None, entry.experts}:
+            return f"the source says {self.stated_experts} experts, but {entry.name} has {entry.experts}"
         if self.most_experts > entry.top_k:
             return f"{self.most_experts} experts per token, but {entry.name} uses {entry.top_k}"
         return None

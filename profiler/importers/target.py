@@ -301,7 +301,7 @@ class Target:
         highest = self._highest
         if highest < 0:
             raise TraceError(f"{self.source}: no expert in any row")
-        recorded = Recorded(sorted(self._rows_of_layer), highest, self._most_experts)
+        recorded = Recorded(sorted(self._rows_of_layer), highest, self._most_experts, self.num_experts)
         entry = facts_for(self.options.model, self.model_id, recorded, self.source)
         known = self.options.num_experts or self.num_experts or (None if entry is None else entry.experts)
         if known is not None and not highest < known <= MAX_EXPERTS:

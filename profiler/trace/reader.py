@@ -326,8 +326,8 @@ class Trace:
         """List what a reader of any number from this trace must know, one line each."""
         record = self.metadata.record
         lines = []
-        if not record.weights:
-            lines.append("no weights were recorded: 'strongest' means the expert that the source lists first")
+        if not self.metadata.knows_strongest:
+            lines.append("no weights were recorded: which of a token's experts is the strongest is unknown, so nothing says it")
         if record.empty_slots:
             lines.append(f"{record.empty_slots:,} slots have no expert: some tokens went to fewer than K")
         return lines

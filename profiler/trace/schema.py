@@ -234,6 +234,11 @@ class Metadata(_Document):
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     command: list[str] = []
 
+    @property
+    def knows_strongest(self) -> bool:
+        """Whether the order of a token's experts says which is the strongest: with weights, or if there is only one."""
+        return self.record.weights or self.model.top_k == 1
+
 
 def comparable_capture(metadata: Metadata) -> dict[str, Any]:
     """The `capture` of a trace's metadata, with the settings that earlier versions did not record, as they were then."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +12,16 @@ import numpy.typing as npt
 import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
-from analysis.documents.evaluation import Coverage, Evaluation, Result
+from analysis.documents.evaluation import (
+    CONTROL,
+    BudgetPoint,
+    Calibration,
+    Coverage,
+    Evaluation,
+    Recipe,
+    ReliabilityBin,
+    Result,
+)
 from profiler.errors import SpecmoeError, TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.splits import split_key
@@ -19,7 +29,7 @@ from speculation.data.history import History
 from speculation.data.repeats import UNKNOWN_TOKEN
 from speculation.data.routes import Routes, load_routes, route_digests
 from speculation.data.tasks import Task, targets
-from speculation.evaluation.metrics import DEFINITIONS, ConfidenceCounts, RankCounts, chance, true_ranks
+from speculation.evaluation.metrics import ConfidenceCounts, ProblemSums, RankCounts, chance, definitions, true_ranks
 from speculation.predictors.base import Predictor
 from speculation.training.runs import Run, count_parameters, manifest_sha256
 
@@ -28,7 +38,6 @@ CHUNK_BYTES = 32 << 20
 # Lower ends of the reported ranges of positions in the sequence.
 POSITION_STARTS = (0, 16, 64, 256, 1024)
 PHASES = ("prefill", "decode")
-BOOTSTRAP_SAMPLES = 1000
 TIMED_TOKENS = 12
 
 
@@ -40,16 +49,26 @@ class Groups:
     group_T: npt.NDArray[np.int64]
 
 
-def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_baselines: bool = True) -> Evaluation:
+def evaluate(
+    run: Run,
+    trace: Trace,
+    *,
+    part: str = "test",
+    without: npt.NDArray[np.uint64] | None = None,
+    seed: int = 0,
+    with_baselines: bool = True,
+) -> Evaluation:
     """Evaluate a run's predictor and its baselines on one part of a trace's split.
 
     The shuffled control scores the predictions against the routes of other, randomly chosen tokens at the same layer. It must
-    fall to popularity or below; otherwise the evaluation leaks.
+    fall to popularity or below; otherwise the evaluation leaks. For a trace without routing weights, metrics that depend on
+    them, or on which expert is the strongest, are left out.
 
     Args:
         run: A trained run.
         trace: The trace to evaluate on.
         part: Part of the split by problem: `test`, `validation`, `train` or `all`.
+        without: Leave out problems with these digests (see `route_digests`).
         seed: Random seed of the shuffled control.
         with_baselines: Also evaluate the run's baselines.
 
@@ -65,12 +84,17 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
             f"'specmoe simulate TRACE --policy {run.path}'"
         )
     check_run(run, trace)
-    routes = load_routes(trace, part, router_inputs=run.predictor.takes_router_inputs)
+    routes = load_routes(trace, part, router_inputs=run.predictor.takes_router_inputs, without=without)
     groups = token_groups(trace, routes)
+    has_weights = trace.metadata.record.weights
     predictors = {name: baseline for name, baseline in run.baselines.items() if with_baselines and name != run.name}
     predictors[run.name] = run.predictor
-    results = {name: evaluate_predictor(predictor, routes, groups) for name, predictor in predictors.items()}
-    results[f"{run.name}, shuffled control"] = evaluate_predictor(run.predictor, shuffled(routes, seed), groups, routes)
+    results = {
+        name: evaluate_predictor(predictor, routes, groups, has_weights=has_weights) for name, predictor in predictors.items()
+    }
+    results[f"{run.name}, {CONTROL}"] = evaluate_predictor(
+        run.predictor, shuffled(routes, seed), groups, routes, has_weights=has_weights
+    )
     return Evaluation(
         run=run.path.name,
         predictor=run.name,
@@ -82,12 +106,21 @@ def evaluate(run: Run, trace: Trace, *, part: str = "test", seed: int = 0, with_
         problems=len(routes.problem_ids),
         trained_on=int(np.isin(route_digests(trace, routes), run.trained_on).sum()),
         tokens=len(routes),
-        definitions=DEFINITIONS,
+        has_weights=has_weights,
+        definitions=definitions(shape.top_k, has_weights=has_weights),
         caveats=trace.caveats(),
+        recipe=recipe(run),
         train_seconds=run.train_seconds,
-        chance=chance(shape.experts, shape.top_k),
+        chance=chance(shape.experts, shape.top_k, has_weights=has_weights),
         results=results,
     )
+
+
+def recipe(run: Run) -> Recipe:
+    """How a run was trained, without what every run has of its own."""
+    options = {name: value for name, value in run.options.items() if name != "seed"}
+    trained_on = hashlib.sha256(run.trained_on.tobytes()).hexdigest()
+    return Recipe(seed=run.options["seed"], options=options, trained_on=trained_on, validated_on=run.validated_on)
 
 
 def check_run(run: Run, trace: Trace) -> None:
@@ -131,7 +164,9 @@ def token_groups(trace: Trace, routes: Routes) -> dict[str, Groups]:
     return groups
 
 
-def evaluate_predictor(predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: Routes | None = None) -> Result:
+def evaluate_predictor(
+    predictor: Predictor, truth: Routes, groups: dict[str, Groups], seen: Routes | None = None, *, has_weights: bool = True
+) -> Result:
     """Compute all metrics of one predictor by horizon (`h=1`, ...), and its breakdowns.
 
     Args:
@@ -139,20 +174,21 @@ def evaluate_predictor(predictor: Predictor, truth: Routes, groups: dict[str, Gr
         truth: Routes to predict.
         groups: Groupings of the tokens of `truth`, by name.
         seen: Routes that the predictor conditions on. Default: `truth`. For the shuffled control, they differ.
+        has_weights: Whether the routing weights of `truth` were recorded, so that metrics may depend on them.
 
     Raises:
         SpecmoeError: A predicted probability is not finite.
         TraceError: There is nothing to predict at some horizon: all problems are too short.
     """
     shape, seen = predictor.shape, seen or truth
-    experts, top_k = shape.experts, shape.top_k
-    by_layer = [RankCounts(experts, top_k, shape.layers) for _ in range(shape.horizon)]
-    by_group = {name: RankCounts(experts, top_k, len(group.names)) for name, group in groups.items()}
-    confidence = ConfidenceCounts()
+    experts, top_k, hops = shape.experts, shape.top_k, range(1, shape.horizon + 1)
+    by_layer = {hop: RankCounts(experts, top_k, shape.layers, has_weights=has_weights) for hop in hops}
+    by_group = {name: RankCounts(experts, top_k, len(each.names), has_weights=has_weights) for name, each in groups.items()}
+    confidence = {hop: ConfidenceCounts() for hop in hops}
     problem_T = np.unique(truth.problem_ids_T, return_inverse=True)[1]
-    sums = [np.zeros((4, int(problem_T.max()) + 1)) for _ in range(shape.horizon)]
+    sums = {hop: ProblemSums(top_k, int(problem_T.max()) + 1, has_weights=has_weights) for hop in hops}
     for tokens_T, probabilities_TLHE in predictions(predictor, seen):
-        for hop in range(1, shape.horizon + 1):
+        for hop in hops:
             true = targets(truth, shape, tokens_T, hop)
             token_N, layer_N = np.nonzero(true.is_valid_TL)
             scores_NE = probabilities_TLHE[token_N, layer_N, hop - 1]
@@ -160,19 +196,20 @@ def evaluate_predictor(predictor: Predictor, truth: Routes, groups: dict[str, Gr
                 raise SpecmoeError(
                     f"{predictor.name} predicts NaN or infinity: its training diverged, or its inputs differ from training"
                 )
-            true_NK = true.ids_TLK[token_N, layer_N]
+            true_NK, target_N, target_layer_N = (
+                true.ids_TLK[token_N, layer_N], true.tokens_T[token_N], shape.target_layers(hop)[layer_N]
+            )  # fmt: skip
+            weights_NK = truth.weights_TLK[target_N, target_layer_N] if has_weights else None
             ranks_NK = true_ranks(scores_NE, true_NK)
-            by_layer[hop - 1].add(ranks_NK, shape.target_layers(hop)[layer_N])
-            is_found_NK = ranks_NK < top_k
-            of_example = (is_found_NK.mean(1), ranks_NK[:, 0] == 0, is_found_NK.all(1), np.ones(len(ranks_NK)))
-            for total_P, values_N in zip(sums[hop - 1], of_example, strict=True):
-                total_P += np.bincount(problem_T[tokens_T[token_N]], values_N, len(total_P))
+            by_layer[hop].add(ranks_NK, weights_NK, target_layer_N)
+            sums[hop].add(ranks_NK, weights_NK, problem_T[tokens_T[token_N]])
+            confidence[hop].add(scores_NE, true_NK, ranks_NK)
             if hop == 1:
-                confidence.add(scores_NE, true_NK, ranks_NK)
                 for name, group in groups.items():
-                    group_N = group.group_T[true.tokens_T[token_N]]
-                    by_group[name].add(ranks_NK[group_N >= 0], group_N[group_N >= 0])
-    for hop, counts in enumerate(by_layer, start=1):
+                    group_N = group.group_T[target_N]
+                    in_N = group_N >= 0
+                    by_group[name].add(ranks_NK[in_N], None if weights_NK is None else weights_NK[in_N], group_N[in_N])
+    for hop, counts in by_layer.items():
         if not counts.metrics():
             raise TraceError(
                 f"no problem of this part has a token {hop} after another one, so {shape.task} has nothing to predict there: "
@@ -184,20 +221,25 @@ def evaluate_predictor(predictor: Predictor, truth: Routes, groups: dict[str, Gr
         for name, group in groups.items()
     }
     return Result(
-        metrics={f"h={hop}": counts.metrics() for hop, counts in enumerate(by_layer, start=1)},
+        metrics={f"h={hop}": counts.metrics() for hop, counts in by_layer.items()},
         recall_at_k_name=f"recall@{top_k}",
-        intervals={f"h={hop}": _bootstrap(each, top_k) for hop, each in enumerate(sums, start=1)},
+        intervals={f"h={hop}": each.intervals() for hop, each in sums.items()},
+        budget={f"h={hop}": [BudgetPoint.model_validate(p) for p in counts.budget()] for hop, counts in by_layer.items()},
+        calibration={f"h={hop}": _calibration(each) for hop, each in confidence.items()},
         by_target_layer={
-            f"h={hop}": [counts.metrics(layer) or None for layer in range(shape.layers)]
-            for hop, counts in enumerate(by_layer, start=1)
+            f"h={hop}": [counts.metrics(layer) or None for layer in range(shape.layers)] for hop, counts in by_layer.items()
         },
-        calibration_error=confidence.calibration_error(),
-        precision_by_coverage=[Coverage.model_validate(each) for each in confidence.precision_by_coverage()],
+        precision_by_coverage=[Coverage.model_validate(each) for each in confidence[1].precision_by_coverage()],
         parameters=count_parameters(arrays),
         bytes=int(sum(array.nbytes for array in arrays.values())),
         microseconds_per_prediction=microseconds_per_prediction(predictor, truth),
         **breakdowns,
     )
+
+
+def _calibration(counts: ConfidenceCounts) -> Calibration:
+    bins = [ReliabilityBin.model_validate(each) for each in counts.reliability()]
+    return Calibration(error=counts.calibration_error(), bins=bins)
 
 
 def predictions(predictor: Predictor, routes: Routes) -> Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
@@ -207,18 +249,6 @@ def predictions(predictor: Predictor, routes: Routes) -> Iterable[tuple[npt.NDAr
     for start in range(0, len(routes), size):
         tokens = slice(start, min(start + size, len(routes)))
         yield np.arange(tokens.start, tokens.stop), predictor.probabilities(routes, tokens)
-
-
-def _bootstrap(sums_4P: npt.NDArray[np.float64], top_k: int) -> dict[str, tuple[float, float]]:
-    """Bootstrap 95 % intervals by resampling problems with replacement.
-
-    sums_4P: for each problem, the sums of recall@K, top-1 and exact over its examples, and the number of examples.
-    """
-    random = np.random.default_rng(0)
-    problems = sums_4P.shape[1]
-    drawn_4B = np.stack([sums_4P[:, random.integers(problems, size=problems)].sum(1) for _ in range(BOOTSTRAP_SAMPLES)], axis=1)
-    low_3, high_3 = np.quantile(drawn_4B[:3] / np.maximum(drawn_4B[3], 1), [0.025, 0.975], axis=1).tolist()
-    return dict(zip((f"recall@{top_k}", "top-1", "exact"), zip(low_3, high_3, strict=True), strict=True))
 
 
 def microseconds_per_prediction(predictor: Predictor, routes: Routes) -> float:
@@ -273,8 +303,11 @@ def _time_of(predictor: Predictor, history: History) -> float:
 
 
 def shuffled(routes: Routes, seed: int) -> Routes:
-    """The same tokens with the experts of other tokens, permuted separately at every layer."""
+    """The same tokens with the experts of other tokens and their weights, permuted separately at every layer."""
     random = np.random.default_rng(seed)
-    layers = range(routes.expert_ids_TLK.shape[1])
-    ids_TLK = np.stack([routes.expert_ids_TLK[random.permutation(len(routes)), layer] for layer in layers], axis=1)
-    return replace(routes, expert_ids_TLK=ids_TLK)
+    orders = [random.permutation(len(routes)) for _ in range(routes.expert_ids_TLK.shape[1])]
+    ids_TLK, weights_TLK = (
+        np.stack([array_TLK[order_T, layer] for layer, order_T in enumerate(orders)], axis=1)
+        for array_TLK in (routes.expert_ids_TLK, routes.weights_TLK)
+    )
+    return replace(routes, expert_ids_TLK=ids_TLK, weights_TLK=weights_TLK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ def train(
     task: Task = Task.NEXT_LAYER,
     horizon: int = 1,
     validation: Trace | None = None,
+    without: npt.NDArray[np.uint64] | None = None,
     options: TrainingOptions | None = None,
     resume: bool = False,
     on_progress: Progress = lambda done, total, entry: None,
@@ -48,6 +50,7 @@ def train(
         horizon: H, how far ahead it predicts: layers, or tokens for `next-token`.
         validation: Another trace for early stopping. All of `trace` is then used for training, and problems that the two
             traces share are left out of the validation.
+        without: Neither train on nor validate with problems of `trace` that have these digests (see `route_digests`).
         options: Training options; None for the predictor's defaults.
         resume: Continue an interrupted training in `out` from its last checkpoint.
         on_progress: Called after every epoch.
@@ -73,11 +76,11 @@ def train(
             return load_routes(of, part, router_inputs=needs, without=without)
         return RouteGroups(of, part, options.shards_per_group, router_inputs=needs, without=without)
 
-    train_routes = load(trace, "train" if validation is None else "all", None)
+    train_routes = load(trace, "train" if validation is None else "all", without)
     _check_targets(train_routes, shape, trace.path)
     shared = 0
     if validation is None:
-        found = _validation_part(trace, load)
+        found = _validation_part(trace, load, without)
         validation_routes = found if found is not None and _has_targets(found, shape) else None
     else:
         validation_routes, shared = _validation_trace(trace, train_routes, validation, shape, load)
@@ -101,9 +104,14 @@ def train(
         "train_tokens": len(train_routes),
         "validation_problems": len(validation_routes.problem_ids) if validation_routes else 0,
         "shared_problems": shared,
+        "validated_on": None if validation_routes is None else _sha256_of_problems(validation or trace, validation_routes),
     }
     save_run(out, predictor, baselines, options, history, facts, trace, route_digests(trace, train_routes))
     return load_run(out)
+
+
+def _sha256_of_problems(trace: Trace, routes: RouteSource) -> str:
+    return hashlib.sha256(route_digests(trace, routes).tobytes()).hexdigest()
 
 
 def _check_out(out: Path, resume: bool) -> None:
@@ -132,9 +140,9 @@ def _has_targets(routes: RouteSource, shape: Shape) -> bool:
     return any(group.followers_T.max(initial=0) >= shape.horizon for group in each_group(routes))
 
 
-def _validation_part(trace: Trace, load: Load) -> RouteSource | None:
+def _validation_part(trace: Trace, load: Load, without: npt.NDArray[np.uint64] | None) -> RouteSource | None:
     try:
-        return load(trace, "validation", None)
+        return load(trace, "validation", without)
     except EmptyPartError:
         # With few problems, none may fall into the validation part: train without early stopping.
         return None

@@ -63,6 +63,8 @@ class Run:
         trace_sha256: The SHA-256 of the trace's manifest; None if the trace had no manifest.
         trained_on: uint64 `[P]`, digests of the training problems, ascending.
         train_seconds: The duration of the training in seconds.
+        options: The training options by name, with the seed.
+        validated_on: SHA-256 of the digests of the problems for early stopping; None without any, or in older runs.
 
     Example:
         >>> run = load_run(Path("runs/math"))  # doctest: +SKIP
@@ -78,6 +80,8 @@ class Run:
     trace_sha256: str | None
     trained_on: npt.NDArray[np.uint64]
     train_seconds: float
+    options: dict[str, Any]
+    validated_on: str | None
 
 
 def baseline_shape(shape: Shape) -> Shape:
@@ -174,6 +178,8 @@ def load_run(path: Path) -> Run:
         shape = Shape(**config["shape"], task=Task(config["task"]))
         name, settings = str(config["predictor"]), dict(config["settings"])
         split, trace_sha256 = str(config["split"]), config["trace_sha256"]
+        options = {"seed": 0} | dict(config.get("options", {}))
+        options["seed"] = int(options["seed"])
     except SpecmoeError as error:
         raise SpecmoeError(f"{path}/config.json: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -187,17 +193,22 @@ def load_run(path: Path) -> Run:
     trained_on = _load_arrays(path / "problems.safetensors").get("digests")
     if trained_on is None or trained_on.ndim != 1 or trained_on.dtype != np.uint64:
         raise SpecmoeError(f"{path}/problems.safetensors: expected 'digests', uint64 of one dimension")
-    return Run(path, name, predictor, baselines, split, trace_sha256, trained_on, _train_seconds(path / "metrics.json"))
+    seconds, validated_on = _training_facts(path / "metrics.json")
+    return Run(path, name, predictor, baselines, split, trace_sha256, trained_on, seconds, options, validated_on)
 
 
-def _train_seconds(path: Path) -> float:
+def _training_facts(path: Path) -> tuple[float, str | None]:
+    """`train_seconds` and `validated_on` of a run."""
     try:
-        seconds = float(_read_json(path)["train_seconds"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        facts = _read_json(path)
+        seconds, validated_on = float(facts["train_seconds"]), facts.get("validated_on")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise SpecmoeError(f"{path} is not valid: {type(error).__name__} {error}") from error
     if not math.isfinite(seconds):
         raise SpecmoeError(f"{path} is not valid: train_seconds {seconds}")
-    return seconds
+    if not isinstance(validated_on, str | None):
+        raise SpecmoeError(f"{path} is not valid: validated_on {validated_on!r}, expected a SHA-256")
+    return seconds, validated_on
 
 
 def _read_json(path: Path) -> Any:

@@ -8,6 +8,7 @@ import itertools
 import lzma
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from support import samples
 
 from profiler.errors import TraceError
 from profiler.importers import FORMATS, find_format, import_trace
+from profiler.importers.rows import ImportOptions
+from profiler.models.registry import MODELS
 from profiler.trace.reader import Trace
+from profiler.trace.schema import INFERRED_EXPERTS
 
 # A sound file of each format.
 SAMPLES: dict[str, Callable[[Path], Path]] = {
@@ -37,6 +41,9 @@ SAMPLES: dict[str, Callable[[Path], Path]] = {
     "megatron": samples.make_megatron,
 }
 FOLDER_ONLY = {"interrupted"}
+# Whose samples say how many experts a layer has; whose routes have no shape but the model's.
+STATE_EXPERTS = {"edge-csv", "route-log", "sglang"}
+NEED_ALL_LAYERS = {"server-responses"}
 
 
 def sample(name: str, folder: Path) -> Path:
@@ -111,6 +118,35 @@ def test_a_source_of_another_format_is_named(tmp_path: Path, name: str, given: s
     with pytest.raises(TraceError, match=f"; it looks like {given}$") as refused:
         import_trace(source, tmp_path / "t", format_name=name)
     assert source.name in str(refused.value)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_model_that_is_named_and_known_gives_its_facts_whatever_the_format(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = sample(name, tmp_path / "source")
+    found = import_trace(source, tmp_path / "unnamed").metadata.model
+    # A model of which the source shows all K experts and the last layer, but not the last experts, and one layer less.
+    known = replace(
+        MODELS["mixtral-8x7b"], name="known", experts=found.num_experts + 56, top_k=found.top_k, layers=found.moe_layers[-1] + 2
+    )
+    monkeypatch.setattr("profiler.importers.known_model.MODELS", {"known": known})
+    if name in STATE_EXPERTS:
+        with pytest.raises(TraceError, match=rf"says {found.num_experts} experts, but known has {known.experts}: name another"):
+            import_trace(source, tmp_path / "named", options=ImportOptions(model="known"))
+        return
+    if name in NEED_ALL_LAYERS:
+        known = replace(known, layers=len(found.moe_layers))
+        monkeypatch.setattr("profiler.importers.known_model.MODELS", {"known": known})
+    metadata = import_trace(source, tmp_path / "named", options=ImportOptions(model="known")).metadata
+    model = metadata.model
+    renormalized = known.renormalized if found.renormalized is None else found.renormalized
+    assert (model.num_experts, model.num_layers, model.renormalized) == (known.experts, known.layers, renormalized)
+    assert (model.top_k, model.moe_layers) == (found.top_k, found.moe_layers)
+    assert INFERRED_EXPERTS not in metadata.gaps
+    missing = len(set(known.moe_layers) - set(model.moe_layers))
+    lacks = f"{missing} of the {len(known.moe_layers)} MoE layers of known are not in the source"
+    assert (lacks in metadata.gaps) == (missing > 0)
 
 
 def test_logs_of_a_layer_each_are_one_log(tmp_path: Path) -> None:

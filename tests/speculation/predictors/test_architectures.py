@@ -24,7 +24,7 @@ from specmoe import app
 from speculation.data.routes import Routes, load_routes
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import evaluate
-from speculation.evaluation.leaderboard import leaderboard_rows
+from speculation.evaluation.leaderboard_rows import leaderboard_rows
 from speculation.predictors.counting.backoff_counts import BACK_OFF, BackoffCounts
 from speculation.predictors.counting.product_of_experts import logistic_weights
 from speculation.predictors.neural.base import NetworkConfig
@@ -88,7 +88,9 @@ def test_a_leaderboard_of_two_runs_at_the_command_line(trace: Trace, tmp_path: P
     board = tmp_path / "boards" / "one"
     done = CliRunner().invoke(app, [*command, "--leaderboard", str(board)])
     assert done.exit_code == 0, done.output
-    assert {path.name for path in board.iterdir()} == {f"leaderboard.{end}" for end in ("md", "csv", "json", "html")}
+    expected = {f"leaderboard.{end}" for end in ("md", "csv", "json", "html")}
+    tables = {"metrics.csv", "budget.csv", "reliability.csv", "seeds.csv"}
+    assert {path.name for path in board.iterdir()} == expected | tables
     table = (board / "leaderboard.md").read_text(encoding="utf-8")
     assert "held out. Chance: recall@2" in table
     assert "b\\|c" in table
