@@ -58,11 +58,12 @@ def test_inputs_by_hand(task: Task) -> None:
     predictor = Recommended(Shape(layers=2, experts=8, top_k=2, horizon=horizon, task=task), np.array([7, 8]))
     found = predictor.inputs(routes, np.array([0, 4]))
     assert found["rows"].tolist() == [[1, 0, 0], [2, 1, 0]]
-    assert found["order"].tolist() == [0, 2]
-    assert (found["match_weights"][0] == 0).all()
-    # b came before at place 1; after it c, a, b, and so on: beyond what is known the run is taken to go round.
+    # b came before at place 1, where a comes before it too. For next-token, what follows it is c, a, b.
+    assert found["place_exists"][:, :, 0].sum(1).tolist() == [0, 1]
     places = [2, 3, 4] if task == Task.NEXT_TOKEN else [1]
-    assert (found["match_ids"][1] == ids[places]).all()
+    assert (found["place_ids"][1, 0] == ids[places]).all()
+    assert found["place_facts"][1, 0] == pytest.approx([1 / 3, 0, 0, 1, 1 / (1 + np.log2(3))], abs=1e-6)
+    assert (found["place_last"] == 0).all()
     last = 4 if task == Task.NEXT_TOKEN else 3
     assert (found["last_ids"][1] == ids[last]).all()
     assert found["last_weights"][0].sum() == (2 if task == Task.NEXT_TOKEN else 0)
