@@ -12,6 +12,11 @@ import numpy.typing as npt
 from speculation.data.history import History
 
 Array = npt.NDArray[np.float32]
+# The weights of blocks: see `stacked`.
+Block = tuple[Array, Array, Array, Array, Array, Array]
+# The routes `[P, L, K]` at the places, whether they exist `[P]`, what they have in common with the token at the layers that are
+# known `[P, L]`, and their scores `[G, L, P]` as far as they do not depend on the token's own routes.
+Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], Array, Array]
 EPSILON = 1e-5
 # The linear layers whose sum, with the position, is the state before the first layer.
 _KNOWN = ("tokens", "last_all", "recent_all")
@@ -36,9 +41,11 @@ class Stream:
         self._blocks = stacked(arrays, "blocks", shape.layers - 1)
         self._all = np.concatenate([arrays[f"{name}.weight"] for name in _KNOWN], axis=1)
         self._all_bias = np.sum([arrays[f"{name}.bias"] for name in _KNOWN], axis=0)
-        # What the use at places adds to the state: the experts of both heads, then the confidences.
-        self._used_layer = np.concatenate([arrays["used_layer"], arrays["confidence"]], axis=1)[1:]
-        self._rank = arrays["places.rank"] / arrays["places.rank"].mean()
+        # What the routes of a layer, and the use at places (the experts of all heads, then the confidences), add to the state.
+        used_layer = np.concatenate([arrays["used_layer"], arrays["confidence"]], axis=1)[1:]
+        self._added = (arrays["now.table"], np.ascontiguousarray(used_layer))
+        self._attention = (arrays["places.now"], arrays["places.rank"] / arrays["places.rank"].mean())
+        self._head = (arrays["norm_scale"][:, 0].copy(), arrays["head"], arrays["direct"], arrays["bias_LHE"])
         self.token, self.layer = -1, -1
 
     def logits(self, history: History, inputs: dict[str, npt.NDArray[Any]] | None) -> Array:
@@ -46,39 +53,26 @@ class Stream:
         if inputs is not None:
             self._begin(inputs)
             self.token, self.layer = history.tokens - 1, -1
-        arrays, shape = self._arrays, self._shape
-        routes = history.routes
+        routes, shape = history.routes, self._shape
         ids_LK, weights_LK = routes.expert_ids_TLK[self.token], routes.weights_TLK[self.token].astype(np.float32)
-        used_HGE = np.zeros((shape.horizon, len(self._scores_GLP), shape.experts), dtype=np.float32)
+        out_HE = np.zeros((shape.horizon, shape.experts), dtype=np.float32)
         while self.layer < history.layer:
             self.layer += 1
-            layer = self.layer
-            ids_K = ids_LK[layer].astype(np.int64)
-            confidence = _attend(
-                layer,
-                ids_K,
-                self._place_ids,
-                self._exists_P,
-                self._common_PL,
-                self._scores_GLP,
-                arrays["places.now"],
-                self._rank,
-                used_HGE,
-            )
-            hint = self._hints[layer] + np.concatenate([used_HGE[0].ravel(), confidence]) @ self._used_layer[layer]
-            out = _step(
-                layer,
+            _step(
+                self.layer,
+                ids_LK[self.layer].astype(np.int64),
+                weights_LK[self.layer],
                 self._state,
-                hint,
-                ids_K + layer * shape.experts,
-                weights_LK[layer],
-                arrays["now.table"],
-                *self._blocks,
-                arrays["norm_scale"],
-                arrays["head"],
+                self._hints[self.layer],
+                self._places,
+                self._attention,
+                self._added,
+                self._blocks,
+                self._head,
+                self._little_use,
+                out_HE,
             )
-        direct_HE = np.einsum("hge,hg->he", np.log1p(used_HGE / np.float32(self._little_use)), arrays["direct"][layer])
-        return np.asarray(out.reshape(direct_HE.shape) + direct_HE + arrays["bias_LHE"][self.layer])
+        return out_HE
 
     def _begin(self, inputs: dict[str, npt.NDArray[Any]]) -> None:
         arrays, experts = self._arrays, self._shape.experts
@@ -98,16 +92,18 @@ class Stream:
         hidden = facts_PF @ arrays["places.rise.weight"].T + arrays["places.rise.bias"]
         small = _gelu(hidden) @ arrays["places.fall.weight"].T + arrays["places.fall.bias"]
         facts_PG = facts_PF @ arrays["places.facts"].T + small
-        self._scores_GLP = np.ascontiguousarray(arrays["places.last"] @ last_PL.T + facts_PG.T[:, None])
-        self._place_ids = inputs["place_ids"][0, :, 0]
-        self._exists_P = inputs["place_exists"][0, :, 0]
-        self._common_PL = np.zeros_like(last_PL)
+        scores_GLP = np.ascontiguousarray(arrays["places.last"] @ last_PL.T + facts_PG.T[:, None])
+        ids_PLK, exists_P = inputs["place_ids"][0, :, 0], inputs["place_exists"][0, :, 0]
+        self._places = (ids_PLK, exists_P, np.zeros_like(last_PL), scores_GLP)
 
 
-def stacked(arrays: dict[str, Array], name: str, count: int) -> tuple[Array, ...]:
+def stacked(arrays: dict[str, Array], name: str, count: int) -> Block:
     """The weights of `count` blocks called `name.0`, `name.1`, ..., stacked: what `add_block` takes."""
     parts = ("norm.weight", "norm.bias", "rise.weight", "rise.bias", "fall.weight", "fall.bias")
-    return tuple(np.stack([arrays[f"{name}.{number}.{part}"] for number in range(count)]) for part in parts)
+    scale, shift, rise, rise_b, fall, fall_b = (
+        np.stack([arrays[f"{name}.{number}.{part}"] for number in range(count)]) for part in parts
+    )
+    return scale, shift, rise, rise_b, fall, fall_b
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
@@ -139,43 +135,35 @@ def _gelu(hidden: Array) -> Array:
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _attend(
-    layer: int,
-    ids_K: npt.NDArray[np.int64],
-    place_ids: npt.NDArray[np.int64],
-    exists: npt.NDArray[np.bool_],
-    common: Array,
-    scores: Array,
-    now: Array,
-    rank: Array,
-    used: Array,
-) -> Array:
+def _attend(layer: int, ids_K: npt.NDArray[np.int64], places: Places, attention: tuple[Array, Array], used: Array) -> Array:
     """Write the use `[H, G, E]` at the places at the layers after this one; return the confidences `[G * 2]`."""
-    places, layers, top_k = place_ids.shape
+    place_ids, exists, common, scores = places
+    now, rank = attention
+    count, layers, top_k = place_ids.shape
     horizon, heads = used.shape[:2]
     used[:] = 0
     confidence = np.zeros(2 * heads, dtype=np.float32)
-    for p in range(places):
+    for p in range(count):
         same = 0
         for k in range(top_k):
             for j in range(top_k):
                 same += ids_K[k] == place_ids[p, layer, j]
         common[p, layer] = same / top_k
-    share = np.empty(places, dtype=np.float32)
+    share = np.empty(count, dtype=np.float32)
     for head in range(heads):
         # The score of "none of them" is 0.
         highest = np.float32(0)
-        for p in range(places):
+        for p in range(count):
             share[p] = scores[head, layer, p]
             for known in range(layer + 1):
                 share[p] += now[head, layer, known] * common[p, known]
             if exists[p]:
                 highest = max(highest, share[p])
         total = math.exp(-highest)
-        for p in range(places):
+        for p in range(count):
             share[p] = math.exp(share[p] - highest) if exists[p] else np.float32(0)
             total += share[p]
-        for p in range(places):
+        for p in range(count):
             share[p] /= total
             for hop in range(min(horizon, layers - 1 - layer)):
                 for k in range(top_k):
@@ -197,23 +185,35 @@ def add_block(
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _step(
     layer: int,
+    ids_K: npt.NDArray[np.int64],
+    weights_K: Array,
     state: Array,
     hint: Array,
-    rows: npt.NDArray[np.int64],
-    weights: Array,
-    now: Array,
-    scale: Array,
-    shift: Array,
-    rise: Array,
-    rise_b: Array,
-    fall: Array,
-    fall_b: Array,
-    norm_scale: Array,
-    head: Array,
-) -> Array:
-    total = max(weights.sum(), np.float32(1e-6))
-    for k in range(len(rows)):
-        state += weights[k] / total * now[rows[k]]
-    add_block(state, state + hint, layer, scale, shift, rise, rise_b, fall, fall_b)
-    logits: Array = np.dot(normalized(state + hint) * norm_scale[layer, 0], head[layer])
-    return logits
+    places: Places,
+    attention: tuple[Array, Array],
+    added: tuple[Array, Array],
+    block: Block,
+    head: tuple[Array, Array, Array, Array],
+    little_use: float,
+    out: Array,
+) -> None:
+    """Add a layer to the state, and write the logits `[H, E]` of the layers after it to `out`."""
+    horizon, experts = out.shape
+    now, used_layer = added
+    norm_scale, weights, direct, bias = head
+    heads = direct.shape[2]
+    inputs = np.empty(used_layer.shape[1], dtype=np.float32)
+    used = np.zeros((horizon, heads, experts), dtype=np.float32)
+    inputs[heads * experts :] = _attend(layer, ids_K, places, attention, used)
+    inputs[: heads * experts] = used[0].ravel()
+    total = max(weights_K.sum(), np.float32(1e-6))
+    for k in range(len(ids_K)):
+        state += weights_K[k] / total * now[layer * experts + ids_K[k]]
+    hint = hint + np.dot(inputs, used_layer[layer])
+    add_block(state, state + hint, layer, *block)
+    out[:] = np.dot(normalized(state + hint) * norm_scale[layer], weights[layer]).reshape(horizon, experts) + bias[layer]
+    for hop in range(horizon):
+        for g in range(heads):
+            for expert in range(experts):
+                if used[hop, g, expert] > 0:
+                    out[hop, expert] += direct[layer, hop, g] * math.log1p(used[hop, g, expert] / little_use)
