@@ -13,7 +13,7 @@ from speculation.data.history import History, Prediction
 from speculation.data.routes import Routes, RouteSource
 from speculation.data.tasks import Shape, Task
 from speculation.predictors.base import Arrays
-from speculation.predictors.features import recent_use, token_rows
+from speculation.predictors.features import frequent_tokens, recent_use, token_rows
 from speculation.predictors.neural.base import (
     Block,
     NetworkConfig,
@@ -57,7 +57,7 @@ class Recommended(NeuralPredictor):
         "residual blocks over the layers; routes so far, of the last token, and of similar places in this and in training texts"
     )
     source: ClassVar[str] = "this project (docs/predictors.md)"
-    sees: ClassVar[str] = "all routes that the task allows, which tokens they are, the routes of training texts"
+    sees: ClassVar[str] = "all routes that the task allows, which tokens they are, the routes of training texts, which it keeps"
     default_width: ClassVar[int] = 192
     token_width: ClassVar[int] = 64
     # The width of a block's hidden layer, as a multiple of the state's.
@@ -76,6 +76,11 @@ class Recommended(NeuralPredictor):
         return self.network_of(self.shape, vocabulary_size, self.config.width)
 
     @classmethod
+    def typical_tokens(cls, shape: Shape) -> int:
+        """The number of tokens whose typical route is kept if no training texts are."""
+        return cls.max_vocabulary
+
+    @classmethod
     def network_of(cls, shape: Shape, vocabulary_size: int, width: int) -> nn.Module:
         """A new network of this width."""
         return RecommendedNetwork(shape, vocabulary_size, width, cls.token_width, cls.times, len(cls.windows))
@@ -85,7 +90,8 @@ class Recommended(NeuralPredictor):
         if self.memory_bytes:
             self.memory = TextMemory.of(train, self.memory_bytes)
         else:
-            self.memory = TextMemory.typical(train, self.keys, self.shape)
+            keys = frequent_tokens(train, self.typical_tokens(self.shape), min_count=2)
+            self.memory = TextMemory.typical(train, keys, self.shape)
 
     def predict(self, history: History) -> Prediction:
         """Predict as every predictor does, but reuse the state of the layers below instead of computing it again."""

@@ -15,6 +15,8 @@ from speculation.predictors.options import TrainingOptions
 
 # What a stored predictor may take. For models of very many experts even the narrowest network takes more.
 MAX_BYTES = 1_000_000
+# Of this, at most so much is for the typical routes.
+TYPICAL_BYTES = 250_000
 WIDTHS = (48, 40, 32, 24, 16)
 
 
@@ -37,13 +39,21 @@ class RecommendedSmall(Recommended):
     def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, config: NetworkConfig | None = None) -> None:
         super().__init__(shape, keys, config or NetworkConfig(width=self._width_for(shape)))
 
+    @classmethod
+    def typical_tokens(cls, shape: Shape) -> int:
+        return min(cls.max_vocabulary, TYPICAL_BYTES // _typical_bytes(shape))
+
     def _width_for(self, shape: Shape) -> int:
-        """The widest of WIDTHS that fits into MAX_BYTES, with the largest vocabulary and a typical route of each token."""
-        route_bytes = shape.layers * shape.top_k * (1 if shape.experts <= 256 else 2)
-        room = MAX_BYTES - self.max_vocabulary * (route_bytes + 3 * 8)
+        """The widest of WIDTHS that fits into MAX_BYTES, with the largest vocabulary and the typical routes."""
+        room = MAX_BYTES - 8 * self.max_vocabulary - self.typical_tokens(shape) * _typical_bytes(shape)
         for width in WIDTHS:
             with torch.device("meta"):
                 network = self.network_of(shape, self.max_vocabulary + 1, width)
             if 2 * sum(parameter.numel() for parameter in network.parameters()) <= room:
                 return width
         return WIDTHS[-1]
+
+
+def _typical_bytes(shape: Shape) -> int:
+    """What the typical route of a token takes: the experts, the token's id, and a place."""
+    return shape.layers * shape.top_k * (1 if shape.experts <= 256 else 2) + 2 * 8
