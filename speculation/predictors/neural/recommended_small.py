@@ -16,7 +16,7 @@ from speculation.predictors.options import TrainingOptions
 # What a stored predictor may take. For models of very many experts even the narrowest network takes more.
 MAX_BYTES = 1_000_000
 # Of this, at most so much is for the typical routes.
-TYPICAL_BYTES = 250_000
+TYPICAL_BYTES = 200_000
 WIDTHS = (48, 40, 32, 24, 16)
 
 
