@@ -66,7 +66,9 @@ class Recommended(NeuralPredictor):
     memory_bytes: ClassVar[int] = 32 << 20
     # Tokens over which the recent use of experts is averaged.
     windows: ClassVar[tuple[int, ...]] = (4, 16, 128)
-    defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=6, batch_tokens=512, dropout=0.2, learning_rate=3e-3)
+    defaults: ClassVar[TrainingOptions] = TrainingOptions(
+        epochs=None, seen_tokens=1_000_000, batch_tokens=512, dropout=0.2, learning_rate=3e-3
+    )
 
     def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, config: NetworkConfig | None = None) -> None:
         super().__init__(shape, keys, config)

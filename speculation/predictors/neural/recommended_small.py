@@ -34,7 +34,9 @@ class RecommendedSmall(Recommended):
     places: ClassVar[int] = 8
     memory_bytes: ClassVar[int] = 0
     windows: ClassVar[tuple[int, ...]] = (32,)
-    defaults: ClassVar[TrainingOptions] = TrainingOptions(epochs=8, batch_tokens=512, dropout=0.05, learning_rate=4e-3)
+    defaults: ClassVar[TrainingOptions] = TrainingOptions(
+        epochs=None, seen_tokens=1_350_000, batch_tokens=512, dropout=0.05, learning_rate=4e-3
+    )
 
     def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, config: NetworkConfig | None = None) -> None:
         super().__init__(shape, keys, config or NetworkConfig(width=self._width_for(shape)))
