@@ -50,7 +50,8 @@ class Prediction:
             probabilities: `[..., E]`, the probability of each expert.
         """
         order = np.argsort(-probabilities, axis=-1, kind="stable")
-        return cls(order, np.take_along_axis(probabilities, order, -1).astype(np.float32))
+        # Sorting again takes less time than looking up what the order says.
+        return cls(order, -np.sort(-probabilities, axis=-1).astype(np.float32))
 
 
 @dataclass
@@ -99,6 +100,7 @@ class History:
             "index_T": np.full(FIRST_CAPACITY, -1, dtype=np.int64),
             "order_T": np.zeros(FIRST_CAPACITY, dtype=np.int64),
             "by_length_TR": np.full((FIRST_CAPACITY, len(RUN_LENGTHS)), -1, dtype=np.int64),
+            "packed_TW": np.zeros((FIRST_CAPACITY, -(-self.shape.layers * self.shape.experts // 64)), dtype=np.uint64),
             "previous_T": np.arange(-1, FIRST_CAPACITY - 1, dtype=np.int64),
         }
         self._arrays["token_ids_T"] += self.position
@@ -164,6 +166,9 @@ class History:
         order = np.argsort(-given, kind="stable")
         self._arrays["expert_ids_TLK"][self.tokens - 1, self.layer] = ids[order]
         self._arrays["weights_TLK"][self.tokens - 1, self.layer] = given[order]
+        packed_W, start = self._arrays["packed_TW"][self.tokens - 1], self.layer * self.shape.experts
+        for expert in ids.tolist():
+            packed_W[(start + expert) >> 6] |= np.uint64(1 << ((start + expert) & 63))
 
     @property
     def routes(self) -> Routes:
@@ -174,10 +179,10 @@ class History:
         if self._routes is None:
             views = {name: array[: self.tokens] for name, array in self._arrays.items()}
             matches = Matches(views.pop("index_T"), views.pop("order_T"), views.pop("by_length_TR"))
-            previous_T = views.pop("previous_T")
+            previous_T, packed_TW = views.pop("previous_T"), views.pop("packed_TW")
             self._routes = Routes(**views, router=self._router())
             # The cached properties would compute the same, but in time proportional to the length of the sequence.
-            vars(self._routes).update(matches=matches, previous_T=previous_T)
+            vars(self._routes).update(matches=matches, previous_T=previous_T, _packed_TW=packed_TW)
         return self._routes
 
     def _set_router_input(self, given: npt.NDArray[np.float16]) -> None:

@@ -135,10 +135,36 @@ class Routes:
         firsts_S, counts_S = np.unique(self.first_T, return_counts=True)
         return np.asarray(np.repeat(firsts_S + counts_S - 1, counts_S) - np.arange(len(self)))
 
+    def packed(self, experts: int) -> npt.NDArray[np.uint64]:
+        """The routes as bits, uint64 `[T, W]`: see `pack_routes`. Computed once, for a model with this many experts."""
+        if "_packed_TW" not in vars(self):
+            vars(self)["_packed_TW"] = pack_routes(self.expert_ids_TLK, experts)
+        found: npt.NDArray[np.uint64] = vars(self)["_packed_TW"]
+        return found
+
     @cached_property
     def matches(self) -> Matches:
         """For each token, the latest earlier place where the same run of tokens ended."""
         return find_matches(self.token_keys_T, self.first_T)
+
+
+def pack_routes(expert_ids_TLK: npt.NDArray[Any], experts: int) -> npt.NDArray[np.uint64]:
+    """Routes as bits: bit `layer * experts + expert` of a token is set if the expert is selected.
+
+    Args:
+        expert_ids_TLK: `[T, L, K]`.
+        experts: E, the number of experts per layer.
+
+    Returns:
+        uint64 `[T, W]` with W = ceil(L * E / 64), the lowest bits first.
+    """
+    tokens, layers, top_k = expert_ids_TLK.shape
+    packed_TW = np.zeros((tokens, -(-layers * experts // 64)), dtype=np.uint64)
+    rows_T, start_L = np.arange(tokens)[:, None], np.arange(layers) * experts
+    for k in range(top_k):
+        bits_TL = expert_ids_TLK[:, :, k].astype(np.int64) + start_L
+        np.bitwise_or.at(packed_TW, (rows_T, bits_TL >> 6), np.uint64(1) << (bits_TL & 63).astype(np.uint64))
+    return packed_TW
 
 
 def load_routes(

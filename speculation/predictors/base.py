@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -138,7 +137,7 @@ class Predictor(ABC):
 
     def check(self, history: History) -> None:
         """Raise `SpecmoeError` if this predictor cannot predict from `history` at this point."""
-        own, other = (replace(shape, horizon=1, task=Task.NEXT_TOKEN) for shape in (self.shape, history.shape))
+        own, other = ((shape.layers, shape.experts, shape.top_k) for shape in (self.shape, history.shape))
         if own != other:
             raise SpecmoeError(f"{self.name} is for {self.shape}, but the history is for {history.shape}")
         at_any_time = range(-1, self.shape.layers)

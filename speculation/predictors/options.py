@@ -19,7 +19,8 @@ class TrainingOptions:
 
     Args:
         seed: Seed of weights, batches and dropout.
-        epochs: The maximum number of epochs.
+        epochs: The maximum number of epochs. None: as many as it takes to see `seen_tokens`, but 2 to 30.
+        seen_tokens: Tokens to train on, counted once per epoch, if `epochs` is None: little data needs more epochs.
         batch_tokens: Tokens per step and process, each with all its layers.
         learning_rate: The peak learning rate of AdamW.
         weight_decay: The weight decay of matrices; biases and norms have none.
@@ -44,7 +45,8 @@ class TrainingOptions:
     """
 
     seed: int = 0
-    epochs: int = 12
+    epochs: int | None = 12
+    seen_tokens: int = 1_000_000
     batch_tokens: int = 512
     learning_rate: float = 2e-3
     weight_decay: float = 0.05

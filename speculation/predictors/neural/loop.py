@@ -36,6 +36,8 @@ CHECKPOINTS = "checkpoints"
 LOG, BOARD, STATE_FILE = "training.csv", "tensorboard", "state.json"
 # Evaluation needs no gradients, so its batches can be larger than those of training.
 EVALUATION_TOKENS = 2048
+# If the number of epochs follows from the amount of data.
+MIN_EPOCHS, MAX_EPOCHS = 2, 30
 
 
 class Trainable(Protocol):
@@ -89,12 +91,13 @@ def fit_network(
     )
     tokens_G = _tokens_of_epoch(train, options.epoch_tokens)
     steps = sum(math.ceil(tokens / (options.batch_tokens * accelerator.num_processes)) for tokens in tokens_G)
-    if steps * options.epochs < options.accumulate:
-        raise SpecmoeError(f"accumulate {options.accumulate}: the training has only {steps * options.epochs} steps")
+    epochs = _epochs(options, sum(tokens_G))
+    if steps * epochs < options.accumulate:
+        raise SpecmoeError(f"accumulate {options.accumulate}: the training has only {steps * epochs} steps")
     optimizer = torch.optim.AdamW(
         _decay_groups(model.network, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98)
     )
-    updates = math.ceil(steps / options.accumulate) * options.epochs
+    updates = math.ceil(steps / options.accumulate) * epochs
     averaged = AveragedModel(model.network, accelerator.device, multi_avg_fn=_moving_average(options.average))
     average = averaged.module.requires_grad_(False)
     network, optimizer = accelerator.prepare(model.network, optimizer)
@@ -108,7 +111,7 @@ def fit_network(
     began = time.monotonic() - state.seconds
     saved = time.monotonic()
     board: Any = None
-    while state.epoch < options.epochs:
+    while state.epoch < epochs:
         network.train()
         # Summed on the device: reading the loss in every step would wait for the device.
         total = torch.tensor(state.total, device=accelerator.device)
@@ -145,7 +148,7 @@ def fit_network(
             _write_log(folder, history)
             board = board or _open_board(folder, state.epoch + 1)
             _add_to_board(board, entry)
-        on_progress(state.epoch + 1, options.epochs, entry)
+        on_progress(state.epoch + 1, epochs, entry)
         out_of_time = options.max_seconds is not None and time.monotonic() - began > options.max_seconds
         if out_of_time or state.epoch - state.best_epoch >= options.patience:
             break
@@ -185,6 +188,13 @@ def _tokens_of_epoch(train: RouteSource, epoch_tokens: int | None) -> list[int]:
     """The number of tokens that an epoch takes from each group: all of them, or the group's share of `epoch_tokens`."""
     share = min(1.0, (epoch_tokens or len(train)) / len(train))
     return [max(1, round(tokens * share)) for tokens in train.group_tokens]
+
+
+def _epochs(options: TrainingOptions, epoch_tokens: int) -> int:
+    """The number of epochs, of so many tokens each."""
+    if options.epochs is not None:
+        return options.epochs
+    return min(MAX_EPOCHS, max(MIN_EPOCHS, round(options.seen_tokens / epoch_tokens)))
 
 
 def _batches(

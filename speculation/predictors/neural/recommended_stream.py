@@ -12,26 +12,40 @@ import numpy.typing as npt
 from speculation.data.history import History
 
 Array = npt.NDArray[np.float32]
+# The weights of blocks: see `stacked`.
+Block = tuple[Array, Array, Array, Array, Array, Array]
+# The routes `[P, L, K]` at the places, whether they exist `[P]`, what they have in common with the token at the layers that are
+# known `[P, L]`, and their scores `[G, L, P]` as far as they do not depend on the token's own routes.
+Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], Array, Array]
 EPSILON = 1e-5
+# The linear layers whose sum, with the position, is the state before the first layer.
+_KNOWN = ("tokens", "last_all", "recent_all")
 
 
 class Stream:
-    """Keeps the state of the current token of one sequence from layer to layer. predictor: the `Recommended` to compute."""
+    """Keeps the state of the current token of one sequence from layer to layer.
 
-    def __init__(self, predictor: Any) -> None:
+    Args:
+        predictor: The `Recommended` to compute.
+        little_use: See `recommended.LITTLE_USE`.
+    """
+
+    def __init__(self, predictor: Any, little_use: float) -> None:
         weights = predictor.network.state_dict().items()
         arrays = {name: np.ascontiguousarray(tensor.detach().cpu().float().numpy()) for name, tensor in weights}
+        shape = predictor.shape
         self.predictor = predictor
         self._arrays = arrays
-        self._experts, self._horizon = predictor.shape.experts, predictor.shape.horizon
+        self._shape, self._little_use = shape, little_use
         self._context = stacked(arrays, "context", 2)
-        self._blocks = stacked(arrays, "blocks", predictor.shape.layers - 1)
-        self._all = np.concatenate(
-            [arrays["tokens.weight"], arrays["last_all.weight"], arrays["match_all.weight"], 5 * arrays["recent_all.weight"]],
-            axis=1,
-        )
-        names = ("tokens", "last_all", "match_all", "recent_all")
-        self._all_bias = np.sum([arrays[f"{name}.bias"] for name in names], axis=0)
+        self._blocks = stacked(arrays, "blocks", shape.layers - 1)
+        self._all = np.concatenate([arrays[f"{name}.weight"] for name in _KNOWN], axis=1)
+        self._all_bias = np.sum([arrays[f"{name}.bias"] for name in _KNOWN], axis=0)
+        # What the routes of a layer, and the use at places (the experts of all heads, then the confidences), add to the state.
+        used_layer = np.concatenate([arrays["used_layer"], arrays["confidence"]], axis=1)[1:]
+        self._added = (arrays["now.table"], np.ascontiguousarray(used_layer))
+        self._attention = (arrays["places.now"], arrays["places.rank"] / arrays["places.rank"].mean())
+        self._head = (arrays["norm_scale"][:, 0].copy(), arrays["head"], arrays["direct"], arrays["bias_LHE"])
         self.token, self.layer = -1, -1
 
     def logits(self, history: History, inputs: dict[str, npt.NDArray[Any]] | None) -> Array:
@@ -39,45 +53,57 @@ class Stream:
         if inputs is not None:
             self._begin(inputs)
             self.token, self.layer = history.tokens - 1, -1
-        arrays = self._arrays
-        routes = history.routes
+        routes, shape = history.routes, self._shape
         ids_LK, weights_LK = routes.expert_ids_TLK[self.token], routes.weights_TLK[self.token].astype(np.float32)
+        out_HE = np.zeros((shape.horizon, shape.experts), dtype=np.float32)
         while self.layer < history.layer:
             self.layer += 1
-            out = _step(
+            _step(
                 self.layer,
-                self._state,
-                self._hints,
-                ids_LK[self.layer].astype(np.int64) + self.layer * self._experts,
+                ids_LK[self.layer].astype(np.int64),
                 weights_LK[self.layer],
-                arrays["now.table"],
-                *self._blocks,
-                arrays["norm_scale"],
-                arrays["head"],
+                self._state,
+                self._hints[self.layer],
+                self._places,
+                self._attention,
+                self._added,
+                self._blocks,
+                self._head,
+                self._little_use,
+                out_HE,
             )
-        return np.asarray(out.reshape(self._horizon, self._experts) + arrays["bias_LHE"][self.layer])
+        return out_HE
 
     def _begin(self, inputs: dict[str, npt.NDArray[Any]]) -> None:
-        arrays = self._arrays
-        order = int(inputs["order"][0])
-        last_LD = _embedded(inputs["last_ids"][0], inputs["last_weights"][0], arrays["last.table"], self._experts)
-        match_LD = _embedded(inputs["match_ids"][0, 0], inputs["match_weights"][0, 0], arrays["matches.0.table"], self._experts)
-        match_LD *= arrays["trust"][order]
+        arrays, experts = self._arrays, self._shape.experts
+        last_LD = _embedded(inputs["last_ids"][0], inputs["last_weights"][0], arrays["last.table"], experts)
         recent = inputs["recent"][0]
         by_layer = np.ascontiguousarray(recent.transpose(1, 0, 2)).reshape(recent.shape[1], 1, -1)
-        hints_LD = last_LD + match_LD + np.matmul(by_layer, arrays["recent_layer"])[:, 0]
-        known = [arrays["token.weight"][inputs["rows"][0]].ravel(), last_LD.sum(0), match_LD.sum(0), recent.ravel()]
+        hints_LD = last_LD + np.matmul(by_layer, arrays["recent_layer"])[:, 0]
+        recent_WD = recent.reshape(len(recent), -1) @ arrays["last.table"]
+        known = [arrays["token.weight"][inputs["rows"][0]].ravel(), last_LD.sum(0), recent_WD.ravel()]
         state = self._all @ np.concatenate(known) + self._all_bias
-        state += arrays["order.weight"][order] + arrays["position.weight"][int(inputs["position"][0])]
+        state += arrays["position.weight"][int(inputs["position"][0])]
         for number in range(len(self._context[0])):
             add_block(state, state, number, *self._context)
         self._state, self._hints = state, np.ascontiguousarray(hints_LD[1:])
+        # The scores of the places as far as they do not depend on the token's own routes.
+        facts_PF, last_PL = inputs["place_facts"][0], inputs["place_last"][0]
+        hidden = facts_PF @ arrays["places.rise.weight"].T + arrays["places.rise.bias"]
+        small = _gelu(hidden) @ arrays["places.fall.weight"].T + arrays["places.fall.bias"]
+        facts_PG = facts_PF @ arrays["places.facts"].T + small
+        scores_GLP = np.ascontiguousarray(arrays["places.last"] @ last_PL.T + facts_PG.T[:, None])
+        ids_PLK, exists_P = inputs["place_ids"][0, :, 0], inputs["place_exists"][0, :, 0]
+        self._places = (ids_PLK, exists_P, np.zeros_like(last_PL), scores_GLP)
 
 
-def stacked(arrays: dict[str, Array], name: str, count: int) -> tuple[Array, ...]:
+def stacked(arrays: dict[str, Array], name: str, count: int) -> Block:
     """The weights of `count` blocks called `name.0`, `name.1`, ..., stacked: what `add_block` takes."""
     parts = ("norm.weight", "norm.bias", "rise.weight", "rise.bias", "fall.weight", "fall.bias")
-    return tuple(np.stack([arrays[f"{name}.{number}.{part}"] for number in range(count)]) for part in parts)
+    scale, shift, rise, rise_b, fall, fall_b = (
+        np.stack([arrays[f"{name}.{number}.{part}"] for number in range(count)]) for part in parts
+    )
+    return scale, shift, rise, rise_b, fall, fall_b
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
@@ -100,36 +126,94 @@ def normalized(values: Array) -> Array:
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
+def _gelu(hidden: Array) -> Array:
+    out = np.empty_like(hidden)
+    for i in range(hidden.size):
+        value = hidden.flat[i]
+        out.flat[i] = value * np.float32(0.5) * (np.float32(1) + np.float32(math.erf(value * np.float32(math.sqrt(0.5)))))
+    return out
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _attend(layer: int, ids_K: npt.NDArray[np.int64], places: Places, attention: tuple[Array, Array], used: Array) -> Array:
+    """Write the use `[H, G, E]` at the places at the layers after this one; return the confidences `[G * 2]`."""
+    place_ids, exists, common, scores = places
+    now, rank = attention
+    count, layers, top_k = place_ids.shape
+    horizon, heads = used.shape[:2]
+    used[:] = 0
+    confidence = np.zeros(2 * heads, dtype=np.float32)
+    for p in range(count):
+        same = 0
+        for k in range(top_k):
+            for j in range(top_k):
+                same += ids_K[k] == place_ids[p, layer, j]
+        common[p, layer] = same / top_k
+    share = np.empty(count, dtype=np.float32)
+    for head in range(heads):
+        # The score of "none of them" is 0.
+        highest = np.float32(0)
+        for p in range(count):
+            share[p] = scores[head, layer, p]
+            for known in range(layer + 1):
+                share[p] += now[head, layer, known] * common[p, known]
+            if exists[p]:
+                highest = max(highest, share[p])
+        total = math.exp(-highest)
+        for p in range(count):
+            share[p] = math.exp(share[p] - highest) if exists[p] else np.float32(0)
+            total += share[p]
+        for p in range(count):
+            share[p] /= total
+            for hop in range(min(horizon, layers - 1 - layer)):
+                for k in range(top_k):
+                    used[hop, head, place_ids[p, layer + hop + 1, k]] += share[p] * rank[k]
+        confidence[2 * head] = math.tanh((highest + math.log(total)) / 10)
+        confidence[2 * head + 1] = share.max()
+    return confidence
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
 def add_block(
     state: Array, seen: Array, n: int, scale: Array, shift: Array, rise: Array, rise_b: Array, fall: Array, fall_b: Array
 ) -> None:
     """Add what block n computes from `seen` `[D]` to `state` `[D]`."""
-    hidden = np.dot(rise[n], normalized(seen) * scale[n] + shift[n]) + rise_b[n]
-    for i in range(len(hidden)):
-        hidden[i] *= np.float32(0.5) * (np.float32(1) + np.float32(math.erf(hidden[i] * np.float32(math.sqrt(0.5)))))
+    hidden = _gelu(np.dot(rise[n], normalized(seen) * scale[n] + shift[n]) + rise_b[n])
     state += np.dot(fall[n], hidden) + fall_b[n]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _step(
     layer: int,
+    ids_K: npt.NDArray[np.int64],
+    weights_K: Array,
     state: Array,
-    hints: Array,
-    rows: npt.NDArray[np.int64],
-    weights: Array,
-    now: Array,
-    scale: Array,
-    shift: Array,
-    rise: Array,
-    rise_b: Array,
-    fall: Array,
-    fall_b: Array,
-    norm_scale: Array,
-    head: Array,
-) -> Array:
-    total = max(weights.sum(), np.float32(1e-6))
-    for k in range(len(rows)):
-        state += weights[k] / total * now[rows[k]]
-    add_block(state, state + hints[layer], layer, scale, shift, rise, rise_b, fall, fall_b)
-    logits: Array = np.dot(normalized(state + hints[layer]) * norm_scale[layer, 0], head[layer])
-    return logits
+    hint: Array,
+    places: Places,
+    attention: tuple[Array, Array],
+    added: tuple[Array, Array],
+    block: Block,
+    head: tuple[Array, Array, Array, Array],
+    little_use: float,
+    out: Array,
+) -> None:
+    """Add a layer to the state, and write the logits `[H, E]` of the layers after it to `out`."""
+    horizon, experts = out.shape
+    now, used_layer = added
+    norm_scale, weights, direct, bias = head
+    heads = direct.shape[2]
+    inputs = np.empty(used_layer.shape[1], dtype=np.float32)
+    used = np.zeros((horizon, heads, experts), dtype=np.float32)
+    inputs[heads * experts :] = _attend(layer, ids_K, places, attention, used)
+    inputs[: heads * experts] = used[0].ravel()
+    total = max(weights_K.sum(), np.float32(1e-6))
+    for k in range(len(ids_K)):
+        state += weights_K[k] / total * now[layer * experts + ids_K[k]]
+    hint = hint + np.dot(inputs, used_layer[layer])
+    add_block(state, state + hint, layer, *block)
+    out[:] = np.dot(normalized(state + hint) * norm_scale[layer], weights[layer]).reshape(horizon, experts) + bias[layer]
+    for hop in range(horizon):
+        for g in range(heads):
+            for expert in range(experts):
+                if used[hop, g, expert] > 0:
+                    out[hop, expert] += direct[layer, hop, g] * math.log1p(used[hop, g, expert] / little_use)

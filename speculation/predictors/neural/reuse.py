@@ -31,7 +31,7 @@ from speculation.predictors.neural.reuse_features import (
     SOON_AFTER,
     reuse_features,
 )
-from speculation.predictors.neural.reuse_memory import MEMORY_FEATURES, TextMemory
+from speculation.predictors.neural.reuse_memory import MEMORY_FEATURES, ReuseMemory
 from speculation.predictors.neural.reuse_stream import ReuseStream
 from speculation.predictors.options import TrainingOptions
 
@@ -42,7 +42,7 @@ class Reuse(NeuralPredictor):
     It sees the token's identity and the routes of all earlier tokens, and predicts the use after this token: the token's own
     experts are in use anyway when a cache must evict one. A small network looks at each expert's own recent use, at its use
     after earlier occurrences of the same tokens in this text (`reuse_features`), and at its use after the same tokens in the
-    training texts, whose routes it keeps (`TextMemory`). A larger one looks, once for a token, at the last token's routes of
+    training texts, whose routes it keeps (`ReuseMemory`). A larger one looks, once for a token, at the last token's routes of
     all layers and at the identity of the last three tokens.
 
     memory_bytes: what the routes of training texts may take; 0 to keep none.
@@ -51,7 +51,7 @@ class Reuse(NeuralPredictor):
     name: ClassVar[str] = "reuse"
     about: ClassVar[str] = "how soon each expert is used again, from its recent use and what followed the same tokens before"
     source: ClassVar[str] = "this project (docs/offload.md)"
-    sees: ClassVar[str] = "all earlier routes, which tokens they are, the routes of training texts"
+    sees: ClassVar[str] = "all earlier routes, which tokens they are, the routes of training texts, which it keeps"
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.REUSE})
     default_width: ClassVar[int] = 192
     token_width: ClassVar[int] = 64
@@ -60,7 +60,7 @@ class Reuse(NeuralPredictor):
 
     def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, config: NetworkConfig | None = None) -> None:
         super().__init__(shape, keys, config)
-        self.memory = TextMemory.empty(shape)
+        self.memory = ReuseMemory.empty(shape)
 
     def build(self, vocabulary_size: int) -> nn.Module:
         features = FEATURES + (MEMORY_FEATURES if self.memory_bytes else 0)
@@ -69,7 +69,7 @@ class Reuse(NeuralPredictor):
     def prepare(self, train: RouteSource) -> None:
         super().prepare(train)
         if self.memory_bytes:
-            self.memory = TextMemory.of(train, self.memory_bytes)
+            self.memory = ReuseMemory.of(train, self.memory_bytes)
 
     def predict(self, history: History) -> Prediction:
         """Predict as every predictor does, but update the sums of the tokens before instead of computing them again."""
@@ -129,7 +129,7 @@ class Reuse(NeuralPredictor):
     def restore(cls, shape: Shape, settings: dict[str, Any], arrays: Arrays) -> Self:
         predictor = super().restore(shape, settings, arrays)
         if cls.memory_bytes:
-            predictor.memory = TextMemory.restore(arrays, shape)
+            predictor.memory = ReuseMemory.restore(arrays, shape)
         return predictor
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
 from speculation.data.repeats import UNKNOWN_TOKEN
-from speculation.data.routes import Routes, RouteSource, each_group
-from speculation.data.tasks import Shape
-from speculation.predictors.base import Arrays
+from speculation.data.routes import Routes
+from speculation.predictors.neural.text_memory import TextMemory
 
 # Lengths of the runs of tokens that are looked up, and how many places are looked at for each.
 LENGTHS = (1, 2, 3, 5)
@@ -26,78 +23,13 @@ AFTER_PLACE = 32
 # places, which says how far to trust them.
 PER_LENGTH = 1 + len(FADES) + 1
 MEMORY_FEATURES = len(LENGTHS) * PER_LENGTH
-PREFIX = "memory."
 _AFTER = np.exp(-np.arange(AFTER_PLACE)[:, None] / np.array(FADES)).astype(np.float32)
 # As in `speculation.data.repeats`.
 _MIX, _SPREAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 
 
-@dataclass(frozen=True)
-class TextMemory:
-    """Routes of M tokens of texts.
-
-    Attributes:
-        keys_M: int64, the identity of each token.
-        first_M: int64, the first token of each token's text.
-        expert_ids_MLK: The routes.
-        problem_ids_M: int32, the problem of each token; -1 if it is not known any more.
-    """
-
-    keys_M: npt.NDArray[np.int64]
-    first_M: npt.NDArray[np.int64]
-    expert_ids_MLK: npt.NDArray[Any]
-    problem_ids_M: npt.NDArray[np.int32]
-
-    @classmethod
-    def of(cls, source: RouteSource, max_bytes: int) -> Self:
-        """Whole texts in a random order, the same each time, as long as their routes take at most `max_bytes`."""
-        kept: list[Routes] = []
-        room = max_bytes
-        for routes in each_group(source):
-            texts, sizes = np.unique(routes.first_T, return_counts=True)
-            order = np.random.default_rng(0).permutation(len(texts))
-            per_token = routes.expert_ids_TLK[0].nbytes
-            fits = np.cumsum(sizes[order]) * per_token <= room
-            kept.append(routes.of_problems(np.isin(routes.first_T, texts[order[fits]])))
-            room -= int(sizes[order[fits]].sum()) * per_token
-        begins = np.cumsum([0, *(len(routes) for routes in kept)])
-        return cls(
-            np.concatenate([routes.token_keys_T for routes in kept]),
-            np.concatenate([routes.first_T + begin for routes, begin in zip(kept, begins, strict=False)]),
-            np.concatenate([routes.expert_ids_TLK for routes in kept]),
-            np.concatenate([routes.problem_ids_T for routes in kept]),
-        )
-
-    @classmethod
-    def empty(cls, shape: Shape) -> Self:
-        """No texts."""
-        nothing = np.zeros(0, dtype=np.int64)
-        return cls(nothing, nothing, np.zeros((0, shape.layers, shape.top_k), dtype=np.uint8), nothing.astype(np.int32))
-
-    def arrays(self) -> Arrays:
-        """What `restore` needs. The problems' ids are not among it: they serve only to leave out a text's own routes."""
-        return {f"{PREFIX}{name}": getattr(self, f"{name}_{axes}") for name, axes in _STORED.items()}
-
-    @classmethod
-    def restore(cls, arrays: Arrays, shape: Shape) -> Self:
-        """Rebuild it from `arrays`. Raises `SpecmoeError` if they do not fit together."""
-        keys, first, ids = (arrays.get(f"{PREFIX}{name}") for name in _STORED)
-        if keys is None or first is None or ids is None or keys.ndim != 1 or first.shape != keys.shape:
-            raise SpecmoeError("stored predictor: expected the memory's keys, first and expert_ids, as many of each")
-        if keys.dtype != np.int64 or first.dtype != np.int64 or ids.dtype not in (np.uint8, np.uint16):
-            raise SpecmoeError("stored predictor: memory: expected keys and first of int64, expert_ids of uint8 or uint16")
-        if ids.shape != (len(keys), shape.layers, shape.top_k) or (len(ids) and ids.max() >= shape.experts):
-            raise SpecmoeError(f"stored predictor: memory: expert_ids {ids.shape} do not fit a model of {shape}")
-        places = np.arange(len(keys))
-        if (first < 0).any() or (first > places).any() or (first[first] != first).any() or (np.diff(first) < 0).any():
-            raise SpecmoeError("stored predictor: memory: first does not say where each token's text begins")
-        return cls(keys, first, ids, np.full(len(keys), -1, dtype=np.int32))
-
-    @cached_property
-    def _ends_M(self) -> npt.NDArray[np.int64]:
-        """The end of each token's text."""
-        firsts, counts = np.unique(self.first_M, return_counts=True)
-        return np.repeat(firsts + counts, counts)
+class ReuseMemory(TextMemory):
+    """Looks up the runs of tokens that end at a token, and what was used at and after the same runs in the texts."""
 
     @cached_property
     def _sorted(self) -> list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]]:
@@ -138,10 +70,7 @@ class TextMemory:
 
     def add_features(self, places_TGP: npt.NDArray[np.int64], out_TLEF: npt.NDArray[np.float32]) -> None:
         """Add what followed these places to features of zeros, float32 `[T, L, E, MEMORY_FEATURES]`."""
-        _add(self.expert_ids_MLK, self._ends_M, places_TGP, _AFTER, out_TLEF)
-
-
-_STORED = {"keys": "M", "first": "M", "expert_ids": "MLK"}
+        _add(self.expert_ids_MLK, self.ends_M, places_TGP, _AFTER, out_TLEF)
 
 
 def _hashes(

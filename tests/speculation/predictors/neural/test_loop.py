@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.routes import routes_of
 from support.traces import MakeProblems, MakeTrace
 
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
-from speculation.data.tasks import Task
+from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import evaluate
 from speculation.predictors.registry import find_predictor
 from speculation.training.fit import train
 
-OPTIONS = replace(find_predictor("mlp").defaults, epochs=4, batch_tokens=64)
+EPOCHS = 4
+OPTIONS = replace(find_predictor("mlp").defaults, epochs=EPOCHS, batch_tokens=64)
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_a_resumed_training_ends_with_the_very_same_weights(accumulate: int, tra
 
 
 def test_more_steps_per_update_than_there_are(trace: Trace, tmp_path: Path) -> None:
-    steps = OPTIONS.epochs * -(-len(load_routes(trace, "train")) // OPTIONS.batch_tokens)
+    steps = EPOCHS * -(-len(load_routes(trace, "train")) // OPTIONS.batch_tokens)
     with pytest.raises(SpecmoeError, match=f"accumulate 1000: the training has only {steps} steps"):
         train(trace, "mlp", tmp_path / "run", options=replace(OPTIONS, accumulate=1000))
     assert not (tmp_path / "run").exists()
@@ -173,3 +175,12 @@ def test_by_itself_a_trace_is_split(trace: Trace, tmp_path: Path) -> None:
     document = evaluate(run, trace)
     assert document.trained_on == 0
     assert evaluate(run, trace, part="all").trained_on == len(run.trained_on) == evaluate(run, trace, part="train").problems
+
+
+@pytest.mark.parametrize(("seen", "expected"), [(1_000, 2), (50_000, 25), (10**9, 30)])
+def test_without_a_number_of_epochs_little_data_gets_more(seen: int, expected: int) -> None:
+    predictor = find_predictor("mlp")(Shape(layers=2, experts=8, top_k=2, horizon=1))
+    epochs: list[tuple[int, int]] = []
+    options = replace(OPTIONS, epochs=None, seen_tokens=seen, batch_tokens=2_000, width=8)
+    predictor.fit(routes_of([(0, 2_000)]), None, options, lambda epoch, count, _: epochs.append((epoch, count)))
+    assert epochs[-1] == (expected, expected)

@@ -13,6 +13,8 @@ from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import evaluate_predictor, shuffled
 from speculation.predictors.features import recent_use
 from speculation.predictors.neural.recommended import Recommended
+from speculation.predictors.neural.recommended_small import MAX_BYTES, RecommendedSmall
+from speculation.predictors.neural.text_memory import TextMemory
 
 
 def routes_of(ids_TLK: np.ndarray, keys: np.ndarray, problem_T: np.ndarray | None = None) -> Routes:
@@ -58,11 +60,12 @@ def test_inputs_by_hand(task: Task) -> None:
     predictor = Recommended(Shape(layers=2, experts=8, top_k=2, horizon=horizon, task=task), np.array([7, 8]))
     found = predictor.inputs(routes, np.array([0, 4]))
     assert found["rows"].tolist() == [[1, 0, 0], [2, 1, 0]]
-    assert found["order"].tolist() == [0, 2]
-    assert (found["match_weights"][0] == 0).all()
-    # b came before at place 1; after it c, a, b, and so on: beyond what is known the run is taken to go round.
+    # b came before at place 1, where a comes before it too. For next-token, what follows it is c, a, b.
+    assert found["place_exists"][:, :, 0].sum(1).tolist() == [0, 1]
     places = [2, 3, 4] if task == Task.NEXT_TOKEN else [1]
-    assert (found["match_ids"][1] == ids[places]).all()
+    assert (found["place_ids"][1, 0] == ids[places]).all()
+    assert found["place_facts"][1, 0] == pytest.approx([1 / 3, 0, 0, 1, 1 / (1 + np.log2(3))], abs=1e-6)
+    assert (found["place_last"] == 0).all()
     last = 4 if task == Task.NEXT_TOKEN else 3
     assert (found["last_ids"][1] == ids[last]).all()
     assert found["last_weights"][0].sum() == (2 if task == Task.NEXT_TOKEN else 0)
@@ -91,3 +94,28 @@ def test_it_learns_what_repeats_and_falls_to_chance_on_shuffled_experts() -> Non
     assert recall == pytest.approx(0.75 + 0.25 * 0.25, abs=0.04)
     control = evaluate_predictor(predictor, shuffled(test, seed=0), {}, test).metrics["h=1"]["recall@2"]
     assert control == pytest.approx(0.25, abs=0.04)
+
+
+@pytest.mark.parametrize("sizes", [(24, 32, 4), (26, 64, 6), (48, 64, 8), (8, 8, 2)])
+def test_the_small_one_takes_at_most_a_megabyte_for_up_to_64_experts(sizes: tuple[int, int, int]) -> None:
+    layers, experts, top_k = sizes
+    shape = Shape(layers=layers, experts=experts, top_k=top_k, horizon=1)
+    predictor = RecommendedSmall(shape, np.arange(RecommendedSmall.max_vocabulary))
+    count = RecommendedSmall.typical_tokens(shape)
+    predictor.memory = TextMemory(
+        np.arange(count), np.arange(count), np.zeros((count, layers, top_k), np.uint8), np.zeros(count, np.int32)
+    )
+    assert 100_000 < sum(array.nbytes for array in predictor.arrays().values()) <= MAX_BYTES
+
+
+def test_a_predictor_finds_the_same_in_the_texts_that_it_keeps_after_it_was_stored() -> None:
+    routes = routes_of(np.arange(40)[:, None, None] % 5 + np.array([[[0, 1], [2, 3]]]), np.arange(40) % 7)
+    shape = Shape(layers=2, experts=8, top_k=2, horizon=1)
+    predictor = Recommended(shape, np.arange(7))
+    predictor.memory = TextMemory.of(routes, 1 << 20)
+    restored = Recommended.restore(shape, predictor.settings(), predictor.arrays())
+    other = routes_of(np.arange(9)[:, None, None] % 3 + np.array([[[0, 1], [2, 3]]]), np.arange(9) % 7)
+    one, two = (each.inputs(other, np.arange(9)) for each in (predictor, restored))
+    assert one["place_exists"].any()
+    for name, array in one.items():
+        assert (array == two[name]).all(), name

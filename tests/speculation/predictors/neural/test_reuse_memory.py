@@ -24,7 +24,7 @@ from speculation.predictors.neural.reuse_memory import (
     MEMORY_FEATURES,
     PER_LENGTH,
     PLACES,
-    TextMemory,
+    ReuseMemory,
 )
 
 SHAPE = Shape(layers=2, experts=8, top_k=2, horizon=1, task=Task.REUSE)
@@ -46,7 +46,7 @@ def run_at(routes: Routes, token: int, length: int) -> list[int] | None:
 
 def test_places_are_those_of_a_plain_search() -> None:
     stored, routes = texts([60, 1, 90], seed=1), texts([40, 3], seed=2)
-    memory = TextMemory.of(stored, MAX_BYTES)
+    memory = ReuseMemory.of(stored, MAX_BYTES)
     kept = replace(stored, token_keys_T=memory.keys_M, first_T=memory.first_M)
     found_TGP = memory.places(routes, np.arange(len(routes)))
     for token in range(len(routes)):
@@ -63,7 +63,7 @@ def test_places_are_those_of_a_plain_search() -> None:
 
 
 def test_features_are_those_of_a_plain_loop() -> None:
-    memory = TextMemory.of(texts([60, 70], seed=1), MAX_BYTES)
+    memory = ReuseMemory.of(texts([60, 70], seed=1), MAX_BYTES)
     routes = texts([30], seed=3)
     places_TGP = memory.places(routes, np.arange(len(routes)))
     found_TLEF = np.zeros((len(routes), SHAPE.layers, SHAPE.experts, MEMORY_FEATURES), dtype=np.float32)
@@ -118,14 +118,14 @@ def test_the_memory_is_bounded_and_keeps_whole_texts() -> None:
     stored = texts([40, 50, 60, 30], seed=6)
     per_token = stored.expert_ids_TLK[0].nbytes
     for tokens in (0, 29, 100, 180):
-        memory = TextMemory.of(stored, tokens * per_token)
+        memory = ReuseMemory.of(stored, tokens * per_token)
         kept = np.unique(memory.problem_ids_M, return_counts=True)
         assert len(memory.keys_M) <= tokens
         assert [[40, 50, 60, 30][problem] for problem in kept[0]] == kept[1].tolist()
     assert len(memory.keys_M) == 180
-    assert not len(TextMemory.of(stored, 0).keys_M)
+    assert not len(ReuseMemory.of(stored, 0).keys_M)
     # An empty memory finds nothing.
-    assert (TextMemory.empty(SHAPE).places(stored, np.arange(3), stored.problem_ids_T[:3]) == -1).all()
+    assert (ReuseMemory.empty(SHAPE).places(stored, np.arange(3), stored.problem_ids_T[:3]) == -1).all()
 
 
 def test_what_is_stored_is_restored() -> None:

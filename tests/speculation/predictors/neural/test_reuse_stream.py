@@ -17,7 +17,7 @@ from speculation.data.routes import Routes
 from speculation.data.tasks import Shape, Task
 from speculation.predictors.neural.reuse import Reuse
 from speculation.predictors.neural.reuse_features import FEATURES, WINDOW, reuse_features
-from speculation.predictors.neural.reuse_memory import TextMemory
+from speculation.predictors.neural.reuse_memory import ReuseMemory
 from speculation.predictors.neural.reuse_small import ReuseSmall
 from speculation.predictors.neural.reuse_stream import RecentUse
 
@@ -54,7 +54,7 @@ def random_predictor(kind: type[Reuse], seed: int) -> Reuse:
     for parameter in predictor.network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     if predictor.memory_bytes:
-        predictor.memory = TextMemory.of(text(200, 5), predictor.memory_bytes)
+        predictor.memory = ReuseMemory.of(text(200, 5), predictor.memory_bytes)
     return predictor
 
 
