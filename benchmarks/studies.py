@@ -22,7 +22,7 @@ from profiler.trace.splits import all_digests, part_of_digest, split_key
 from profiler.trace.writer import write_text
 from speculation.data.tasks import Task
 from speculation.evaluation.evaluate import evaluate
-from speculation.predictors.neural.loop import CHECKPOINTS
+from speculation.predictors.neural.training_loop import CHECKPOINTS
 from speculation.predictors.options import TrainingOptions
 from speculation.predictors.registry import find_predictor
 from speculation.training.fit import train

@@ -29,7 +29,7 @@ from speculation.data.routes import Routes, load_routes
 from speculation.data.tasks import Shape
 from speculation.predictors.features import frequent_tokens
 from speculation.predictors.neural.base import NeuralPredictor, mean_cross_entropy
-from speculation.predictors.neural.loop import best_precision
+from speculation.predictors.neural.training_loop import best_precision
 from speculation.predictors.registry import find_predictor
 
 NAMES = ("recommended-small", "recommended", "mlp", "statistics-aware")

@@ -82,7 +82,7 @@ def export(
     Example: specmoe export traces/math --to llama-cpp --fraction .5 --batch 8 --out arguments.txt
     """
     from profiler.exporters import ExportOptions, export_trace, find_format
-    from profiler.exporters.choice import Budget
+    from profiler.exporters.chosen_experts import Budget
 
     chosen = find_format(to)
     given = [name for name, value in (("--fraction", fraction), ("--slots", slots), ("--gb", gb)) if value is not None]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from profiler.errors import SpecmoeError, TraceError
 from profiler.exporters import csv_table, exllamav3, json_table, ktransformers, llama_cpp, sglang
-from profiler.exporters.choice import Budget, choose_experts, choose_layers, distinct_experts, hit_rate, overlap
+from profiler.exporters.chosen_experts import Budget, choose_experts, choose_layers, distinct_experts, hit_rate, overlap
 from profiler.exporters.content import Content
 from profiler.exporters.counts import ExpertCounts, count_experts
 from profiler.exporters.report import ExportReport, report_path

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from speculation.offload.recompiling import recompile_after
+from speculation.offload.numba_recompiling import recompile_after
 from speculation.offload.state import COMING, ORDER, PRESENT, Expert, Experts, Integers, Rule
 
 recompile_after(__file__, "speculation.offload.state")

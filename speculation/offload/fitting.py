@@ -181,7 +181,7 @@ def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch:
         EmptyPartError: The part, or the training part, has no problem.
     """
     # Imported late: without a trace, nothing needs the compiled simulation.
-    from profiler.exporters.choice import choose_experts
+    from profiler.exporters.chosen_experts import choose_experts
     from speculation.data.routes import load_routes
     from speculation.data.tasks import Shape, Task
     from speculation.offload.requests import requests_of

@@ -20,7 +20,7 @@ from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import microseconds_per_prediction
 from speculation.offload.costs import Costs
 from speculation.offload.curves.division import Division
-from speculation.offload.gap import Gap
+from speculation.offload.gap_to_belady import Gap
 from speculation.offload.plans import PrefetchPlan, no_plan, oracle_plan, plan_of, popularity_plan, ranked
 from speculation.offload.policy_scores import Evictor, policy_seconds
 from speculation.offload.requests import Requests

@@ -16,7 +16,7 @@ from profiler.trace.splits import problem_digests, split_key
 from speculation.data.groups import RouteGroups
 from speculation.data.routes import RouteSource, each_group, load_routes, route_digests
 from speculation.data.tasks import Shape, Task
-from speculation.predictors.neural.loop import CHECKPOINTS
+from speculation.predictors.neural.training_loop import CHECKPOINTS
 from speculation.predictors.options import Progress, TrainingOptions
 from speculation.predictors.registry import find_predictor
 from speculation.training.runs import BASELINES, CONFIG_FILE, Run, baseline_shape, load_run, save_run

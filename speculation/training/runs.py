@@ -39,7 +39,7 @@ from profiler.trace.splits import split_key
 from profiler.trace.writer import sha256_of, write_text
 from speculation.data.tasks import Shape, Task
 from speculation.predictors.base import Arrays, Predictor
-from speculation.predictors.neural.loop import CHECKPOINTS
+from speculation.predictors.neural.training_loop import CHECKPOINTS
 from speculation.predictors.options import Epochs, TrainingOptions
 from speculation.predictors.registry import find_predictor
 from speculation.training.card import model_card

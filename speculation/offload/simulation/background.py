@@ -9,7 +9,7 @@ from __future__ import annotations
 import numba
 
 from speculation.offload.eviction_policies import note_load, worth
-from speculation.offload.recompiling import recompile_after
+from speculation.offload.numba_recompiling import recompile_after
 from speculation.offload.simulation.host_memory import OUT, Ram, admit, touch
 from speculation.offload.simulation.occupancy import IN_USE, occupy, slot_to_vacate, vacate
 from speculation.offload.simulation.records import (

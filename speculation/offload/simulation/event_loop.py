@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from speculation.offload.eviction_policies import begin_step, demote_oldest, note_next_use, note_use, set_scores
+from speculation.offload.numba_recompiling import recompile_after
 from speculation.offload.plans import PrefetchPlan
-from speculation.offload.recompiling import recompile_after
 from speculation.offload.simulation.background import begin_reads, begin_transfers, enqueue_fill, enqueue_prediction
 from speculation.offload.simulation.host_memory import OUT, Ram
 from speculation.offload.simulation.misses import load_missing, serve

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 from speculation.offload.eviction_policies import choose_victim, compares_keys, start_expert
-from speculation.offload.recompiling import recompile_after
+from speculation.offload.numba_recompiling import recompile_after
 from speculation.offload.simulation.records import Clock, Count, Limits, Pool, Pools
 from speculation.offload.state import ABSENT, PRESENT, Expert, Experts, Integers
 

@@ -18,7 +18,7 @@ from speculation.data.routes import Routes, RouteSource, router_input_scale, rou
 from speculation.data.tasks import Shape, Task, targets
 from speculation.predictors.base import Arrays, Predictor, expected_array
 from speculation.predictors.features import at_targets, expert_frequency, frequent_tokens, stored_keys
-from speculation.predictors.neural.loop import fit_network
+from speculation.predictors.neural.training_loop import fit_network
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
 PREFIX = "network."

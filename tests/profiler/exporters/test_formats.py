@@ -17,7 +17,7 @@ from support.traces import MakeProblems, MakeTrace
 
 from profiler.errors import ModelError, SpecmoeError, TraceError
 from profiler.exporters import FORMATS, ExportOptions, export_trace
-from profiler.exporters.choice import Budget
+from profiler.exporters.chosen_experts import Budget
 from profiler.exporters.counts import count_experts
 from profiler.exporters.json_table import ExpertTable
 from profiler.exporters.report import REPORT_SUFFIX, ExportReport, report_path

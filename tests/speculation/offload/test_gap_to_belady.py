@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.routes import routes_of
 
-from speculation.offload.gap import Gap
+from speculation.offload.gap_to_belady import Gap
 from speculation.offload.requests import requests_of
 from speculation.offload.simulation.records import Count
 from speculation.offload.simulation.simulate import Setting, Workload, simulate

@@ -10,11 +10,11 @@ from types import ModuleType
 
 import pytest
 
-from speculation.offload.recompiling import recompile_after
+from speculation.offload.numba_recompiling import recompile_after
 
 CALLER = """
 import numba
-from speculation.offload.recompiling import recompile_after
+from speculation.offload.numba_recompiling import recompile_after
 from called import value
 
 recompile_after(__file__, "called")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiler.errors import SpecmoeError
-from profiler.exporters.choice import Budget, choose_experts, choose_layers, distinct_experts, hit_rate, overlap
+from profiler.exporters.chosen_experts import Budget, choose_experts, choose_layers, distinct_experts, hit_rate, overlap
 from profiler.exporters.counts import ExpertCounts
 
 
