@@ -329,8 +329,8 @@ def _memory(study: Study, cost: Costs | None, shape: Shape) -> int | None:
         return None
     if cost is None:
         raise SpecmoeError(
-            "host memory in GB needs the size of an expert: name a model of known sizes (--model; see 'specmoe models'), "
-            "or give a share of all experts (--ram-fraction)"
+            "host memory in GB needs the size of an expert: name a model of known sizes (see 'specmoe models'), "
+            "or give a share of all experts instead"
         )
     return min(everything, int(study.ram_gigabytes * 1e9 / cost.expert_bytes))
 

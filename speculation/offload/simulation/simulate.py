@@ -239,7 +239,7 @@ def _check_costs(setting: Setting, costs: Costs | None) -> None:
     if costs is None and (setting.miss != Miss.COPY or setting.ram is not None):
         raise SpecmoeError(
             "the time that a host or storage takes depends on the size of an expert, which is not known: name a model of "
-            "known sizes (--model; see 'specmoe models')"
+            "known sizes (see 'specmoe models')"
         )
     if setting.miss != Miss.COPY and (costs is None or costs.host_expert_seconds is None):
         raise SpecmoeError("experts cannot be computed on the host: the costs do not say how long that takes; choose a host")
@@ -358,8 +358,8 @@ def capacities(
             raise SpecmoeError(f"cache of {size} GB: expected 0 or more")
         if costs is None:
             raise SpecmoeError(
-                "a cache size in GB needs the size of an expert: name a model of known sizes (--model; see 'specmoe models'), "
-                "or give a share of all experts (--cache-fraction)"
+                "a cache size in GB needs the size of an expert: name a model of known sizes (see 'specmoe models'), "
+                "or give a share of all experts instead"
             )
         yield min(layers * experts // pools, int(size * 1e9 / costs.expert_bytes / pools))
 

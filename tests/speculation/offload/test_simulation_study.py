@@ -298,7 +298,7 @@ def test_what_is_no_simulation_is_refused(tmp_path: Path) -> None:
         ),
         (["--model", "mixtral-8x7b"], "mixtral-8x7b has 32 MoE layers of 8 experts, top-2; the trace has 16 of 64, top-8"),
         (["--model", "gpt-9"], "unknown model 'gpt-9'"),
-        (["--cache-gb", "3"], "a cache size in GB needs the size of an expert: name a model of known sizes (--model"),
+        (["--cache-gb", "3"], "a cache size in GB needs the size of an expert: name a model of known sizes"),
         (["--device", "TPU"], "unknown GPU 'TPU': expected one of RTX 3090"),
         (["--cache-fraction", "2"], "cache fraction 2.0: expected 0 to 1"),
         (["--predictor", "oracle", "--horizon", "17"], "horizon 17: expected 1 to 16 layers ahead"),

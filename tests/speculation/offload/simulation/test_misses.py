@@ -337,8 +337,8 @@ def test_a_draft_model_takes_its_time() -> None:
     ("setting", "costs", "text"),
     [
         (Setting(Rule.LRU, 1, miss=Miss.HOST), replace(COSTS, host_expert_seconds=None), "choose a host"),
-        (Setting(Rule.LRU, 1, miss=Miss.CHEAPEST), None, "choose a model of known sizes"),
-        (Setting(Rule.LRU, 1, ram=1), None, "choose a model of known sizes"),
+        (Setting(Rule.LRU, 1, miss=Miss.CHEAPEST), None, "which is not known: name a model of known sizes"),
+        (Setting(Rule.LRU, 1, ram=1), None, "which is not known: name a model of known sizes"),
         (Setting(Rule.LRU, 1, ram=1), replace(COSTS, storage_seconds=None), "choose a storage"),
         (Setting(Rule.LRU, 1, ram=-1), COSTS, "room for -1 experts in host memory: expected at least 0"),
     ],
