@@ -199,7 +199,10 @@ class NeuralPredictor(Predictor):
             for name in sorted(expected.keys() | weights.keys()):
                 sides = [tuple(side[name].shape) if name in side else "missing" for side in (weights, expected)]
                 if sides[0] != sides[1]:
-                    raise SpecmoeError(f"stored predictor: weights {name!r} are {sides[0]}, expected {sides[1]}")
+                    raise SpecmoeError(
+                        f"stored predictor: weights {name!r} are {sides[0]}, expected {sides[1]}: they were changed, or stored "
+                        f"by an earlier version of {cls.name}, whose network was another one; train it again"
+                    )
             predictor = cls(shape, keys, config)
             predictor.network.load_state_dict(weights)
         except (RuntimeError, AssertionError) as error:
