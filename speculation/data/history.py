@@ -182,7 +182,8 @@ class History:
             previous_T, packed_TW = views.pop("previous_T"), views.pop("packed_TW")
             self._routes = Routes(**views, router=self._router())
             # The cached properties would compute the same, but in time proportional to the length of the sequence.
-            vars(self._routes).update(matches=matches, previous_T=previous_T, _packed_TW=packed_TW)
+            vars(self._routes).update(matches=matches, previous_T=previous_T)
+            vars(self._routes).update(_packed_TW=packed_TW, _packed_for=self.shape.experts)
         return self._routes
 
     def _set_router_input(self, given: npt.NDArray[np.float16]) -> None:

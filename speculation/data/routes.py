@@ -136,9 +136,9 @@ class Routes:
         return np.asarray(np.repeat(firsts_S + counts_S - 1, counts_S) - np.arange(len(self)))
 
     def packed(self, experts: int) -> npt.NDArray[np.uint64]:
-        """The routes as bits, uint64 `[T, W]`: see `pack_routes`. Computed once, for a model with this many experts."""
-        if "_packed_TW" not in vars(self):
-            vars(self)["_packed_TW"] = pack_routes(self.expert_ids_TLK, experts)
+        """The routes as bits for a model with this many experts, uint64 `[T, W]`: see `pack_routes`. Computed once."""
+        if vars(self).get("_packed_for") != experts:
+            vars(self).update(_packed_TW=pack_routes(self.expert_ids_TLK, experts), _packed_for=experts)
         found: npt.NDArray[np.uint64] = vars(self)["_packed_TW"]
         return found
 

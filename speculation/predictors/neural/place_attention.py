@@ -9,6 +9,8 @@ from speculation.data.tasks import Shape, Task
 from speculation.predictors.neural.similar_places import FACTS
 
 HEADS = 2
+# An expert never counts less than this for its rank in a route, relative to 1.
+LEAST_RANK = 1e-3
 # The confidence of each head: how well places agree in all, and the largest share of a single place.
 CONFIDENCES = 2
 # At the start of training, how much an agreement at each layer counts, for each head, and how that fades over the layers.
@@ -62,10 +64,14 @@ class PlaceAttention(nn.Module):
         return shares, confidences.permute(0, 3, 2, 1, 4).flatten(2)
 
     def use(self, shares_TGLP: torch.Tensor, ids_TPLK: torch.Tensor) -> torch.Tensor:
-        """The shares of the places at which each expert was used, `[T, G, L, E]`: 1 if at all of them."""
+        """The shares of the places at which each expert was used, added up, `[T, G, L, E]`.
+
+        An expert counts more or less by its rank in the route; on average over the K ranks, 1.
+        """
         tokens, heads, layers, _ = shares_TGLP.shape
         ids_TLX = ids_TPLK.transpose(1, 2).flatten(2)
-        rank_K = self.rank / self.rank.mean()
+        rank_K = self.rank.clamp(min=LEAST_RANK)
+        rank_K = rank_K / rank_K.mean()
         added = (shares_TGLP[..., None] * rank_K).flatten(3).float()
         empty = torch.zeros(tokens, heads, layers, self.experts, device=added.device)
         return empty.scatter_add(3, ids_TLX[:, None].expand(-1, heads, -1, -1), added)

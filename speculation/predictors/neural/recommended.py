@@ -23,7 +23,7 @@ from speculation.predictors.neural.base import (
     relative_weights,
 )
 from speculation.predictors.neural.place_attention import CONFIDENCES, HEADS, PlaceAttention
-from speculation.predictors.neural.recommended_stream import Stream
+from speculation.predictors.neural.recommended_stream import Stream, StreamWeights
 from speculation.predictors.neural.similar_places import common_now, find_places, routes_at
 from speculation.predictors.neural.text_memory import TextMemory
 from speculation.predictors.options import TrainingOptions
@@ -73,14 +73,20 @@ class Recommended(NeuralPredictor):
     def __init__(self, shape: Shape, keys: npt.NDArray[np.int64] | None = None, config: NetworkConfig | None = None) -> None:
         super().__init__(shape, keys, config)
         self.memory = TextMemory.empty(shape)
+        # In training, a problem must find nothing of its own.
+        self._training_memory = self.memory
+        self._stream_weights: StreamWeights | None = None
 
     def build(self, vocabulary_size: int) -> nn.Module:
         return self.network_of(self.shape, vocabulary_size, self.config.width)
 
     @classmethod
     def typical_tokens(cls, shape: Shape) -> int:
-        """The number of tokens whose typical route is kept if no training texts are."""
-        return cls.max_vocabulary
+        """The number of tokens whose typical route is kept by a predictor that keeps no training texts.
+
+        None for next-token: a typical route is of one token, and does not say what follows.
+        """
+        return 0 if shape.task == Task.NEXT_TOKEN else cls.max_vocabulary
 
     @classmethod
     def network_of(cls, shape: Shape, vocabulary_size: int, width: int) -> nn.Module:
@@ -90,19 +96,22 @@ class Recommended(NeuralPredictor):
     def prepare(self, train: RouteSource) -> None:
         super().prepare(train)
         if self.memory_bytes:
-            self.memory = TextMemory.of(train, self.memory_bytes)
+            self.memory = self._training_memory = TextMemory.of(train, self.memory_bytes)
         else:
             keys = frequent_tokens(train, self.typical_tokens(self.shape), min_count=2)
             self.memory = TextMemory.typical(train, keys, self.shape)
+            self._training_memory = TextMemory.typical(train, keys, self.shape, parts=2)
 
     def predict(self, history: History) -> Prediction:
         """Predict as every predictor does, but reuse the state of the layers below instead of computing it again."""
         if self.shape.task != Task.NEXT_LAYER:
             return super().predict(history)
         self.check(history)
+        if self._stream_weights is None or self._stream_weights.network is not self.network:
+            self._stream_weights = StreamWeights(self.network, LITTLE_USE)
         stream = history.cache.get(self.name)
-        if stream is None or stream.predictor is not self:
-            stream = history.cache[self.name] = Stream(self, LITTLE_USE)
+        if stream is None or stream.weights is not self._stream_weights:
+            stream = history.cache[self.name] = Stream(self._stream_weights)
         is_new = stream.token != history.tokens - 1 or stream.layer >= history.layer
         inputs = self.inputs(history.routes, np.array([history.tokens - 1])) if is_new else None
         logits_HE = stream.logits(history, inputs)[: self.shape.layers - 1 - history.layer]
@@ -113,7 +122,9 @@ class Recommended(NeuralPredictor):
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """The mean binary cross-entropy; in training, a problem's own routes are left out of the memory."""
-        own_T = routes.problem_ids_T[tokens_T] if network.training else None
+        own_T = None
+        if network.training:
+            own_T = routes.problem_ids_T[tokens_T] if self.memory_bytes else routes.problem_ids_T[tokens_T] % 2
         device = next(self.network.parameters()).device
         arrays = {name: torch.from_numpy(array).to(device) for name, array in self._inputs(routes, tokens_T, own_T).items()}
         return mean_cross_entropy(network(**arrays), *self.truth(routes, tokens_T))
@@ -121,13 +132,17 @@ class Recommended(NeuralPredictor):
     def _inputs(
         self, routes: Routes, tokens_T: npt.NDArray[np.int64], without_T: npt.NDArray[np.int32] | None
     ) -> dict[str, npt.NDArray[Any]]:
-        """The arguments of `forward`. without_T: for each token, a problem whose routes are left out of the memory."""
+        """The arguments of `forward`.
+
+        without_T: in training, for each token, what `problem_ids_M` of the memory is for its own problem's routes.
+        """
         shape = self.shape
+        memory = self.memory if without_T is None else self._training_memory
         known_back = 0 if shape.task == Task.NEXT_TOKEN else 1
         known_T = tokens_T if shape.task == Task.NEXT_TOKEN else routes.previous_T[tokens_T]
         ahead = range(1, shape.horizon + 1) if shape.task == Task.NEXT_TOKEN else range(1)
-        places = find_places(routes, self.memory, tokens_T, shape.experts, self.places, known_back, without_T)
-        found = routes_at(places, routes, self.memory, tokens_T, known_back, ahead)
+        places = find_places(routes, memory, tokens_T, shape.experts, self.places, known_back, without_T)
+        found = routes_at(places, routes, memory, tokens_T, known_back, ahead)
         back_TB = tokens_T[:, None] - np.arange(TOKENS_BACK)
         is_there_TB = back_TB >= routes.first_T[tokens_T, None]
         rows_TB = token_rows(self.keys, routes.token_keys_T[np.maximum(back_TB, 0)].reshape(-1)).reshape(back_TB.shape)

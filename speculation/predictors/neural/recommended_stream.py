@@ -10,42 +10,49 @@ import numpy as np
 import numpy.typing as npt
 
 from speculation.data.history import History
+from speculation.predictors.neural.place_attention import LEAST_RANK
 
 Array = npt.NDArray[np.float32]
 # The weights of blocks: see `stacked`.
-Block = tuple[Array, Array, Array, Array, Array, Array]
+BlockWeights = tuple[Array, Array, Array, Array, Array, Array]
 # The routes `[P, L, K]` at the places, whether they exist `[P]`, what they have in common with the token at the layers that are
 # known `[P, L]`, and their scores `[G, L, P]` as far as they do not depend on the token's own routes.
-Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], Array, Array]
+PlaceArrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], Array, Array]
 EPSILON = 1e-5
 # The linear layers whose sum, with the position, is the state before the first layer.
 _KNOWN = ("tokens", "last_all", "recent_all")
 
 
-class Stream:
-    """Keeps the state of the current token of one sequence from layer to layer.
+class StreamWeights:
+    """The weights of a `Recommended` network for single tokens, copied once for all sequences.
 
     Args:
-        predictor: The `Recommended` to compute.
+        network: The `RecommendedNetwork`, for next-layer.
         little_use: See `recommended.LITTLE_USE`.
     """
 
-    def __init__(self, predictor: Any, little_use: float) -> None:
-        weights = predictor.network.state_dict().items()
+    def __init__(self, network: Any, little_use: float) -> None:
+        weights = network.state_dict().items()
         arrays = {name: np.ascontiguousarray(tensor.detach().cpu().float().numpy()) for name, tensor in weights}
-        shape = predictor.shape
-        self.predictor = predictor
-        self._arrays = arrays
-        self._shape, self._little_use = shape, little_use
-        self._context = stacked(arrays, "context", 2)
-        self._blocks = stacked(arrays, "blocks", shape.layers - 1)
-        self._all = np.concatenate([arrays[f"{name}.weight"] for name in _KNOWN], axis=1)
-        self._all_bias = np.sum([arrays[f"{name}.bias"] for name in _KNOWN], axis=0)
+        self.network, self.shape, self.little_use = network, network.shape, little_use
+        self.arrays = arrays
+        self.context = stacked(arrays, "context", 2)
+        self.blocks = stacked(arrays, "blocks", self.shape.layers - 1)
+        self.all = np.concatenate([arrays[f"{name}.weight"] for name in _KNOWN], axis=1)
+        self.all_bias = np.sum([arrays[f"{name}.bias"] for name in _KNOWN], axis=0)
         # What the routes of a layer, and the use at places (the experts of all heads, then the confidences), add to the state.
         used_layer = np.concatenate([arrays["used_layer"], arrays["confidence"]], axis=1)[1:]
-        self._added = (arrays["now.table"], np.ascontiguousarray(used_layer))
-        self._attention = (arrays["places.now"], arrays["places.rank"] / arrays["places.rank"].mean())
-        self._head = (arrays["norm_scale"][:, 0].copy(), arrays["head"], arrays["direct"], arrays["bias_LHE"])
+        self.added = (arrays["now.table"], np.ascontiguousarray(used_layer))
+        rank_K = np.maximum(arrays["places.rank"], np.float32(LEAST_RANK))
+        self.attention = (arrays["places.now"], rank_K / rank_K.mean())
+        self.head = (arrays["norm_scale"][:, 0].copy(), arrays["head"], arrays["direct"], arrays["bias_LHE"])
+
+
+class Stream:
+    """Keeps the state of the current token of one sequence from layer to layer."""
+
+    def __init__(self, weights: StreamWeights) -> None:
+        self.weights = weights
         self.token, self.layer = -1, -1
 
     def logits(self, history: History, inputs: dict[str, npt.NDArray[Any]] | None) -> Array:
@@ -53,9 +60,9 @@ class Stream:
         if inputs is not None:
             self._begin(inputs)
             self.token, self.layer = history.tokens - 1, -1
-        routes, shape = history.routes, self._shape
+        routes, weights = history.routes, self.weights
         ids_LK, weights_LK = routes.expert_ids_TLK[self.token], routes.weights_TLK[self.token].astype(np.float32)
-        out_HE = np.zeros((shape.horizon, shape.experts), dtype=np.float32)
+        out_HE = np.zeros((weights.shape.horizon, weights.shape.experts), dtype=np.float32)
         while self.layer < history.layer:
             self.layer += 1
             _step(
@@ -65,27 +72,27 @@ class Stream:
                 self._state,
                 self._hints[self.layer],
                 self._places,
-                self._attention,
-                self._added,
-                self._blocks,
-                self._head,
-                self._little_use,
+                weights.attention,
+                weights.added,
+                weights.blocks,
+                weights.head,
+                weights.little_use,
                 out_HE,
             )
         return out_HE
 
     def _begin(self, inputs: dict[str, npt.NDArray[Any]]) -> None:
-        arrays, experts = self._arrays, self._shape.experts
+        weights, arrays, experts = self.weights, self.weights.arrays, self.weights.shape.experts
         last_LD = _embedded(inputs["last_ids"][0], inputs["last_weights"][0], arrays["last.table"], experts)
         recent = inputs["recent"][0]
         by_layer = np.ascontiguousarray(recent.transpose(1, 0, 2)).reshape(recent.shape[1], 1, -1)
         hints_LD = last_LD + np.matmul(by_layer, arrays["recent_layer"])[:, 0]
         recent_WD = recent.reshape(len(recent), -1) @ arrays["last.table"]
         known = [arrays["token.weight"][inputs["rows"][0]].ravel(), last_LD.sum(0), recent_WD.ravel()]
-        state = self._all @ np.concatenate(known) + self._all_bias
+        state = weights.all @ np.concatenate(known) + weights.all_bias
         state += arrays["position.weight"][int(inputs["position"][0])]
-        for number in range(len(self._context[0])):
-            add_block(state, state, number, *self._context)
+        for number in range(len(weights.context[0])):
+            add_block(state, state, number, *weights.context)
         self._state, self._hints = state, np.ascontiguousarray(hints_LD[1:])
         # The scores of the places as far as they do not depend on the token's own routes.
         facts_PF, last_PL = inputs["place_facts"][0], inputs["place_last"][0]
@@ -97,7 +104,7 @@ class Stream:
         self._places = (ids_PLK, exists_P, np.zeros_like(last_PL), scores_GLP)
 
 
-def stacked(arrays: dict[str, Array], name: str, count: int) -> Block:
+def stacked(arrays: dict[str, Array], name: str, count: int) -> BlockWeights:
     """The weights of `count` blocks called `name.0`, `name.1`, ..., stacked: what `add_block` takes."""
     parts = ("norm.weight", "norm.bias", "rise.weight", "rise.bias", "fall.weight", "fall.bias")
     scale, shift, rise, rise_b, fall, fall_b = (
@@ -135,7 +142,9 @@ def _gelu(hidden: Array) -> Array:
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _attend(layer: int, ids_K: npt.NDArray[np.int64], places: Places, attention: tuple[Array, Array], used: Array) -> Array:
+def _attend(
+    layer: int, ids_K: npt.NDArray[np.int64], places: PlaceArrays, attention: tuple[Array, Array], used: Array
+) -> Array:
     """Write the use `[H, G, E]` at the places at the layers after this one; return the confidences `[G * 2]`."""
     place_ids, exists, common, scores = places
     now, rank = attention
@@ -189,10 +198,10 @@ def _step(
     weights_K: Array,
     state: Array,
     hint: Array,
-    places: Places,
+    places: PlaceArrays,
     attention: tuple[Array, Array],
     added: tuple[Array, Array],
-    block: Block,
+    block: BlockWeights,
     head: tuple[Array, Array, Array, Array],
     little_use: float,
     out: Array,

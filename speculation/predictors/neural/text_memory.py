@@ -38,16 +38,22 @@ class TextMemory:
 
     @classmethod
     def of(cls, source: RouteSource, max_bytes: int) -> Self:
-        """Whole texts in a random order, the same each time, as long as their routes take at most `max_bytes`."""
+        """Whole texts whose routes take at most `max_bytes`.
+
+        Texts are taken in a random order, the same each time, from each group of the source in proportion to its size. A text
+        that does not fit is left out, and so are texts without any known token, in which nothing could be found.
+        """
         kept: list[Routes] = []
-        room = max_bytes
         for routes in each_group(source):
-            texts, sizes = np.unique(routes.first_T, return_counts=True)
-            order = np.random.default_rng(0).permutation(len(texts))
-            per_token = routes.expert_ids_TLK[0].nbytes
-            fits = np.cumsum(sizes[order]) * per_token <= room
-            kept.append(routes.of_problems(np.isin(routes.first_T, texts[order[fits]])))
-            room -= int(sizes[order[fits]].sum()) * per_token
+            room = max_bytes * len(routes) // (len(source) * routes.expert_ids_TLK[0].nbytes)
+            texts, text_T, sizes = np.unique(routes.first_T, return_inverse=True, return_counts=True)
+            known = np.bincount(text_T, routes.token_keys_T != UNKNOWN_TOKEN, len(texts))
+            is_kept = np.zeros(len(texts), dtype=np.bool_)
+            for text in np.random.default_rng(0).permutation(len(texts)).tolist():
+                if known[text] and sizes[text] <= room:
+                    is_kept[text] = True
+                    room -= int(sizes[text])
+            kept.append(routes.of_problems(is_kept[text_T]))
         begins = np.cumsum([0, *(len(routes) for routes in kept)])
         return cls(
             np.concatenate([routes.token_keys_T for routes in kept]),
@@ -57,27 +63,26 @@ class TextMemory:
         )
 
     @classmethod
-    def typical(cls, source: RouteSource, keys: npt.NDArray[np.int64], shape: Shape) -> Self:
+    def typical(cls, source: RouteSource, keys: npt.NDArray[np.int64], shape: Shape, parts: int = 1) -> Self:
         """For each of these tokens the K experts that it uses most often at each layer, as a text of a single token.
 
         Args:
             source: The routes.
             keys: The tokens, ascending; tokens that do not occur are left out.
             shape: The sizes of the model.
+            parts: From how many parts of the problems. With 2, a token has one typical route from the problems with even ids
+                and one from those with odd ids, and `problem_ids_M` is 0 or 1: so a problem can be kept from its own routes.
         """
-        counts_NLE = np.zeros((len(keys) + 1, shape.layers, shape.experts), dtype=np.int32)
+        counts_PNLE = np.zeros((parts, len(keys) + 1, shape.layers, shape.experts), dtype=np.int32)
         for routes in each_group(source):
             rows_T = token_rows(keys, routes.token_keys_T)
-            np.add.at(
-                counts_NLE,
-                (rows_T[:, None, None], np.arange(shape.layers)[:, None], routes.expert_ids_TLK.astype(np.int64)),
-                1,
-            )
-        occurs_N = counts_NLE[1:, 0].any(-1)
-        ids_NLK = np.argsort(-counts_NLE[1:][occurs_N], axis=-1, kind="stable")[..., : shape.top_k]
-        places = np.arange(int(occurs_N.sum()))
+            at = (routes.problem_ids_T % parts, rows_T)
+            at_TLK = tuple(index_T[:, None, None] for index_T in at)
+            np.add.at(counts_PNLE, (*at_TLK, np.arange(shape.layers)[:, None], routes.expert_ids_TLK.astype(np.int64)), 1)
+        part_M, row_M = np.nonzero(counts_PNLE[:, 1:, 0].any(-1))
+        ids_MLK = np.argsort(-counts_PNLE[part_M, row_M + 1], axis=-1, kind="stable")[..., : shape.top_k]
         dtype = np.uint8 if shape.experts <= 256 else np.uint16
-        return cls(keys[occurs_N], places, ids_NLK.astype(dtype), np.full(len(places), -1, dtype=np.int32))
+        return cls(keys[row_M], np.arange(len(row_M)), ids_MLK.astype(dtype), part_M.astype(np.int32))
 
     @classmethod
     def empty(cls, shape: Shape) -> Self:
@@ -119,7 +124,7 @@ class TextMemory:
 
     def packed(self, experts: int) -> npt.NDArray[np.uint64]:
         """The routes as bits, as of `Routes.packed`."""
-        if "_packed" not in vars(self):
-            vars(self)["_packed"] = pack_routes(self.expert_ids_MLK, experts)
+        if vars(self).get("_packed_for") != experts:
+            vars(self).update(_packed=pack_routes(self.expert_ids_MLK, experts), _packed_for=experts)
         found: npt.NDArray[np.uint64] = vars(self)["_packed"]
         return found

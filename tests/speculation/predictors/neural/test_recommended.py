@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,3 +120,30 @@ def test_a_predictor_finds_the_same_in_the_texts_that_it_keeps_after_it_was_stor
     assert one["place_exists"].any()
     for name, array in one.items():
         assert (array == two[name]).all(), name
+
+
+@pytest.mark.parametrize("cls", [Recommended, RecommendedSmall])
+def test_in_training_a_problem_finds_nothing_of_its_own(cls: type[Recommended], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each problem has routes of its own, by which what is found betrays where it comes from."""
+    ids = np.repeat(np.arange(8), 6)[:, None, None] + np.array([[[0, 10], [20, 30]]])
+    routes = routes_of(ids, np.tile(np.arange(6), 8), np.repeat(np.arange(8), 6))
+    predictor = cls(Shape(layers=2, experts=40, top_k=2, horizon=1, task=Task.WHOLE_PATH), np.arange(6))
+    predictor.prepare(routes)
+    found: list[dict[str, np.ndarray]] = []
+    plain = cls._inputs
+
+    def spy(self: Recommended, *args: Any) -> dict[str, np.ndarray]:
+        found.append(plain(self, *args))
+        return found[-1]
+
+    monkeypatch.setattr(cls, "_inputs", spy)
+    for is_training in (True, False):
+        predictor.loss(predictor.network.train(is_training), routes, np.arange(len(routes)))
+    training, evaluation = found
+    own = {}
+    for name, inputs in (("training", training), ("evaluation", evaluation)):
+        first_expert_TP = inputs["place_ids"][:, :, 0, 0, 0]
+        exists_TP = inputs["place_exists"][:, :, 0]
+        assert exists_TP.any(1).all()
+        own[name] = ((first_expert_TP == routes.problem_ids_T[:, None]) & exists_TP).any()
+    assert own == {"training": False, "evaluation": True}

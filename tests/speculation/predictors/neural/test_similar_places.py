@@ -117,7 +117,7 @@ def test_what_places_have_in_common_with_the_token_itself() -> None:
     assert (found_TPL[[0, 1, 2], [0, 1, 2]] == 1).all()
 
 
-def test_a_problem_is_left_out_and_the_latest_places_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_problem_is_left_out_and_own_places_are_earlier_ones() -> None:
     stored = texts([30, 30], seed=1, distinct=1)
     memory = TextMemory.of(stored, MAX_BYTES)
     tokens_T = np.arange(30)
@@ -158,3 +158,54 @@ def test_typical_routes_are_the_most_frequent_experts() -> None:
             ids_K = memory.expert_ids_MLK[number, layer].tolist()
             assert sorted(counts_E[ids_K].tolist()) == sorted(counts_E.tolist())[-SHAPE.top_k :]
             assert len(set(ids_K)) == SHAPE.top_k
+
+
+def test_many_places_are_sampled_over_the_whole_memory() -> None:
+    stored = texts([6 * similar_places.SCANNED], seed=1, distinct=1)
+    memory = TextMemory.of(stored, MAX_BYTES)
+    _, order = memory.by_key
+    assert len(order) > 2 * similar_places.SCANNED
+    known = replace(texts([1], seed=2), token_keys_T=np.zeros(1, dtype=np.int64))
+    # Without any token before it, all places are worth the same, and the first that are compared are kept.
+    found = find_places(known, memory, np.array([0]), SHAPE.experts, similar_places.SCANNED + 1, 1)
+    index_P = found.index_TP[0][found.index_TP[0] >= 0]
+    assert len(index_P) == similar_places.SCANNED
+    assert np.diff(np.searchsorted(order, index_P)).max() <= len(order) // similar_places.SCANNED + 1
+    assert index_P[-1] > order[len(order) * 9 // 10]
+
+
+def test_texts_that_do_not_fit_are_left_out_and_groups_get_their_share() -> None:
+    long_and_short = texts([10, 1000, *[10] * 19], seed=1)
+    per_token = long_and_short.expert_ids_TLK[0].nbytes
+    memory = TextMemory.of(long_and_short, 500 * per_token)
+    assert len(memory.keys_M) == 200
+    assert (np.bincount(memory.problem_ids_M) <= 10).all()
+
+    class Groups:
+        def __init__(self) -> None:
+            self.parts = (texts([10] * 30, seed=1), texts([10] * 30, seed=2))
+            self.group_tokens = [300, 300]
+
+        def __len__(self) -> int:
+            return 600
+
+        @property
+        def problem_ids(self) -> np.ndarray:
+            return np.arange(30, dtype=np.int32)
+
+        def group(self, number: int) -> Routes:
+            return self.parts[number]
+
+    groups = Groups()
+    memory = TextMemory.of(groups, 200 * per_token)
+    assert len(memory.keys_M) == 200
+    # The first half is of the first group.
+    for half, part in zip((slice(0, 100), slice(100, 200)), groups.parts, strict=True):
+        starts = {tuple(part.expert_ids_TLK[first].ravel().tolist()) for first in np.unique(part.first_T)}
+        assert all(tuple(route.ravel().tolist()) in starts for route in memory.expert_ids_MLK[half][::10])
+
+
+def test_without_known_tokens_nothing_is_kept() -> None:
+    routes = texts([30], seed=1)
+    unknown = replace(routes, token_keys_T=np.full(len(routes), UNKNOWN_TOKEN, dtype=np.int64))
+    assert not len(TextMemory.of(unknown, MAX_BYTES).keys_M)
