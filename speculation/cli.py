@@ -285,8 +285,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
         if budget:
             weight = " (mass: of their weight)" if evaluation.has_weights else ""
             _print_rows(budget, f"Share of the chosen experts{weight} in the top m; ECE: calibration")
-    trained_on = evaluation.trained_on
-    what = f"Not held out (the run was trained on {trained_on} of these problems)" if trained_on else "Held out"
+    what = evaluation.held_out[0].upper() + evaluation.held_out[1:]
     part = f"{evaluation.part} part of a split {evaluation.split}" if evaluation.part != "all" else "the whole trace"
     typer.echo(
         f"{what}: {evaluation.problems} problems, {evaluation.tokens:,} tokens; {part}. "

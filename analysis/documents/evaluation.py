@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,7 +118,8 @@ class Recipe(BaseModel):
 class Evaluation(BaseModel):
     """An evaluation: its data, chance, and the results of predictors by name. `predictor` is the run's own among them.
 
-    trained_on: problems of these that the run was trained on; 0 if all are held out. train_seconds: None if unknown.
+    trained_on: problems of these that the run was trained on; 0 if all are held out. early_stopping: whether training chose its
+    last epoch by exactly these problems (known of newer runs only). train_seconds: None if unknown.
     has_weights: whether the trace has routing weights; without them, metrics that depend on weights, or on which expert is
     the strongest, are absent. recipe: None if unknown. Older files lack the fields that have a default.
     """
@@ -132,6 +134,7 @@ class Evaluation(BaseModel):
     part: str
     problems: int
     trained_on: int = 0
+    early_stopping: bool = False
     tokens: int
     has_weights: bool = True
     definitions: dict[str, str] = {}
@@ -146,7 +149,8 @@ class Evaluation(BaseModel):
     def _of_any_version(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        version = data.get("version", VERSION)
+        # The first documents did not state their version.
+        version = data.get("version", 1)
         if isinstance(version, int) and version > VERSION:
             raise ValueError(f"version {version}: this release reads versions up to {VERSION}, update it")
         return _from_version_1(data) if version == 1 else data
@@ -161,9 +165,19 @@ class Evaluation(BaseModel):
                 raise ValueError(f"chance lacks {min(missing)}")
             if missing := needed - result.metrics.get("h=1", {}).keys():
                 raise ValueError(f"{name} lacks {min(missing)} for h=1")
-            if any(result.recall_at_k_name not in result.intervals.get(horizon, {}) for horizon in result.metrics):
+            with_metrics = [horizon for horizon, metrics in result.metrics.items() if metrics]
+            if any(result.recall_at_k_name not in result.intervals.get(horizon, {}) for horizon in with_metrics):
                 raise ValueError(f"{name} lacks intervals of {result.recall_at_k_name}")
         return self
+
+    @property
+    def held_out(self) -> str:
+        """Whether the problems were held out, in words."""
+        if self.trained_on:
+            return f"not held out (the run was trained on {self.trained_on} of these problems)"
+        if self.early_stopping:
+            return "not trained on, but the last epoch of training was chosen by these problems"
+        return "held out"
 
     @property
     def knows_strongest(self) -> bool:
@@ -192,7 +206,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
     """A document of version 1 as one of version 2. Without weights, it had metrics that depended on the order of its source."""
-    results = data.get("results")
+    results = copy.deepcopy(data.get("results"))
     if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
         return data
     for result in results.values():
@@ -201,7 +215,7 @@ def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
             result["calibration"] = {"h=1": {"error": error}}
     caveats = data.get("caveats")
     has_weights = not (isinstance(caveats, list) and any(str(line).startswith("no weights were recorded") for line in caveats))
-    data = data | {"version": VERSION, "has_weights": has_weights}
+    data = data | {"version": VERSION, "has_weights": has_weights, "results": results}
     has_one = any(result.get("recall_at_k_name") == "recall@1" for result in results.values())
     return data if has_weights or has_one else _without_order(data)
 

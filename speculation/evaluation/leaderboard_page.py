@@ -23,6 +23,8 @@ def as_markdown(documents: list[Evaluation], rows: list[LeaderboardRow], summari
     k_name = first.recall_at_k_name
     trained_on = max(document.trained_on for document in documents)
     held_out = "held out" if not trained_on else f"NOT held out: runs were trained on up to {trained_on} of these problems"
+    if not trained_on and any(document.early_stopping for document in documents):
+        held_out = "not trained on, but the last epoch of some runs was chosen by these problems"
     head = (
         f"{first.task}, {first.model}, {first.problems} problems, {first.tokens:,} tokens of {first.trace}, "
         f"{held_out}. Chance: {k_name} {first.chance[k_name]:.3f}, exact {first.chance['exact']:.2g}. "

@@ -253,15 +253,22 @@ class ProblemSums:
             self.possible[row] += np.bincount(problem_N, possible.get(name), self.found.shape[1])
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % intervals by metric: the bootstrap resamples problems with replacement."""
-        random = np.random.default_rng(0)
-        problems = self.found.shape[1]
-        drawn_BP = np.stack([random.integers(problems, size=problems) for _ in range(BOOTSTRAP_SAMPLES)])
-        found_SB, possible_SB = (np.stack([row_P[drawn_BP].sum(1) for row_P in table]) for table in (self.found, self.possible))
-        # A resample may hold no example; the smallest positive number turns its 0 / 0 into 0.
-        shares_SB = found_SB / np.maximum(possible_SB, np.finfo(np.float64).tiny)
-        low_S, high_S = np.quantile(shares_SB, [0.025, 0.975], axis=1).tolist()
-        return dict(zip(self.names, zip(low_S, high_S, strict=True), strict=True))
+        """95 % intervals by metric: the bootstrap resamples the problems that have examples, with replacement.
+
+        A metric without any example has none.
+        """
+        found = {}
+        for name, found_P, possible_P in zip(self.names, self.found, self.possible, strict=True):
+            has_examples_P = possible_P > 0
+            problems = int(has_examples_P.sum())
+            if not problems:
+                continue
+            sums_2P = np.stack([found_P[has_examples_P], possible_P[has_examples_P]])
+            random = np.random.default_rng(0)
+            drawn_B2 = np.stack([sums_2P[:, random.integers(problems, size=problems)].sum(1) for _ in range(BOOTSTRAP_SAMPLES)])
+            low, high = np.quantile(drawn_B2[:, 0] / drawn_B2[:, 1], [0.025, 0.975]).tolist()
+            found[name] = (low, high)
+        return found
 
 
 @dataclass

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from speculation.data.tasks import Shape, Task
 from speculation.predictors.neural.training_loop import CHECKPOINTS
 from speculation.predictors.options import Progress, TrainingOptions
 from speculation.predictors.registry import find_predictor
-from speculation.training.runs import BASELINES, CONFIG_FILE, Run, baseline_shape, load_run, save_run
+from speculation.training.runs import BASELINES, CONFIG_FILE, Run, baseline_shape, load_run, problems_sha256, save_run
 
 Load = Callable[[Trace, str, npt.NDArray[np.uint64] | None], RouteSource]
 """Loads one part of a trace, in one group or in several, without the problems that have one of the digests."""
@@ -98,20 +98,19 @@ def train(
     for name in BASELINES:
         baselines[name] = find_predictor(name)(baseline_shape(shape))
         baselines[name].fit(train_routes, None, options, on_progress)
-    facts = {
+    facts: dict[str, Any] = {
         "train_seconds": round(seconds, 2),
         "train_problems": len(train_routes.problem_ids),
         "train_tokens": len(train_routes),
         "validation_problems": len(validation_routes.problem_ids) if validation_routes else 0,
         "shared_problems": shared,
-        "validated_on": None if validation_routes is None else _sha256_of_problems(validation or trace, validation_routes),
+        "validated_on": None,
     }
+    # Counting predictors have no epochs, and so look at nothing but the training problems.
+    if history and validation_routes is not None:
+        facts["validated_on"] = problems_sha256(route_digests(validation or trace, validation_routes))
     save_run(out, predictor, baselines, options, history, facts, trace, route_digests(trace, train_routes))
     return load_run(out)
-
-
-def _sha256_of_problems(trace: Trace, routes: RouteSource) -> str:
-    return hashlib.sha256(route_digests(trace, routes).tobytes()).hexdigest()
 
 
 def _check_out(out: Path, resume: bool) -> None:

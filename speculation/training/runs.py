@@ -14,6 +14,7 @@ provenance.json          trace, versions, command line, git commit
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -151,6 +152,11 @@ def load_predictor(path: str | Path) -> Predictor:
         >>> prediction = predictor.predict(history)  # doctest: +SKIP
     """
     return load_run(Path(path)).predictor
+
+
+def problems_sha256(digests: npt.NDArray[np.uint64]) -> str:
+    """What identifies a set of problems: the SHA-256 of their digests, ascending."""
+    return hashlib.sha256(digests.tobytes()).hexdigest()
 
 
 def load_run(path: Path) -> Run:

@@ -188,3 +188,10 @@ def test_ranks_are_places_in_a_stable_sort(seed: int, experts: int) -> None:
     order = np.argsort(-scores, axis=1, kind="stable")
     expected = [[order[row].tolist().index(expert) for expert in true[row]] for row in range(12)]
     assert true_ranks(scores, true).tolist() == expected
+
+
+def test_problems_without_examples_do_not_widen_the_interval() -> None:
+    sums = ProblemSums(2, 10, has_weights=False)
+    sums.add(np.array([[0, 1], [1, 0]]), None, np.array([3, 3]))
+    assert sums.intervals() == {"recall@2": (1.0, 1.0), "exact": (1.0, 1.0)}
+    assert ProblemSums(2, 10).intervals() == {}

@@ -184,3 +184,15 @@ def test_without_a_number_of_epochs_little_data_gets_more(seen: int, expected: i
     options = replace(OPTIONS, epochs=None, seen_tokens=seen, batch_tokens=2_000, width=8)
     predictor.fit(routes_of([(0, 2_000)]), None, options, lambda epoch, count, _: epochs.append((epoch, count)))
     assert epochs[-1] == (expected, expected)
+
+
+def test_problems_that_training_was_stopped_by_are_not_called_held_out(trace: Trace, tmp_path: Path) -> None:
+    run = train(trace, "mlp", tmp_path / "run", options=OPTIONS)
+    found = {part: evaluate(run, trace, part=part, with_baselines=False) for part in ("validation", "test", "train")}
+    assert {part: each.early_stopping for part, each in found.items()} == {"validation": True, "test": False, "train": False}
+    assert found["validation"].held_out == "not trained on, but the last epoch of training was chosen by these problems"
+    assert found["test"].held_out == "held out"
+    assert found["train"].held_out.startswith("not held out (the run was trained on ")
+    # Counting predictors have no epochs.
+    counting = train(trace, "popularity", tmp_path / "counting", options=OPTIONS)
+    assert not evaluate(counting, trace, part="validation", with_baselines=False).early_stopping
