@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from support.traces import MakeTrace
@@ -23,3 +25,14 @@ def markov_trace(make_trace: MakeTrace) -> Trace:
         ids = np.stack([strongest, (strongest + 4) % 8], axis=-1)
         problems.append((ids, np.tile([0.7, 0.3], (30, 4, 1))))
     return make_trace(problems, 8)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Compute small networks on one thread: two tests run at a time, and more threads than cores wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
