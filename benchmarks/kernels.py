@@ -154,7 +154,7 @@ def pretended_cuda() -> Iterator[Callable[[int, int], None]]:
     version = importlib.import_module("vllm.platforms.interface").DeviceCapability
 
     # mypy: the base class is imported by name, since vLLM need not be installed.
-    class Device(cuda.CudaPlatformBase):  # type: ignore[misc, name-defined]
+    class Device(cuda.CudaPlatformBase):  # type: ignore[misc, name-defined] # mypy does not follow vLLM
         device_name = "pretended"
 
         @classmethod

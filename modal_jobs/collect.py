@@ -254,7 +254,7 @@ main_signature, main_annotations = plain_signature(RentedJobOptions)
 collect_here.__name__ = "main"
 collect_here.__annotations__ = main_annotations
 # Functions accept attributes, but their type does not declare them.
-collect_here.__signature__ = main_signature  # type: ignore[attr-defined]
+collect_here.__signature__ = main_signature  # type: ignore[attr-defined] # inspect reads it, typeshed has it not
 main = app.local_entrypoint(name="main")(collect_here)
 
 

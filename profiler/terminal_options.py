@@ -36,7 +36,7 @@ def typer_command(options: type[Options], *more: inspect.Parameter) -> Callable[
         command.__name__, command.__doc__ = function.__name__, function.__doc__
         parameters = [_parameter(field, kind) for field, kind in _fields(options)]
         # Functions have arbitrary attributes, but their type does not declare this one.
-        command.__signature__ = inspect.Signature([*parameters, *more])  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature([*parameters, *more])  # type: ignore[attr-defined] # inspect reads it
         return command
 
     return decorate

@@ -77,7 +77,7 @@ class Cuda:
         self.name = torch.cuda.get_device_name(0)
         self._weights = _DummyWeights("cuda", slots, expert_bytes, rest_bytes, layers, width)
         # mypy: torch's streams have no type annotations.
-        self._transfers, self._compute = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._transfers, self._compute = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call] # not annotated
 
     def copy(self, slot: int, expert: int, after: Event | None) -> Event:
         weights = self._weights
