@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import SpecmoeError
+from speculation.data.ranking import rank_rows
 from speculation.data.repeats import RUN_LENGTHS, UNKNOWN_TOKEN, Matches
 from speculation.data.router_inputs import RouterInputs
 from speculation.data.routes import Routes
@@ -49,9 +50,11 @@ class Prediction:
         Args:
             probabilities: `[..., E]`, the probability of each expert.
         """
-        order = np.argsort(-probabilities, axis=-1, kind="stable")
-        # Sorting again takes less time than looking up what the order says.
-        return cls(order, -np.sort(-probabilities, axis=-1).astype(np.float32))
+        ids = np.empty(probabilities.shape, dtype=np.int64)
+        scores = np.empty(probabilities.shape, dtype=np.float32)
+        experts = probabilities.shape[-1]
+        rank_rows(probabilities.reshape(-1, experts), ids.reshape(-1, experts), scores.reshape(-1, experts))
+        return cls(ids, scores)
 
 
 @dataclass

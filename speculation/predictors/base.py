@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -137,19 +138,20 @@ class Predictor(ABC):
 
     def check(self, history: History) -> None:
         """Raise `SpecmoeError` if this predictor cannot predict from `history` at this point."""
-        own, other = ((shape.layers, shape.experts, shape.top_k) for shape in (self.shape, history.shape))
-        if own != other:
-            raise SpecmoeError(f"{self.name} is for {self.shape}, but the history is for {history.shape}")
-        at_any_time = range(-1, self.shape.layers)
-        known = {
-            Task.NEXT_LAYER: range(self.shape.layers - 1),
-            Task.WHOLE_PATH: at_any_time,
-            Task.REUSE: at_any_time,
-        }
-        expected = known.get(self.shape.task, range(self.shape.layers - 1, self.shape.layers))
-        if not history.tokens or history.layer not in expected:
+        own, other = self.shape, history.shape
+        if own is not other and (own.layers, own.experts, own.top_k) != (other.layers, other.experts, other.top_k):
+            raise SpecmoeError(f"{self.name} is for {own}, but the history is for {other}")
+        if not history.tokens or history.layer not in self._predicts_after:
             where = f"after layer {history.layer} of token {history.tokens - 1}" if history.tokens else "before the first token"
             raise SpecmoeError(f"{self.name}: {self.shape.task} predicts nothing {where}")
+
+    @cached_property
+    def _predicts_after(self) -> range:
+        """The layers of the current token after which there is a prediction; -1 is before its first layer."""
+        layers = self.shape.layers
+        if self.shape.task == Task.NEXT_LAYER:
+            return range(layers - 1)
+        return range(-1, layers) if self.shape.task in {Task.WHOLE_PATH, Task.REUSE} else range(layers - 1, layers)
 
     @abstractmethod
     def arrays(self) -> Arrays:
