@@ -260,11 +260,9 @@ def evaluate(
     documents: list[Evaluation] = []
     evaluated_baselines: set[Any] = set()
     for loaded in opened_runs:
-        # Runs with the same training problems, task and horizon have the same baselines.
-        fitted_on = (loaded.trace_sha256, loaded.trained_on.tobytes(), loaded.predictor.shape)
-        with_baselines = leaderboard is None or fitted_on not in evaluated_baselines
+        with_baselines = leaderboard is None or loaded.baselines_from not in evaluated_baselines
         documents.append(evaluate_run(loaded, opened, part=part.value, with_baselines=with_baselines))
-        evaluated_baselines.add(fitted_on)
+        evaluated_baselines.add(loaded.baselines_from)
         if leaderboard is None:
             print_evaluation(documents[-1])
         else:

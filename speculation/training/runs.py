@@ -84,6 +84,11 @@ class Run:
     options: dict[str, Any]
     validated_on: str | None
 
+    @property
+    def baselines_from(self) -> tuple[str | None, bytes, Shape]:
+        """What the baselines were computed from: runs for which it is equal have equal baselines."""
+        return self.trace_sha256, self.trained_on.tobytes(), self.predictor.shape
+
 
 def baseline_shape(shape: Shape) -> Shape:
     """What the baselines of a run predict: the same as the predictor or, for `reuse`, the experts of the token itself."""
