@@ -6,7 +6,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from speculation.predictors.neural.training_loop import CHECKPOINTS
 from speculation.predictors.options import TrainingOptions
 from speculation.predictors.registry import find_predictor
 from speculation.training.fit import train
-from speculation.training.runs import CONFIG_FILE, Run, load_run, manifest_sha256
+from speculation.training.runs import CONFIG_FILE, Run
 
 Digests = npt.NDArray[np.uint64]
 """Digests that identify problems `[P]`, ascending and without repeats: problems with the same prompt have the same digest."""
@@ -72,17 +72,10 @@ def trained(
     """The run in `out`, trained on some training problems of `trace`: loaded if it is finished, resumed if it was interrupted.
 
     Raises:
-        SpecmoeError: The finished run in `out` is of another trace, predictor, task, options or other problems.
+        SpecmoeError: The run in `out` is of another trace, predictor, task, options, or of other problems to train on or to
+            validate with.
     """
-    if (out / CONFIG_FILE).is_file():
-        run = load_run(out)
-        expected = (predictor, task, manifest_sha256(trace), asdict(options), train_on.tolist())
-        if (run.name, run.predictor.shape.task, run.trace_sha256, run.options, run.trained_on.tolist()) != expected:
-            raise SpecmoeError(
-                f"{out} is a run of another trace, or with other settings: choose another folder for the results"
-            )
-        return run
-    is_resumed = (out / CHECKPOINTS).is_dir()
+    is_resumed = (out / CHECKPOINTS).is_dir() or (out / CONFIG_FILE).is_file()
     if out.exists() and not is_resumed:
         # It was interrupted before its first checkpoint.
         shutil.rmtree(out)

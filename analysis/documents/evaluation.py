@@ -104,7 +104,9 @@ class Recipe(BaseModel):
     """How a run was trained: runs with equal recipes but for the seed differ in nothing else.
 
     options: the training options, without the seed. trained_on, validated_on: SHA-256 of the digests of the problems; the
-    second is None without early stopping, or if unknown. A version of the software is not part of it.
+    second is None without early stopping, or if unknown. trace_sha256: of the manifest of the trace that it was trained on;
+    validation_sha256: of another trace for early stopping; None if there is none, or if unknown. A version of the software is
+    not part of it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -113,6 +115,8 @@ class Recipe(BaseModel):
     options: dict[str, Any]
     trained_on: str
     validated_on: str | None
+    trace_sha256: str | None = None
+    validation_sha256: str | None = None
 
 
 class Evaluation(BaseModel):

@@ -122,7 +122,12 @@ def recipe(run: Run) -> Recipe:
     """How a run was trained, without what every run has of its own."""
     options = {name: value for name, value in run.options.items() if name != "seed"}
     return Recipe(
-        seed=run.options["seed"], options=options, trained_on=problems_sha256(run.trained_on), validated_on=run.validated_on
+        seed=run.options["seed"],
+        options=options,
+        trained_on=problems_sha256(run.trained_on),
+        validated_on=run.validated_on,
+        trace_sha256=run.trace_sha256,
+        validation_sha256=run.validation_sha256,
     )
 
 

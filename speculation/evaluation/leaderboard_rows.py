@@ -180,8 +180,8 @@ def _row(document: Evaluation, result: Result, label: str, horizon: int, control
 def seed_summaries(documents: list[Evaluation]) -> list[SeedSummary]:
     """Mean and spread of runs that differ in their seed only, for each predictor of which there are two seeds or more.
 
-    Such runs have the same predictor, training problems, problems for early stopping, and options but for the seed. Of several
-    runs with the same seed, the first counts.
+    Such runs have the same predictor, trace, training problems, problems for early stopping, and options but for the seed. Of
+    several runs with the same seed, the first counts.
     """
     alike: dict[str, dict[int, Evaluation]] = defaultdict(dict)
     for document in documents:

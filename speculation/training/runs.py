@@ -48,6 +48,8 @@ from speculation.training.card import model_card
 CONFIG_FILE = "config.json"
 BASELINES = ("popularity", "previous-token", "conditional-counts")
 MAX_FILE_BYTES = 4 << 30
+# In metrics.json, what the last epoch was chosen by.
+VALIDATION = ("validated_on", "validation_sha256")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Run:
         train_seconds: The duration of the training in seconds.
         options: The training options by name, with the seed.
         validated_on: SHA-256 of the digests of the problems for early stopping; None without any, or in older runs.
+        validation_sha256: The SHA-256 of the manifest of the trace for early stopping; None if it is the same trace, or in
+            older runs.
 
     Example:
         >>> run = load_run(Path("runs/math"))  # doctest: +SKIP
@@ -83,6 +87,7 @@ class Run:
     train_seconds: float
     options: dict[str, Any]
     validated_on: str | None
+    validation_sha256: str | None
 
     @property
     def baselines_from(self) -> tuple[str | None, bytes, Shape]:
@@ -204,22 +209,23 @@ def load_run(path: Path) -> Run:
     trained_on = _load_arrays(path / "problems.safetensors").get("digests")
     if trained_on is None or trained_on.ndim != 1 or trained_on.dtype != np.uint64:
         raise SpecmoeError(f"{path}/problems.safetensors: expected 'digests', uint64 of one dimension")
-    seconds, validated_on = _training_facts(path / "metrics.json")
-    return Run(path, name, predictor, baselines, split, trace_sha256, trained_on, seconds, options, validated_on)
+    seconds, *validation = _training_facts(path / "metrics.json")
+    return Run(path, name, predictor, baselines, split, trace_sha256, trained_on, seconds, options, *validation)
 
 
-def _training_facts(path: Path) -> tuple[float, str | None]:
-    """`train_seconds` and `validated_on` of a run."""
+def _training_facts(path: Path) -> tuple[float, str | None, str | None]:
+    """`train_seconds`, `validated_on` and `validation_sha256` of a run."""
     try:
         facts = _read_json(path)
-        seconds, validated_on = float(facts["train_seconds"]), facts.get("validated_on")
+        seconds, validation = float(facts["train_seconds"]), {name: facts.get(name) for name in VALIDATION}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise SpecmoeError(f"{path} is not valid: {type(error).__name__} {error}") from error
     if not math.isfinite(seconds):
         raise SpecmoeError(f"{path} is not valid: train_seconds {seconds}")
-    if not isinstance(validated_on, str | None):
-        raise SpecmoeError(f"{path} is not valid: validated_on {validated_on!r}, expected a SHA-256")
-    return seconds, validated_on
+    for name, value in validation.items():
+        if not isinstance(value, str | None):
+            raise SpecmoeError(f"{path} is not valid: {name} {value!r}, expected a SHA-256")
+    return seconds, validation["validated_on"], validation["validation_sha256"]
 
 
 def _read_json(path: Path) -> Any:

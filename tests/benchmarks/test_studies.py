@@ -6,6 +6,7 @@ import csv
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,8 +86,15 @@ def test_finished_runs_are_kept_and_others_refused(make_trace: MakeTrace, tmp_pa
     assert kept.stat().st_mtime_ns == before
     assert [row["recall@2"] for row in first] == [row["recall@2"] for row in again]
     for changed in (replace(OPTIONS, seed=1), replace(OPTIONS, epochs=2)):
-        with pytest.raises(SpecmoeError, match="is a run of another trace, or with other settings"):
+        with pytest.raises(SpecmoeError, match="is a finished run, and its training options differ"):
             learning_curve(trace, {"popularity": changed}, tmp_path, shares=(50,))
+    train, validation = (digests_of(trace, part=part) for part in ("train", "validation"))
+    settings: dict[str, Any] = {"task": Task.NEXT_LAYER, "options": OPTIONS, "train_on": train}
+    trained(trace, "mlp", tmp_path / "mlp", validate_on=validation, **settings)
+    trained(trace, "mlp", tmp_path / "mlp", validate_on=validation, **settings)
+    for other in (validation[:0], validation[1:]):
+        with pytest.raises(SpecmoeError, match="its validation problems differ"):
+            trained(trace, "mlp", tmp_path / "mlp", validate_on=other, **settings)
 
 
 def test_a_transfer_matrix(make_trace: MakeTrace, tmp_path: Path) -> None:

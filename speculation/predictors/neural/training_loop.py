@@ -103,7 +103,7 @@ def fit_network(
     network, optimizer = accelerator.prepare(model.network, optimizer)
     best = copy.deepcopy(average)
     kept = {"network": accelerator.unwrap_model(network), "average": average, "best": best}
-    fingerprint = _fixed_options(options) | {"data": _identity(model, train)}
+    fingerprint = fixed_options(asdict(options)) | {"data": _identity(model, train, validation)}
     state = _resume(accelerator, folder, kept, optimizer, fingerprint)
     averaged.n_averaged.fill_((state.epoch * steps + state.step) // options.accumulate)
     schedule = _schedule(optimizer, options, updates, done=int(averaged.n_averaged))
@@ -291,17 +291,23 @@ def _resume(
     return state
 
 
-def _fixed_options(options: TrainingOptions) -> dict[str, Any]:
+def fixed_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that must be the same when a training is resumed: all but those on when it stops or saves."""
-    return {name: value for name, value in asdict(options).items() if name not in {"max_seconds", "checkpoint_seconds"}}
+    return {name: value for name, value in options.items() if name not in {"max_seconds", "checkpoint_seconds"}}
 
 
-def _identity(model: Trainable, train: RouteSource) -> str:
-    """A digest of the predictor, its task and the routes that it is trained on."""
+def _identity(model: Trainable, train: RouteSource, validation: RouteSource | None) -> str:
+    """A digest of the predictor, its task, and all that it sees of the tokens that it is trained on and validated with."""
     digest = hashlib.sha256(repr((type(model).__name__, getattr(model, "shape", None))).encode())
-    for routes in each_group(train):
-        for array in (routes.expert_ids_TLK, routes.token_keys_T, routes.first_T):
-            digest.update(np.ascontiguousarray(array).data)
+    for source in (train, validation):
+        digest.update(b"none" if source is None else str(source.group_tokens).encode())
+        for routes in () if source is None else each_group(source):
+            arrays: list[npt.NDArray[Any]] = [routes.expert_ids_TLK, routes.weights_TLK]
+            arrays += [routes.token_ids_T, routes.token_keys_T, routes.first_T]
+            if routes.router is not None:
+                arrays += [routes.router.hidden_TLD, routes.router.weight_LED]
+            for array in arrays:
+                digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

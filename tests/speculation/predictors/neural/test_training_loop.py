@@ -17,9 +17,11 @@ from support.traces import MakeProblems, MakeTrace
 
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
-from speculation.data.routes import load_routes
+from speculation.data.router_inputs import RouterInputs
+from speculation.data.routes import load_routes, route_digests
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import evaluate
+from speculation.predictors.options import Progress
 from speculation.predictors.registry import find_predictor
 from speculation.training.fit import train
 
@@ -69,8 +71,101 @@ def test_a_resumed_training_ends_with_the_very_same_weights(accumulate: int, tra
     assert not (resumed.path / "checkpoints").exists()
     lines = (resumed.path / "training.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["epoch", "1", "2", "3", "4"]
-    with pytest.raises(SpecmoeError, match="is finished: nothing to resume"):
-        train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
+    before = (resumed.path / "config.json").stat().st_mtime_ns
+    again = train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
+    assert (again.path / "config.json").stat().st_mtime_ns == before
+    assert all((expected[name] == array).all() for name, array in weights(again.path).items())
+
+
+@pytest.mark.parametrize("source", ["train", "validation"])
+@pytest.mark.parametrize("changed", ["expert_ids_TLK", "weights_TLK", "token_ids_T", "token_keys_T", "first_T", "router"])
+def test_a_checkpoint_of_other_data_is_not_resumed(source: str, changed: str, tmp_path: Path) -> None:
+    sources = {"train": routes_of([(0, 9)]), "validation": routes_of([(0, 7)], seed=1)}
+    hidden_TLD, weight_LED = np.zeros((9, 2, 4), dtype=np.float16), np.zeros((2, 8, 4), dtype=np.float32)
+    for name, routes in sources.items():
+        router = RouterInputs(hidden_TLD[: len(routes)], weight_LED, weight_LED[..., 0], None)
+        sources[name] = replace(routes, router=router)
+    options = replace(OPTIONS, checkpoint_seconds=0.0, width=4)
+
+    def fit(progress: Progress = lambda *_: None) -> None:
+        predictor = find_predictor("mlp")(Shape(layers=2, experts=8, top_k=2, horizon=1))
+        predictor.fit(sources["train"], sources["validation"], options, progress, tmp_path)
+
+    with pytest.raises(KilledError):
+        fit(cut_off_at(2))
+    same, routes = dict(sources), sources[source]
+    if changed == "router":
+        value: Any = RouterInputs(hidden_TLD[: len(routes)] + np.float16(1), weight_LED, weight_LED[..., 0], None)
+    else:
+        value = getattr(routes, changed).copy()
+        value[-1] = value[-1] ^ 1 if value.dtype.kind in "iu" else value[-1] / 2
+    sources[source] = replace(routes, **{changed: value})
+    with pytest.raises(SpecmoeError, match="from a training with other options or data"):
+        fit()
+    sources.update(same)
+    fit()
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"predictor": "mlp"}, "predictor"),
+        ({"horizon": 2}, "task, horizon or model"),
+        ({"task": Task.WHOLE_PATH}, "task, horizon or model"),
+        ({"trace": "again"}, "trace"),
+        ({"seed": 1}, "training options"),
+        ({"max_seconds": 9.0}, None),
+        ({"without": slice(0, 2)}, "training problems"),
+        ({"validation": "one"}, "training problems"),
+        ({}, None),
+    ],
+)
+def test_a_finished_run_of_something_else_is_not_taken_for_this_one(
+    changed: dict[str, Any], what: str | None, trace: Trace, make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path
+) -> None:
+    def traces(name: str) -> Trace:
+        return make_trace(random_problems(count=40, tokens=20, layers=3, num_experts=8, top_k=2, seed=1), 8, name=name)
+
+    def run(changed: dict[str, Any]) -> None:
+        options = {name: value for name, value in changed.items() if name in {"seed", "max_seconds"}}
+        train(
+            traces(changed["trace"]) if "trace" in changed else trace,
+            changed.get("predictor", "popularity"),
+            tmp_path / "run",
+            task=changed.get("task", Task.NEXT_LAYER),
+            horizon=changed.get("horizon", 1),
+            validation=_another(make_trace, random_problems, 1) if "validation" in changed else None,
+            without=route_digests(trace, load_routes(trace, "train"))[changed["without"]] if "without" in changed else None,
+            options=replace(OPTIONS, **options),
+            resume=True,
+        )
+
+    run({})
+    if what is None:
+        run(changed)
+        return
+    with pytest.raises(SpecmoeError, match=f"is a finished run, and its {what} differ from the requested"):
+        run(changed)
+
+
+def _another(make_trace: MakeTrace, random_problems: MakeProblems, seed: int, prompts: str = "another") -> Trace:
+    """A trace of 9 other prompts."""
+    problems = random_problems(count=9, tokens=20, layers=3, num_experts=8, top_k=2, seed=seed)
+    return make_trace(problems, 8, name=f"{prompts} {seed}", prompts=[f"{prompts} {number}" for number in range(9)])
+
+
+def test_a_network_that_was_stopped_by_another_trace_is_not_taken_for_this_one(
+    trace: Trace, make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, epochs=1, width=4)
+    first, other_routes = (_another(make_trace, random_problems, seed) for seed in (1, 2))
+    run = train(trace, "mlp", tmp_path / "run", validation=first, options=options)
+    assert train(trace, "mlp", run.path, validation=first, options=options, resume=True).validated_on == run.validated_on
+    with pytest.raises(SpecmoeError, match="its validation trace differ"):
+        train(trace, "mlp", run.path, validation=other_routes, options=options, resume=True)
+    with pytest.raises(SpecmoeError, match="its validation problems differ"):
+        others = _another(make_trace, random_problems, 3, "a third")
+        train(trace, "mlp", run.path, validation=others, options=options, resume=True)
 
 
 def test_more_steps_per_update_than_there_are(trace: Trace, tmp_path: Path) -> None:
