@@ -25,6 +25,7 @@ from benchmarks.studies import (
     trained,
     training_options,
     unseen_problems,
+    without_early_stopping,
     write_rows,
 )
 from profiler.trace.reader import Trace
@@ -73,7 +74,7 @@ def learning_curve(
             for row in result_rows(held_out(run, where, part, unseen), run, {"share": share}):
                 if row["predictor"] == name or (share, row["predictor"]) not in rows:
                     rows[share, row["predictor"]] = row
-            print(f"{name}, {share} %: done", flush=True)
+            print(f"{name}, {share} %: done{without_early_stopping(run)}", flush=True)
             write_rows(list(rows.values()), out / "learning_curve.csv")
     return list(rows.values())
 

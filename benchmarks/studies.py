@@ -83,6 +83,15 @@ def trained(
     return train(trace, predictor, out, task=task, without=without, options=options, resume=is_resumed)
 
 
+def without_early_stopping(run: Run) -> str:
+    """A remark, to be appended to what is printed of a run: that there were no problems for early stopping; else empty."""
+    epochs = len(_training_facts(run)["history"])
+    # Counting predictors have no epochs.
+    if not epochs or run.validated_on is not None:
+        return ""
+    return f"; without early stopping, all {epochs} epochs, because there are no validation problems to stop by"
+
+
 def held_out(run: Run, trace: Trace, part: str, evaluate_on: Digests) -> Evaluation:
     """Evaluate a run on some problems of one part of a trace.
 
@@ -125,7 +134,7 @@ def result_rows(document: Evaluation, run: Run, facts: dict[str, Any]) -> list[d
 
     facts: further columns, which come first.
     """
-    training = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    training = _training_facts(run)
     k_name = document.recall_at_k_name
     mass = k_name.replace("recall", "mass")
     rows = []
@@ -140,6 +149,7 @@ def result_rows(document: Evaluation, run: Run, facts: dict[str, Any]) -> list[d
                 "predictor": name,
                 "train_problems": training["train_problems"],
                 "train_tokens": training["train_tokens"],
+                "validation_problems": training["validation_problems"],
                 "problems": document.problems,
                 "tokens": document.tokens,
                 k_name: metrics[k_name],
@@ -155,6 +165,11 @@ def result_rows(document: Evaluation, run: Run, facts: dict[str, Any]) -> list[d
             }
         )
     return rows
+
+
+def _training_facts(run: Run) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    return facts
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:

@@ -5,7 +5,8 @@
 Trains each predictor on the training problems of one dataset and evaluates it on the test problems of every dataset, or on
 those problems of OTHER that TRACE does not have. All runs train on the same number of problems, that of the smallest dataset,
 so that rows differ in what they were trained on and not in how much; the row "all" takes as many from all datasets together.
-Networks stop early by the validation problems of the datasets that they train on. Baselines are fitted on the same problems.
+Networks stop early by the validation problems of the datasets that they train on; where there are none, they train all epochs,
+which is printed, and `validation_problems` of transfer.csv is 0. Baselines are fitted on the same problems.
 Datasets with fewer than --min-problems problems to train on or to evaluate on are left out, and named. Finished runs in DIR are
 kept, so an interrupted call can be repeated. Writes DIR/transfer.csv.
 """
@@ -30,6 +31,7 @@ from benchmarks.studies import (
     trained,
     training_options,
     unseen_problems,
+    without_early_stopping,
     write_rows,
 )
 from profiler.errors import SpecmoeError
@@ -94,7 +96,7 @@ def transfer_matrix(
                 for row in result_rows(held_out(run, where, part, evaluate_on[target]), run, facts):
                     if row["predictor"] == name or (row["predictor"], source, target) not in rows:
                         rows[row["predictor"], source, target] = row
-            print(f"{name}, trained on {source}: done", flush=True)
+            print(f"{name}, trained on {source}: done{without_early_stopping(run)}", flush=True)
             write_rows(list(rows.values()), out / "transfer.csv")
     return list(rows.values())
 

@@ -211,6 +211,8 @@ def print_run(run: Any) -> None:
         f"{run.path}: {run.name}, {facts['parameters']:,} parameters, trained in {facts['train_seconds']:.1f} s on "
         f"{facts['train_problems']} problems ({facts['train_tokens']:,} tokens) for {shape.task}, horizon {shape.horizon}"
     )
+    if facts["history"] and not facts.get("validation_problems"):
+        typer.echo(f"No early stopping: there were no validation problems, so all {len(facts['history'])} epochs were trained")
     if facts.get("shared_problems"):
         typer.echo(
             f"{facts['shared_problems']} problems of the validation trace are training problems too, and were left out of it"

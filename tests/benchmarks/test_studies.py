@@ -13,7 +13,7 @@ import pytest
 from support.traces import MakeTrace
 
 from benchmarks.learning_curve import learning_curve
-from benchmarks.studies import digests_of, first_by_hash, held_out, trained, unseen_problems
+from benchmarks.studies import Digests, digests_of, first_by_hash, held_out, trained, unseen_problems
 from benchmarks.transfer import ALL, by_dataset, transfer_matrix
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
@@ -117,6 +117,28 @@ def test_a_transfer_matrix(make_trace: MakeTrace, tmp_path: Path) -> None:
         own = by_dataset(trace, None, "train")
         allowed = np.concatenate([own[name] for name in ([source] if source in own else own)])
         assert np.isin(run.trained_on, allowed).all()
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_training_without_early_stopping_is_said(
+    validated: bool, make_trace: MakeTrace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = two_domains(make_trace)
+    if not validated:
+        # As if no prompt of one of the datasets fell into the validation part.
+        found = by_dataset
+
+        def without_validation(of: Trace, groups: dict[str, list[str]] | None, part: str) -> dict[str, Digests]:
+            return {name: each[: None if part != "validation" else 0] for name, each in found(of, groups, part).items()}
+
+        monkeypatch.setattr("benchmarks.transfer.by_dataset", without_validation)
+    rows = transfer_matrix(trace, {"mlp": OPTIONS, "popularity": OPTIONS}, tmp_path, min_problems=2)
+    lines = capsys.readouterr().out.splitlines()
+    remarks = [line for line in lines if "without early stopping, all 1 epochs" in line]
+    assert [line.split(":")[0] for line in remarks] == ([] if validated else [
+        "mlp, trained on plus one", "mlp, trained on plus three", "mlp, trained on all"
+    ])  # fmt: skip
+    assert all((row["validation_problems"] > 0) == validated for row in rows)
 
 
 def test_a_prompt_of_two_datasets_is_of_one_only(make_trace: MakeTrace) -> None:
