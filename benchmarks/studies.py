@@ -48,10 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the predictor's own")
 
 
-def training_options(arguments: argparse.Namespace, predictor: str) -> TrainingOptions:
-    """The predictor's own options, with those of the command line."""
+def study_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of every study: `trace`, `predictors` (their own options, with those given), `out`, `other`, `task`."""
     given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
-    return replace(find_predictor(predictor).defaults, **given)
+    return {
+        "trace": Trace.open(arguments.trace),
+        "predictors": {name: replace(find_predictor(name).defaults, **given) for name in arguments.predictor},
+        "out": arguments.out,
+        "other": None if arguments.on is None else Trace.open(arguments.on),
+        "task": arguments.task,
+    }
+
+
+def heading(rows: list[dict[str, Any]], k_name: str) -> str:
+    """The line above the tables of a study: what their numbers are."""
+    return f"\n{k_name} with its 95 % interval over problems; chance {rows[0]['chance']:.3f}"
 
 
 def digests_of(trace: Trace, problem_ids: Iterable[int] | None = None, part: str = "all") -> Digests:

@@ -24,12 +24,13 @@ from benchmarks.studies import (
     Digests,
     add_arguments,
     digests_of,
+    heading,
     held_out,
     markdown,
     result_rows,
     shown,
+    study_settings,
     trained,
-    training_options,
     unseen_problems,
     without_early_stopping,
     write_rows,
@@ -148,18 +149,12 @@ def main() -> None:
     )
     parser.add_argument("--min-problems", type=int, default=MIN_PROBLEMS, help=f"default: {MIN_PROBLEMS}")
     arguments = parser.parse_args()
-    trace = Trace.open(arguments.trace)
+    settings = study_settings(arguments)
     rows = transfer_matrix(
-        trace,
-        {name: training_options(arguments, name) for name in arguments.predictor},
-        arguments.out,
-        groups=dict(arguments.group) if arguments.group else None,
-        min_problems=arguments.min_problems,
-        other=None if arguments.on is None else Trace.open(arguments.on),
-        task=arguments.task,
+        **settings, groups=dict(arguments.group) if arguments.group else None, min_problems=arguments.min_problems
     )
-    k_name = f"recall@{trace.metadata.model.top_k}"
-    print(f"\n{k_name} with its 95 % interval over problems; chance {rows[0]['chance']:.3f}")
+    k_name = f"recall@{settings['trace'].metadata.model.top_k}"
+    print(heading(rows, k_name))
     targets, sources = (list(dict.fromkeys(row[name] for row in rows)) for name in ("evaluated_on", "trained_on"))
     cells = {(row["predictor"], row["trained_on"], row["evaluated_on"]): row for row in rows}
     for name in dict.fromkeys(row["predictor"] for row in rows):
