@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # What libraries raise when they read an untrusted file: broken content, names that are not text, sizes beyond limits. Neither
 # TypeError nor LookupError: those are errors of our own code, and must not be reported as a broken file.
@@ -104,6 +109,13 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the name of its type if it has no message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault of a document, in one line: the field, and what was expected of it."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    field = ".".join(map(str, first["loc"]))
+    return printable(f"{field}: {first['msg']}" if field else first["msg"])
 
 
 def printable(text: str) -> str:

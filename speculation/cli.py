@@ -308,7 +308,10 @@ def _print_rows(rows: list[dict[str, str]], title: str) -> None:
 
 def _split_by_flags(evaluation: Evaluation) -> list[str]:
     """For every flag that the trace gives its problems, such as `looping`: the metrics without, and on, these problems."""
-    result = evaluation.results[evaluation.predictor]
+    result = evaluation.results.get(evaluation.predictor)
+    if result is None:
+        # Written by an early release, which did not name the run's own predictor.
+        return []
     k_name = result.recall_at_k_name
     lines = []
     for name, groups in result.groupings.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from profiler.errors import ModelError, first_line
+from profiler.errors import ModelError, first_fault, first_line
 from profiler.models.built import built_facts, check_sizes
 from profiler.models.registry import MODELS, QUANTIZE_PRECISION, ModelEntry, checkpoint, quantized_checkpoint
 from profiler.trace.schema import ModelMetadata
@@ -81,7 +81,7 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
             named = model.metadata.model_copy(update={"id": f"{name}-{precision}"})
             model = replace(model, metadata=named)
     except (ValidationError, TypeError, ValueError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        reason = first_fault(error) if isinstance(error, ValidationError) else first_line(error)
         raise ModelError(f"the config of {location} is not valid: {reason}") from error
     if entry is not None:
         check_facts(entry, model)

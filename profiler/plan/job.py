@@ -22,7 +22,7 @@ from profiler.collect.options import RentedOptions
 from profiler.collect.selection import Selection, describe, guess, select
 from profiler.datasets.problems import Problem
 from profiler.engines import AUTO_BACKEND, ENGINES, Sampling
-from profiler.errors import DatasetError, EngineError, ModelError, TraceError, UnreachableError
+from profiler.errors import DatasetError, EngineError, ModelError, TraceError, UnreachableError, first_fault
 from profiler.models.gpus import Gpu, find_gpu
 from profiler.models.registry import MODELS, QUANTIZE_PRECISION, ModelEntry, checkpoint, preset, quantized_checkpoint
 from profiler.models.resolve import DEMO_MODEL, demo_model_folder, resolve_model
@@ -276,8 +276,7 @@ def read_job(text: str | bytes, where: str) -> CollectJob:
     try:
         return CollectJob.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise TraceError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise TraceError(f"{where}: {first_fault(error)}") from error
 
 
 def read_shard(folder: Path, job: CollectJob, shard: int) -> dict[int, Problem]:
@@ -293,7 +292,7 @@ def read_shard(folder: Path, job: CollectJob, shard: int) -> dict[int, Problem]:
                 try:
                     problems[number] = adapter.validate_json(line)
                 except ValidationError as error:
-                    raise DatasetError(f"{path}, line {number + 1} is not a problem: {error.errors()[0]['msg']}") from error
+                    raise DatasetError(f"{path}, line {number + 1} is not a problem: {first_fault(error)}") from error
     if len(problems) < job.shards[shard + 1] - job.shards[shard]:
         raise DatasetError(f"{path} ends before problem {job.shards[shard + 1]}")
     return problems

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, first_fault
 from profiler.trace.decoding import concatenate
 from profiler.trace.row_groups import RowGroup, RowGroups
 from profiler.trace.schema import (
@@ -387,6 +387,4 @@ def _read_document(path: Path, kind: type[_DocumentType]) -> _DocumentType:
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise TraceError(f"{path} is not valid: {where}: {first['msg']}") from error
+        raise TraceError(f"{path} is not valid: {first_fault(error)}") from error
