@@ -41,7 +41,7 @@ class CacheSize:
 
     Attributes:
         fraction: The share, 0 to 1; rounded down to whole experts per layer. With 0, every expert is loaded for each use.
-        gigabytes: The size of the memory: slots, buffers, and the room in which a packed expert is unpacked.
+        gigabytes: The size of the memory: slots, buffers, and all that it takes to unpack a packed expert.
     """
 
     fraction: float | None = None
