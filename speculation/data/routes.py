@@ -137,9 +137,12 @@ class Routes:
 
     def packed(self, experts: int) -> npt.NDArray[np.uint64]:
         """The routes as bits for a model with this many experts, uint64 `[T, W]`: see `pack_routes`. Computed once."""
-        if vars(self).get("_packed_for") != experts:
-            vars(self).update(_packed_TW=pack_routes(self.expert_ids_TLK, experts), _packed_for=experts)
-        found: npt.NDArray[np.uint64] = vars(self)["_packed_TW"]
+        state = vars(self)
+        if state.get("_packed_for") != experts:
+            packed_TW = pack_routes(self.expert_ids_TLK, experts)
+            state.update(_packed=lambda ids_TLK: packed_TW, _packed_for=experts)
+        # The routes of a history pack only what was added since.
+        found: npt.NDArray[np.uint64] = state["_packed"](self.expert_ids_TLK)
         return found
 
     @cached_property
