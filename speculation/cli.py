@@ -126,6 +126,14 @@ def train(
         str | None, typer.Option(metavar="USER/NAME", help="Upload the finished run to the Hugging Face hub as a model.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the uploaded model private (with --push).")] = False,
+    push_texts: Annotated[
+        bool,
+        typer.Option(
+            "--push-texts",
+            help="Allow --push to upload texts of training problems (token ids and routes), which runs of recommended and reuse "
+            "contain.",
+        ),
+    ] = False,
 ) -> None:
     """Train an expert predictor on the training problems of a trace.
 
@@ -157,17 +165,27 @@ def train(
     }
     options = replace(find_predictor(predictor).defaults, **{name: value for name, value in given.items() if value is not None})
     other = None if validation is None else Trace.open(validation)
-    if private and push is None:
-        raise typer.BadParameter("needs --push", param_hint="--private")
-    print_run(
-        train_with_progress(
-            Trace.open(trace), predictor, out, task=task, horizon=horizon, validation=other, options=options, resume=resume
+    for flag, is_given in (("--private", private), ("--push-texts", push_texts)):
+        if is_given and push is None:
+            raise typer.BadParameter("needs --push", param_hint=flag)
+    has_texts = find_predictor(predictor).keeps_training_texts()
+    if push is not None and has_texts and not push_texts:
+        # Before hours of training, not after them.
+        raise typer.BadParameter(
+            f"a run of {predictor} contains texts of its training problems (token ids and routes): add --push-texts to upload "
+            f"them, or train {predictor}-small, which keeps none",
+            param_hint="--push",
         )
+    run = train_with_progress(
+        Trace.open(trace), predictor, out, task=task, horizon=horizon, validation=other, options=options, resume=resume
     )
+    print_run(run)
     if push is not None:
-        from speculation.training.card import push_run
+        from speculation.training.push import push_run
 
-        typer.echo(push_run(out, push, private=private))
+        if has_texts:
+            typer.echo(f"Uploading to {push}, with texts of training problems (token ids and routes)")
+        typer.echo(push_run(run, push, private=private, with_texts=push_texts))
 
 
 def wait_passively() -> None:

@@ -59,6 +59,11 @@ class Predictor(ABC):
     needs_router_inputs: ClassVar[bool] = False
     can_take_router_inputs: ClassVar[bool] = False
 
+    @classmethod
+    def keeps_training_texts(cls) -> bool:
+        """Whether `arrays` contains texts of training problems, as token ids with their routes."""
+        return False
+
     def __init__(self, shape: Shape) -> None:
         if shape.task not in self.tasks:
             raise SpecmoeError(f"{self.name} predicts {', '.join(sorted(self.tasks))} only, not {shape.task}")

@@ -1,19 +1,15 @@
-"""The model card of a run, and its upload to the Hugging Face hub."""
+"""The model card of a run."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from profiler.trace.hub import CARD_FILE, plain_text, push_folder
+from profiler.trace.hub import plain_text
 from profiler.trace.reader import Trace
 from speculation.data.tasks import Task
 from speculation.predictors.base import Predictor
 from speculation.predictors.options import Epochs, TrainingOptions
-
-# The files of a run that are uploaded; logs and checkpoints are not.
-PUSHED = ["config.json", "*.safetensors", "metrics.json", "provenance.json", "training.csv", CARD_FILE]
 
 
 def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, facts: dict[str, Any], trace: Trace) -> str:
@@ -41,6 +37,7 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         f"- **task**: {shape.task}, h = 1 to {shape.horizon}; sees {predictor.sees}",
         f"- **model**: {plain_text(model.id)}, {shape.layers} MoE layers, {shape.experts} experts, top-{shape.top_k}",
         f"- **size**: {facts['parameters']:,} parameters, {facts['bytes']:,} bytes",
+        *(["- **contains**: texts of training problems, as token ids with their routes"] if predictor.keeps_training_texts() else []),
         f"- **trained on**: {facts['train_problems']} problems, {facts['train_tokens']:,} tokens of "
         f"{plain_text(trace.path.name)} ({plain_text(data)}), in {facts['train_seconds']:.0f} s",
         *([f"- **early stopping on**: {facts['validation_problems']} other problems"] if history and has_validation else []),
@@ -72,7 +69,3 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
     ]
     return "\n".join(lines)
 
-
-def push_run(run: Path, repository: str, *, private: bool = False) -> str:
-    """Upload a run as the model `repository` and return its URL. Raises `TraceError` with the hub's message if it fails."""
-    return push_folder(run, repository, kind="model", message="Expert predictor", patterns=PUSHED, private=private)

@@ -63,9 +63,11 @@ class NeuralPredictor(Predictor):
 
     max_vocabulary: the maximum number of distinct tokens with their own embedding. The most frequent ones get one, if they
     occur at least twice: little can be learned from a single occurrence. All other tokens share row 0.
+    memory_bytes: what the texts of training problems that it keeps (token ids and routes) may take; 0 if it keeps none.
     """
 
     max_vocabulary: ClassVar[int] = 8192
+    memory_bytes: ClassVar[int] = 0
     default_width: ClassVar[int]
 
     # Whether one head can serve all layers; and what the width must be a multiple of, because attention heads divide it.
@@ -79,6 +81,10 @@ class NeuralPredictor(Predictor):
         if self.config.width % self.width_multiple:
             raise SpecmoeError(f"width {self.config.width}: expected a multiple of {self.width_multiple} for {self.name}")
         self.network = self.build(len(self.keys) + 1)
+
+    @classmethod
+    def keeps_training_texts(cls) -> bool:
+        return cls.memory_bytes > 0
 
     def default_context(self) -> int:
         """C, the number of tokens whose routes the network sees in order; 1 if it has no such context."""

@@ -9,13 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.traces import MakeProblems, MakeTrace
 from tensorboardX.proto.event_pb2 import Event
 
+from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
 from speculation.predictors.options import TrainingOptions
+from speculation.predictors.registry import predictor_classes
 from speculation.training.fit import train
+from speculation.training.push import push_run
 
 
 @pytest.fixture
@@ -53,8 +57,8 @@ def test_losses_are_logged_for_tensorboard(trace: Trace, tmp_path: Path) -> None
         assert logged["train_loss", entry["epoch"]] == pytest.approx(entry["train_loss"], rel=1e-5)
 
 
-def pushed(trace: Trace, out: Path, address: str, *more: str) -> subprocess.CompletedProcess[str]:
-    command = ["train", str(trace.path), "--predictor", "mlp", "--epochs", "1", "--width", "8", "--out", str(out), *more]
+def pushed(trace: Trace, out: Path, address: str, *more: str, predictor: str = "mlp") -> subprocess.CompletedProcess[str]:
+    command = ["train", str(trace.path), "--predictor", predictor, "--epochs", "1", "--width", "8", "--out", str(out), *more]
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {"HF_ENDPOINT": address, "HF_TOKEN": "good", "HF_HUB_DISABLE_XET": "1", "HOME": str(out.parent)}
     return subprocess.run([sys.executable, "-m", "specmoe", *command], capture_output=True, text=True, env=environment)
@@ -76,3 +80,38 @@ def test_a_run_is_pushed_as_a_model(trace: Trace, tmp_path: Path, hub: tuple[str
     assert done.returncode == 2
     assert "needs --push" in done.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_texts_of_training_problems_are_uploaded_on_request_only(
+    trace: Trace, tmp_path: Path, hub: tuple[str, dict[str, dict[str, Any]]]
+) -> None:
+    address, repositories = hub
+    done = pushed(trace, tmp_path / "run", address, "--push", "me/texts", predictor="recommended")
+    assert done.returncode == 2
+    assert "contains texts of its training problems" in " ".join(done.stderr.replace("│", "").split())
+    assert not (tmp_path / "run").exists()
+    assert not repositories
+    done = pushed(trace, tmp_path / "run", address, "--push", "me/texts", "--push-texts", predictor="recommended")
+    assert done.returncode == 0, done.stderr
+    assert "Uploading to me/texts, with texts of training problems" in done.stdout
+    assert "**contains**: texts of training problems" in repositories["me/texts"]["files"]["README.md"].decode()
+
+
+@pytest.mark.parametrize("name", sorted(predictor_classes()))
+def test_who_keeps_training_texts_says_so(name: str, make_trace: MakeTrace, tmp_path: Path) -> None:
+    """Texts with rare tokens: those can only be found in a run that keeps the texts themselves."""
+    random = np.random.default_rng(0)
+    problems = [(random.random((20, 3, 8)).argsort(-1)[..., :2], np.tile([0.6, 0.4], (20, 3, 1))) for _ in range(20)]
+    rare = 1_000_000 + np.arange(20 * 21).reshape(20, 21)
+    cls = predictor_classes()[name]
+    if cls.needs_router_inputs:
+        pytest.skip("needs router inputs, from which no texts can be read")
+    trace = make_trace(problems, 8, vocab_ids=list(rare))
+    options = TrainingOptions(epochs=1, width=16, batch_tokens=256)
+    run = train(trace, name, tmp_path / "run", task=min(cls.tasks), options=options)
+    stored = [array for array in run.predictor.arrays().values() if np.issubdtype(array.dtype, np.integer)]
+    has_rare = any(np.isin(rare, array.astype(np.int64)).any() for array in stored)
+    assert has_rare == cls.keeps_training_texts()
+    if cls.keeps_training_texts():
+        with pytest.raises(SpecmoeError, match="contains texts of training problems"):
+            push_run(run, "me/run")
