@@ -185,6 +185,12 @@ def single_group(predictor: Predictor, train: RouteSource) -> Routes:
     return train.group(0)
 
 
+def stored_weights(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float16 | np.float32]:
+    """Weights as they are stored: in half precision, or as they are if one is beyond its range (65,504)."""
+    is_in_range = not array.size or float(np.abs(array).max()) <= float(np.finfo(np.float16).max)
+    return array.astype(np.float16) if is_in_range else array
+
+
 def expected_array(arrays: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """`arrays[name]` as float32. Raises `SpecmoeError` if it is missing, has another shape, or is not finite."""
     array = arrays.get(name)

@@ -16,7 +16,7 @@ from profiler.errors import SpecmoeError
 from profiler.trace.schema import MAX_HIDDEN_SIZE
 from speculation.data.routes import Routes, RouteSource, router_input_scale, router_inputs_of
 from speculation.data.tasks import Shape, Task, targets
-from speculation.predictors.base import Arrays, Predictor, expected_array
+from speculation.predictors.base import Arrays, Predictor, expected_array, stored_weights
 from speculation.predictors.features import at_targets, expert_frequency, frequent_tokens, stored_keys
 from speculation.predictors.neural.training_loop import fit_network
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
@@ -174,7 +174,7 @@ class NeuralPredictor(Predictor):
 
     def arrays(self) -> Arrays:
         weights = self.network.state_dict().items()
-        return {f"{PREFIX}{name}": tensor.cpu().numpy().astype(np.float16) for name, tensor in weights} | {"keys": self.keys}
+        return {f"{PREFIX}{name}": stored_weights(tensor.cpu().numpy()) for name, tensor in weights} | {"keys": self.keys}
 
     @classmethod
     def parameters_for(cls, shape: Shape) -> int | None:
