@@ -112,6 +112,10 @@ class NeuralPredictor(Predictor):
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         """The arguments of the network's `forward` for these tokens, by name."""
 
+    def training_inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        """The same in training: a predictor that keeps training texts must find nothing of a token's own problem in them."""
+        return self.inputs(routes, tokens_T)
+
     def fit(
         self,
         train: RouteSource,
@@ -156,7 +160,7 @@ class NeuralPredictor(Predictor):
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """The mean binary cross-entropy over the experts of all valid predictions."""
-        logits_TLHE = network(**self.tensors(routes, tokens_T))
+        logits_TLHE = network(**self.tensors(routes, tokens_T, in_training=network.training))
         return mean_cross_entropy(logits_TLHE, *self.truth(routes, tokens_T))
 
     @torch.inference_mode()
@@ -217,10 +221,13 @@ class NeuralPredictor(Predictor):
             predictor.network.cuda()
         return predictor
 
-    def tensors(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """`inputs` on the network's device."""
+    def tensors(
+        self, routes: Routes, tokens_T: npt.NDArray[np.int64], *, in_training: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """`inputs`, or `training_inputs`, on the network's device."""
         device = next(self.network.parameters()).device
-        return {name: torch.from_numpy(array).to(device) for name, array in self.inputs(routes, tokens_T).items()}
+        arrays = self.training_inputs(routes, tokens_T) if in_training else self.inputs(routes, tokens_T)
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
     def truth(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """Targets `[T, L, H, E]`, 1 where an expert is in the true set, and a mask `[T, L, H]`, 1 where the target exists."""
