@@ -169,7 +169,9 @@ class NeuralPredictor(Predictor):
         tokens_T = np.arange(*tokens.indices(len(routes)))
         size = self._inference_batch_tokens
         parts = [tokens_T[start : start + size] for start in range(0, len(tokens_T), size)] or [tokens_T]
-        return np.concatenate([self.network(**self.tensors(routes, part)).sigmoid().float().cpu().numpy() for part in parts])
+        # Also if the caller computes in a lower precision, in which many experts would have equal scores.
+        with torch.autocast(next(self.network.parameters()).device.type, enabled=False):
+            return np.concatenate([self.network(**self.tensors(routes, part)).sigmoid().cpu().numpy() for part in parts])
 
     @property
     def _inference_batch_tokens(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from support.routes import routes_of
 from support.traces import MakeProblems, MakeTrace
@@ -270,6 +271,21 @@ def test_by_itself_a_trace_is_split(trace: Trace, tmp_path: Path) -> None:
     document = evaluate(run, trace)
     assert document.trained_on == 0
     assert evaluate(run, trace, part="all").trained_on == len(run.trained_on) == evaluate(run, trace, part="train").problems
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_scores_are_computed_in_float32(precision: str) -> None:
+    """Whatever the precision of training, and also within a caller's autocast: few of them are equal."""
+    predictor = find_predictor("mlp")(Shape(layers=2, experts=32, top_k=2, horizon=1))
+    options = replace(OPTIONS, epochs=1, precision=precision, width=8)
+    predictor.fit(routes_of([(0, 200)], experts=32), None, options, lambda *_: None)
+    routes = routes_of([(0, 50)], experts=32, seed=1)
+    found_TLHE = predictor.probabilities(routes, slice(0, 50))
+    assert found_TLHE.dtype == np.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(predictor.probabilities(routes, slice(0, 50)), found_TLHE)
+    scores_NE = found_TLHE[:, 0, 0]
+    assert np.mean([len(np.unique(scores_E)) for scores_E in scores_NE]) > 31.5
 
 
 @pytest.mark.parametrize(("seen", "expected"), [(1_000, 2), (50_000, 25), (10**9, 30)])
