@@ -36,6 +36,8 @@ CHECKPOINTS = "checkpoints"
 LOG, BOARD, STATE_FILE = "training.csv", "tensorboard", "state.json"
 # Evaluation needs no gradients, so its batches can be larger than those of training.
 EVALUATION_TOKENS = 2048
+# What the names of parameters contain that weight decay must leave alone.
+UNDECAYED = ("bias", "scale")
 # If the number of epochs follows from the amount of data.
 MIN_EPOCHS, MAX_EPOCHS = 2, 30
 
@@ -223,10 +225,15 @@ def _share(order_T: npt.NDArray[np.int64], step: int, batch: int, accelerator: A
 
 
 def _decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW: weight decay applies to matrices, not to biases and the scales of norms."""
-    decaying = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in network.parameters() if parameter.ndim < 2]
-    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """Parameter groups for AdamW: weight decay applies to matrices, not to biases and scales.
+
+    Those of all layers or horizons together have several dimensions, too (`bias_LHE`, `norm_scale`): their names tell.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        own_name = name.rpartition(".")[2]
+        groups[parameter.ndim >= 2 and not any(role in own_name for role in UNDECAYED)].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 def _cosine(update: int, updates: int, warm_up: float) -> float:
