@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -96,9 +95,9 @@ def trained(
 
 def without_early_stopping(run: Run) -> str:
     """A remark, to be appended to what is printed of a run: that there were no problems for early stopping; else empty."""
-    epochs = len(_training_facts(run)["history"])
+    epochs = len(run.facts.history)
     # Counting predictors have no epochs.
-    if not epochs or run.validated_on is not None:
+    if not epochs or run.facts.validation_problems:
         return ""
     return f"; without early stopping, all {epochs} epochs, because there are no validation problems to stop by"
 
@@ -145,7 +144,6 @@ def result_rows(document: Evaluation, run: Run, facts: dict[str, Any]) -> list[d
 
     facts: further columns, which come first.
     """
-    training = _training_facts(run)
     k_name = document.recall_at_k_name
     mass = k_name.replace("recall", "mass")
     rows = []
@@ -158,9 +156,9 @@ def result_rows(document: Evaluation, run: Run, facts: dict[str, Any]) -> list[d
             facts
             | {
                 "predictor": name,
-                "train_problems": training["train_problems"],
-                "train_tokens": training["train_tokens"],
-                "validation_problems": training["validation_problems"],
+                "train_problems": run.facts.train_problems,
+                "train_tokens": run.facts.train_tokens,
+                "validation_problems": run.facts.validation_problems,
                 "problems": document.problems,
                 "tokens": document.tokens,
                 k_name: metrics[k_name],
@@ -171,16 +169,11 @@ def result_rows(document: Evaluation, run: Run, facts: dict[str, Any]) -> list[d
                 "calibration_error": result.calibration["h=1"].error,
                 "control": None if control is None else control.metrics["h=1"][k_name],
                 "chance": document.chance[k_name],
-                "epochs": len(training["history"]) if name == document.predictor else 0,
-                "train_seconds": training["train_seconds"] if name == document.predictor else None,
+                "epochs": len(run.facts.history) if name == document.predictor else 0,
+                "train_seconds": run.facts.train_seconds if name == document.predictor else None,
             }
         )
     return rows
-
-
-def _training_facts(run: Run) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
-    return facts
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:

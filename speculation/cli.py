@@ -223,18 +223,15 @@ def train_with_progress(trace: Trace, predictor: str, out: Path, **settings: Any
 
 def print_run(run: Any) -> None:
     """Print a summary of a trained run."""
-    shape = run.predictor.shape
-    facts = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    shape, facts = run.predictor.shape, run.facts
     typer.echo(
-        f"{run.path}: {run.name}, {facts['parameters']:,} parameters, trained in {facts['train_seconds']:.1f} s on "
-        f"{facts['train_problems']} problems ({facts['train_tokens']:,} tokens) for {shape.task}, horizon {shape.horizon}"
+        f"{run.path}: {run.name}, {facts.parameters:,} parameters, trained in {facts.train_seconds:.1f} s on "
+        f"{facts.train_problems} problems ({facts.train_tokens:,} tokens) for {shape.task}, horizon {shape.horizon}"
     )
-    if facts["history"] and not facts.get("validation_problems"):
-        typer.echo(f"No early stopping: there were no validation problems, so all {len(facts['history'])} epochs were trained")
-    if facts.get("shared_problems"):
-        typer.echo(
-            f"{facts['shared_problems']} problems of the validation trace are training problems too, and were left out of it"
-        )
+    if facts.history and not facts.validation_problems:
+        typer.echo(f"No early stopping: there were no validation problems, so all {len(facts.history)} epochs were trained")
+    if facts.shared_problems:
+        typer.echo(f"{facts.shared_problems} problems of the validation trace are training problems too, and were left out of it")
 
 
 def _losses(entry: dict[str, float]) -> str:

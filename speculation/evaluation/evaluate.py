@@ -106,13 +106,13 @@ def evaluate(
         part=part,
         problems=len(routes.problem_ids),
         trained_on=int(np.isin(digests, run.trained_on).sum()),
-        early_stopping=problems_sha256(digests) == run.validated_on,
+        early_stopping=problems_sha256(digests) == run.facts.validated_on,
         tokens=len(routes),
         has_weights=has_weights,
         definitions=definitions(shape.top_k, has_weights=has_weights),
         caveats=trace.caveats(),
         recipe=recipe(run),
-        train_seconds=run.train_seconds,
+        train_seconds=run.facts.train_seconds,
         chance=chance(shape.experts, shape.top_k, has_weights=has_weights),
         results=results,
     )
@@ -125,9 +125,9 @@ def recipe(run: Run) -> Recipe:
         seed=run.options["seed"],
         options=options,
         trained_on=problems_sha256(run.trained_on),
-        validated_on=run.validated_on,
+        validated_on=run.facts.validated_on,
         trace_sha256=run.trace_sha256,
-        validation_sha256=run.validation_sha256,
+        validation_sha256=run.facts.validation_sha256,
     )
 
 

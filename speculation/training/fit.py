@@ -149,8 +149,8 @@ def _finished(out: Path, compared: dict[str, Any]) -> Run:
         "trace": run.trace_sha256,
         "training options": fixed_options(run.options),
         "training problems": run.trained_on.tolist(),
-        "validation problems": run.validated_on,
-        "validation trace": run.validation_sha256,
+        "validation problems": run.facts.validated_on,
+        "validation trace": run.facts.validation_sha256,
     }
     for what, value in compared.items():
         if found[what] != value:

@@ -69,7 +69,7 @@ def test_a_learning_curve(make_trace: MakeTrace, tmp_path: Path) -> None:
     assert small < large == set(train.tolist())
     assert len(small) == int(np.ceil(len(train) / 4))
     # The same problems for early stopping, whatever the share.
-    assert len({load_run(tmp_path / "runs" / f"mlp-{share}").validated_on for share in (25, 100)}) == 1
+    assert len({load_run(tmp_path / "runs" / f"mlp-{share}").facts.validated_on for share in (25, 100)}) == 1
     with (tmp_path / "learning_curve.csv").open(newline="") as file:
         assert [row["predictor"] for row in csv.DictReader(file)] == [row["predictor"] for row in rows]
 
@@ -181,6 +181,6 @@ def test_problems_of_both_traces_are_not_evaluated_on(make_trace: MakeTrace, tmp
     run = trained(
         trace, "popularity", tmp_path / "run", task=Task.NEXT_LAYER, options=OPTIONS, train_on=train, validate_on=train[:0]
     )
-    assert run.validated_on is None
+    assert run.facts.validated_on is None
     with pytest.raises(SpecmoeError, match=r"was trained on .* of the .* problems to evaluate on"):
         held_out(run, trace, "all", train[:5])

@@ -115,6 +115,20 @@ def test_tampered_runs_are_refused(markov_trace: Trace, tmp_path: Path) -> None:
         load_run(path)
 
 
+@pytest.mark.parametrize("value", [None, "x", [], {}, float("nan"), 10**400])
+def test_a_fault_in_the_facts_of_a_training_is_named(value: object, markov_trace: Trace, tmp_path: Path) -> None:
+    path = train(markov_trace, "uniform", tmp_path / "run").path / "metrics.json"
+    facts = json.loads(path.read_text())
+    for name in ("parameters", "train_seconds", "train_problems", "train_tokens"):
+        path.write_text(json.dumps(facts | {name: value}))
+        with pytest.raises(SpecmoeError, match=rf"metrics\.json is not valid: {name}") as raised:
+            load_run(tmp_path / "run")
+        assert str(raised.value).isprintable()
+    path.write_text(json.dumps({name: each for name, each in facts.items() if name != "train_problems"}))
+    with pytest.raises(SpecmoeError, match=r"metrics\.json is not valid: train_problems: Field required"):
+        load_run(tmp_path / "run")
+
+
 def test_a_converted_trace_cannot_hide_training_problems(markov_trace: Trace, tmp_path: Path) -> None:
     from profiler.importers import import_trace
     from profiler.importers.rows import ImportOptions

@@ -161,7 +161,7 @@ def test_a_network_that_was_stopped_by_another_trace_is_not_taken_for_this_one(
     options = replace(OPTIONS, epochs=1, width=4)
     first, other_routes = (_another(make_trace, random_problems, seed) for seed in (1, 2))
     run = train(trace, "mlp", tmp_path / "run", validation=first, options=options)
-    assert train(trace, "mlp", run.path, validation=first, options=options, resume=True).validated_on == run.validated_on
+    assert train(trace, "mlp", run.path, validation=first, options=options, resume=True).facts == run.facts
     with pytest.raises(SpecmoeError, match="its validation trace differ"):
         train(trace, "mlp", run.path, validation=other_routes, options=options, resume=True)
     with pytest.raises(SpecmoeError, match="its validation problems differ"):
