@@ -80,7 +80,9 @@ def train(
             "of the other. Default: TRACE's validation part."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted training in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume an interrupted training in --out; a finished one is left as it is.")
+    ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Maximum number of epochs.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per training step, each with all its layers.")] = None,
     epoch_tokens: Annotated[
@@ -142,6 +144,7 @@ def train(
     Example: specmoe train traces/math --predictor recommended --out runs/math
     """
     from speculation.predictors.registry import find_predictor
+    from speculation.training.runs import CONFIG_FILE
 
     predictor = predictor or ("recommended" if task.predicts_experts else "reuse")
     given: dict[str, Any] = {
@@ -176,9 +179,12 @@ def train(
             f"them, or train {predictor}-small, which keeps none",
             param_hint="--push",
         )
+    is_finished = resume and (out / CONFIG_FILE).is_file()
     run = train_with_progress(
         Trace.open(trace), predictor, out, task=task, horizon=horizon, validation=other, options=options, resume=resume
     )
+    if is_finished:
+        typer.echo(f"{out} is already finished")
     print_run(run)
     if push is not None:
         from speculation.training.push import push_run

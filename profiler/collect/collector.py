@@ -264,7 +264,7 @@ class TraceCollector:
         if earlier is not None:
             check_settings(earlier.metadata, self._settings(collection), out)
             if earlier.manifest is not None:
-                self.on_stage(f"{out} is already complete")
+                self.on_stage(f"{out} is already finished")
                 trace = Trace.open(out)
                 # The earlier run may have been killed after it wrote the manifest and before it removed the folder.
                 shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
