@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def study_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of every study: `trace`, `predictors` (their own options, with those given), `out`, `other`, `task`."""
+    """The keyword arguments of every study: `trace`, `predictors` with their options, `out`, `other` and `task`."""
     given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
     return {
         "trace": Trace.open(arguments.trace),

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from profiler.capture.metadata import describe_kernels
 from profiler.collect.options import LocalOptions, RentedOptions
-from profiler.errors import SpecmoeError, TraceError, missing_extra, printable
+from profiler.errors import SpecmoeError, TraceError, UsageError, missing_extra, printable
 from profiler.terminal import console, print_rows
 from profiler.terminal_options import switch, typer_command
 from profiler.trace.reader import Trace
@@ -40,7 +40,7 @@ def run_app(app: typer.Typer, name: str) -> None:
     except typer.TyperException as error:
         _fail(name, error.format_message(), error.exit_code)
     except (SpecmoeError, OSError) as error:
-        _fail(name, str(error), 1)
+        _fail(name, str(error), 2 if isinstance(error, UsageError) else 1)
     except ModuleNotFoundError as error:
         _fail(name, missing_extra(error), 1)
     except (KeyboardInterrupt, typer.Abort):

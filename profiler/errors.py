@@ -25,7 +25,7 @@ UNREADABLE = (
 class SpecmoeError(Exception):
     """Base class of all errors that this project raises on purpose.
 
-    The message is one line for the user. The command line prints it and exits with status 1.
+    The message is one line for the user. The command line prints it and exits with status 1, or 2 if it is a `UsageError`.
 
     Example:
         >>> from profiler import SpecmoeError, Trace
@@ -34,6 +34,13 @@ class SpecmoeError(Exception):
         ... except SpecmoeError as error:
         ...     print(error)
         no/such/trace: no such trace directory
+    """
+
+
+class UsageError(SpecmoeError):
+    """A chosen value does not exist or cannot be, or contradicts another one, whatever files and models contain.
+
+    The command line exits with status 2, as for an unknown option.
     """
 
 
@@ -62,6 +69,22 @@ class UnreachableError(DatasetError):
 
 class EngineError(SpecmoeError):
     """An inference engine is not installed, or recording the routing inside it failed."""
+
+
+class TraceUsageError(TraceError, UsageError):
+    """A chosen format of traces does not exist."""
+
+
+class ModelUsageError(ModelError, UsageError):
+    """A chosen model, precision or machine does not exist."""
+
+
+class DatasetUsageError(DatasetError, UsageError):
+    """A chosen dataset does not exist, or what is to be taken of it cannot be."""
+
+
+class EngineUsageError(EngineError, UsageError):
+    """A chosen engine does not exist, or does not have a chosen option."""
 
 
 class NothingToRunError(EngineError):

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from analysis.documents.evaluation import Evaluation, budget_table, table
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from profiler.trace.reader import Trace
 from profiler.trace.writer import write_text
 from speculation.data.tasks import Shape, Task
@@ -132,8 +132,8 @@ def train(
         bool,
         typer.Option(
             "--push-texts",
-            help="Allow --push to upload texts of training problems (token ids and routes), which runs of recommended and reuse "
-            "contain.",
+            help="Allow --push to upload texts of training problems (token ids and routes), which runs of recommended and "
+            "reuse contain.",
         ),
     ] = False,
 ) -> None:
@@ -237,7 +237,9 @@ def print_run(run: Any) -> None:
     if facts.history and not facts.validation_problems:
         typer.echo(f"No early stopping: there were no validation problems, so all {len(facts.history)} epochs were trained")
     if facts.shared_problems:
-        typer.echo(f"{facts.shared_problems} problems of the validation trace are training problems too, and were left out of it")
+        typer.echo(
+            f"{facts.shared_problems} problems of the validation trace are training problems too, and were left out of it"
+        )
 
 
 def _losses(entry: dict[str, float]) -> str:
@@ -277,7 +279,7 @@ def evaluate(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise SpecmoeError(f"--json {json_file}: no such folder")
     if json_file is not None and len(runs) > 1:
-        raise SpecmoeError("--json is for one run: use --leaderboard for several, it writes leaderboard.json")
+        raise UsageError("--json is for one run: use --leaderboard for several, it writes leaderboard.json")
     opened_runs = [load_run(run) for run in runs]
     opened = Trace.open(trace)
     documents: list[Evaluation] = []

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from analysis.documents.curves import CacheCurves
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from profiler.trace.reader import Trace
 from speculation.cli import PartName
 
@@ -94,7 +94,7 @@ def _rule(name: str) -> Rule:
 
     known = {rule.label: rule for rule in Rule if rule != Rule.LEARNED}
     if name not in known:
-        raise SpecmoeError(f"policy {name!r}: expected one of {', '.join(known)}")
+        raise UsageError(f"policy {name!r}: expected one of {', '.join(known)}")
     return known[name]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError, TraceError
+from profiler.errors import SpecmoeError, TraceError, UsageError
 from profiler.trace.schema import INFERRED_EXPERTS, Metadata, ModelMetadata
 from speculation.data.routes import Routes
 
@@ -83,9 +83,9 @@ class Shape:
                 "next-layer: there is one MoE layer, so none comes next; predict next-token or whole-path instead"
             )
         if self.task == Task.NEXT_LAYER and self.horizon >= self.layers:
-            raise SpecmoeError(f"horizon {self.horizon}: expected 1 to {self.layers - 1} for {self.layers} MoE layers")
+            raise UsageError(f"horizon {self.horizon}: expected 1 to {self.layers - 1} for {self.layers} MoE layers")
         if self.task in {Task.WHOLE_PATH, Task.REUSE} and self.horizon > 1:
-            raise SpecmoeError(f"horizon {self.horizon}: {self.task} has no horizon to choose, expected 1")
+            raise UsageError(f"horizon {self.horizon}: {self.task} has no horizon to choose, expected 1")
         if self.top_k > self.experts:
             raise SpecmoeError(f"top_k {self.top_k} exceeds experts {self.experts}")
         if self.horizon * self.layers * self.experts**2 > MAX_TABLE:

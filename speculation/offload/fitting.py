@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.documents.fit_report import Fit, FitWay, MemoryUse
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from profiler.models.gpus import Gpu
 from profiler.models.hosts import Host
 from profiler.models.registry import USED_SHARE, WORKSPACE, ModelEntry
@@ -98,7 +98,7 @@ def fit_model(options: FitOptions) -> Fit:
     """
     entry = options.entry
     if options.batch < 1 or options.context < 1:
-        raise SpecmoeError(f"batch {options.batch}, context {options.context}: expected at least 1")
+        raise UsageError(f"batch {options.batch}, context {options.context}: expected at least 1")
     precision = options.precision or next(iter(entry.checkpoints))
     memory = memory_use(options, precision)
     costs = costs_of(entry, options.gpu, precision, link=options.link, host=options.host)

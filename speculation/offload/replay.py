@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from speculation.data.history import ABSTAIN, History
 from speculation.data.repeats import UNKNOWN_TOKEN
 from speculation.data.routes import Routes
@@ -87,7 +87,7 @@ def open_device(kind: str, slots: int, sizes: Sizes) -> Device:
         SpecmoeError: The device is unknown, or it is `cuda` and PyTorch finds no GPU.
     """
     if kind not in DEVICES:
-        raise SpecmoeError(f"unknown device {kind!r}: expected one of {', '.join(DEVICES)}")
+        raise UsageError(f"unknown device {kind!r}: expected one of {', '.join(DEVICES)}")
     return DEVICES[kind](slots, sizes.expert_bytes, sizes.rest_bytes, sizes.layers, sizes.width)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from speculation.data.history import History, Prediction
 from speculation.data.routes import Routes, RouteSource
 from speculation.data.tasks import Shape, Task
@@ -66,7 +66,7 @@ class Predictor(ABC):
 
     def __init__(self, shape: Shape) -> None:
         if shape.task not in self.tasks:
-            raise SpecmoeError(f"{self.name} predicts {', '.join(sorted(self.tasks))} only, not {shape.task}")
+            raise UsageError(f"{self.name} predicts {', '.join(sorted(self.tasks))} only, not {shape.task}")
         self.shape = shape
 
     @abstractmethod
@@ -181,7 +181,7 @@ class Predictor(ABC):
 def single_group(predictor: Predictor, train: RouteSource) -> Routes:
     """All routes at once. Raises `SpecmoeError` if `train` has several groups."""
     if len(train.group_tokens) > 1:
-        raise SpecmoeError(f"{predictor.name} is fitted to all routes at once: leave out shards_per_group")
+        raise UsageError(f"{predictor.name} is fitted to all routes at once: leave out shards_per_group")
     return train.group(0)
 
 

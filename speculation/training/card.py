@@ -15,7 +15,7 @@ from speculation.predictors.options import Epochs, TrainingOptions
 def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, facts: dict[str, Any], trace: Trace) -> str:
     """The model card as Markdown: task, model, training data, and how to use the predictor."""
     shape, model = predictor.shape, trace.metadata.model
-    has_validation = facts["validation_problems"] > 0
+    has_validation, has_texts = facts["validation_problems"] > 0, predictor.keeps_training_texts()
     arguments = "expert_ids, weights, router_input" if predictor.takes_router_inputs else "expert_ids, weights"
     when = {Task.NEXT_LAYER: "after each layer but the last", Task.NEXT_TOKEN: "after all layers"}.get(
         shape.task, "after begin"
@@ -37,7 +37,7 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         f"- **task**: {shape.task}, h = 1 to {shape.horizon}; sees {predictor.sees}",
         f"- **model**: {plain_text(model.id)}, {shape.layers} MoE layers, {shape.experts} experts, top-{shape.top_k}",
         f"- **size**: {facts['parameters']:,} parameters, {facts['bytes']:,} bytes",
-        *(["- **contains**: texts of training problems, as token ids with their routes"] if predictor.keeps_training_texts() else []),
+        *(["- **contains**: texts of training problems, as token ids with their routes"] if has_texts else []),
         f"- **trained on**: {facts['train_problems']} problems, {facts['train_tokens']:,} tokens of "
         f"{plain_text(trace.path.name)} ({plain_text(data)}), in {facts['train_seconds']:.0f} s",
         *([f"- **early stopping on**: {facts['validation_problems']} other problems"] if history and has_validation else []),
@@ -68,4 +68,3 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         "",
     ]
     return "\n".join(lines)
-

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import EmptyPartError, SpecmoeError
+from profiler.errors import EmptyPartError, SpecmoeError, UsageError
 from profiler.trace.reader import Trace
 from profiler.trace.splits import problem_digests, split_key
 from speculation.data.groups import RouteGroups
@@ -80,7 +80,7 @@ def train(
     predictor = predictor_class(shape)
     options = options or predictor_class.defaults
     if options.router_inputs and not (predictor_class.can_take_router_inputs or predictor_class.needs_router_inputs):
-        raise SpecmoeError(f"{predictor_name} does not use router inputs: leave out router_inputs")
+        raise UsageError(f"{predictor_name} does not use router inputs: leave out router_inputs")
     needs = predictor_class.needs_router_inputs or options.router_inputs
 
     def load(of: Trace, part: str, without: npt.NDArray[np.uint64] | None) -> RouteSource:

@@ -32,7 +32,7 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from profiler.errors import SpecmoeError, first_fault
+from profiler.errors import SpecmoeError, UsageError, first_fault
 from profiler.trace.hub import CARD_FILE
 from profiler.trace.reader import MAX_DOCUMENT_BYTES, Trace
 from profiler.trace.schema import MANIFEST_FILE
@@ -219,7 +219,11 @@ def load_run(path: Path) -> Run:
         raise SpecmoeError(f"{path}/config.json: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SpecmoeError(f"{path}/config.json is not valid: {type(error).__name__} {error}") from error
-    predictor = find_predictor(name).restore(shape, settings, _load_arrays(path / "model.safetensors"))
+    try:
+        predictor = find_predictor(name).restore(shape, settings, _load_arrays(path / "model.safetensors"))
+    except UsageError as error:
+        # Not what the user chose, but what the run says.
+        raise SpecmoeError(f"{path}/config.json: {error}") from error
     stored = _load_arrays(path / "baselines.safetensors")
     baselines = {}
     for baseline in BASELINES:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from support.traces import write_synthetic_trace
 
 from analysis.documents.curves import CacheCurves, HitRateCurve, SlotHitRates, SlotsRow, read_curves
-from analysis.documents.evaluation import Evaluation, budget_table, read_evaluation, table
+from analysis.documents.evaluation import budget_table, read_evaluation, table
 from analysis.documents.fit_report import Fit, FitWay, MemoryUse, read_fit
 from analysis.documents.simulation import SimulatedDevice, SimulatedRow, Simulation, read_simulation
 from analysis.documents.statistics import read_statistics
@@ -33,7 +33,7 @@ from vllm_patch.check.results import CheckDocument, JobResult, Verdict, read_che
 from vllm_patch.check.table import markdown_table
 
 # What is put in the place of a value. The texts are not values of JSON, or only of some readers.
-ODD: list[Any] = [None, True, -1, 0, 10**30, 0.5, "", "x", "h=2", "\ud800", "a\nb", [], {}, [[]], {"x": None}, [None], "1", -0.0]
+ODD: list[Any] = [None, True, -1, 0, 10**30, 0.5, "", "x", "1", "h=2", "\ud800", "a\nb", [], {}, [[]], {"x": None}, [None]]
 TEXTS = {"NaN": '"<NaN>"', "1e999": '"<inf>"', "[" * 500: '"<deep>"', "9" * 5000: '"<digits>"'}
 
 

@@ -120,6 +120,8 @@ def read_check(path: Path) -> CheckDocument:
     try:
         return CheckDocument.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise TraceError(f"{path}: expected what 'python -m vllm_patch check --json FILE' writes: {first_fault(error)}") from error
+        raise TraceError(
+            f"{path}: expected what 'python -m vllm_patch check --json FILE' writes: {first_fault(error)}"
+        ) from error
     except OSError as error:
         raise TraceError(f"{path}: {first_line(error)}") from error

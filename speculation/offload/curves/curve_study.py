@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.documents.curves import CacheCurves, HitRateCurve, SlotHitRates, SlotsRow, WorkingSetRow
-from profiler.errors import EmptyPartError, SpecmoeError
+from profiler.errors import EmptyPartError, UsageError
 from profiler.trace.reader import Trace
 from speculation.data.routes import Routes, load_routes, route_digests
 from speculation.data.tasks import Shape, Task
@@ -65,7 +65,7 @@ def run_curves(study: CurveStudy, on_done: Callable[[int, int], None] = lambda d
     """
     for name, values in (("window", study.windows), ("batch", (*study.batches, study.batch))):
         if min(values, default=1) < 1:
-            raise SpecmoeError(f"{name} of {min(values)} tokens: expected at least 1")
+            raise UsageError(f"{name} of {min(values)} tokens: expected at least 1")
     facts = study.trace.metadata.model
     shape = Shape.of(facts, 1, Task.NEXT_TOKEN)
     notes: list[str] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.documents.curves import CURVES_FILE, read_curves
-from profiler.errors import EmptyPartError, SpecmoeError
+from profiler.errors import EmptyPartError, SpecmoeError, UsageError
 from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
 from speculation.data.tasks import Shape
@@ -44,7 +44,7 @@ def division_of(name: str, trace: Trace, shape: Shape, workload: Workload, batch
         return _by_curve(trace, shape, workload, batch)
     if Path(name).exists():
         return _from_file(Path(name), shape)
-    raise SpecmoeError(f"slots {name!r}: expected {EVEN}, {BY_CURVE}, or a folder that 'specmoe curve TRACE --out DIR' wrote")
+    raise UsageError(f"slots {name!r}: expected {EVEN}, {BY_CURVE}, or a folder that 'specmoe curve TRACE --out DIR' wrote")
 
 
 def _by_curve(trace: Trace, shape: Shape, workload: Workload, batch: int) -> Division:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from profiler.trace.schema import MAX_HIDDEN_SIZE
 from speculation.data.routes import Routes, RouteSource, router_input_scale, router_inputs_of
 from speculation.data.tasks import Shape, Task, targets
@@ -79,7 +79,7 @@ class NeuralPredictor(Predictor):
         self.keys = np.zeros(0, dtype=np.int64) if keys is None else keys
         self.config = config or NetworkConfig(width=self.default_width, context=self.default_context())
         if self.config.width % self.width_multiple:
-            raise SpecmoeError(f"width {self.config.width}: expected a multiple of {self.width_multiple} for {self.name}")
+            raise UsageError(f"width {self.config.width}: expected a multiple of {self.width_multiple} for {self.name}")
         self.network = self.build(len(self.keys) + 1)
 
     @classmethod
@@ -93,14 +93,14 @@ class NeuralPredictor(Predictor):
     def config_for(self, options: TrainingOptions, train: RouteSource) -> NetworkConfig:
         """The network that these options request. Raises `SpecmoeError` if this predictor does not support an option."""
         if options.shared_layers and not self.can_share:
-            raise SpecmoeError(f"{self.name} has no head that could be shared: leave out shared_layers")
+            raise UsageError(f"{self.name} has no head that could be shared: leave out shared_layers")
         if self.config.context == 1 and (options.context or options.adaptive_context):
-            raise SpecmoeError(f"{self.name} has no context to choose: leave out context and adaptive_context")
+            raise UsageError(f"{self.name} has no context to choose: leave out context and adaptive_context")
         chosen = {"width": options.width, "context": options.context}
         sizes = {name: size for name, size in chosen.items() if size is not None}
         if options.router_inputs:
             if self.shape.task == Task.WHOLE_PATH:
-                raise SpecmoeError("whole-path sees nothing of the token's routers: leave out router_inputs")
+                raise UsageError("whole-path sees nothing of the token's routers: leave out router_inputs")
             sizes["hidden"] = router_inputs_of(train.group(0), self.name).hidden_TLD.shape[2]
         return type(self)(self.shape, config=replace(self.config, **sizes, shared_layers=options.shared_layers)).config
 
@@ -223,9 +223,7 @@ class NeuralPredictor(Predictor):
             predictor.network.cuda()
         return predictor
 
-    def tensors(
-        self, routes: Routes, tokens_T: npt.NDArray[np.int64], *, in_training: bool = False
-    ) -> dict[str, torch.Tensor]:
+    def tensors(self, routes: Routes, tokens_T: npt.NDArray[np.int64], *, in_training: bool = False) -> dict[str, torch.Tensor]:
         """`inputs`, or `training_inputs`, on the network's device."""
         device = next(self.network.parameters()).device
         arrays = self.training_inputs(routes, tokens_T) if in_training else self.inputs(routes, tokens_T)

@@ -122,7 +122,12 @@ def test_a_checkpoint_of_other_data_is_not_resumed(source: str, changed: str, tm
     ],
 )
 def test_a_finished_run_of_something_else_is_not_taken_for_this_one(
-    changed: dict[str, Any], what: str | None, trace: Trace, make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path
+    changed: dict[str, Any],
+    what: str | None,
+    trace: Trace,
+    make_trace: MakeTrace,
+    random_problems: MakeProblems,
+    tmp_path: Path,
 ) -> None:
     def traces(name: str) -> Trace:
         return make_trace(random_problems(count=40, tokens=20, layers=3, num_experts=8, top_k=2, seed=1), 8, name=name)
