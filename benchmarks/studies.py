@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from analysis.documents.csv_text import csv_text
 from analysis.documents.evaluation import CONTROL, Evaluation
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, counted
 from profiler.trace.reader import Trace
 from profiler.trace.splits import all_digests, part_of_digest, split_key
 from profiler.trace.writer import write_text
@@ -99,7 +99,7 @@ def without_early_stopping(run: Run) -> str:
     # Counting predictors have no epochs.
     if not epochs or run.facts.validation_problems:
         return ""
-    return f"; without early stopping, all {epochs} epochs, because there are no validation problems to stop by"
+    return f"; without early stopping ({counted(epochs, 'epoch')}), for lack of validation problems"
 
 
 def held_out(run: Run, trace: Trace, part: str, evaluate_on: Digests) -> Evaluation:
@@ -111,7 +111,7 @@ def held_out(run: Run, trace: Trace, part: str, evaluate_on: Digests) -> Evaluat
     document = evaluate(run, trace, part=part, without=np.setdiff1d(digests_of(trace), evaluate_on))
     if document.trained_on:
         raise SpecmoeError(
-            f"{run.path} was trained on {document.trained_on} of the {document.problems} problems to evaluate on"
+            f"{run.path} was trained on {document.trained_on} of {counted(document.problems, 'problem')} to evaluate on"
         )
     return document
 

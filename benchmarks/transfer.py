@@ -35,7 +35,7 @@ from benchmarks.studies import (
     without_early_stopping,
     write_rows,
 )
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, counted
 from profiler.trace.reader import Trace
 from speculation.data.tasks import Task
 from speculation.predictors.options import TrainingOptions
@@ -77,10 +77,10 @@ def transfer_matrix(
     names = [name for name in train_on if min(len(train_on[name]), len(evaluate_on.get(name, ()))) >= min_problems]
     for name in sorted((train_on.keys() | evaluate_on.keys()) - set(names)):
         sizes = len(train_on.get(name, ())), len(evaluate_on.get(name, ()))
-        print(f"{name} is left out: {sizes[0]} problems to train on, {sizes[1]} to evaluate on")
+        print(f"{name} is left out: {counted(sizes[0], 'problem')} to train on, {sizes[1]} to evaluate on")
     if len(names) < 2:
         raise SpecmoeError(
-            f"{len(names)} datasets have {min_problems} problems to train and to evaluate on: expected at least two"
+            f"{counted(len(names), 'dataset')} have {min_problems} problems to train and to evaluate on: expected at least two"
         )
     smallest = min(len(train_on[name]) for name in names)
     chosen = {name: train_on[name][:smallest] for name in names}

@@ -94,7 +94,7 @@ class NothingToRunError(EngineError):
     """
 
     def __init__(self, problems: int, gaps: list[str]) -> None:
-        super().__init__(f"none of the {problems} problems can be run; {gaps[0]}")
+        super().__init__(f"none of {counted(problems, 'problem')} can be run; {gaps[0]}")
         self.problems = problems
         self.gaps = gaps
 
@@ -139,6 +139,16 @@ def first_fault(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     field = ".".join(map(str, first["loc"]))
     return printable(f"{field}: {first['msg']}" if field else first["msg"])
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "problem"), counted(2048, "MoE layer")
+        ('1 problem', '2,048 MoE layers')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def printable(text: str) -> str:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from analysis.documents.evaluation import Evaluation, budget_table, table
-from profiler.errors import SpecmoeError, UsageError
+from profiler.errors import SpecmoeError, UsageError, counted
 from profiler.trace.reader import Trace
 from profiler.trace.writer import write_text
 from speculation.data.tasks import Shape, Task
@@ -232,14 +232,12 @@ def print_run(run: Any) -> None:
     shape, facts = run.predictor.shape, run.facts
     typer.echo(
         f"{run.path}: {run.name}, {facts.parameters:,} parameters, trained in {facts.train_seconds:.1f} s on "
-        f"{facts.train_problems} problems ({facts.train_tokens:,} tokens) for {shape.task}, horizon {shape.horizon}"
+        f"{counted(facts.train_problems, 'problem')} ({facts.train_tokens:,} tokens) for {shape.task}, horizon {shape.horizon}"
     )
     if facts.history and not facts.validation_problems:
-        typer.echo(f"No early stopping: there were no validation problems, so all {len(facts.history)} epochs were trained")
+        typer.echo(f"No early stopping, for lack of validation problems: {counted(len(facts.history), 'epoch')}")
     if facts.shared_problems:
-        typer.echo(
-            f"{facts.shared_problems} problems of the validation trace are training problems too, and were left out of it"
-        )
+        typer.echo(f"{counted(facts.shared_problems, 'problem')} left out of the validation trace: also trained on")
 
 
 def _losses(entry: dict[str, float]) -> str:
@@ -311,7 +309,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     what = evaluation.held_out[0].upper() + evaluation.held_out[1:]
     part = f"{evaluation.part} part of a split {evaluation.split}" if evaluation.part != "all" else "the whole trace"
     typer.echo(
-        f"{what}: {evaluation.problems} problems, {evaluation.tokens:,} tokens; {part}. "
+        f"{what}: {counted(evaluation.problems, 'problem')}, {evaluation.tokens:,} tokens; {part}. "
         "In brackets: 95 % interval over problems."
     )
     for line in _split_by_flags(evaluation):
@@ -349,7 +347,7 @@ def print_leaderboard(rows: list[LeaderboardRow], document: Evaluation, summarie
     from speculation.evaluation.leaderboard_page import spread
 
     k_name = document.recall_at_k_name
-    title = f"{document.task}, {escape(document.model)}; {document.problems} problems, {document.tokens:,} tokens"
+    title = f"{document.task}, {escape(document.model)}; {counted(document.problems, 'problem')}, {document.tokens:,} tokens"
     shown = Table(box=None, title=title, title_justify="left")
     for column in ("run", "h", k_name, "exact", "control", "parameters", "µs"):
         shown.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
@@ -370,7 +368,7 @@ def print_leaderboard(rows: list[LeaderboardRow], document: Evaluation, summarie
     for each in summaries:
         values = ", ".join(f"{name} {spread(*value)}" for name, value in each.metrics.items())
         seeds = ", ".join(map(str, each.seeds))
-        typer.echo(f"{each.predictor}, h = {each.horizon}, {len(each.seeds)} seeds ({seeds}): {values}")
+        typer.echo(f"{each.predictor}, h = {each.horizon}, {counted(len(each.seeds), 'seed')} ({seeds}): {values}")
 
 
 def _target(task: str, horizon: int) -> str:
@@ -406,7 +404,7 @@ def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JS
     for row in rows:
         shape = _reference_shape(row["tasks"])
         ahead = "one layer ahead" if shape.task == Task.NEXT_LAYER else shape.task
-        reference = f"{shape.layers} MoE layers of {shape.experts} experts, top-{shape.top_k}, {ahead}"
+        reference = f"{counted(shape.layers, 'MoE layer')} of {shape.experts} experts, top-{shape.top_k}, {ahead}"
         typer.echo(f"{row['name']:<20} {row['about']}")
         typer.echo(f"{'':<20} sees {row['sees']}; predicts {', '.join(row['tasks'])}; {row['source']}")
         size = "depends on the data" if row["parameters"] is None else f"{row['parameters']:,} for {reference}"

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from analysis.documents.curves import CacheCurves
-from profiler.errors import SpecmoeError, UsageError
+from profiler.errors import SpecmoeError, UsageError, counted
 from profiler.trace.reader import Trace
 from speculation.cli import PartName
 
@@ -139,7 +139,7 @@ def print_curves(curves: CacheCurves) -> None:
         typer.echo(sentence)
     for divided in curves.slots:
         slots = " ".join(map(str, divided.by_layer))
-        typer.echo(f"{divided.slots} slots by the curves of training, layer by layer: {slots}")
+        typer.echo(f"{counted(divided.slots, 'slot')} by the curves of training, layer by layer: {slots}")
     for note in curves.notes:
         typer.echo(note)
 

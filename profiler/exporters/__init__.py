@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError, TraceError, UsageError
+from profiler.errors import SpecmoeError, TraceError, UsageError, counted
 from profiler.exporters import csv_table, exllamav3, json_table, ktransformers, llama_cpp, sglang
 from profiler.exporters.chosen_experts import Budget, choose_experts, choose_layers, distinct_experts, hit_rate, overlap
 from profiler.exporters.content import Content
@@ -211,7 +211,8 @@ def _check_shape(entry: ModelEntry, model: ModelMetadata) -> None:
     shape = len(model.moe_layers), model.num_experts
     if (len(entry.moe_layers), entry.experts) != shape or model.moe_layers[-1] >= entry.layers:
         raise SpecmoeError(
-            f"{entry.name} has {len(entry.moe_layers)} MoE layers of {entry.experts} experts; the trace has {shape[0]} of "
+            f"{entry.name} has {counted(len(entry.moe_layers), 'MoE layer')} of {entry.experts} experts; the trace has "
+            f"{shape[0]} of "
             f"{shape[1]}, up to layer {model.moe_layers[-1]}: choose another model"
         )
 

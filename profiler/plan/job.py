@@ -30,6 +30,7 @@ from profiler.errors import (
     ModelUsageError,
     TraceError,
     UnreachableError,
+    counted,
     first_fault,
 )
 from profiler.models.gpus import Gpu, find_gpu
@@ -133,7 +134,7 @@ class JobPlan:
             place = "created by modal_jobs/quantize.py"
         lines = [
             f"run {job.run_id}" if not self.guessed else f"prompts of typical length, since {self.guessed}",
-            f"  problems    {len(self.problems):,} ({datasets}) in {job.num_shards} shards",
+            f"  problems    {len(self.problems):,} ({datasets}) in {counted(job.num_shards, 'shard')}",
             f"  model       {job.model}{f', {job.precision}' if job.precision != 'auto' else ''}: {place}",
             f"  where       Modal, up to {self.containers} x {where}; {job.image}",
         ]

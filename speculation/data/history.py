@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, counted
 from speculation.data.repeats import RUN_LENGTHS, UNKNOWN_TOKEN, Matches
 from speculation.data.router_inputs import RouterInputs
 from speculation.data.routes import Routes, pack_routes
@@ -119,7 +119,9 @@ class History:
             SpecmoeError: Routes of the previous token are missing at some layer.
         """
         if self.tokens and self.layer != self.shape.layers - 1:
-            raise SpecmoeError(f"token {self.tokens - 1} has routes of {self.layer + 1} layers, expected {self.shape.layers}")
+            raise SpecmoeError(
+                f"token {self.tokens - 1} has routes of {counted(self.layer + 1, 'layer')}, expected {self.shape.layers}"
+            )
         token = self.tokens
         if token == len(self._arrays["first_T"]):
             self._grow()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from analysis.counts.survey import token_identity
-from profiler.errors import EmptyPartError, SpecmoeError, TraceError
+from profiler.errors import EmptyPartError, SpecmoeError, TraceError, counted
 from profiler.trace.decoding import concatenate
 from profiler.trace.reader import Trace
 from profiler.trace.schema import DECODE, TOKENS_FILE, RoutingChunk
@@ -302,7 +302,8 @@ def problems_of_part(trace: Trace, part: str, without: npt.NDArray[np.uint64] | 
     if trace.metadata.record.empty_slots:
         count = trace.metadata.record.empty_slots
         raise TraceError(
-            f"{trace.path}: {count:,} slots have no expert, but predictors are evaluated on complete sets of K experts: "
+            f"{trace.path}: {counted(count, 'slot')} without an expert, but predictors are evaluated on complete sets of K "
+            "experts: "
             "convert the source again with drop_incomplete"
         )
     left_out = set() if without is None else set(without.tolist())

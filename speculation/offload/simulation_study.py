@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.documents.simulation import DEFINITIONS, ORACLE, SimulatedCosts, SimulatedDevice, SimulatedRow, Simulation
-from profiler.errors import SpecmoeError, UsageError
+from profiler.errors import SpecmoeError, UsageError, counted
 from profiler.models.gpus import Gpu
 from profiler.models.hosts import Host, Storage
 from profiler.models.registry import USED_SHARE
@@ -170,7 +170,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
             notes.append("NOT held out: slots were chosen on the simulated problems.")
     kinds = "one cache for all layers" if study.is_global else "a cache for each layer"
     notes += [
-        f"{len(routes.problem_ids)} problems, {decode:,} generated and {len(routes) - decode:,} prompt tokens "
+        f"{counted(len(routes.problem_ids), 'problem')}, {decode:,} generated and {len(routes) - decode:,} prompt tokens "
         f"({study.part} part); {study.batch} at a time; {kinds}, filled at first with the most popular experts of training.",
         *_prefetching_notes(study, how),
         *_drafting_notes(study, requests),
@@ -250,7 +250,8 @@ def _costs(study: Study, notes: list[str]) -> list[Costs | None]:
     facts = study.trace.metadata.model
     if (len(entry.moe_layers), entry.experts, entry.top_k) != (len(facts.moe_layers), facts.num_experts, facts.top_k):
         raise SpecmoeError(
-            f"{entry.name} has {len(entry.moe_layers)} MoE layers of {entry.experts} experts, top-{entry.top_k}; the trace "
+            f"{entry.name} has {counted(len(entry.moe_layers), 'MoE layer')} of {entry.experts} experts, top-{entry.top_k}; "
+            "the trace "
             f"has {len(facts.moe_layers)} of {facts.num_experts}, top-{facts.top_k}: choose another model"
         )
     found: list[Costs | None] = [

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from profiler.errors import EngineError, SpecmoeError, UsageError
+from profiler.errors import EngineError, SpecmoeError, UsageError, counted
 from speculation.data.tasks import Shape, Task
 from speculation.offload.state import Rule
 from speculation.runtime.checkpoint import ExpertsModule
@@ -152,7 +152,8 @@ def load_run_for(path: str, shape: Shape) -> Run:
     own = run.predictor.shape
     if (own.layers, own.experts, own.top_k) != (shape.layers, shape.experts, shape.top_k):
         raise SpecmoeError(
-            f"{path} is for {own.layers} MoE layers and top-{own.top_k} of {own.experts} experts, but this model has "
+            f"{path} is for {counted(own.layers, 'MoE layer')} and top-{own.top_k} of {own.experts} experts, but this model "
+            "has "
             f"{shape.layers} and top-{shape.top_k} of {shape.experts}"
         )
     if run.predictor.takes_router_inputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from profiler.errors import counted
 from profiler.trace.hub import plain_text
 from profiler.trace.reader import Trace
 from speculation.data.tasks import Task
@@ -35,12 +36,17 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         f"Predicts which experts a mixture-of-experts model will select: {predictor.about}.",
         "",
         f"- **task**: {shape.task}, h = 1 to {shape.horizon}; sees {predictor.sees}",
-        f"- **model**: {plain_text(model.id)}, {shape.layers} MoE layers, {shape.experts} experts, top-{shape.top_k}",
+        f"- **model**: {plain_text(model.id)}, {counted(shape.layers, 'MoE layer')}, {shape.experts} experts, "
+        f"top-{shape.top_k}",
         f"- **size**: {facts['parameters']:,} parameters, {facts['bytes']:,} bytes",
         *(["- **contains**: texts of training problems, as token ids with their routes"] if has_texts else []),
-        f"- **trained on**: {facts['train_problems']} problems, {facts['train_tokens']:,} tokens of "
+        f"- **trained on**: {counted(facts['train_problems'], 'problem')}, {facts['train_tokens']:,} tokens of "
         f"{plain_text(trace.path.name)} ({plain_text(data)}), in {facts['train_seconds']:.0f} s",
-        *([f"- **early stopping on**: {facts['validation_problems']} other problems"] if history and has_validation else []),
+        *(
+            [f"- **early stopping on**: {counted(facts['validation_problems'], 'other problem')}"]
+            if history and has_validation
+            else []
+        ),
         *([f"- **last epoch**: {last}"] if last else []),
         f"- **source**: {plain_text(predictor.source)}",
         "",

@@ -205,6 +205,6 @@ def _validation_trace(
     shared = int(np.isin(digests, trained_on).sum())
     if shared == len(digests):
         raise SpecmoeError(
-            f"all {shared} problems of {validation.path} are also in {trace.path}: choose another validation trace"
+            f"{validation.path} has no problem that is not in {trace.path}, too: choose another validation trace"
         )
     return load(validation, "all", trained_on), shared

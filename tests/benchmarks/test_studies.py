@@ -134,7 +134,7 @@ def test_training_without_early_stopping_is_said(
         monkeypatch.setattr("benchmarks.transfer.by_dataset", without_validation)
     rows = transfer_matrix(trace, {"mlp": OPTIONS, "popularity": OPTIONS}, tmp_path, min_problems=2)
     lines = capsys.readouterr().out.splitlines()
-    remarks = [line for line in lines if "without early stopping, all 1 epochs" in line]
+    remarks = [line for line in lines if "without early stopping (1 epoch)" in line]
     assert [line.split(":")[0] for line in remarks] == ([] if validated else [
         "mlp, trained on plus one", "mlp, trained on plus three", "mlp, trained on all"
     ])  # fmt: skip

@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from profiler.errors import SpecmoeError, first_line
+from profiler.errors import SpecmoeError, counted, first_line
 from profiler.trace.writer import write_text
 from speculation.data.routes import Routes, RouteSource, each_group
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
@@ -95,7 +95,7 @@ def fit_network(
     steps = sum(math.ceil(tokens / (options.batch_tokens * accelerator.num_processes)) for tokens in tokens_G)
     epochs = _epochs(options, sum(tokens_G))
     if steps * epochs < options.accumulate:
-        raise SpecmoeError(f"accumulate {options.accumulate}: the training has only {steps * epochs} steps")
+        raise SpecmoeError(f"accumulate {options.accumulate}: the training has only {counted(steps * epochs, 'step')}")
     optimizer = torch.optim.AdamW(
         _decay_groups(model.network, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98)
     )
