@@ -212,7 +212,7 @@ def test_what_cannot_be_told_or_predicted_is_named(tmp_path: Path) -> None:
         with pytest.raises(SpecmoeError, match="expected distinct experts, finite weights"):
             history.add(ids, weights)
     history.add([0, 1])
-    with pytest.raises(SpecmoeError, match="token 0 has routes of 1 layers, expected 4"):
+    with pytest.raises(SpecmoeError, match="token 0 has routes of 1 layer, expected 4"):
         history.begin(6)
     for _ in range(3):
         history.add([0, 1])
