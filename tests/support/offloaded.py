@@ -78,7 +78,7 @@ def allocated(work: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     used = most = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr] # there are results after the block
+    for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             used += event.nbytes()
             most = max(most, used)

@@ -88,8 +88,9 @@ def read(source: Path, target: Target) -> None:
     if not sequences:
         raise TraceError(f"{source}: {next(iter(faults.values()))}")
     skipped = [record for run in runs_of(target.directory) for record in read_skipped(run_folder(target.directory, run))]
-    planned_count = sum(dataset.problems for dataset in metadata.datasets) or "an unknown number of"
-    gaps = [f"the collection was interrupted: {len(sequences)} of {counted(planned_count, 'problem')} had started"]
+    planned = sum(dataset.problems for dataset in metadata.datasets)
+    of = counted(planned, "problem") if planned else "an unknown number of problems"
+    gaps = [f"the collection was interrupted: {len(sequences)} of {of} had started"]
     gaps += list_some([f"left out {text}" for text in faults.values()])
     gaps += list_some([f"skipped problem {record.problem_id}: {record.reason}" for record in skipped])
     metadata = metadata.model_copy(update={"gaps": gaps, "datasets": []})

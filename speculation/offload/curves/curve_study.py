@@ -137,8 +137,7 @@ def summary_of(
             for each in zip(*((str(r.tokens), f"{r.mean:.1f}", str(r.percentile_90)) for r in steps), strict=True)
         )
         found.append(
-            f"A step that decodes {counted(tokens, 'sequence')} requests {means} experts of a layer on average (90 %: "
-            f"{percentiles})."
+            f"A step that decodes {tokens} sequences requests {means} experts of a layer on average (90 %: {percentiles})."
         )
     for each in slots:
         even, by_curves, shared = each.evaluated.even, each.evaluated.by_curves, each.evaluated.shared

@@ -72,7 +72,11 @@ def test_what_differs_in_more_than_the_seed_is_not_summarized(
         first.model_copy(update={"run": "copy"}),
         first.model_copy(update={"run": "old", "recipe": None}),
         # The same prompts, recorded again.
-        evaluate(train(again, "mlp", tmp_path / "again", options=replace(OPTIONS, seed=4)), markov_trace, with_baselines=False),
+        evaluate(
+            train(again, "mlp", tmp_path / "recorded again", options=replace(OPTIONS, seed=4)),
+            markov_trace,
+            with_baselines=False,
+        ),
     ]
     recipes = [document.recipe for document in (*documents[:4], documents[-1]) if document.recipe is not None]
     assert [recipe.trained_on == recipes[0].trained_on for recipe in recipes] == [True, False, True, True, True]

@@ -14,9 +14,11 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from support.traces import MakeProblems, MakeTrace
 from tensorboardX.proto.event_pb2 import Event
+from typer.testing import CliRunner
 
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
+from specmoe import app
 from speculation.predictors.options import TrainingOptions
 from speculation.predictors.registry import predictor_classes
 from speculation.training.fit import train
@@ -58,8 +60,8 @@ def test_losses_are_logged_for_tensorboard(trace: Trace, tmp_path: Path) -> None
         assert logged["train_loss", entry["epoch"]] == pytest.approx(entry["train_loss"], rel=1e-5)
 
 
-def pushed(trace: Trace, out: Path, address: str, *more: str, predictor: str = "mlp") -> subprocess.CompletedProcess[str]:
-    command = ["train", str(trace.path), "--predictor", predictor, "--epochs", "1", "--width", "8", "--out", str(out), *more]
+def pushed(trace: Trace, out: Path, address: str, *more: str) -> subprocess.CompletedProcess[str]:
+    command = ["train", str(trace.path), "--predictor", "mlp", "--epochs", "1", "--width", "8", "--out", str(out), *more]
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {"HF_ENDPOINT": address, "HF_TOKEN": "good", "HF_HUB_DISABLE_XET": "1", "HOME": str(out.parent)}
     return subprocess.run([sys.executable, "-m", "specmoe", *command], capture_output=True, text=True, env=environment)
@@ -84,29 +86,33 @@ def test_a_run_is_pushed_as_a_model(trace: Trace, tmp_path: Path, hub: tuple[str
 
 
 def test_texts_of_training_problems_are_uploaded_on_request_only(
-    trace: Trace, tmp_path: Path, hub: tuple[str, dict[str, dict[str, Any]]]
+    trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, repositories = hub
-    done = pushed(trace, tmp_path / "run", address, "--push", "me/texts", predictor="recommended")
-    assert done.returncode == 2
-    assert "contains texts of its training problems" in " ".join(done.stderr.replace("│", "").split())
+    uploaded: list[Path] = []
+    monkeypatch.setattr("speculation.training.push.push_folder", lambda path, *_, **__: uploaded.append(path) or "its address")
+    command = ["train", str(trace.path), "--predictor", "reuse", "--task", "reuse", "--epochs", "1", "--width", "8"]
+    command += ["--out", str(tmp_path / "run"), "--push", "me/texts"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "contains texts of its training problems" in " ".join(done.output.replace("│", "").split())
     assert not (tmp_path / "run").exists()
-    assert not repositories
-    done = pushed(trace, tmp_path / "run", address, "--push", "me/texts", "--push-texts", predictor="recommended")
-    assert done.returncode == 0, done.stderr
-    assert "Uploading to me/texts, with texts of training problems" in done.stdout
-    assert "**contains**: texts of training problems" in repositories["me/texts"]["files"]["README.md"].decode()
+    done = CliRunner().invoke(app, [*command, "--push-texts"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.endswith("Uploading to me/texts, with texts of training problems (token ids and routes)\nits address\n")
+    assert uploaded == [tmp_path / "run"]
+    assert "**contains**: texts of training problems" in (tmp_path / "run" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", sorted(predictor_classes()))
+# All that store token ids.
+@pytest.mark.parametrize(
+    "name", ["recommended", "recommended-small", "reuse", "reuse-small", "mlp", "token-identity", "backoff-counts"]
+)
 def test_who_keeps_training_texts_says_so(name: str, make_trace: MakeTrace, tmp_path: Path) -> None:
     """Of texts in which every token is another, four tokens follow each other in the same order only where texts are kept."""
     random = np.random.default_rng(0)
     problems = [(random.random((20, 3, 8)).argsort(-1)[..., :2], np.tile([0.6, 0.4], (20, 3, 1))) for _ in range(20)]
     tokens = random.permutation(20 * 21).reshape(20, 21)
     cls = predictor_classes()[name]
-    if cls.needs_router_inputs:
-        pytest.skip("needs router inputs, from which no texts can be read")
     trace = make_trace(problems, 8, vocab_ids=list(tokens))
     options = TrainingOptions(epochs=1, width=16, batch_tokens=256)
     run = train(trace, name, tmp_path / "run", task=min(cls.tasks), options=options)

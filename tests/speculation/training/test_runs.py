@@ -132,7 +132,7 @@ def test_resuming_what_is_finished_says_so_and_changes_nothing(markov_trace: Tra
     assert "is a finished run, and its training options differ" in str(other.exception)
 
 
-@pytest.mark.parametrize("value", [None, "x", [], {}, float("nan"), 10**400])
+@pytest.mark.parametrize("value", [None, "x", [], {}, float("nan")])
 def test_a_fault_in_the_facts_of_a_training_is_named(value: object, markov_trace: Trace, tmp_path: Path) -> None:
     path = train(markov_trace, "uniform", tmp_path / "run").path / "metrics.json"
     facts = json.loads(path.read_text())

@@ -278,11 +278,10 @@ def test_by_itself_a_trace_is_split(trace: Trace, tmp_path: Path) -> None:
     assert evaluate(run, trace, part="all").trained_on == len(run.trained_on) == evaluate(run, trace, part="train").problems
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_scores_are_computed_in_float32(precision: str) -> None:
-    """Whatever the precision of training, and also within a caller's autocast: few of them are equal."""
+def test_scores_are_computed_in_float32() -> None:
+    """Also after a training in mixed precision, and within a caller's autocast: few of them are equal."""
     predictor = find_predictor("mlp")(Shape(layers=2, experts=32, top_k=2, horizon=1))
-    options = replace(OPTIONS, epochs=1, precision=precision, width=8)
+    options = replace(OPTIONS, epochs=1, width=8)
     predictor.fit(routes_of([(0, 200)], experts=32), None, options, lambda *_: None)
     routes = routes_of([(0, 50)], experts=32, seed=1)
     found_TLHE = predictor.probabilities(routes, slice(0, 50))
