@@ -23,6 +23,8 @@ from speculation.data.router_inputs import RouterInputs, with_router_inputs
 
 TOKEN_FIELDS = [("problem_id", pa.int32()), ("token_id", pa.int32()), ("phase", pa.string())]
 TOKEN_ROWS = 1 << 16
+# Routes are packed in pieces that have at most so many bytes, one for each expert, before they are.
+UNPACKED_BYTES = 4 << 20
 
 
 class RouteSource(Protocol):
@@ -161,12 +163,16 @@ def pack_routes(expert_ids_TLK: npt.NDArray[Any], experts: int) -> npt.NDArray[n
     Returns:
         uint64 `[T, W]` with W = ceil(L * E / 64), the lowest bits first.
     """
-    tokens, layers, top_k = expert_ids_TLK.shape
-    packed_TW = np.zeros((tokens, -(-layers * experts // 64)), dtype=np.uint64)
-    rows_T, start_L = np.arange(tokens)[:, None], np.arange(layers) * experts
-    for k in range(top_k):
-        bits_TL = expert_ids_TLK[:, :, k].astype(np.int64) + start_L
-        np.bitwise_or.at(packed_TW, (rows_T, bits_TL >> 6), np.uint64(1) << (bits_TL & 63).astype(np.uint64))
+    tokens, layers, _ = expert_ids_TLK.shape
+    words = -(-layers * experts // 64)
+    packed_TW = np.empty((tokens, words), dtype=np.uint64)
+    start_L1 = np.arange(layers)[:, None] * experts
+    at_once = max(1, UNPACKED_BYTES // (64 * max(1, words)))
+    for first in range(0, tokens, at_once):
+        part_TLK = expert_ids_TLK[first : first + at_once]
+        is_selected = np.zeros((len(part_TLK), 64 * words), dtype=np.bool_)
+        is_selected[np.arange(len(part_TLK))[:, None, None], part_TLK + start_L1] = True
+        packed_TW[first : first + at_once] = np.packbits(is_selected, axis=1, bitorder="little").view("<u8")
     return packed_TW
 
 

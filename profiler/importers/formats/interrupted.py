@@ -88,8 +88,8 @@ def read(source: Path, target: Target) -> None:
     if not sequences:
         raise TraceError(f"{source}: {next(iter(faults.values()))}")
     skipped = [record for run in runs_of(target.directory) for record in read_skipped(run_folder(target.directory, run))]
-    planned = sum(dataset.problems for dataset in metadata.datasets)
-    of = counted(planned, "problem") if planned else "an unknown number of problems"
+    count = sum(dataset.problems for dataset in metadata.datasets)
+    of = counted(count, "problem") if count else "an unknown number of problems"
     gaps = [f"the collection was interrupted: {len(sequences)} of {of} had started"]
     gaps += list_some([f"left out {text}" for text in faults.values()])
     gaps += list_some([f"skipped problem {record.problem_id}: {record.reason}" for record in skipped])

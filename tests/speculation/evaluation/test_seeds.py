@@ -63,6 +63,7 @@ def test_what_differs_in_more_than_the_seed_is_not_summarized(
     fewer = train(markov_trace, "mlp", tmp_path / "fewer", without=digests[:3], options=replace(OPTIONS, seed=1))
     unvalidated = route_digests(markov_trace, load_routes(markov_trace, "validation"))
     blind = train(markov_trace, "mlp", tmp_path / "blind", without=unvalidated, options=replace(OPTIONS, seed=2))
+    recorded_again = train(again, "mlp", tmp_path / "recorded again", options=replace(OPTIONS, seed=4))
     documents = [
         first,
         evaluate(fewer, markov_trace, with_baselines=False),
@@ -72,11 +73,7 @@ def test_what_differs_in_more_than_the_seed_is_not_summarized(
         first.model_copy(update={"run": "copy"}),
         first.model_copy(update={"run": "old", "recipe": None}),
         # The same prompts, recorded again.
-        evaluate(
-            train(again, "mlp", tmp_path / "recorded again", options=replace(OPTIONS, seed=4)),
-            markov_trace,
-            with_baselines=False,
-        ),
+        evaluate(recorded_again, markov_trace, with_baselines=False),
     ]
     recipes = [document.recipe for document in (*documents[:4], documents[-1]) if document.recipe is not None]
     assert [recipe.trained_on == recipes[0].trained_on for recipe in recipes] == [True, False, True, True, True]

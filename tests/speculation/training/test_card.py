@@ -89,7 +89,12 @@ def test_texts_of_training_problems_are_uploaded_on_request_only(
     trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploaded: list[Path] = []
-    monkeypatch.setattr("speculation.training.push.push_folder", lambda path, *_, **__: uploaded.append(path) or "its address")
+
+    def upload(path: Path, *_: object, **__: object) -> str:
+        uploaded.append(path)
+        return "its address"
+
+    monkeypatch.setattr("speculation.training.push.push_folder", upload)
     command = ["train", str(trace.path), "--predictor", "reuse", "--task", "reuse", "--epochs", "1", "--width", "8"]
     command += ["--out", str(tmp_path / "run"), "--push", "me/texts"]
     done = CliRunner().invoke(app, command)
