@@ -24,7 +24,7 @@ from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, separate_co
 from profiler.capture.protocol import Workers
 from profiler.capture.requests import read_requests
 from profiler.engines import AUTO_BACKEND, Completion, EngineOptions, Prompt, Sampling
-from profiler.errors import EngineError, EngineStoppedError, ModelError, first_line
+from profiler.errors import EngineError, EngineStoppedError, EngineUsageError, ModelError, first_line
 from profiler.models.deepseek_v1 import register_config
 from profiler.models.registry import USED_SHARE
 from profiler.models.resolve import ResolvedModel
@@ -39,7 +39,9 @@ class VllmEngine:
 
     def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
         if options.load_in is not None or options.offload:
-            raise EngineError("quantizing on load and offloading need the engine transformers; vLLM has the option precision")
+            raise EngineUsageError(
+                "quantizing on load and offloading need the engine transformers; vLLM has the option precision"
+            )
         if not is_installed():
             raise EngineError(
                 "vLLM is not installed: pip install 'speculative-moe[cpu]' (or [gpu]), or use the engine transformers"

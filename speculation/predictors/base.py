@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from speculation.data.history import History, Prediction
 from speculation.data.routes import Routes, RouteSource
 from speculation.data.tasks import Shape, Task
@@ -60,9 +60,14 @@ class Predictor(ABC):
     needs_router_inputs: ClassVar[bool] = False
     can_take_router_inputs: ClassVar[bool] = False
 
+    @classmethod
+    def keeps_training_texts(cls) -> bool:
+        """Whether `arrays` contains texts of training problems, as token ids with their routes."""
+        return False
+
     def __init__(self, shape: Shape) -> None:
         if shape.task not in self.tasks:
-            raise SpecmoeError(f"{self.name} predicts {', '.join(sorted(self.tasks))} only, not {shape.task}")
+            raise UsageError(f"{self.name} predicts {', '.join(sorted(self.tasks))} only, not {shape.task}")
         self.shape = shape
 
     @abstractmethod
@@ -178,8 +183,14 @@ class Predictor(ABC):
 def single_group(predictor: Predictor, train: RouteSource) -> Routes:
     """All routes at once. Raises `SpecmoeError` if `train` has several groups."""
     if len(train.group_tokens) > 1:
-        raise SpecmoeError(f"{predictor.name} is fitted to all routes at once: leave out shards_per_group")
+        raise UsageError(f"{predictor.name} is fitted to all routes at once: leave out shards_per_group")
     return train.group(0)
+
+
+def stored_weights(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float16 | np.float32]:
+    """Weights as they are stored: in half precision, or as they are if one is beyond its range (65,504)."""
+    is_in_range = not array.size or float(np.abs(array).max()) <= float(np.finfo(np.float16).max)
+    return array.astype(np.float16) if is_in_range else array
 
 
 def expected_array(arrays: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -19,7 +19,6 @@ from speculation.predictors.neural.base import (
     NetworkConfig,
     NeuralPredictor,
     PairEmbedding,
-    mean_cross_entropy,
     relative_weights,
 )
 from speculation.predictors.neural.place_attention import CONFIDENCES, HEADS, PlaceAttention
@@ -119,15 +118,11 @@ class Recommended(NeuralPredictor):
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         return self._with_own_routes(routes, tokens_T, self._inputs(routes, tokens_T, None))
 
-    def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
-        """The mean binary cross-entropy; in training, a problem's own routes are left out of the memory."""
-        own_T = None
-        if network.training:
-            own_T = routes.problem_ids_T[tokens_T] if self.memory_bytes else routes.problem_ids_T[tokens_T] % 2
-        found = self._with_own_routes(routes, tokens_T, self._inputs(routes, tokens_T, own_T))
-        device = next(self.network.parameters()).device
-        arrays = {name: torch.from_numpy(array).to(device) for name, array in found.items()}
-        return mean_cross_entropy(network(**arrays), *self.truth(routes, tokens_T))
+    def training_inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        own_T = routes.problem_ids_T[tokens_T]
+        return self._with_own_routes(
+            routes, tokens_T, self._inputs(routes, tokens_T, own_T if self.memory_bytes else own_T % 2)
+        )
 
     def _inputs(
         self, routes: Routes, tokens_T: npt.NDArray[np.int64], without_T: npt.NDArray[np.int32] | None
