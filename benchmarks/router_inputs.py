@@ -99,13 +99,10 @@ def experiments(width: int, shape: Shape, domains: list[str], seeds: int, epochs
         ("mlp", "inputs"),
     ]
     transfer: list[tuple[str, Sees]] = [("mlp", "both"), ("mlp", "inputs"), ("mlp", "routes")]
+    reduced = [each for each in reductions(width, shape) if each.numbers <= width]
     groups: list[list[Experiment]] = [
         [Experiment(predictor=name, sees=sees) for name, sees in main],
-        [
-            Experiment(predictor="mlp", sees="both", reduction=each)
-            for each in reductions(width, shape)
-            if each.numbers <= width
-        ],
+        [Experiment(predictor="mlp", sees="both", reduction=each) for each in reduced],
         [Experiment(predictor=name, sees=sees, trained_on=domain) for domain in domains for name, sees in transfer],
         [Experiment(predictor=name, sees="routes") for name in ("recommended-small", "recommended")],
     ]
