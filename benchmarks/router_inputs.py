@@ -80,7 +80,7 @@ class Experiment:
         """How it is trained."""
         defaults = find_predictor(self.predictor).defaults
         is_choice = self.predictor == "mlp" and self.sees != "routes"
-        given = {"seed": self.seed, "epochs": self.epochs, "router_inputs": is_choice}
+        given: dict[str, Any] = {"seed": self.seed, "epochs": self.epochs, "router_inputs": is_choice}
         return replace(defaults, **given, **OPTIONS.get(self.predictor, {}))
 
 
