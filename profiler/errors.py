@@ -137,8 +137,8 @@ def first_line(error: BaseException) -> str:
 def first_fault(error: ValidationError) -> str:
     """The first fault of a document, in one line: the field, and what was expected of it."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    field = ".".join(map(str, first["loc"]))
-    return printable(f"{field}: {first['msg']}" if field else first["msg"])
+    field, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return printable(f"{field}: {what}" if field else what)
 
 
 def counted(count: int, noun: str) -> str:
