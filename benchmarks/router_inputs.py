@@ -102,9 +102,9 @@ def experiments(width: int, shape: Shape, domains: list[str], seeds: int, epochs
     reduced = [each for each in reductions(width, shape) if each.numbers <= width]
     groups: list[list[Experiment]] = [
         [Experiment(predictor=name, sees=sees) for name, sees in main],
+        [Experiment(predictor=name, sees="routes") for name in ("recommended-small", "recommended")],
         [Experiment(predictor="mlp", sees="both", reduction=each) for each in reduced],
         [Experiment(predictor=name, sees=sees, trained_on=domain) for domain in domains for name, sees in transfer],
-        [Experiment(predictor=name, sees="routes") for name in ("recommended-small", "recommended")],
     ]
     # Everything once, then the other seeds.
     for group in groups:
