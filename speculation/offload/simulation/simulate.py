@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -303,8 +304,9 @@ def _tiers(setting: Setting, costs: Costs | None) -> Tiers | None:
 
 def _with_floats(numbers: Numbers) -> Numbers:
     """The same, with floats where whole numbers stand for them: numba would compile the whole loop again for each mixture."""
-    is_float = {name for name, kind in type(numbers).__annotations__.items() if kind in (float, "float")}
-    return numbers._replace(**{name: float(getattr(numbers, name)) for name in is_float})
+    kinds = typing.get_type_hints(type(numbers))
+    floats: dict[str, Any] = {name: float(getattr(numbers, name)) for name, kind in kinds.items() if kind is float}
+    return numbers._replace(**floats)
 
 
 def _pools(capacities: npt.NDArray[np.int64], requests: Requests) -> npt.NDArray[np.void]:
