@@ -6,6 +6,7 @@ import time
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
@@ -13,7 +14,7 @@ from profiler.errors import SpecmoeError
 from profiler.live.publication import Publication
 from profiler.live.scrape import fetch, parse
 from profiler.live.watch_view import WatchView
-from profiler.terminal import console
+from profiler.terminal import TABLE_WIDTH, console
 
 app = typer.Typer()
 
@@ -40,7 +41,7 @@ def watch(
     view = WatchView()
     view.update(_scrape(url))
     if once or not console.is_terminal:
-        console.print(view.render())
+        (console if console.is_terminal else Console(width=TABLE_WIDTH)).print(view.render())
         return
     with Live(view.render(), console=console, auto_refresh=False, screen=True) as live:
         while True:

@@ -97,15 +97,16 @@ def _summary(samples: Samples) -> Text:
 
 def _layer_table(samples: Samples) -> Table:
     over = WINDOW if _has(samples, ENTROPY, WINDOW) else TOTAL
-    table = Table(box=None, title=f"load by layer ({over})", title_justify="left")
+    title = f"load by layer ({over}); experts that a step needs: generating, the most, with prompts"
+    table = Table(box=None, title=title, title_justify="left")
     columns: list[tuple[str, Metric, tuple[str, ...]]] = [
         ("entropy/max", ENTROPY, (over,)),
         ("busiest/mean", MAX_OVER_MEAN, (over,)),
         ("busiest share", BUSIEST, (over,)),
         ("repeats", REPEATED, (over,)),
-        ("experts per decode step", STEP_EXPERTS, (DECODE, over)),
-        ("most", MOST_STEP_EXPERTS, (DECODE, over)),
-        ("per mixed step", STEP_EXPERTS, (MIXED, over)),
+        ("per step", STEP_EXPERTS, (DECODE, over)),
+        ("at most", MOST_STEP_EXPERTS, (DECODE, over)),
+        ("with prompts", STEP_EXPERTS, (MIXED, over)),
     ]
     table.add_column("layer", justify="right")
     for name, _, _ in columns:
