@@ -14,7 +14,7 @@ from rich.table import Table
 from analysis.counts.survey import Choice
 from analysis.documents.evaluation import read_evaluation
 from analysis.documents.simulation import read_simulation
-from profiler.errors import SpecmoeError, printable
+from profiler.errors import UsageError, counted, printable
 from profiler.trace.reader import Trace
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def analyze(
     document: StatisticsDocument | ComparisonDocument
     if len(opened) > 1:
         if evaluations or simulations or tokenizer:
-            raise SpecmoeError(
+            raise UsageError(
                 "--evaluation, --simulation and --tokenizer need a single trace: several traces are compared with each other"
             )
         document, findings = compare_traces(opened, out, hops=hops, choice=choice, seed=seed, compute=compute_with_progress)
@@ -124,7 +124,7 @@ def print_statistics(statistics: Statistics) -> None:
     model = statistics.source.metadata.model
     table = Table(
         box=None,
-        title=f"{escape(printable(model.id))}: {statistics.problems:,} problems, {statistics.tokens:,} tokens",
+        title=f"{escape(printable(model.id))}: {counted(statistics.problems, 'problem')}, {statistics.tokens:,} tokens",
         title_justify="left",
     )
     repetition = statistics.repetitions[0]

@@ -22,7 +22,6 @@ from speculation.evaluation.evaluate import evaluate
 from speculation.evaluation.leaderboard import write_leaderboard
 from speculation.predictors.registry import predictor_classes
 from speculation.training.fit import train
-from speculation.training.runs import CONFIG_FILE, load_run
 
 SHORT: dict[str, dict[str, Any]] = {
     "mlp": {"epochs": 3},
@@ -46,6 +45,7 @@ def main() -> None:
     trace, validation = Trace.open(arguments.trace), Trace.open(arguments.validation)
     arguments.out.mkdir(parents=True, exist_ok=True)
     documents: list[Evaluation] = []
+    evaluated: set[Any] = set()
     for name, cls in predictor_classes().items():
         if Task.NEXT_LAYER not in cls.tasks or (arguments.only and name not in arguments.only):
             continue
@@ -54,10 +54,10 @@ def main() -> None:
             continue
         began = time.perf_counter()
         out = arguments.out / name
-        if not (out / CONFIG_FILE).is_file():
-            options = replace(cls.defaults, **SHORT.get(name, {}))
-            train(trace, name, out, validation=validation, options=options, resume=out.exists())
-        documents.append(evaluate(load_run(out), validation, part="all", with_baselines=not documents))
+        options = replace(cls.defaults, **SHORT.get(name, {}))
+        run = train(trace, name, out, validation=validation, options=options, resume=out.exists())
+        documents.append(evaluate(run, validation, part="all", with_baselines=run.baselines_from not in evaluated))
+        evaluated.add(run.baselines_from)
         write_leaderboard(documents, arguments.out)
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
     print((arguments.out / "leaderboard.md").read_text(encoding="utf-8"))

@@ -18,13 +18,15 @@ from benchmarks.studies import (
     add_arguments,
     digests_of,
     first_by_hash,
+    heading,
     held_out,
     markdown,
     result_rows,
     shown,
+    study_settings,
     trained,
-    training_options,
     unseen_problems,
+    without_early_stopping,
     write_rows,
 )
 from profiler.trace.reader import Trace
@@ -73,7 +75,7 @@ def learning_curve(
             for row in result_rows(held_out(run, where, part, unseen), run, {"share": share}):
                 if row["predictor"] == name or (share, row["predictor"]) not in rows:
                     rows[share, row["predictor"]] = row
-            print(f"{name}, {share} %: done", flush=True)
+            print(f"{name}, {share} %: done{without_early_stopping(run)}", flush=True)
             write_rows(list(rows.values()), out / "learning_curve.csv")
     return list(rows.values())
 
@@ -85,19 +87,12 @@ def main() -> None:
         "--share", type=int, action="append", choices=range(1, 101), metavar="PERCENT", help="default: 25, 50, 100"
     )
     arguments = parser.parse_args()
-    trace = Trace.open(arguments.trace)
-    rows = learning_curve(
-        trace,
-        {name: training_options(arguments, name) for name in arguments.predictor},
-        arguments.out,
-        shares=tuple(arguments.share or SHARES),
-        other=None if arguments.on is None else Trace.open(arguments.on),
-        task=arguments.task,
-    )
-    k_name = f"recall@{trace.metadata.model.top_k}"
+    settings = study_settings(arguments)
+    rows = learning_curve(**settings, shares=tuple(arguments.share or SHARES))
+    k_name = f"recall@{settings['trace'].metadata.model.top_k}"
     shares = sorted({row["share"] for row in rows})
     by_cell = {(row["predictor"], row["share"]): row for row in rows}
-    print(f"\n{k_name} with its 95 % interval over problems; chance {rows[0]['chance']:.3f}\n")
+    print(heading(rows, k_name) + "\n")
     names = list(dict.fromkeys(row["predictor"] for row in rows))
     header = ["predictor", *(f"{share} %: {by_cell[names[0], share]['train_problems']} problems" for share in shares)]
     print(markdown(header, ([name, *(shown(by_cell[name, share], k_name) for share in shares)] for name in names)))

@@ -385,7 +385,7 @@ def run_offloaded(case: Case, model: Path, prompts: list[str]) -> Measured:
             trace=None if case.trace is None else Path(case.trace),
             sources=sources,
         )
-        decode, counts = offloaded.experts.decode, offloaded.experts.transfers.counts
+        decode = offloaded.experts.decode
         layers = decode.tokens * offloaded.shape.layers
         return Measured(
             tokens=decode.tokens,
@@ -394,7 +394,7 @@ def run_offloaded(case: Case, model: Path, prompts: list[str]) -> Measured:
             megabytes_per_token=decode.bytes / 1e6 / decode.tokens,
             stall=decode.stall / decode.seconds,
             memory_gb=peak_memory() / 1e9,
-            copy_seconds=counts.seconds / max(1, counts.transfers),
+            copy_seconds=decode.transfer_seconds / max(1, decode.transfers),
             expert_seconds=decode.compute / decode.requested,
             layer_seconds=(decode.seconds - decode.stall - decode.compute) / layers,
             output=[each.token_ids for each in found],

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from analysis.documents.csv_text import csv_text
 from analysis.documents.evaluation import CONTROL, Evaluation
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, counted
 from profiler.trace.reader import Trace
 from profiler.trace.splits import all_digests, part_of_digest, split_key
 from profiler.trace.writer import write_text
@@ -26,7 +25,7 @@ from speculation.predictors.neural.training_loop import CHECKPOINTS
 from speculation.predictors.options import TrainingOptions
 from speculation.predictors.registry import find_predictor
 from speculation.training.fit import train
-from speculation.training.runs import CONFIG_FILE, Run, load_run, manifest_sha256
+from speculation.training.runs import CONFIG_FILE, Run
 
 Digests = npt.NDArray[np.uint64]
 """Digests that identify problems `[P]`, ascending and without repeats: problems with the same prompt have the same digest."""
@@ -48,10 +47,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the predictor's own")
 
 
-def training_options(arguments: argparse.Namespace, predictor: str) -> TrainingOptions:
-    """The predictor's own options, with those of the command line."""
+def study_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of every study: `trace`, `predictors` with their options, `out`, `other` and `task`."""
     given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
-    return replace(find_predictor(predictor).defaults, **given)
+    return {
+        "trace": Trace.open(arguments.trace),
+        "predictors": {name: replace(find_predictor(name).defaults, **given) for name in arguments.predictor},
+        "out": arguments.out,
+        "other": None if arguments.on is None else Trace.open(arguments.on),
+        "task": arguments.task,
+    }
+
+
+def heading(rows: list[dict[str, Any]], k_name: str) -> str:
+    """The line above the tables of a study: what their numbers are."""
+    return f"\n{k_name} with its 95 % interval over problems; chance {rows[0]['chance']:.3f}"
 
 
 def digests_of(trace: Trace, problem_ids: Iterable[int] | None = None, part: str = "all") -> Digests:
@@ -72,22 +82,24 @@ def trained(
     """The run in `out`, trained on some training problems of `trace`: loaded if it is finished, resumed if it was interrupted.
 
     Raises:
-        SpecmoeError: The finished run in `out` is of another trace, predictor, task, options or other problems.
+        SpecmoeError: The run in `out` is of another trace, predictor, task, options, or of other problems to train on or to
+            validate with.
     """
-    if (out / CONFIG_FILE).is_file():
-        run = load_run(out)
-        expected = (predictor, task, manifest_sha256(trace), asdict(options), train_on.tolist())
-        if (run.name, run.predictor.shape.task, run.trace_sha256, run.options, run.trained_on.tolist()) != expected:
-            raise SpecmoeError(
-                f"{out} is a run of another trace, or with other settings: choose another folder for the results"
-            )
-        return run
-    is_resumed = (out / CHECKPOINTS).is_dir()
+    is_resumed = (out / CHECKPOINTS).is_dir() or (out / CONFIG_FILE).is_file()
     if out.exists() and not is_resumed:
         # It was interrupted before its first checkpoint.
         shutil.rmtree(out)
     without = np.setdiff1d(digests_of(trace), np.union1d(train_on, validate_on))
     return train(trace, predictor, out, task=task, without=without, options=options, resume=is_resumed)
+
+
+def without_early_stopping(run: Run) -> str:
+    """A remark, to be appended to what is printed of a run: that there were no problems for early stopping; else empty."""
+    epochs = len(run.facts.history)
+    # Counting predictors have no epochs.
+    if not epochs or run.facts.validation_problems:
+        return ""
+    return f"; without early stopping ({counted(epochs, 'epoch')}), for lack of validation problems"
 
 
 def held_out(run: Run, trace: Trace, part: str, evaluate_on: Digests) -> Evaluation:
@@ -99,7 +111,7 @@ def held_out(run: Run, trace: Trace, part: str, evaluate_on: Digests) -> Evaluat
     document = evaluate(run, trace, part=part, without=np.setdiff1d(digests_of(trace), evaluate_on))
     if document.trained_on:
         raise SpecmoeError(
-            f"{run.path} was trained on {document.trained_on} of the {document.problems} problems to evaluate on"
+            f"{run.path} was trained on {document.trained_on} of {counted(document.problems, 'problem')} to evaluate on"
         )
     return document
 
@@ -132,7 +144,6 @@ def result_rows(document: Evaluation, run: Run, facts: dict[str, Any]) -> list[d
 
     facts: further columns, which come first.
     """
-    training = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
     k_name = document.recall_at_k_name
     mass = k_name.replace("recall", "mass")
     rows = []
@@ -145,8 +156,9 @@ def result_rows(document: Evaluation, run: Run, facts: dict[str, Any]) -> list[d
             facts
             | {
                 "predictor": name,
-                "train_problems": training["train_problems"],
-                "train_tokens": training["train_tokens"],
+                "train_problems": run.facts.train_problems,
+                "train_tokens": run.facts.train_tokens,
+                "validation_problems": run.facts.validation_problems,
                 "problems": document.problems,
                 "tokens": document.tokens,
                 k_name: metrics[k_name],
@@ -157,8 +169,8 @@ def result_rows(document: Evaluation, run: Run, facts: dict[str, Any]) -> list[d
                 "calibration_error": result.calibration["h=1"].error,
                 "control": None if control is None else control.metrics["h=1"][k_name],
                 "chance": document.chance[k_name],
-                "epochs": len(training["history"]) if name == document.predictor else 0,
-                "train_seconds": training["train_seconds"] if name == document.predictor else None,
+                "epochs": len(run.facts.history) if name == document.predictor else 0,
+                "train_seconds": run.facts.train_seconds if name == document.predictor else None,
             }
         )
     return rows

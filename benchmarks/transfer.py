@@ -5,7 +5,8 @@
 Trains each predictor on the training problems of one dataset and evaluates it on the test problems of every dataset, or on
 those problems of OTHER that TRACE does not have. All runs train on the same number of problems, that of the smallest dataset,
 so that rows differ in what they were trained on and not in how much; the row "all" takes as many from all datasets together.
-Networks stop early by the validation problems of the datasets that they train on. Baselines are fitted on the same problems.
+Networks stop early by the validation problems of the datasets that they train on; where there are none, they train all epochs,
+which is printed, and `validation_problems` of transfer.csv is 0. Baselines are fitted on the same problems.
 Datasets with fewer than --min-problems problems to train on or to evaluate on are left out, and named. Finished runs in DIR are
 kept, so an interrupted call can be repeated. Writes DIR/transfer.csv.
 """
@@ -23,16 +24,18 @@ from benchmarks.studies import (
     Digests,
     add_arguments,
     digests_of,
+    heading,
     held_out,
     markdown,
     result_rows,
     shown,
+    study_settings,
     trained,
-    training_options,
     unseen_problems,
+    without_early_stopping,
     write_rows,
 )
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, counted
 from profiler.trace.reader import Trace
 from speculation.data.tasks import Task
 from speculation.predictors.options import TrainingOptions
@@ -74,10 +77,10 @@ def transfer_matrix(
     names = [name for name in train_on if min(len(train_on[name]), len(evaluate_on.get(name, ()))) >= min_problems]
     for name in sorted((train_on.keys() | evaluate_on.keys()) - set(names)):
         sizes = len(train_on.get(name, ())), len(evaluate_on.get(name, ()))
-        print(f"{name} is left out: {sizes[0]} problems to train on, {sizes[1]} to evaluate on")
+        print(f"{name} is left out: {counted(sizes[0], 'problem')} to train on, {sizes[1]} to evaluate on")
     if len(names) < 2:
         raise SpecmoeError(
-            f"{len(names)} datasets have {min_problems} problems to train and to evaluate on: expected at least two"
+            f"{counted(len(names), 'dataset')} have {min_problems} problems to train and to evaluate on: expected at least two"
         )
     smallest = min(len(train_on[name]) for name in names)
     chosen = {name: train_on[name][:smallest] for name in names}
@@ -94,7 +97,7 @@ def transfer_matrix(
                 for row in result_rows(held_out(run, where, part, evaluate_on[target]), run, facts):
                     if row["predictor"] == name or (row["predictor"], source, target) not in rows:
                         rows[row["predictor"], source, target] = row
-            print(f"{name}, trained on {source}: done", flush=True)
+            print(f"{name}, trained on {source}: done{without_early_stopping(run)}", flush=True)
             write_rows(list(rows.values()), out / "transfer.csv")
     return list(rows.values())
 
@@ -146,18 +149,12 @@ def main() -> None:
     )
     parser.add_argument("--min-problems", type=int, default=MIN_PROBLEMS, help=f"default: {MIN_PROBLEMS}")
     arguments = parser.parse_args()
-    trace = Trace.open(arguments.trace)
+    settings = study_settings(arguments)
     rows = transfer_matrix(
-        trace,
-        {name: training_options(arguments, name) for name in arguments.predictor},
-        arguments.out,
-        groups=dict(arguments.group) if arguments.group else None,
-        min_problems=arguments.min_problems,
-        other=None if arguments.on is None else Trace.open(arguments.on),
-        task=arguments.task,
+        **settings, groups=dict(arguments.group) if arguments.group else None, min_problems=arguments.min_problems
     )
-    k_name = f"recall@{trace.metadata.model.top_k}"
-    print(f"\n{k_name} with its 95 % interval over problems; chance {rows[0]['chance']:.3f}")
+    k_name = f"recall@{settings['trace'].metadata.model.top_k}"
+    print(heading(rows, k_name))
     targets, sources = (list(dict.fromkeys(row[name] for row in rows)) for name in ("evaluated_on", "trained_on"))
     cells = {(row["predictor"], row["trained_on"], row["evaluated_on"]): row for row in rows}
     for name in dict.fromkeys(row["predictor"] for row in rows):

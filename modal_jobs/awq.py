@@ -23,7 +23,7 @@ import typer
 
 from profiler.collect.selection import Selection, select
 from profiler.engines import Sampling
-from profiler.errors import ModelError, SpecmoeError
+from profiler.errors import ModelError, SpecmoeError, counted
 
 # Points on the grid of exponents in AWQ's search for scales.
 GRID = 20
@@ -100,7 +100,7 @@ def quantize(
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module.in_features % group_size and "lm_head" not in name
     ]
-    say(f"calibrating with {len(calibration)} texts of up to {max_tokens} tokens")
+    say(f"calibrating with {counted(len(calibration), 'text')} of up to {max_tokens} tokens")
     weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group_size)
     oneshot(
         model=model,

@@ -44,7 +44,7 @@ from modal_jobs.shards import (
 from modal_jobs.weights import fetch_checkpoint
 from profiler.capture.metadata import describe_kernels
 from profiler.collect.options import RentedJobOptions
-from profiler.errors import EngineStoppedError, SpecmoeError, first_line
+from profiler.errors import EngineStoppedError, SpecmoeError, counted, first_line
 from profiler.models.gpus import device_name, find_gpu
 from profiler.plan.estimate import CORES, MEMORY_GIB
 from profiler.plan.job import (
@@ -208,7 +208,7 @@ def _watch(outcomes: Iterable[ShardReport | BaseException], todo: list[int], job
             result = f"has no problem that can be run: {report.gaps[0]}"
         say(
             f"shard {report.shard + 1} of {job.num_shards} {result}; total {tokens:,} tokens, {hours:.2f} GPU hours, "
-            f"about ${dollars:.2f}, {len(left)} shards left"
+            f"about ${dollars:.2f}, {counted(len(left), 'shard')} left"
         )
         yield report
     for shard in left:
@@ -317,7 +317,10 @@ def _secret(job: CollectJob, name: str | None) -> str | None:
 def _download(volume: modal.Volume, run_id: str, target: Path) -> None:
     trace = download_run(volume, run_id, target, say=say)
     size = sum(entry.bytes for entry in trace.manifest.files.values()) if trace.manifest else 0
-    print(f"{target}: {trace.problems.num_rows} problems, {trace.num_rows:,} routing rows, {size / 1e6:.1f} MB, complete")
+    print(
+        f"{target}: {counted(trace.problems.num_rows, 'problem')}, {trace.num_rows:,} routing rows, {size / 1e6:.1f} MB, "
+        "complete"
+    )
     for line in describe_kernels(trace.metadata.capture.get("moe_kernels", {})):
         print(f"  {line}")
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from modal_jobs.shards import SKIPPED_FILE, all_skipped, holds_shard, skipped_shard
-from profiler.errors import TraceError
+from profiler.errors import TraceError, first_fault
 from profiler.plan.job import JOB_FILE, CollectJob, read_job
 from profiler.trace.merge import Skipped, merge_traces
 from profiler.trace.reader import Trace
@@ -168,7 +168,7 @@ def _read_manifest(volume: Volume, path: str) -> tuple[Manifest, bytes]:
         # Validation also rejects paths that leave the folder.
         return Manifest.model_validate_json(text), text
     except ValidationError as error:
-        raise TraceError(f"{path}/{MANIFEST_FILE} on the Volume is not a manifest: {error.errors()[0]['msg']}") from error
+        raise TraceError(f"{path}/{MANIFEST_FILE} on the Volume is not a manifest: {first_fault(error)}") from error
 
 
 def _fetch_file(volume: Volume, path: str, local: Path, entry: ManifestEntry) -> str | None:

@@ -15,7 +15,7 @@ from modal_jobs.awq import calibration_texts, describe_report, quantize
 from modal_jobs.image import CACHE, cache_volume, cpu_image, quantize_image
 from modal_jobs.running import one_line_errors, say
 from modal_jobs.weights import fetch_checkpoint
-from profiler.errors import ModelError, SpecmoeError, first_line
+from profiler.errors import ModelError, SpecmoeError, counted, first_line
 from profiler.models.gpus import find_gpu
 from profiler.models.registry import MODELS, QUANTIZE_PRECISION, quantized_checkpoint
 
@@ -76,7 +76,7 @@ def main(
             raise ModelError(f"unknown model {model!r}: expected one of {', '.join(MODELS)}, or a hub id like org/name")
         repository = next(iter(entry.checkpoints.values())) if entry else model
         texts = calibration_texts(dataset, num_texts, Path(data_files) if data_files else None, Path(repository))
-        print(f"{repository} to 4 bits with {len(texts)} texts of {dataset}, on {gpu}", flush=True)
+        print(f"{repository} to 4 bits with {counted(len(texts), 'text')} of {dataset}, on {gpu}", flush=True)
         refusal = fetch.remote(repository, revision)
         description = ""
         if not refusal:

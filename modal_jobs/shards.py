@@ -25,7 +25,7 @@ from profiler.collect.collection import Collection, CollectProgress, CollectSumm
 from profiler.collect.collector import TraceCollector
 from profiler.collect.usage import Usage
 from profiler.engines import EngineOptions, Sampling
-from profiler.errors import NothingToRunError, TraceError, first_line
+from profiler.errors import NothingToRunError, TraceError, counted, first_fault, first_line
 from profiler.models.gpus import Gpu, named_gpu
 from profiler.plan.estimate import HOST_DOLLARS
 from profiler.plan.job import JOB_FILE, CollectJob, read_job, read_shard, shard_datasets
@@ -85,7 +85,7 @@ def skipped_shard(content: str, where: object) -> Skipped:
     try:
         return TypeAdapter(Skipped).validate_json(content)
     except ValidationError as error:
-        raise TraceError(f"{where} does not say which problems were skipped: {error.errors()[0]['msg']}") from error
+        raise TraceError(f"{where} does not say which problems were skipped: {first_fault(error)}") from error
 
 
 def find_skipped(run: Path, shard: int) -> Skipped | None:
@@ -265,7 +265,10 @@ def _reporting(collector: TraceCollector, name: str, say: Callable[[str], None],
             return
         last = now.seconds
         speed = f", {now.tokens / now.seconds:,.0f} tokens/s" if now.tokens else ""
-        say(f"{name}: {now.problems} of {now.total} problems{speed}, {now.usage}, about ${spent():.2f} on this machine")
+        say(
+            f"{name}: {now.problems} of {counted(now.total, 'problem')}{speed}, {now.usage}, about ${spent():.2f} on this "
+            "machine"
+        )
 
     before = collector.on_progress, collector.on_stage
     collector.on_progress = progress

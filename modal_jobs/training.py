@@ -11,7 +11,7 @@ from pathlib import Path
 
 from analysis.documents.evaluation import EVALUATION_FILE
 from modal_jobs.shards import finished_parts
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, counted
 from profiler.trace.merge import merge_traces
 from profiler.trace.reader import Trace
 from profiler.trace.schema import MANIFEST_FILE, Manifest, ManifestEntry
@@ -64,7 +64,7 @@ def train_on_volume(volume: Path, job: TrainJob, work: Path, *, say: Callable[[s
         say(f"{job.name} was already trained")
         return done
     trace = open_source(volume, job.source, work)
-    say(f"{job.source}: {trace.problems.num_rows:,} problems, {trace.num_rows:,} routing rows")
+    say(f"{job.source}: {counted(trace.problems.num_rows, 'problem')}, {trace.num_rows:,} routing rows")
     result = work / job.name
     shutil.rmtree(result, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from profiler.capture.metadata import describe_kernels
 from profiler.collect.options import LocalOptions, RentedOptions
-from profiler.errors import SpecmoeError, TraceError, missing_extra, printable
+from profiler.errors import SpecmoeError, TraceError, UsageError, counted, missing_extra, printable
 from profiler.terminal import console, print_rows
 from profiler.terminal_options import switch, typer_command
 from profiler.trace.reader import Trace
@@ -40,7 +40,7 @@ def run_app(app: typer.Typer, name: str) -> None:
     except typer.TyperException as error:
         _fail(name, error.format_message(), error.exit_code)
     except (SpecmoeError, OSError) as error:
-        _fail(name, str(error), 1)
+        _fail(name, str(error), 2 if isinstance(error, UsageError) else 1)
     except ModuleNotFoundError as error:
         _fail(name, missing_extra(error), 1)
     except (KeyboardInterrupt, typer.Abort):
@@ -107,7 +107,7 @@ def collect_with_progress(options: LocalOptions) -> CollectSummary:
 
         def report(progress: CollectProgress) -> None:
             if progress.problems in {max(1, round(share / 4 * progress.total)) for share in range(1, 5)}:
-                messages.print(f"{progress.problems} of {progress.total} problems, {progress.usage}")
+                messages.print(f"{progress.problems} of {counted(progress.total, 'problem')}, {progress.usage}")
 
         return run(options, on_stage=lambda text: messages.print(f"{text} ..."), on_progress=report)
     columns = (
@@ -132,28 +132,35 @@ def collect_with_progress(options: LocalOptions) -> CollectSummary:
 def print_summary(summary: CollectSummary) -> None:
     """Print the summary of a collection as text."""
     typer.echo(
-        f"{summary.trace}: {summary.problems} problems, {summary.prompt_tokens:,} prompt and "
+        f"{summary.trace}: {counted(summary.problems, 'problem')}, {summary.prompt_tokens:,} prompt and "
         f"{summary.output_tokens:,} generated tokens, {summary.rows:,} routing rows, {_size(summary.bytes)}"
     )
     if summary.resumed < summary.problems:
         speed = summary.tokens_per_second
         typer.echo(
             f"{summary.engine}: started in {summary.start_seconds:.1f} s, ran {summary.generate_seconds:.1f} s, "
-            + (f"{speed:,.0f} tokens/s" if speed is not None else f"{summary.resumed} problems were finished by earlier runs")
+            + (
+                f"{speed:,.0f} tokens/s"
+                if speed is not None
+                else f"{counted(summary.resumed, 'problem')} finished by earlier runs"
+            )
         )
     for line in describe_kernels(summary.moe_kernels):
         typer.echo(line)
     typer.echo(str(summary.usage))
     if len(summary.by_dataset) > 1:
-        parts = (f"{name} {problems} problems, {tokens:,} tokens" for name, (problems, tokens) in summary.by_dataset.items())
+        parts = (
+            f"{name} {counted(problems, 'problem')}, {tokens:,} tokens"
+            for name, (problems, tokens) in summary.by_dataset.items()
+        )
         typer.echo("; ".join(parts))
     tokens = summary.prompt_tokens + summary.output_tokens
     if summary.target_tokens is not None and tokens < summary.target_tokens:
         typer.echo(f"{tokens:,} of {summary.target_tokens:,} tokens: outputs ended early, or the datasets hold no more")
     if summary.truncated_problems:
-        typer.echo(f"{summary.truncated_problems} prompts were too long and lost their tail")
+        typer.echo(f"{counted(summary.truncated_problems, 'prompt')} cut off at the end: too long")
     if summary.skipped_problems:
-        typer.echo(f"{summary.skipped_problems} problems could not be run and were skipped; 'specmoe inspect' says why")
+        typer.echo(f"{counted(summary.skipped_problems, 'problem')} skipped: 'specmoe inspect' says why")
 
 
 class IdenticalRunsChoice(StrEnum):
@@ -319,11 +326,12 @@ def inspect(
     else:
         model = metadata.model
         typer.echo(
-            f"{trace}: {printable(model.id)}, {len(model.moe_layers)} MoE layers ({model.moe_layers[0]}-{model.moe_layers[-1]})"
+            f"{trace}: {printable(model.id)}, {counted(len(model.moe_layers), 'MoE layer')} "
+            f"({model.moe_layers[0]}-{model.moe_layers[-1]})"
             f", {model.num_experts} experts, top-{model.top_k}"
         )
         for source in metadata.datasets:
-            typer.echo(f"  {source.problems} problems of {printable(source.name)}")
+            typer.echo(f"  {counted(source.problems, 'problem')} of {printable(source.name)}")
         origin = printable(f"{metadata.engine}, {metadata.created}")
         typer.echo(f"  {'unknown' if rows is None else f'{rows:,}'} routing rows; {origin}")
         for gap in metadata.gaps:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # What libraries raise when they read an untrusted file: broken content, names that are not text, sizes beyond limits. Neither
 # TypeError nor LookupError: those are errors of our own code, and must not be reported as a broken file.
@@ -20,7 +25,7 @@ UNREADABLE = (
 class SpecmoeError(Exception):
     """Base class of all errors that this project raises on purpose.
 
-    The message is one line for the user. The command line prints it and exits with status 1.
+    The message is one line for the user. The command line prints it and exits with status 1, or 2 if it is a `UsageError`.
 
     Example:
         >>> from profiler import SpecmoeError, Trace
@@ -29,6 +34,13 @@ class SpecmoeError(Exception):
         ... except SpecmoeError as error:
         ...     print(error)
         no/such/trace: no such trace directory
+    """
+
+
+class UsageError(SpecmoeError):
+    """A chosen value does not exist or cannot be, or contradicts another one, whatever files and models contain.
+
+    The command line exits with status 2, as for an unknown option.
     """
 
 
@@ -59,6 +71,22 @@ class EngineError(SpecmoeError):
     """An inference engine is not installed, or recording the routing inside it failed."""
 
 
+class TraceUsageError(TraceError, UsageError):
+    """A chosen format of traces does not exist."""
+
+
+class ModelUsageError(ModelError, UsageError):
+    """A chosen model, precision or machine does not exist."""
+
+
+class DatasetUsageError(DatasetError, UsageError):
+    """A chosen dataset does not exist, or what is to be taken of it cannot be."""
+
+
+class EngineUsageError(EngineError, UsageError):
+    """A chosen engine does not exist, or does not have a chosen option."""
+
+
 class NothingToRunError(EngineError):
     """None of a collection's problems can be run.
 
@@ -66,7 +94,7 @@ class NothingToRunError(EngineError):
     """
 
     def __init__(self, problems: int, gaps: list[str]) -> None:
-        super().__init__(f"none of the {problems} problems can be run; {gaps[0]}")
+        super().__init__(f"none of {counted(problems, 'problem')} can be run; {gaps[0]}")
         self.problems = problems
         self.gaps = gaps
 
@@ -105,6 +133,23 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the name of its type if it has no message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault of a document, in one line: the field, and what was expected of it."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    field, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return printable(f"{field}: {what}" if field else what)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "problem"), counted(2048, "MoE layer")
+        ('1 problem', '2,048 MoE layers')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def printable(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from profiler.errors import ModelError
+from profiler.errors import ModelUsageError
 from profiler.terminal import console, print_rows
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def models(
         )
         return
     if name not in MODELS:
-        raise ModelError(f"unknown model {name!r}: expected one of {', '.join([DEMO_MODEL, *MODELS])}")
+        raise ModelUsageError(f"unknown model {name!r}: expected one of {', '.join([DEMO_MODEL, *MODELS])}")
     entry = MODELS[name]
     presets = {gpu.name: [fits(entry, gpu, precision) for precision in entry.precisions] for gpu in GPUS.values()}
     if as_json:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from analysis.documents.evaluation import Evaluation, budget_table, table
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError, counted
 from profiler.trace.reader import Trace
 from profiler.trace.writer import write_text
 from speculation.data.tasks import Shape, Task
@@ -80,7 +80,9 @@ def train(
             "of the other. Default: TRACE's validation part."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted training in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume an interrupted training in --out; a finished one is left as it is.")
+    ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Maximum number of epochs.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per training step, each with all its layers.")] = None,
     epoch_tokens: Annotated[
@@ -126,6 +128,14 @@ def train(
         str | None, typer.Option(metavar="USER/NAME", help="Upload the finished run to the Hugging Face hub as a model.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the uploaded model private (with --push).")] = False,
+    push_texts: Annotated[
+        bool,
+        typer.Option(
+            "--push-texts",
+            help="Allow --push to upload texts of training problems (token ids and routes), which runs of recommended and "
+            "reuse contain.",
+        ),
+    ] = False,
 ) -> None:
     """Train an expert predictor on the training problems of a trace.
 
@@ -134,6 +144,7 @@ def train(
     Example: specmoe train traces/math --predictor recommended --out runs/math
     """
     from speculation.predictors.registry import find_predictor
+    from speculation.training.runs import CONFIG_FILE
 
     predictor = predictor or ("recommended" if task.predicts_experts else "reuse")
     given: dict[str, Any] = {
@@ -157,17 +168,30 @@ def train(
     }
     options = replace(find_predictor(predictor).defaults, **{name: value for name, value in given.items() if value is not None})
     other = None if validation is None else Trace.open(validation)
-    if private and push is None:
-        raise typer.BadParameter("needs --push", param_hint="--private")
-    print_run(
-        train_with_progress(
-            Trace.open(trace), predictor, out, task=task, horizon=horizon, validation=other, options=options, resume=resume
+    for flag, is_given in (("--private", private), ("--push-texts", push_texts)):
+        if is_given and push is None:
+            raise typer.BadParameter("needs --push", param_hint=flag)
+    has_texts = find_predictor(predictor).keeps_training_texts()
+    if push is not None and has_texts and not push_texts:
+        # Before hours of training, not after them.
+        raise typer.BadParameter(
+            f"a run of {predictor} contains texts of its training problems (token ids and routes): add --push-texts to upload "
+            f"them, or train {predictor}-small, which keeps none",
+            param_hint="--push",
         )
+    is_finished = resume and (out / CONFIG_FILE).is_file()
+    run = train_with_progress(
+        Trace.open(trace), predictor, out, task=task, horizon=horizon, validation=other, options=options, resume=resume
     )
+    if is_finished:
+        typer.echo(f"{out} is already finished")
+    print_run(run)
     if push is not None:
-        from speculation.training.card import push_run
+        from speculation.training.push import push_run
 
-        typer.echo(push_run(out, push, private=private))
+        if has_texts:
+            typer.echo(f"Uploading to {push}, with texts of training problems (token ids and routes)")
+        typer.echo(push_run(run, push, private=private, with_texts=push_texts))
 
 
 def wait_passively() -> None:
@@ -205,16 +229,15 @@ def train_with_progress(trace: Trace, predictor: str, out: Path, **settings: Any
 
 def print_run(run: Any) -> None:
     """Print a summary of a trained run."""
-    shape = run.predictor.shape
-    facts = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    shape, facts = run.predictor.shape, run.facts
     typer.echo(
-        f"{run.path}: {run.name}, {facts['parameters']:,} parameters, trained in {facts['train_seconds']:.1f} s on "
-        f"{facts['train_problems']} problems ({facts['train_tokens']:,} tokens) for {shape.task}, horizon {shape.horizon}"
+        f"{run.path}: {run.name}, {facts.parameters:,} parameters, trained in {facts.train_seconds:.1f} s on "
+        f"{counted(facts.train_problems, 'problem')} ({facts.train_tokens:,} tokens) for {shape.task}, horizon {shape.horizon}"
     )
-    if facts.get("shared_problems"):
-        typer.echo(
-            f"{facts['shared_problems']} problems of the validation trace are training problems too, and were left out of it"
-        )
+    if facts.history and not facts.validation_problems:
+        typer.echo(f"No early stopping, for lack of validation problems: {counted(len(facts.history), 'epoch')}")
+    if facts.shared_problems:
+        typer.echo(f"{counted(facts.shared_problems, 'problem')} left out of the validation trace: also trained on")
 
 
 def _losses(entry: dict[str, float]) -> str:
@@ -254,17 +277,15 @@ def evaluate(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise SpecmoeError(f"--json {json_file}: no such folder")
     if json_file is not None and len(runs) > 1:
-        raise SpecmoeError("--json is for one run: use --leaderboard for several, it writes leaderboard.json")
+        raise UsageError("--json is for one run: use --leaderboard for several, it writes leaderboard.json")
     opened_runs = [load_run(run) for run in runs]
     opened = Trace.open(trace)
     documents: list[Evaluation] = []
     evaluated_baselines: set[Any] = set()
     for loaded in opened_runs:
-        # Runs with the same training problems, task and horizon have the same baselines.
-        fitted_on = (loaded.trace_sha256, loaded.trained_on.tobytes(), loaded.predictor.shape)
-        with_baselines = leaderboard is None or fitted_on not in evaluated_baselines
+        with_baselines = leaderboard is None or loaded.baselines_from not in evaluated_baselines
         documents.append(evaluate_run(loaded, opened, part=part.value, with_baselines=with_baselines))
-        evaluated_baselines.add(fitted_on)
+        evaluated_baselines.add(loaded.baselines_from)
         if leaderboard is None:
             print_evaluation(documents[-1])
         else:
@@ -288,7 +309,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     what = evaluation.held_out[0].upper() + evaluation.held_out[1:]
     part = f"{evaluation.part} part of a split {evaluation.split}" if evaluation.part != "all" else "the whole trace"
     typer.echo(
-        f"{what}: {evaluation.problems} problems, {evaluation.tokens:,} tokens; {part}. "
+        f"{what}: {counted(evaluation.problems, 'problem')}, {evaluation.tokens:,} tokens; {part}. "
         "In brackets: 95 % interval over problems."
     )
     for line in _split_by_flags(evaluation):
@@ -308,7 +329,10 @@ def _print_rows(rows: list[dict[str, str]], title: str) -> None:
 
 def _split_by_flags(evaluation: Evaluation) -> list[str]:
     """For every flag that the trace gives its problems, such as `looping`: the metrics without, and on, these problems."""
-    result = evaluation.results[evaluation.predictor]
+    result = evaluation.results.get(evaluation.predictor)
+    if result is None:
+        # Written by an early release, which did not name the run's own predictor.
+        return []
     k_name = result.recall_at_k_name
     lines = []
     for name, groups in result.groupings.items():
@@ -323,7 +347,7 @@ def print_leaderboard(rows: list[LeaderboardRow], document: Evaluation, summarie
     from speculation.evaluation.leaderboard_page import spread
 
     k_name = document.recall_at_k_name
-    title = f"{document.task}, {escape(document.model)}; {document.problems} problems, {document.tokens:,} tokens"
+    title = f"{document.task}, {escape(document.model)}; {counted(document.problems, 'problem')}, {document.tokens:,} tokens"
     shown = Table(box=None, title=title, title_justify="left")
     for column in ("run", "h", k_name, "exact", "control", "parameters", "µs"):
         shown.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
@@ -344,7 +368,7 @@ def print_leaderboard(rows: list[LeaderboardRow], document: Evaluation, summarie
     for each in summaries:
         values = ", ".join(f"{name} {spread(*value)}" for name, value in each.metrics.items())
         seeds = ", ".join(map(str, each.seeds))
-        typer.echo(f"{each.predictor}, h = {each.horizon}, {len(each.seeds)} seeds ({seeds}): {values}")
+        typer.echo(f"{each.predictor}, h = {each.horizon}, {counted(len(each.seeds), 'seed')} ({seeds}): {values}")
 
 
 def _target(task: str, horizon: int) -> str:
@@ -380,7 +404,7 @@ def predictors(as_json: Annotated[bool, typer.Option("--json", help="Print as JS
     for row in rows:
         shape = _reference_shape(row["tasks"])
         ahead = "one layer ahead" if shape.task == Task.NEXT_LAYER else shape.task
-        reference = f"{shape.layers} MoE layers of {shape.experts} experts, top-{shape.top_k}, {ahead}"
+        reference = f"{counted(shape.layers, 'MoE layer')} of {shape.experts} experts, top-{shape.top_k}, {ahead}"
         typer.echo(f"{row['name']:<20} {row['about']}")
         typer.echo(f"{'':<20} sees {row['sees']}; predicts {', '.join(row['tasks'])}; {row['source']}")
         size = "depends on the data" if row["parameters"] is None else f"{row['parameters']:,} for {reference}"

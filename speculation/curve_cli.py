@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from analysis.documents.curves import CacheCurves
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError, counted
 from profiler.trace.reader import Trace
 from speculation.cli import PartName
 
@@ -94,7 +94,7 @@ def _rule(name: str) -> Rule:
 
     known = {rule.label: rule for rule in Rule if rule != Rule.LEARNED}
     if name not in known:
-        raise SpecmoeError(f"policy {name!r}: expected one of {', '.join(known)}")
+        raise UsageError(f"policy {name!r}: expected one of {', '.join(known)}")
     return known[name]
 
 
@@ -139,7 +139,7 @@ def print_curves(curves: CacheCurves) -> None:
         typer.echo(sentence)
     for divided in curves.slots:
         slots = " ".join(map(str, divided.by_layer))
-        typer.echo(f"{divided.slots} slots by the curves of training, layer by layer: {slots}")
+        typer.echo(f"{counted(divided.slots, 'slot')} by the curves of training, layer by layer: {slots}")
     for note in curves.notes:
         typer.echo(note)
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from analysis.documents.fit_report import Fit
-from profiler.errors import ModelError, printable
+from profiler.errors import ModelUsageError, printable
 from profiler.models.gpus import GPUS, Gpu
 from profiler.models.hosts import HOSTS, Host, find_host
 from profiler.models.registry import MODELS, PRECISIONS, WORKSPACE, ModelEntry, find_entry
@@ -151,7 +151,7 @@ def _entry(model: str | None, config: Path | None, precision: str | None) -> Mod
         return entry_of_config(config, precision)
     entry = find_entry(model or "")
     if entry is None:
-        raise ModelError(f"unknown model {model!r}: expected one of {', '.join(MODELS)}, or another model's --config")
+        raise ModelUsageError(f"unknown model {model!r}: expected one of {', '.join(MODELS)}, or another model's --config")
     return entry
 
 
@@ -163,7 +163,7 @@ def _machine(device: str, host: str | None) -> tuple[Gpu, Host]:
         return GPUS[device], replace(chosen, gpu=None)
     shared = {name: each for name, each in HOSTS.items() if each.gpu is not None}
     if device not in shared:
-        raise ModelError(f"unknown device {device!r}: expected one of {', '.join([*GPUS, *shared])}")
+        raise ModelUsageError(f"unknown device {device!r}: expected one of {', '.join([*GPUS, *shared])}")
     if host not in {None, device}:
         raise typer.BadParameter(f"{device} uses its own host's memory", param_hint="--host")
     found = shared[device]

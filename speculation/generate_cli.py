@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from analysis.documents.generation import GeneratedText, GenerationPhase, GenerationRun, SimulatedPhase
-from profiler.errors import SpecmoeError, printable
+from profiler.errors import SpecmoeError, UsageError, printable
 from profiler.terminal import TABLE_WIDTH
 from profiler.trace.writer import write_text
 from speculation.cli import wait_passively
@@ -116,9 +116,9 @@ def generate(
     Example: specmoe generate demo --prompt "def add(a, b):" --store disk --cache-fraction .5 --policy ewma
     """
     if bool(prompt) == (dataset is not None):
-        raise SpecmoeError("choose either --prompt or --dataset")
+        raise UsageError("choose either --prompt or --dataset")
     if cache_fraction is not None and cache_gb is not None:
-        raise SpecmoeError("choose either --cache-fraction or --cache-gb")
+        raise UsageError("choose either --cache-fraction or --cache-gb")
     wait_passively()
     from speculation.runtime.model import OffloadedModel
     from speculation.runtime.options import CacheSize

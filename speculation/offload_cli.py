@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from analysis.documents.simulation import BOUNDS, SimulatedRow, Simulation
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from profiler.models.gpus import find_gpu
 from profiler.models.hosts import find_host, find_storage
 from profiler.models.registry import PRECISIONS
@@ -209,12 +209,12 @@ def simulate(
     from speculation.offload.simulation_study import Study
 
     if ram_gb is not None and ram_fraction is not None:
-        raise SpecmoeError("--ram-gb and --ram-fraction say the same: give one of them")
+        raise UsageError("--ram-gb and --ram-fraction say the same: give one of them")
     host_found = None if host is None else find_host(host)
     gpus = tuple(find_gpu(name) for name in device or ())
     if host_found is not None and host_found.gpu is not None:
         if gpus:
-            raise SpecmoeError(f"--host {host} computes with its own GPU, from the same memory: leave --device out")
+            raise UsageError(f"--host {host} computes with its own GPU, from the same memory: leave --device out")
         gpus = (host_found.gpu,)
     elif not gpus and not measure:
         gpus = (find_gpu("RTX 4090"),)

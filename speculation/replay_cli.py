@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from profiler.errors import SpecmoeError
+from profiler.errors import UsageError
 from profiler.trace.reader import Trace
 from profiler.trace.writer import write_text
 from speculation.cli import PartName
@@ -72,7 +72,7 @@ def replay(
     reuse = Path(policy) if policy not in {known.value for known in Policy} else None
     if reuse is not None and not reuse.is_dir():
         known = ", ".join(each.value for each in Policy if each != Policy.belady)
-        raise SpecmoeError(f"policy {policy!r} is neither the folder of a run nor one of {known}")
+        raise UsageError(f"policy {policy!r} is neither the folder of a run nor one of {known}")
     result = run_replay(
         Replay(
             trace=Trace.open(trace),

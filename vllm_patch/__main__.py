@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from profiler.cli import run_app
+from profiler.errors import counted
 from vllm_patch import source
 from vllm_patch.releases import OLDEST_CPU_ROUTER, parse_release
 
@@ -127,7 +128,11 @@ def finish(
     from vllm_patch.serving.server import finish as finish_served
 
     trace = finish_served(directory)
-    typer.echo(f"{directory}: {trace.problems.num_rows} problems" if trace else f"{directory} held no requests and was removed")
+    typer.echo(
+        f"{directory}: {counted(trace.problems.num_rows, 'problem')}"
+        if trace
+        else f"{directory} held no requests and was removed"
+    )
 
 
 def _show(local: source.LocalVllm, lines: list[str]) -> None:

@@ -143,6 +143,13 @@ class CacheCurves(BaseModel):
     working_sets: list[WorkingSetRow]
     slots: list[SlotsRow]
 
+    @model_validator(mode="after")
+    def _divides_among_its_layers(self) -> CacheCurves:
+        for row in self.slots:
+            if len(row.by_layer) != len(self.moe_layers) or not all(0 <= each <= self.num_experts for each in row.by_layer):
+                raise ValueError(f"slots: {row.slots} slots are not divided among {len(self.moe_layers)} layers of experts")
+        return self
+
     def to_json(self) -> str:
         """The file's content."""
         return self.model_dump_json(indent=None) + "\n"

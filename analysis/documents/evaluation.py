@@ -6,9 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from analysis.documents.reading import read_document
+from profiler.errors import first_fault
 
 # What a run has that was trained on a rented machine, and others if they were evaluated into it.
 EVALUATION_FILE = "evaluation.json"
@@ -24,6 +25,7 @@ CONTROL = "shuffled control"
 
 Metrics = dict[str, float]
 """Values by the metric's name (`recall@4`, `exact`, ...); empty where there was nothing to predict."""
+_GROUPS = TypeAdapter(dict[str, Metrics])
 
 
 class Coverage(BaseModel):
@@ -44,7 +46,7 @@ class BudgetPoint(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    m: int
+    m: int = Field(ge=1)
     recall: float
     coverage: float
     mass: float | None
@@ -90,6 +92,21 @@ class Result(BaseModel):
     bytes: int | None = None
     microseconds_per_prediction: float | None = None
 
+    @model_validator(mode="after")
+    def _has_metrics_of_groups(self) -> Result:
+        needed = {self.recall_at_k_name, "exact"}
+        for name, value in (self.model_extra or {}).items():
+            if not name.startswith("by_"):
+                continue
+            try:
+                groups = _GROUPS.validate_python(value)
+            except ValidationError as error:
+                raise ValueError(f"{name}: {first_fault(error)}") from error
+            for group, metrics in groups.items():
+                if metrics and (missing := needed - metrics.keys()):
+                    raise ValueError(f"{name}: {group} lacks {min(missing)}")
+        return self
+
     @property
     def groupings(self) -> dict[str, dict[str, Metrics]]:
         """Metrics of the nearest horizon by group, for each grouping by name."""
@@ -104,7 +121,9 @@ class Recipe(BaseModel):
     """How a run was trained: runs with equal recipes but for the seed differ in nothing else.
 
     options: the training options, without the seed. trained_on, validated_on: SHA-256 of the digests of the problems; the
-    second is None without early stopping, or if unknown. A version of the software is not part of it.
+    second is None without early stopping, or if unknown. trace_sha256: of the manifest of the trace that it was trained on;
+    validation_sha256: of another trace for early stopping; None if there is none, or if unknown. A version of the software is
+    not part of it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -113,6 +132,8 @@ class Recipe(BaseModel):
     options: dict[str, Any]
     trained_on: str
     validated_on: str | None
+    trace_sha256: str | None = None
+    validation_sha256: str | None = None
 
 
 class Evaluation(BaseModel):
@@ -158,16 +179,28 @@ class Evaluation(BaseModel):
     @model_validator(mode="after")
     def _can_be_shown(self) -> Evaluation:
         if all(name.endswith(CONTROL) for name in self.results):
-            raise ValueError("it has no results of predictors")
+            raise ValueError("results: there are none of predictors")
+        if self.predictor and self.predictor not in self.results:
+            raise ValueError(f"results: there are none of the predictor {self.predictor!r}")
+        first, k_name = next(iter(self.results.values())), self.recall_at_k_name
+        needed = {k_name, *OTHER_METRICS, *(("top-1",) if self.knows_strongest else ())}
+        if missing := needed - self.chance.keys():
+            raise ValueError(f"chance lacks {min(missing)}")
+        if first.metrics.keys() != {f"h={hop}" for hop in range(1, max(1, len(first.metrics)) + 1)}:
+            raise ValueError(f"results: metrics of {', '.join(first.metrics) or 'nothing'}, expected of h=1, h=2, ...")
         for name, result in self.results.items():
-            needed = {result.recall_at_k_name, *OTHER_METRICS, *(("top-1",) if self.knows_strongest else ())}
-            if missing := needed - self.chance.keys():
-                raise ValueError(f"chance lacks {min(missing)}")
-            if missing := needed - result.metrics.get("h=1", {}).keys():
-                raise ValueError(f"{name} lacks {min(missing)} for h=1")
-            with_metrics = [horizon for horizon, metrics in result.metrics.items() if metrics]
-            if any(result.recall_at_k_name not in result.intervals.get(horizon, {}) for horizon in with_metrics):
-                raise ValueError(f"{name} lacks intervals of {result.recall_at_k_name}")
+            if (result.recall_at_k_name, result.metrics.keys()) != (k_name, first.metrics.keys()):
+                raise ValueError(f"results: {name} has another K, or other horizons, than {next(iter(self.results))}")
+            for horizon, metrics in result.metrics.items():
+                # There may be nothing so far ahead.
+                if (metrics or horizon == "h=1") and (missing := needed - metrics.keys()):
+                    raise ValueError(f"results: {name} lacks {min(missing)} for {horizon}")
+                if metrics and k_name not in result.intervals.get(horizon, {}):
+                    raise ValueError(f"results: {name} lacks intervals of {k_name} for {horizon}")
+        for horizon in first.metrics:
+            sizes = {tuple(point.m for point in result.budget.get(horizon, [])) for result in self.results.values()}
+            if len(sizes - {()}) > 1:
+                raise ValueError(f"results: budget curves for {horizon} with different m, expected the same of all predictors")
         return self
 
     @property

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from profiler.errors import TraceError, first_line
+from profiler.errors import TraceError, first_fault, first_line
 
 MAX_BYTES = 64 << 20
 
@@ -26,10 +26,7 @@ def read_document(path: Path, kind: type[Document], name: str, command: str) -> 
             raise TraceError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not what '{command}' writes")
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        what = "; ".join(filter(None, [where, first["msg"]]))
-        raise TraceError(f"{path}: expected what '{command}' writes: {what}") from error
+        raise TraceError(f"{path}: expected what '{command}' writes: {first_fault(error)}") from error
     except FileNotFoundError as error:
         raise TraceError(f"{path}: no such file; expected what '{command}' writes") from error
     except OSError as error:

@@ -12,6 +12,7 @@ from analysis.statistics.agreement import Agreement
 from analysis.statistics.compute import Statistics, mean, show
 from analysis.statistics.domains import DomainDistance, distance_of
 from analysis.statistics.locality import repetition_chance
+from profiler.errors import counted
 
 
 def compared_facts(compared: dict[str, Statistics]) -> list[tuple[str, str]]:
@@ -23,8 +24,9 @@ def compared_facts(compared: dict[str, Statistics]) -> list[tuple[str, str]]:
         facts.append(
             (
                 name,
-                f"{model.id}{quantization}: {s.axes.layers} MoE layers, {s.axes.num_experts} experts, top-{s.axes.top_k}; "
-                f"{s.problems:,} problems, {s.tokens:,} tokens of {', '.join(s.datasets)}",
+                f"{model.id}{quantization}: {counted(s.axes.layers, 'MoE layer')}, {s.axes.num_experts} experts, "
+                f"top-{s.axes.top_k}; "
+                f"{counted(s.problems, 'problem')}, {s.tokens:,} tokens of {', '.join(s.datasets)}",
             )
         )
         facts += [(f"{name}, note", caveat) for caveat in s.source.caveats]

@@ -13,7 +13,7 @@ def offload_section(simulation: Simulation, device: str | None, number: str) -> 
     bounds = {row.policy: row for row in simulation.rows if row.device == device and row.policy in BOUNDS}
     best = [row for row in simulation.best if row.device == device]
     headline = " ".join(map(_timed_sentence, best)) or _hit_rate_sentence(rows)
-    shown = max(best, key=lambda row: row.gain or 0).policy if best else rows[0].policy
+    shown = max(best, key=lambda row: row.gain or 0).policy if best else next((row.policy for row in rows), "")
     sizes = sorted({row.share for row in rows})
     chosen = []
     for prefetch in dict.fromkeys(row.prefetch for row in rows):
@@ -46,6 +46,8 @@ def _timed_sentence(row: SimulatedRow) -> str:
 
 def _hit_rate_sentence(rows: list[SimulatedRow]) -> str:
     possible = [row for row in rows if row.is_possible]
+    if not rows:
+        return "No cache was simulated."
     if not possible:
         return "Every simulated policy or prefetcher uses future knowledge: add one that does not."
     row = max(possible, key=lambda row: row.hit_rate)

@@ -23,6 +23,7 @@ from analysis.report.figures import (
 from analysis.statistics.compute import Statistics, mean, show
 from analysis.statistics.contexts import TASKS, ContextStatistics
 from analysis.statistics.weights import QUANTILES
+from profiler.errors import counted
 
 
 def weights_section(s: Statistics) -> Section:
@@ -167,7 +168,8 @@ def predictions_section(evaluation: Evaluation, number: int) -> Section:
         budget = budget_table(evaluation)
         tables.append((tuple(budget[0]), *(tuple(row.values()) for row in budget)))
     explanation = (
-        f"Run {evaluation.run}, task {evaluation.task}, evaluated on {evaluation.problems} problems ({evaluation.tokens:,} "
+        f"Run {evaluation.run}, task {evaluation.task}, evaluated on {counted(evaluation.problems, 'problem')} "
+        f"({evaluation.tokens:,} "
         "tokens) "
         f"of {evaluation.trace}: the {evaluation.part} part of a split {evaluation.split}. In parentheses: 95 % interval over "
         "problems."

@@ -12,7 +12,7 @@ import pyarrow as pa
 from profiler.capture.inputs import CapturedInputs, check_sequences
 from profiler.capture.requests import ABORTED, Sequence
 from profiler.capture.sealing import Missing, run_folder, runs_of, seal
-from profiler.errors import TraceError
+from profiler.errors import TraceError, counted
 from profiler.trace.jsonl import write_jsonl
 from profiler.trace.reader import Trace
 from profiler.trace.schema import (
@@ -85,20 +85,25 @@ def _gaps(sequences: list[Sequence], missing: Missing) -> list[str]:
             unexplained[problem_id] = others
     gaps = []
     if cached:
-        gaps.append(f"{explained} positions of {len(cached)} problems came from the prefix cache: {_named(cached)}")
+        gaps.append(
+            f"{counted(explained, 'position')} of {counted(len(cached), 'problem')} came from the prefix cache: "
+            f"{_named(cached)}"
+        )
     aborted = [s.problem_id for s in sequences if s.finish_reason == ABORTED]
     if aborted:
-        gaps.append(f"{len(aborted)} problems were aborted and are incomplete: {_named(aborted)}")
+        gaps.append(f"{counted(len(aborted), 'problem')} aborted and incomplete: {_named(aborted)}")
     if unexplained:
         count = sum(unexplained.values())
-        gaps.append(f"{count} positions of {len(unexplained)} problems were not captured: {_named(unexplained)}")
+        gaps.append(
+            f"{counted(count, 'position')} of {counted(len(unexplained), 'problem')} not captured: {_named(unexplained)}"
+        )
     return gaps
 
 
 def list_some(lines: list[str]) -> list[str]:
     """The first lines, and how many more there are."""
     more = len(lines) - NAMED_PROBLEMS
-    return lines if more <= 0 else [*lines[:NAMED_PROBLEMS], f"{more} more problems, for reasons as above"]
+    return lines if more <= 0 else [*lines[:NAMED_PROBLEMS], f"{counted(more, 'more problem')}, for reasons as above"]
 
 
 def _named(problems: list[int] | dict[int, Any]) -> str:

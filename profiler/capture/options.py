@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from profiler.errors import EngineError
+from profiler.errors import EngineError, EngineUsageError
 
 # The plugin repeats this name, because it must not import this module while capture is off.
 _VARIABLE = "SPECMOE_CAPTURE"
@@ -67,7 +67,7 @@ class CaptureOptions:
 def parse_layers(text: str) -> tuple[int, ...]:
     """Parse comma-separated layer numbers; returned in ascending order. Raises `EngineError` on anything else."""
     if not re.fullmatch(r"(\d{1,5}(,\d{1,5})*)?", text.replace(" ", "")):
-        raise EngineError(f"capture_hidden {text!r}: expected layer numbers separated by commas, such as 1,5")
+        raise EngineUsageError(f"capture_hidden {text!r}: expected layer numbers separated by commas, such as 1,5")
     return tuple(sorted({int(layer) for layer in text.split(",") if layer.strip()}))
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from profiler.capture.sealing import Source, run_folder
-from profiler.errors import TraceError
+from profiler.errors import TraceError, first_fault
 
 REQUESTS_FILE, PLANNED_FILE, COMPLETIONS_FILE = "requests.jsonl", "planned.jsonl", "completions.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
@@ -158,9 +158,7 @@ def _records(path: Path, kind: type[_Record]) -> Iterator[_Record]:
             try:
                 record = parser.validate_json(line, strict=True)
             except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                where = ".".join(map(str, first["loc"]))
-                raise TraceError(f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}") from error
+                raise TraceError(f"{path}, line {number}: {first_fault(error)}") from error
             yield record
 
 

@@ -12,7 +12,7 @@ from profiler.capture.options import CaptureOptions
 from profiler.collect.usage import Usage
 from profiler.datasets.problems import Problem
 from profiler.engines import Prompt, Sampling
-from profiler.errors import EngineError
+from profiler.errors import EngineUsageError
 from profiler.models.resolve import ResolvedModel
 from profiler.trace.reader import Trace
 from profiler.trace.schema import DatasetMetadata
@@ -93,7 +93,7 @@ class CollectSummary(BaseModel):
 def check_sampling(sampling: Sampling) -> None:
     """Raise `EngineError` on values that no engine accepts."""
     if not 0 < sampling.top_p <= 1 or not 0 <= sampling.temperature <= MAX_TEMPERATURE:
-        raise EngineError(f"expected top_p above 0 and at most 1, and temperature from 0 to {MAX_TEMPERATURE:g}")
+        raise EngineUsageError(f"expected top_p above 0 and at most 1, and temperature from 0 to {MAX_TEMPERATURE:g}")
 
 
 def size_estimates(capture: CaptureOptions, model: ResolvedModel, collection: Collection, prompts: list[Prompt]) -> list[str]:

@@ -34,7 +34,7 @@ from profiler.collect.selection import Selection, describe, select
 from profiler.collect.skipping import describe_skipped, encode_prompts, skipped_problems
 from profiler.collect.usage import UsageMonitor
 from profiler.engines import Engine, EngineOptions, Sampling, start_engine
-from profiler.errors import EngineError, NothingToRunError, TraceError
+from profiler.errors import EngineError, NothingToRunError, TraceError, counted
 from profiler.models.gpus import device_name, local_gpu
 from profiler.models.registry import MODELS, preset
 from profiler.models.resolve import resolve_model
@@ -264,14 +264,14 @@ class TraceCollector:
         if earlier is not None:
             check_settings(earlier.metadata, self._settings(collection), out)
             if earlier.manifest is not None:
-                self.on_stage(f"{out} is already complete")
+                self.on_stage(f"{out} is already finished")
                 trace = Trace.open(out)
                 # The earlier run may have been killed after it wrote the manifest and before it removed the folder.
                 shutil.rmtree(out / CAPTURE_FOLDER, ignore_errors=True)
                 return summarize(trace, resumed=trace.problems.num_rows, usage=monitor.usage)
             sequences = finished_problems(out, problems)
             skipped = skipped_problems(out)
-            self.on_stage(f"resuming: {len(sequences)} of {len(problems)} problems are finished")
+            self.on_stage(f"resuming: {len(sequences)} of {counted(len(problems), 'problem')} are finished")
         resumed = len(sequences)
         remaining = {
             number: problem for number, problem in problems.items() if number not in sequences and number not in skipped
@@ -299,7 +299,7 @@ class TraceCollector:
                 *size_estimates(self.options.capture, self.model, collection, [prompt for prompt, _ in prompts]),
             ]:
                 self.on_stage(note)
-            self.on_stage(f"running {len(prompts)} problems")
+            self.on_stage(f"running {counted(len(prompts), 'problem')}")
             began = time.monotonic()
             run = CollectionRun(collection, sequences, monitor, self.on_stage, self.on_progress)
             ran, report = run.complete(engine, prompts, unusable, self._hidden_tokens_left(collection, sequences))

@@ -8,7 +8,7 @@ from profiler.collect.collection import Collection, CollectProgress, CollectSumm
 from profiler.collect.collector import TraceCollector
 from profiler.collect.options import LocalOptions
 from profiler.collect.selection import describe, select
-from profiler.errors import EngineError
+from profiler.errors import EngineError, counted
 from profiler.trace.schema import METADATA_FILE
 from profiler.trace.writer import check_free
 
@@ -39,7 +39,9 @@ def collect(
     ) as collector:
         problems = select(selection, collector.model.location, collector.model.metadata.revision)
         if options.target_tokens is None and len(problems) < options.num_problems:
-            on_stage(f"taking {len(problems)} problems: the datasets hold fewer than the {options.num_problems} requested")
+            on_stage(
+                f"taking {counted(len(problems), 'problem')}: the datasets hold fewer than the {options.num_problems} requested"
+            )
         capture = options.capture
         try:
             return collector.collect(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from profiler.capture.options import CaptureOptions, parse_layers
 from profiler.collect.selection import Selection
 from profiler.engines import AUTO_BACKEND, EngineOptions, Sampling
-from profiler.errors import EngineError
+from profiler.errors import EngineUsageError
 
 DEFAULT_MODEL = "mixtral-8x7b"
 EngineName = Literal["vllm", "transformers"]
@@ -96,7 +96,7 @@ class LocalOptions(RunOptions):
     def engine_options(self) -> EngineOptions:
         """How the model is loaded. Raises `EngineError` if both 8 and 4 bits are requested."""
         if self.load_in_8bit and self.load_in_4bit:
-            raise EngineError("choose one of load_in_8bit and load_in_4bit")
+            raise EngineUsageError("choose one of load_in_8bit and load_in_4bit")
         return EngineOptions(
             dtype=self.dtype,
             compiled=self.compiled,

@@ -19,7 +19,7 @@ from profiler.datasets.problems import (
 )
 from profiler.datasets.registry import Dataset, find_dataset
 from profiler.engines import Sampling
-from profiler.errors import DatasetError, ModelError, first_line
+from profiler.errors import DatasetError, DatasetUsageError, ModelError, first_line
 from profiler.trace.schema import DatasetMetadata
 
 CHARACTERS_PER_TOKEN = 4
@@ -51,7 +51,7 @@ class Selection:
         }
         for name, value in numbers.items():
             if value is not None and value < 1:
-                raise DatasetError(f"{name} {value}: expected 1 or more")
+                raise DatasetUsageError(f"{name} {value}: expected 1 or more")
 
 
 def select(selection: Selection, location: str, revision: str | None = None) -> list[Problem]:
@@ -62,9 +62,9 @@ def select(selection: Selection, location: str, revision: str | None = None) -> 
     tokens must be counted and the tokenizer cannot be loaded.
     """
     if selection.data_files is not None and len(selection.datasets) > 1:
-        raise DatasetError("data_files can be given for one dataset only")
+        raise DatasetUsageError("data_files can be given for one dataset only")
     if len(set(selection.datasets)) < len(selection.datasets):
-        raise DatasetError(f"{','.join(selection.datasets)} names a dataset twice")
+        raise DatasetUsageError(f"{','.join(selection.datasets)} names a dataset twice")
     datasets = [find_dataset(name) for name in selection.datasets]
     sources = {
         dataset.name: read_problems(dataset, data_files=selection.data_files, max_new_tokens=selection.sampling.max_new_tokens)

@@ -9,6 +9,7 @@ from profiler.capture.requests import read_skipped
 from profiler.capture.sealing import run_folder, runs_of
 from profiler.datasets.problems import Problem
 from profiler.engines import Engine, Prompt
+from profiler.errors import counted
 
 
 def encode_prompts(engine: Engine, problems: dict[int, Problem]) -> tuple[list[tuple[Prompt, int]], dict[int, str]]:
@@ -53,4 +54,4 @@ def describe_skipped(problems: dict[int, Problem], skipped: dict[int, str]) -> l
     known = sorted((problem_id, reason) for problem_id, reason in skipped.items() if problem_id in problems)
     lines = [f"skipped {name_of(problems[problem_id], problem_id)}: {reason}" for problem_id, reason in known[:NAMED_PROBLEMS]]
     more = known[NAMED_PROBLEMS:]
-    return [*lines, f"skipped {len(more)} more problems, {more[0][0]} to {more[-1][0]}"] if more else lines
+    return [*lines, f"skipped {counted(len(more), 'more problem')}, {more[0][0]} to {more[-1][0]}"] if more else lines

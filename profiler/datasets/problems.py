@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from profiler.datasets.registry import Dataset
-from profiler.errors import DatasetError, UnreachableError, first_line
+from profiler.errors import DatasetError, DatasetUsageError, UnreachableError, first_line
 
 MAX_JSONL_LINE = 16 << 20
 # Seed of the permutation of datasets that are sorted by class. Fixed, so that everybody gets the same first problems.
@@ -176,7 +176,7 @@ def _read_local(path: Path, dataset: Dataset) -> Iterator[tuple[int, dict[str, A
         return _read_parquet(path, dataset)
     if path.suffix in {".jsonl", ".ndjson"}:
         return _read_json_lines(path, dataset)
-    raise DatasetError(f"data file {path}: expected a name ending in .parquet or .jsonl")
+    raise DatasetUsageError(f"data file {path}: expected a name ending in .parquet or .jsonl")
 
 
 def _read_parquet(path: Path, dataset: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from dataclasses import dataclass
 
-from profiler.errors import DatasetError
+from profiler.errors import DatasetUsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,5 +207,5 @@ DEMO_DATASETS = tuple(name for name, dataset in DATASETS.items() if dataset.embe
 def find_dataset(name: str) -> Dataset:
     """The dataset called `name`. Raises `DatasetError`, listing all datasets, if the name is unknown."""
     if name not in DATASETS:
-        raise DatasetError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
+        raise DatasetUsageError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
     return DATASETS[name]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from profiler.capture.options import CaptureOptions
-from profiler.errors import EngineError
+from profiler.errors import EngineUsageError
 from profiler.models.resolve import ResolvedModel
 
 # The value of vLLM's option `moe_backend` that leaves the choice to vLLM.
@@ -136,4 +136,4 @@ def start_engine(name: str, model: ResolvedModel, options: EngineOptions) -> Eng
         from profiler.engines.transformers import TransformersEngine
 
         return TransformersEngine(model, options)
-    raise EngineError(f"unknown engine {name!r}: expected one of {', '.join(ENGINES)}")
+    raise EngineUsageError(f"unknown engine {name!r}: expected one of {', '.join(ENGINES)}")

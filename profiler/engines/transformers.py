@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from profiler.capture.requests import REQUESTS_FILE, CapturedRequest
 from profiler.engines import AUTO_BACKEND, Completion, EngineOptions, Prompt, Sampling
 from profiler.engines.low_memory import place, quantize_experts
-from profiler.errors import EngineError, ModelError, first_line
+from profiler.errors import EngineError, EngineUsageError, ModelError, counted, first_line
 from profiler.models.deepseek_v1 import local_rewriting
 from profiler.models.moe_modules import MoEBlock, find_moe_blocks, find_output_scale, selection
 from profiler.models.resolve import ResolvedModel
@@ -39,9 +39,9 @@ class TransformersEngine:
 
     def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
         if options.capture.logits or options.capture.hidden_layers:
-            raise EngineError("capture of logits and router inputs needs the engine vllm")
+            raise EngineUsageError("capture of logits and router inputs needs the engine vllm")
         if options.moe_backend != AUTO_BACKEND:
-            raise EngineError(f"moe_backend {options.moe_backend!r} is an option of vLLM: use the engine vllm")
+            raise EngineUsageError(f"moe_backend {options.moe_backend!r} is an option of vLLM: use the engine vllm")
         location = model.location
         if model.metadata.architecture == "DeepseekForCausalLM":
             name = re.sub(r"[^\w.-]+", "--", model.metadata.id)
@@ -65,7 +65,7 @@ class TransformersEngine:
         if torch.cuda.is_available():
             on_host = place(self._model, torch.device("cuda"), offload=options.offload)
             if on_host:
-                self.notes.append(f"{on_host} layers stay in host memory and are computed there")
+                self.notes.append(f"{counted(on_host, 'layer')} stay in host memory and are computed there")
         elif options.offload:
             self.notes.append("no GPU: offloading has no effect, since all layers are in host memory")
         self.dtype = str(self._model.dtype).removeprefix("torch.")

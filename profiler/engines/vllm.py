@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import logging
@@ -24,7 +25,7 @@ from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, separate_co
 from profiler.capture.protocol import Workers
 from profiler.capture.requests import read_requests
 from profiler.engines import AUTO_BACKEND, Completion, EngineOptions, Prompt, Sampling
-from profiler.errors import EngineError, EngineStoppedError, ModelError, first_line
+from profiler.errors import EngineError, EngineStoppedError, EngineUsageError, ModelError, first_line
 from profiler.models.deepseek_v1 import register_config
 from profiler.models.registry import USED_SHARE
 from profiler.models.resolve import ResolvedModel
@@ -39,7 +40,9 @@ class VllmEngine:
 
     def __init__(self, model: ResolvedModel, options: EngineOptions) -> None:
         if options.load_in is not None or options.offload:
-            raise EngineError("quantizing on load and offloading need the engine transformers; vLLM has the option precision")
+            raise EngineUsageError(
+                "quantizing on load and offloading need the engine transformers; vLLM has the option precision"
+            )
         if not is_installed():
             raise EngineError(
                 "vLLM is not installed: pip install 'speculative-moe[cpu]' (or [gpu]), or use the engine transformers"
@@ -141,7 +144,7 @@ class VllmEngine:
                 max_tokens=prompt.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
-                seed=sampling.seed if sampling.temperature > 0 else None,
+                seed=request_seed(sampling.seed, prompt.problem_id) if sampling.temperature > 0 else None,
                 ignore_eos=sampling.ignore_eos,
                 extra_args={"problem_id": prompt.problem_id},
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -220,6 +223,15 @@ def _rejections() -> tuple[type[Exception], ...]:
     except ImportError:
         return (ValueError,)
     return (ValueError, getattr(exceptions, "VLLMClientError", ValueError))
+
+
+def request_seed(seed: int, problem_id: int) -> int:
+    """The seed of a problem's request, 0 to 2^63 - 1.
+
+    With one seed for all requests, vLLM draws the same random numbers for each of them, and similar prompts get nearly the same
+    outputs. A resumed collection samples what an uninterrupted one would have.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {problem_id}".encode()).digest()[:8], "big") >> 1
 
 
 def is_installed() -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError, TraceError
+from profiler.errors import SpecmoeError, TraceError, UsageError, counted
 from profiler.exporters import csv_table, exllamav3, json_table, ktransformers, llama_cpp, sglang
 from profiler.exporters.chosen_experts import Budget, choose_experts, choose_layers, distinct_experts, hit_rate, overlap
 from profiler.exporters.content import Content
@@ -99,9 +99,9 @@ def export_trace(trace: Trace, out: Path, format_name: str, options: ExportOptio
         if path.exists():
             raise TraceError(f"{path} exists: choose another file")
     if out.suffix != chosen.suffix and chosen.name in {ktransformers.NAME, sglang.NAME, exllamav3.NAME}:
-        raise SpecmoeError(f"{out}: {chosen.name} reads files whose names end in {chosen.suffix}")
+        raise UsageError(f"{out}: {chosen.name} reads files whose names end in {chosen.suffix}")
     if options.batch < 1:
-        raise SpecmoeError(f"batch {options.batch}: expected at least 1")
+        raise UsageError(f"batch {options.batch}: expected at least 1")
     if options.by == "weight" and not trace.metadata.record.weights:
         raise SpecmoeError(f"{trace.path} has no routing weights: export by tokens")
     content = _content(trace, chosen, options)
@@ -115,7 +115,7 @@ def export_trace(trace: Trace, out: Path, format_name: str, options: ExportOptio
 def find_format(name: str) -> ExportFormat:
     """The format called `name`. Raises `SpecmoeError`, listing the formats, if there is none."""
     if name not in FORMATS:
-        raise SpecmoeError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
+        raise UsageError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
@@ -123,7 +123,7 @@ def _content(trace: Trace, chosen: ExportFormat, options: ExportOptions) -> Cont
     model = trace.metadata.model
     entry = find_entry(options.model or model.id)
     if options.model is not None and entry is None:
-        raise SpecmoeError(f"unknown model {options.model!r}: see 'specmoe models'")
+        raise UsageError(f"unknown model {options.model!r}: see 'specmoe models'")
     if entry is not None and (
         options.model is not None or (options.budget is not None and options.budget.gigabytes is not None)
     ):
@@ -140,7 +140,7 @@ def _content(trace: Trace, chosen: ExportFormat, options: ExportOptions) -> Cont
     kept_LE = np.zeros(score_LE.shape, dtype=np.bool_)
     if scope != "none":
         if options.budget is None:
-            raise SpecmoeError("how many experts to keep: expected a fraction, slots per layer, or gigabytes")
+            raise UsageError("how many experts to keep: expected a fraction, slots per layer, or gigabytes")
         kept_LE = _kept(training, score_LE, scope, _affordable(options, model, entry), options.batch)
     num_layers = model.num_layers or (None if entry is None else entry.layers)
     # A trace may have the name of a model that it is not of.
@@ -191,9 +191,9 @@ def _scope(chosen: ExportFormat, options: ExportOptions, notes: list[str]) -> st
     """How experts are chosen. Adds a note if the engine does not choose as the options ask."""
     wanted = "global" if options.over_all_layers else "layer"
     if chosen.scope == "none" and options.budget is not None:
-        raise SpecmoeError(f"{chosen.name} keeps all experts: leave out how many to keep")
+        raise UsageError(f"{chosen.name} keeps all experts: leave out how many to keep")
     if chosen.scope == "layer" and options.over_all_layers:
-        raise SpecmoeError(f"{chosen.name} keeps equally many experts in each layer: leave out the choice over all layers")
+        raise UsageError(f"{chosen.name} keeps equally many experts in each layer: leave out the choice over all layers")
     if chosen.scope == "global" and not options.over_all_layers:
         notes.append(f"{chosen.name} ranks the experts of all layers together, so layers keep different numbers of experts")
     return wanted if chosen.scope == "either" else chosen.scope
@@ -211,7 +211,8 @@ def _check_shape(entry: ModelEntry, model: ModelMetadata) -> None:
     shape = len(model.moe_layers), model.num_experts
     if (len(entry.moe_layers), entry.experts) != shape or model.moe_layers[-1] >= entry.layers:
         raise SpecmoeError(
-            f"{entry.name} has {len(entry.moe_layers)} MoE layers of {entry.experts} experts; the trace has {shape[0]} of "
+            f"{entry.name} has {counted(len(entry.moe_layers), 'MoE layer')} of {entry.experts} experts; the trace has "
+            f"{shape[0]} of "
             f"{shape[1]}, up to layer {model.moe_layers[-1]}: choose another model"
         )
 

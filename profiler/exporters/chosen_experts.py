@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from profiler.exporters.counts import ExpertCounts
 
 
@@ -35,11 +35,11 @@ class Budget:
         Raises `SpecmoeError` if not exactly one is given, if it is out of range, or if the size of an expert is not known.
         """
         if sum(value is not None for value in (self.fraction, self.slots, self.gigabytes)) != 1:
-            raise SpecmoeError("how many experts to keep: expected exactly one of a fraction, slots per layer, and gigabytes")
+            raise UsageError("how many experts to keep: expected exactly one of a fraction, slots per layer, and gigabytes")
         everything = layers * num_experts
         if self.fraction is not None:
             if not 0 <= self.fraction <= 1:
-                raise SpecmoeError(f"fraction {self.fraction}: expected 0 to 1")
+                raise UsageError(f"fraction {self.fraction}: expected 0 to 1")
             return int(self.fraction * everything + 1e-9)
         if self.slots is not None:
             if not 0 <= self.slots <= num_experts:
@@ -51,7 +51,7 @@ class Budget:
             )
         gigabytes = self.gigabytes or 0.0
         if not 0 <= gigabytes < 1e9:
-            raise SpecmoeError(f"{gigabytes} GB of experts: expected 0 or more")
+            raise UsageError(f"{gigabytes} GB of experts: expected 0 or more")
         return min(everything, int(gigabytes * 1e9 / expert_bytes))
 
 

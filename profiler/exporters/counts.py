@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from profiler.errors import EmptyPartError, TraceError
+from profiler.errors import EmptyPartError, TraceError, counted
 from profiler.trace.reader import Trace
 from profiler.trace.schema import DECODE, RoutingChunk
 from profiler.trace.splits import PARTS, all_digests, part_of_digest
@@ -66,7 +66,8 @@ class PartCounts:
         found = [counts for part, counts in self.parts.items() if name in {"all", part}]
         if not found and (problems := self.problems.get(name, 0)):
             raise EmptyPartError(
-                f"none of the {problems} problems in the {name} part of the split has a generated token with routing: count "
+                f"none of {counted(problems, 'problem')} in the {name} part of the split has a generated token with "
+                "routing: count "
                 "prompts, too (--phase all), or choose another part"
             )
         if not found:

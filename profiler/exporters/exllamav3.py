@@ -12,7 +12,7 @@ import json
 import shlex
 from pathlib import Path
 
-from profiler.errors import SpecmoeError
+from profiler.errors import UsageError
 from profiler.exporters.content import Content
 from profiler.trace.writer import write_text
 
@@ -37,7 +37,7 @@ def write(content: Content, out: Path) -> list[str]:
     """Write the statistics. Returns how to use them. Raises `SpecmoeError` if the key of layers has no `{layer}`."""
     key = content.layer_key or f"model.layers.{{layer}}.{_module(content)}"
     if "{layer}" not in key:
-        raise SpecmoeError(f"layer key {key!r}: expected {{layer}} in it, such as model.layers.{{layer}}.mlp")
+        raise UsageError(f"layer key {key!r}: expected {{layer}} in it, such as model.layers.{{layer}}.mlp")
     counts = {
         key.replace("{layer}", str(layer)): row.tolist()
         for layer, row in zip(content.model.moe_layers, content.score_LE, strict=True)

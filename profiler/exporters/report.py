@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from profiler.errors import counted
+
 REPORT_SUFFIX = ".report.json"
 DEFINITIONS = {
     "hit_rate": "share of the choices of experts by held-out tokens that go to kept experts",
@@ -80,8 +82,9 @@ class ExportReport(BaseModel):
             "none": "",
         }[self.scope]
         lines = [
-            f"chosen by {self.by} of {self.tokens:,} {self._tokens} of {self.problems} training problems; measured on "
-            f"{self.held_out_tokens:,} of {self.held_out_problems} problems ({self.held_out} part)"
+            f"chosen by {self.by} of {self.tokens:,} {self._tokens} of {counted(self.problems, 'training problem')}; "
+            "measured on "
+            f"{self.held_out_tokens:,} of {counted(self.held_out_problems, 'problem')} ({self.held_out} part)"
         ]
         if self.hit_rate is not None:
             lines += [

@@ -11,7 +11,7 @@ import json
 import shlex
 from pathlib import Path
 
-from profiler.errors import SpecmoeError
+from profiler.errors import UsageError
 from profiler.exporters.content import Content
 from profiler.trace.writer import write_text
 
@@ -25,7 +25,7 @@ UNVERIFIED = "SGLang was not run; a test reads the file as its loader does"
 def write(content: Content, out: Path) -> list[str]:
     """Write the table. Returns how to use it. Raises `SpecmoeError` if experts are ranked by weight."""
     if content.report.by != "tokens":
-        raise SpecmoeError("SGLang balances the number of tokens: export by tokens")
+        raise UsageError("SGLang balances the number of tokens: export by tokens")
     table = content.of_all_layers(content.counts.tokens_LE)
     write_text(out, json.dumps({"logical_count": table.tolist(), "specmoe": content.report.model_dump()}) + "\n")
     return [f"SGLang: --init-expert-location {shlex.quote(str(out))}, with --ep-size and --ep-num-redundant-experts"]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, TraceUsageError
 from profiler.importers.formats import (
     colibri,
     edge_csv,
@@ -133,7 +133,7 @@ def find_format(source: Path, name: str | None = None) -> Format:
     """The format called `name`, or the one detected from `source`. Raises `TraceError`, listing the formats, if none fits."""
     if name is not None:
         if name not in FORMATS:
-            raise TraceError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
+            raise TraceUsageError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
         return FORMATS[name]
     detected = _detected(source)
     if detected is not None:

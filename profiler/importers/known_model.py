@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, counted
 from profiler.models.registry import MODELS, ModelEntry
 
 
@@ -42,7 +42,9 @@ class Recorded:
         """Which parts of the model the source lacks, one line each."""
         absent = sorted(set(entry.moe_layers) - set(self.layers))
         gaps = (
-            [f"{len(absent)} of the {len(entry.moe_layers)} MoE layers of {entry.name} are not in the source"] if absent else []
+            [f"{len(absent)} of the {counted(len(entry.moe_layers), 'MoE layer')} of {entry.name} are not in the source"]
+            if absent
+            else []
         )
         if self.most_experts < entry.top_k:
             gaps.append(f"{self.most_experts} of the {entry.top_k} experts that {entry.name} uses per token were recorded")

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.capture.sealing import Missing
+from profiler.errors import counted
 from profiler.importers.identical_runs import MIN_RUN
 
 
@@ -49,7 +50,10 @@ class Losses:
         left_out = self.incomplete + self.contradicted + self.repeated + self.unknown_weights + self.short + self.identical
         of = f"of {self.tokens + left_out:,} tokens"
         reasons = [
-            (self.incomplete, f"lacked rows at some layer and were dropped, in {len(self.incomplete_problems):,} problems"),
+            (
+                self.incomplete,
+                f"lacked rows at some layer and were dropped, in {counted(len(self.incomplete_problems), 'problem')}",
+            ),
             (self.contradicted, "had two different rows at a layer and were dropped"),
             (self.repeated, "named an expert twice at a layer and were dropped"),
             (self.unknown_weights, "had an unknown weight and were dropped"),
@@ -85,10 +89,11 @@ def holes(missing: Missing, dropped_keys: npt.NDArray[np.int64]) -> list[str]:
     found = []
     if late:
         found.append(
-            f"{late:,} problems lack their first positions, {beginnings:,} in all: prompts not recorded, or only in part"
+            f"{counted(late, 'problem')} without the first positions, {beginnings:,} in all: prompts not recorded, or only "
+            "in part"
         )
     if others:
-        found.append(f"{holes:,} further positions of {others:,} problems have no rows")
+        found.append(f"{counted(holes, 'further position')} of {counted(others, 'problem')} without rows")
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from profiler.errors import ModelError
+from profiler.errors import ModelUsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def find_gpu(name: str, *, rented: bool = False) -> Gpu:
     """The GPU called `name`; with `rented`, only if Modal offers it. Raises `ModelError`, listing the choices, otherwise."""
     known = {key: gpu for key, gpu in GPUS.items() if not rented or gpu.dollars_per_hour is not None}
     if name not in known:
-        raise ModelError(f"unknown GPU {name!r}: expected one of {', '.join(known)}")
+        raise ModelUsageError(f"unknown GPU {name!r}: expected one of {', '.join(known)}")
     return known[name]
 
 

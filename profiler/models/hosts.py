@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from profiler.errors import ModelError
+from profiler.errors import ModelUsageError
 from profiler.models.gpus import Gpu
 
 
@@ -119,12 +119,12 @@ STORAGE: dict[str, Storage] = {
 def find_host(name: str) -> Host:
     """The host called `name`. Raises `ModelError`, listing the choices, if there is none."""
     if name not in HOSTS:
-        raise ModelError(f"unknown host {name!r}: expected one of {', '.join(HOSTS)}")
+        raise ModelUsageError(f"unknown host {name!r}: expected one of {', '.join(HOSTS)}")
     return HOSTS[name]
 
 
 def find_storage(name: str) -> Storage:
     """The storage called `name`. Raises `ModelError`, listing the choices, if there is none."""
     if name not in STORAGE:
-        raise ModelError(f"unknown storage {name!r}: expected one of {', '.join(STORAGE)}")
+        raise ModelUsageError(f"unknown storage {name!r}: expected one of {', '.join(STORAGE)}")
     return STORAGE[name]

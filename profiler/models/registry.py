@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from profiler.errors import ModelError
+from profiler.errors import ModelError, ModelUsageError
 from profiler.models.gpus import GPUS, Gpu
 
 # Bytes in memory per parameter, including scales, zero points and the parameters that stay in 16 bits. AWQ and GPTQ with groups
@@ -284,7 +284,7 @@ MODELS: dict[str, ModelEntry] = {
 def bytes_per_parameter(precision: str) -> float:
     """The precision's entry of `PRECISIONS`. Raises `ModelError` if it is unknown."""
     if precision not in PRECISIONS:
-        raise ModelError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        raise ModelUsageError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
 
 
@@ -316,7 +316,7 @@ def preset(entry: ModelEntry, gpu: Gpu, precision: str = "auto") -> Preset:
     Raises `ModelError` if the checkpoint is unknown, or if it does not fit, naming the GPUs and precisions that do.
     """
     if precision != "auto" and precision not in entry.precisions:
-        raise ModelError(f"{entry.name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")
+        raise ModelUsageError(f"{entry.name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")
     # A precision that must first be quantized is used only when it is named.
     for candidate in entry.checkpoints if precision == "auto" else [precision]:
         found = fits(entry, gpu, candidate)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from profiler.errors import ModelError, first_line
+from profiler.errors import ModelError, ModelUsageError, first_fault, first_line
 from profiler.models.built import built_facts, check_sizes
 from profiler.models.registry import MODELS, QUANTIZE_PRECISION, ModelEntry, checkpoint, quantized_checkpoint
 from profiler.trace.schema import ModelMetadata
@@ -51,13 +51,15 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
     location, is_self_quantized = str(demo_model_folder()) if name == DEMO_MODEL else name, False
     if entry is not None:
         if precision != "auto" and precision not in entry.precisions:
-            raise ModelError(f"{name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")
+            raise ModelUsageError(f"{name} has no {precision} checkpoint: expected one of {', '.join(entry.precisions)}")
         precision = entry.precisions[0] if precision == "auto" else precision
         location, is_self_quantized = checkpoint(entry, precision), precision not in entry.checkpoints
     elif precision == QUANTIZE_PRECISION and "/" in name and not Path(name).is_dir():
         location, is_self_quantized = str(quantized_checkpoint(name, precision)), True
     elif precision != "auto":
-        raise ModelError(f"a precision can be chosen only for a registered model, which {name!r} is not (see 'specmoe models')")
+        raise ModelUsageError(
+            f"a precision can be chosen only for a registered model, which {name!r} is not (see 'specmoe models')"
+        )
     if is_self_quantized and not Path(location).is_dir():
         raise ModelError(
             f"no {precision} checkpoint of {name} is public, and {location} does not exist: create one with "
@@ -66,7 +68,7 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
     is_folder = Path(location).is_dir()
     if not is_folder and "/" not in location:
         known = ", ".join([DEMO_MODEL, *MODELS])
-        raise ModelError(f"unknown model {name!r}: expected one of {known}, a local folder, or a hub id like org/name")
+        raise ModelUsageError(f"unknown model {name!r}: expected one of {known}, a local folder, or a hub id like org/name")
     if is_folder and not (Path(location) / "config.json").is_file():
         raise ModelError(f"{location} is not a model folder: it has no config.json")
     config = _read_config(location, revision)
@@ -81,7 +83,7 @@ def resolve_model(name: str, *, dtype: str = "auto", revision: str | None = None
             named = model.metadata.model_copy(update={"id": f"{name}-{precision}"})
             model = replace(model, metadata=named)
     except (ValidationError, TypeError, ValueError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        reason = first_fault(error) if isinstance(error, ValidationError) else first_line(error)
         raise ModelError(f"the config of {location} is not valid: {reason}") from error
     if entry is not None:
         check_facts(entry, model)

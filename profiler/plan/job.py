@@ -22,7 +22,17 @@ from profiler.collect.options import RentedOptions
 from profiler.collect.selection import Selection, describe, guess, select
 from profiler.datasets.problems import Problem
 from profiler.engines import AUTO_BACKEND, ENGINES, Sampling
-from profiler.errors import DatasetError, EngineError, ModelError, TraceError, UnreachableError
+from profiler.errors import (
+    DatasetError,
+    EngineError,
+    EngineUsageError,
+    ModelError,
+    ModelUsageError,
+    TraceError,
+    UnreachableError,
+    counted,
+    first_fault,
+)
 from profiler.models.gpus import Gpu, find_gpu
 from profiler.models.registry import MODELS, QUANTIZE_PRECISION, ModelEntry, checkpoint, preset, quantized_checkpoint
 from profiler.models.resolve import DEMO_MODEL, demo_model_folder, resolve_model
@@ -124,7 +134,7 @@ class JobPlan:
             place = "created by modal_jobs/quantize.py"
         lines = [
             f"run {job.run_id}" if not self.guessed else f"prompts of typical length, since {self.guessed}",
-            f"  problems    {len(self.problems):,} ({datasets}) in {job.num_shards} shards",
+            f"  problems    {len(self.problems):,} ({datasets}) in {counted(job.num_shards, 'shard')}",
             f"  model       {job.model}{f', {job.precision}' if job.precision != 'auto' else ''}: {place}",
             f"  where       Modal, up to {self.containers} x {where}; {job.image}",
         ]
@@ -171,19 +181,19 @@ def make_plan(options: RentedOptions, *, may_guess: bool = False) -> JobPlan:
     rented = find_gpu(options.gpu or DEFAULT_GPU, rented=True)
     check_sampling(selection.sampling)
     if not 1 <= containers <= MAX_CONTAINERS:
-        raise EngineError(f"containers {containers}: expected 1 to {MAX_CONTAINERS}")
+        raise EngineUsageError(f"containers {containers}: expected 1 to {MAX_CONTAINERS}")
     if engine not in ENGINES:
-        raise EngineError(f"unknown engine {engine!r}: expected one of {', '.join(ENGINES)}")
+        raise EngineUsageError(f"unknown engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if dtype not in DTYPES:
-        raise EngineError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        raise EngineUsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if shard_size is not None and shard_size < 1:
-        raise EngineError(f"shard_size {shard_size}: expected 1 or more")
+        raise EngineUsageError(f"shard_size {shard_size}: expected 1 or more")
     if hidden_layers and capture.hidden_tokens < 1:
-        raise EngineError(f"hidden_tokens {capture.hidden_tokens}: expected 1 or more")
+        raise EngineUsageError(f"hidden_tokens {capture.hidden_tokens}: expected 1 or more")
     if engine == "transformers" and (capture.logits or hidden_layers):
-        raise EngineError("capture of logits and router inputs needs the engine vllm")
+        raise EngineUsageError("capture of logits and router inputs needs the engine vllm")
     if engine == "transformers" and options.moe_backend != AUTO_BACKEND:
-        raise EngineError(f"moe_backend {options.moe_backend!r} is an option of vLLM: use the engine vllm")
+        raise EngineUsageError(f"moe_backend {options.moe_backend!r} is an option of vLLM: use the engine vllm")
     entry = MODELS.get(model)
     moe_layers: list[int] | None = None
     context: int | None = None
@@ -194,7 +204,9 @@ def make_plan(options: RentedOptions, *, may_guess: bool = False) -> JobPlan:
     elif precision == QUANTIZE_PRECISION and "/" in model:
         location = model
     elif precision != "auto":
-        raise ModelError(f"precision chooses a checkpoint of a short name, and {model!r} is not one (see 'specmoe models')")
+        raise ModelUsageError(
+            f"precision chooses a checkpoint of a short name, and {model!r} is not one (see 'specmoe models')"
+        )
     elif model == DEMO_MODEL:
         location = str(demo_model_folder())
         facts = resolve_model(DEMO_MODEL)
@@ -276,8 +288,7 @@ def read_job(text: str | bytes, where: str) -> CollectJob:
     try:
         return CollectJob.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise TraceError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise TraceError(f"{where}: {first_fault(error)}") from error
 
 
 def read_shard(folder: Path, job: CollectJob, shard: int) -> dict[int, Problem]:
@@ -293,7 +304,7 @@ def read_shard(folder: Path, job: CollectJob, shard: int) -> dict[int, Problem]:
                 try:
                     problems[number] = adapter.validate_json(line)
                 except ValidationError as error:
-                    raise DatasetError(f"{path}, line {number + 1} is not a problem: {error.errors()[0]['msg']}") from error
+                    raise DatasetError(f"{path}, line {number + 1} is not a problem: {first_fault(error)}") from error
     if len(problems) < job.shards[shard + 1] - job.shards[shard]:
         raise DatasetError(f"{path} ends before problem {job.shards[shard + 1]}")
     return problems

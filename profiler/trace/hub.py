@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, counted
 from profiler.trace.reader import Trace
 from profiler.trace.schema import (
     GATES_FILE,
@@ -140,10 +140,13 @@ def _card(trace: Trace) -> str:
     weights = "weights as the model applies them" if metadata.record.weights else "no weights"
     facts: list[tuple[str, Any]] = [
         ("model", f"{model.id}{f' at {model.revision}' if model.revision else ''}"),
-        ("routing", f"{len(model.moe_layers)} MoE layers, {model.num_experts} experts, top-{model.top_k}, {weights}"),
+        (
+            "routing",
+            f"{counted(len(model.moe_layers), 'MoE layer')}, {model.num_experts} experts, top-{model.top_k}, {weights}",
+        ),
         ("precision", ", ".join(filter(None, [model.dtype, model.quantization])) or "unknown"),
         ("rows", f"{trace.num_rows:,}, one per (problem, token, MoE layer)"),
-        ("data", ", ".join(f"{d.problems} problems of {d.name}" for d in metadata.datasets) or "unknown"),
+        ("data", ", ".join(f"{counted(d.problems, 'problem')} of {d.name}" for d in metadata.datasets) or "unknown"),
         ("recorded with", " ".join(filter(None, [metadata.engine, metadata.versions.get(metadata.engine)]))),
         ("hook", metadata.hook),
         ("created", metadata.created),

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, counted, first_fault
 from profiler.trace.decoding import concatenate
 from profiler.trace.row_groups import RowGroup, RowGroups
 from profiler.trace.schema import (
@@ -329,7 +329,7 @@ class Trace:
         if not self.metadata.knows_strongest:
             lines.append("no weights were recorded: which of a token's experts is the strongest is unknown, so nothing says it")
         if record.empty_slots:
-            lines.append(f"{record.empty_slots:,} slots have no expert: some tokens went to fewer than K")
+            lines.append(f"{counted(record.empty_slots, 'slot')} without an expert: some tokens went to fewer than K")
         return lines
 
     def values(self, folder: str, problem_id: int) -> tuple[npt.NDArray[np.int32], list[int], npt.NDArray[np.float16]]:
@@ -387,6 +387,4 @@ def _read_document(path: Path, kind: type[_DocumentType]) -> _DocumentType:
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise TraceError(f"{path} is not valid: {where}: {first['msg']}") from error
+        raise TraceError(f"{path} is not valid: {first_fault(error)}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, counted
 from profiler.trace.schema import CAPTURE_FOLDER, Metadata
 from profiler.trace.stream import ROUTING_STREAM, read_index
 
@@ -22,7 +22,7 @@ def describe_unsealed(directory: Path, metadata: Metadata) -> str:
     finished = sum(path.read_bytes().count(b"\n") for path in capture.glob("run-*/completions.jsonl"))
     if not tokens:
         return "; nothing was recorded yet"
-    outputs = f" and the outputs of {finished} problems" if finished else ""
+    outputs = f" and the outputs of {counted(finished, 'problem')}" if finished else ""
     if metadata.capture.get("server"):
         how = "'python -m vllm_patch finish' seals them"
     else:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, counted
+from speculation.data.ranking import rank_rows
 from speculation.data.repeats import RUN_LENGTHS, UNKNOWN_TOKEN, Matches
 from speculation.data.router_inputs import RouterInputs
-from speculation.data.routes import Routes
+from speculation.data.routes import Routes, pack_routes
 from speculation.data.tasks import Shape
 
 FIRST_CAPACITY = 256
@@ -49,9 +50,11 @@ class Prediction:
         Args:
             probabilities: `[..., E]`, the probability of each expert.
         """
-        order = np.argsort(-probabilities, axis=-1, kind="stable")
-        # Sorting again takes less time than looking up what the order says.
-        return cls(order, -np.sort(-probabilities, axis=-1).astype(np.float32))
+        ids = np.empty(probabilities.shape, dtype=np.int64)
+        scores = np.empty(probabilities.shape, dtype=np.float32)
+        experts = probabilities.shape[-1]
+        rank_rows(probabilities.reshape(-1, experts), ids.reshape(-1, experts), scores.reshape(-1, experts))
+        return cls(ids, scores)
 
 
 @dataclass
@@ -100,12 +103,12 @@ class History:
             "index_T": np.full(FIRST_CAPACITY, -1, dtype=np.int64),
             "order_T": np.zeros(FIRST_CAPACITY, dtype=np.int64),
             "by_length_TR": np.full((FIRST_CAPACITY, len(RUN_LENGTHS)), -1, dtype=np.int64),
-            "packed_TW": np.zeros((FIRST_CAPACITY, -(-self.shape.layers * self.shape.experts // 64)), dtype=np.uint64),
             "previous_T": np.arange(-1, FIRST_CAPACITY - 1, dtype=np.int64),
         }
         self._arrays["token_ids_T"] += self.position
         self._last_at: dict[tuple[int, ...], int] = {}
         self._routes: Routes | None = None
+        self._packed = _PackedRoutes(self.shape)
         self._hidden_TLD: npt.NDArray[np.float16] | None = None
 
     def begin(self, vocab_id: int | None, *, is_decode: bool = True) -> None:
@@ -119,7 +122,9 @@ class History:
             SpecmoeError: Routes of the previous token are missing at some layer.
         """
         if self.tokens and self.layer != self.shape.layers - 1:
-            raise SpecmoeError(f"token {self.tokens - 1} has routes of {self.layer + 1} layers, expected {self.shape.layers}")
+            raise SpecmoeError(
+                f"token {self.tokens - 1} has routes of {counted(self.layer + 1, 'layer')}, expected {self.shape.layers}"
+            )
         token = self.tokens
         if token == len(self._arrays["first_T"]):
             self._grow()
@@ -135,6 +140,7 @@ class History:
                     self._arrays["by_length_TR"][token, number - 1] = self._last_at[run]
                 self._last_at[run] = token
         self.tokens, self.layer, self._routes = token + 1, -1, None
+        self._packed.tokens, self._packed.layer = self.tokens, self.layer
 
     def add(
         self, expert_ids: npt.ArrayLike, weights: npt.ArrayLike | None = None, router_input: npt.ArrayLike | None = None
@@ -162,13 +168,10 @@ class History:
             self._set_router_input(np.asarray(router_input, dtype=np.float16))
         elif self._hidden_TLD is not None:
             raise SpecmoeError("router input is missing: expected one for every token and layer, as given so far")
-        self.layer += 1
+        self.layer = self._packed.layer = self.layer + 1
         order = np.argsort(-given, kind="stable")
         self._arrays["expert_ids_TLK"][self.tokens - 1, self.layer] = ids[order]
         self._arrays["weights_TLK"][self.tokens - 1, self.layer] = given[order]
-        packed_W, start = self._arrays["packed_TW"][self.tokens - 1], self.layer * self.shape.experts
-        for expert in ids.tolist():
-            packed_W[(start + expert) >> 6] |= np.uint64(1 << ((start + expert) & 63))
 
     @property
     def routes(self) -> Routes:
@@ -179,11 +182,11 @@ class History:
         if self._routes is None:
             views = {name: array[: self.tokens] for name, array in self._arrays.items()}
             matches = Matches(views.pop("index_T"), views.pop("order_T"), views.pop("by_length_TR"))
-            previous_T, packed_TW = views.pop("previous_T"), views.pop("packed_TW")
+            previous_T = views.pop("previous_T")
             self._routes = Routes(**views, router=self._router())
-            # The cached properties would compute the same, but in time proportional to the length of the sequence.
+            # They would compute the same by themselves, but in time proportional to the length of the sequence.
             vars(self._routes).update(matches=matches, previous_T=previous_T)
-            vars(self._routes).update(_packed_TW=packed_TW, _packed_for=self.shape.experts)
+            vars(self._routes).update(_packed=self._packed, _packed_for=self.shape.experts)
         return self._routes
 
     def _set_router_input(self, given: npt.NDArray[np.float16]) -> None:
@@ -215,3 +218,35 @@ class History:
             self._arrays[name] = grown
         self._arrays["token_ids_T"][:] = np.arange(self.position, self.position + 2 * count)
         self._arrays["previous_T"][:] = np.arange(-1, 2 * count - 1)
+
+
+class _PackedRoutes:
+    """The routes of a history as bits (see `pack_routes`). What was added is packed when a predictor needs it: most do not.
+
+    It does not refer to the history, whose memory would then be freed late.
+
+    tokens, layer: as of the history.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.tokens, self.layer = 0, -1
+        self._complete = 0
+        self._packed_TW = np.zeros((0, -(-shape.layers * shape.experts // 64)), dtype=np.uint64)
+
+    def __call__(self, expert_ids_TLK: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+        """The bits `[T, W]` of the first T tokens of the history, whose experts these are. Unknown layers have none."""
+        count, shape = len(expert_ids_TLK), self.shape
+        if count > len(self._packed_TW):
+            grown_TW = np.zeros((max(count, 2 * len(self._packed_TW)), self._packed_TW.shape[1]), dtype=np.uint64)
+            grown_TW[: len(self._packed_TW)] = self._packed_TW
+            self._packed_TW = grown_TW
+        complete = min(count, self.tokens if self.layer == shape.layers - 1 else max(0, self.tokens - 1))
+        if complete > self._complete:
+            self._packed_TW[self._complete : complete] = pack_routes(expert_ids_TLK[self._complete : complete], shape.experts)
+            self._complete = complete
+        if complete < count:
+            # The current token is packed again each time, because layers may have been added.
+            known_TW = pack_routes(expert_ids_TLK[complete:, : self.layer + 1], shape.experts)
+            self._packed_TW[complete, : known_TW.shape[1]] = known_TW
+        return self._packed_TW[:count]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from analysis.counts.survey import token_identity
-from profiler.errors import EmptyPartError, SpecmoeError, TraceError
+from profiler.errors import EmptyPartError, SpecmoeError, TraceError, counted
 from profiler.trace.decoding import concatenate
 from profiler.trace.reader import Trace
 from profiler.trace.schema import DECODE, TOKENS_FILE, RoutingChunk
@@ -23,6 +23,8 @@ from speculation.data.router_inputs import RouterInputs, with_router_inputs
 
 TOKEN_FIELDS = [("problem_id", pa.int32()), ("token_id", pa.int32()), ("phase", pa.string())]
 TOKEN_ROWS = 1 << 16
+# Routes are packed in pieces that have at most so many bytes, one for each expert, before they are.
+UNPACKED_BYTES = 4 << 20
 
 
 class RouteSource(Protocol):
@@ -137,9 +139,12 @@ class Routes:
 
     def packed(self, experts: int) -> npt.NDArray[np.uint64]:
         """The routes as bits for a model with this many experts, uint64 `[T, W]`: see `pack_routes`. Computed once."""
-        if vars(self).get("_packed_for") != experts:
-            vars(self).update(_packed_TW=pack_routes(self.expert_ids_TLK, experts), _packed_for=experts)
-        found: npt.NDArray[np.uint64] = vars(self)["_packed_TW"]
+        state = vars(self)
+        if state.get("_packed_for") != experts:
+            packed_TW = pack_routes(self.expert_ids_TLK, experts)
+            state.update(_packed=lambda ids_TLK: packed_TW, _packed_for=experts)
+        # The routes of a history pack only what was added since.
+        found: npt.NDArray[np.uint64] = state["_packed"](self.expert_ids_TLK)
         return found
 
     @cached_property
@@ -158,12 +163,16 @@ def pack_routes(expert_ids_TLK: npt.NDArray[Any], experts: int) -> npt.NDArray[n
     Returns:
         uint64 `[T, W]` with W = ceil(L * E / 64), the lowest bits first.
     """
-    tokens, layers, top_k = expert_ids_TLK.shape
-    packed_TW = np.zeros((tokens, -(-layers * experts // 64)), dtype=np.uint64)
-    rows_T, start_L = np.arange(tokens)[:, None], np.arange(layers) * experts
-    for k in range(top_k):
-        bits_TL = expert_ids_TLK[:, :, k].astype(np.int64) + start_L
-        np.bitwise_or.at(packed_TW, (rows_T, bits_TL >> 6), np.uint64(1) << (bits_TL & 63).astype(np.uint64))
+    tokens, layers, _ = expert_ids_TLK.shape
+    words = -(-layers * experts // 64)
+    packed_TW = np.empty((tokens, words), dtype=np.uint64)
+    start_L1 = np.arange(layers)[:, None] * experts
+    at_once = max(1, UNPACKED_BYTES // (64 * max(1, words)))
+    for first in range(0, tokens, at_once):
+        part_TLK = expert_ids_TLK[first : first + at_once]
+        is_selected = np.zeros((len(part_TLK), 64 * words), dtype=np.bool_)
+        is_selected[np.arange(len(part_TLK))[:, None, None], part_TLK + start_L1] = True
+        packed_TW[first : first + at_once] = np.packbits(is_selected, axis=1, bitorder="little").view("<u8")
     return packed_TW
 
 
@@ -299,7 +308,8 @@ def problems_of_part(trace: Trace, part: str, without: npt.NDArray[np.uint64] | 
     if trace.metadata.record.empty_slots:
         count = trace.metadata.record.empty_slots
         raise TraceError(
-            f"{trace.path}: {count:,} slots have no expert, but predictors are evaluated on complete sets of K experts: "
+            f"{trace.path}: {counted(count, 'slot')} without an expert, but predictors are evaluated on complete sets of K "
+            "experts: "
             "convert the source again with drop_incomplete"
         )
     left_out = set() if without is None else set(without.tolist())

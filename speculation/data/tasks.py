@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError, TraceError
+from profiler.errors import SpecmoeError, TraceError, UsageError, counted
 from profiler.trace.schema import INFERRED_EXPERTS, Metadata, ModelMetadata
 from speculation.data.routes import Routes
 
@@ -83,9 +83,9 @@ class Shape:
                 "next-layer: there is one MoE layer, so none comes next; predict next-token or whole-path instead"
             )
         if self.task == Task.NEXT_LAYER and self.horizon >= self.layers:
-            raise SpecmoeError(f"horizon {self.horizon}: expected 1 to {self.layers - 1} for {self.layers} MoE layers")
+            raise UsageError(f"horizon {self.horizon}: expected 1 to {self.layers - 1} for {counted(self.layers, 'MoE layer')}")
         if self.task in {Task.WHOLE_PATH, Task.REUSE} and self.horizon > 1:
-            raise SpecmoeError(f"horizon {self.horizon}: {self.task} has no horizon to choose, expected 1")
+            raise UsageError(f"horizon {self.horizon}: {self.task} has no horizon to choose, expected 1")
         if self.top_k > self.experts:
             raise SpecmoeError(f"top_k {self.top_k} exceeds experts {self.experts}")
         if self.horizon * self.layers * self.experts**2 > MAX_TABLE:
@@ -114,7 +114,9 @@ class Shape:
         sizes = [(len(model.moe_layers), model.top_k, model.num_experts), (self.layers, self.top_k, self.experts)]
         if sizes[0] == sizes[1]:
             return
-        theirs, ours = (f"{layers} MoE layers and top-{top_k} of {experts} experts" for layers, top_k, experts in sizes)
+        theirs, ours = (
+            f"{counted(layers, 'MoE layer')} and top-{top_k} of {experts} experts" for layers, top_k, experts in sizes
+        )
         inferred = model.num_experts != self.experts and INFERRED_EXPERTS in metadata.gaps
         hint = "; its number of experts was inferred: convert its source again with the model's number" if inferred else ""
         raise TraceError(f"{path}: its model has {theirs}, but that of {expected_by} has {ours}{hint}")

@@ -106,13 +106,13 @@ def evaluate(
         part=part,
         problems=len(routes.problem_ids),
         trained_on=int(np.isin(digests, run.trained_on).sum()),
-        early_stopping=problems_sha256(digests) == run.validated_on,
+        early_stopping=problems_sha256(digests) == run.facts.validated_on,
         tokens=len(routes),
         has_weights=has_weights,
         definitions=definitions(shape.top_k, has_weights=has_weights),
         caveats=trace.caveats(),
         recipe=recipe(run),
-        train_seconds=run.train_seconds,
+        train_seconds=run.facts.train_seconds,
         chance=chance(shape.experts, shape.top_k, has_weights=has_weights),
         results=results,
     )
@@ -122,7 +122,12 @@ def recipe(run: Run) -> Recipe:
     """How a run was trained, without what every run has of its own."""
     options = {name: value for name, value in run.options.items() if name != "seed"}
     return Recipe(
-        seed=run.options["seed"], options=options, trained_on=problems_sha256(run.trained_on), validated_on=run.validated_on
+        seed=run.options["seed"],
+        options=options,
+        trained_on=problems_sha256(run.trained_on),
+        validated_on=run.facts.validated_on,
+        trace_sha256=run.trace_sha256,
+        validation_sha256=run.facts.validation_sha256,
     )
 
 

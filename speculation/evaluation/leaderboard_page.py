@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from analysis.documents.evaluation import CONTROL, Evaluation, Result
+from profiler.errors import counted
 from speculation.evaluation.leaderboard_rows import LeaderboardRow, SeedSummary, labeled_results
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def as_markdown(documents: list[Evaluation], rows: list[LeaderboardRow], summari
     if not trained_on and any(document.early_stopping for document in documents):
         held_out = "not trained on, but the last epoch of some runs was chosen by these problems"
     head = (
-        f"{first.task}, {first.model}, {first.problems} problems, {first.tokens:,} tokens of {first.trace}, "
+        f"{first.task}, {first.model}, {counted(first.problems, 'problem')}, {first.tokens:,} tokens of {first.trace}, "
         f"{held_out}. Chance: {k_name} {first.chance[k_name]:.3f}, exact {first.chance['exact']:.2g}. "
         "Calibration: expected calibration error. "
         "µs: time of one prediction (one token at one layer), batch size 1, one CPU thread.\n"
@@ -134,7 +135,8 @@ def _ranking(documents: list[Evaluation], rows: list[LeaderboardRow], summaries:
     )
     of_seeds = [each for each in reversed(summaries) if each.horizon == 1]
     seed_labels = [
-        f"{escape(each.predictor)}<br>mean of {len(each.seeds)} seeds: {', '.join(map(str, each.seeds))}" for each in of_seeds
+        f"{escape(each.predictor)}<br>mean of {counted(len(each.seeds), 'seed')}: {', '.join(map(str, each.seeds))}"
+        for each in of_seeds
     ]
     if of_seeds:
         values = [each.metrics[k_name] for each in of_seeds]
@@ -155,7 +157,7 @@ def _ranking(documents: list[Evaluation], rows: list[LeaderboardRow], summaries:
     figure.update_xaxes(title=k_name, range=[0, 1])
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, automargin=True, tickfont={"size": 12})
     above: dict[str, object] = {"orientation": "h", "yanchor": "bottom", "y": 1}
-    _lay_out(figure, f"{first.task}, {first.model}: {first.problems} problems", 160 + 44 * len(order), above)
+    _lay_out(figure, f"{first.task}, {first.model}: {counted(first.problems, 'problem')}", 160 + 44 * len(order), above)
     return figure
 
 

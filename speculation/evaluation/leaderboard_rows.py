@@ -76,7 +76,7 @@ LOOPING = "looping"
 
 
 def leaderboard_rows(documents: list[Evaluation]) -> list[LeaderboardRow]:
-    """List a row per predictor and horizon, by horizon, best recall first. A baseline of several evaluations is listed once.
+    """List a row per predictor and horizon, by horizon, best recall first. Baselines are listed as `labeled_results` says.
 
     Raises:
         SpecmoeError: There are no evaluations, they differ in task or data, or two rows would have the same name.
@@ -90,13 +90,13 @@ def leaderboard_rows(documents: list[Evaluation]) -> list[LeaderboardRow]:
                 raise SpecmoeError(
                     f"{document.run} was evaluated with {name} {own!r}, {documents[0].run} with {first!r}: expected the same"
                 )
-    runs = [document.run for document in documents]
-    taken = {name for document in documents for name in document.results if name != document.predictor}
-    for name in runs:
-        if runs.count(name) > 1 or (name in taken and documents[runs.index(name)].predictor != name):
-            raise SpecmoeError(f"two rows of the leaderboard would be called {name!r}: rename a run's folder")
+    results = list(labeled_results(documents))
+    labels = [label for _, _, label, _ in results]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise SpecmoeError(f"two rows of the leaderboard would be called {label!r}: rename a run's folder")
     rows: dict[tuple[str, int], LeaderboardRow] = {}
-    for document, name, label, result in labeled_results(documents):
+    for document, name, label, result in results:
         if name.endswith(CONTROL):
             continue
         own = name == document.predictor
@@ -112,17 +112,43 @@ def leaderboard_rows(documents: list[Evaluation]) -> list[LeaderboardRow]:
 def labeled_results(documents: list[Evaluation]) -> Iterator[tuple[Evaluation, str, str, Result]]:
     """All results: the evaluation, the predictor's name in it, the name that rows have, and the result.
 
-    Rows of a run are called like the run. A baseline of several evaluations is listed once, unless a run is called like it.
+    Rows of a run are called like the run. A baseline is listed once for all evaluations in which it has the same metrics. If it
+    has others in some, because their runs were trained on other problems or predict further ahead, each of them is listed, with
+    the name of its run: "popularity of RUN".
     """
-    seen: set[str] = {document.run for document in documents if document.run == document.predictor}
-    for document in documents:
+    baselines = _distinct_baselines(documents)
+    for number, document in enumerate(documents):
         for name, result in document.results.items():
-            own = name.removesuffix(f", {CONTROL}") == document.predictor
-            label = document.run + name.removeprefix(document.predictor) if own else name
-            if own or label not in seen:
-                yield document, name, label, result
-            if not own:
-                seen.add(label)
+            if name.removesuffix(f", {CONTROL}") == document.predictor:
+                yield document, name, document.run + name.removeprefix(document.predictor), result
+            elif number in baselines[name]:
+                yield document, name, name if len(baselines[name]) == 1 else f"{name} of {document.run}", result
+
+
+def _distinct_baselines(documents: list[Evaluation]) -> dict[str, dict[int, Result]]:
+    """The results of each baseline that differ from each other: by the baseline's name, and the number of the evaluation.
+
+    A run that is called like the baseline, and is the same predictor, stands for it.
+    """
+    found: dict[str, dict[int, Result]] = defaultdict(dict)
+    runs = [number for number, document in enumerate(documents) if document.run == document.predictor]
+    for number in runs:
+        found[documents[number].run][number] = documents[number].results[documents[number].predictor]
+    for number, document in enumerate(documents):
+        for name, result in document.results.items():
+            is_own = name.removesuffix(f", {CONTROL}") == document.predictor
+            if is_own or any(_covers(each, result) for each in found[name].values()):
+                continue
+            covered = [other for other, each in found[name].items() if other not in runs and _covers(result, each)]
+            for other in covered:
+                del found[name][other]
+            found[name][number] = result
+    return found
+
+
+def _covers(one: Result, other: Result) -> bool:
+    """Whether one result has the metrics of the other at all of the other's horizons, and maybe at more."""
+    return all(one.metrics.get(horizon) == metrics for horizon, metrics in other.metrics.items())
 
 
 def _row(document: Evaluation, result: Result, label: str, horizon: int, control: Result | None, own: bool) -> LeaderboardRow:
@@ -154,8 +180,8 @@ def _row(document: Evaluation, result: Result, label: str, horizon: int, control
 def seed_summaries(documents: list[Evaluation]) -> list[SeedSummary]:
     """Mean and spread of runs that differ in their seed only, for each predictor of which there are two seeds or more.
 
-    Such runs have the same predictor, training problems, problems for early stopping, and options but for the seed. Of several
-    runs with the same seed, the first counts.
+    Such runs have the same predictor, trace, training problems, problems for early stopping, and options but for the seed. Of
+    several runs with the same seed, the first counts.
     """
     alike: dict[str, dict[int, Evaluation]] = defaultdict(dict)
     for document in documents:

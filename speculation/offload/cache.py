@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from speculation.offload.eviction_policies import (
     begin_step,
     choose_victim,
@@ -64,7 +64,7 @@ class ExpertCache:
         if rule == Rule.BELADY:
             raise SpecmoeError("Belady's policy needs to know the future: it can be simulated, but not run")
         if not 0 < time_constant < inf:
-            raise SpecmoeError(f"time constant {time_constant}: expected more than 0 steps")
+            raise UsageError(f"time constant {time_constant}: expected more than 0 steps")
         layers = len(capacities)
         self.rule, self.capacities, self.num_experts = rule, [min(size, num_experts) for size in capacities], num_experts
         self._layers, self._time_constant = layers, time_constant

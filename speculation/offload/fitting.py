@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.documents.fit_report import Fit, FitWay, MemoryUse
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError, counted
 from profiler.models.gpus import Gpu
 from profiler.models.hosts import Host
 from profiler.models.registry import USED_SHARE, WORKSPACE, ModelEntry
@@ -98,7 +98,7 @@ def fit_model(options: FitOptions) -> Fit:
     """
     entry = options.entry
     if options.batch < 1 or options.context < 1:
-        raise SpecmoeError(f"batch {options.batch}, context {options.context}: expected at least 1")
+        raise UsageError(f"batch {options.batch}, context {options.context}: expected at least 1")
     precision = options.precision or next(iter(entry.checkpoints))
     memory = memory_use(options, precision)
     costs = costs_of(entry, options.gpu, precision, link=options.link, host=options.host)
@@ -194,7 +194,7 @@ def trace_routing(trace: Trace, part: str, entry: ModelEntry, slots: int, batch:
     expected = len(entry.moe_layers), entry.experts, entry.top_k
     if expected != (len(facts.moe_layers), facts.num_experts, facts.top_k):
         raise SpecmoeError(
-            f"{entry.name} has {expected[0]} MoE layers of {expected[1]} experts, top-{expected[2]}; the trace has "
+            f"{entry.name} has {counted(expected[0], 'MoE layer')} of {expected[1]} experts, top-{expected[2]}; the trace has "
             f"{len(facts.moe_layers)} of {facts.num_experts}, top-{facts.top_k}"
         )
     shape = Shape.of(facts, 1, Task.NEXT_TOKEN)
@@ -230,7 +230,8 @@ def _full_steps(requests: Requests, batch: int, part: str) -> Requests:
     if not full_S.any():
         most = int(requests.sequences_S[requests.is_decode_S].max())
         raise SpecmoeError(
-            f"batch {batch}: the {part} part of the trace never decodes more than {most} sequences at the same time; choose a "
+            f"batch {batch}: the {part} part of the trace never decodes more than {counted(most, 'sequence')} at the same "
+            "time; choose a "
             "batch of at most that many, another part, or a trace of more problems"
         )
     return requests.first_steps(int(np.flatnonzero(full_S)[-1]) + 1)

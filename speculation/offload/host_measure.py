@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from torch.nn import functional
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, counted
 from speculation.offload.costs import HOST_LATENCY, Costs
 from speculation.offload.devices import DUMMY_BYTES
 
@@ -50,7 +50,7 @@ def measured_on_host(costs: Costs, width: int, folder: Path | None = None, *, st
     size = int(costs.expert_bytes)
     seconds = host_seconds(size, width)
     lines = [
-        f"measured on this machine: an expert on the CPU, {torch.get_num_threads()} threads, "
+        f"measured on this machine: an expert on the CPU, {counted(torch.get_num_threads(), 'thread')}, "
         f"{size / 1e9 / max(seconds, 1e-9):.1f} GB/s (one token, bfloat16); {HOST_LATENCY * 1e6:.0f} µs per layer for "
         "activations and synchronization (assumed)"
     ]

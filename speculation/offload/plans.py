@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
+from profiler.errors import UsageError
 from speculation.data.routes import Routes
 from speculation.data.tasks import Shape, Task
 from speculation.offload.requests import Requests
@@ -137,7 +137,7 @@ def _plan_ahead(
     with their probabilities `scores_N`.
     """
     if not 1 <= horizon <= layers:
-        raise SpecmoeError(f"horizon {horizon}: expected 1 to {layers} layers ahead")
+        raise UsageError(f"horizon {horizon}: expected 1 to {layers} layers ahead")
     # No request is `horizon` layers before the first ones, so these are not prefetched.
     earlier = np.arange(max(0, len(counts_R) - horizon))
     step, layer = np.divmod(earlier, layers)

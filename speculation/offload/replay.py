@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError, counted
 from speculation.data.history import ABSTAIN, History
 from speculation.data.repeats import UNKNOWN_TOKEN
 from speculation.data.routes import Routes
@@ -87,7 +87,7 @@ def open_device(kind: str, slots: int, sizes: Sizes) -> Device:
         SpecmoeError: The device is unknown, or it is `cuda` and PyTorch finds no GPU.
     """
     if kind not in DEVICES:
-        raise SpecmoeError(f"unknown device {kind!r}: expected one of {', '.join(DEVICES)}")
+        raise UsageError(f"unknown device {kind!r}: expected one of {', '.join(DEVICES)}")
     return DEVICES[kind](slots, sizes.expert_bytes, sizes.rest_bytes, sizes.layers, sizes.width)
 
 
@@ -164,7 +164,9 @@ def replay(
     """
     top_k = routes.expert_ids_TLK.shape[2]
     if 0 < capacity < top_k:
-        raise SpecmoeError(f"a cache of {capacity} experts per layer cannot hold the {top_k} of one token: choose a larger one")
+        raise SpecmoeError(
+            f"a cache of {counted(capacity, 'expert')} per layer cannot hold the {top_k} of one token: choose a larger one"
+        )
     if predictor is not None and predictor.shape.task != Task.NEXT_LAYER:
         raise SpecmoeError(f"replay predicts after every layer: expected a {Task.NEXT_LAYER} run, not {predictor.shape.task}")
     if rule == Rule.LEARNED and scores_TX is None:

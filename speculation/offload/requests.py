@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from speculation.data.routes import Routes
 
 # A longer prompt is prefilled in chunks of this size, one step each.
@@ -158,7 +158,7 @@ def requests_of(routes: Routes, num_experts: int, *, batch: int = 1, drafting: D
     if batch < 1:
         raise SpecmoeError(f"batch {batch}: expected at least 1")
     if drafting.tokens < 0 or not 0 <= drafting.acceptance <= 1:
-        raise SpecmoeError(
+        raise UsageError(
             f"{drafting.tokens} draft tokens, acceptance {drafting.acceptance}: expected 0 or more tokens, and a probability"
         )
     # N entries: every prompt token once, every decoded token in each step that computes it.

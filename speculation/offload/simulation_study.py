@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.documents.simulation import DEFINITIONS, ORACLE, SimulatedCosts, SimulatedDevice, SimulatedRow, Simulation
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError, counted
 from profiler.models.gpus import Gpu
 from profiler.models.hosts import Host, Storage
 from profiler.models.registry import USED_SHARE
@@ -129,7 +129,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     ]
     notes += _too_large(study, costs, sizes, shape)
     if study.is_global and study.slots != EVEN:
-        raise SpecmoeError(f"slots {study.slots!r} are of caches for each layer: leave out the one cache for all layers")
+        raise UsageError(f"slots {study.slots!r} are of caches for each layer: leave out the one cache for all layers")
     division = division_of(study.slots, study.trace, shape, workload, study.batch)
     pairs = sum(len(prefetchers_for(policy, prefetchers)) for policy in policies)
     bounds = 2 + any(miss != Miss.COPY for miss in study.misses)
@@ -170,7 +170,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
             notes.append("NOT held out: slots were chosen on the simulated problems.")
     kinds = "one cache for all layers" if study.is_global else "a cache for each layer"
     notes += [
-        f"{len(routes.problem_ids)} problems, {decode:,} generated and {len(routes) - decode:,} prompt tokens "
+        f"{counted(len(routes.problem_ids), 'problem')}, {decode:,} generated and {len(routes) - decode:,} prompt tokens "
         f"({study.part} part); {study.batch} at a time; {kinds}, filled at first with the most popular experts of training.",
         *_prefetching_notes(study, how),
         *_drafting_notes(study, requests),
@@ -241,7 +241,7 @@ def _costs(study: Study, notes: list[str]) -> list[Costs | None]:
     entry = find_entry(name)
     if entry is None:
         if study.model is not None:
-            raise SpecmoeError(f"unknown model {study.model!r}: see 'specmoe models'")
+            raise UsageError(f"unknown model {study.model!r}: see 'specmoe models'")
         notes.append(
             f"The sizes of {name} are unknown, so no device was simulated and transfers take no time. Choose a model with "
             "known sizes (see 'specmoe models')."
@@ -250,7 +250,8 @@ def _costs(study: Study, notes: list[str]) -> list[Costs | None]:
     facts = study.trace.metadata.model
     if (len(entry.moe_layers), entry.experts, entry.top_k) != (len(facts.moe_layers), facts.num_experts, facts.top_k):
         raise SpecmoeError(
-            f"{entry.name} has {len(entry.moe_layers)} MoE layers of {entry.experts} experts, top-{entry.top_k}; the trace "
+            f"{entry.name} has {counted(len(entry.moe_layers), 'MoE layer')} of {entry.experts} experts, top-{entry.top_k}; "
+            "the trace "
             f"has {len(facts.moe_layers)} of {facts.num_experts}, top-{facts.top_k}: choose another model"
         )
     found: list[Costs | None] = [
@@ -298,23 +299,23 @@ def _policies(name: str, study: Study, runs: dict[str, Run], routes: Routes, req
     elif name in known:
         yield Evictor.of(known[name], study.time_constant)
     else:
-        raise SpecmoeError(f"policy {name!r} is neither the folder of a run nor one of {', '.join(known)}")
+        raise UsageError(f"policy {name!r} is neither the folder of a run nor one of {', '.join(known)}")
 
 
 def _check_tiers(study: Study) -> None:
     """Raise `SpecmoeError` if what the options say of the host and of storage does not go together."""
     needs_host = any(miss != Miss.COPY for miss in study.misses)
     if needs_host and study.devices and study.host is None:
-        raise SpecmoeError("which host computes the experts that the cache lacks? Name one (see 'specmoe models MODEL')")
+        raise UsageError("which host computes the experts that the cache lacks? Name one (see 'specmoe models MODEL')")
     if study.is_tiered and study.devices and study.storage is None:
-        raise SpecmoeError("which storage holds the experts that host memory does not? Name one (see 'specmoe models MODEL')")
+        raise UsageError("which storage holds the experts that host memory does not? Name one (see 'specmoe models MODEL')")
     is_unified = study.host is not None and study.host.gpu is not None
     if study.storage is not None and not study.is_tiered and not is_unified:
-        raise SpecmoeError(f"{study.storage.name}: how many experts fit in host memory? Give their size in GB, or their share")
+        raise UsageError(f"{study.storage.name}: how many experts fit in host memory? Give their size in GB, or their share")
     if study.ram_fraction is not None and not 0 <= study.ram_fraction <= 1:
-        raise SpecmoeError(f"share of {study.ram_fraction} of all experts in host memory: expected 0 to 1")
+        raise UsageError(f"share of {study.ram_fraction} of all experts in host memory: expected 0 to 1")
     if study.host is not None and is_unified and (study.is_tiered or needs_host):
-        raise SpecmoeError(
+        raise UsageError(
             f"{study.host.name} has one memory for CPU and GPU: its cache is what the memory holds, and misses are copied from "
             "storage"
         )
@@ -368,7 +369,7 @@ def _prefetchers(
         predictor.fit(load_routes(study.trace, "train"), None, TrainingOptions(), lambda *_: None)
         yield from prefetcher_of(predictor, name, routes, workload.requests, how)
     else:
-        raise SpecmoeError(
+        raise UsageError(
             f"predictor {name!r} is neither the folder of a run, nor {NONE}, {POPULARITY}, {ORACLE} or the name of a predictor"
         )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.documents.evaluation import CONTROL
 from analysis.documents.simulation import ALL_RESIDENT, ON_DEMAND, ON_HOST, ORACLE, SimulatedRow
-from profiler.errors import EmptyPartError, SpecmoeError
+from profiler.errors import EmptyPartError, UsageError
 from profiler.trace.reader import Trace
 from speculation.data.routes import Routes, load_routes
 from speculation.data.tasks import Shape, Task
@@ -105,7 +105,7 @@ def simple_prefetcher(name: str, workload: Workload, options: PrefetchOptions) -
         return Prefetcher(name, popularity_plan(workload.popularity_LE, options.experts, options.horizon, workload.requests))
     if name == ORACLE:
         return Prefetcher(name, oracle_plan(workload.requests, options.horizon))
-    raise SpecmoeError(f"unknown prefetcher {name!r}: expected {NONE}, {POPULARITY} or {ORACLE}")
+    raise UsageError(f"unknown prefetcher {name!r}: expected {NONE}, {POPULARITY} or {ORACLE}")
 
 
 def prefetchers_for(policy: Evictor, prefetchers: list[Prefetcher]) -> list[Prefetcher]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from speculation.data.history import History, Prediction
 from speculation.data.routes import Routes, RouteSource
 from speculation.data.tasks import Shape, Task
@@ -59,9 +60,14 @@ class Predictor(ABC):
     needs_router_inputs: ClassVar[bool] = False
     can_take_router_inputs: ClassVar[bool] = False
 
+    @classmethod
+    def keeps_training_texts(cls) -> bool:
+        """Whether `arrays` contains texts of training problems, as token ids with their routes."""
+        return False
+
     def __init__(self, shape: Shape) -> None:
         if shape.task not in self.tasks:
-            raise SpecmoeError(f"{self.name} predicts {', '.join(sorted(self.tasks))} only, not {shape.task}")
+            raise UsageError(f"{self.name} predicts {', '.join(sorted(self.tasks))} only, not {shape.task}")
         self.shape = shape
 
     @abstractmethod
@@ -137,19 +143,20 @@ class Predictor(ABC):
 
     def check(self, history: History) -> None:
         """Raise `SpecmoeError` if this predictor cannot predict from `history` at this point."""
-        own, other = ((shape.layers, shape.experts, shape.top_k) for shape in (self.shape, history.shape))
-        if own != other:
-            raise SpecmoeError(f"{self.name} is for {self.shape}, but the history is for {history.shape}")
-        at_any_time = range(-1, self.shape.layers)
-        known = {
-            Task.NEXT_LAYER: range(self.shape.layers - 1),
-            Task.WHOLE_PATH: at_any_time,
-            Task.REUSE: at_any_time,
-        }
-        expected = known.get(self.shape.task, range(self.shape.layers - 1, self.shape.layers))
-        if not history.tokens or history.layer not in expected:
+        own, other = self.shape, history.shape
+        if own is not other and (own.layers, own.experts, own.top_k) != (other.layers, other.experts, other.top_k):
+            raise SpecmoeError(f"{self.name} is for {own}, but the history is for {other}")
+        if not history.tokens or history.layer not in self._predicts_after:
             where = f"after layer {history.layer} of token {history.tokens - 1}" if history.tokens else "before the first token"
             raise SpecmoeError(f"{self.name}: {self.shape.task} predicts nothing {where}")
+
+    @cached_property
+    def _predicts_after(self) -> range:
+        """The layers of the current token after which there is a prediction; -1 is before its first layer."""
+        layers = self.shape.layers
+        if self.shape.task == Task.NEXT_LAYER:
+            return range(layers - 1)
+        return range(-1, layers) if self.shape.task in {Task.WHOLE_PATH, Task.REUSE} else range(layers - 1, layers)
 
     @abstractmethod
     def arrays(self) -> Arrays:
@@ -176,8 +183,14 @@ class Predictor(ABC):
 def single_group(predictor: Predictor, train: RouteSource) -> Routes:
     """All routes at once. Raises `SpecmoeError` if `train` has several groups."""
     if len(train.group_tokens) > 1:
-        raise SpecmoeError(f"{predictor.name} is fitted to all routes at once: leave out shards_per_group")
+        raise UsageError(f"{predictor.name} is fitted to all routes at once: leave out shards_per_group")
     return train.group(0)
+
+
+def stored_weights(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float16 | np.float32]:
+    """Weights as they are stored: in half precision, or as they are if one is beyond its range (65,504)."""
+    is_in_range = not array.size or float(np.abs(array).max()) <= float(np.finfo(np.float16).max)
+    return array.astype(np.float16) if is_in_range else array
 
 
 def expected_array(arrays: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from profiler.errors import SpecmoeError
+from profiler.errors import UsageError
 from speculation.predictors.base import Predictor
 
 
@@ -67,5 +67,5 @@ def find_predictor(name: str) -> type[Predictor]:
     """The predictor class called `name`. Raises `SpecmoeError`, which lists the known names, if the name is unknown."""
     classes = predictor_classes()
     if name not in classes:
-        raise SpecmoeError(f"unknown predictor {name!r}: expected one of {', '.join(classes)}")
+        raise UsageError(f"unknown predictor {name!r}: expected one of {', '.join(classes)}")
     return classes[name]

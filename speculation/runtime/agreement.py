@@ -18,16 +18,15 @@ from speculation.runtime.model import OffloadedModel
 
 
 def measured_costs(offloaded: OffloadedModel) -> Costs:
-    """The costs of a run so far, on the device that it ran on: means over its transfers, experts and layers.
+    """The costs of a run so far, on the device that it ran on: means over transfers, experts and layers of generated tokens.
 
     Only for one sequence at a time, and for a CPU: on a GPU, kernels run on after they are started, so that their time is not
     seen here.
     """
-    experts, counts = offloaded.experts, offloaded.experts.transfers.counts
-    decode = experts.decode
+    experts, decode = offloaded.experts, offloaded.experts.decode
     layers = decode.tokens * offloaded.shape.layers
     rest = decode.seconds - decode.stall - decode.compute
-    transfer = counts.seconds / counts.transfers if counts.transfers else 0.0
+    transfer = decode.transfer_seconds / max(1, decode.transfers)
     return Costs(
         model=offloaded.metadata.id,
         device=str(experts.slots.device),

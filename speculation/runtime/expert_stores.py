@@ -30,7 +30,10 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class ExpertStore(Protocol):
-    """All experts of a model. Experts are numbered `layer * E + expert`, counted over the MoE layers."""
+    """All experts of a model. Experts are numbered `layer * E + expert`, counted over the MoE layers.
+
+    Several threads may read at the same time. `close` must not be called while one does.
+    """
 
     @property
     def bytes_read(self) -> int:
@@ -92,6 +95,7 @@ class DiskStore:
         self._checksums: dict[int, tuple[int, ...]] = {}
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="specmoe-read")
         self._scratch = _Scratch()
+        self._counting = threading.Lock()
         self.bytes_read = 0
 
     def read(self, x: int, memory_B: torch.Tensor) -> None:
@@ -134,7 +138,8 @@ class DiskStore:
             for tensor, target in pieces
             for start in range(0, len(target), PIECE)
         ]
-        self.bytes_read += sum(len(target) for _, target in pieces)
+        with self._counting:
+            self.bytes_read += sum(len(target) for _, target in pieces)
         return tuple(self._pool.map(self._read_piece, work))
 
     def _read_piece(self, piece: tuple[_File, int, Bytes]) -> int:
@@ -155,7 +160,7 @@ class DiskStore:
 
 
 class PackingStore:
-    """The experts of a checkpoint in a packed form. They are packed again at each read, one at a time.
+    """The experts of a checkpoint in a packed form. They are packed again at each read, one at a time: other reads wait.
 
     Args:
         disk: The checkpoint.
@@ -163,9 +168,11 @@ class PackingStore:
         num_experts: E, the experts of a layer.
     """
 
-    def __init__(self, disk: DiskStore, packings: Sequence[IntegerGroups], num_experts: int) -> None:
+    def __init__(self, disk: ExpertStore, packings: Sequence[IntegerGroups], num_experts: int) -> None:
         self._disk, self._packings, self._num_experts = disk, packings, num_experts
         self._plain = {each: allocate(each, 1, torch.device("cpu"))[0] for each in {packing.plain for packing in packings}}
+        # Reads share the memory of the plain expert.
+        self._reading = threading.Lock()
 
     @property
     def bytes_read(self) -> int:
@@ -176,13 +183,14 @@ class PackingStore:
         layer, expert = divmod(x, self._num_experts)
         packing = self._packings[layer]
         plain_B = self._plain[packing.plain]
-        self._disk.read(x, plain_B)
-        try:
-            packing.pack(packing.plain.views(plain_B), packing.layout.views(memory_B))
-        except ValueError as error:
-            raise EngineError(
-                f"expert {expert} of MoE layer {layer} cannot be rounded to {packing.bits} bits: {error}"
-            ) from error
+        with self._reading:
+            self._disk.read(x, plain_B)
+            try:
+                packing.pack(packing.plain.views(plain_B), packing.layout.views(memory_B))
+            except ValueError as error:
+                raise EngineError(
+                    f"expert {expert} of MoE layer {layer} cannot be rounded to {packing.bits} bits: {error}"
+                ) from error
 
     def held(self, x: int) -> torch.Tensor | None:
         return None

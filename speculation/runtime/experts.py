@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from speculation.runtime.forward import weighted_sum
 from speculation.runtime.layout import Weights
 from speculation.runtime.slots import BUFFERS, Slots
 from speculation.runtime.steps import Step
-from speculation.runtime.transfers import Transfer, Transfers
+from speculation.runtime.transfers import Transfer, TransferCounts, Transfers
 
 # Predictions that take a larger share of the time, after so many tokens without the first ones, get a thread of their own.
 MAX_FORESIGHT, PACE_TOKENS, WARM_UP_TOKENS = 0.1, 20, 4
@@ -43,6 +43,8 @@ class PhaseCounts:
         host: Those that were computed on the host.
         streamed: Those for which the cache had no room.
         bytes: Bytes that were copied to the device while these tokens were computed.
+        transfers: Transfers of experts that ended while these tokens were computed.
+        transfer_seconds: The time that these transfers took.
         seconds: Time from the first layer to the last, over all steps.
         stall: Part of `seconds` during which this thread waited for an expert.
         compute: Part of `seconds` during which experts were computed. On a GPU only the time to start their kernels.
@@ -57,6 +59,8 @@ class PhaseCounts:
     host: int = 0
     streamed: int = 0
     bytes: int = 0
+    transfers: int = 0
+    transfer_seconds: float = 0.0
     seconds: float = 0.0
     stall: float = 0.0
     compute: float = 0.0
@@ -108,7 +112,7 @@ class OffloadedExperts:
         self._layers, self._sequences = shape.layers, 0
         self._routed: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
         self._scores_X = NO_SCORES
-        self._began, self._bytes_before = 0.0, 0
+        self._began, self._counts_before = 0.0, TransferCounts()
         self._warm_up = (0.0, 0.0)
 
     @property
@@ -128,7 +132,7 @@ class OffloadedExperts:
             None if is_computed_N.all() else torch.from_numpy(np.flatnonzero(is_computed_N)).to(self.slots.device)
         )
         self._began = time.perf_counter()
-        self._bytes_before = self.transfers.counts.bytes
+        self._counts_before = replace(self.transfers.counts)
         rows, firsts = self._rows, [int(step.token_ids_BT[row][step.is_real_BT[row]][0]) for row in self._rows]
         request, sequences = self.cache.request, len(step.token_ids_BT)
         if step.is_new or sequences != self._sequences:
@@ -156,7 +160,10 @@ class OffloadedExperts:
             self._foresee(lambda foresight: _end_prefill(foresight, step, expert_ids_NLK, weights_NLK), phase)
         phase.seconds += time.perf_counter() - self._began
         phase.tokens += int(step.is_real_BT.sum())
-        phase.bytes += self.transfers.counts.bytes - self._bytes_before
+        before, now = self._counts_before, self.transfers.counts
+        phase.bytes += now.bytes - before.bytes
+        phase.transfers += now.transfers - before.transfers
+        phase.transfer_seconds += now.seconds - before.seconds
         self._check_pace()
         if self.on_routed is not None:
             self.on_routed(step, expert_ids_NLK, weights_NLK)

@@ -24,7 +24,7 @@ NUMBERS, SCALES = "_numbers", "_scales"
 # It has the range of float32, so that no group of small weights loses its scale. Its product with an integer of 8 bits is exact
 # in float32.
 SCALE = torch.bfloat16
-# Numbers that are packed at a time: it bounds the memory of what is computed in between.
+# Numbers that are packed or unpacked at a time: it bounds the memory of what is computed in between.
 PIECE = 1 << 20
 
 
@@ -72,27 +72,32 @@ class IntegerGroups:
             else:
                 into[weight.name].copy_(plain[weight.name])
 
+    @property
+    def scratch_bytes(self) -> int:
+        """The most memory that `unpack` takes in between: for a piece of a matrix, not for the whole."""
+        found = []
+        for weight in self.plain.weights:
+            if not weight.is_matrix:
+                continue
+            shape = self._grouped(weight)
+            numbers = _rows_of_a_piece(shape) * prod(shape[1:])
+            # Of 4 bits, one half of the bytes after the other.
+            scratch = min(numbers, prod(shape) // 2) if self.bits == 4 else 0
+            if weight.dtype != SCALE:
+                # Scales in float32, and where that is not the type of the product, both sides of it.
+                scratch += 4 * numbers // GROUPS[self.bits] + (0 if weight.dtype == torch.float32 else 8 * numbers)
+            if prod(shape) != prod(weight.shape):
+                scratch += numbers * weight.dtype.itemsize
+            found.append(scratch)
+        return max(found, default=0)
+
     def unpack(self, packed: Weights, into: Weights) -> None:
         """Unpack an expert's weights, laid out as `layout` says, into those of `plain`."""
         for weight in self.plain.weights:
-            target = into[weight.name]
-            if not weight.is_matrix:
-                target.copy_(packed[weight.name])
-                continue
-            shape = self._grouped(weight)
-            is_padded = prod(shape) != target.numel()
-            matrix = target.new_empty(shape) if is_padded else target.view(shape)
-            numbers, scales = packed[weight.name + NUMBERS], packed[weight.name + SCALES]
-            if self.bits == 8:
-                matrix.view(-1).copy_(numbers)
+            if weight.is_matrix:
+                self._unpack_matrix(weight, packed[weight.name + NUMBERS], packed[weight.name + SCALES], into[weight.name])
             else:
-                first, second = matrix.view(-1).chunk(2)
-                first.copy_((numbers << 4) >> 4)
-                second.copy_(numbers >> 4)
-            # Rounded once, after the product: float16 has no room for all scales.
-            matrix.mul_(scales if matrix.dtype == SCALE else scales.float())
-            if is_padded:
-                target.copy_(matrix.flatten(self._axis, self._axis + 1).narrow(self._axis, 0, target.shape[self._axis]))
+                into[weight.name].copy_(packed[weight.name])
 
     @property
     def _axis(self) -> int:
@@ -107,6 +112,38 @@ class IntegerGroups:
         size, axis = GROUPS[self.bits], self._axis
         return (*weight.shape[:axis], -(-weight.shape[axis] // size), size, *weight.shape[axis + 1 :])
 
+    def _unpack_matrix(self, weight: Weight, packed: torch.Tensor, scales: torch.Tensor, target: torch.Tensor) -> None:
+        shape, axis = self._grouped(weight), self._axis
+        is_padded = prod(shape) != target.numel()
+        rows, row = _rows_of_a_piece(shape), prod(shape[1:])
+        space = target.new_empty((rows, *shape[1:])) if is_padded else target.view(shape)
+        for first in range(0, shape[0], rows):
+            last = min(first + rows, shape[0])
+            piece = space[: last - first] if is_padded else space[first:last]
+            self._numbers(packed, first * row, piece.view(-1))
+            # Rounded once, after the product: float16 has no room for all scales.
+            piece.mul_(scales[first:last] if piece.dtype == SCALE else scales[first:last].float())
+            if is_padded:
+                # Without the zeros that fill up the last group.
+                step = shape[1] if self.is_transposed else 1
+                part = target[first * step : last * step]
+                part.copy_(piece.flatten(axis, axis + 1).narrow(axis, 0, part.shape[axis]))
+
+    def _numbers(self, packed: torch.Tensor, first: int, into: torch.Tensor) -> None:
+        """Write the integers of a matrix from number `first` on, as many as there is room for."""
+        last = first + len(into)
+        if self.bits == 8:
+            into.copy_(packed[first:last])
+            return
+        # The lower halves of all bytes, then the upper halves.
+        count = len(packed)
+        if first < count:
+            lower = packed[first : min(last, count)]
+            into[: len(lower)].copy_((lower << 4).bitwise_right_shift_(4))
+        if last > count:
+            upper = packed[max(first, count) - count : last - count]
+            into[len(into) - len(upper) :].copy_(upper >> 4)
+
     def _pack_matrix(self, weight: Weight, matrix: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> None:
         shape, axis, highest = self._grouped(weight), self._axis, 2 ** (self.bits - 1) - 1
         missing = shape[axis] * shape[axis + 1] - matrix.shape[axis]
@@ -116,7 +153,7 @@ class IntegerGroups:
         numbers = packed.view(shape) if self.bits == 8 else packed.new_empty(shape)
         # A scale is rounded up by less than 1 %.
         limit = 0.99 * torch.finfo(weight.dtype).max
-        rows = max(1, PIECE // prod(shape[1:]))
+        rows = _rows_of_a_piece(shape)
         for piece in (slice(first, first + rows) for first in range(0, shape[0], rows)):
             values = grouped[piece].float()
             largest = values.abs().amax(axis + 1, keepdim=True)
@@ -128,3 +165,8 @@ class IntegerGroups:
         if self.bits == 4:
             first, second = numbers.view(-1).chunk(2)
             packed.copy_((first & 15) | (second << 4))
+
+
+def _rows_of_a_piece(shape: tuple[int, ...]) -> int:
+    """How many indices of the first dimension have `PIECE` numbers, at least one and at most all."""
+    return min(shape[0], max(1, PIECE // prod(shape[1:])))

@@ -59,6 +59,11 @@ class Packing(Protocol):
         """The packed expert. Its `packing` is this one."""
         ...
 
+    @property
+    def scratch_bytes(self) -> int:
+        """The most memory that `unpack` takes in between, besides both arguments."""
+        ...
+
     def unpack(self, packed: Weights, into: Weights) -> None:
         """Unpack an expert.
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from profiler.errors import ModelError, SpecmoeError
+from profiler.errors import ModelError, SpecmoeError, UsageError
 from profiler.models.moe_modules import find_moe_blocks
 from profiler.models.resolve import resolve_model
 from profiler.trace.schema import ModelMetadata
@@ -196,13 +196,13 @@ class OffloadedModel:
             SpecmoeError: The model's family, its checkpoint or an option is not supported; the message says why.
         """
         if miss not in (COPY, HOST) or (miss == HOST and store != Store.ram):
-            raise SpecmoeError(
+            raise UsageError(
                 f"miss {miss!r} with experts in {store}: expected {COPY}, or {HOST} with experts in {Store.ram.value}"
             )
         if store not in tuple(Store):
-            raise SpecmoeError(f"store {store!r}: expected {' or '.join(Store)}")
+            raise UsageError(f"store {store!r}: expected {' or '.join(Store)}")
         if prefetch is not None and prefetch < 1:
-            raise SpecmoeError(f"{prefetch} experts to prefetch: expected at least 1")
+            raise UsageError(f"{prefetch} experts to prefetch: expected at least 1")
         check_bits(expert_bits)
         chosen = choose_device(device)
         resolved = resolve_model(name, revision=revision)
@@ -316,7 +316,7 @@ class OffloadedModel:
         for number, tokens in enumerate(ids):
             self._check_prompt(number, tokens, max_new_tokens)
         if batch < 1 or max_new_tokens < 1:
-            raise SpecmoeError(f"batch {batch}, {max_new_tokens} new tokens: expected at least 1")
+            raise UsageError(f"batch {batch}, {max_new_tokens} new tokens: expected at least 1")
         torch.manual_seed(seed)
         choice = _Sampling(temperature, top_p, ignore_eos)
         if trace is None:

@@ -18,6 +18,11 @@ MXFP4 = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"
 BLOCK = 32
 _BIAS = 127
+# Numbers that are unpacked at a time: it bounds the memory of what is computed in between.
+PIECE = 1 << 20
+# That memory, for each number: its byte's index in four bytes or the address computed from it in eight, and the number itself,
+# as it is looked up and as it is multiplied. Two numbers share a byte.
+SCRATCH = 10
 # The 16 numbers of four bits (E2M1): sign, two bits of exponent, one of mantissa.
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4_VALUES = (*_POSITIVE, *(-value for value in _POSITIVE))
@@ -54,13 +59,27 @@ class Mxfp4:
             found.append(Weight(weight.name + SCALES, (outputs, groups), torch.uint8))
         return ExpertLayout(tuple(found), packing=self)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """The most memory that `unpack` takes in between: for some outputs of a matrix, not for the whole."""
+        matrices = [weight for weight in self.plain.weights if weight.is_matrix]
+        return max((SCRATCH * _outputs_of_a_piece(*weight.shape) * weight.shape[0] for weight in matrices), default=0)
+
     def unpack(self, packed: Weights, into: Weights) -> None:
         """Unpack an expert's weights, laid out as `layout` says, into those of `plain`."""
-        for name, target in into.items():
+        for name, target_IO in into.items():
             if name in packed:
-                target.copy_(packed[name])
-            else:
-                target.copy_(_rows(packed[name + BLOCKS], packed[name + SCALES], target.dtype).T)
+                target_IO.copy_(packed[name])
+                continue
+            blocks_OGB, scales_OG = packed[name + BLOCKS], packed[name + SCALES]
+            count = _outputs_of_a_piece(*target_IO.shape)
+            for piece in (slice(first, first + count) for first in range(0, len(blocks_OGB), count)):
+                target_IO[:, piece].copy_(_rows(blocks_OGB[piece], scales_OG[piece], target_IO.dtype).T)
+
+
+def _outputs_of_a_piece(inputs: int, outputs: int) -> int:
+    """How many outputs have `PIECE` weights, at least one and at most all."""
+    return min(outputs, max(1, PIECE // inputs))
 
 
 def _rows(blocks_OGB: torch.Tensor, scales_OG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

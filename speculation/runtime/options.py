@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from profiler.errors import EngineError, SpecmoeError
+from profiler.errors import EngineError, SpecmoeError, UsageError, counted
 from speculation.data.tasks import Shape, Task
 from speculation.offload.state import Rule
 from speculation.runtime.checkpoint import ExpertsModule
@@ -41,7 +41,7 @@ class CacheSize:
 
     Attributes:
         fraction: The share, 0 to 1; rounded down to whole experts per layer. With 0, every expert is loaded for each use.
-        gigabytes: The size of the memory: slots, buffers, and the room in which a packed expert is unpacked.
+        gigabytes: The size of the memory: slots, buffers, and all that it takes to unpack a packed expert.
     """
 
     fraction: float | None = None
@@ -55,17 +55,17 @@ class CacheSize:
         """
         per_layer = sum(layout.bytes for layout in layouts)
         if (self.fraction is None) == (self.gigabytes is None):
-            raise SpecmoeError("the size of the cache: expected either a share or a size in GB")
+            raise UsageError("the size of the cache: expected either a share or a size in GB")
         if self.fraction is not None:
             if not 0 <= self.fraction <= 1:
-                raise SpecmoeError(f"cache fraction {self.fraction}: expected 0 to 1")
+                raise UsageError(f"cache fraction {self.fraction}: expected 0 to 1")
             found = int(self.fraction * num_experts + 1e-9)
             if not self.fraction:
                 return 0
         else:
             size = (self.gigabytes or 0.0) * 1e9
             if not 0 <= size < inf:
-                raise SpecmoeError(f"cache of {self.gigabytes} GB: expected 0 or more")
+                raise UsageError(f"cache of {self.gigabytes} GB: expected 0 or more")
             found = min(num_experts, int((size - bytes_besides_slots(layouts)) / per_layer))
         if found < top_k:
             raise SpecmoeError(
@@ -83,9 +83,9 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise SpecmoeError(f"device {name!r}: expected cuda, cuda:N or cpu") from error
+        raise UsageError(f"device {name!r}: expected cuda, cuda:N or cpu") from error
     if device.type not in {"cuda", "cpu"}:
-        raise SpecmoeError(f"device {name!r}: expected cuda, cuda:N or cpu")
+        raise UsageError(f"device {name!r}: expected cuda, cuda:N or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EngineError(f"PyTorch finds no GPU {device} on this machine: choose the device cpu")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
@@ -95,7 +95,7 @@ def choose_dtype(name: str, config: Any) -> torch.dtype:
     """The type of a name, or the one that the checkpoint is stored in. Raises `SpecmoeError` if it is unknown."""
     if name != "auto":
         if name not in DTYPES:
-            raise SpecmoeError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
+            raise UsageError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     found = DTYPES.get(stored) if isinstance(stored, str) else next((kind for kind in DTYPES.values() if kind == stored), None)
@@ -105,7 +105,7 @@ def choose_dtype(name: str, config: Any) -> torch.dtype:
 def check_bits(bits: int | None) -> None:
     """Raise `SpecmoeError` if experts cannot be packed to so many bits."""
     if bits is not None and bits not in GROUPS:
-        raise SpecmoeError(f"experts in {bits} bits: expected {' or '.join(map(str, GROUPS))}")
+        raise UsageError(f"experts in {bits} bits: expected {' or '.join(map(str, GROUPS))}")
 
 
 def choose_packings(bits: int | None, modules: Sequence[ExpertsModule]) -> list[IntegerGroups] | None:
@@ -130,9 +130,9 @@ def choose_policy(policy: str, shape: Shape) -> tuple[Rule, Run | None]:
     if policy in labels:
         return labels[policy], None
     if policy == Rule.BELADY.label:
-        raise SpecmoeError("belady needs to know the future: it can be simulated, but not run")
+        raise UsageError("belady needs to know the future: it can be simulated, but not run")
     if not Path(policy).is_dir():
-        raise SpecmoeError(
+        raise UsageError(
             f"unknown policy {policy!r}: expected one of {', '.join(labels)}, or the directory of a run of "
             f"'specmoe train --task {Task.REUSE}'"
         )
@@ -147,12 +147,13 @@ def choose_policy(policy: str, shape: Shape) -> tuple[Rule, Run | None]:
 def load_run_for(path: str, shape: Shape) -> Run:
     """A run for a model of this shape. Raises `SpecmoeError` if it is for another one, or cannot be used while a model runs."""
     if not Path(path).is_dir():
-        raise SpecmoeError(f"unknown predictor {path!r}: expected {NEXT_GATE}, {NONE}, or the directory of 'specmoe train'")
+        raise UsageError(f"unknown predictor {path!r}: expected {NEXT_GATE}, {NONE}, or the directory of 'specmoe train'")
     run = load_run(Path(path))
     own = run.predictor.shape
     if (own.layers, own.experts, own.top_k) != (shape.layers, shape.experts, shape.top_k):
         raise SpecmoeError(
-            f"{path} is for {own.layers} MoE layers and top-{own.top_k} of {own.experts} experts, but this model has "
+            f"{path} is for {counted(own.layers, 'MoE layer')} and top-{own.top_k} of {own.experts} experts, but this model "
+            "has "
             f"{shape.layers} and top-{shape.top_k} of {shape.experts}"
         )
     if run.predictor.takes_router_inputs:

@@ -22,7 +22,7 @@ class Slots:
         device: Where they are.
 
     Attributes:
-        bytes: Their size, buffers and workspace included.
+        bytes: Their size, buffers and workspace included, and what unpacking takes in between.
     """
 
     def __init__(self, layouts: Sequence[ExpertLayout], capacities: Sequence[int], device: torch.device) -> None:
@@ -64,9 +64,10 @@ class Slots:
 
 
 def bytes_besides_slots(layouts: Sequence[ExpertLayout]) -> int:
-    """Bytes on the device besides the slots: buffers and workspaces."""
+    """Bytes on the device besides the slots: buffers, workspaces, and what unpacking takes in between, one expert at a time."""
     buffers = sum(BUFFERS * layout.bytes for layout in dict.fromkeys(layouts))
-    return buffers + sum(plain.bytes for plain in _unpacked(layouts))
+    scratch = max((layout.packing.scratch_bytes for layout in layouts if layout.packing is not None), default=0)
+    return buffers + sum(plain.bytes for plain in _unpacked(layouts)) + scratch
 
 
 def _unpacked(layouts: Sequence[ExpertLayout]) -> list[ExpertLayout]:

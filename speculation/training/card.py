@@ -1,25 +1,22 @@
-"""The model card of a run, and its upload to the Hugging Face hub."""
+"""The model card of a run."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from profiler.trace.hub import CARD_FILE, plain_text, push_folder
+from profiler.errors import counted
+from profiler.trace.hub import plain_text
 from profiler.trace.reader import Trace
 from speculation.data.tasks import Task
 from speculation.predictors.base import Predictor
 from speculation.predictors.options import Epochs, TrainingOptions
 
-# The files of a run that are uploaded; logs and checkpoints are not.
-PUSHED = ["config.json", "*.safetensors", "metrics.json", "provenance.json", "training.csv", CARD_FILE]
-
 
 def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, facts: dict[str, Any], trace: Trace) -> str:
     """The model card as Markdown: task, model, training data, and how to use the predictor."""
     shape, model = predictor.shape, trace.metadata.model
-    has_validation = facts["validation_problems"] > 0
+    has_validation, has_texts = facts["validation_problems"] > 0, predictor.keeps_training_texts()
     arguments = "expert_ids, weights, router_input" if predictor.takes_router_inputs else "expert_ids, weights"
     when = {Task.NEXT_LAYER: "after each layer but the last", Task.NEXT_TOKEN: "after all layers"}.get(
         shape.task, "after begin"
@@ -39,11 +36,17 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         f"Predicts which experts a mixture-of-experts model will select: {predictor.about}.",
         "",
         f"- **task**: {shape.task}, h = 1 to {shape.horizon}; sees {predictor.sees}",
-        f"- **model**: {plain_text(model.id)}, {shape.layers} MoE layers, {shape.experts} experts, top-{shape.top_k}",
+        f"- **model**: {plain_text(model.id)}, {counted(shape.layers, 'MoE layer')}, {shape.experts} experts, "
+        f"top-{shape.top_k}",
         f"- **size**: {facts['parameters']:,} parameters, {facts['bytes']:,} bytes",
-        f"- **trained on**: {facts['train_problems']} problems, {facts['train_tokens']:,} tokens of "
+        *(["- **contains**: texts of training problems, as token ids with their routes"] if has_texts else []),
+        f"- **trained on**: {counted(facts['train_problems'], 'problem')}, {facts['train_tokens']:,} tokens of "
         f"{plain_text(trace.path.name)} ({plain_text(data)}), in {facts['train_seconds']:.0f} s",
-        *([f"- **early stopping on**: {facts['validation_problems']} other problems"] if history and has_validation else []),
+        *(
+            [f"- **early stopping on**: {counted(facts['validation_problems'], 'other problem')}"]
+            if history and has_validation
+            else []
+        ),
         *([f"- **last epoch**: {last}"] if last else []),
         f"- **source**: {plain_text(predictor.source)}",
         "",
@@ -71,8 +74,3 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         "",
     ]
     return "\n".join(lines)
-
-
-def push_run(run: Path, repository: str, *, private: bool = False) -> str:
-    """Upload a run as the model `repository` and return its URL. Raises `TraceError` with the hub's message if it fails."""
-    return push_folder(run, repository, kind="model", message="Expert predictor", patterns=PUSHED, private=private)

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import EmptyPartError, SpecmoeError
+from profiler.errors import EmptyPartError, SpecmoeError, UsageError
 from profiler.trace.reader import Trace
 from profiler.trace.splits import problem_digests, split_key
 from speculation.data.groups import RouteGroups
 from speculation.data.routes import RouteSource, each_group, load_routes, route_digests
 from speculation.data.tasks import Shape, Task
-from speculation.predictors.neural.training_loop import CHECKPOINTS
+from speculation.predictors.neural.base import NeuralPredictor
+from speculation.predictors.neural.training_loop import CHECKPOINTS, fixed_options
 from speculation.predictors.options import Progress, TrainingOptions
 from speculation.predictors.registry import find_predictor
-from speculation.training.runs import BASELINES, CONFIG_FILE, Run, baseline_shape, load_run, problems_sha256, save_run
+from speculation.training.runs import (
+    BASELINES,
+    CONFIG_FILE,
+    Run,
+    baseline_shape,
+    load_run,
+    manifest_sha256,
+    problems_sha256,
+    save_run,
+)
 
 Load = Callable[[Trace, str, npt.NDArray[np.uint64] | None], RouteSource]
 """Loads one part of a trace, in one group or in several, without the problems that have one of the digests."""
@@ -52,7 +63,7 @@ def train(
             traces share are left out of the validation.
         without: Neither train on nor validate with problems of `trace` that have these digests (see `route_digests`).
         options: Training options; None for the predictor's defaults.
-        resume: Continue an interrupted training in `out` from its last checkpoint.
+        resume: Continue an interrupted training in `out` from its last checkpoint. A finished one is loaded.
         on_progress: Called after every epoch.
 
     Returns:
@@ -60,7 +71,8 @@ def train(
 
     Raises:
         SpecmoeError: The predictor is unknown, the horizon or an option does not suit it, `out` is not empty, there is nothing
-            to resume, no problem is left to train on or is long enough for the horizon, or training diverges.
+            to resume or something else than this training, no problem is left to train on or is long enough for the horizon,
+            or training diverges.
     """
     predictor_class = find_predictor(predictor_name)
     _check_out(out, resume)
@@ -68,7 +80,7 @@ def train(
     predictor = predictor_class(shape)
     options = options or predictor_class.defaults
     if options.router_inputs and not (predictor_class.can_take_router_inputs or predictor_class.needs_router_inputs):
-        raise SpecmoeError(f"{predictor_name} does not use router inputs: leave out router_inputs")
+        raise UsageError(f"{predictor_name} does not use router inputs: leave out router_inputs")
     needs = predictor_class.needs_router_inputs or options.router_inputs
 
     def load(of: Trace, part: str, without: npt.NDArray[np.uint64] | None) -> RouteSource:
@@ -85,6 +97,23 @@ def train(
     else:
         validation_routes, shared = _validation_trace(trace, train_routes, validation, shape, load)
         _check_targets(validation_routes, shape, validation.path)
+    trained_on = route_digests(trace, train_routes)
+    validated_on, validation_sha256 = None, None
+    # Counting predictors have no epochs, and so look at nothing but the training problems.
+    if isinstance(predictor, NeuralPredictor) and validation_routes is not None:
+        validated_on = problems_sha256(route_digests(validation or trace, validation_routes))
+        validation_sha256 = None if validation is None else manifest_sha256(validation)
+    if resume and (out / CONFIG_FILE).is_file():
+        compared = {
+            "predictor": predictor_name,
+            "task, horizon or model": shape,
+            "trace": manifest_sha256(trace),
+            "training options": fixed_options(asdict(options)),
+            "training problems": trained_on.tolist(),
+            "validation problems": validated_on,
+            "validation trace": validation_sha256,
+        }
+        return _finished(out, compared)
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -104,20 +133,34 @@ def train(
         "train_tokens": len(train_routes),
         "validation_problems": len(validation_routes.problem_ids) if validation_routes else 0,
         "shared_problems": shared,
-        "validated_on": None,
+        "validated_on": validated_on,
+        "validation_sha256": validation_sha256,
     }
-    # Counting predictors have no epochs, and so look at nothing but the training problems.
-    if history and validation_routes is not None:
-        facts["validated_on"] = problems_sha256(route_digests(validation or trace, validation_routes))
-    save_run(out, predictor, baselines, options, history, facts, trace, route_digests(trace, train_routes))
+    save_run(out, predictor, baselines, options, history, facts, trace, trained_on)
     return load_run(out)
+
+
+def _finished(out: Path, compared: dict[str, Any]) -> Run:
+    """The finished run in `out`. Raises `SpecmoeError` if it differs from the training that was requested."""
+    run = load_run(out)
+    found = {
+        "predictor": run.name,
+        "task, horizon or model": run.predictor.shape,
+        "trace": run.trace_sha256,
+        "training options": fixed_options(run.options),
+        "training problems": run.trained_on.tolist(),
+        "validation problems": run.facts.validated_on,
+        "validation trace": run.facts.validation_sha256,
+    }
+    for what, value in compared.items():
+        if found[what] != value:
+            raise SpecmoeError(f"{out} is a finished run, and its {what} differ from the requested: choose another folder")
+    return run
 
 
 def _check_out(out: Path, resume: bool) -> None:
     is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if resume and (out / CONFIG_FILE).is_file():
-        raise SpecmoeError(f"{out} is finished: nothing to resume")
-    if resume and not is_empty and not (out / CHECKPOINTS).is_dir():
+    if resume and not is_empty and not (out / CHECKPOINTS).is_dir() and not (out / CONFIG_FILE).is_file():
         raise SpecmoeError(f"{out} has no {CHECKPOINTS}/: nothing to resume")
     if not resume and not is_empty:
         hint = ", or resume its training" if (out / CHECKPOINTS).is_dir() and not (out / CONFIG_FILE).is_file() else ""
@@ -162,6 +205,6 @@ def _validation_trace(
     shared = int(np.isin(digests, trained_on).sum())
     if shared == len(digests):
         raise SpecmoeError(
-            f"all {shared} problems of {validation.path} are also in {trace.path}: choose another validation trace"
+            f"{validation.path} has no problem that is not in {trace.path}, too: choose another validation trace"
         )
     return load(validation, "all", trained_on), shared

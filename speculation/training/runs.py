@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import shutil
 import subprocess
@@ -29,10 +28,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError, first_fault
 from profiler.trace.hub import CARD_FILE
 from profiler.trace.reader import MAX_DOCUMENT_BYTES, Trace
 from profiler.trace.schema import MANIFEST_FILE
@@ -50,6 +50,32 @@ BASELINES = ("popularity", "previous-token", "conditional-counts")
 MAX_FILE_BYTES = 4 << 30
 
 
+class TrainingFacts(BaseModel):
+    """`metrics.json` of a run. Older files lack the fields that have a default.
+
+    Attributes:
+        parameters: Learned numbers.
+        train_seconds: The duration of the training.
+        train_problems, train_tokens: What it was trained on.
+        validation_problems: Problems for early stopping.
+        shared_problems: Problems of the trace for early stopping that were left out, because they are training problems too.
+        validated_on: SHA-256 of the digests of the problems for early stopping; None without any, or in older runs.
+        validation_sha256: The SHA-256 of the manifest of the trace for early stopping; None if it is the same trace, or in
+            older runs.
+        history: An entry for each epoch; empty for counting predictors.
+    """
+
+    parameters: int
+    train_seconds: float = Field(allow_inf_nan=False)
+    train_problems: int
+    train_tokens: int
+    validation_problems: int = 0
+    shared_problems: int = 0
+    validated_on: str | None = None
+    validation_sha256: str | None = None
+    history: Epochs = []
+
+
 @dataclass(frozen=True)
 class Run:
     """A run directory that was loaded with `load_run`.
@@ -63,9 +89,8 @@ class Run:
             `profiler.trace.splits.split_key`).
         trace_sha256: The SHA-256 of the trace's manifest; None if the trace had no manifest.
         trained_on: uint64 `[P]`, digests of the training problems, ascending.
-        train_seconds: The duration of the training in seconds.
         options: The training options by name, with the seed.
-        validated_on: SHA-256 of the digests of the problems for early stopping; None without any, or in older runs.
+        facts: How the training went, and what its last epoch was chosen by.
 
     Example:
         >>> run = load_run(Path("runs/math"))  # doctest: +SKIP
@@ -80,9 +105,13 @@ class Run:
     split: str
     trace_sha256: str | None
     trained_on: npt.NDArray[np.uint64]
-    train_seconds: float
     options: dict[str, Any]
-    validated_on: str | None
+    facts: TrainingFacts
+
+    @property
+    def baselines_from(self) -> tuple[str | None, bytes, Shape]:
+        """What the baselines were computed from: runs for which it is equal have equal baselines."""
+        return self.trace_sha256, self.trained_on.tobytes(), self.predictor.shape
 
 
 def baseline_shape(shape: Shape) -> Shape:
@@ -190,7 +219,11 @@ def load_run(path: Path) -> Run:
         raise SpecmoeError(f"{path}/config.json: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SpecmoeError(f"{path}/config.json is not valid: {type(error).__name__} {error}") from error
-    predictor = find_predictor(name).restore(shape, settings, _load_arrays(path / "model.safetensors"))
+    try:
+        predictor = find_predictor(name).restore(shape, settings, _load_arrays(path / "model.safetensors"))
+    except UsageError as error:
+        # Not what the user chose, but what the run says.
+        raise SpecmoeError(f"{path}/config.json: {error}") from error
     stored = _load_arrays(path / "baselines.safetensors")
     baselines = {}
     for baseline in BASELINES:
@@ -199,22 +232,17 @@ def load_run(path: Path) -> Run:
     trained_on = _load_arrays(path / "problems.safetensors").get("digests")
     if trained_on is None or trained_on.ndim != 1 or trained_on.dtype != np.uint64:
         raise SpecmoeError(f"{path}/problems.safetensors: expected 'digests', uint64 of one dimension")
-    seconds, validated_on = _training_facts(path / "metrics.json")
-    return Run(path, name, predictor, baselines, split, trace_sha256, trained_on, seconds, options, validated_on)
+    facts = _training_facts(path / "metrics.json")
+    return Run(path, name, predictor, baselines, split, trace_sha256, trained_on, options, facts)
 
 
-def _training_facts(path: Path) -> tuple[float, str | None]:
-    """`train_seconds` and `validated_on` of a run."""
+def _training_facts(path: Path) -> TrainingFacts:
     try:
-        facts = _read_json(path)
-        seconds, validated_on = float(facts["train_seconds"]), facts.get("validated_on")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        return TrainingFacts.model_validate(_read_json(path))
+    except ValidationError as error:
+        raise SpecmoeError(f"{path} is not valid: {first_fault(error)}") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise SpecmoeError(f"{path} is not valid: {type(error).__name__} {error}") from error
-    if not math.isfinite(seconds):
-        raise SpecmoeError(f"{path} is not valid: train_seconds {seconds}")
-    if not isinstance(validated_on, str | None):
-        raise SpecmoeError(f"{path} is not valid: validated_on {validated_on!r}, expected a SHA-256")
-    return seconds, validated_on
 
 
 def _read_json(path: Path) -> Any:

@@ -6,13 +6,14 @@ import csv
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.traces import MakeTrace
 
 from benchmarks.learning_curve import learning_curve
-from benchmarks.studies import digests_of, first_by_hash, held_out, trained, unseen_problems
+from benchmarks.studies import Digests, digests_of, first_by_hash, held_out, trained, unseen_problems
 from benchmarks.transfer import ALL, by_dataset, transfer_matrix
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
@@ -68,7 +69,7 @@ def test_a_learning_curve(make_trace: MakeTrace, tmp_path: Path) -> None:
     assert small < large == set(train.tolist())
     assert len(small) == int(np.ceil(len(train) / 4))
     # The same problems for early stopping, whatever the share.
-    assert len({load_run(tmp_path / "runs" / f"mlp-{share}").validated_on for share in (25, 100)}) == 1
+    assert len({load_run(tmp_path / "runs" / f"mlp-{share}").facts.validated_on for share in (25, 100)}) == 1
     with (tmp_path / "learning_curve.csv").open(newline="") as file:
         assert [row["predictor"] for row in csv.DictReader(file)] == [row["predictor"] for row in rows]
 
@@ -85,8 +86,15 @@ def test_finished_runs_are_kept_and_others_refused(make_trace: MakeTrace, tmp_pa
     assert kept.stat().st_mtime_ns == before
     assert [row["recall@2"] for row in first] == [row["recall@2"] for row in again]
     for changed in (replace(OPTIONS, seed=1), replace(OPTIONS, epochs=2)):
-        with pytest.raises(SpecmoeError, match="is a run of another trace, or with other settings"):
+        with pytest.raises(SpecmoeError, match="is a finished run, and its training options differ"):
             learning_curve(trace, {"popularity": changed}, tmp_path, shares=(50,))
+    train, validation = (digests_of(trace, part=part) for part in ("train", "validation"))
+    settings: dict[str, Any] = {"task": Task.NEXT_LAYER, "options": OPTIONS, "train_on": train}
+    trained(trace, "mlp", tmp_path / "mlp", validate_on=validation, **settings)
+    trained(trace, "mlp", tmp_path / "mlp", validate_on=validation, **settings)
+    for other in (validation[:0], validation[1:]):
+        with pytest.raises(SpecmoeError, match="its validation problems differ"):
+            trained(trace, "mlp", tmp_path / "mlp", validate_on=other, **settings)
 
 
 def test_a_transfer_matrix(make_trace: MakeTrace, tmp_path: Path) -> None:
@@ -109,6 +117,26 @@ def test_a_transfer_matrix(make_trace: MakeTrace, tmp_path: Path) -> None:
         own = by_dataset(trace, None, "train")
         allowed = np.concatenate([own[name] for name in ([source] if source in own else own)])
         assert np.isin(run.trained_on, allowed).all()
+
+
+def test_training_without_early_stopping_is_said(
+    make_trace: MakeTrace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where no prompt of one of the datasets falls into the validation part."""
+    found = by_dataset
+
+    def without_some(of: Trace, groups: dict[str, list[str]] | None, part: str) -> dict[str, Digests]:
+        digests = found(of, groups, part)
+        return digests | {"plus one": digests["plus one"][:0]} if part == "validation" else digests
+
+    monkeypatch.setattr("benchmarks.transfer.by_dataset", without_some)
+    rows = transfer_matrix(two_domains(make_trace), {"mlp": OPTIONS}, tmp_path, min_problems=2)
+    lines = capsys.readouterr().out.splitlines()
+    remarks = [line for line in lines if "without early stopping (1 epoch)" in line]
+    assert [line.split(":")[0] for line in remarks] == ["mlp, trained on plus one"]
+    assert {row["trained_on"]: row["validation_problems"] > 0 for row in rows} == {
+        "plus one": False, "plus three": True, ALL: True
+    }  # fmt: skip
 
 
 def test_a_prompt_of_two_datasets_is_of_one_only(make_trace: MakeTrace) -> None:
@@ -151,6 +179,6 @@ def test_problems_of_both_traces_are_not_evaluated_on(make_trace: MakeTrace, tmp
     run = trained(
         trace, "popularity", tmp_path / "run", task=Task.NEXT_LAYER, options=OPTIONS, train_on=train, validate_on=train[:0]
     )
-    assert run.validated_on is None
-    with pytest.raises(SpecmoeError, match=r"was trained on .* of the .* problems to evaluate on"):
+    assert run.facts.validated_on is None
+    with pytest.raises(SpecmoeError, match=r"was trained on 5 of 5 problems to evaluate on"):
         held_out(run, trace, "all", train[:5])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,20 @@ def test_a_missing_extra_is_named_in_one_line(command: str, extra: str, trace: T
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"pip install 'speculative-moe[{extra}]'" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["profiler", "vllm_patch", "analysis", "speculation", "modal_jobs"])
+def test_no_message_says_1_problems(package: str) -> None:
+    """Numbers before these nouns are written by `counted`."""
+    nouns = re.compile(r" ((more|other|training|validation) )?(problems|MoE layers|epochs|seeds|samples)\b")
+    found = []
+    for path in (Path(__file__).parents[2] / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for number, text in pairwise(node.values) if isinstance(node, ast.JoinedStr) else ():
+                follows = str(text.value) if isinstance(text, ast.Constant) else ""
+                if nouns.match(follows) and isinstance(number, ast.FormattedValue) and "name" not in ast.unparse(number):
+                    found.append(f"{path.name}: {ast.unparse(number)}{follows[:20]}")
+    assert found == []
 
 
 def test_a_package_that_no_extra_brings() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,15 @@ def logits(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
     """The logits of a forward pass, `[B, T, V]`."""
     found: torch.Tensor = model(tokens_BT).logits
     return found
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """The most bytes of tensors on the CPU that a function has in use at a time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    used = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            used += event.nbytes()
+            most = max(most, used)
+    return most

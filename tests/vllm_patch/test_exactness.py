@@ -279,7 +279,7 @@ def test_an_aborted_request_is_marked_incomplete(calls: Path) -> None:
     kept, dropped = trace.problems.to_pylist()
     assert (kept["finish_reason"], kept["output_tokens"]) == ("length", 40)
     assert (dropped["finish_reason"], dropped["prompt_tokens"], dropped["output_tokens"]) == ("abort", 30, 0)
-    assert "1 problems were aborted and are incomplete: problem 1" in trace.metadata.gaps
+    assert "1 problem aborted and incomplete: problem 1" in trace.metadata.gaps
     assert len(trace.arrays(0)) == 69
     assert trace.arrays(1).token_ids_T.tolist() == list(range(29))
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from profiler.errors import SpecmoeError, printable
+from profiler.errors import UsageError, printable
 from vllm_patch.check.coverage import coverage_lines, verdict_line
 from vllm_patch.check.jobs import FAMILY_NAMES
 from vllm_patch.check.results import CheckDocument, Verdict
@@ -20,7 +20,7 @@ def run_and_print(check: Check) -> CheckDocument:
     """Run the check and print its results. Raises `SpecmoeError` for models that are neither families nor folders."""
     for model in check.models:
         if model not in (*FAMILY_NAMES, "demo") and "/" not in model:
-            raise SpecmoeError(f"unknown family {model!r}: expected one of {', '.join(FAMILY_NAMES)}, demo")
+            raise UsageError(f"unknown family {model!r}: expected one of {', '.join(FAMILY_NAMES)}, demo")
     document = run_check(check, lambda document, text: console.print(escape(f"{document.seconds:6.1f} s  {printable(text)}")))
     console.print()
     console.print(_jobs_table(document))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from profiler.errors import counted
 from vllm_patch.check.device import DeviceFacts
 from vllm_patch.check.jobs import FAMILY_NAMES
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict
@@ -49,7 +50,7 @@ def verdict_line(document: CheckDocument) -> str:
     """How many jobs ran, and their verdicts."""
     counts = {verdict: sum(job.verdict == verdict for job in document.jobs) for verdict in Verdict}
     verdicts = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
-    return f"{len(document.jobs)} runs on {document.device}: {verdicts or 'nothing ran'}"
+    return f"{counted(len(document.jobs), 'run')} on {document.device}: {verdicts or 'nothing ran'}"
 
 
 def coverage_lines(document: CheckDocument) -> list[str]:

@@ -7,7 +7,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from profiler.errors import TraceError, first_fault, first_line
 
 
 class Verdict(StrEnum):
@@ -111,3 +113,15 @@ class CheckDocument(_Part):
         """Whether no job is wrong, at least one is right, and each model that the user `named` has one that is right."""
         right = {job.model for job in self.jobs if job.verdict in {Verdict.exact, Verdict.ties}}
         return bool(right) and right >= set(named) and all(job.verdict != Verdict.wrong for job in self.jobs)
+
+
+def read_check(path: Path) -> CheckDocument:
+    """Read what `check --json` wrote. Raises `TraceError`, in one line, if the file is missing or something else."""
+    try:
+        return CheckDocument.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise TraceError(
+            f"{path}: expected what 'python -m vllm_patch check --json FILE' writes: {first_fault(error)}"
+        ) from error
+    except OSError as error:
+        raise TraceError(f"{path}: {first_line(error)}") from error

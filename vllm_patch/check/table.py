@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vllm_patch.check.results import CheckDocument, JobResult, Verdict
+from profiler.errors import TraceError
+from vllm_patch.check.results import CheckDocument, JobResult, Verdict, read_check
 
 WORDS = {
     Verdict.exact: "exact",
@@ -52,4 +53,7 @@ def _row(job: JobResult) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown_table([CheckDocument.model_validate_json(Path(file).read_text()) for file in sys.argv[1:]]), end="")
+    try:
+        print(markdown_table([read_check(Path(file)) for file in sys.argv[1:]]), end="")
+    except TraceError as error:
+        sys.exit(str(error))

@@ -23,7 +23,7 @@ from profiler.capture.requests import (
     read_skipped,
 )
 from profiler.capture.sealing import STREAMS, run_folder, runs_of
-from profiler.errors import TraceError
+from profiler.errors import TraceError, counted
 from profiler.importers.target import Target
 from profiler.trace.reader import Trace
 from profiler.trace.schema import CAPTURE_FOLDER, GATES_FILE, MANIFEST_FILE, METADATA_FILE
@@ -88,8 +88,9 @@ def read(source: Path, target: Target) -> None:
     if not sequences:
         raise TraceError(f"{source}: {next(iter(faults.values()))}")
     skipped = [record for run in runs_of(target.directory) for record in read_skipped(run_folder(target.directory, run))]
-    planned_count = sum(dataset.problems for dataset in metadata.datasets) or "an unknown number of"
-    gaps = [f"the collection was interrupted: {len(sequences)} of {planned_count} problems had started"]
+    count = sum(dataset.problems for dataset in metadata.datasets)
+    of = counted(count, "problem") if count else "an unknown number of problems"
+    gaps = [f"the collection was interrupted: {len(sequences)} of {of} had started"]
     gaps += list_some([f"left out {text}" for text in faults.values()])
     gaps += list_some([f"skipped problem {record.problem_id}: {record.reason}" for record in skipped])
     metadata = metadata.model_copy(update={"gaps": gaps, "datasets": []})

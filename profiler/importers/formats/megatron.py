@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, counted
 from profiler.importers.reading import files_of, head, json_lines, pad_lists, sources_of
 from profiler.importers.rows import MAX_LAYER
 from profiler.importers.target import Target
@@ -54,7 +54,7 @@ def read(source: Path, target: Target) -> None:
         target.gaps.append("with pipeline parallelism, ranks number different layers alike, which the source does not show")
     left_out = sum(_read_rank(path, target) for n, path in enumerate(files) if digests[n] not in digests[:n])
     if left_out:
-        target.gaps.append(f"{left_out:,} records of multi-token prediction were left out")
+        target.gaps.append(f"{counted(left_out, 'record')} of multi-token prediction left out")
 
 
 def _digest(path: Path) -> bytes:
@@ -99,5 +99,6 @@ def _indices(found: dict[str, Any], where: str) -> np.ndarray:
     if ids_TK is None:
         raise TraceError(f"{where}: 'top_indices' are not expert ids, or not equally many for each token")
     if type(found.get("num_tokens", len(ids_TK))) is not int or found.get("num_tokens", len(ids_TK)) != len(ids_TK):
-        raise TraceError(f"{where}: 'top_indices' of {len(ids_TK)} tokens, but num_tokens is {found['num_tokens']!r}")
+        given = found["num_tokens"]
+        raise TraceError(f"{where}: 'top_indices' of {counted(len(ids_TK), 'token')}, but num_tokens is {given!r}")
     return ids_TK

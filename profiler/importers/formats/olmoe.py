@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, counted
 from profiler.importers.reading import files_of, head, integer_array, json_lines, sources_of
 from profiler.importers.target import Target
 from profiler.trace.schema import PREFILL
@@ -51,7 +51,7 @@ def _add(found: dict[str, Any], name: tuple[str, ...], where: str, target: Targe
     if "input_ids" in found:
         vocab_ids_T = integer_array(found["input_ids"], f"{where}: input_ids")
         if len(vocab_ids_T) != len(ids_TLK):
-            raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids, but exp_ids of {len(ids_TLK)} tokens")
+            raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids, but exp_ids of {counted(len(ids_TLK), 'token')}")
         target.add_tokens(problem_id, positions_T, PREFILL, vocab_ids_T=vocab_ids_T)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from profiler.errors import UNREADABLE, TraceError, first_line
+from profiler.errors import UNREADABLE, TraceError, counted, first_line
 from profiler.importers.reading import batches, column_names, files_in, has_columns, id_lists, integer_column, is_text, lists
 from profiler.importers.rows import ImportedProblem, ImportedRows
 from profiler.importers.target import Target
@@ -51,7 +51,7 @@ def read(source: Path, target: Target) -> None:
             ids_NK = id_lists(batch.column("expert_ids"), f"{where}: expert_ids")
             weights_NK = lists(batch.column("weights"), f"{where}: weights") if has_weights else None
             if weights_NK is not None and weights_NK.shape != ids_NK.shape:
-                raise TraceError(f"{where}: {weights_NK.shape[1]} weights for {ids_NK.shape[1]} experts")
+                raise TraceError(f"{where}: {counted(weights_NK.shape[1], 'weight')} for {counted(ids_NK.shape[1], 'expert')}")
             target.add(ImportedRows(problem_N, token_N, layer_N, ids_NK, weights_NK), where)
             order_N = np.lexsort((token_N, problem_N))
             problems, at = np.unique(problem_N[order_N], return_index=True)

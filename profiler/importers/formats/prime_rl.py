@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import UNREADABLE, TraceError, first_line
+from profiler.errors import UNREADABLE, TraceError, counted, first_line
 from profiler.importers import msgpack
 from profiler.importers.reading import files_of, integer_array, sources_of
 from profiler.importers.rows import EMPTY, MAX_LAYER, layers_with_experts
@@ -63,7 +63,7 @@ def read(source: Path, target: Target) -> None:
             else:
                 without += 1
     if without:
-        target.gaps.append(f"{without:,} samples have no routed experts and were left out")
+        target.gaps.append(f"{counted(without, 'sample')} left out: no routed experts")
 
 
 def _samples(path: Path) -> Iterator[tuple[str, list[Any]]]:
@@ -104,7 +104,7 @@ def _routes(sample: list[Any], where: str) -> npt.NDArray[Any]:
 def _add(sample: list[Any], problem_id: int, layers: list[int], where: str, target: Target) -> None:
     ids_TLK = _routes(sample, where)
     if ids_TLK.shape[1] <= layers[-1]:
-        raise TraceError(f"{where}: {ids_TLK.shape[1]} layers, but other samples have more")
+        raise TraceError(f"{where}: {counted(ids_TLK.shape[1], 'layer')}, but other samples have more")
     vocab_ids_T, is_decode_T = _tokens(sample, where)
     # The last token is never fed back: its row is padding. Zeros before the last other route are expert 0.
     others = np.flatnonzero((ids_TLK[: max(len(vocab_ids_T) - 1, 0)] > 0).any((1, 2)))

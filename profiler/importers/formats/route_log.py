@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, counted
 from profiler.importers.reading import JsonObjects, files_of, first_object, json_lines, sources_of
 from profiler.importers.rows import MAX_LAYER, ImportedRows, running_count
 from profiler.importers.target import Target
@@ -80,7 +80,7 @@ def _read_log(files: list[Path], name: tuple[str, ...], target: Target) -> None:
         target.gaps += [gap] * (gap not in target.gaps)
     if drifted:
         where = f"{'/'.join(name)}: " if name else ""
-        target.gaps.append(f"{where}{drifted:,} rows follow a row where the layers disagree on token_idx, and were dropped")
+        target.gaps.append(f"{where}{counted(drifted, 'row')} dropped: behind a row where the layers disagree on token_idx")
 
 
 def _routes(files: list[Path]) -> Iterator[JsonObjects]:

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic_core import from_json
 
-from profiler.errors import TraceError, first_line
+from profiler.errors import TraceError, counted, first_line
 from profiler.importers.known_model import known_model
 from profiler.importers.reading import BYTE_ORDER_MARK, NOT_AN_ARRAY, files_of, integer_array, sources_of
 from profiler.importers.rows import EMPTY, MAX_LAYER, layers_with_experts
@@ -92,7 +92,7 @@ def read(source: Path, target: Target) -> None:
             unplaced += response.tokens is None
             _add(response, shape, target.problem("server", *name, str(number)), moe_layers, target)
     if without:
-        target.gaps.append(f"{without:,} responses have no routed experts and were left out")
+        target.gaps.append(f"{counted(without, 'response')} left out: no routed experts")
     if unplaced:
         target.gaps.append(f"{unplaced:,} responses do not say how many tokens they have: their rows were numbered from 0")
 
@@ -105,14 +105,14 @@ def _add(response: _Response, shape: tuple[int, int] | None, problem_id: int, la
     where = response.where
     ids_TLK = _routes(response, shape)
     if ids_TLK.shape[1] <= layers[-1]:
-        raise TraceError(f"{where}: {ids_TLK.shape[1]} layers, but other responses have more")
+        raise TraceError(f"{where}: {counted(ids_TLK.shape[1], 'layer')}, but other responses have more")
     weights_TLK = None if response.weights is None else _npy(response.weights, f"{where}: {WEIGHTS_FIELD}", "f")
     if weights_TLK is not None and weights_TLK.shape != ids_TLK.shape:
         raise TraceError(f"{where}: {WEIGHTS_FIELD} of shape {weights_TLK.shape}, expected that of the ids, {ids_TLK.shape}")
     # Of a sequence of T tokens, the last one is never fed back: there are T - 1 rows.
     tokens = len(ids_TLK) + 1 if response.tokens is None else response.tokens
     if len(ids_TLK) > tokens:
-        raise TraceError(f"{where}: routes of {len(ids_TLK)} tokens, but there are {tokens}")
+        raise TraceError(f"{where}: routes of {counted(len(ids_TLK), 'token')}, but there are {tokens}")
     # A server that was stopped by the last token may have computed it, too.
     first = max(tokens - 1 - len(ids_TLK), 0)
     ids_TLK = ids_TLK[:, layers]

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, counted
 from profiler.importers.reading import files_in, integer_array, sources_of
 from profiler.importers.rows import EMPTY, MAX_LAYER
 from profiler.importers.target import Target
@@ -130,7 +130,10 @@ class _ForwardPass:
         vocab_ids_T = integer_array(record.get("input_ids"), f"{where}: input_ids")
         positions_T = integer_array(record.get("positions"), f"{where}: positions")
         if min(len(vocab_ids_T), len(positions_T)) < tokens:
-            raise TraceError(f"{where}: {len(vocab_ids_T)} input_ids and {len(positions_T)} positions for {tokens} tokens")
+            raise TraceError(
+                f"{where}: {len(vocab_ids_T)} input_ids and {counted(len(positions_T), 'position')} for "
+                f"{counted(tokens, 'token')}"
+            )
         if mapping_LP is not None:
             if len(mapping_LP) != len(ids_LTK) or ids_LTK.max(initial=0) >= mapping_LP.shape[1]:
                 raise TraceError(f"{where}: expert ids that are not in last_physical_to_logical_map")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import TraceError
+from profiler.errors import TraceError, counted
 from profiler.importers.reading import files_of, integer_array, sources_of
 from profiler.importers.rows import EMPTY, MAX_LAYER, layers_with_experts
 from profiler.importers.target import Target
@@ -48,7 +48,7 @@ def read(source: Path, target: Target) -> None:
         for number, (where, sample) in samples.items():
             _add(sample, target.problem("slime", path.stem, str(number)), moe_layers, where, target)
     if without:
-        target.gaps.append(f"{without:,} samples have no routed experts and were left out")
+        target.gaps.append(f"{counted(without, 'sample')} left out: no routed experts")
 
 
 def _samples(path: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], int]:
@@ -80,10 +80,10 @@ def _routes(sample: dict[str, Any], where: str) -> npt.NDArray[Any]:
 def _add(sample: dict[str, Any], problem_id: int, layers: list[int], where: str, target: Target) -> None:
     ids_TLK = _routes(sample, where)
     if ids_TLK.shape[1] <= layers[-1]:
-        raise TraceError(f"{where}: {ids_TLK.shape[1]} layers, but other samples have more")
+        raise TraceError(f"{where}: {counted(ids_TLK.shape[1], 'layer')}, but other samples have more")
     vocab_ids_T = integer_array(sample.get("tokens"), f"{where}: tokens")
     if len(ids_TLK) > len(vocab_ids_T):
-        raise TraceError(f"{where}: routes of {len(ids_TLK)} tokens, but there are {len(vocab_ids_T)}")
+        raise TraceError(f"{where}: routes of {counted(len(ids_TLK), 'token')}, but there are {len(vocab_ids_T)}")
     generated = sample.get("response_length", 0)
     if type(generated) is not int or not 0 <= generated <= len(vocab_ids_T):
         raise TraceError(f"{where}: response_length {generated!r}, expected 0..{len(vocab_ids_T)}")

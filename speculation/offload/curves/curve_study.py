@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.documents.curves import CacheCurves, HitRateCurve, SlotHitRates, SlotsRow, WorkingSetRow
-from profiler.errors import EmptyPartError, SpecmoeError
+from profiler.errors import EmptyPartError, UsageError, counted
 from profiler.trace.reader import Trace
 from speculation.data.routes import Routes, load_routes, route_digests
 from speculation.data.tasks import Shape, Task
@@ -65,7 +65,7 @@ def run_curves(study: CurveStudy, on_done: Callable[[int, int], None] = lambda d
     """
     for name, values in (("window", study.windows), ("batch", (*study.batches, study.batch))):
         if min(values, default=1) < 1:
-            raise SpecmoeError(f"{name} of {min(values)} tokens: expected at least 1")
+            raise UsageError(f"{name} of {min(values)} tokens: expected at least 1")
     facts = study.trace.metadata.model
     shape = Shape.of(facts, 1, Task.NEXT_TOKEN)
     notes: list[str] = []
@@ -82,10 +82,11 @@ def run_curves(study: CurveStudy, on_done: Callable[[int, int], None] = lambda d
     slots = [] if training is None else _slots(workload, training, study.batch, (own, shared), totals)
     decode_tokens = int(routes.is_decode_T.sum())
     caches = "Caches start with the experts most popular in " + (
-        "these problems themselves" if training is None else f"{len(training.problem_ids)} training problems"
+        "these problems themselves" if training is None else f"{counted(len(training.problem_ids), 'training problem')}"
     )
     notes += [
-        f"{len(routes.problem_ids)} problems, {decode_tokens:,} generated and {len(routes) - decode_tokens:,} prompt tokens "
+        f"{counted(len(routes.problem_ids), 'problem')}, {decode_tokens:,} generated and {len(routes) - decode_tokens:,} "
+        "prompt tokens "
         f"({study.part} part); {study.batch} at a time. Only hits of generated tokens are counted. {caches}.",
         *study.trace.caveats(),
     ]
@@ -141,7 +142,8 @@ def summary_of(
     for each in slots:
         even, by_curves, shared = each.evaluated.even, each.evaluated.by_curves, each.evaluated.shared
         found.append(
-            f"{each.slots} slots ({each.share:.0%}): {even:.3f} if every layer has the same, {by_curves:.3f} if divided by the "
+            f"{counted(each.slots, 'slot')} ({each.share:.0%}): {even:.3f} if every layer has the same, {by_curves:.3f} if "
+            "divided by the "
             f"curves of training, {shared:.3f} in one cache for all layers."
         )
     return found
@@ -228,7 +230,9 @@ def _working_sets(study: CurveStudy, routes: Routes, shape: Shape, notes: list[s
     for row in rows:
         if row.count == 0:
             what = (
-                f"step decodes {row.tokens} sequences" if row.is_batch else f"problem has {row.tokens} generated tokens on end"
+                f"step decodes {counted(row.tokens, 'sequence')}"
+                if row.is_batch
+                else f"problem has {row.tokens} generated tokens on end"
             )
             notes.append(f"No {what}: there is no such working set.")
     return [row for row in rows if row.count]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.documents.curves import CURVES_FILE, read_curves
-from profiler.errors import EmptyPartError, SpecmoeError
+from profiler.errors import EmptyPartError, SpecmoeError, UsageError, counted
 from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
 from speculation.data.tasks import Shape
@@ -44,7 +44,7 @@ def division_of(name: str, trace: Trace, shape: Shape, workload: Workload, batch
         return _by_curve(trace, shape, workload, batch)
     if Path(name).exists():
         return _from_file(Path(name), shape)
-    raise SpecmoeError(f"slots {name!r}: expected {EVEN}, {BY_CURVE}, or a folder that 'specmoe curve TRACE --out DIR' wrote")
+    raise UsageError(f"slots {name!r}: expected {EVEN}, {BY_CURVE}, or a folder that 'specmoe curve TRACE --out DIR' wrote")
 
 
 def _by_curve(trace: Trace, shape: Shape, workload: Workload, batch: int) -> Division:
@@ -66,7 +66,8 @@ def _from_file(path: Path, shape: Shape) -> Division:
     curves = read_curves(path)
     if (len(curves.moe_layers), curves.num_experts) != (shape.layers, shape.experts):
         raise SpecmoeError(
-            f"{path}: its model has {len(curves.moe_layers)} MoE layers of {curves.num_experts} experts, the trace's has "
+            f"{path}: its model has {counted(len(curves.moe_layers), 'MoE layer')} of {curves.num_experts} experts, the "
+            "trace's has "
             f"{shape.layers} of {shape.experts}"
         )
     by_total = {row.slots: tuple(row.by_layer) for row in curves.slots}

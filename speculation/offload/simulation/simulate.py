@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from speculation.offload.costs import Costs
 from speculation.offload.plans import PrefetchPlan, no_plan
 from speculation.offload.requests import Requests
@@ -180,7 +180,7 @@ def simulate(
     requests = workload.requests
     capacities = _capacities(setting, requests)
     if setting.queue < 1 or not 0 < setting.time_constant < inf:
-        raise SpecmoeError(f"queue {setting.queue}, time constant {setting.time_constant}: expected at least 1, and above 0")
+        raise UsageError(f"queue {setting.queue}, time constant {setting.time_constant}: expected at least 1, and above 0")
     size = (requests.steps, requests.layers * requests.num_experts)
     if setting.policy == Rule.LEARNED and (scores_SX is None or scores_SX.shape != size):
         raise SpecmoeError(f"the policy learned needs the scores of {size[1]} experts in {size[0]} steps")
@@ -351,11 +351,11 @@ def capacities(
     pools = 1 if is_global else layers
     for fraction in fractions:
         if not 0 <= fraction <= 1:
-            raise SpecmoeError(f"cache fraction {fraction}: expected 0 to 1")
+            raise UsageError(f"cache fraction {fraction}: expected 0 to 1")
         yield int(fraction * layers * experts / pools + 1e-9)
     for size in gigabytes:
         if not 0 <= size < 1e9:
-            raise SpecmoeError(f"cache of {size} GB: expected 0 or more")
+            raise UsageError(f"cache of {size} GB: expected 0 or more")
         if costs is None:
             raise SpecmoeError(
                 "a cache size in GB needs the size of an expert: name a model of known sizes (see 'specmoe models'), "

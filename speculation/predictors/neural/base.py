@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from profiler.errors import SpecmoeError
+from profiler.errors import SpecmoeError, UsageError
 from profiler.trace.schema import MAX_HIDDEN_SIZE
 from speculation.data.routes import Routes, RouteSource, router_input_scale, router_inputs_of
 from speculation.data.tasks import Shape, Task, targets
-from speculation.predictors.base import Arrays, Predictor, expected_array
+from speculation.predictors.base import Arrays, Predictor, expected_array, stored_weights
 from speculation.predictors.features import at_targets, expert_frequency, frequent_tokens, stored_keys
 from speculation.predictors.neural.training_loop import fit_network
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
@@ -63,9 +63,11 @@ class NeuralPredictor(Predictor):
 
     max_vocabulary: the maximum number of distinct tokens with their own embedding. The most frequent ones get one, if they
     occur at least twice: little can be learned from a single occurrence. All other tokens share row 0.
+    memory_bytes: what the texts of training problems that it keeps (token ids and routes) may take; 0 if it keeps none.
     """
 
     max_vocabulary: ClassVar[int] = 8192
+    memory_bytes: ClassVar[int] = 0
     default_width: ClassVar[int]
 
     # Whether one head can serve all layers; and what the width must be a multiple of, because attention heads divide it.
@@ -77,8 +79,12 @@ class NeuralPredictor(Predictor):
         self.keys = np.zeros(0, dtype=np.int64) if keys is None else keys
         self.config = config or NetworkConfig(width=self.default_width, context=self.default_context())
         if self.config.width % self.width_multiple:
-            raise SpecmoeError(f"width {self.config.width}: expected a multiple of {self.width_multiple} for {self.name}")
+            raise UsageError(f"width {self.config.width}: expected a multiple of {self.width_multiple} for {self.name}")
         self.network = self.build(len(self.keys) + 1)
+
+    @classmethod
+    def keeps_training_texts(cls) -> bool:
+        return cls.memory_bytes > 0
 
     def default_context(self) -> int:
         """C, the number of tokens whose routes the network sees in order; 1 if it has no such context."""
@@ -87,14 +93,14 @@ class NeuralPredictor(Predictor):
     def config_for(self, options: TrainingOptions, train: RouteSource) -> NetworkConfig:
         """The network that these options request. Raises `SpecmoeError` if this predictor does not support an option."""
         if options.shared_layers and not self.can_share:
-            raise SpecmoeError(f"{self.name} has no head that could be shared: leave out shared_layers")
+            raise UsageError(f"{self.name} has no head that could be shared: leave out shared_layers")
         if self.config.context == 1 and (options.context or options.adaptive_context):
-            raise SpecmoeError(f"{self.name} has no context to choose: leave out context and adaptive_context")
+            raise UsageError(f"{self.name} has no context to choose: leave out context and adaptive_context")
         chosen = {"width": options.width, "context": options.context}
         sizes = {name: size for name, size in chosen.items() if size is not None}
         if options.router_inputs:
             if self.shape.task == Task.WHOLE_PATH:
-                raise SpecmoeError("whole-path sees nothing of the token's routers: leave out router_inputs")
+                raise UsageError("whole-path sees nothing of the token's routers: leave out router_inputs")
             sizes["hidden"] = router_inputs_of(train.group(0), self.name).hidden_TLD.shape[2]
         return type(self)(self.shape, config=replace(self.config, **sizes, shared_layers=options.shared_layers)).config
 
@@ -105,6 +111,10 @@ class NeuralPredictor(Predictor):
     @abstractmethod
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         """The arguments of the network's `forward` for these tokens, by name."""
+
+    def training_inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        """The same in training: a predictor that keeps training texts must find nothing of a token's own problem in them."""
+        return self.inputs(routes, tokens_T)
 
     def fit(
         self,
@@ -150,7 +160,7 @@ class NeuralPredictor(Predictor):
 
     def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
         """The mean binary cross-entropy over the experts of all valid predictions."""
-        logits_TLHE = network(**self.tensors(routes, tokens_T))
+        logits_TLHE = network(**self.tensors(routes, tokens_T, in_training=network.training))
         return mean_cross_entropy(logits_TLHE, *self.truth(routes, tokens_T))
 
     @torch.inference_mode()
@@ -159,7 +169,9 @@ class NeuralPredictor(Predictor):
         tokens_T = np.arange(*tokens.indices(len(routes)))
         size = self._inference_batch_tokens
         parts = [tokens_T[start : start + size] for start in range(0, len(tokens_T), size)] or [tokens_T]
-        return np.concatenate([self.network(**self.tensors(routes, part)).sigmoid().float().cpu().numpy() for part in parts])
+        # Also if the caller computes in a lower precision, in which many experts would have equal scores.
+        with torch.autocast(next(self.network.parameters()).device.type, enabled=False):
+            return np.concatenate([self.network(**self.tensors(routes, part)).sigmoid().cpu().numpy() for part in parts])
 
     @property
     def _inference_batch_tokens(self) -> int:
@@ -168,7 +180,7 @@ class NeuralPredictor(Predictor):
 
     def arrays(self) -> Arrays:
         weights = self.network.state_dict().items()
-        return {f"{PREFIX}{name}": tensor.cpu().numpy().astype(np.float16) for name, tensor in weights} | {"keys": self.keys}
+        return {f"{PREFIX}{name}": stored_weights(tensor.cpu().numpy()) for name, tensor in weights} | {"keys": self.keys}
 
     @classmethod
     def parameters_for(cls, shape: Shape) -> int | None:
@@ -211,10 +223,11 @@ class NeuralPredictor(Predictor):
             predictor.network.cuda()
         return predictor
 
-    def tensors(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """`inputs` on the network's device."""
+    def tensors(self, routes: Routes, tokens_T: npt.NDArray[np.int64], *, in_training: bool = False) -> dict[str, torch.Tensor]:
+        """`inputs`, or `training_inputs`, on the network's device."""
         device = next(self.network.parameters()).device
-        return {name: torch.from_numpy(array).to(device) for name, array in self.inputs(routes, tokens_T).items()}
+        arrays = self.training_inputs(routes, tokens_T) if in_training else self.inputs(routes, tokens_T)
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
     def truth(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """Targets `[T, L, H, E]`, 1 where an expert is in the true set, and a mask `[T, L, H]`, 1 where the target exists."""

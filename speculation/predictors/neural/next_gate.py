@@ -11,7 +11,7 @@ import numpy.typing as npt
 from profiler.errors import SpecmoeError
 from speculation.data.routes import Routes, RouteSource, router_inputs_of
 from speculation.data.tasks import Shape, Task
-from speculation.predictors.base import Arrays, Predictor, expected_array
+from speculation.predictors.base import Arrays, Predictor, expected_array, stored_weights
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
 
 MAX_WIDTH = 65_536
@@ -47,7 +47,7 @@ class NextGate(Predictor):
         out: Path | None = None,
     ) -> Epochs:
         inputs = router_inputs_of(train.group(0), self.name)
-        self._weight_LED, self._bias_LE = inputs.weight_LED.astype(np.float16).astype(np.float32), inputs.bias_LE
+        self._weight_LED, self._bias_LE = stored_weights(inputs.weight_LED).astype(np.float32), inputs.bias_LE
         if inputs.correction_LE is not None:
             self._correction_LE = inputs.correction_LE
         return []
@@ -76,7 +76,7 @@ class NextGate(Predictor):
         return None
 
     def arrays(self) -> Arrays:
-        arrays: Arrays = {"weight_LED": self._weight_LED.astype(np.float16), "bias_LE": self._bias_LE}
+        arrays: Arrays = {"weight_LED": stored_weights(self._weight_LED), "bias_LE": self._bias_LE}
         return arrays | ({"correction_LE": self._correction_LE} if np.isfinite(self._correction_LE).all() else {})
 
     @classmethod

@@ -19,7 +19,6 @@ from speculation.predictors.neural.base import (
     NetworkConfig,
     NeuralPredictor,
     PairEmbedding,
-    mean_cross_entropy,
     relative_weights,
 )
 from speculation.predictors.neural.place_attention import CONFIDENCES, HEADS, PlaceAttention
@@ -103,36 +102,32 @@ class Recommended(NeuralPredictor):
             self._training_memory = TextMemory.typical(train, keys, self.shape, parts=2)
 
     def predict(self, history: History) -> Prediction:
-        """Predict as every predictor does, but reuse the state of the layers below instead of computing it again."""
-        if self.shape.task != Task.NEXT_LAYER:
-            return super().predict(history)
+        """Predict as every predictor does, but without PyTorch, and reusing the state of the layers below."""
         self.check(history)
         if self._stream_weights is None or self._stream_weights.network is not self.network:
             self._stream_weights = StreamWeights(self.network, LITTLE_USE)
         stream = history.cache.get(self.name)
         if stream is None or stream.weights is not self._stream_weights:
             stream = history.cache[self.name] = Stream(self._stream_weights)
-        is_new = stream.token != history.tokens - 1 or stream.layer >= history.layer
-        inputs = self.inputs(history.routes, np.array([history.tokens - 1])) if is_new else None
-        logits_HE = stream.logits(history, inputs)[: self.shape.layers - 1 - history.layer]
-        return Prediction.of(1 / (1 + np.exp(-logits_HE)))
+        token = history.tokens - 1
+        is_next_layer = self.shape.task == Task.NEXT_LAYER
+        if not is_next_layer or stream.token != token or stream.layer >= history.layer:
+            stream.begin(token, self._inputs(history.routes, np.array([token]), None))
+        return stream.next_layer(history) if is_next_layer else stream.all_layers()
 
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
-        return self._inputs(routes, tokens_T, None)
+        return self._with_own_routes(routes, tokens_T, self._inputs(routes, tokens_T, None))
 
-    def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
-        """The mean binary cross-entropy; in training, a problem's own routes are left out of the memory."""
-        own_T = None
-        if network.training:
-            own_T = routes.problem_ids_T[tokens_T] if self.memory_bytes else routes.problem_ids_T[tokens_T] % 2
-        device = next(self.network.parameters()).device
-        arrays = {name: torch.from_numpy(array).to(device) for name, array in self._inputs(routes, tokens_T, own_T).items()}
-        return mean_cross_entropy(network(**arrays), *self.truth(routes, tokens_T))
+    def training_inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        own_T = routes.problem_ids_T[tokens_T]
+        return self._with_own_routes(
+            routes, tokens_T, self._inputs(routes, tokens_T, own_T if self.memory_bytes else own_T % 2)
+        )
 
     def _inputs(
         self, routes: Routes, tokens_T: npt.NDArray[np.int64], without_T: npt.NDArray[np.int32] | None
     ) -> dict[str, npt.NDArray[Any]]:
-        """The arguments of `forward`.
+        """The arguments of `forward` but those that depend on the routes of the tokens themselves.
 
         without_T: in training, for each token, what `problem_ids_M` of the memory is for its own problem's routes.
         """
@@ -148,7 +143,7 @@ class Recommended(NeuralPredictor):
         rows_TB = token_rows(self.keys, routes.token_keys_T[np.maximum(back_TB, 0)].reshape(-1)).reshape(back_TB.shape)
         weights_TLK = relative_weights(routes.weights_TLK[known_T]) * (known_T >= 0)[:, None, None]
         position_T = np.log2(routes.token_ids_T[tokens_T] + 1.0).astype(np.int64)
-        arrays = {
+        return {
             "last_ids": routes.expert_ids_TLK[known_T].astype(np.int64),
             "last_weights": weights_TLK.astype(np.float32),
             "place_ids": found.ids_TPSLK,
@@ -159,11 +154,18 @@ class Recommended(NeuralPredictor):
             "recent": recent_use(routes, tokens_T, known_T, shape.experts, self.windows),
             "position": np.minimum(position_T, POSITIONS - 1),
         }
-        if shape.task == Task.NEXT_LAYER:
-            arrays["place_now"] = common_now(routes, tokens_T, found.ids_TPSLK[:, :, 0])
-            arrays["now_ids"] = routes.expert_ids_TLK[tokens_T].astype(np.int64)
-            arrays["now_weights"] = relative_weights(routes.weights_TLK[tokens_T])
-        return arrays
+
+    def _with_own_routes(
+        self, routes: Routes, tokens_T: npt.NDArray[np.int64], arrays: dict[str, npt.NDArray[Any]]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """All arguments of `forward`: for next-layer, the routes of the tokens themselves as well."""
+        if self.shape.task != Task.NEXT_LAYER:
+            return arrays
+        return arrays | {
+            "place_now": common_now(routes, tokens_T, arrays["place_ids"][:, :, 0]),
+            "now_ids": routes.expert_ids_TLK[tokens_T].astype(np.int64),
+            "now_weights": relative_weights(routes.weights_TLK[tokens_T]),
+        }
 
     def arrays(self) -> Arrays:
         return super().arrays() | self.memory.arrays()

@@ -20,7 +20,6 @@ from speculation.predictors.neural.base import (
     NetworkConfig,
     NeuralPredictor,
     PairEmbedding,
-    mean_cross_entropy,
     relative_weights,
 )
 from speculation.predictors.neural.recommended import TOKENS_BACK, UnknownTokenDropout
@@ -82,12 +81,8 @@ class Reuse(NeuralPredictor):
     def inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         return self._inputs(routes, tokens_T, None)
 
-    def loss(self, network: nn.Module, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> torch.Tensor:
-        """The mean binary cross-entropy; in training, a problem's own routes are left out of the memory."""
-        own_T = routes.problem_ids_T[tokens_T] if network.training else None
-        device = next(self.network.parameters()).device
-        arrays = {name: torch.from_numpy(array).to(device) for name, array in self._inputs(routes, tokens_T, own_T).items()}
-        return mean_cross_entropy(network(**arrays), *self.truth(routes, tokens_T))
+    def training_inputs(self, routes: Routes, tokens_T: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        return self._inputs(routes, tokens_T, routes.problem_ids_T[tokens_T])
 
     def _inputs(
         self, routes: Routes, tokens_T: npt.NDArray[np.int64], without_T: npt.NDArray[np.int32] | None

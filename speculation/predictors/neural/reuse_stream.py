@@ -12,7 +12,6 @@ import numpy.typing as npt
 from speculation.data.history import History
 from speculation.data.tasks import Shape
 from speculation.predictors.neural.base import relative_weights
-from speculation.predictors.neural.recommended_stream import Array, add_block, normalized, stacked
 from speculation.predictors.neural.reuse_features import (
     AFTER,
     AT_MATCH,
@@ -23,6 +22,7 @@ from speculation.predictors.neural.reuse_features import (
     WINDOW,
     add_matches,
 )
+from speculation.predictors.neural.single_token import Array, add_block, normalized, stacked
 
 
 class RecentUse:

@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from profiler.errors import SpecmoeError, first_line
+from profiler.errors import SpecmoeError, counted, first_line
 from profiler.trace.writer import write_text
 from speculation.data.routes import Routes, RouteSource, each_group
 from speculation.predictors.options import Epochs, Progress, TrainingOptions
@@ -36,6 +36,8 @@ CHECKPOINTS = "checkpoints"
 LOG, BOARD, STATE_FILE = "training.csv", "tensorboard", "state.json"
 # Evaluation needs no gradients, so its batches can be larger than those of training.
 EVALUATION_TOKENS = 2048
+# What the names of parameters contain that weight decay must leave alone.
+UNDECAYED = ("bias", "scale")
 # If the number of epochs follows from the amount of data.
 MIN_EPOCHS, MAX_EPOCHS = 2, 30
 
@@ -93,7 +95,7 @@ def fit_network(
     steps = sum(math.ceil(tokens / (options.batch_tokens * accelerator.num_processes)) for tokens in tokens_G)
     epochs = _epochs(options, sum(tokens_G))
     if steps * epochs < options.accumulate:
-        raise SpecmoeError(f"accumulate {options.accumulate}: the training has only {steps * epochs} steps")
+        raise SpecmoeError(f"accumulate {options.accumulate}: the training has only {counted(steps * epochs, 'step')}")
     optimizer = torch.optim.AdamW(
         _decay_groups(model.network, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98)
     )
@@ -103,7 +105,7 @@ def fit_network(
     network, optimizer = accelerator.prepare(model.network, optimizer)
     best = copy.deepcopy(average)
     kept = {"network": accelerator.unwrap_model(network), "average": average, "best": best}
-    fingerprint = _fixed_options(options) | {"data": _identity(model, train)}
+    fingerprint = fixed_options(asdict(options)) | {"data": _identity(model, train, validation)}
     state = _resume(accelerator, folder, kept, optimizer, fingerprint)
     averaged.n_averaged.fill_((state.epoch * steps + state.step) // options.accumulate)
     schedule = _schedule(optimizer, options, updates, done=int(averaged.n_averaged))
@@ -223,10 +225,15 @@ def _share(order_T: npt.NDArray[np.int64], step: int, batch: int, accelerator: A
 
 
 def _decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW: weight decay applies to matrices, not to biases and the scales of norms."""
-    decaying = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in network.parameters() if parameter.ndim < 2]
-    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """Parameter groups for AdamW: weight decay applies to matrices, not to biases and scales.
+
+    Those of all layers or horizons together have several dimensions, too (`bias_LHE`, `norm_scale`): their names tell.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        own_name = name.rpartition(".")[2]
+        groups[parameter.ndim >= 2 and not any(role in own_name for role in UNDECAYED)].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 def _cosine(update: int, updates: int, warm_up: float) -> float:
@@ -291,17 +298,23 @@ def _resume(
     return state
 
 
-def _fixed_options(options: TrainingOptions) -> dict[str, Any]:
+def fixed_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that must be the same when a training is resumed: all but those on when it stops or saves."""
-    return {name: value for name, value in asdict(options).items() if name not in {"max_seconds", "checkpoint_seconds"}}
+    return {name: value for name, value in options.items() if name not in {"max_seconds", "checkpoint_seconds"}}
 
 
-def _identity(model: Trainable, train: RouteSource) -> str:
-    """A digest of the predictor, its task and the routes that it is trained on."""
+def _identity(model: Trainable, train: RouteSource, validation: RouteSource | None) -> str:
+    """A digest of the predictor, its task, and all that it sees of the tokens that it is trained on and validated with."""
     digest = hashlib.sha256(repr((type(model).__name__, getattr(model, "shape", None))).encode())
-    for routes in each_group(train):
-        for array in (routes.expert_ids_TLK, routes.token_keys_T, routes.first_T):
-            digest.update(np.ascontiguousarray(array).data)
+    for source in (train, validation):
+        digest.update(b"none" if source is None else str(source.group_tokens).encode())
+        for routes in () if source is None else each_group(source):
+            arrays: list[npt.NDArray[Any]] = [routes.expert_ids_TLK, routes.weights_TLK]
+            arrays += [routes.token_ids_T, routes.token_keys_T, routes.first_T]
+            if routes.router is not None:
+                arrays += [routes.router.hidden_TLD, routes.router.weight_LED]
+            for array in arrays:
+                digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

@@ -245,9 +245,10 @@ def test_command_refuses_what_is_no_evaluation(trace: Trace, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"results": {}}, "it has no results of predictors"),
+        ({"results": {}}, "writes: results: there are none of predictors"),
         ({"chance": {"top-1": 0.1}}, "chance lacks"),
-        ({"results": {"mlp": EVALUATION["results"]["mlp"] | {"metrics": {"h=2": {}}}}}, "mlp lacks"),
+        ({"results": {"mlp": EVALUATION["results"]["mlp"] | {"metrics": {"h=2": {}}}}}, "metrics of h=2, expected of h=1"),
+        ({"results": {"mlp": EVALUATION["results"]["mlp"] | {"metrics": {"h=1": {}}}}}, "mlp lacks"),
     ],
 )
 def test_evaluations_that_cannot_be_shown_are_refused(change: dict[str, object], text: str, tmp_path: Path) -> None:

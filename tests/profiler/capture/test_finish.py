@@ -53,7 +53,7 @@ def test_rows_get_the_ids_of_their_problems(directory: Path) -> None:
     trace = finish_trace(directory, METADATA, [sequence(0, 6, 5, cached_tokens=2), sequence(1, 5, 5)])
     assert trace.arrays(0).token_ids_T.tolist() == [2, 3]
     assert trace.arrays(1).expert_ids_TLK[:, 0, 0].tolist() == [1, 1, 1, 2]
-    assert trace.metadata.gaps == ["2 positions of 1 problems came from the prefix cache: problem 0"]
+    assert trace.metadata.gaps == ["2 positions of 1 problem came from the prefix cache: problem 0"]
     assert trace.problems.column("cached_tokens").to_pylist() == [2, 0]
     assert not (directory / CAPTURE_FOLDER).exists()
     assert [(dataset.name, dataset.problems) for dataset in trace.metadata.datasets] == [("synthetic", 2)]
@@ -66,9 +66,9 @@ def test_each_kind_of_gap_has_its_line(directory: Path) -> None:
         sequence(2, None, 3),
     ]
     assert finish_trace(directory, METADATA, sequences).metadata.gaps == [
-        "1 positions of 1 problems came from the prefix cache: problem 0",
-        "1 problems were aborted and are incomplete: problem 1",
-        "3 positions of 2 problems were not captured: problem 0, 2",
+        "1 position of 1 problem came from the prefix cache: problem 0",
+        "1 problem aborted and incomplete: problem 1",
+        "3 positions of 2 problems not captured: problem 0, 2",
     ]
 
 

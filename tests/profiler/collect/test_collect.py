@@ -189,8 +189,8 @@ def specmoe(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["frobnicate"], 2, "No such command 'frobnicate'"),
         (["collect", "--model", "demo"], 2, "Missing option '--dataset'"),
-        (["collect", "--model", "x", "--dataset", "demo-math", "--out", "OUT"], 1, "unknown model 'x': expected one of demo"),
-        (["collect", "--model", "demo", "--dataset", "x", "--out", "OUT"], 1, "unknown dataset 'x': expected one of humaneval"),
+        (["collect", "--model", "x", "--dataset", "demo-math", "--out", "OUT"], 2, "unknown model 'x': expected one of demo"),
+        (["collect", "--model", "demo", "--dataset", "x", "--out", "OUT"], 2, "unknown dataset 'x': expected one of humaneval"),
         (["collect", "--model", "demo", "--dataset", "gsm8k", "--data-files", "no.parquet", "--out", "OUT"], 1, "no such file"),
         (
             ["collect", "--model", "demo", "--dataset", "demo-math", "--out", "OUT", "--dtype", "int3"],

@@ -83,7 +83,7 @@ def test_a_problem_that_cannot_be_run_is_skipped_named_and_counted(
 def test_only_if_no_problem_can_be_run_is_it_an_error(strict: TraceCollector, tmp_path: Path) -> None:
     bad = [problem for problem, _ in BAD_PROBLEMS.values()]
     with pytest.raises(
-        EngineError, match=r"none of the 5 problems can be run; skipped problem 0 \(synthetic bad\): its prompt has no"
+        EngineError, match=r"none of 5 problems can be run; skipped problem 0 \(synthetic bad\): its prompt has no"
     ):
         strict.collect(collection(tmp_path / "t", bad))
     assert not (tmp_path / "t").exists()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from profiler.errors import SpecmoeError
 from profiler.trace.schema import RoutingChunk
@@ -61,6 +63,45 @@ def by_expert(prediction: Prediction) -> np.ndarray:
     scores = np.empty(prediction.scores.shape)
     np.put_along_axis(scores, prediction.expert_ids, prediction.scores, -1)
     return scores
+
+
+@given(layers=st.integers(1, 5), experts=st.integers(2, 70), seed=st.integers(0, 99), requests=st.sets(st.integers(0, 60)))
+def test_packed_routes_are_those_of_the_known_layers(layers: int, experts: int, seed: int, requests: set[int]) -> None:
+    """Whenever they are requested: after any `begin` or `add`, several times or rarely, and across a growth of the arrays."""
+    random = np.random.default_rng(seed)
+    shape = Shape(layers=layers, experts=experts, top_k=2, horizon=1, task=Task.WHOLE_PATH)
+    expected = np.zeros((0, layers * experts), dtype=np.bool_)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("speculation.data.history.FIRST_CAPACITY", 4)
+        history = History(shape)
+
+    def check() -> None:
+        packed_TW = history.routes.packed(experts)
+        bits = np.unpackbits(packed_TW.view(np.uint8), axis=1, bitorder="little")
+        assert (bits[:, : layers * experts].astype(np.bool_) == expected).all()
+        assert not bits[:, layers * experts :].any()
+
+    step = 0
+    for _ in range(11):
+        history.begin(int(random.integers(0, 3)))
+        expected = np.append(expected, np.zeros((1, layers * experts), dtype=np.bool_), axis=0)
+        for layer in range(layers):
+            step += 1
+            if step in requests:
+                check()
+            ids = random.choice(experts, 2, replace=False)
+            history.add(ids)
+            expected[-1, layer * experts + ids] = True
+    check()
+
+
+def test_routes_are_packed_for_predictors_that_need_it_only() -> None:
+    history = History(shape_of(Task.NEXT_LAYER))
+    add_tokens(history, random_routes(1, 5), range(5))
+    fitted("mlp", Task.NEXT_LAYER).probabilities(history.routes, slice(4, 5))
+    assert not len(history._packed._packed_TW)
+    fitted("recommended-small", Task.NEXT_LAYER).probabilities(history.routes, slice(4, 5))
+    assert len(history._packed._packed_TW) == 5
 
 
 @pytest.mark.parametrize(("name", "task"), CASES)
@@ -171,7 +212,7 @@ def test_what_cannot_be_told_or_predicted_is_named(tmp_path: Path) -> None:
         with pytest.raises(SpecmoeError, match="expected distinct experts, finite weights"):
             history.add(ids, weights)
     history.add([0, 1])
-    with pytest.raises(SpecmoeError, match="token 0 has routes of 1 layers, expected 4"):
+    with pytest.raises(SpecmoeError, match="token 0 has routes of 1 layer, expected 4"):
         history.begin(6)
     for _ in range(3):
         history.add([0, 1])

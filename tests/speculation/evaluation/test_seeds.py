@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.traces import MakeProblems, MakeTrace
 
 from analysis.documents.evaluation import Evaluation
 from profiler.trace.reader import Trace
@@ -53,12 +54,16 @@ def test_seeds_are_summarized(markov_trace: Trace, tmp_path: Path) -> None:
     assert not (tmp_path / "board" / SEEDS_FILE).exists()
 
 
-def test_what_differs_in_more_than_the_seed_is_not_summarized(markov_trace: Trace, tmp_path: Path) -> None:
+def test_what_differs_in_more_than_the_seed_is_not_summarized(
+    markov_trace: Trace, make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path
+) -> None:
+    again = make_trace(random_problems(count=40, tokens=30, layers=4, num_experts=8, top_k=2), 8, name="again")
     first = evaluated(markov_trace, tmp_path / "first", seed=0)
     digests = route_digests(markov_trace, load_routes(markov_trace, "train"))
     fewer = train(markov_trace, "mlp", tmp_path / "fewer", without=digests[:3], options=replace(OPTIONS, seed=1))
     unvalidated = route_digests(markov_trace, load_routes(markov_trace, "validation"))
     blind = train(markov_trace, "mlp", tmp_path / "blind", without=unvalidated, options=replace(OPTIONS, seed=2))
+    recorded_again = train(again, "mlp", tmp_path / "recorded again", options=replace(OPTIONS, seed=4))
     documents = [
         first,
         evaluate(fewer, markov_trace, with_baselines=False),
@@ -67,10 +72,13 @@ def test_what_differs_in_more_than_the_seed_is_not_summarized(markov_trace: Trac
         # The same seed again is no other seed; an evaluation of an older release does not say how its run was trained.
         first.model_copy(update={"run": "copy"}),
         first.model_copy(update={"run": "old", "recipe": None}),
+        # The same prompts, recorded again.
+        evaluate(recorded_again, markov_trace, with_baselines=False),
     ]
-    recipes = [document.recipe for document in documents[:4] if document.recipe is not None]
-    assert [recipe.trained_on == recipes[0].trained_on for recipe in recipes] == [True, False, True, True]
-    assert [recipe.validated_on == recipes[0].validated_on for recipe in recipes] == [True, True, False, True]
+    recipes = [document.recipe for document in (*documents[:4], documents[-1]) if document.recipe is not None]
+    assert [recipe.trained_on == recipes[0].trained_on for recipe in recipes] == [True, False, True, True, True]
+    assert [recipe.validated_on == recipes[0].validated_on for recipe in recipes] == [True, True, False, True, True]
+    assert [recipe.trace_sha256 == recipes[0].trace_sha256 for recipe in recipes] == [True, True, True, True, False]
     assert seed_summaries(documents) == []
     write_leaderboard(documents, tmp_path / "board")
     assert "seeds" not in (tmp_path / "board" / "leaderboard.md").read_text(encoding="utf-8")

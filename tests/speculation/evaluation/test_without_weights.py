@@ -52,8 +52,9 @@ def of_weights_or_order(names: set[str]) -> set[str]:
 
 
 def comparable(document: Evaluation) -> dict[str, Any]:
-    """What of an evaluation of popularity may not depend on the order: all but times."""
+    """What of an evaluation of popularity may not depend on the order: all but times, and the digest of the trace."""
     content: dict[str, Any] = json.loads(document.to_json()) | {"train_seconds": None}
+    content["recipe"]["trace_sha256"] = None
     for result in content["results"].values():
         result["microseconds_per_prediction"] = None
     return content

@@ -156,7 +156,7 @@ def test_what_cannot_be_replayed() -> None:
     device = Instant()
     with pytest.raises(SpecmoeError, match="Belady's policy needs to know the future"):
         replay(device, ROUTES, SIZES, Rule.BELADY, 3, WORKLOAD.popularity)
-    with pytest.raises(SpecmoeError, match="a cache of 1 experts per layer cannot hold the 2 of one token"):
+    with pytest.raises(SpecmoeError, match="a cache of 1 expert per layer cannot hold the 2 of one token"):
         replay(device, ROUTES, SIZES, Rule.LRU, 1, WORKLOAD.popularity)
     predictor = ConditionalCounts(Shape(layers=3, experts=8, top_k=2, horizon=1, task=Task.WHOLE_PATH))
     with pytest.raises(SpecmoeError, match="expected a next-layer run, not whole-path"):

@@ -85,6 +85,12 @@ def test_measured_costs_explain_the_time_of_the_run(tmp_path: Path) -> None:
         costs = measured_costs(offloaded)
         decode = offloaded.experts.decode
         assert costs.expert_bytes == 3 * 128 * 160 * 2
+        # Transfers for prompts are not among the costs of a generated token; without prefetching, each miss is one.
+        assert decode.transfers == decode.misses
+        prefill, counts = offloaded.experts.prefill, offloaded.experts.transfers.counts
+        assert prefill.transfers + decode.transfers == counts.transfers
+        assert prefill.transfer_seconds + decode.transfer_seconds == pytest.approx(counts.seconds)
+        assert costs.copy_seconds == pytest.approx(decode.transfer_seconds / decode.misses)
         free = replace(costs, copy_seconds=0.0)
         result = simulate_run(offloaded, Trace.open(tmp_path / "trace"), free, time_constant=24.0)
         assert result.decode_seconds == pytest.approx(decode.seconds - decode.stall, rel=1e-6)

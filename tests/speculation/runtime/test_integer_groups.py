@@ -11,13 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.offloaded import empty_expert
+from support.offloaded import allocated, empty_expert
 
 from profiler.errors import EngineError
 from profiler.models.resolve import demo_model_folder
 from speculation.runtime import CacheSize, OffloadedModel
 from speculation.runtime.integer_groups import GROUPS, IntegerGroups
 from speculation.runtime.layout import ExpertLayout, Weight, Weights
+from speculation.runtime.slots import bytes_besides_slots
 
 
 def expert(
@@ -124,6 +125,44 @@ def test_a_packed_matrix_is_packed_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+FORMS = [
+    (bits, shape, is_transposed, dtype)
+    for bits in (8, 4)
+    for shape, is_transposed in (((200, 96), False), ((201, 97), False), ((192, 50), True), ((200, 50), True), ((3, 33), False))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize(("bits", "shape", "is_transposed", "dtype"), FORMS)
+def test_a_matrix_is_unpacked_in_pieces_to_the_same_bits(
+    bits: int, shape: tuple[int, int], is_transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    form = expert(bits, shape, is_transposed=is_transposed, dtype=dtype)
+    found = packed(form, matrix)
+    whole = unpacked(form, found)
+    for piece in (1, 1000, 4096):
+        monkeypatch.setattr("speculation.runtime.integer_groups.PIECE", piece)
+        assert torch.equal(unpacked(form, found), whole)
+
+
+@pytest.mark.parametrize(("bits", "shape", "is_transposed", "dtype"), FORMS)
+def test_what_unpacking_takes_in_between_is_bounded_and_counted(
+    bits: int, shape: tuple[int, int], is_transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = expert(bits, shape, is_transposed=is_transposed, dtype=dtype)
+    found = packed(form, torch.ones(shape, dtype=dtype))
+    into = empty_expert(form.plain)
+    for piece in (1 << 20, 1000):
+        monkeypatch.setattr("speculation.runtime.integer_groups.PIECE", piece)
+        # Scalars come on top.
+        assert allocated(lambda: form.unpack(found, into)) <= form.scratch_bytes + 64
+    # A piece is at least a row or a group of rows.
+    numbers = max(1000, 128 if not is_transposed else 64 * shape[1])
+    assert form.scratch_bytes <= 14 * numbers
+    assert bytes_besides_slots([form.layout]) == 2 * form.layout.bytes + form.plain.bytes + form.scratch_bytes
+
+
 def test_what_an_expert_takes() -> None:
     """8.25 and 4.5 bits per weight: 1 / 1.94 and 1 / 3.6 of 16 bits. A matrix that no groups add up to is filled up."""
     for bits, size in ((8, 8.25 / 8), (4, 4.5 / 8)):
@@ -134,14 +173,15 @@ def test_what_an_expert_takes() -> None:
 
 
 def test_a_cache_of_a_size_holds_more_packed_experts() -> None:
-    """0.1 GB for 4 layers of experts of 1 MB in bfloat16: buffers and the room for one unpacked expert are in it."""
+    """0.1 GB for 4 layers of experts of 1 MB in bfloat16: buffers and what unpacking takes are in it."""
     plain = expert(8, (1024, 512), dtype=torch.bfloat16).plain
     size = CacheSize(gigabytes=0.1)
     found = [size.capacity([plain] * 4, 1000, 2)]
     for bits in (8, 4):
         layout = expert(bits, (1024, 512), dtype=torch.bfloat16).layout
         found.append(size.capacity([layout] * 4, 1000, 2))
-        assert found[-1] == int((0.1e9 - 2 * layout.bytes - plain.bytes) / (4 * layout.bytes))
+        scratch = 0 if bits == 8 else 1024 * 512 // 2
+        assert found[-1] == int((0.1e9 - 2 * layout.bytes - plain.bytes - scratch) / (4 * layout.bytes))
     assert found == [23, 45, 83]
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.offloaded import greedy, logits
+from support.offloaded import allocated, empty_expert, greedy, logits
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from profiler.errors import EngineError, SpecmoeError
 from speculation.runtime import CacheSize, OffloadedModel
 from speculation.runtime.layout import ExpertLayout, Weight
 from speculation.runtime.model_loading import EXPERTS_IMPLEMENTATION
-from speculation.runtime.mxfp4 import BLOCK, FP4_VALUES, Mxfp4
+from speculation.runtime.mxfp4 import BLOCK, FP4_VALUES, SCRATCH, Mxfp4
 from vllm_patch.check.families import make
 
 PROMPT = [17, 301, 44, 45, 46, 301, 44, 9, 120]
@@ -39,6 +40,24 @@ def test_the_numbers_of_a_block() -> None:
     assert found["bias"].tolist() == [1.0, 1.0]
     assert found["down_proj"][:6, 0].tolist() == [0.5, 1.0, -6.0, 6.0, 0.0, -1.0]
     assert found["down_proj"][30:, 1].tolist() == [-1.5 * 8, 3.0 * 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_matrix_is_unpacked_in_pieces_to_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    form = Mxfp4(ExpertLayout((Weight("down_proj", (96, 70), dtype),)))
+    blocks = torch.randint(0, 256, (70, 3, 16), generator=random, dtype=torch.uint8)
+    scales = torch.randint(100, 140, (70, 3), generator=random, dtype=torch.uint8)
+    packed = {"down_proj_blocks": blocks, "down_proj_scales": scales}
+    found = []
+    for piece in (1 << 20, 1000, 1):
+        monkeypatch.setattr("speculation.runtime.mxfp4.PIECE", piece)
+        into = empty_expert(form.plain)
+        # The table of the numbers of a byte comes on top.
+        assert allocated(partial(form.unpack, packed, into)) <= form.scratch_bytes + 8192
+        found.append(into["down_proj"])
+    assert all(torch.equal(each, found[0]) for each in found)
+    assert form.scratch_bytes == SCRATCH * 96
 
 
 def test_a_matrix_that_no_blocks_add_up_to() -> None:

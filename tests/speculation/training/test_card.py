@@ -9,13 +9,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
 from support.traces import MakeProblems, MakeTrace
 from tensorboardX.proto.event_pb2 import Event
+from typer.testing import CliRunner
 
+from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
+from specmoe import app
 from speculation.predictors.options import TrainingOptions
+from speculation.predictors.registry import predictor_classes
 from speculation.training.fit import train
+from speculation.training.push import push_run
 
 
 @pytest.fixture
@@ -76,3 +83,49 @@ def test_a_run_is_pushed_as_a_model(trace: Trace, tmp_path: Path, hub: tuple[str
     assert done.returncode == 2
     assert "needs --push" in done.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_texts_of_training_problems_are_uploaded_on_request_only(
+    trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: list[Path] = []
+
+    def upload(path: Path, *_: object, **__: object) -> str:
+        uploaded.append(path)
+        return "its address"
+
+    monkeypatch.setattr("speculation.training.push.push_folder", upload)
+    command = ["train", str(trace.path), "--predictor", "reuse", "--task", "reuse", "--epochs", "1", "--width", "8"]
+    command += ["--out", str(tmp_path / "run"), "--push", "me/texts"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "contains texts of its training problems" in " ".join(done.output.replace("│", "").split())
+    assert not (tmp_path / "run").exists()
+    done = CliRunner().invoke(app, [*command, "--push-texts"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.endswith("Uploading to me/texts, with texts of training problems (token ids and routes)\nits address\n")
+    assert uploaded == [tmp_path / "run"]
+    assert "**contains**: texts of training problems" in (tmp_path / "run" / "README.md").read_text()
+
+
+# All that store token ids.
+@pytest.mark.parametrize(
+    "name", ["recommended", "recommended-small", "reuse", "reuse-small", "mlp", "token-identity", "backoff-counts"]
+)
+def test_who_keeps_training_texts_says_so(name: str, make_trace: MakeTrace, tmp_path: Path) -> None:
+    """Of texts in which every token is another, four tokens follow each other in the same order only where texts are kept."""
+    random = np.random.default_rng(0)
+    problems = [(random.random((20, 3, 8)).argsort(-1)[..., :2], np.tile([0.6, 0.4], (20, 3, 1))) for _ in range(20)]
+    tokens = random.permutation(20 * 21).reshape(20, 21)
+    cls = predictor_classes()[name]
+    trace = make_trace(problems, 8, vocab_ids=list(tokens))
+    options = TrainingOptions(epochs=1, width=16, batch_tokens=256)
+    run = train(trace, name, tmp_path / "run", task=min(cls.tasks), options=options)
+    runs_of_four = {tuple(text[start : start + 4]) for text in tokens.tolist() for start in range(17)}
+    stored = [array.reshape(-1) for array in run.predictor.arrays().values() if np.issubdtype(array.dtype, np.integer)]
+    windows = [sliding_window_view(array, 4) for array in stored if len(array) >= 4]
+    has_texts = any(tuple(window) in runs_of_four for each in windows for window in each.tolist())
+    assert has_texts == cls.keeps_training_texts()
+    if cls.keeps_training_texts():
+        with pytest.raises(SpecmoeError, match="contains texts of training problems"):
+            push_run(run, "me/run")

@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.traces import MakeProblems, MakeTrace
+from typer.testing import CliRunner
 
 from profiler.errors import SpecmoeError, TraceError
 from profiler.trace.reader import Trace
+from specmoe import app
 from speculation.data.routes import load_routes
 from speculation.data.tasks import Task
 from speculation.evaluation.evaluate import evaluate
@@ -113,6 +115,35 @@ def test_tampered_runs_are_refused(markov_trace: Trace, tmp_path: Path) -> None:
     (path / "config.json").write_text("[]")
     with pytest.raises(SpecmoeError, match="is not valid"):
         load_run(path)
+
+
+def test_resuming_what_is_finished_says_so_and_changes_nothing(markov_trace: Trace, tmp_path: Path) -> None:
+    command = ["train", str(markov_trace.path), "--predictor", "popularity", "--out", str(tmp_path / "run"), "--resume"]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    assert "already finished" not in first.stdout
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0, again.output
+    assert f"{tmp_path / 'run'} is already finished" in again.stdout
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()} == before
+    other = CliRunner().invoke(app, [*command, "--seed", "1"])
+    assert isinstance(other.exception, SpecmoeError)
+    assert "is a finished run, and its training options differ" in str(other.exception)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, float("nan")])
+def test_a_fault_in_the_facts_of_a_training_is_named(value: object, markov_trace: Trace, tmp_path: Path) -> None:
+    path = train(markov_trace, "uniform", tmp_path / "run").path / "metrics.json"
+    facts = json.loads(path.read_text())
+    for name in ("parameters", "train_seconds", "train_problems", "train_tokens"):
+        path.write_text(json.dumps(facts | {name: value}))
+        with pytest.raises(SpecmoeError, match=rf"metrics\.json is not valid: {name}") as raised:
+            load_run(tmp_path / "run")
+        assert str(raised.value).isprintable()
+    path.write_text(json.dumps({name: each for name, each in facts.items() if name != "train_problems"}))
+    with pytest.raises(SpecmoeError, match=r"metrics\.json is not valid: train_problems: Field required"):
+        load_run(tmp_path / "run")
 
 
 def test_a_converted_trace_cannot_hide_training_problems(markov_trace: Trace, tmp_path: Path) -> None:

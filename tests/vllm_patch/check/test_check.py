@@ -78,7 +78,7 @@ def test_an_unknown_family_is_wrong_usage_in_one_line() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "vllm_patch", "check", "--family", "nothing"], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "unknown family 'nothing'" in done.stderr
 

@@ -118,7 +118,7 @@ def test_a_request_stays_with_the_trace_in_which_it_began(tmp_path: Path) -> Non
     assert first.arrays(1).token_ids_T.tolist() == [0, 1, 2]
     assert first.arrays(1).expert_ids_TLK[:, 0, 0].tolist() == [0, 0, 1]
     assert second.arrays(0).expert_ids_TLK[:, 0, 0].tolist() == [1, 1, 2]
-    assert first.metadata.gaps == ["1 positions of 1 problems were not captured: problem 0"]
+    assert first.metadata.gaps == ["1 position of 1 problem not captured: problem 0"]
     assert vocabulary(second) == {0: [1, 2, 5, 6]}
 
 
@@ -128,7 +128,7 @@ def test_a_request_that_never_ended_keeps_its_prompt(tmp_path: Path) -> None:
     assert trace is not None
     assert trace.problems.column("finish_reason").to_pylist() == ["abort"]
     assert trace.arrays(0).token_ids_T.tolist() == [0]
-    assert trace.metadata.gaps == ["1 problems were aborted and are incomplete: problem 0"]
+    assert trace.metadata.gaps == ["1 problem aborted and incomplete: problem 0"]
 
 
 def test_a_server_without_traffic_leaves_no_trace(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_dense_layers_and_cached_positions_have_no_rows(tmp_path: Path) -> None:
     assert chunk.token_ids_T.tolist() == [0, 2]
     assert chunk.expert_ids_TLK.tolist() == [[[3, 1], [2, 0]], [[0, 2], [1, 3]]]
     assert chunk.weights_TLK is None
-    assert "1 further positions of 1 problems have no rows" in trace.metadata.gaps
+    assert "1 further position of 1 problem without rows" in trace.metadata.gaps
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -232,7 +232,7 @@ def test_a_dump_with_code_in_it_is_not_run(tmp_path: Path, capsys: pytest.Captur
     [
         ({"topk_ids_of_layer": [1]}, "expected a tensor of 3 dimensions"),
         ({"topk_ids_of_layer": torch.zeros(2, 1, 2)}, "expected whole numbers"),
-        ({"positions": []}, "0 positions for 1 tokens"),
+        ({"positions": []}, "0 positions for 1 token"),
         ({"extend_seq_lens": [0]}, "extend_seq_lens of 0 tokens in all"),
         ({"extend_seq_lens": [NESTED]}, "extend_seq_lens: expected a list of whole numbers"),
         ({"rids": [NESTED]}, "expected rids, strings or numbers"),

@@ -42,7 +42,7 @@ def test_llama_cpps_tokens_are_found_from_the_blocks_of_layers(tmp_path: Path) -
     assert trace.metadata.record.weights is False
     assert trace.tokens.column("phase").to_pylist() == ["prefill"] * 3 + ["decode"] * 2
     assert trace.metadata.gaps[1] == "K = 2 was inferred: blocks of one layer are multiples of 2 lines long"
-    assert "2 of 5 tokens lacked rows at some layer and were dropped, in 1 problems" in trace.metadata.gaps
+    assert "2 of 5 tokens lacked rows at some layer and were dropped, in 1 problem" in trace.metadata.gaps
 
 
 def test_llama_cpps_prompt_can_be_kept_without_the_last_layer(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_megatrons_passes_are_problems(tmp_path: Path) -> None:
         "router_trace_rank0/1",
         "router_trace_rank0/1/1",
     ]
-    assert "1 records of multi-token prediction were left out" in trace.metadata.gaps
+    assert "1 record of multi-token prediction left out" in trace.metadata.gaps
 
 
 def test_megatrons_lines_may_be_longer_than_what_is_looked_at(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_megatrons_copies_by_other_ranks_are_left_out(tmp_path: Path) -> None:
         (megatron(0, 1, [[1, 2], [3]]), "line 1: 'top_indices' are not expert ids, or not equally many"),
         (megatron(0, 1, [*[[]] * 200_000, [*range(1024)]]), "not equally many for each token"),
         (megatron(0, 1, [[1, -2]]), "'top_indices' are not expert ids"),
-        (megatron(0, 1, [[1, 2]], num_tokens=3), "'top_indices' of 1 tokens, but num_tokens is 3"),
+        (megatron(0, 1, [[1, 2]], num_tokens=3), "'top_indices' of 1 token, but num_tokens is 3"),
         (megatron(0, -1, [[1, 2]]), "layer -1, expected 0"),
         (megatron(0, 1, [[1, 2]], top_indices=5), "expected lists of expert ids 'top_indices'"),
         (megatron(0, 1, []), "no routing rows"),

@@ -47,7 +47,7 @@ def test_rows_may_be_in_any_order(tmp_path: Path) -> None:
 def test_tokens_that_lack_a_layer_are_dropped_and_counted(tmp_path: Path) -> None:
     trace = convert(tmp_path, [line(layer=0), line(layer=1), line(layer=0, token_id=1), line(layer=1, token_id=2)])
     assert trace.load().token_ids_T.tolist() == [0]
-    assert trace.metadata.gaps[0] == "2 of 3 tokens lacked rows at some layer and were dropped, in 1 problems"
+    assert trace.metadata.gaps[0] == "2 of 3 tokens lacked rows at some layer and were dropped, in 1 problem"
 
 
 def test_a_row_written_twice_counts_once_and_two_that_differ_not_at_all(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_row_written_twice_counts_once_and_two_that_differ_not_at_all(tmp_path
     assert trace.load().token_ids_T.tolist() == [0, 2]
     assert trace.metadata.gaps[:2] == [
         "1 of 3 tokens had two different rows at a layer and were dropped",
-        "1 further positions of 1 problems have no rows",
+        "1 further position of 1 problem without rows",
     ]
 
 
@@ -87,7 +87,7 @@ def test_lists_of_differing_length_become_empty_slots_not_zeros(tmp_path: Path) 
     lines = [line(expert_ids=[4, 2], weights=[0.7, 0.3]), line(token_id=1, expert_ids=[3], weights=[0.25])]
     trace = convert(tmp_path, lines)
     assert trace.metadata.record.empty_slots == 1
-    assert trace.caveats() == ["1 slots have no expert: some tokens went to fewer than K"]
+    assert trace.caveats() == ["1 slot without an expert: some tokens went to fewer than K"]
     chunk = trace.load()
     assert chunk.expert_ids_TLK.tolist() == [[[4, 2]], [[3, 5]]]  # 5 experts: the id 5 stands for none
     assert chunk.weights_TLK is not None
@@ -195,7 +195,7 @@ def test_an_unknown_weight_is_unknown_wherever_it_stands(tmp_path: Path) -> None
 
 def test_a_huge_position_takes_no_memory(tmp_path: Path) -> None:
     gaps = convert(tmp_path, [line(token_id=2**31 - 3)]).metadata.gaps
-    assert gaps[0] == "1 problems lack their first positions, 2,147,483,645 in all: prompts not recorded, or only in part"
+    assert gaps[0] == "1 problem without the first positions, 2,147,483,645 in all: prompts not recorded, or only in part"
 
 
 def test_the_largest_id_leaves_room_for_that_of_empty_slots(tmp_path: Path) -> None:
@@ -232,8 +232,8 @@ def test_a_number_of_experts_below_the_highest_id_is_refused(tmp_path: Path) -> 
 def test_positions_that_are_not_there_are_named_as_gaps(tmp_path: Path) -> None:
     gaps = convert(tmp_path, [line(token_id=2), line(token_id=7)]).metadata.gaps
     assert gaps[:2] == [
-        "1 problems lack their first positions, 2 in all: prompts not recorded, or only in part",
-        "4 further positions of 1 problems have no rows",
+        "1 problem without the first positions, 2 in all: prompts not recorded, or only in part",
+        "4 further positions of 1 problem without rows",
     ]
 
 

@@ -65,7 +65,7 @@ def test_samples_keep_their_numbers_where_some_have_no_routes(tmp_path: Path) ->
     sample = [[11, 12, 13], [False, True, True], routes()]
     trace = convert(tmp_path, sample[:2], sample, sample[:2], sample)
     assert trace.problems.column("source_key").to_pylist() == ["1", "3"]
-    assert "2 samples have no routed experts and were left out" in trace.metadata.gaps
+    assert "2 samples left out: no routed experts" in trace.metadata.gaps
 
 
 def test_steps_are_read_in_their_order(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_olmoes_nesting_has_the_layer_last(tmp_path: Path) -> None:
         ('{"exp_ids": [[1, 2]]}', "nested 3 deep"),
         ('{"exp_ids": [[[1, 0.5]]]}', "expected a list of whole numbers"),
         ('{"exp_ids": [[[-1, 0]]]}', "below 0"),
-        ('{"exp_ids": [[[1, 0]]], "input_ids": [1, 2]}', "2 input_ids, but exp_ids of 1 tokens"),
+        ('{"exp_ids": [[[1, 0]]], "input_ids": [1, 2]}', "2 input_ids, but exp_ids of 1 token"),
         ('{"exp_ids": [[[1, 0]]]}\n{"exp_ids": [[[1, 0]', "line 2: not JSON"),
         ('{"exp_ids": [[[1, 0]]]}\n[]', "line 2: expected an object"),
     ],
@@ -169,7 +169,7 @@ def test_slots_become_rows_and_dropped_experts_empty_slots(tmp_path: Path) -> No
     assert chunk.expert_ids_TLK.tolist() == [[[9, 7], [1, 2]], [[3, 128], [6, 8]]]
     assert trace.metadata.record.empty_slots == 1
     assert trace.tokens.column("phase").to_pylist() == ["prefill", "prefill", "decode"]
-    assert "1 of 3 tokens lacked rows at some layer and were dropped, in 1 problems" in trace.metadata.gaps
+    assert "1 of 3 tokens lacked rows at some layer and were dropped, in 1 problem" in trace.metadata.gaps
 
 
 def test_the_prompt_can_be_kept_without_the_last_layer(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_bare_parquet_keeps_what_else_is_known_of_problems_and_tokens(tmp_path: 
     assert trace.tokens.column("phase").to_pylist() == ["decode", "decode"]
     assert trace.metadata.gaps == [
         "the phases of tokens are unknown: every problem begins after position 0, so all count as generated",
-        "1 problems lack their first positions, 101 in all: prompts not recorded, or only in part",
+        "1 problem without the first positions, 101 in all: prompts not recorded, or only in part",
     ]
 
 
@@ -315,7 +315,7 @@ def test_every_later_command_copes_with_what_is_missing(tmp_path: Path) -> None:
     for row in rows:
         counted[row["layer"], row["expert_ids"]] += 1
     assert np.allclose(statistics.load.share_LE, counted / counted.sum(1, keepdims=True))
-    with pytest.raises(TraceError, match=r"15 slots have no expert.*drop_incomplete"):
+    with pytest.raises(TraceError, match=r"15 slots without an expert.*drop_incomplete"):
         load_routes(trace, "all")
     source.write_text("".join(json.dumps(row | {"expert_ids": [0, 1]}) + "\n" for row in rows))
     routes = load_routes(import_trace(source, tmp_path / "u"), "all")

@@ -51,7 +51,7 @@ def test_rows_behind_a_missing_one_are_not_guessed(tmp_path: Path) -> None:
     lost = [record for n, record in enumerate(records) if n != 3]  # layer 1, row 1 of the first step
     trace = convert(tmp_path, [META, *lost])
     assert len(trace.load()) == 1
-    assert "7 rows follow a row where the layers disagree on token_idx, and were dropped" in trace.metadata.gaps
+    assert "7 rows dropped: behind a row where the layers disagree on token_idx" in trace.metadata.gaps
 
 
 @pytest.mark.parametrize(

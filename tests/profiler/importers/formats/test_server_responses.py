@@ -117,7 +117,7 @@ def test_rows_that_begin_later_keep_their_positions(tmp_path: Path, encode: Call
     trace = convert(tmp_path, whole, part, model="mixtral-8x7b" if encode is raw else "unknown")
     assert trace.arrays(1).token_ids_T.tolist() == list(range(start, TOKENS - 1))
     assert (trace.arrays(1).expert_ids_TLK == trace.arrays(0).expert_ids_TLK[start:]).all()
-    assert any("1 problems lack their first positions" in gap for gap in trace.metadata.gaps)
+    assert any("1 problem without the first positions" in gap for gap in trace.metadata.gaps)
 
 
 def test_several_samples_and_files_are_different_problems(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_choices_of_unknown_length_end_with_their_output(tmp_path: Path) -> None
 def test_responses_without_routes_keep_their_number(tmp_path: Path) -> None:
     trace = convert(tmp_path, generate(routed_experts=None), generate(), chat())
     assert trace.problems.column("source_key").to_pylist() == ["1"]
-    assert "2 responses have no routed experts and were left out" in trace.metadata.gaps
+    assert "2 responses left out: no routed experts" in trace.metadata.gaps
 
 
 def test_an_inferred_k_is_said_and_a_named_model_decides(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_rollouts_have_routes_tokens_phases_and_text(tmp_path: Path, routes: obj
     (problem,) = trace.problems.to_pylist()
     assert (problem["source_key"], problem["prompt"], problem["output"]) == ("rollout_3/1", "Why?", "So.")
     assert "layers that are 0 or -1 throughout were taken as dense: 0" in trace.metadata.gaps
-    assert "2 samples have no routed experts and were left out" in trace.metadata.gaps
+    assert "2 samples left out: no routed experts" in trace.metadata.gaps
 
 
 class Evil:

@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from support.routes import routes_of
 from support.traces import MakeProblems, MakeTrace
 
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
-from speculation.data.routes import load_routes
+from speculation.data.router_inputs import RouterInputs
+from speculation.data.routes import load_routes, route_digests
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import evaluate
+from speculation.predictors.options import Progress
 from speculation.predictors.registry import find_predictor
 from speculation.training.fit import train
 
@@ -69,8 +72,106 @@ def test_a_resumed_training_ends_with_the_very_same_weights(accumulate: int, tra
     assert not (resumed.path / "checkpoints").exists()
     lines = (resumed.path / "training.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["epoch", "1", "2", "3", "4"]
-    with pytest.raises(SpecmoeError, match="is finished: nothing to resume"):
-        train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
+    before = (resumed.path / "config.json").stat().st_mtime_ns
+    again = train(trace, "mlp", tmp_path / "cut", options=options, resume=True)
+    assert (again.path / "config.json").stat().st_mtime_ns == before
+    assert all((expected[name] == array).all() for name, array in weights(again.path).items())
+
+
+@pytest.mark.parametrize("source", ["train", "validation"])
+@pytest.mark.parametrize("changed", ["expert_ids_TLK", "weights_TLK", "token_ids_T", "token_keys_T", "first_T", "router"])
+def test_a_checkpoint_of_other_data_is_not_resumed(source: str, changed: str, tmp_path: Path) -> None:
+    sources = {"train": routes_of([(0, 9)]), "validation": routes_of([(0, 7)], seed=1)}
+    hidden_TLD, weight_LED = np.zeros((9, 2, 4), dtype=np.float16), np.zeros((2, 8, 4), dtype=np.float32)
+    for name, routes in sources.items():
+        router = RouterInputs(hidden_TLD[: len(routes)], weight_LED, weight_LED[..., 0], None)
+        sources[name] = replace(routes, router=router)
+    options = replace(OPTIONS, checkpoint_seconds=0.0, width=4)
+
+    def fit(progress: Progress = lambda *_: None) -> None:
+        predictor = find_predictor("mlp")(Shape(layers=2, experts=8, top_k=2, horizon=1))
+        predictor.fit(sources["train"], sources["validation"], options, progress, tmp_path)
+
+    with pytest.raises(KilledError):
+        fit(cut_off_at(2))
+    same, routes = dict(sources), sources[source]
+    if changed == "router":
+        value: Any = RouterInputs(hidden_TLD[: len(routes)] + np.float16(1), weight_LED, weight_LED[..., 0], None)
+    else:
+        value = getattr(routes, changed).copy()
+        value[-1] = value[-1] ^ 1 if value.dtype.kind in "iu" else value[-1] / 2
+    sources[source] = replace(routes, **{changed: value})
+    with pytest.raises(SpecmoeError, match="from a training with other options or data"):
+        fit()
+    sources.update(same)
+    fit()
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"predictor": "mlp"}, "predictor"),
+        ({"horizon": 2}, "task, horizon or model"),
+        ({"task": Task.WHOLE_PATH}, "task, horizon or model"),
+        ({"trace": "again"}, "trace"),
+        ({"seed": 1}, "training options"),
+        ({"max_seconds": 9.0}, None),
+        ({"without": slice(0, 2)}, "training problems"),
+        ({"validation": "one"}, "training problems"),
+        ({}, None),
+    ],
+)
+def test_a_finished_run_of_something_else_is_not_taken_for_this_one(
+    changed: dict[str, Any],
+    what: str | None,
+    trace: Trace,
+    make_trace: MakeTrace,
+    random_problems: MakeProblems,
+    tmp_path: Path,
+) -> None:
+    def traces(name: str) -> Trace:
+        return make_trace(random_problems(count=40, tokens=20, layers=3, num_experts=8, top_k=2, seed=1), 8, name=name)
+
+    def run(changed: dict[str, Any]) -> None:
+        options = {name: value for name, value in changed.items() if name in {"seed", "max_seconds"}}
+        train(
+            traces(changed["trace"]) if "trace" in changed else trace,
+            changed.get("predictor", "popularity"),
+            tmp_path / "run",
+            task=changed.get("task", Task.NEXT_LAYER),
+            horizon=changed.get("horizon", 1),
+            validation=_another(make_trace, random_problems, 1) if "validation" in changed else None,
+            without=route_digests(trace, load_routes(trace, "train"))[changed["without"]] if "without" in changed else None,
+            options=replace(OPTIONS, **options),
+            resume=True,
+        )
+
+    run({})
+    if what is None:
+        run(changed)
+        return
+    with pytest.raises(SpecmoeError, match=f"is a finished run, and its {what} differ from the requested"):
+        run(changed)
+
+
+def _another(make_trace: MakeTrace, random_problems: MakeProblems, seed: int, prompts: str = "another") -> Trace:
+    """A trace of 9 other prompts."""
+    problems = random_problems(count=9, tokens=20, layers=3, num_experts=8, top_k=2, seed=seed)
+    return make_trace(problems, 8, name=f"{prompts} {seed}", prompts=[f"{prompts} {number}" for number in range(9)])
+
+
+def test_a_network_that_was_stopped_by_another_trace_is_not_taken_for_this_one(
+    trace: Trace, make_trace: MakeTrace, random_problems: MakeProblems, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, epochs=1, width=4)
+    first, other_routes = (_another(make_trace, random_problems, seed) for seed in (1, 2))
+    run = train(trace, "mlp", tmp_path / "run", validation=first, options=options)
+    assert train(trace, "mlp", run.path, validation=first, options=options, resume=True).facts == run.facts
+    with pytest.raises(SpecmoeError, match="its validation trace differ"):
+        train(trace, "mlp", run.path, validation=other_routes, options=options, resume=True)
+    others = _another(make_trace, random_problems, 3, "a third")
+    with pytest.raises(SpecmoeError, match="its validation problems differ"):
+        train(trace, "mlp", run.path, validation=others, options=options, resume=True)
 
 
 def test_more_steps_per_update_than_there_are(trace: Trace, tmp_path: Path) -> None:
@@ -137,7 +238,7 @@ def test_all_of_a_trace_is_trained_on_with_another_to_stop_early_on(
     assert evaluate(run, other, part="all").trained_on == 0
     assert evaluate(run, trace, part="test").trained_on == evaluate(run, trace, part="test").problems
     shared = make_trace(problems, 8, name="shared", prompts=[f"prompt {number}" for number in range(4, 13)])
-    with pytest.raises(SpecmoeError, match=r"all 9 problems of .*shared are also in .*trace: choose another validation trace"):
+    with pytest.raises(SpecmoeError, match=r"shared has no problem that is not in .*trace, too: choose another"):
         train(trace, "popularity", tmp_path / "leaky", validation=shared)
     assert not (tmp_path / "leaky").exists()
 
@@ -175,6 +276,20 @@ def test_by_itself_a_trace_is_split(trace: Trace, tmp_path: Path) -> None:
     document = evaluate(run, trace)
     assert document.trained_on == 0
     assert evaluate(run, trace, part="all").trained_on == len(run.trained_on) == evaluate(run, trace, part="train").problems
+
+
+def test_scores_are_computed_in_float32() -> None:
+    """Also after a training in mixed precision, and within a caller's autocast: few of them are equal."""
+    predictor = find_predictor("mlp")(Shape(layers=2, experts=32, top_k=2, horizon=1))
+    options = replace(OPTIONS, epochs=1, width=8)
+    predictor.fit(routes_of([(0, 200)], experts=32), None, options, lambda *_: None)
+    routes = routes_of([(0, 50)], experts=32, seed=1)
+    found_TLHE = predictor.probabilities(routes, slice(0, 50))
+    assert found_TLHE.dtype == np.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(predictor.probabilities(routes, slice(0, 50)), found_TLHE)
+    scores_NE = found_TLHE[:, 0, 0]
+    assert np.mean([len(np.unique(scores_E)) for scores_E in scores_NE]) > 31.5
 
 
 @pytest.mark.parametrize(("seen", "expected"), [(1_000, 2), (50_000, 25), (10**9, 30)])
