@@ -11,6 +11,7 @@ import typer
 import analysis.cli
 import profiler.cli
 import profiler.export_cli
+import profiler.live_cli
 import profiler.registry_cli
 import profiler.terminal
 import speculation.cli
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.add_typer(profiler.cli.app)
 app.add_typer(profiler.export_cli.app)
 app.add_typer(profiler.registry_cli.app)
+app.add_typer(profiler.live_cli.app)
 app.add_typer(analysis.cli.app)
 app.add_typer(speculation.cli.app)
 app.add_typer(speculation.offload_cli.app)

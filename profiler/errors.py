@@ -112,6 +112,7 @@ EXTRAS = {
     "collect": ("datasets", "huggingface_hub", "psutil", "pynvml", "safetensors", "torch", "transformers"),
     "analysis": ("jinja2", "numba", "plotly", "scipy", "sklearn", "tokenizers"),
     "train": ("accelerate", "numba", "safetensors", "tensorboardX", "threadpoolctl", "torch"),
+    "live": ("prometheus_client",),
     "lowmem": ("bitsandbytes",),
     "modal": ("modal",),
     "quantize": ("llmcompressor",),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from support.offline_hub import Hub
+from support.scheduling import FolderScheduling, folder_together
 from support.traces import MakeProblems, MakeTrace, Problems, write_synthetic_trace
 
 from profiler.trace.reader import Trace
@@ -34,9 +35,15 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with long tests first: whichever worker ends last should end with something short."""
+    """Modules with long tests first, then undivided folders: whichever process ends last should end with something short."""
     long = {item.path for item in items if any(item.get_closest_marker(name) for name in ("engine", "modal", "awq", "fuzz"))}
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: (item.path not in long, folder_together(item.nodeid) is None))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """How tests are divided among processes (`-n 2`)."""
+    return FolderScheduling(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """Records routing inside vLLM: a hook on expert selection in the fused MoE layers, streamed to Parquet.
 
 vLLM finds the plugin through the entry point group `vllm.general_plugins`. The plugin does nothing unless the environment
-variable `SPECMOE_CAPTURE` is 1. `releases` knows which function selects experts in which release, `kernels` makes vLLM choose
-kernels that call it, `hook` wraps it, `buffers` holds what the hooks copy, `steps` labels rows with their requests, `recorder`
-queues the rows, and `capture_files` writes them. `speculative` knows which forms of speculative decoding can be recorded.
-`recording` is for programs that create their own `LLM` (`matching` finds the request of each output), `serving` for servers,
-and `source` patches a local vLLM.
+variable `SPECMOE_CAPTURE` is 1, or live metrics are switched on. `releases` knows which function selects experts in which
+release, `kernels` makes vLLM choose kernels that call it, `hook` wraps it, `buffers` holds what the hooks copy, `steps` labels
+rows with their requests, `recorder` queues the rows, and `capture_files` writes them. `live` counts them. `speculative` knows
+which forms of speculative decoding can be recorded. `recording` is for programs that create their own `LLM` (`matching` finds
+the request of each output), `serving` for servers, and `source` patches a local vLLM.
 
 Example:
     >>> import vllm_patch

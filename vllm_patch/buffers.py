@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,14 +121,23 @@ class CaptureBuffers:
             copies.append(copy_hidden)
         return copies[0] if len(copies) == 1 else _all(copies)
 
-    def snapshot(self, rows: int, *, hidden: bool, input_ids: torch.Tensor | None = None) -> Snapshot:
+    def snapshot(
+        self,
+        rows: int,
+        *,
+        hidden: bool = False,
+        names: Sequence[str] | None = None,
+        input_ids: torch.Tensor | None = None,
+    ) -> Snapshot:
         """Copy the first `rows` rows of a finished step, then mark them as unwritten.
 
         On a GPU, the copy to pinned memory runs on its own stream and overlaps the next step.
 
+        names: the buffers to copy; default: all, router inputs only if `hidden`.
         input_ids: the runner's tensor of vocabulary ids; its first `rows` values are copied, too.
         """
-        names = [name for name in self.tensors if hidden or name != "hidden"]
+        if names is None:
+            names = [name for name in self.tensors if hidden or name != "hidden"]
         copies = {name: self.tensors[name][:rows].clone() for name in names}
         if input_ids is not None:
             copies["input_ids"] = input_ids[:rows].clone()

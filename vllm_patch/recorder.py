@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.capture.requests import CapturedRequest
-from profiler.trace.rows import check_ids, check_weights, refuse_repeats
 from profiler.trace.schema import ModelMetadata
 from profiler.trace.stream import HIDDEN_STREAM, LOGITS_STREAM, RoutingWriter, ValuesWriter
 from vllm_patch.buffers import CaptureBuffers, Snapshot
-from vllm_patch.capture_files import CapturedRows, CaptureFiles, Files, RotatingFiles
-from vllm_patch.steps import NewRequest, Step
+from vllm_patch.capture_files import CaptureFiles, Files, RotatingFiles
+from vllm_patch.first_step import BypassedHookError, check_first_step
+from vllm_patch.numbering import Numbering
+from vllm_patch.steps import Step
 
 # Bytes that may be queued before the engine waits for the writer. The writer may hold as many again.
 QUEUE_BYTES = 32 << 20
@@ -37,49 +37,6 @@ class _Batch:
     snapshots: list[Snapshot] = field(default_factory=list)
     hidden: list[npt.NDArray[np.bool_] | None] = field(default_factory=list)
     nbytes: int = 0
-
-
-class _Numbering:
-    """Numbers requests in the order in which they appear, and labels rows with these numbers."""
-
-    def __init__(self) -> None:
-        self.requests = 0
-        self.unlabeled = 0
-        self._numbers: dict[str, int] = {}
-        self._last: tuple[list[str], npt.NDArray[np.int32]] = ([], np.empty(0, dtype=np.int32))
-
-    def rows(self, batch: _Batch) -> CapturedRows:
-        numbers, positions = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.int32)]
-        requests: list[CapturedRequest] = []
-        finished: list[int] = []
-        for step in batch.steps:
-            finished += [self._numbers.pop(name) for name in step.finished if name in self._numbers]
-            # A preempted request may reappear as a new one.
-            requests += [self._add(new) for new in step.new if new.request_id not in self._numbers]
-            numbers_B = self._of(step.request_ids, changed=bool(step.new or step.finished))
-            starts_B = step.starts_B.astype(np.int32, copy=False)
-            if step.rows == len(numbers_B):
-                numbers.append(numbers_B)
-                positions.append(starts_B)
-            else:
-                counts_B = np.array([step.scheduled[name] for name in step.request_ids], dtype=np.int32)
-                numbers.append(np.repeat(numbers_B, counts_B))
-                first_rows_B = np.cumsum(counts_B, dtype=np.int32) - counts_B
-                positions.append(np.arange(step.rows, dtype=np.int32) + np.repeat(starts_B - first_rows_B, counts_B))
-        arrays = [snapshot.arrays() for snapshot in batch.snapshots]
-        return CapturedRows(np.concatenate(numbers), np.concatenate(positions), arrays, batch.hidden, requests, finished)
-
-    def _add(self, new: NewRequest) -> CapturedRequest:
-        number = self._numbers[new.request_id] = self.requests
-        self.requests += 1
-        self.unlabeled += new.label is None
-        return CapturedRequest(number, new.request_id, new.label, new.prompt_token_ids, new.cached_tokens)
-
-    def _of(self, names: list[str], *, changed: bool) -> npt.NDArray[np.int32]:
-        """Numbers of the requests; -1 for those that started before the capture."""
-        if changed or names != self._last[0]:
-            self._last = (names, np.array([self._numbers.get(name, -1) for name in names], dtype=np.int32))
-        return self._last[1]
 
 
 class Recorder:
@@ -143,7 +100,7 @@ class Recorder:
             return {"error": "a capture is already running in this engine"}
         self._error = None
         self._verified = False
-        self._numbering = _Numbering()
+        self._numbering = Numbering()
         self._hidden_left = self._hidden_budget
         self._hidden_requests: set[str] = set()
         self._waits, self._wait_seconds = 0, 0.0
@@ -172,10 +129,13 @@ class Recorder:
             "host_bytes": 3 * max(QUEUE_BYTES, self.buffers.nbytes),
         }
 
-    def record(self, step: Step) -> None:
-        """Queue the rows of a finished step. Waits if the writer is behind; does nothing after the capture has failed."""
+    def record(self, step: Step) -> Snapshot | None:
+        """Queue the rows of a finished step, and return them. Waits if the writer is behind.
+
+        After the capture has failed, it does nothing and returns None.
+        """
         if self._error is not None:
-            return
+            return None
         hidden_T = self._choose_hidden(step)
         snapshot = self.buffers.snapshot(step.rows, hidden=hidden_T is not None, input_ids=step.input_ids)
         if not self._verified and step.rows:
@@ -193,6 +153,7 @@ class Recorder:
             batch.nbytes += snapshot.nbytes
             if batch.nbytes >= BATCH_BYTES:
                 self._change.notify_all()
+        return snapshot
 
     def fail(self, error: BaseException) -> None:
         """End the capture with this error. Written rows stay readable, and the engine continues."""
@@ -267,17 +228,11 @@ class Recorder:
 
     def _verify(self, snapshot: Snapshot) -> None:
         """Check the first rows immediately: a hook that does not work must not go unnoticed until the end."""
-        arrays = snapshot.arrays()
         self._verified = True
         try:
-            check_ids(arrays["expert_ids"], self.num_experts, "first step")
-            check_weights(arrays["weights"], "first step")
-            refuse_repeats(arrays["expert_ids"], "first step")
-        except Exception as error:
-            unwritten = (arrays["expert_ids"] == -1).all(axis=(0, 2))
-            layers = [layer for layer, missed in zip(self.moe_layers, unwritten, strict=True) if missed]
-            reason = f"no routing arrived from layers {layers}" if layers else str(error)
-            self._error = RuntimeError(f"{reason}: this vLLM or its MoE kernel bypasses the hook; nothing was recorded")
+            check_first_step(snapshot.arrays(), self.moe_layers, self.num_experts)
+        except BypassedHookError as error:
+            self._error = error
 
     def _is_due(self) -> bool:
         """Whether the writer takes the queue before its time is over."""
@@ -294,7 +249,7 @@ class Recorder:
                     stopping, ending = self._stopping, self._ending
                     self._change.notify_all()
                 if self._error is None:
-                    files.write(self._numbering.rows(batch))
+                    files.write(self._numbering.rows(batch.steps, batch.snapshots, batch.hidden))
                     if ending is not None:
                         self.fail(ending)
                 if stopping:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from profiler.capture.metadata import captured_metadata, describe_kernels
 from profiler.capture.options import CaptureOptions
-from profiler.capture.protocol import START, STATUS, STOP
+from profiler.capture.protocol import LIVE, START, STATUS, STOP
+from profiler.live.options import LiveOptions
 from profiler.models.resolve import loaded_model
 from profiler.trace.schema import GATES_FILE, Metadata
 from vllm_patch.recorder import Recorder
@@ -20,6 +21,7 @@ from vllm_patch.serving.server import Sealer, begin_trace, next_trace
 
 if TYPE_CHECKING:
     from vllm_patch.kernels import KernelChoices
+    from vllm_patch.live.counter import LiveCounter
     from vllm_patch.releases import Hook
 
 log = logging.getLogger("vllm.specmoe")
@@ -35,9 +37,11 @@ class WorkerCapture:
     recorded does not stop the engine: every call returns the reason.
     """
 
-    def __init__(self, worker: Any, options: CaptureOptions) -> None:
+    def __init__(self, worker: Any, options: CaptureOptions, live: LiveOptions | None = None) -> None:
         self._worker = worker
         self._options = options
+        self._live_options = live
+        self._counter: LiveCounter | None = None
         self._recorder: Recorder | None = None
         self._facts: dict[str, Any] = {}
         self._refusal: str | None = None
@@ -54,6 +58,7 @@ class WorkerCapture:
         setattr(worker, START, self.start)
         setattr(worker, STATUS, self.status)
         setattr(worker, STOP, self.stop)
+        setattr(worker, LIVE, self.live)
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Load the model, then allocate buffers and wrap the routers, before memory profiling and compilation."""
@@ -71,25 +76,39 @@ class WorkerCapture:
             if hook is not None:
                 with self._refusing():
                     self._attach(hook, kernels)
+            if self._live_options is not None:
+                self._count(self._live_options)
             if self._options.out:
                 self._serve()
         return result
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the step, then pass its rows to the recorder."""
+        """Run the step, then pass its rows to the recorder and to the live counts."""
         from vllm_patch.steps import label_rows
 
         result = self._execute_model(scheduler_output, *args, **kwargs)
-        if self._recorder is not None and self._recorder.recording:
+        recorder, counter = self._recorder, self._counter
+        recording = recorder is not None and recorder.recording
+        if recording or counter is not None:
+            # No error of ours may disturb the engine's requests.
             try:
-                self._recorder.record(label_rows(self._worker.model_runner, scheduler_output))
+                step, snapshot = label_rows(self._worker.model_runner, scheduler_output), None
+                if recorder is not None and recording:
+                    snapshot = recorder.record(step)
+                if counter is not None:
+                    counter.offer(step, snapshot)
             except Exception as error:
-                # No error of the recorder may disturb the engine's requests.
-                self._recorder.fail(error)
+                if recorder is not None and recording:
+                    recorder.fail(error)
+                if counter is not None:
+                    counter.fail(error)
         return result
 
     def shutdown(self, *args: Any, **kwargs: Any) -> Any:
-        """Close a server's recording, then shut down."""
+        """Close a server's recording and the live counts, then shut down."""
+        if self._counter is not None:
+            self._counter.close()
+            self._counter = None
         if self._options.out and self._recorder is not None and self._recorder.recording:
             answer = self._recorder.stop()
             if "error" in answer:
@@ -129,6 +148,14 @@ class WorkerCapture:
         """Write all queued rows and stop recording. Returns the final status."""
         return self._recorder.stop() if self._recorder is not None else {}
 
+    def live(self) -> dict[str, Any]:
+        """The live metrics as a `LiveAnswer`, once everything that was computed is counted; or `error`."""
+        if self._refusal is not None and self._counter is None:
+            return {"error": self._refusal}
+        if self._counter is None:
+            return {"rank": self._worker.rank} if self._live_options else {"error": "start the engine with SPECMOE_LIVE=1"}
+        return {"publication": self._counter.publication().to_json()}
+
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
         """An error in the block does not stop the engine: it becomes the reason why nothing can be recorded."""
@@ -157,6 +184,18 @@ class WorkerCapture:
             return change_weights(*args, **kwargs)
 
         return end_capture_and_change
+
+    def _count(self, options: LiveOptions) -> None:
+        """Count until shutdown. If that is impossible, the reason is logged and the engine continues."""
+        from vllm_patch.live.start import start_counter
+
+        if self._refusal is not None or self._recorder is None:
+            log.error("routing is not counted: %s", self._refusal)
+            return
+        try:
+            self._counter = start_counter(self._recorder, self._worker.vllm_config, options)
+        except Exception as error:
+            log.error("routing is not counted: %s: %s", type(error).__name__, error)
 
     def _serve(self) -> None:
         """Record until shutdown. If that is impossible, the reason is logged and the server continues."""

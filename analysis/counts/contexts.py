@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from analysis.counts.accumulator import Accumulator, Counts
 from analysis.counts.frames import Frame
-from analysis.counts.kernels import count_in_context
+from analysis.counts.kernels import as_input, count_in_context
 from analysis.counts.survey import Axes
 from analysis.counts.transitions import FOLDS
 
@@ -53,9 +53,8 @@ class ContextCounts(Accumulator):
         """Count a frame."""
         for name, context_TL in self._contexts(frame).items():
             if name in self.selected:
-                count_in_context(
-                    frame.chunk.expert_ids_TLK, frame.fold_T, context_TL, self.selected[name], self.strongest[name]
-                )
+                selected, strongest = self.selected[name], self.strongest[name]
+                count_in_context(frame.chunk.expert_ids_TLK, frame.fold_T, as_input(context_TL), selected, strongest)
         self._before = frame.take(slice(-1, None))
 
     def tables(self) -> dict[str, npt.NDArray[np.uint32]]:
@@ -76,7 +75,7 @@ class ContextCounts(Accumulator):
             TWO_LAYERS: _combined(above_TL, _shifted(above_TL), experts),
             PREVIOUS_TOKEN: earlier_TL,
             LAYER_AND_TOKEN: _combined(above_TL, earlier_TL, experts),
-            TOKEN: np.ascontiguousarray(np.broadcast_to(frame.vocab_T[:, None], strongest_TL.shape)),
+            TOKEN: np.broadcast_to(frame.vocab_T[:, None], strongest_TL.shape),
         }
         if self._top_k > 1:
             second_TL = chunk.expert_ids_TLK[:, :, 1].astype(np.int32)

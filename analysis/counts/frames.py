@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from analysis.counts.kernels import as_input
 from analysis.counts.survey import Axes, dataset_indices, token_identity
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
@@ -25,7 +26,7 @@ EVERY_PROBLEM = range(1 << 31)
 
 @dataclass(frozen=True)
 class Frame:
-    """A chunk with the properties of each of its tokens `[T]`.
+    """A chunk with the properties of each of its tokens `[T]`; all arrays are contiguous and read-only.
 
     dataset_T: index into `Axes.datasets`. phase_T: index into PHASES. fold_T: 0 or 1, by hash of the problem's prompt; the two
     folds are halves of the problems for cross-validation. vocab_T: index into `Axes.vocabulary`; its length for tokens outside
@@ -37,6 +38,18 @@ class Frame:
     phase_T: npt.NDArray[np.int32]
     fold_T: npt.NDArray[np.int32]
     vocab_T: npt.NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        chunk = self.chunk
+        contiguous = RoutingChunk(
+            problem_ids_T=as_input(chunk.problem_ids_T),
+            token_ids_T=as_input(chunk.token_ids_T),
+            expert_ids_TLK=as_input(chunk.expert_ids_TLK),
+            weights_TLK=None if chunk.weights_TLK is None else as_input(chunk.weights_TLK),
+        )
+        object.__setattr__(self, "chunk", contiguous)
+        for name in ("dataset_T", "phase_T", "fold_T", "vocab_T"):
+            object.__setattr__(self, name, as_input(getattr(self, name)))
 
     def __len__(self) -> int:
         return len(self.chunk)

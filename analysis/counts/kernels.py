@@ -2,6 +2,9 @@
 
 Ids `[T, L, K]` are sorted by weight, strongest first; the id E is an empty slot, and only empty slots follow it. No loop checks
 bounds: the reader has checked the ids, and callers pass tables of matching shapes. All loops release the GIL.
+
+numba compiles a loop again, for up to a second, for arguments of other types, of another layout, or that may not be written. So
+callers pass what a loop only reads through `as_input`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,13 @@ Array = npt.NDArray[Any]
 HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 compiled = numba.njit(nogil=True, cache=True, boundscheck=False)
+
+
+def as_input(array: Array) -> Array:
+    """The array as a contiguous read-only view; a copy if it is not contiguous."""
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view
 
 
 @compiled

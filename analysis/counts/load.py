@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from analysis.counts.accumulator import Accumulator, Counts, Floats
 from analysis.counts.frames import PHASES, Frame
-from analysis.counts.kernels import HALVES, count_load
+from analysis.counts.kernels import HALVES, as_input, count_load
 from analysis.counts.survey import Axes
 from profiler.errors import TraceError
 
 # Limit on the counters of the runs that are counted together.
 RUN_BYTES = 32 << 20
+NO_WEIGHTS = as_input(np.empty((0, 1, 1), dtype=np.uint16))
 
 
 class LoadCounts(Accumulator):
@@ -49,7 +50,7 @@ class LoadCounts(Accumulator):
         counts_RLE = np.zeros((runs, layers, experts), dtype=np.uint32)
         mass_RLE = np.zeros((runs, layers, experts))
         weights = frame.chunk.weights_TLK
-        bits = np.empty((0, 1, 1), dtype=np.uint16) if weights is None else weights.view(np.uint16)
+        bits = NO_WEIGHTS if weights is None else weights.view(np.uint16)
         count_load(frame.chunk.expert_ids_TLK, bits, HALVES, run_T, counts_RLE, mass_RLE)
         starts_R = np.searchsorted(run_T, np.arange(runs))
         dataset_R, phase_R = frame.dataset_T[starts_R], frame.phase_T[starts_R]
@@ -157,8 +158,7 @@ class ProblemBlocks:
 
 def count_experts(expert_ids_TLK: npt.NDArray[Any], num_experts: int) -> Counts:
     """Selections per layer and expert `[L, E]` of an array of tokens; empty slots (id E) are not counted."""
-    counts_1LE: Counts = np.zeros((1, expert_ids_TLK.shape[1], num_experts), dtype=np.int64)
-    no_weights = np.empty((0, 1, 1), dtype=np.uint16)
+    counts_1LE = np.zeros((1, expert_ids_TLK.shape[1], num_experts), dtype=np.uint32)
     run_T = np.zeros(len(expert_ids_TLK), dtype=np.int64)
-    count_load(expert_ids_TLK, no_weights, HALVES, run_T, counts_1LE, np.zeros((1, 1, 1)))
-    return np.asarray(counts_1LE[0])
+    count_load(as_input(expert_ids_TLK), NO_WEIGHTS, HALVES, run_T, counts_1LE, np.zeros((1, 1, 1)))
+    return np.asarray(counts_1LE[0].astype(np.int64))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from analysis.counts.accumulator import Accumulator, Counts
 from analysis.counts.frames import Frame
-from analysis.counts.kernels import as_bits, count_repetition, count_reuse, end_segment
+from analysis.counts.kernels import as_bits, as_input, count_repetition, count_reuse, end_segment
 from analysis.counts.survey import Axes
 
 DISTANCES = (1, 2, 3, 4, 8, 16, 32, 64)
@@ -48,7 +48,7 @@ class RepetitionCounts(Accumulator):
         skip = 0
         if self._before:
             skip = len(self._before[0])
-            columns = [np.concatenate(both) for both in zip(self._before, columns, strict=True)]
+            columns = [as_input(np.concatenate(both)) for both in zip(self._before, columns, strict=True)]
         ids_TLK, problem_T, position_T, dataset_T = columns
         bits = [as_bits(ids_TLK, most, experts) for most in (ids_TLK.shape[2], 2)]
         count_repetition(

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from analysis.counts.accumulator import Accumulator, Counts
 from analysis.counts.frames import Frame
-from analysis.counts.kernels import count_pairs, hash_sets
+from analysis.counts.kernels import as_input, count_pairs, hash_sets
 from analysis.counts.survey import Axes
 
 # Hashes kept per layer: counts are exact up to this many sets, with 1/sqrt(16382) = 0.8 % standard error beyond.
@@ -71,7 +71,7 @@ class PairCounts(Accumulator):
         """Count a frame."""
         ids_TLK = frame.chunk.expert_ids_TLK
         if self._top_k > 1 and self.fits:
-            dataset_T = frame.dataset_T if self.by_dataset else np.zeros_like(frame.dataset_T)
+            dataset_T = frame.dataset_T if self.by_dataset else as_input(np.zeros_like(frame.dataset_T))
             count_pairs(ids_TLK, dataset_T, self.one_way, self.leading_one_way)
         self.tokens += len(frame)
         hashes_TL = hash_sets(ids_TLK, self._experts)

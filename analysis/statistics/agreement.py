@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from analysis.counts.accumulator import Counts, Floats
-from analysis.counts.kernels import as_bits
+from analysis.counts.kernels import as_bits, as_input
 from analysis.counts.load import count_experts
 from analysis.counts.survey import EVERYTHING, ROWS_AT_A_TIME, Choice, chosen_problems
 from analysis.statistics.load import normalized
@@ -121,7 +121,7 @@ def agreement_of(one: Prompts, other: Prompts) -> Agreement | None:
     problems = tokens = 0
     for mine_TLK, theirs_TLK in _same_prompts(one, other):
         problems, tokens = problems + 1, tokens + len(mine_TLK)
-        bits = [as_bits(ids_TLK, top_k, experts) for ids_TLK in (mine_TLK, theirs_TLK)]
+        bits = [as_bits(as_input(ids_TLK), top_k, experts) for ids_TLK in (mine_TLK, theirs_TLK)]
         common_TL = np.bitwise_count(bits[0] & bits[1]).sum(-1, dtype=np.int64)
         same_first_TL = mine_TLK[:, :, 0] == theirs_TLK[:, :, 0]
         totals += np.stack([common_TL.sum(0), (common_TL == top_k).sum(0), same_first_TL.sum(0)])

@@ -1,10 +1,11 @@
-"""The protocol between a collecting process and vLLM's workers: three calls over `LLM.collective_rpc`.
+"""The protocol between a collecting process and vLLM's workers: calls over `LLM.collective_rpc`.
 
 | call | arguments | answer |
 |---|---|---|
 | `specmoe_start` | folder, budget of tokens with router inputs (None: the engine's own option) | `LoadedFacts` |
 | `specmoe_status` | none | `RecorderStatus` during a recording, else `LoadedFacts` |
 | `specmoe_stop` | none | `RecorderStatus`, once everything is on disk |
+| `specmoe_live` | none | `LiveAnswer`: the live metrics, with everything counted that the engine has computed |
 
 An answer with the key `error` reports a refusal or a failure, in one line. With tensor parallelism the first worker records;
 the others answer with their rank and are ignored. The workers' side is `vllm_patch.worker`.
@@ -17,7 +18,7 @@ from typing import Any, TypedDict, cast
 
 from profiler.errors import EngineError, first_line
 
-START, STATUS, STOP = "specmoe_start", "specmoe_status", "specmoe_stop"
+START, STATUS, STOP, LIVE = "specmoe_start", "specmoe_status", "specmoe_stop", "specmoe_live"
 
 
 class RecorderFacts(TypedDict):
@@ -56,6 +57,12 @@ class RecorderStatus(TypedDict):
     wait_seconds: float
 
 
+class LiveAnswer(TypedDict):
+    """publication: a `profiler.live.publication.Publication` as JSON."""
+
+    publication: str
+
+
 class Workers:
     """The workers of `llm`, a `vllm.LLM`.
 
@@ -82,6 +89,10 @@ class Workers:
     def stop(self) -> RecorderStatus:
         """Write everything out and stop recording."""
         return cast("RecorderStatus", self._call(STOP))
+
+    def live(self) -> LiveAnswer:
+        """The live metrics of the engine, which must have been started with `SPECMOE_LIVE=1`."""
+        return cast("LiveAnswer", self._call(LIVE))
 
     def _call(self, name: str, *arguments: str | int | None) -> dict[str, Any]:
         try:

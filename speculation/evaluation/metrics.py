@@ -58,7 +58,8 @@ def true_ranks(scores_NE: npt.NDArray[np.floating[Any]], true_NK: npt.NDArray[An
         [[0, 2]]
     """
     ranks_NK = np.empty(true_NK.shape, dtype=np.int64)
-    _count_better(np.ascontiguousarray(scores_NE), true_NK, ranks_NK)
+    # One type and layout of the experts: numba compiles a function for each.
+    _count_better(np.ascontiguousarray(scores_NE), np.ascontiguousarray(true_NK, dtype=np.int64), ranks_NK)
     return ranks_NK
 
 

@@ -149,7 +149,7 @@ def test_the_job_leaves_a_checkpoint_where_collect_finds_it(tmp_path: Path) -> N
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"question": "What is {n} and {n * n}, said Ann?"}}\n' for n in range(24)))
     job = ["run", "modal_jobs/quantize.py", "--model", "tiny/moe", "--dataset", "gsm8k", "--data-files", str(prompts)]
-    done = account.run(*job, "--group-size", "32", python=PYTHON)
+    done = account.run(*job, "--group-size", "32", python=PYTHON, modules=())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 unquantized routers" in done.stdout
     checkpoint = account.volume("specmoe-cache") / "checkpoints" / "tiny--moe-awq"
@@ -174,12 +174,13 @@ def test_a_hub_models_commit_is_pinned_for_the_whole_run(tmp_path: Path) -> None
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(first)
     secret = {"huggingface-secret": {"HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "1"}}
-    account = OfflineModal(tmp_path / "account", environment={"HF_HUB_CACHE": str(tmp_path / "hub")}, secrets=secret)
+    account = OfflineModal(tmp_path / "account", secrets=secret)
     assert account.run("volume", "create", "specmoe-cache").returncode == 0
     put = account.run("volume", "put", "specmoe-cache", str(cache), "/huggingface/hub/models--tiny--moe")
     assert put.returncode == 0, put.stderr
     collect = ["run", "modal_jobs/collect.py", "--model", "tiny/moe", "--engine", "transformers", "--dataset", "demo-math"]
     collect += ["--num-problems", "4", "--max-new-tokens", "2", "--shard-size", "2", "--hf-secret", "huggingface-secret"]
+    account.environment["HF_HUB_CACHE"] = str(tmp_path / "hub")
     done = account.run(*collect, "--out", str(tmp_path / "trace"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert Trace.open(tmp_path / "trace").metadata.model.revision == first

@@ -33,9 +33,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # vLLM's engine in the process that starts it, which imports vLLM once instead of three times.
 IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-# Imported once for all containers. The job sets HF_HUB_OFFLINE, which these read, but the tests have it set anyway.
-MODULES = tuple(name for name in warm.LIBRARIES if name.startswith(("transformers", "vllm")))
-SERVER: dict[str, Any] = {"environment": IN_ONE_PROCESS, "modules": MODULES}
+SERVER: dict[str, Any] = {"environment": IN_ONE_PROCESS}
 
 
 @pytest.fixture(scope="module")

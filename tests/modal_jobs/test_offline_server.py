@@ -26,7 +26,7 @@ volume = modal.Volume.from_name("kept", create_if_missing=True)
 
 @pytest.fixture
 def account(tmp_path: Path) -> OfflineModal:
-    return OfflineModal(tmp_path / "account")
+    return OfflineModal(tmp_path / "account", modules=())
 
 
 def app(folder: Path, text: str) -> str:
@@ -186,7 +186,7 @@ def main():
 """
     script = (
         "from pathlib import Path; from support.offline_modal import OfflineModal\n"
-        f"OfflineModal(Path({str(tmp_path / 'account')!r})).command('bash', '-c', "
+        f"OfflineModal(Path({str(tmp_path / 'account')!r}), modules=()).command('bash', '-c', "
         f"'exec {sys.executable} -m modal run {app(tmp_path, text)} > {tmp_path}/log 2>&1')\n"
     )
     tests = subprocess.Popen(

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from support.offline_modal import OfflineModal, last_line, needs_modal
+from typer.testing import CliRunner
 
 from profiler.trace.reader import Trace
+from specmoe import app
 
 pytestmark = [pytest.mark.modal, needs_modal]
 
@@ -17,13 +19,18 @@ COLLECT = ["run", "modal_jobs/collect.py", "--model", "demo", "--engine", "trans
 JOB = [*COLLECT, "--dataset", "demo-math,demo-code", "--num-problems", "8", "--max-new-tokens", "4", "--shard-size", "3"]
 
 
+def planned_run() -> str:
+    """The run's id, as `specmoe plan` says it before anything runs."""
+    plan = CliRunner().invoke(app, ["plan", "--json", *JOB[2:]])
+    return str(json.loads(plan.stdout)["run_id"])
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[OfflineModal, Path, str]:
     """An account with a run of three shards, one of which failed at first; the trace; and the run's id."""
     folder = tmp_path_factory.mktemp("modal")
     account = OfflineModal(folder / "account")
-    plan = account.command("specmoe", "plan", "--json", *JOB[2:])
-    run_id = json.loads(plan.stdout)["run_id"]
+    run_id = planned_run()
     # Something in the way of the second shard's folder.
     (folder / "obstacle").write_text("in the way")
     assert account.run("volume", "create", "specmoe-traces").returncode == 0
@@ -106,8 +113,8 @@ def test_preempted_shards_are_collected_elsewhere(finished: tuple[OfflineModal, 
 
 def test_a_detached_run_outlives_its_client(tmp_path: Path) -> None:
     account = OfflineModal(tmp_path / "account")
-    plan = account.command("specmoe", "plan", "--json", *JOB[2:])
-    run_id = json.loads(plan.stdout)["run_id"]
+    run_id = planned_run()
+    on_volume = account.volume("specmoe-traces") / run_id
     # The client is killed as soon as the first container works; from then on, progress shows only on the Volume.
     script = tmp_path / "detach.sh"
     script.write_text(
@@ -115,12 +122,9 @@ def test_a_detached_run_outlives_its_client(tmp_path: Path) -> None:
         "client=$!\n"
         f"until grep -q 'starting transformers' {tmp_path / 'log'}; do sleep 0.2; done\n"
         "kill -9 $client\n"
-        "for _ in $(seq 120); do\n"
-        f"  [ $(modal volume ls specmoe-traces {run_id} --json | grep -c shard-) = 3 ] && sleep 1\n"
-        f"  modal run modal_jobs/collect.py::download --run-id {run_id} --out {tmp_path / 'trace'} && exit 0\n"
-        "  sleep 1\n"
-        "done\n"
-        "exit 1\n"
+        f"until [ $(find {on_volume} -name manifest.json | wc -l) = 3 ]; do sleep 0.2; done\n"
+        f"[ $(modal volume ls specmoe-traces {run_id} --json | grep -c shard-) = 3 ] || exit 1\n"
+        f"modal run modal_jobs/collect.py::download --run-id {run_id} --out {tmp_path / 'trace'}\n"
     )
     done = account.command("bash", str(script))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # What `modal run` imports for our jobs, but for the jobs.
 CLIENT = ("modal", "modal.cli.entry_point", "modal.cli.run", "numba", "safetensors.torch", "tokenizers", "accelerate")
 
+# Imported once for all containers of our jobs. The jobs set HF_HUB_OFFLINE, which these read, but the tests have it set anyway.
+ENGINES = tuple(name for name in warm.LIBRARIES if name.startswith(("transformers", "vllm")))
+
 needs_modal = pytest.mark.skipif(importlib.util.find_spec("modal") is None, reason="modal is not installed")
 
 
@@ -33,12 +36,14 @@ needs_modal = pytest.mark.skipif(importlib.util.find_spec("modal") is None, reas
 class OfflineModal:
     """An account with its Volumes in the folder `state`.
 
-    environment: more variables for its commands. secrets: the account's, by name. happened: in the last command.
+    environment: more variables for its commands. secrets: the account's, by name. modules: as in `Settings`; by default, what
+    containers of our jobs import. happened: in the last command.
     """
 
     state: Path
     environment: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
+    modules: tuple[str, ...] = ENGINES
     happened: list[Event] = field(default_factory=list)
 
     def run(self, *arguments: str, timeout: float = 400, **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -63,7 +68,9 @@ class OfflineModal:
         from support.modal_server.parts import Settings
         from support.modal_server.server import Server
 
-        with Server(self.state, dataclasses.replace(Settings(secrets=self.secrets), **settings)) as server:
+        with Server(
+            self.state, dataclasses.replace(Settings(secrets=self.secrets, modules=self.modules), **settings)
+        ) as server:
             self.happened = server.events
             yield {
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -226,7 +226,7 @@ def start(
 
 def are_read_at_import(names: Iterable[str]) -> list[str]:
     """Which of these variables libraries read while they are imported."""
-    return sorted(name for name in names if name.startswith(READ_AT_IMPORT))
+    return sorted(name for name in names if name.startswith(READ_AT_IMPORT) and name != "HF_TOKEN")
 
 
 def cores_of_this_process() -> list[int]:

@@ -264,7 +264,8 @@ def test_the_plugin_touches_nothing_unless_switched_on(monkeypatch: pytest.Monke
     import subprocess
     import sys
 
-    monkeypatch.delenv("SPECMOE_CAPTURE", raising=False)
+    for name in ("SPECMOE_CAPTURE", "SPECMOE_LIVE", "SPECMOE_SHADOW"):
+        monkeypatch.delenv(name, raising=False)
     heavy = ["vllm", "torch", "numpy", "pyarrow", "pydantic", "typer"]
     code = f"import sys; from vllm_patch.plugin import register; register(); print([n for n in {heavy} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

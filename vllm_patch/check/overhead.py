@@ -181,10 +181,22 @@ def measure_workload(plan: OverheadPlan, workload: OverheadWorkload, arms: list[
 
 
 class Arm:
-    """A child process that runs one arm, and is stopped while other arms run."""
+    """A child process that runs one arm, and is stopped while other arms run.
 
-    def __init__(self, name: str, command: list[str], plan: OverheadPlan, folder: Path) -> None:
+    Args:
+        name, command: The arm, and what runs it.
+        plan: What it runs.
+        folder: For its log and its compiled code.
+        switches: Variables that switch the plugin on. Default: capture for `on` and `writing`; an empty dictionary is vLLM
+            without a plugin.
+    """
+
+    def __init__(
+        self, name: str, command: list[str], plan: OverheadPlan, folder: Path, switches: dict[str, str] | None = None
+    ) -> None:
         self.name = name
+        captures = {"SPECMOE_CAPTURE": "1"} if name in {"on", "writing"} else {}
+        self._switches = captures if switches is None else switches
         self._command, self._plan, self._folder = command, plan, folder
         self._is_ready = False
         self._log = folder / f"overhead-{name}.log"
@@ -192,7 +204,6 @@ class Arm:
     def __enter__(self) -> Self:
         from vllm_patch.check.run import common_environment
 
-        captures = {"SPECMOE_CAPTURE": "1", "VLLM_PLUGINS": "specmoe"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*self._command, json.dumps(asdict(replace(self._plan, scratch=str(self._folder))))],
@@ -203,7 +214,7 @@ class Arm:
                 env={
                     **os.environ,
                     **common_environment(),
-                    **(captures if self.name in {"on", "writing"} else {"VLLM_PLUGINS": ""}),
+                    **({**self._switches, "VLLM_PLUGINS": "specmoe"} if self._switches else {"VLLM_PLUGINS": ""}),
                     # vLLM's key for compiled code is the same for captured and plain runs.
                     "VLLM_CACHE_ROOT": str(self._folder / f"cache-{self.name}"),
                 },

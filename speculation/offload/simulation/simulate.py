@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ from speculation.offload.state import TIME_CONSTANT, Rule, expert_records
 # Each expert of a request needs its own place in the event loop's order of uses.
 MAX_EXPERTS = 4096
 QUEUE = 64
+Numbers = TypeVar("Numbers", Limits, Tiers)
 
 
 @dataclass(frozen=True)
@@ -270,30 +272,41 @@ def _steps(requests: Requests, setting: Setting, costs: Costs | None) -> StepInp
 
 
 def _limits(requests: Requests, setting: Setting, costs: Costs | None) -> Limits:
-    return Limits(
-        rule=int(setting.policy),
-        layers=requests.layers,
-        num_experts=requests.num_experts,
-        is_global=setting.is_global,
-        copy_seconds=0.0 if costs is None else costs.copy_seconds,
-        expert_seconds=0.0 if costs is None else costs.expert_seconds,
-        predict_seconds=0.0 if costs is None else setting.predict_seconds,
-        policy_seconds=0.0 if costs is None else setting.policy_seconds,
-        score_seconds=0.0 if costs is None else setting.score_seconds,
-        time_constant=setting.time_constant,
+    return _with_floats(
+        Limits(
+            rule=int(setting.policy),
+            layers=requests.layers,
+            num_experts=requests.num_experts,
+            is_global=setting.is_global,
+            copy_seconds=0.0 if costs is None else costs.copy_seconds,
+            expert_seconds=0.0 if costs is None else costs.expert_seconds,
+            predict_seconds=0.0 if costs is None else setting.predict_seconds,
+            policy_seconds=0.0 if costs is None else setting.policy_seconds,
+            score_seconds=0.0 if costs is None else setting.score_seconds,
+            time_constant=setting.time_constant,
+        )
     )
 
 
 def _tiers(setting: Setting, costs: Costs | None) -> Tiers | None:
     if setting.miss == Miss.COPY and setting.ram is None:
         return None
-    return Tiers(
-        miss=int(setting.miss),
-        host_seconds=0.0 if costs is None else costs.host_expert_seconds or 0.0,
-        host_latency=0.0 if costs is None else costs.host_latency,
-        ram=ALL if setting.ram is None else setting.ram,
-        storage_seconds=0.0 if costs is None else costs.storage_seconds or 0.0,
+    return _with_floats(
+        Tiers(
+            miss=int(setting.miss),
+            host_seconds=0.0 if costs is None else costs.host_expert_seconds or 0.0,
+            host_latency=0.0 if costs is None else costs.host_latency,
+            ram=ALL if setting.ram is None else setting.ram,
+            storage_seconds=0.0 if costs is None else costs.storage_seconds or 0.0,
+        )
     )
+
+
+def _with_floats(numbers: Numbers) -> Numbers:
+    """The same, with floats where whole numbers stand for them: numba would compile the whole loop again for each mixture."""
+    kinds = typing.get_type_hints(type(numbers))
+    floats: dict[str, Any] = {name: float(getattr(numbers, name)) for name, kind in kinds.items() if kind is float}
+    return numbers._replace(**floats)
 
 
 def _pools(capacities: npt.NDArray[np.int64], requests: Requests) -> npt.NDArray[np.void]:

@@ -152,7 +152,8 @@ def _begin(
     # What the state is computed from: the tokens, the last token's routes, and the recent use, embedded as these are.
     seen = np.zeros(known.shape[1], dtype=np.float32)
     for place in range(len(rows)):
-        seen[place * token_width : (place + 1) * token_width] = token[rows[place]]
+        for i in range(token_width):
+            seen[place * token_width + i] = token[rows[place], i]
     last = seen[len(rows) * token_width : len(rows) * token_width + width]
     windows_from = len(rows) * token_width + width
     hints = np.zeros((layers - ahead, width), dtype=np.float32)
@@ -188,7 +189,8 @@ def _begin(
         for head in range(len(by_layer)):
             column = np.zeros(layers, dtype=np.float32)
             add_product(column, by_layer[head], last_common[p])
-            scores[head, :, p] = column + of_facts[head]
+            for layer in range(layers):
+                scores[head, layer, p] = column[layer] + of_facts[head]
     return state, hints, scores
 
 

@@ -113,7 +113,11 @@ def add_matches(
             continue
         if run and match[run - 1] == place:
             # A longer run often ends at the same place.
-            out[:, :, start : start + per_run] = out[:, :, start - per_run : start]
+            for layer in range(layers):
+                for expert in range(out.shape[1]):
+                    # Not as an array: numba would compile the text of an error about shapes, for four seconds.
+                    for feature in range(start, start + per_run):
+                        out[layer, expert, feature] = out[layer, expert, feature - per_run]
             continue
         for layer in range(layers):
             for k in range(top_k):

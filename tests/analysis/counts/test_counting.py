@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from support.frames import counted, make_axes, make_frame, uniform
 from support.traces import MakeProblems, MakeTrace
 
+from analysis.counts import kernels
 from analysis.counts.accumulator import Accumulator
 from analysis.counts.counting import TraceCounts, axes_of, count_trace
 from analysis.counts.frames import Frame, read_frames
@@ -23,7 +25,7 @@ from analysis.counts.weights import MARGIN_BIN
 from analysis.statistics.compute import Source, compute_statistics
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
-from profiler.trace.schema import MANIFEST_FILE, TOKENS_FILE, ModelMetadata
+from profiler.trace.schema import MANIFEST_FILE, TOKENS_FILE, ModelMetadata, RoutingChunk
 
 
 def assert_equal(first: TraceCounts, second: TraceCounts) -> None:
@@ -38,6 +40,25 @@ def count(axes: Axes, frames: list[Frame]) -> TraceCounts:
     for part in counts.parts.values():
         counted(part, frames)
     return counts
+
+
+def test_arrays_of_any_layout_compile_nothing_again() -> None:
+    random = np.random.default_rng(0)
+    axes = make_axes(2, 8, 2, hops=1, vocabulary=tuple(range(3)))
+    vocab = [random.integers(0, 3, 20)]
+    frame = make_frame([uniform(random, 20, 2, 8, 2)], 8, vocab=vocab)
+    whole = count(axes, [frame])
+    loops = [loop for loop in vars(kernels).values() if hasattr(loop, "signatures")]
+    assert len(loops) >= 12
+    compiled = {loop.__name__: len(loop.signatures) for loop in loops}
+    strided = RoutingChunk(
+        frame.chunk.problem_ids_T.repeat(2)[::2],
+        frame.chunk.token_ids_T.repeat(2)[::2],
+        np.asfortranarray(frame.chunk.expert_ids_TLK),
+        np.asfortranarray(frame.chunk.weights_TLK),
+    )
+    assert_equal(whole, count(axes, [replace(frame, chunk=strided, vocab_T=vocab[0].astype(np.int32).repeat(2)[::2])]))
+    assert {loop.__name__: len(loop.signatures) for loop in loops} == compiled
 
 
 @settings(max_examples=30, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_repetition_by_hand() -> None:
 
 def test_tokens_of_other_problems_and_behind_gaps_are_not_compared() -> None:
     frame = make_frame([np.zeros((3, 1, 1), dtype=int), np.zeros((2, 1, 1), dtype=int)], 4)
-    frame.chunk.token_ids_T[:] = [0, 1, 5, 0, 1]
+    frame = replace(frame, chunk=replace(frame.chunk, token_ids_T=np.array([0, 1, 5, 0, 1], dtype=np.int32)))
     counts = counted(RepetitionCounts(make_axes(1, 4, 1)), [frame])
     assert counts.seen[0, :, 0].tolist() == [2, 0, 0, 0, 0, 0, 0, 0]
 

@@ -78,7 +78,8 @@ _starters: dict[tuple[Path, tuple[str, ...], tuple[tuple[str, str], ...]], warm.
 def starter_of(python: Path, modules: tuple[str, ...] = (), environment: Mapping[str, str] | None = None) -> warm.Starter:
     """A warm interpreter. modules: imported in addition to the usual ones, with those of these variables that imports read."""
     environment = environment if modules and environment else {}
-    environment = {name: environment[name] for name in warm.are_read_at_import(environment)}
+    read = warm.are_read_at_import(environment)
+    environment = {name: environment[name] for name in read if environment[name] != os.environ.get(name)}
     key = (python, modules, tuple(sorted(environment.items())))
     if key not in _starters or not _starters[key].alive:
         whole = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "PYTHONPATH"))}

@@ -15,6 +15,7 @@ from profiler.errors import SpecmoeError
 from speculation.offload.costs import Costs
 from speculation.offload.plans import PrefetchPlan, oracle_plan, popularity_plan
 from speculation.offload.requests import Requests
+from speculation.offload.simulation.event_loop import play
 from speculation.offload.simulation.records import Count, Miss
 from speculation.offload.simulation.simulate import Setting, SimulationResult, Workload, simulate
 from speculation.offload.state import Rule
@@ -72,6 +73,18 @@ def test_time_by_hand(miss: Miss, seconds: float, copied: int, host: int) -> Non
     assert result.decode_stall == seconds - 4.0 - (1.0 if host else 4.0)
     assert result.total(Count.HOST) == host
     assert result.total(Count.LOADS) - result.total(Count.FILLED) == copied
+
+
+def test_whole_numbers_for_floats_compile_nothing_again() -> None:
+    whole = replace(COSTS, copy_seconds=10, expert_seconds=1, host_expert_seconds=4, host_latency=1, storage_seconds=20)
+    settings = [Setting(Rule.LRU, 2, miss=Miss.CHEAPEST, ram=4), Setting(Rule.LRU, 2)]
+    for setting in settings:
+        simulate(workload_of(TOKEN, 4), setting, costs=COSTS)
+    compiled = len(play.signatures)
+    for setting in settings:
+        setting = replace(setting, time_constant=16, predict_seconds=0, policy_seconds=0, score_seconds=0)
+        simulate(workload_of(TOKEN, 4), setting, costs=whole)
+    assert len(play.signatures) == compiled
 
 
 def test_the_cheapest_uses_both() -> None:
