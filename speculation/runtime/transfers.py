@@ -239,8 +239,10 @@ class Transfers:
                     continue
                 began = time.perf_counter()
                 self._copy(transfer)
+                # Without the time until the thread that computes gives way: the transfer is over.
+                seconds = time.perf_counter() - began
                 with self.lock:
-                    self.counts.seconds += time.perf_counter() - began
+                    self.counts.seconds += seconds
                     self.counts.transfers += 1
                     transfer.is_done = True
                     x = transfer.layer * self.cache.num_experts + transfer.expert

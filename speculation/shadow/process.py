@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 
 from analysis.documents.evaluation import EVALUATION_FILE, read_evaluation
-from profiler.errors import SpecmoeError, TraceError
+from profiler.errors import SpecmoeError, TraceError, counted
 from profiler.live.metrics import (
     DRIFT,
     GAP,
@@ -77,7 +77,9 @@ class Shadow:
         shape = run.predictor.shape
         sizes = [(len(model.moe_layers), model.top_k, model.num_experts), (shape.layers, shape.top_k, shape.experts)]
         if sizes[0] != sizes[1]:
-            theirs, ours = (f"{layers} MoE layers and top-{top_k} of {experts} experts" for layers, top_k, experts in sizes)
+            theirs, ours = (
+                f"{counted(layers, 'MoE layer')} and top-{top_k} of {experts} experts" for layers, top_k, experts in sizes
+            )
             raise SpecmoeError(f"the engine's model has {theirs}, but that of {run.path} has {ours}")
         if run.predictor.takes_router_inputs:
             raise SpecmoeError(f"{run.path} takes router inputs, which a running engine does not pass on")

@@ -269,7 +269,9 @@ def test_prefix_cache_gaps_are_what_vllm_says_was_cached(calls: Path) -> None:
         assert trace.arrays(problem["problem_id"]).token_ids_T.tolist() == list(range(problem["cached_tokens"], length - 1))
         total += problem["cached_tokens"]
     (gap,) = trace.metadata.gaps
-    assert gap.startswith(f"{total} positions of {sum(p['cached_tokens'] > 0 for p in problems)} problems came from the prefix")
+    assert gap.startswith(
+        f"{total:,} positions of {sum(p['cached_tokens'] > 0 for p in problems)} problems came from the prefix"
+    )
     shown = warm.run("specmoe", "inspect", trace.path)
     assert " ".join(gap.split()) in " ".join(shown.stdout.split())
 
