@@ -22,11 +22,11 @@ from profiler.trace.reader import Trace
 from speculation.data.repeats import RUN_LENGTHS
 from speculation.data.routes import Routes, load_routes
 from speculation.data.tasks import targets
+from speculation.evaluation.evaluate import predictions, shuffled
 from speculation.evaluation.metrics import true_ranks
 from speculation.predictors.base import Predictor
 from speculation.training.runs import load_run
 
-BATCH_TOKENS = 1024
 QUANTILES = 5
 
 
@@ -56,7 +56,8 @@ def main() -> None:
     trace = Trace.open(arguments.trace)
     routes = load_routes(trace, arguments.part, router_inputs=predictor.takes_router_inputs)
     hits = hits_of(predictor, routes)
-    table = pl.DataFrame(list(rows(hits, routes)), schema=["group", "value", "share", "recall", "control"], orient="row")
+    found = rows(hits, routes, has_weights=trace.metadata.record.weights)
+    table = pl.DataFrame(list(found), schema=["group", "value", "share", "recall", "control"], orient="row")
     with pl.Config(tbl_rows=-1, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True, float_precision=3):
         print(table)
     if arguments.csv:
@@ -67,30 +68,32 @@ def hits_of(predictor: Predictor, routes: Routes) -> Hits:
     """Predict every token of `routes`."""
     shape = predictor.shape
     found: list[tuple[npt.NDArray[np.bool_], ...]] = []
-    other_T = np.random.default_rng(0).permutation(len(routes))
-    for begin in range(0, len(routes), BATCH_TOKENS):
-        tokens_T = np.arange(begin, min(begin + BATCH_TOKENS, len(routes)))
-        probabilities_TLE = predictor.probabilities(routes, slice(begin, begin + BATCH_TOKENS))[:, :, 0]
-        scores_NE = probabilities_TLE.reshape(-1, shape.experts)
-        true, other = targets(routes, shape, tokens_T, 1), targets(routes, shape, other_T[tokens_T], 1)
+    control = shuffled(routes, seed=0)
+    for tokens_T, probabilities_TLHE in predictions(predictor, routes):
+        scores_NE = probabilities_TLHE[:, :, 0].reshape(-1, shape.experts)
+        true, other = (targets(each, shape, tokens_T, 1) for each in (routes, control))
         ranks = [true_ranks(scores_NE, ids.reshape(-1, shape.top_k)) for ids in (true.ids_TLK, other.ids_TLK)]
         hits_TLK, control_TLK = ((each < shape.top_k).reshape(true.ids_TLK.shape) for each in ranks)
         found.append((hits_TLK, control_TLK, true.is_valid_TL))
     return Hits(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
-def rows(hits: Hits, routes: Routes) -> Iterator[tuple[str, str, float, float, float]]:
-    """Group, value, the share of predictions in it, recall@K, and that of the control."""
+def rows(hits: Hits, routes: Routes, *, has_weights: bool) -> Iterator[tuple[str, str, float, float, float]]:
+    """Group, value, the share of predictions in it, recall@K, and that of the control.
+
+    has_weights: Whether the routing weights were recorded: without them, the order of a token's experts means nothing.
+    """
     tokens_T = np.arange(len(routes))
     yield row("all", "", hits, np.ones(len(routes), dtype=np.bool_))
-    for rank in range(hits.hits_TLK.shape[2]):
+    for rank in range(hits.hits_TLK.shape[2] if has_weights else 0):
         of_rank = Hits(hits.hits_TLK[:, :, rank : rank + 1], hits.control_TLK[:, :, rank : rank + 1], hits.is_valid_TL)
         group, value, _, recall, control = row("rank of the true expert by weight", str(rank + 1), of_rank, tokens_T >= 0)
         yield group, value, 1 / hits.hits_TLK.shape[2], recall, control
     longest_T = np.array([0, *RUN_LENGTHS])[routes.matches.order_T]
-    for length in (0, *RUN_LENGTHS):
-        at_least = f"{length}" if length in {0, 1} else f"{length} or more"
-        yield row("last tokens that occurred before in the text", at_least, hits, longest_T == length)
+    for length, longer in pairwise((0, *RUN_LENGTHS, None)):
+        # Runs of other lengths than RUN_LENGTHS count as the next shorter one.
+        value = f"{length} or more" if longer is None else f"{length}" if longer == length + 1 else f"{length} to {longer - 1}"
+        yield row("last tokens that occurred before in the text", value, hits, longest_T == length)
     common_T = common_with_last(routes)
     is_known_T = routes.previous_T >= 0
     edges = np.quantile(common_T[is_known_T], np.linspace(0, 1, QUANTILES + 1))

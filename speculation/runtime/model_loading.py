@@ -183,9 +183,8 @@ def _without_weights(classes: Sequence[type[torch.nn.Module]]) -> Iterator[None]
 
     try:
         for each, original in originals.items():
-            # mypy: a class's own constructor is replaced, on purpose, and put back below.
-            each.__init__ = emptied(original)  # type: ignore[method-assign]
+            each.__init__ = emptied(original)  # type: ignore[method-assign] # on purpose, and put back below
         yield
     finally:
         for each, original in originals.items():
-            each.__init__ = original  # type: ignore[method-assign]
+            each.__init__ = original  # type: ignore[method-assign] # put back
