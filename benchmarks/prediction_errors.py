@@ -90,9 +90,9 @@ def rows(hits: Hits, routes: Routes, *, has_weights: bool) -> Iterator[tuple[str
         group, value, _, recall, control = row("rank of the true expert by weight", str(rank + 1), of_rank, tokens_T >= 0)
         yield group, value, 1 / hits.hits_TLK.shape[2], recall, control
     longest_T = np.array([0, *RUN_LENGTHS])[routes.matches.order_T]
-    for length, longer in pairwise((0, *RUN_LENGTHS, None)):
+    for length, longer in zip((0, *RUN_LENGTHS), (*RUN_LENGTHS, 0), strict=True):
         # Runs of other lengths than RUN_LENGTHS count as the next shorter one.
-        value = f"{length} or more" if longer is None else f"{length}" if longer == length + 1 else f"{length} to {longer - 1}"
+        value = f"{length} or more" if not longer else f"{length}" if longer == length + 1 else f"{length} to {longer - 1}"
         yield row("last tokens that occurred before in the text", value, hits, longest_T == length)
     common_T = common_with_last(routes)
     is_known_T = routes.previous_T >= 0
