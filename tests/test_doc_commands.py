@@ -10,6 +10,7 @@ import ast
 import contextlib
 import io
 import re
+import runpy
 import shutil
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from specmoe import main
 
 # Why a command or a block is not run: the first pattern that is found in its text counts.
 NOT_RUN = {
-    r"^(make|pip|source|\.venv\S*/bin/)": "changes the environment",
+    r"^(make|pip|source|jupyter|\.venv\S*/bin/)": "changes the environment",
     r"^modal ": "Modal: needs an account; the jobs are tested offline in tests/modal_jobs",
     r"vllm serve|^curl |^specmoe watch|Workers\(llm": "a vLLM server; tests/vllm_patch starts one",
     r"import vllm_patch|^python -m vllm_patch check": "starts vLLM; tests/vllm_patch does",
@@ -126,6 +127,9 @@ def test_it_runs(block: Block, folder: Path, names: dict[str, dict[str, Any]], m
         exec(compile(text, f"{block.page}:{block.line}", "exec"), names.setdefault(block.page, {"__name__": "__main__"}))
     elif block.program[0] == "duckdb":
         assert duckdb.execute(block.program[2]).fetchall()
+    elif block.program[:1] == ["python"] and block.program[1].startswith("examples/"):
+        monkeypatch.setattr(sys, "argv", block.program[1:])
+        runpy.run_path(str(ROOT / block.program[1]), run_name="__main__")
     else:
         run_as_a_reader(block.program, monkeypatch)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("specmoe", "python", "make", "modal", "pip", "vllm", "curl", "duckdb", "source")
+PROGRAMS = ("specmoe", "python", "make", "modal", "pip", "vllm", "curl", "duckdb", "source", "jupyter")
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z_]*=\S+")
 
 
