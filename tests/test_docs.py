@@ -97,6 +97,15 @@ def test_every_document_that_the_package_reads_is_in_the_reference() -> None:
     assert [name for name in public_of_analysis if name.startswith("read_") and f"`analysis.{name}`" not in named] == []
 
 
+@pytest.mark.parametrize("page", [*(f"docs/{page}" for page in pages()), "README.md", "CONTRIBUTING.md"])
+def test_lists_and_tables_are_shown_as_such(page: str) -> None:
+    """Markdown takes a list or a table that follows a line of text for more text."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    item = r"(?:[-*] |\d+\. )"
+    assert re.findall(rf"^(?!{item}|  |\n).+\n{item}.*$", text, re.MULTILINE) == []
+    assert re.findall(r"^(?!\|).+\n\|.*$", text, re.MULTILINE) == []
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     assert [page for page in pages() if page != "index.md" and f"({page})" not in index] == []

@@ -73,7 +73,9 @@ def test_the_wheel_has_every_package_and_file(built: Path) -> None:
     assert f"{about}licenses/LICENSE" in names
     assert metadata["Version"] == VERSION
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert {"collect", "analysis", "train", "live", "modal", "gpu", "cpu", "all"} <= set(metadata.get_all("Provides-Extra") or [])
+    assert {"collect", "analysis", "train", "live", "modal", "gpu", "cpu", "all"} <= set(
+        metadata.get_all("Provides-Extra") or []
+    )
     assert "specmoe = specmoe:main" in entry_points
     assert "specmoe = vllm_patch.plugin:register" in entry_points
 
