@@ -30,7 +30,7 @@ from speculation.data.tasks import Task
 from speculation.evaluation.evaluate import evaluate
 from speculation.training.fit import train
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict, read_check
-from vllm_patch.check.table import markdown_table
+from vllm_patch.check.table import csv_table, markdown_table
 
 # What is put in the place of a value. The texts are not values of JSON, or only of some readers.
 ODD: list[Any] = [None, True, -1, 0, 10**30, 0.5, "", "x", "1", "h=2", "\ud800", "a\nb", [], {}, [[]], {"x": None}, [None]]
@@ -93,7 +93,9 @@ def show_curves(path: Path) -> None:
 
 
 def show_check(path: Path) -> None:
-    markdown_table([read_check(path)])
+    document = read_check(path)
+    markdown_table([document])
+    csv_table([document])
 
 
 Show = Callable[[Path], Any]
