@@ -2,9 +2,9 @@
 
     python -m benchmarks.router_inputs --out DIR [--seeds 3] [--only NAME ...]
 
-Samples texts from the embedded demo model with vLLM on this machine (`benchmarks.router_inputs.sample_prompts`), trains predictors on routes,
+Samples texts from the embedded demo model with vLLM on this machine (`sample_prompts`), trains predictors on routes,
 on router inputs and on both, and evaluates them on the generated tokens of test prompts: all domains and each of them, also
-after training on one domain only, and with reduced router inputs (`benchmarks.router_inputs.reduced_inputs`). Everything in DIR is kept, so
+after training on one domain only, and with reduced router inputs (`reduced_inputs`). Everything in DIR is kept, so
 an interrupted call can be repeated. Writes DIR/router-inputs.csv with a row for each run, layers ahead and domain,
 DIR/tables.md, and DIR/router-inputs.html with the plot. Trains for hours of one core; --seeds 1 takes a third.
 """
