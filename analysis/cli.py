@@ -14,12 +14,12 @@ from rich.table import Table
 from analysis.counts.survey import Choice
 from analysis.documents.evaluation import read_evaluation
 from analysis.documents.simulation import read_simulation
+from analysis.documents.statistics import STATISTICS_FILE
 from profiler.errors import UsageError, counted, printable
 from profiler.trace.reader import Trace
 
 if TYPE_CHECKING:
     from analysis.analyze import Findings
-    from analysis.documents.statistics import ComparisonDocument, StatisticsDocument
     from analysis.statistics.compute import Statistics
 
 app = typer.Typer()
@@ -64,13 +64,12 @@ def analyze(
     simulations = [read_simulation(path) for path in simulation or []]
     opened = [Trace.open(path) for path in traces]
     choice = Choice(by, without)
-    document: StatisticsDocument | ComparisonDocument
     if len(opened) > 1:
         if evaluations or simulations or tokenizer:
             raise UsageError(
                 "--evaluation, --simulation and --tokenizer need a single trace: several traces are compared with each other"
             )
-        document, findings = compare_traces(opened, out, hops=hops, choice=choice, seed=seed, compute=compute_with_progress)
+        findings = compare_traces(opened, out, hops=hops, choice=choice, seed=seed, compute=compute_with_progress)[1]
     else:
         statistics, findings = analyze_trace(
             opened[0],
@@ -83,11 +82,10 @@ def analyze(
             tokenizer=tokenizer,
             compute=compute_with_progress,
         )
-        document = statistics.to_document()
         if not as_json:
             print_statistics(statistics)
     if as_json:
-        typer.echo(document.to_json(), nl=False)
+        typer.echo((out / STATISTICS_FILE).read_text(encoding="utf-8"), nl=False)
         return
     print_findings(findings)
     typer.echo(f"report: {out / 'report.html'}")

@@ -30,6 +30,9 @@ TABLE_BYTES = 320 << 20
 # Limit on the transition tables, the largest ones, of one thread.
 MAX_TRANSITION_BYTES = 100 << 20
 DEFAULT_HOPS = 8
+# A thread starts with empty tables and ends with adding them up, which takes as long as counting a row for every so many bytes.
+BYTES_PER_ROW = 400
+MIN_ROWS_PER_THREAD = 100_000
 # Version of the stored counts; raise it with every change of a kernel, so that counts of different meanings are never merged.
 COUNTS_VERSION = 1
 # Stored counts are mostly zeros and compress well, so the uncompressed size is checked before they are unpacked.
@@ -199,7 +202,7 @@ def count_trace(
             given.
         axes: Axes of the tables, for counts that will be merged with others. None to derive them from the trace (`axes_of`).
         problems: Range of problem ids to count; others are skipped.
-        workers: Number of threads. None for one per core, as far as their tables fit into 320 MiB.
+        workers: Number of threads. None for one per core, as far as their tables fit into 320 MiB and each has enough rows.
         on_progress: Called with the number of tokens counted since the last call, from one thread at a time.
 
     Returns:
@@ -220,7 +223,7 @@ def count_trace(
     total.count_logits(trace, facts, problems)
     if workers is None:
         blocks = min(ProblemBlocks.MAX_BYTES, len(facts.ids_P) * ProblemBlocks.bytes_of(axes))
-        workers = max(1, min(_cores(), TABLE_BYTES // (_bytes(total) + blocks)))
+        workers = _workers(_bytes(total), blocks, trace.num_rows)
     spans = trace.spans(workers) if workers > 1 else [EVERY_PROBLEM]
     chosen = [range(max(span.start, problems.start), min(span.stop, problems.stop)) for span in spans]
     chosen = [span for span in chosen if span]
@@ -243,6 +246,12 @@ def count_trace(
         for done in [pool.submit(count, span) for span in chosen]:
             done.result()
     return total
+
+
+def _workers(table_bytes: int, block_bytes: int, rows: int) -> int:
+    """Number of threads: their tables must fit into memory, and each must have rows enough to pay for its tables."""
+    enough = max(MIN_ROWS_PER_THREAD, table_bytes // BYTES_PER_ROW)
+    return max(1, min(_cores(), TABLE_BYTES // (table_bytes + block_bytes), rows // enough))
 
 
 def _cores() -> int:

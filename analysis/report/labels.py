@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from tokenizers import Tokenizer
-
 from analysis.counts.survey import Axes
 from profiler.errors import SpecmoeError, first_line
 from profiler.models.resolve import DEMO_MODEL, demo_model_folder
@@ -35,6 +31,8 @@ def _texts(numbers: list[int], model: str, tokenizer: str | None) -> dict[int, s
     file = _tokenizer_file(model, tokenizer)
     if file is None:
         return {}
+    from tokenizers import Tokenizer
+
     try:
         if file.stat().st_size > MAX_TOKENIZER_BYTES:
             raise SpecmoeError(f"{file} is larger than {MAX_TOKENIZER_BYTES >> 20} MiB: not a tokenizer")
@@ -50,6 +48,11 @@ def _texts(numbers: list[int], model: str, tokenizer: str | None) -> dict[int, s
 
 def _tokenizer_file(model: str, tokenizer: str | None) -> Path | None:
     """`tokenizer.json` of `tokenizer`, downloaded if needed; without it, the model's if it is already on this machine."""
+    if tokenizer is None and model == DEMO_MODEL:
+        return demo_model_folder() / TOKENIZER_FILE
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     if tokenizer is not None:
         if Path(tokenizer).is_dir():
             return Path(tokenizer) / TOKENIZER_FILE
@@ -59,8 +62,6 @@ def _tokenizer_file(model: str, tokenizer: str | None) -> Path | None:
             raise SpecmoeError(
                 f"tokenizer {tokenizer}: not a folder, and could not be loaded from the hub: {first_line(error)}"
             ) from error
-    if model == DEMO_MODEL:
-        return demo_model_folder() / TOKENIZER_FILE
     try:
         # Names that are not valid on the hub, such as paths, are rejected: a trace must not be able to pick a local file.
         found = try_to_load_from_cache(model, TOKENIZER_FILE)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from analysis.counts.accumulator import Floats
 from analysis.counts.counting import TraceCounts, count_trace
@@ -239,6 +240,13 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
     if tokens == 0:
         left = "" if axes.choice.without is None else f" of problems without {axes.choice.without!r}"
         raise TraceError(f"{source.name} has no routing rows{left}")
+    # The tables are small: threads of BLAS and OpenMP would wait for each other, busily, for longer than they compute.
+    with threadpool_limits(1):
+        return _statistics_of(counts, source, tokens, seed)
+
+
+def _statistics_of(counts: TraceCounts, source: Source, tokens: int, seed: int) -> Statistics:
+    axes, load = counts.axes, counts.load
     repetitions = _repetitions(counts)
     hops = [hop_statistics(counts.transitions, hop, axes.top_k, seed) for hop in range(1, axes.hops + 1)]
     if not axes.knows_strongest:
@@ -329,7 +337,7 @@ def plain(value: Any, skip: tuple[str, ...] = ()) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value) if field.name not in skip}
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return _plain_array(value)
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -337,3 +345,13 @@ def plain(value: Any, skip: tuple[str, ...] = ()) -> Any:
     if isinstance(value, float):
         return round(value, 6) if np.isfinite(value) else None
     return value
+
+
+def _plain_array(values: np.ndarray[Any, Any]) -> Any:
+    """`plain` of an array, without a call for each of its numbers."""
+    if not np.issubdtype(values.dtype, np.floating):
+        return values.tolist()
+    rounded = np.empty(values.size, dtype=object)
+    rounded[:] = [round(value, 6) for value in values.ravel().tolist()]
+    rounded[~np.isfinite(values.ravel())] = None
+    return rounded.reshape(values.shape).tolist()

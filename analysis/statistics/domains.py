@@ -175,10 +175,10 @@ def _bootstrap(
 
 
 def _weighted(by_dataset: dict[str, Blocks], weights_nB: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Weighted sums `[n, L * E]` over the blocks of all datasets, without concatenating the datasets."""
+    """Weighted sums `[n, L * E]` over the blocks of all datasets, without concatenating them; some weight is not zero."""
     ends = np.cumsum([len(counts) for counts in by_dataset.values()])
     parts = zip(np.split(weights_nB, ends[:-1], axis=1), by_dataset.values(), strict=True)
-    return np.asarray(sum(weights @ counts for weights, counts in parts))
+    return np.asarray(sum(weights @ counts for weights, counts in parts if weights.any()))
 
 
 def _share_ratio(inside: npt.NDArray[np.float32], outside: npt.NDArray[np.float32]) -> Floats:
