@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.counts.survey import EVERYTHING, Choice
+from analysis.documents.curves import CacheCurves
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
 from analysis.documents.statistics import STATISTICS_FILE, ComparisonDocument
@@ -18,6 +19,7 @@ from analysis.report.labels import token_labels
 from analysis.report.tables import write_tables
 from analysis.statistics.agreement import agreement_of, read_prompts, same_problems
 from analysis.statistics.compute import Statistics, compute_statistics, plain
+from profiler.errors import TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.writer import write_text
 
@@ -36,12 +38,25 @@ def analyze_trace(
     seed: int = 0,
     evaluations: Sequence[Evaluation] = (),
     simulations: Sequence[Simulation] = (),
+    curves: Sequence[CacheCurves] = (),
     tokenizer: str | None = None,
     compute: Compute = compute_statistics,
 ) -> tuple[Statistics, Findings]:
-    """Compute the statistics of `trace` and write the files of `write_analysis` to `out`."""
+    """Compute the statistics of `trace` and write the files of `write_analysis` to `out`.
+
+    Raises `TraceError` as `compute_statistics` does, and if `curves` are of a model of another shape.
+    """
+    model = trace.metadata.model
+    for each in curves:
+        if (len(each.moe_layers), each.num_experts) != (len(model.moe_layers), model.num_experts):
+            raise TraceError(
+                f"curves of {each.trace}: {len(each.moe_layers)} layers of {each.num_experts} experts; {trace.path} has "
+                f"{len(model.moe_layers)} of {model.num_experts}: run 'specmoe curve' on a trace of this model"
+            )
     statistics = compute(trace, hops=hops, choice=choice, seed=seed)
-    return statistics, write_analysis(statistics, out, evaluations=evaluations, simulations=simulations, tokenizer=tokenizer)
+    return statistics, write_analysis(
+        statistics, out, evaluations=evaluations, simulations=simulations, curves=curves, tokenizer=tokenizer
+    )
 
 
 def write_analysis(
@@ -50,6 +65,7 @@ def write_analysis(
     *,
     evaluations: Sequence[Evaluation] = (),
     simulations: Sequence[Simulation] = (),
+    curves: Sequence[CacheCurves] = (),
     tokenizer: str | None = None,
 ) -> Findings:
     """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`; return the report's findings."""
@@ -60,7 +76,7 @@ def write_analysis(
     np.savez_compressed(temporary, probabilities=statistics.probabilities, moe_layers=np.array(statistics.axes.moe_layers))
     temporary.replace(out / "transitions.npz")
     write_tables(statistics, labels, out / "tables")
-    return write_report(statistics, out / "report.html", labels, evaluations, simulations)
+    return write_report(statistics, out / "report.html", labels, evaluations, simulations, curves)
 
 
 def compare_traces(

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from analysis.counts.survey import Choice
+from analysis.documents.curves import read_curves
 from analysis.documents.evaluation import read_evaluation
 from analysis.documents.simulation import read_simulation
 from analysis.documents.statistics import STATISTICS_FILE
@@ -41,6 +42,10 @@ def analyze(
     simulation: Annotated[
         list[Path] | None, typer.Option(help="Folder written by 'specmoe simulate --out'; may be repeated.")
     ] = None,
+    curves: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder written by 'specmoe curve --out', for the misses by cache size; may be repeated."),
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -62,12 +67,14 @@ def analyze(
 
     evaluations = [read_evaluation(path) for path in evaluation or []]
     simulations = [read_simulation(path) for path in simulation or []]
+    hit_rates = [read_curves(path) for path in curves or []]
     opened = [Trace.open(path) for path in traces]
     choice = Choice(by, without)
     if len(opened) > 1:
-        if evaluations or simulations or tokenizer:
+        if evaluations or simulations or hit_rates or tokenizer:
             raise UsageError(
-                "--evaluation, --simulation and --tokenizer need a single trace: several traces are compared with each other"
+                "--evaluation, --simulation, --curves and --tokenizer need a single trace: several traces are compared with "
+                "each other"
             )
         findings = compare_traces(opened, out, hops=hops, choice=choice, seed=seed, compute=compute_with_progress)[1]
     else:
@@ -79,6 +86,7 @@ def analyze(
             seed=seed,
             evaluations=evaluations,
             simulations=simulations,
+            curves=hit_rates,
             tokenizer=tokenizer,
             compute=compute_with_progress,
         )

@@ -18,6 +18,7 @@ from analysis.counts.contexts import ContextCounts
 from analysis.counts.frames import EVERY_PROBLEM, ProblemFacts, problem_facts, read_frames
 from analysis.counts.load import LoadCounts, ProblemBlocks
 from analysis.counts.locality import RepetitionCounts, ReuseCounts
+from analysis.counts.longest import LongestProblem
 from analysis.counts.pairs import PairCounts
 from analysis.counts.survey import EVERYTHING, Axes, Choice, Survey, make_axes, survey_trace
 from analysis.counts.transitions import TransitionCounts, transition_bytes
@@ -34,7 +35,7 @@ DEFAULT_HOPS = 8
 BYTES_PER_ROW = 400
 MIN_ROWS_PER_THREAD = 100_000
 # Version of the stored counts; raise it with every change of a kernel, so that counts of different meanings are never merged.
-COUNTS_VERSION = 1
+COUNTS_VERSION = 2
 # Stored counts are mostly zeros and compress well, so the uncompressed size is checked before they are unpacked.
 MAX_STORED_BYTES = 2 << 30
 
@@ -58,6 +59,7 @@ class TraceCounts:
         contexts: Experts selected in simple contexts.
         weights: Histograms of routing weights by rank.
         margins: Histograms of the margin between router logits.
+        longest: The routing of the longest problem, as it was recorded.
 
     Example:
         >>> from profiler import Trace
@@ -77,6 +79,7 @@ class TraceCounts:
         self.contexts = ContextCounts(axes)
         self.weights = WeightCounts(axes)
         self.margins = MarginCounts(axes)
+        self.longest = LongestProblem(axes)
 
     @property
     def parts(self) -> dict[str, Accumulator]:

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from analysis.documents.curves import CacheCurves
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
 from analysis.report.comparison import compared_facts, comparison_sections
@@ -28,12 +29,13 @@ def write_report(
     labels: Sequence[str] = (),
     evaluations: Sequence[Evaluation] = (),
     simulations: Sequence[Simulation] = (),
+    curves: Sequence[CacheCurves] = (),
 ) -> list[tuple[str, str]]:
     """Write the page of one trace and return the title and headline of each section.
 
-    labels: of the tokens in the vocabulary (`labels.token_labels`); evaluations: of predictors; simulations: of caches.
+    labels: of the tokens in the vocabulary (`labels.token_labels`); evaluations: of predictors; simulations, curves: of caches.
     """
-    sections = all_sections(statistics, labels, evaluations, simulations)
+    sections = all_sections(statistics, labels, evaluations, simulations, curves)
     _write(path, f"Expert routing of {statistics.source.metadata.model.id}", _facts(statistics), sections)
     return [(section.title, section.headline) for section in sections]
 

@@ -24,17 +24,40 @@ CHANCE = {"color": "#999999", "dash": "dot", "width": 1}
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A figure of a page.
+
+    Attributes:
+        name: Id of its element on the page, and name of its files.
+        description: Text for screen readers.
+        figure: The figure, from which `analysis.report.export` writes files for papers.
+        content: Its HTML.
+        rows: Its data as a table, the header first, where the lines of the figure are not the data themselves.
+    """
+
+    name: str
+    description: str
+    figure: go.Figure
+    content: str
+    rows: Sequence[Sequence[Any]] = ()
+
+    def __html__(self) -> str:
+        """The HTML; templates call it."""
+        return self.content
+
+
+@dataclass(frozen=True)
 class Section:
     """One part of a page: a headline computed from the data, an explanation of how to read it, figures and tables.
 
-    figures: HTML. tables: rows of cells, the header first. kind: the script that makes the section interactive, if any; data:
+    tables: rows of cells, the header first. kind: the script that makes the section interactive, if any; data:
     JSON values for that script.
     """
 
     title: str
     headline: str
     explanation: str
-    figures: tuple[str, ...] = ()
+    figures: tuple[Drawing, ...] = ()
     tables: tuple[tuple[tuple[str, ...], ...], ...] = ()
     kind: str = ""
     data: dict[str, Any] = field(default_factory=dict)
@@ -116,8 +139,8 @@ def wrapped(label: str) -> str:
 LABELS = 175
 
 
-def html(figure: go.Figure, name: str, description: str, left: int = 60) -> str:
-    """The figure as HTML. name: id of its element; description: text for screen readers.
+def html(figure: go.Figure, name: str, description: str, left: int = 60, *, rows: Sequence[Sequence[Any]] = ()) -> Drawing:
+    """The figure with its HTML. name: id of its element; description: text for screen readers; rows: `Drawing.rows`.
 
     left: pixels for the labels of the y axis, as Plotly's automatic margins can cause a warning on narrow pages.
     """
@@ -127,7 +150,8 @@ def html(figure: go.Figure, name: str, description: str, left: int = 60) -> str:
     figure.update_yaxes(automargin=False)
     config = {"responsive": True, "displayModeBar": False}
     body = figure.to_html(full_html=False, include_plotlyjs=False, config=config, div_id=name)
-    return f'<div class="figure" role="img" aria-label="{escape(description)}">{body}</div>'
+    content = f'<div class="figure" role="img" aria-label="{escape(description)}">{body}</div>'
+    return Drawing(name, description, figure, content, rows)
 
 
 def packed(values: npt.NDArray[np.uint8]) -> str:

@@ -73,9 +73,12 @@ def test_files_of_a_trace(trace: Trace, tmp_path: Path) -> None:
     assert titles == [
         "Expert load",
         "Cross-layer transitions",
+        "Flow between layers",
         "Prediction across layers",
         "Repetition over tokens",
         "Reuse of experts",
+        "Cache size and misses",
+        "Working set over time",
         "Pairs within a token",
         "Domains",
         "Clusters of experts",
@@ -129,6 +132,8 @@ def test_one_layer_one_expert_per_token_and_no_weights(
         "Expert load",
         "Repetition over tokens",
         "Reuse of experts",
+        "Cache size and misses",
+        "Working set over time",
         "Routing weights",
         "Predictability",
     ]
