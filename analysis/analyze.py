@@ -19,6 +19,7 @@ from analysis.report.labels import token_labels
 from analysis.report.tables import write_tables
 from analysis.statistics.agreement import agreement_of, read_prompts, same_problems
 from analysis.statistics.compute import Statistics, compute_statistics, plain
+from analysis.statistics.differences import load_difference
 from profiler.errors import TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.writer import write_text
@@ -94,22 +95,29 @@ def compare_traces(
     for name, trace in zip(names, traces, strict=True):
         compared[name] = analyze_trace(trace, out / name, hops=hops, choice=choice, seed=seed, compute=compute)[0]
         prompts[name] = read_prompts(trace, choice)
-    agreements, paired = {}, set()
+    agreements, paired, differences = {}, set(), []
     for first, second in combinations(names, 2):
         if same_problems(prompts[first], prompts[second]):
             paired.add((first, second))
         agreement = agreement_of(prompts[first], prompts[second])
         if agreement is not None:
             agreements[f"{first} / {second}"] = agreement
+        one, other = compared[first], compared[second]
+        if one.load.share_LE.shape == other.load.share_LE.shape:
+            is_paired = (first, second) in paired
+            shape = one.load.share_LE.shape
+            differences.append(load_difference(first, second, one.blocks_of, other.blocks_of, shape, seed, is_paired=is_paired))
+    found = [each for each in differences if each is not None]
     document = ComparisonDocument.model_validate(
         {
             "traces": {name: str(trace.path) for name, trace in zip(names, traces, strict=True)},
             "figures": plain(comparison_table(compared)),
             "agreement": plain(agreements),
+            "differences": plain(found),
         }
     )
     write_text(out / STATISTICS_FILE, document.to_json())
-    return document, write_comparison(compared, out / "report.html", agreements, paired)
+    return document, write_comparison(compared, out / "report.html", agreements, paired, found)
 
 
 def _names(traces: list[Trace]) -> list[str]:

@@ -305,13 +305,48 @@ class AgreementRecord(_Record):
     shared_shuffled: Values
 
 
+class DatasetDifferenceRecord(_Record):
+    """How two traces differ on one dataset, or on all: see `LoadDifferenceRecord`; entropy: of the load, over its maximum."""
+
+    dataset: str
+    problems: tuple[int, int]
+    moved: Number
+    moved_halves: Number
+    entropy: Number
+    entropy_low: Number
+    entropy_high: Number
+
+
+class LoadDifferenceRecord(_Record):
+    """Expert load of the first trace minus that of the second, with 95 % intervals over problems.
+
+    share, low, high `[L][E]`: in units of an even share. found: experts whose interval does not contain 0; found_halves: of two
+    halves of the first trace, and of the second. moved, moved_halves `[L]`: share of selections that would have to move.
+    """
+
+    first: str
+    second: str
+    is_paired: bool
+    share: Table
+    low: Table
+    high: Table
+    found: int
+    found_halves: tuple[Number, Number]
+    moved: Values
+    moved_halves: Values
+    datasets: list[DatasetDifferenceRecord]
+
+
 class ComparisonDocument(_Record):
-    """Several traces side by side. traces: path by name. figures: value by figure and name. agreement: by pair of names."""
+    """Several traces side by side. traces: path by name. figures: value by figure and name. agreement: by pair of names.
+    differences: of each pair of traces of the same shape.
+    """
 
     version: int = 1
     traces: dict[str, str]
     figures: dict[str, dict[str, Number]]
     agreement: dict[str, AgreementRecord]
+    differences: list[LoadDifferenceRecord] = []
 
     def to_json(self) -> str:
         """The file's content."""

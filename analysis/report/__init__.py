@@ -17,6 +17,7 @@ from analysis.report.figures import Section
 from analysis.report.sections import all_sections
 from analysis.statistics.agreement import Agreement
 from analysis.statistics.compute import Statistics
+from analysis.statistics.differences import LoadDifference
 from profiler.errors import counted
 from profiler.trace.writer import write_text
 
@@ -41,13 +42,18 @@ def write_report(
 
 
 def write_comparison(
-    compared: dict[str, Statistics], path: Path, agreements: dict[str, Agreement], paired: set[tuple[str, str]]
+    compared: dict[str, Statistics],
+    path: Path,
+    agreements: dict[str, Agreement],
+    paired: set[tuple[str, str]],
+    differences: Sequence[LoadDifference] = (),
 ) -> list[tuple[str, str]]:
     """Write the page that compares several traces, by the names shown for them; returns what `write_report` returns.
 
-    agreements: of pairs of traces with prompts in common; paired: the pairs of traces with the same problems.
+    agreements: of pairs of traces with prompts in common; paired: the pairs of traces with the same problems;
+    differences: of pairs of traces.
     """
-    sections = comparison_sections(compared, agreements, paired)
+    sections = comparison_sections(compared, agreements, paired, differences)
     _write(path, "Expert routing compared", compared_facts(compared), sections)
     return [(section.title, section.headline) for section in sections]
 

@@ -129,6 +129,7 @@ class Statistics:
         margins: Margins between router logits; None if logits were not recorded.
         contexts: How well simple contexts predict the experts.
         blocks: Selections by problem, or by block of problems, float32 `[B, L * E]`.
+        blocks_of: The same for each dataset that has problems, as views of `blocks`.
 
     Example:
         >>> from profiler import Trace
@@ -159,6 +160,7 @@ class Statistics:
     margins: MarginStatistics | None
     contexts: list[ContextStatistics]
     blocks: Blocks
+    blocks_of: dict[str, Blocks]
 
     @property
     def load(self) -> LoadStatistics:
@@ -274,6 +276,7 @@ def _statistics_of(counts: TraceCounts, source: Source, tokens: int, seed: int) 
         hops = [each.without_strongest() for each in hops]
     pairs_NEE = counts.transitions.pairs[:, 0, : axes.layers - 1].sum(0, dtype=np.int64) if axes.hops else None
     loads = _loads(counts)
+    blocks, blocks_of = flat_blocks(load.blocks, axes.datasets)
     reuse = reuse_statistics(counts.reuse, load.counts.sum((0, 1)), tokens)
     return Statistics(
         source=source,
@@ -297,7 +300,8 @@ def _statistics_of(counts: TraceCounts, source: Source, tokens: int, seed: int) 
         weights=weight_statistics(counts.weights),
         margins=margin_statistics(counts.margins),
         contexts=context_statistics(counts.contexts, axes.top_k, knows_strongest=axes.knows_strongest),
-        blocks=flat_blocks(load.blocks, axes.datasets)[0],
+        blocks=blocks,
+        blocks_of=blocks_of,
     )
 
 

@@ -209,6 +209,11 @@ def test_several_traces_are_compared(make_trace: MakeTrace, random_problems: Mak
     assert rows["chance of an expert (K/E)"] == {"plain": 0.25, "linked": 0.25}
     assert "Jensen-Shannon" in dict(findings)["Expert load"]
     assert "Layers predict the next layer best in linked" in dict(findings)["Side by side"]
+    (difference,) = document.differences
+    assert (difference.first, difference.second, len(difference.share)) == ("plain", "linked", 3)
+    # Only the second layer was changed.
+    assert difference.moved[0] == difference.moved[2] == 0
+    assert "experts have another share" in dict(findings)["Differences: plain and linked"]
     for name in ("plain", "linked"):
         assert (tmp_path / "r" / name / "report.html").is_file()
     assert document.traces.keys() == {"plain", "linked"}
