@@ -14,8 +14,9 @@ from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
 from analysis.documents.statistics import STATISTICS_FILE, ComparisonDocument
 from analysis.report import write_comparison, write_report
-from analysis.report.comparison import comparison_table
+from analysis.report.comparison import comparison_sections, comparison_table
 from analysis.report.labels import token_labels
+from analysis.report.sections import all_sections
 from analysis.report.tables import write_tables
 from analysis.statistics.agreement import agreement_of, read_prompts, same_problems
 from analysis.statistics.compute import Statistics, compute_statistics, plain
@@ -41,6 +42,7 @@ def analyze_trace(
     simulations: Sequence[Simulation] = (),
     curves: Sequence[CacheCurves] = (),
     tokenizer: str | None = None,
+    figures: Path | None = None,
     compute: Compute = compute_statistics,
 ) -> tuple[Statistics, Findings]:
     """Compute the statistics of `trace` and write the files of `write_analysis` to `out`.
@@ -56,7 +58,13 @@ def analyze_trace(
             )
     statistics = compute(trace, hops=hops, choice=choice, seed=seed)
     return statistics, write_analysis(
-        statistics, out, evaluations=evaluations, simulations=simulations, curves=curves, tokenizer=tokenizer
+        statistics,
+        out,
+        evaluations=evaluations,
+        simulations=simulations,
+        curves=curves,
+        tokenizer=tokenizer,
+        figures=figures,
     )
 
 
@@ -68,8 +76,12 @@ def write_analysis(
     simulations: Sequence[Simulation] = (),
     curves: Sequence[CacheCurves] = (),
     tokenizer: str | None = None,
+    figures: Path | None = None,
 ) -> Findings:
-    """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`; return the report's findings."""
+    """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`; return the report's findings.
+
+    figures: folder for the report's figures as SVG, PNG and CSV (`report.paper_figures`), which needs matplotlib.
+    """
     labels = token_labels(statistics.axes, statistics.source.metadata.model.id, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / STATISTICS_FILE, statistics.to_document().to_json())
@@ -77,6 +89,10 @@ def write_analysis(
     np.savez_compressed(temporary, probabilities=statistics.probabilities, moe_layers=np.array(statistics.axes.moe_layers))
     temporary.replace(out / "transitions.npz")
     write_tables(statistics, labels, out / "tables")
+    if figures is not None:
+        from analysis.report.paper_figures import write_figures
+
+        write_figures(all_sections(statistics, labels, evaluations, simulations, curves=curves), figures)
     return write_report(statistics, out / "report.html", labels, evaluations, simulations, curves)
 
 
@@ -87,9 +103,13 @@ def compare_traces(
     hops: int | None = None,
     choice: Choice = EVERYTHING,
     seed: int = 0,
+    figures: Path | None = None,
     compute: Compute = compute_statistics,
 ) -> tuple[ComparisonDocument, Findings]:
-    """Analyze each trace into its own folder in `out`, and write `report.html` and `statistics.json` of the comparison."""
+    """Analyze each trace into its own folder in `out`, and write `report.html` and `statistics.json` of the comparison.
+
+    figures: folder for the figures of the comparison, as for `write_analysis`.
+    """
     names = _names(traces)
     compared, prompts = {}, {}
     for name, trace in zip(names, traces, strict=True):
@@ -117,6 +137,10 @@ def compare_traces(
         }
     )
     write_text(out / STATISTICS_FILE, document.to_json())
+    if figures is not None:
+        from analysis.report.paper_figures import write_figures
+
+        write_figures(comparison_sections(compared, agreements, paired, found), figures)
     return document, write_comparison(compared, out / "report.html", agreements, paired, found)
 
 

@@ -111,6 +111,7 @@ class EngineStoppedError(EngineError):
 EXTRAS = {
     "collect": ("datasets", "huggingface_hub", "psutil", "pynvml", "safetensors", "torch", "transformers"),
     "analysis": ("jinja2", "numba", "plotly", "scipy", "sklearn", "threadpoolctl", "tokenizers"),
+    "figures": ("matplotlib",),
     "train": ("accelerate", "numba", "safetensors", "tensorboardX", "threadpoolctl", "torch"),
     "live": ("prometheus_client",),
     "lowmem": ("bitsandbytes",),
