@@ -31,7 +31,7 @@ def cache_sizes_section(s: Statistics, curves: Sequence[CacheCurves] = ()) -> Se
             slots = np.array(each.sizes) / (layers if each.is_global else 1)
             misses = np.interp(sizes, slots, 1 - np.array(each.hit_rates))
             where = "one cache for all layers" if each.is_global else "each layer"
-            chosen.append(Curve(f"{each.policy}, {where}, generated tokens ({document.part} problems)", misses))
+            chosen.append(Curve(f"{each.policy}, {where} (specmoe curve, {document.part} part)", misses))
     figure = lines(chosen, sizes, "slots of each layer's cache", "miss ratio")
     half = int(np.searchsorted(found.sizes, max(s.axes.top_k, experts // 2)))
     n_low, n_high = (
