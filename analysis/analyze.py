@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.counts.answers import read_answers
 from analysis.counts.survey import EVERYTHING, Choice
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
 from analysis.documents.statistics import STATISTICS_FILE, ComparisonDocument
 from analysis.report import write_comparison, write_report
+from analysis.report.answers import ShownAnswer, wanted_problems, window_for
 from analysis.report.comparison import comparison_table
-from analysis.report.labels import token_labels
+from analysis.report.labels import sequence_texts, token_labels
 from analysis.report.tables import write_tables
 from analysis.statistics.agreement import agreement_of, read_prompts, same_problems
 from analysis.statistics.compute import Statistics, compute_statistics, plain
@@ -41,7 +43,30 @@ def analyze_trace(
 ) -> tuple[Statistics, Findings]:
     """Compute the statistics of `trace` and write the files of `write_analysis` to `out`."""
     statistics = compute(trace, hops=hops, choice=choice, seed=seed)
-    return statistics, write_analysis(statistics, out, evaluations=evaluations, simulations=simulations, tokenizer=tokenizer)
+    answers = read_shown_answers(trace, choice, evaluations, simulations, tokenizer)
+    findings = write_analysis(
+        statistics, out, evaluations=evaluations, simulations=simulations, tokenizer=tokenizer, answers=answers
+    )
+    return statistics, findings
+
+
+def read_shown_answers(
+    trace: Trace,
+    choice: Choice = EVERYTHING,
+    evaluations: Sequence[Evaluation] = (),
+    simulations: Sequence[Simulation] = (),
+    tokenizer: str | None = None,
+) -> list[ShownAnswer]:
+    """Read the problems that the report of `trace` shows token by token, with their texts.
+
+    Problems with results in `evaluations` and `simulations` come first. Raises `TraceError` as `read_answers` does, and
+    `SpecmoeError` as `token_labels` does.
+    """
+    model = trace.metadata.model
+    window = window_for(len(model.moe_layers), model.num_experts, model.top_k)
+    found = read_answers(trace, choice, first=wanted_problems(evaluations, simulations), window=window)
+    texts = sequence_texts([answer.keys for answer in found], model.id, tokenizer)
+    return [ShownAnswer(answer, words) for answer, words in zip(found, texts, strict=True)]
 
 
 def write_analysis(
@@ -51,8 +76,12 @@ def write_analysis(
     evaluations: Sequence[Evaluation] = (),
     simulations: Sequence[Simulation] = (),
     tokenizer: str | None = None,
+    answers: Sequence[ShownAnswer] = (),
 ) -> Findings:
-    """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`; return the report's findings."""
+    """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`; return the report's findings.
+
+    answers: problems to show token by token, from `read_shown_answers`; these are in no count.
+    """
     labels = token_labels(statistics.axes, statistics.source.metadata.model.id, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / STATISTICS_FILE, statistics.to_document().to_json())
@@ -60,7 +89,7 @@ def write_analysis(
     np.savez_compressed(temporary, probabilities=statistics.probabilities, moe_layers=np.array(statistics.axes.moe_layers))
     temporary.replace(out / "transitions.npz")
     write_tables(statistics, labels, out / "tables")
-    return write_report(statistics, out / "report.html", labels, evaluations, simulations)
+    return write_report(statistics, out / "report.html", labels, evaluations, simulations, answers)
 
 
 def compare_traces(

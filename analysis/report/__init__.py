@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
+from analysis.report.answers import ShownAnswer
 from analysis.report.comparison import compared_facts, comparison_sections
 from analysis.report.figures import Section
 from analysis.report.overview import Card, overview
@@ -29,12 +30,14 @@ def write_report(
     labels: Sequence[str] = (),
     evaluations: Sequence[Evaluation] = (),
     simulations: Sequence[Simulation] = (),
+    answers: Sequence[ShownAnswer] = (),
 ) -> list[tuple[str, str]]:
     """Write the page of one trace and return the title and headline of each section.
 
-    labels: of the tokens in the vocabulary (`labels.token_labels`); evaluations: of predictors; simulations: of caches.
+    labels: of the tokens in the vocabulary (`labels.token_labels`); evaluations: of predictors; simulations: of caches;
+    answers: problems to show token by token.
     """
-    sections = all_sections(statistics, labels, evaluations, simulations)
+    sections = all_sections(statistics, labels, evaluations, simulations, answers)
     model = statistics.source.metadata.model.id
     title = "Expert routing of an unknown model" if model == "unknown" else f"Expert routing of {model}"
     _write(path, title, _facts(statistics), sections, overview(statistics, sections, evaluations, simulations))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
+from analysis.report.answers import ShownAnswer, answers_section
 from analysis.report.figures import Section
 from analysis.report.groups import clusters_section, domains_section, pairs_section
 from analysis.report.load import load_section
@@ -17,10 +18,15 @@ from analysis.statistics.compute import Statistics
 
 
 def all_sections(
-    statistics: Statistics, labels: Sequence[str], evaluations: Sequence[Evaluation], simulations: Sequence[Simulation]
+    statistics: Statistics,
+    labels: Sequence[str],
+    evaluations: Sequence[Evaluation],
+    simulations: Sequence[Simulation],
+    answers: Sequence[ShownAnswer] = (),
 ) -> list[Section]:
     """The sections that the trace has data for."""
-    sections = [load_section(statistics, labels)]
+    sections = [answers_section(statistics, answers, evaluations, simulations)] if answers else []
+    sections.append(load_section(statistics, labels))
     if statistics.hops:
         sections += [transitions_section(statistics), hops_section(statistics)]
     sections += [repetition_section(statistics), reuse_section(statistics)]
