@@ -35,7 +35,7 @@ class Answers {
     }
     this.canvas = this.matrixElement.querySelector("canvas");
     this.listen();
-    this.findProblems();
+    this.findProblems(String(data.first));
   }
 
   get isDark() {
@@ -44,9 +44,8 @@ class Answers {
 
   // ---- the problem
 
-  findProblems() {
+  findProblems(wanted = this.problemElement.value) {
     const words = this.searchElement.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const before = this.problemElement.value;
     this.problemElement.replaceChildren();
     this.data.problems.forEach((problem, number) => {
       problem.words ??= (problem.domain + " " + problem.prompt + " " + problem.tokens.join("")).toLowerCase();
@@ -63,8 +62,9 @@ class Answers {
       this.detailElement.textContent = "No problem on this page has these words.";
       return;
     }
-    if ([...this.problemElement.options].some((option) => option.value === before)) this.problemElement.value = before;
-    else this.choose(Number(this.problemElement.value));
+    if ([...this.problemElement.options].some((option) => option.value === wanted)) this.problemElement.value = wanted;
+    const chosen = Number(this.problemElement.value);
+    if (chosen !== this.number) this.choose(chosen);
   }
 
   async choose(number) {
@@ -177,7 +177,7 @@ class Answers {
         const worst = ["demand-loaded", "missed", "late"].find((mark) => marks.includes(mark));
         span.style.background = worst
           ? "color-mix(in oklab, " + this.markColor(worst) + " " + Math.round(22 + 33 * (1 - share)) + "%, transparent)"
-          : "color-mix(in oklab, " + pageColor("hit") + " 22%, transparent)";
+          : "color-mix(in oklab, " + pageColor("hit") + " 55%, transparent)";
       } else {
         span.style.background = marks === null || !experts.length ? "none" : this.color(experts[0], this.layer);
       }
@@ -229,7 +229,7 @@ class Answers {
         return Math.round((100 * (found.get(mark) || 0)) / all) + "%";
       };
       const here = tally([this.layer]);
-      const all = tally(this.data.layers.keys());
+      const all = tally([...this.data.layers.keys()]);
       const names = this.data.overlays[this.overlay].kind === "cache" ? Answers.OUTCOMES.slice(1) : ["right", "missed"];
       if (!all.size) chip("transparent", "There are no results for this problem: choose another.");
       for (const mark of all.size ? names : []) {
@@ -328,7 +328,7 @@ class Answers {
           if (!experts.length) continue;
           paint.fillStyle = this.color(experts[0], layer);
           paint.fillRect(x, y, w, h);
-          if (cell >= (this.data.experts > 100 ? 24 : this.data.experts > 10 ? 18 : 12)) {
+          if (cell >= (this.data.experts > 100 ? 21 : this.data.experts > 10 ? 15 : 10)) {
             paint.fillStyle = ink;
             paint.fillText(experts[0], x + w / 2, y + ROW / 2);
           }

@@ -99,6 +99,7 @@ def answers_section(
         "weightMax": weight_max,
         "marginMax": margin_max,
         "start": start,
+        "first": _first(problems),
         "ranks": packed(_ranks(s).astype("<u2").view(np.uint8)),
         "overlays": [{"kind": overlay.kind, "name": overlay.name} for overlay in overlays],
         "problems": problems,
@@ -115,6 +116,14 @@ def answers_section(
         "its experts by their load in the whole trace, the busiest first. Numbers of experts, and so their colors, mean "
         "nothing across layers. The margin is the K-th largest router logit minus the next."
     )
+    if any(overlay.kind == PREDICTION for overlay in overlays):
+        explanation += " Right: the expert is among the K most probable ones of the prediction."
+    if any(overlay.kind == CACHE for overlay in overlays):
+        explanation += (
+            " Hit: in the cache when the router chose it; late: its prefetch was still in transfer; demand-loaded: neither, so "
+            "that it was loaded, or computed on the host. The tokens of a prompt are computed together, and requests of a step "
+            "that share an expert share its outcome."
+        )
     return Section(
         "One answer, token by token",
         headline,
@@ -122,6 +131,14 @@ def answers_section(
         kind="answers",
         data=data,
         controls=_controls(s, overlays),
+    )
+
+
+def _first(problems: list[dict[str, Any]]) -> int:
+    """The problem that is shown at first: of those with most results, the one with the longest answer."""
+    places = range(len(problems))
+    return max(
+        places, key=lambda n: (sum(problems[n]["marks"]), len(problems[n]["tokens"]) - problems[n]["generated"]), default=0
     )
 
 
@@ -139,7 +156,7 @@ def _overlays(evaluations: Sequence[Evaluation], simulations: Sequence[Simulatio
     found += [
         _Overlay(
             CACHE,
-            f"cache of {sample.share:.0%}, {sample.policy}, prefetching by {sample.prefetch}",
+            f"{sample.share:.0%} of experts, {sample.policy}, prefetching by {sample.prefetch}",
             {problem.digest: problem for problem in sample.problems},
         )
         for sample in (each.sample for each in simulations)

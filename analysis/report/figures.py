@@ -28,7 +28,7 @@ MAX_SHOWN = 4
 PLOT_HEIGHT = 300
 TOP, BOTTOM = 16, 56
 # Room for the labels at the right ends of lines: their longest line in characters, and pixels.
-LABEL_CHARACTERS, LABEL_WIDTH, LABEL_LINE = 24, 172, 15
+LABEL_CHARACTERS, LABEL_WIDTH, LABEL_LINE = 22, 172, 15
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ LABELS = 175
 FAINT = "rgba(128, 128, 128, 0.25)"
 
 
-def html(figure: go.Figure, name: str, description: str, left: int = 60, *, read: str = "") -> str:
+def html(figure: go.Figure, name: str, description: str, left: int = 68, *, read: str = "") -> str:
     """The figure as HTML, which the page's script draws. name: id of its element; description: text for screen readers.
 
     left: pixels for the labels of the y axis, as Plotly's automatic margins can cause a warning on narrow pages. read: one
@@ -201,7 +201,7 @@ def html(figure: go.Figure, name: str, description: str, left: int = 60, *, read
         plot_bgcolor="rgba(0, 0, 0, 0)",
     )
     figure.update_xaxes(gridcolor=FAINT, zerolinecolor=FAINT, linecolor=FAINT, title_standoff=8)
-    figure.update_yaxes(gridcolor=FAINT, zerolinecolor=FAINT, linecolor=FAINT, automargin=False)
+    figure.update_yaxes(gridcolor=FAINT, zerolinecolor=FAINT, linecolor=FAINT, title_standoff=12, automargin=False)
     # A browser ends a script at "</script", wherever it stands.
     content = figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     caption = f"<figcaption><b>How to read this:</b> {escape(read)}</figcaption>" if read else ""

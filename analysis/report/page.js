@@ -19,6 +19,27 @@ function pageColor(name) {
   return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 }
 
+// Colors of lines that are hard to see on a dark page, and what stands for them there.
+const ON_DARK = { "#0072B2": "#4fa9e3", "#D55E00": "#f08243", "#009E73": "#2bb98f", "#A6761D": "#c79a45" };
+
+function themed(color) {
+  if (typeof color !== "string") return color;
+  const isDark = document.documentElement.dataset.theme === "dark";
+  for (const [light, dark] of Object.entries(ON_DARK)) color = color.replaceAll(isDark ? light : dark, isDark ? dark : light);
+  return color;
+}
+
+// A trace with the colors of the page's theme.
+function recolored(trace) {
+  const change = {};
+  for (const part of ["line", "marker"]) {
+    if (!trace[part]) continue;
+    change[part] = { ...trace[part], color: themed(trace[part].color) };
+    if (trace[part].line) change[part].line = { ...trace[part].line, color: themed(trace[part].line.color) };
+  }
+  return { ...trace, ...change };
+}
+
 // What a figure's layout takes from the page's colors and its own width.
 function adapted(layout, width) {
   const ink = pageColor("ink");
@@ -26,7 +47,7 @@ function adapted(layout, width) {
   change.hoverlabel = { bgcolor: pageColor("card"), bordercolor: pageColor("line"), font: { color: ink } };
   if (layout.annotations && layout.annotations.length) {
     const isNarrow = width < NARROW;
-    change.annotations = isNarrow ? [] : layout.annotations;
+    change.annotations = isNarrow ? [] : layout.annotations.map((label) => ({ ...label, text: themed(label.text) }));
     change.showlegend = isNarrow || Boolean(layout.showlegend);
     change.margin = { ...layout.margin, r: isNarrow ? 16 : layout.margin.r };
     if (isNarrow) {
@@ -55,7 +76,9 @@ function fitted(element, data) {
   const { layout, shown } = figures.get(element);
   const width = element.clientWidth;
   const isNarrow = width < NARROW && layout.annotations && layout.annotations.length;
-  const traces = data.map((trace, i) => (shown[i] === false && layout.meta ? { ...trace, showlegend: isNarrow } : trace));
+  const traces = data
+    .map(recolored)
+    .map((trace, i) => (shown[i] === false && layout.meta ? { ...trace, showlegend: Boolean(isNarrow) } : trace));
   return { traces, final: { ...adapted(layout, width), width, autosize: false }, width };
 }
 
