@@ -92,7 +92,8 @@ def read_answers(
     domains = _domains(trace, choice)
     digests = all_digests(trace) if first else {}
     wanted = set(first)
-    chosen = [problem for problem in spread(domains, domains.values(), len(domains)) if digests.get(problem) in wanted]
+    chosen = [problem for problem in domains if digests.get(problem) in wanted]
+    chosen = spread(chosen, [domains[problem] for problem in chosen], limit)
     others = spread(domains, domains.values(), limit + len(chosen))
     chosen = list(dict.fromkeys([*chosen, *others]))[:limit]
     prompts = _prompts(trace, chosen)

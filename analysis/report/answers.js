@@ -213,7 +213,7 @@ class Answers {
       }
       const ordered = [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
       for (const [expert, tokens] of ordered.slice(0, 12)) {
-        chip(this.color(expert, this.layer), "expert " + expert + " " + Math.round((100 * tokens) / count) + "%", expert);
+        chip(this.color(expert, this.layer), "expert " + expert + ": " + Math.round((100 * tokens) / count) + "%", expert);
       }
       if (ordered.length > 12) chip("transparent", ordered.length - 12 + " more experts");
     } else {
@@ -247,6 +247,7 @@ class Answers {
     title.textContent = "“" + tokens[token].replace(/\n/g, "⏎") + "”";
     const phase = generated === tokens.length ? "" : token < generated ? " (prompt)" : " (generated)";
     const parts = [title, "token " + positions[token] + phase + ", layer " + this.data.layers[layer] + ":"];
+    parts.push(arrays.weights ? "experts and weights" : "experts");
     const marks = this.marks(token, layer);
     const at = this.place(token, layer);
     this.experts(token, layer).forEach((expert, rank) => {
@@ -254,8 +255,8 @@ class Answers {
       part.className = "expert";
       const box = document.createElement("i");
       box.style.background = marks ? this.markColor(marks[rank]) : this.color(expert, layer);
-      let text = "expert " + expert;
-      if (arrays.weights) text += " weight " + ((arrays.weights[at + rank] / 255) * this.data.weightMax).toFixed(2);
+      let text = String(expert);
+      if (arrays.weights) text += " " + ((arrays.weights[at + rank] / 255) * this.data.weightMax).toFixed(2);
       if (marks) text += " " + marks[rank];
       part.append(box, text);
       parts.push(part);

@@ -229,8 +229,8 @@ def _controls(s: Statistics, overlays: list[_Overlay]) -> str:
     return f"""
 <div class="controls answer-controls">
 <label>Search<input type="search" id="answer-search" placeholder="dataset or text"></label>
-<label>Problem<select id="answer-problem"></select></label>
-<label>Show<select id="answer-show"{" disabled" if not overlays else ""}>{options}</select></label>
+<label class="wide">Problem<select id="answer-problem"></select></label>
+<label{" hidden" if not overlays else ""}>Show<select id="answer-show">{options}</select></label>
 <label>Layer <output id="answer-layer-name"></output>
 <input type="range" id="answer-layer" min="0" max="{s.axes.layers - 1}" value="0"></label>
 </div>

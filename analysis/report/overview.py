@@ -79,7 +79,7 @@ def _load(s: Statistics, section: int) -> Card:
         "Load balance",
         f"{share:.0%}",
         "of the maximum entropy",
-        _bars((share, f"{share:.0%} this model"), (1.0, "100% even load"), longest=1.0),
+        _bars((share, f"{share:.0%}"), (1.0, "100% even load"), longest=1.0),
         f"The busiest expert (layer {s.axes.moe_layers[n]}, expert {expert}) receives {busiest:.1f} times an even share.",
         section,
     )
@@ -100,7 +100,7 @@ def _layers(s: Statistics, section: int) -> Card:
             "Information across layers",
             f"{bits:.2f}",
             "bits shared by adjacent layers",
-            _bars((bits, f"{bits:.2f} this model"), (control, f"{abs(round(control, 2)):.2f} shuffled")),
+            _bars((bits, f"{bits:.2f}"), (control, f"{abs(round(control, 2)):.2f} shuffled")),
             sentence,
             section,
         )
@@ -109,7 +109,7 @@ def _layers(s: Statistics, section: int) -> Card:
         "Information across layers",
         f"{recall:.0%}",
         "of the next layer's experts predicted from one expert",
-        _bars((recall, f"{recall:.0%} this model"), (control, f"{control:.0%} shuffled"), longest=1.0),
+        _bars((recall, f"{recall:.0%}"), (control, f"{control:.0%} shuffled"), longest=1.0),
         f"{_times(recall, control)}Predicted with {s.axes.top_k} guesses, on the tokens that were counted.",
         section,
     )
@@ -127,7 +127,7 @@ def _repetition(s: Statistics, section: int) -> Card:
         "Repetition",
         f"{value:.0%}",
         what,
-        _bars((value, f"{value:.0%} this model"), (control, f"{control:.0%} shuffled")),
+        _bars((value, f"{value:.0%}"), (control, f"{control:.0%} shuffled")),
         f"{_times(value, control)}Shuffled: two tokens drawn at random.",
         section,
     )
@@ -144,7 +144,7 @@ def _domains(s: Statistics, section: int) -> Card:
         name,
         f"{value:.2f}",
         "distance of loads (0 equal, 1 disjoint)",
-        _bars((value, f"{value:.2f} this model"), (control, f"{control:.2f} shuffled"), longest=1.0),
+        _bars((value, f"{value:.2f}"), (control, f"{control:.2f} shuffled"), longest=1.0),
         f"{far.first} and {far.second} {found}.",
         section,
     )
@@ -168,7 +168,7 @@ def _predictability(s: Statistics, section: int) -> Card | None:
         f"{recall:.0%}",
         f"recall@{s.axes.top_k} by counting, held out",
         _bars(
-            (recall, f"{recall:.0%} counting"),
+            (recall, f"{recall:.0%}"),
             *([(popular, f"{popular:.0%} popularity")] if np.isfinite(popular) else []),
             (chance, f"{chance:.0%} chance"),
             longest=1.0,
@@ -199,7 +199,7 @@ def _recall(evaluations: Sequence[Evaluation], section: int) -> Card:
         f"{recall:.0%}",
         f"{metric} of {name}",
         _bars(
-            (recall, f"{recall:.0%} {name}"),
+            (recall, f"{recall:.0%}"),
             *((value, f"{value:.0%} {label}") for value, label in references),
             longest=1.0,
         ),
@@ -218,7 +218,7 @@ def _speed(simulations: Sequence[Simulation], section: int) -> Card | None:
             "Offloaded experts",
             f"{speed:.1f}",
             f"tokens/s with {row.share:.0%} of experts in the cache",
-            _bars((speed, f"{speed:.1f} {row.policy}"), (demand, f"{demand:.1f} on demand")),
+            _bars((speed, f"{speed:.1f}"), (demand, f"{demand:.1f} on demand")),
             f"Simulated on {row.device}: {row.policy}, prefetching by {row.prefetch}; hit rate {row.hit_rate:.0%}.",
             section,
         )
@@ -232,7 +232,7 @@ def _speed(simulations: Sequence[Simulation], section: int) -> Card | None:
         "Offloaded experts",
         f"{row.hit_rate:.0%}",
         f"hit rate with {row.share:.0%} of experts in the cache",
-        _bars((row.hit_rate, f"{row.hit_rate:.0%} {row.policy}"), (row.share, f"{row.share:.0%} chance"), longest=1.0),
+        _bars((row.hit_rate, f"{row.hit_rate:.0%}"), (row.share, f"{row.share:.0%} chance"), longest=1.0),
         f"Simulated: {row.policy}, prefetching by {row.prefetch}, if transfers took no time.",
         section,
     )

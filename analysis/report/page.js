@@ -57,6 +57,10 @@ function adapted(layout, width) {
       change.legend = { ...layout.legend, title: { text: "" }, orientation: "v" };
     }
   }
+  if (layout.xaxis && layout.xaxis.nticks) {
+    const room = width - layout.margin.l - 90;
+    change.xaxis = { ...layout.xaxis, nticks: Math.max(2, Math.min(layout.xaxis.nticks, Math.floor(room / 26))) };
+  }
   return { ...layout, ...change };
 }
 
