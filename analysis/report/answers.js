@@ -213,7 +213,8 @@ class Answers {
       }
       const ordered = [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
       for (const [expert, tokens] of ordered.slice(0, 12)) {
-        chip(this.color(expert, this.layer), "expert " + expert + ": " + Math.round((100 * tokens) / count) + "%", expert);
+        const percent = Math.round((100 * tokens) / count) || "<1";
+        chip(this.color(expert, this.layer), "expert " + expert + ": " + percent + "%", expert);
       }
       if (ordered.length > 12) chip("transparent", ordered.length - 12 + " more experts");
     } else {

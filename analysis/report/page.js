@@ -156,11 +156,13 @@ let themeOnScreen;
 window.addEventListener("beforeprint", () => {
   themeOnScreen = document.documentElement.dataset.theme;
   document.documentElement.dataset.theme = "light";
+  window.dispatchEvent(new Event("themechange"));
   document.querySelectorAll("main details:not([open])").forEach((details) => (details.dataset.closed = details.open = true));
   resizeFigures(680);
 });
 window.addEventListener("afterprint", () => {
   document.documentElement.dataset.theme = themeOnScreen;
+  window.dispatchEvent(new Event("themechange"));
   document.querySelectorAll("details[data-closed]").forEach((details) => {
     details.open = false;
     delete details.dataset.closed;

@@ -19,7 +19,7 @@ from analysis.report.figures import (
 )
 from analysis.statistics.compute import Statistics, mean, show
 
-# Plotly takes 4.8 of the 8 MB that a page may have. Beyond this size of the packed matrices, the longest hops are left out.
+# Plotly takes 4.8 of the 10 MB that a page may have. Beyond this size of the packed matrices, the longest hops are left out.
 MAX_MATRIX_TEXT = 2_000_000
 # The first hop alone may take more; beyond this (48 layers of some 200 experts) the page has no sliders.
 MAX_FIRST_HOP_TEXT = 2_500_000
