@@ -12,7 +12,7 @@ from analysis.documents.evaluation import CONTROL as CONTROL_NAME
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
 from analysis.report.figures import Section
-from analysis.statistics.compute import Statistics, mean
+from analysis.statistics.compute import Statistics, mean, show
 from analysis.statistics.contexts import TASKS
 
 
@@ -56,12 +56,17 @@ def overview(
 
 
 def _bars(*values: tuple[float, str], longest: float | None = None) -> tuple[tuple[bool, float, str], ...]:
-    """Bars of values with their labels, the first of which is the finding; longest: the value of a full bar."""
-    full = max([abs(value) for value, _ in values if np.isfinite(value)], default=0.0) if longest is None else longest
-    return tuple(
-        (place > 0, min(1.0, max(0.0, value / full)) if full and np.isfinite(value) else 0.0, label)
-        for place, (value, label) in enumerate(values)
-    )
+    """Bars of values with their labels, the first of which is the finding; longest: the value of a full bar.
+
+    Values that are unknown have none.
+    """
+    known = [(place, value, label) for place, (value, label) in enumerate(values) if np.isfinite(value)]
+    full = max((abs(value) for _, value, _ in known), default=0.0) if longest is None else longest
+    return tuple((place > 0, min(1.0, max(0.0, value / full)) if full else 0.0, label) for place, value, label in known)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if np.isfinite(value) else "-"
 
 
 def _times(value: float, reference: float) -> str:
@@ -77,9 +82,9 @@ def _load(s: Statistics, section: int) -> Card:
     busiest = float(s.load.share_LE.max()) * s.axes.num_experts
     return Card(
         "Load balance",
-        f"{share:.0%}",
+        _percent(share),
         "of the maximum entropy",
-        _bars((share, f"{share:.0%}"), (1.0, "100% even load"), longest=1.0),
+        _bars((share, _percent(share)), (1.0, "100% even load"), longest=1.0),
         f"The busiest expert (layer {s.axes.moe_layers[n]}, expert {expert}) receives {busiest:.1f} times an even share.",
         section,
     )
@@ -98,18 +103,18 @@ def _layers(s: Statistics, section: int) -> Card:
         )
         return Card(
             "Information across layers",
-            f"{bits:.2f}",
+            show(bits, 2),
             "bits shared by adjacent layers",
-            _bars((bits, f"{bits:.2f}"), (control, f"{abs(round(control, 2)):.2f} shuffled")),
+            _bars((bits, f"{bits:.2f}"), (control, f"{show(control, 2)} shuffled")),
             sentence,
             section,
         )
     recall, control = mean(first.conditional_topk), mean(first.shuffled_topk)
     return Card(
         "Information across layers",
-        f"{recall:.0%}",
+        _percent(recall),
         "of the next layer's experts predicted from one expert",
-        _bars((recall, f"{recall:.0%}"), (control, f"{control:.0%} shuffled"), longest=1.0),
+        _bars((recall, _percent(recall)), (control, f"{control:.0%} shuffled"), longest=1.0),
         f"{_times(recall, control)}Predicted with {s.axes.top_k} guesses, on the tokens that were counted.",
         section,
     )
@@ -125,9 +130,9 @@ def _repetition(s: Statistics, section: int) -> Card:
         return Card("Repetition", "-", what, (), "No problem has two consecutive recorded tokens.", section)
     return Card(
         "Repetition",
-        f"{value:.0%}",
+        _percent(value),
         what,
-        _bars((value, f"{value:.0%}"), (control, f"{control:.0%} shuffled")),
+        _bars((value, _percent(value)), (control, f"{control:.0%} shuffled")),
         f"{_times(value, control)}Shuffled: two tokens drawn at random.",
         section,
     )
@@ -142,7 +147,7 @@ def _domains(s: Statistics, section: int) -> Card:
     found = "differ most" if value > mean(far.shuffled_high) else "differ most, but no more than their problems alone explain"
     return Card(
         name,
-        f"{value:.2f}",
+        show(value, 2),
         "distance of loads (0 equal, 1 disjoint)",
         _bars((value, f"{value:.2f}"), (control, f"{control:.2f} shuffled"), longest=1.0),
         f"{far.first} and {far.second} {found}.",
@@ -165,10 +170,10 @@ def _predictability(s: Statistics, section: int) -> Card | None:
     chance = s.axes.top_k / s.axes.num_experts
     return Card(
         "Predictability",
-        f"{recall:.0%}",
+        _percent(recall),
         f"recall@{s.axes.top_k} by counting, held out",
         _bars(
-            (recall, f"{recall:.0%}"),
+            (recall, _percent(recall)),
             *([(popular, f"{popular:.0%} popularity")] if np.isfinite(popular) else []),
             (chance, f"{chance:.0%} chance"),
             longest=1.0,
@@ -196,10 +201,10 @@ def _recall(evaluations: Sequence[Evaluation], section: int) -> Card:
     ]
     return Card(
         "Trained predictor",
-        f"{recall:.0%}",
+        _percent(recall),
         f"{metric} of {name}",
         _bars(
-            (recall, f"{recall:.0%}"),
+            (recall, _percent(recall)),
             *((value, f"{value:.0%} {label}") for value, label in references),
             longest=1.0,
         ),
