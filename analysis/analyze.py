@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.counts.answers import read_answers
 from analysis.counts.survey import EVERYTHING, Choice
 from analysis.documents.curves import CacheCurves
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
 from analysis.documents.statistics import STATISTICS_FILE, ComparisonDocument
 from analysis.report import write_comparison, write_report
+from analysis.report.answers import ShownAnswer, wanted_problems, window_for
 from analysis.report.comparison import comparison_sections, comparison_table
-from analysis.report.labels import token_labels
+from analysis.report.labels import sequence_texts, token_labels
 from analysis.report.sections import all_sections
 from analysis.report.tables import write_tables
 from analysis.statistics.agreement import agreement_of, read_prompts, same_problems
@@ -57,15 +59,37 @@ def analyze_trace(
                 f"{len(model.moe_layers)} of {model.num_experts}: run 'specmoe curve' on a trace of this model"
             )
     statistics = compute(trace, hops=hops, choice=choice, seed=seed)
-    return statistics, write_analysis(
+    answers = read_shown_answers(trace, choice, evaluations, simulations, tokenizer)
+    findings = write_analysis(
         statistics,
         out,
         evaluations=evaluations,
         simulations=simulations,
         curves=curves,
         tokenizer=tokenizer,
+        answers=answers,
         figures=figures,
     )
+    return statistics, findings
+
+
+def read_shown_answers(
+    trace: Trace,
+    choice: Choice = EVERYTHING,
+    evaluations: Sequence[Evaluation] = (),
+    simulations: Sequence[Simulation] = (),
+    tokenizer: str | None = None,
+) -> list[ShownAnswer]:
+    """Read the problems that the report of `trace` shows token by token, with their texts.
+
+    Problems with results in `evaluations` and `simulations` come first. Raises `TraceError` as `read_answers` does, and
+    `SpecmoeError` as `token_labels` does.
+    """
+    model = trace.metadata.model
+    window = window_for(len(model.moe_layers), model.num_experts, model.top_k)
+    found = read_answers(trace, choice, first=wanted_problems(evaluations, simulations), window=window)
+    texts = sequence_texts([answer.keys for answer in found], model.id, tokenizer)
+    return [ShownAnswer(answer, words) for answer, words in zip(found, texts, strict=True)]
 
 
 def write_analysis(
@@ -76,11 +100,13 @@ def write_analysis(
     simulations: Sequence[Simulation] = (),
     curves: Sequence[CacheCurves] = (),
     tokenizer: str | None = None,
+    answers: Sequence[ShownAnswer] = (),
     figures: Path | None = None,
 ) -> Findings:
     """Write `statistics.json`, `transitions.npz`, `tables/*.csv` and `report.html` to `out`; return the report's findings.
 
-    figures: folder for the report's figures as SVG, PNG and CSV (`report.paper_figures`), which needs matplotlib.
+    answers: problems to show token by token, from `read_shown_answers`; these are in no count. figures: folder for the report's
+    figures as SVG, PNG and CSV (`report.paper_figures`), which needs matplotlib.
     """
     labels = token_labels(statistics.axes, statistics.source.metadata.model.id, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +119,7 @@ def write_analysis(
         from analysis.report.paper_figures import write_figures
 
         write_figures(all_sections(statistics, labels, evaluations, simulations, curves=curves), figures)
-    return write_report(statistics, out / "report.html", labels, evaluations, simulations, curves)
+    return write_report(statistics, out / "report.html", labels, evaluations, simulations, answers, curves)
 
 
 def compare_traces(

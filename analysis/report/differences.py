@@ -14,6 +14,7 @@ from analysis.statistics.differences import SPLITS, DatasetDifference, LoadDiffe
 # Blue for the second trace, orange for the first, white for none: distinguishable with every common type of color vision.
 DIVERGING = ((0.0, "#0072B2"), (0.5, "#F7F7F7"), (1.0, "#D55E00"))
 LARGEST = 20
+READ = "a line above its dotted control is a layer where the traces differ more than halves of one trace do."
 
 
 def differences_section(found: LoadDifference, layers: tuple[int, ...], number: int) -> Section:
@@ -68,7 +69,8 @@ def _map(found: LoadDifference, layers: tuple[int, ...], number: int) -> Drawing
     for n, layer in enumerate(layers):
         rows += [(layer, expert, *values) for expert, values in enumerate(np.stack(columns, axis=-1)[n].tolist())]
     description = f"Expert load of {found.first} minus that of {found.second}, by layer and expert."
-    return html(figure, f"differences-map-{number}", description, rows=rows)
+    read = f"orange: used more in {found.first}; blue: more in {found.second}; white: the difference may be chance."
+    return html(figure, f"differences-map-{number}", description, read=read, rows=rows)
 
 
 def _largest(found: LoadDifference, layers: tuple[int, ...], number: int) -> Drawing:
@@ -104,7 +106,14 @@ def _largest(found: LoadDifference, layers: tuple[int, ...], number: int) -> Dra
         (layers[n], expert, float(found.share[n, expert]), float(found.low[n, expert]), float(found.high[n, expert]))
         for n, expert in chosen.tolist()
     ]
-    return html(figure, f"differences-largest-{number}", description, left=140, rows=rows)
+    return html(
+        figure,
+        f"differences-largest-{number}",
+        description,
+        left=140,
+        read="a point is an expert; its bar, the 95 % interval, does not reach 0.",
+        rows=rows,
+    )
 
 
 def _moved(found: LoadDifference, layers: tuple[int, ...], number: int) -> Drawing:
@@ -112,4 +121,4 @@ def _moved(found: LoadDifference, layers: tuple[int, ...], number: int) -> Drawi
     name = f"{found.first} / {found.second}"
     chosen = [Curve(name, found.moved), Curve("two halves of one trace", found.moved_halves, CONTROL)]
     figure = lines(chosen, layers, "layer", "share of selections that moved")
-    return html(figure, f"differences-moved-{number}", "Share of a layer's selections that moved, by layer.")
+    return html(figure, f"differences-moved-{number}", "Share of a layer's selections that moved, by layer.", read=READ)

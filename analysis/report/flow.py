@@ -26,6 +26,10 @@ MOST_EXPERTS = 40
 # Of the controls, on a light and on a dark page.
 FAINT, GRAY = "rgba(128, 128, 128, 0.25)", "#808080"
 MOST_IN_TABLE = 15
+READ = (
+    "follow a wide line from an expert to the next layer: a token that uses the first expert uses the second so many times as "
+    "often as the loads of both explain."
+)
 
 
 def flow_section(s: Statistics) -> Section:
@@ -69,7 +73,7 @@ def flow_section(s: Statistics) -> Section:
         )
         for flow, n in links[:MOST_IN_TABLE]
     ]
-    figures = (html(_figure(s), "flow", headline, left=20, rows=_rows(s)),)
+    figures = (html(_figure(s), "flow", headline, left=20, read=READ, rows=_rows(s)),)
     return Section("Flow between layers", headline + ".", explanation, figures, (tuple(rows),))
 
 

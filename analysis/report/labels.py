@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from analysis.counts.survey import Axes
+from analysis.counts.survey import Axes, TokenKey
 from profiler.errors import SpecmoeError, first_line
 from profiler.models.resolve import DEMO_MODEL, demo_model_folder
 
 # Longest label in characters: a token of an untrusted trace may be arbitrarily long.
 LONGEST = 24
+# The same for a token within its text, where white space may be long.
+LONGEST_TEXT = 100
 TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 256 << 20
 VISIBLE = {" ": "␣", "\n": "⏎", "\r": "⏎", "\t": "⇥"}
@@ -27,23 +31,63 @@ def token_labels(axes: Axes, model: str, tokenizer: str | None = None) -> list[s
     return [_visible(key if isinstance(key, str) else texts.get(key, f"#{key}")) for key in axes.vocabulary]
 
 
+def sequence_texts(sequences: Sequence[Sequence[TokenKey | None]], model: str, tokenizer: str | None = None) -> list[list[str]]:
+    """The text that each token adds to its sequence: characters of several tokens belong to the last of them.
+
+    sequences: vocabulary ids, texts, or None where a token is unknown (a `?`). model, tokenizer: as for `token_labels`, whose
+    errors this raises. Ids whose text is unknown become `#id`.
+    """
+    has_numbers = any(isinstance(key, int) for keys in sequences for key in keys)
+    loaded = _load(model, tokenizer) if has_numbers else None
+    return [_sequence_text(keys, loaded) for keys in sequences]
+
+
+def _sequence_text(keys: Sequence[TokenKey | None], loaded: Any) -> list[str]:
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=False)
+    texts = []
+    for key in keys:
+        if isinstance(key, str):
+            text = key
+        elif key is None:
+            text = "?"
+        elif loaded is None or not 0 <= key < loaded.get_vocab_size():
+            text = f"#{key}"
+        else:
+            try:
+                text = stream.step(loaded, key) or ""
+            # The library raises plain `Exception`, for instance for ids between those that the vocabulary has.
+            except Exception:
+                text, stream = f"#{key}", DecodeStream(skip_special_tokens=False)
+        texts.append(text[:LONGEST_TEXT])
+    return texts
+
+
 def _texts(numbers: list[int], model: str, tokenizer: str | None) -> dict[int, str]:
+    loaded = _load(model, tokenizer)
+    if loaded is None:
+        return {}
+    size = loaded.get_vocab_size()
+    return {number: loaded.decode([number], skip_special_tokens=False) for number in numbers if 0 <= number < size}
+
+
+def _load(model: str, tokenizer: str | None) -> Any:
+    """The tokenizer; None if there is none on this machine and the user named none."""
     file = _tokenizer_file(model, tokenizer)
     if file is None:
-        return {}
+        return None
     from tokenizers import Tokenizer
 
     try:
         if file.stat().st_size > MAX_TOKENIZER_BYTES:
             raise SpecmoeError(f"{file} is larger than {MAX_TOKENIZER_BYTES >> 20} MiB: not a tokenizer")
-        loaded = Tokenizer.from_file(str(file))
+        return Tokenizer.from_file(str(file))
     # The library raises plain `Exception`.
     except Exception as error:
         if tokenizer is None:
-            return {}
+            return None
         raise SpecmoeError(f"tokenizer {tokenizer} could not be loaded: {first_line(error)}") from error
-    size = loaded.get_vocab_size()
-    return {number: loaded.decode([number], skip_special_tokens=False) for number in numbers if 0 <= number < size}
 
 
 def _tokenizer_file(model: str, tokenizer: str | None) -> Path | None:

@@ -25,7 +25,8 @@ def offload_section(simulation: Simulation, device: str | None, number: str) -> 
     if len(sizes) > 1:
         ticks = [f"{size:.0%}" for size in sizes]
         drawn = lines(chosen, ticks, "share of all experts in the cache", y_title, as_category=True)
-        figures = (html(drawn, f"offload-{number}", headline),)
+        read = "each line is a prefetcher with the same eviction policy; the dotted control prefetches for other tokens."
+        figures = (html(drawn, f"offload-{number}", headline, read=read),)
     header = ("cache", "policy", "prefetcher", "hit rate", "tokens/s", "speedup over on demand")
     cells = tuple(_cells(row) for row in [*bounds.values(), *rows] if not row.prefetch.endswith(CONTROL_NAME))
     notes = next((each.assumptions for each in simulation.devices if each.name == device), [])

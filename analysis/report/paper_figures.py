@@ -77,6 +77,11 @@ def write_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
 def draw(figure: go.Figure) -> Figure:
     """Draw the data of a Plotly figure of lines, points, bars or one heat map; lines that the page hides are left out."""
     traces = [trace for trace in figure.data if trace.visible in (None, True)]
+    # On the page, the names of lines are at their ends; here, all are in the legend.
+    if figure.layout.annotations:
+        figure = go.Figure(figure)
+        figure.for_each_trace(lambda trace: trace.update(showlegend=True))
+        traces = [trace for trace in figure.data if trace.visible in (None, True)]
     height = min(MAX_HEIGHT, max(HEIGHT, HEIGHT * (figure.layout.height or 400) / 450))
     drawn = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = drawn.add_subplot()

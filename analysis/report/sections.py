@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from analysis.documents.curves import CacheCurves
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
+from analysis.report.answers import ShownAnswer, answers_section
 from analysis.report.cache_sizes import cache_sizes_section
 from analysis.report.figures import Section
 from analysis.report.flow import flow_section
@@ -25,10 +26,12 @@ def all_sections(
     labels: Sequence[str],
     evaluations: Sequence[Evaluation],
     simulations: Sequence[Simulation],
+    answers: Sequence[ShownAnswer] = (),
     curves: Sequence[CacheCurves] = (),
 ) -> list[Section]:
     """The sections that the trace has data for."""
-    sections = [load_section(statistics, labels)]
+    sections = [answers_section(statistics, answers, evaluations, simulations)] if answers else []
+    sections.append(load_section(statistics, labels))
     if statistics.hops:
         sections += [transitions_section(statistics), flow_section(statistics), hops_section(statistics)]
     sections += [repetition_section(statistics), reuse_section(statistics), cache_sizes_section(statistics, curves)]

@@ -10,6 +10,7 @@ from analysis.statistics.working_set import WINDOWS, WorkingSet
 
 # Points of a line; of longer problems, every second, third, ... token is drawn.
 MOST_POINTS = 500
+READ = "the farther a line is below its dotted control, the more neighboring tokens share experts."
 
 
 def working_set_section(found: WorkingSet, num_experts: int) -> Section:
@@ -43,5 +44,5 @@ def working_set_section(found: WorkingSet, num_experts: int) -> Section:
         )
     else:
         headline = f"The longest problem has fewer than {WINDOWS[0]} tokens: too few for a working set over time."
-    figures = (html(figure, "working-set", headline),) if known else ()
+    figures = (html(figure, "working-set", headline, read=READ),) if known else ()
     return Section("Working set over time", headline, explanation, figures)
