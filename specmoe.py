@@ -93,7 +93,7 @@ def demo(
     speculation.cli.print_run(run)
 
     console.rule("3 of 4: evaluate", align="left")
-    evaluation = evaluate(run, trace)
+    evaluation = evaluate(run, trace, with_sample=True)
     write_text(out / "evaluation.json", evaluation.to_json())
 
     console.rule("4 of 4: analyze", align="left")

@@ -250,7 +250,12 @@ def evaluate(
     trace: Annotated[Path, typer.Option(help="The trace to evaluate on.")],
     part: Annotated[PartName, typer.Option(help="Which problems to evaluate on: a part of the split.")] = PartName.test,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all metrics and breakdowns to this file (a single run only).")
+        Path | None,
+        typer.Option(
+            "--json",
+            help="Write all metrics and breakdowns to this file, and the predictions of some problems token by token, which "
+            "'specmoe analyze --evaluation' shows (a single run only).",
+        ),
     ] = None,
     leaderboard: Annotated[
         Path | None,
@@ -284,7 +289,9 @@ def evaluate(
     evaluated_baselines: set[Any] = set()
     for loaded in opened_runs:
         with_baselines = leaderboard is None or loaded.baselines_from not in evaluated_baselines
-        documents.append(evaluate_run(loaded, opened, part=part.value, with_baselines=with_baselines))
+        documents.append(
+            evaluate_run(loaded, opened, part=part.value, with_baselines=with_baselines, with_sample=json_file is not None)
+        )
         evaluated_baselines.add(loaded.baselines_from)
         if leaderboard is None:
             print_evaluation(documents[-1])

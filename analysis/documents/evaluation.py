@@ -9,6 +9,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from analysis.documents.reading import read_document
+from analysis.documents.token_results import SAMPLED_PROBLEMS, PredictedProblem
 from profiler.errors import first_fault
 
 # What a run has that was trained on a rented machine, and others if they were evaluated into it.
@@ -142,7 +143,8 @@ class Evaluation(BaseModel):
     trained_on: problems of these that the run was trained on; 0 if all are held out. early_stopping: whether training chose its
     last epoch by exactly these problems (known of newer runs only). train_seconds: None if unknown.
     has_weights: whether the trace has routing weights; without them, metrics that depend on weights, or on which expert is
-    the strongest, are absent. recipe: None if unknown. Older files lack the fields that have a default.
+    the strongest, are absent. recipe: None if unknown. sample: what the run's own predictor predicted at the nearest horizon
+    for some problems, token by token; empty unless it was asked for. Older files lack the fields that have a default.
     """
 
     version: int = VERSION
@@ -164,6 +166,7 @@ class Evaluation(BaseModel):
     train_seconds: float | None = None
     chance: Metrics
     results: dict[str, Result]
+    sample: list[PredictedProblem] = Field(default=[], max_length=SAMPLED_PROBLEMS)
 
     @model_validator(mode="before")
     @classmethod

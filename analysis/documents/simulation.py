@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from analysis.documents.evaluation import CONTROL
 from analysis.documents.reading import read_document
+from analysis.documents.token_results import SimulatedSample
 
 SIMULATION_FILE = "simulation.json"
 # Rows that need no policy: without a cache, with every expert copied or computed on the host; and with room for every expert.
@@ -153,6 +154,7 @@ class Simulation(BaseModel):
         notes: What a reader of any of the numbers must know.
         best: For each device and size, the fastest row that uses no future knowledge.
         rows: Every simulation.
+        sample: What the cache of one of them did for some problems, token by token; None in older files.
     """
 
     version: int = 1
@@ -173,6 +175,7 @@ class Simulation(BaseModel):
     notes: list[str]
     best: list[SimulatedRow]
     rows: list[SimulatedRow] = Field(max_length=100_000)
+    sample: SimulatedSample | None = None
 
     @model_validator(mode="after")
     def _can_be_shown(self) -> Simulation:

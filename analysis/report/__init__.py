@@ -9,13 +9,17 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from analysis.documents.curves import CacheCurves
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
+from analysis.report.answers import ShownAnswer
 from analysis.report.comparison import compared_facts, comparison_sections
 from analysis.report.figures import Section
+from analysis.report.overview import Card, overview
 from analysis.report.sections import all_sections
 from analysis.statistics.agreement import Agreement
 from analysis.statistics.compute import Statistics
+from analysis.statistics.differences import LoadDifference
 from profiler.errors import counted
 from profiler.trace.writer import write_text
 
@@ -28,35 +32,55 @@ def write_report(
     labels: Sequence[str] = (),
     evaluations: Sequence[Evaluation] = (),
     simulations: Sequence[Simulation] = (),
+    answers: Sequence[ShownAnswer] = (),
+    curves: Sequence[CacheCurves] = (),
 ) -> list[tuple[str, str]]:
     """Write the page of one trace and return the title and headline of each section.
 
-    labels: of the tokens in the vocabulary (`labels.token_labels`); evaluations: of predictors; simulations: of caches.
+    labels: of the tokens in the vocabulary (`labels.token_labels`); evaluations: of predictors; simulations,
+    curves: of caches; answers: problems to show token by token.
     """
-    sections = all_sections(statistics, labels, evaluations, simulations)
-    _write(path, f"Expert routing of {statistics.source.metadata.model.id}", _facts(statistics), sections)
+    sections = all_sections(statistics, labels, evaluations, simulations, answers, curves)
+    model = statistics.source.metadata.model.id
+    title = "Expert routing of an unknown model" if model == "unknown" else f"Expert routing of {model}"
+    _write(path, title, _facts(statistics), sections, overview(statistics, sections, evaluations, simulations))
     return [(section.title, section.headline) for section in sections]
 
 
 def write_comparison(
-    compared: dict[str, Statistics], path: Path, agreements: dict[str, Agreement], paired: set[tuple[str, str]]
+    compared: dict[str, Statistics],
+    path: Path,
+    agreements: dict[str, Agreement],
+    paired: set[tuple[str, str]],
+    differences: Sequence[LoadDifference] = (),
 ) -> list[tuple[str, str]]:
     """Write the page that compares several traces, by the names shown for them; returns what `write_report` returns.
 
-    agreements: of pairs of traces with prompts in common; paired: the pairs of traces with the same problems.
+    agreements: of pairs of traces with prompts in common; paired: the pairs of traces with the same problems;
+    differences: of pairs of traces.
     """
-    sections = comparison_sections(compared, agreements, paired)
+    sections = comparison_sections(compared, agreements, paired, differences)
     _write(path, "Expert routing compared", compared_facts(compared), sections)
     return [(section.title, section.headline) for section in sections]
 
 
-def _write(path: Path, title: str, facts: list[tuple[str, str]], sections: list[Section]) -> None:
+def _write(path: Path, title: str, facts: list[tuple[str, str]], sections: list[Section], cards: Sequence[Card] = ()) -> None:
     environment = jinja2.Environment(
         autoescape=True, loader=jinja2.PackageLoader("analysis.report", ""), trim_blocks=True, lstrip_blocks=True
     )
-    script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
-    template = environment.get_template("page.html.j2")
-    page = template.render(title=title, facts=facts, sections=sections, plotly=get_plotlyjs(), script=script, footer=FOOTER)
+    folder = Path(__file__).parent
+    # The script of every page comes first; those of sections use its functions.
+    files = [folder / "page.js", *sorted(set(folder.glob("*.js")) - {folder / "page.js"})]
+    page = environment.get_template("page.html.j2").render(
+        title=title,
+        facts=facts,
+        cards=cards,
+        sections=sections,
+        style=(folder / "page.css").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+        scripts=[file.read_text(encoding="utf-8") for file in files],
+        footer=FOOTER,
+    )
     write_text(path, page)
 
 

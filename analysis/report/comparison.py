@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 
 from analysis.counts.locality import DISTANCES
+from analysis.report.differences import differences_section
 from analysis.report.figures import CHANCE, CONTROL, Curve, Section, heat_map, html, lines
 from analysis.statistics.agreement import Agreement
 from analysis.statistics.compute import Statistics, mean, show
+from analysis.statistics.differences import LoadDifference
 from analysis.statistics.domains import DomainDistance, distance_of
 from analysis.statistics.locality import repetition_chance
 from profiler.errors import counted
@@ -80,12 +83,17 @@ def load_distances(compared: dict[str, Statistics], paired: set[tuple[str, str]]
 
 
 def comparison_sections(
-    compared: dict[str, Statistics], agreements: dict[str, Agreement], paired: set[tuple[str, str]]
+    compared: dict[str, Statistics],
+    agreements: dict[str, Agreement],
+    paired: set[tuple[str, str]],
+    differences: Sequence[LoadDifference] = (),
 ) -> list[Section]:
     """The sections of what can be compared; traces of different shapes are shown over relative depth."""
     sections = [_figures(compared)]
     if agreements:
         sections.append(_agreement(agreements, compared))
+    for number, each in enumerate(differences, start=1):
+        sections.append(differences_section(each, compared[each.first].axes.moe_layers, number))
     sections.append(_load(compared, paired))
     if all(s.hops for s in compared.values()):
         sections.append(_hops(compared))
@@ -144,7 +152,7 @@ def _agreement(agreements: dict[str, Agreement], compared: dict[str, Statistics]
         "Prompts in both traces are compared token by token, which shows what another precision or engine changes. Generated "
         "text is not compared, since it diverges from the first token that differs."
     )
-    figures = (html(drawn, "agreement", headline),)
+    figures = (html(drawn, "agreement", headline, read="1: both traces route every token alike; dotted: two random tokens."),)
     return Section("The same tokens", headline + ".", explanation, figures, (tuple(rows),))
 
 
@@ -156,7 +164,9 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
     chosen = [Curve(name, np.interp(grid, depth[name], s.load.entropy_share)) for name, s in compared.items()]
     chosen.append(Curve("even load", np.ones(len(grid)), CHANCE))
     drawn = lines(chosen, [round(float(x), 3) for x in grid], "depth (0 first, 1 last MoE layer)", "load entropy / maximum")
-    figures.append(html(drawn, "compared-load", "Load entropy over depth."))
+    figures.append(
+        html(drawn, "compared-load", "Load entropy over depth.", read="1 is an even load; layers below it have favorites.")
+    )
     distances = load_distances(compared, paired)
     evenest = max(names, key=lambda name: mean(compared[name].load.entropy_share))
     headline = (
@@ -170,7 +180,8 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
             chosen += [Curve(name, each.distance), Curve(f"{name}, problems permuted", each.shuffled, CONTROL)]
         most = max(len(each.distance) for each in distances)
         drawn = lines(chosen, range(most), "MoE layer (from 0)", "Jensen-Shannon distance")
-        figures.append(html(drawn, "compared-distance", "Distance between the loads by layer."))
+        read = "lines far above their dotted control are traces that use different experts at this layer."
+        figures.append(html(drawn, "compared-distance", "Distance between the loads by layer.", read=read))
         far = max(distances, key=lambda each: mean(each.distance) - mean(each.shuffled))
         differ = ", which differ most," if len(distances) > 1 else ""
         headline += (
@@ -196,7 +207,8 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
         )
         figure.update_traces(zmax=highest)
         figure.update_layout(height=max(300, min(560, 120 + 14 * s.axes.layers)))
-        figures.append(html(figure, f"compared-map-{number}", f"Expert load of {name}."))
+        read = "a bright cell is an expert that its layer selects often; all maps have the same colors."
+        figures.append(html(figure, f"compared-map-{number}", f"Expert load of {name}.", read=read))
     return Section("Expert load", headline, explanation, tuple(figures))
 
 
@@ -222,7 +234,9 @@ def _hops(compared: dict[str, Statistics]) -> Section:
         "Recall of the K experts with K predictions, given one expert of the earlier layer, on held-out problems; mean over "
         "layers."
     )
-    return Section("Prediction across layers", headline, explanation, (html(figure, "compared-hops", headline),))
+    read = "the farther a line is above its dotted popularity, the more one expert says about later layers."
+    figures = (html(figure, "compared-hops", headline, read=read),)
+    return Section("Prediction across layers", headline, explanation, figures)
 
 
 def _repetition(compared: dict[str, Statistics]) -> Section:
@@ -239,4 +253,6 @@ def _repetition(compared: dict[str, Statistics]) -> Section:
         for name, s in compared.items()
     )
     explanation = "Pairs of tokens of the same problem, in the same layer; mean over layers."
-    return Section("Repetition over tokens", headline + ".", explanation, (html(figure, "compared-repetition", headline),))
+    read = "the farther a line is above its dotted control, the more a token shares with the one so many positions before it."
+    figures = (html(figure, "compared-repetition", headline, read=read),)
+    return Section("Repetition over tokens", headline + ".", explanation, figures)

@@ -21,7 +21,7 @@ from analysis.statistics.clusters import CONTROLS
 from analysis.statistics.compute import Statistics, mean, show
 
 MAX_SPECIALISTS = 15
-MAX_PAIR_LINES = 3
+MAX_PAIR_LINES = 2
 
 
 def pairs_section(s: Statistics) -> Section:
@@ -74,7 +74,9 @@ def pairs_section(s: Statistics) -> Section:
                 f"{pairs.unique_sets[number]:,.0f}",
             )
         )
-    return Section("Pairs within a token", headline, explanation, (html(figure, "pair-lift", headline),), (tuple(rows),))
+    read = "bright cells are pairs of experts that are selected for the same tokens more often than without preferences (1)."
+    figures = (html(figure, "pair-lift", headline, read=read),)
+    return Section("Pairs within a token", headline, explanation, figures, (tuple(rows),))
 
 
 def domains_section(s: Statistics) -> Section:
@@ -105,13 +107,26 @@ def domains_section(s: Statistics) -> Section:
         square.update_yaxes(nticks=len(names))
         square.update_layout(height=120 + 40 * len(names))
         figures.append(
-            html(square, "domain-map", "Distance between each pair of datasets, above the shuffled control.", LABELS)
+            html(
+                square,
+                "domain-map",
+                "Distance between each pair of datasets, above the shuffled control.",
+                LABELS,
+                read="bright cells are datasets that use different experts; 0 is no more than their problems alone explain.",
+            )
         )
     chosen = []
     for pair in ranked[:MAX_PAIR_LINES]:
         chosen.append(Curve(f"{pair.first} / {pair.second}", pair.distance))
         chosen.append(Curve(f"{pair.first} / {pair.second}, shuffled", pair.shuffled, CONTROL))
-    figures.append(html(lines(chosen, layers, "layer", "Jensen-Shannon distance"), "domain-layers", headline))
+    figures.append(
+        html(
+            lines(chosen, layers, "layer", "Jensen-Shannon distance"),
+            "domain-layers",
+            headline,
+            read="where a line is far above its dotted control, the layer's experts tell the two datasets apart.",
+        )
+    )
     explanation = (
         "Jensen-Shannon distance between the expert loads of two datasets: 0 means equal, 1 disjoint. Dotted: with labels "
         "permuted over problems, the distance that few or long problems alone cause."
@@ -126,7 +141,15 @@ def domains_section(s: Statistics) -> Section:
             f"above 1, compared with {best.shuffled} when dataset labels are shuffled (2.5 % of all would be "
             f"{len(layers) * s.axes.num_experts / 40:.0f})."
         )
-        figures.append(html(_specialists(s), "specialists", "The most specialized experts with their intervals.", LABELS))
+        figures.append(
+            html(
+                _specialists(s),
+                "specialists",
+                "The most specialized experts with their intervals.",
+                LABELS,
+                read="how many times as often a dataset uses the expert as others do, with a 95 % interval; 1: no preference.",
+            )
+        )
         counts = [("dataset", "problems", "specialized experts", "shuffled control")]
         counts += [(each.dataset, f"{each.problems:,}", str(each.found), str(each.shuffled)) for each in s.specializations]
         tables.append(tuple(counts))
@@ -180,7 +203,14 @@ def clusters_section(s: Statistics) -> Section:
             f"shuffled control {np.mean([each.shuffled for each in of]):.2f})"
         )
         drawn = lines(chosen, layers, "layer", f"silhouette, by {feature}")
-        figures.append(html(drawn, f"clusters-{feature}", f"Silhouette of clusters by {feature}."))
+        figures.append(
+            html(
+                drawn,
+                f"clusters-{feature}",
+                f"Silhouette of clusters by {feature}.",
+                read="where a line is above its dotted control, the layer's experts form groups beyond what chance would find.",
+            )
+        )
     headline = f"Clusters of experts have a larger silhouette than each of {CONTROLS} shuffled tables {'; '.join(sentences)}."
     explanation = (
         "The experts of each layer are clustered by the experts that they are used together with, and by the experts of the "

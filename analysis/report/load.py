@@ -30,13 +30,16 @@ def load_section(s: Statistics, labels: Sequence[str]) -> Section:
     figure = heat_map(
         relative_LE, range(experts), layers, "expert", "layer", "x even", "layer %{y}, expert %{x}: %{z:.2f} x an even share"
     )
-    figure.update_layout(height=max(320, min(760, 120 + 16 * len(layers))))
+    figure.update_layout(height=max(260, min(640, 110 + 13 * len(layers))))
     n, expert = (int(index) for index in np.unravel_index(relative_LE.argmax(), relative_LE.shape))
     headline = (
         f"Load entropy is {mean(load.entropy_share):.1%} of its maximum on average; the busiest expert "
         f"(layer {layers[n]}, expert {expert}) receives {relative_LE.max():.1f} times an even share."
     )
-    explanation = "Each expert's share of its layer's selections, relative to an even share (1)."
+    explanation = (
+        "Load: each expert's share of its layer's selections. Entropy is divided by that of an even load. Gini coefficient: 0 "
+        "if all experts have equal loads, near 1 if few experts have all."
+    )
     evenness = lines(
         [
             Curve("entropy / maximum", load.entropy_share),
@@ -46,9 +49,23 @@ def load_section(s: Statistics, labels: Sequence[str]) -> Section:
         ],
         layers,
         "layer",
-        "",
+        "share, from 0 to 1",
     )
-    figures = [html(figure, "load-map", headline), html(evenness, "load-evenness", "Evenness of the load by layer.")]
+    read = "a bright cell is an expert that its layer selects often; 1 is an even share, 0 an expert that is never selected."
+    if s.preferred is not None:
+        read += (
+            " Point at an expert, or tap it, to see its preferred tokens: those that select it more often than tokens do on "
+            "average."
+        )
+    figures = [
+        html(figure, "load-map", headline, read=read),
+        html(
+            evenness,
+            "load-evenness",
+            "Evenness of the load by layer.",
+            read="with an even load, entropy is 1 and the Gini coefficient 0; a layer where entropy falls has favorites.",
+        ),
+    ]
     rows: list[tuple[str, ...]] = [("dataset", "phase", "tokens", "entropy / max", "busiest / mean", "Gini", "experts used")]
     for (dataset, phase), part in s.loads.items():
         numbers = (part.entropy_share, part.max_over_mean, part.gini, part.coverage)
@@ -57,10 +74,6 @@ def load_section(s: Statistics, labels: Sequence[str]) -> Section:
             rows.append((dataset, phase, f"{part.tokens:,}", *(show(mean(values)) for values in numbers)))
     data: dict[str, Any] = {}
     if s.preferred is not None:
-        explanation += (
-            " Point at an expert, or tap it, to see its preferred tokens: those that select it more often than tokens do on "
-            "average."
-        )
         data = _token_cloud(s, labels, (n, expert))
     return Section("Expert load", headline, explanation, tuple(figures), (tuple(rows),), kind="load" if data else "", data=data)
 

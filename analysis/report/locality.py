@@ -103,7 +103,20 @@ def repetition_section(s: Statistics) -> Section:
             for row in s.table_5
         ]
         tables.append(tuple(golden))
-    figures = (html(by_distance, "repetition-distance", headline), html(by_layer, "repetition-layer", "Repetition by layer."))
+    figures = (
+        html(
+            by_distance,
+            "repetition-distance",
+            headline,
+            read="how often a token and one so many positions before it choose alike; the dotted line is two random tokens.",
+        ),
+        html(
+            by_layer,
+            "repetition-layer",
+            "Repetition by layer.",
+            read="layers far above the dotted control keep their experts from one token to the next.",
+        ),
+    )
     return Section("Repetition over tokens", headline, explanation, figures, tuple(tables))
 
 
@@ -157,5 +170,19 @@ def reuse_section(s: Statistics) -> Section:
             f"time, two selections from anywhere in the trace {mean(reuse.adjacent_shuffled):.1%}: this measures how much of a "
             "segment's load carries over to the next."
         )
-    figures = (html(gaps, "reuse-gap", headline), html(stack, "reuse-between", "Other experts used between two uses."))
+    figures = (
+        html(
+            gaps,
+            "reuse-gap",
+            headline,
+            read="bars on the left are experts that are used again soon; where blue exceeds gray, tokens reuse experts sooner "
+            "than shuffled tokens would.",
+        ),
+        html(
+            stack,
+            "reuse-between",
+            "Other experts used between two uses.",
+            read="the hit rate, among reuses, of an LRU cache for each layer with room for so many experts.",
+        ),
+    )
     return Section("Reuse of experts", headline, explanation, figures)

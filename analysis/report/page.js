@@ -1,5 +1,8 @@
-// The interactive parts of a report: the sliders of the transition matrices, and the tokens of the expert under the pointer.
+// What every page has: figures, colors for light and dark, the contents list, print. Sections have scripts of their own.
 "use strict";
+
+// Below this width of a figure, the names of lines stand in a legend below it instead of at their ends.
+const NARROW = 560;
 
 function sectionData(kind) {
   const element = document.getElementById("data-" + kind);
@@ -12,83 +15,157 @@ async function unpack(text) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-// Matrices are stored consecutively, hop by hop, as 255 times the square root of each probability.
-async function showTransitions() {
-  const data = sectionData("transitions");
-  if (!data) return;
-  const hop = document.getElementById("hop");
-  const layer = document.getElementById("layer");
-  const label = document.getElementById("transition-label");
-  if (typeof DecompressionStream === "undefined") {
-    label.textContent = "This browser cannot decompress the other matrices; they are in transitions.npz.";
-    return;
-  }
-  const bytes = await unpack(data.matrices);
-  const experts = data.experts;
-  const layers = data.layers;
-  const begins = [0];
-  for (let k = 1; k <= data.hops; k++) begins.push(begins[k - 1] + (layers.length - k));
-  hop.max = data.hops;
-  hop.disabled = data.hops < 2;
-
-  function draw() {
-    const k = Number(hop.value);
-    layer.max = layers.length - k - 1;
-    const n = Math.min(Number(layer.value), layers.length - k - 1);
-    layer.disabled = layers.length - k < 2;
-    let at = (begins[k - 1] + n) * experts * experts;
-    const rows = [];
-    for (let i = 0; i < experts; i++) {
-      const row = new Array(experts);
-      for (let j = 0; j < experts; j++, at++) row[j] = (bytes[at] / 255) ** 2;
-      rows.push(row);
-    }
-    Plotly.restyle("transition-matrix", { z: [rows] });
-    const text = "layer " + layers[n] + " → layer " + layers[n + k] + " (hop " + k + ")";
-    label.textContent = text;
-    hop.setAttribute("aria-valuetext", text);
-    layer.setAttribute("aria-valuetext", text);
-  }
-  hop.addEventListener("input", draw);
-  layer.addEventListener("input", draw);
-  draw();
+function pageColor(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 }
 
-function showTokens() {
-  const data = sectionData("load");
-  const figure = document.getElementById("load-map");
-  const cloud = document.getElementById("cloud");
-  if (!data || !figure || !cloud) return;
+// Colors of lines that are hard to see on a dark page, and what stands for them there.
+const ON_DARK = { "#0072B2": "#4fa9e3", "#D55E00": "#f08243", "#009E73": "#2bb98f", "#A6761D": "#c79a45" };
 
-  function show(n, expert) {
-    cloud.replaceChildren();
-    const heading = document.createElement("strong");
-    heading.textContent = "Layer " + data.layers[n] + ", expert " + expert + " prefers: ";
-    cloud.append(heading);
-    const found = data.tokens[n][expert];
-    if (!found.length) cloud.append("no token that occurs often enough.");
-    for (const [place, lift] of found) {
-      const token = document.createElement("span");
-      token.className = "token";
-      token.textContent = data.labels[place];
-      token.title = "selects this expert " + lift + " times as often as the average token";
-      token.style.fontSize = Math.min(1.9, 0.8 + Math.log2(Math.max(1, lift)) / 6) + "em";
-      cloud.append(token, " ");
-    }
-  }
-  const point = (event) => show(event.points[0].pointIndex[0], event.points[0].pointIndex[1]);
-  figure.on("plotly_hover", point);
-  figure.on("plotly_click", point);
-  show(data.start[0], data.start[1]);
+function themed(color) {
+  if (typeof color !== "string") return color;
+  const isDark = document.documentElement.dataset.theme === "dark";
+  for (const [light, dark] of Object.entries(ON_DARK)) color = color.replaceAll(isDark ? light : dark, isDark ? dark : light);
+  return color;
 }
 
-window.addEventListener("load", () => {
-  showTokens();
-  showTransitions();
+// A trace with the colors of the page's theme.
+function recolored(trace) {
+  const change = {};
+  for (const part of ["line", "marker"]) {
+    if (!trace[part]) continue;
+    change[part] = { ...trace[part], color: themed(trace[part].color) };
+    if (trace[part].line) change[part].line = { ...trace[part].line, color: themed(trace[part].line.color) };
+  }
+  return { ...trace, ...change };
+}
+
+// What a figure's layout takes from the page's colors and its own width.
+function adapted(layout, width) {
+  const ink = pageColor("ink");
+  const change = { font: { ...layout.font, color: ink } };
+  change.hoverlabel = { bgcolor: pageColor("card"), bordercolor: pageColor("line"), font: { color: ink } };
+  if (layout.annotations && layout.annotations.length) {
+    const isNarrow = width < NARROW;
+    change.annotations = isNarrow ? [] : layout.annotations.map((label) => ({ ...label, text: themed(label.text) }));
+    change.showlegend = isNarrow || Boolean(layout.showlegend);
+    change.margin = { ...layout.margin, r: isNarrow ? 16 : layout.margin.r };
+    if (isNarrow) {
+      const names = layout.meta.names;
+      change.height = layout.height + 21 * names;
+      change.margin.b = layout.margin.b + 21 * names;
+      change.legend = { ...layout.legend, title: { text: "" }, orientation: "v" };
+    }
+  }
+  if (layout.xaxis && layout.xaxis.nticks) {
+    const room = width - layout.margin.l - 90;
+    change.xaxis = { ...layout.xaxis, nticks: Math.max(2, Math.min(layout.xaxis.nticks, Math.floor(room / 26))) };
+  }
+  return { ...layout, ...change };
+}
+
+const figures = new Map();
+
+function drawFigure(source) {
+  const element = document.getElementById(source.dataset.for);
+  const { data, layout } = JSON.parse(source.textContent);
+  figures.set(element, { layout, shown: data.map((trace) => trace.showlegend), width: 0 });
+  const { traces, final, width } = fitted(element, data);
+  element.style.height = "";
+  Plotly.newPlot(element, traces, final, { responsive: false, displayModeBar: false });
+  figures.get(element).width = width;
+}
+
+function fitted(element, data) {
+  const { layout, shown } = figures.get(element);
+  const width = element.clientWidth;
+  const isNarrow = width < NARROW && layout.annotations && layout.annotations.length;
+  const traces = data
+    .map(recolored)
+    .map((trace, i) => (shown[i] === false && layout.meta ? { ...trace, showlegend: Boolean(isNarrow) } : trace));
+  return { traces, final: { ...adapted(layout, width), width, autosize: false }, width };
+}
+
+function redrawFigure(element, width) {
+  const stored = figures.get(element);
+  if (!stored || !element.data) return;
+  const { traces, final } = fitted(element, element.data);
+  stored.width = width || element.clientWidth;
+  // Heat maps keep the colors and the values that scripts gave them.
+  Plotly.react(element, traces, { ...final, width: stored.width });
+}
+
+function resizeFigures(width) {
+  for (const element of figures.keys()) {
+    if (width || element.clientWidth !== figures.get(element).width) redrawFigure(element, width);
+  }
+}
+
+async function drawFigures() {
+  for (const source of document.querySelectorAll("script.plot-data")) {
+    drawFigure(source);
+    // Leaves the page time to react between two figures.
+    await new Promise((next) => setTimeout(next));
+  }
+}
+
+function followTheme() {
+  const button = document.getElementById("theme");
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  function set(theme) {
+    document.documentElement.dataset.theme = theme;
+    button.textContent = theme === "dark" ? "Light" : "Dark";
+    button.setAttribute("aria-label", "Switch to " + button.textContent.toLowerCase() + " colors");
+    for (const element of figures.keys()) redrawFigure(element);
+    window.dispatchEvent(new Event("themechange"));
+  }
+  button.addEventListener("click", () => set(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
+  system.addEventListener("change", () => set(system.matches ? "dark" : "light"));
+  set(document.documentElement.dataset.theme);
+}
+
+// Marks the section in view in the contents list.
+function followSections() {
+  const links = new Map([...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]));
+  const visible = new Set();
+  const watcher = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) entry.isIntersecting ? visible.add(entry.target.id) : visible.delete(entry.target.id);
+      const first = [...links.keys()].find((id) => visible.has(id));
+      for (const [id, link] of links) id === first ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
+    },
+    { rootMargin: "-10% 0px -60% 0px" },
+  );
+  document.querySelectorAll("section").forEach((section) => watcher.observe(section));
+}
+
+window.addEventListener("load", async () => {
+  followTheme();
+  followSections();
+  await drawFigures();
+  document.documentElement.dataset.drawn = "true";
+  window.dispatchEvent(new Event("drawn"));
 });
-// Paper is narrower than a window, and Plotly does not resize figures for print: 680 pixels fit on A4 and Letter.
-function resizeFigures(size) {
-  document.querySelectorAll(".js-plotly-plot").forEach((figure) => Plotly.relayout(figure, size));
-}
-window.addEventListener("beforeprint", () => resizeFigures({ width: 680 }));
-window.addEventListener("afterprint", () => resizeFigures({ width: null, autosize: true }));
+let resizing;
+window.addEventListener("resize", () => {
+  clearTimeout(resizing);
+  resizing = setTimeout(() => resizeFigures(), 100);
+});
+// Paper is narrower than a window and white, and Plotly does not resize figures for print: 680 pixels fit on A4 and Letter.
+let themeOnScreen;
+window.addEventListener("beforeprint", () => {
+  themeOnScreen = document.documentElement.dataset.theme;
+  document.documentElement.dataset.theme = "light";
+  window.dispatchEvent(new Event("themechange"));
+  document.querySelectorAll("main details:not([open])").forEach((details) => (details.dataset.closed = details.open = true));
+  resizeFigures(680);
+});
+window.addEventListener("afterprint", () => {
+  document.documentElement.dataset.theme = themeOnScreen;
+  window.dispatchEvent(new Event("themechange"));
+  document.querySelectorAll("details[data-closed]").forEach((details) => {
+    details.open = false;
+    delete details.dataset.closed;
+  });
+  for (const element of figures.keys()) redrawFigure(element);
+});

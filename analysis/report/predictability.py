@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import plotly.graph_objects as go
 
+from analysis.documents.evaluation import CONTROL as CONTROL_NAME
 from analysis.documents.evaluation import Evaluation, budget_table, table
 from analysis.report.figures import (
     CHANCE,
@@ -15,6 +16,7 @@ from analysis.report.figures import (
     LABELS,
     TOP_LEGEND,
     Curve,
+    Drawing,
     Section,
     html,
     lines,
@@ -32,7 +34,14 @@ def weights_section(s: Statistics) -> Section:
     layers, weights = list(s.axes.moe_layers), s.weights
     chosen = [Curve(f"rank {rank + 1}", weights.mean[:, rank]) for rank in range(s.axes.top_k)]
     chosen.append(Curve("even: 1/K", [weights.even] * len(layers), CHANCE))
-    figures = [html(lines(chosen, layers, "layer", "mean routing weight"), "weights", "Mean weight by rank and layer.")]
+    figures = [
+        html(
+            lines(chosen, layers, "layer", "mean routing weight"),
+            "weights",
+            "Mean weight by rank and layer.",
+            read="the farther the lines are apart, the more the strongest expert decides; equal weights would be at 1/K.",
+        )
+    ]
     headline = (
         f"On average the strongest expert has a weight of {weights.mean[:, 0].mean():.2f}, the last of {s.axes.top_k} has "
         f"{weights.mean[:, -1].mean():.2f}."
@@ -61,7 +70,14 @@ def weights_section(s: Statistics) -> Section:
             "layer",
             "margin (logits)",
         )
-        figures.append(html(drawn, "margins", "Margin between rank K and K+1."))
+        figures.append(
+            html(
+                drawn,
+                "margins",
+                "Margin between rank K and K+1.",
+                read="small margins are close decisions, which another precision may decide differently.",
+            )
+        )
         explanation += "Margin: the K-th largest router logit minus the next."
     else:
         explanation += (
@@ -123,7 +139,9 @@ def predictability_section(s: Statistics) -> Section:
         "context of its task is not worth its parameters. Entropy is given the context. Values are means over the layers that "
         "have every context."
     )
-    return Section("Predictability", headline, explanation, (html(figure, "predictability", headline, LABELS),), (tuple(rows),))
+    read = "each row is one context; the recall that it allows lies between the two marks. The gray line is chance."
+    figures = (html(figure, "predictability", headline, LABELS, read=read),)
+    return Section("Predictability", headline, explanation, figures, (tuple(rows),))
 
 
 def _between(low: float, high: float, digits: int = 3) -> str:
@@ -136,24 +154,30 @@ def predictions_section(evaluation: Evaluation, number: int) -> Section:
     header = tuple(rows[0])
     cells = (header, *(tuple(row[name] for name in header) for row in rows))
     metric = header[1]
-    predictors = {name: result for name, result in evaluation.results.items() if not name.endswith("shuffled control")}
+    predictors = {name: result for name, result in evaluation.results.items() if not name.endswith(CONTROL_NAME)}
     best = max(predictors, key=lambda name: predictors[name].metrics["h=1"][metric])
     headline = (
         f"{best} predicts best: {metric} {predictors[best].metrics['h=1'][metric]:.3f}, chance {evaluation.chance[metric]:.3f}."
     )
+    # The run's own predictor, its control and popularity are shown at first.
+    own = evaluation.predictor or best
+    place = {own: 0, f"{own}, {CONTROL_NAME}": 1, "popularity": 2}
+    ordered = sorted(evaluation.results, key=lambda name: place.get(name, 3))
     chosen = []
-    for name, result in evaluation.results.items():
+    for name in ordered:
         by_layer = [
             float("nan") if metrics is None else metrics.get(metric, float("nan"))
-            for metrics in result.by_target_layer.get("h=1", [])
+            for metrics in evaluation.results[name].by_target_layer.get("h=1", [])
         ]
         chosen.append(Curve(name, by_layer, CONTROL if name not in predictors else None))
-    figures: tuple[str, ...] = ()
+    figures: tuple[Drawing, ...] = ()
     if chosen and len(chosen[0].y) > 1:
-        chosen.append(Curve("chance", [evaluation.chance[metric]] * len(chosen[0].y), CHANCE))
+        chosen.insert(3, Curve("chance", [evaluation.chance[metric]] * len(chosen[0].y), CHANCE))
         drawn = lines(chosen, list(range(len(chosen[0].y))), "predicted MoE layer (from 0)", metric)
-        figures = (html(drawn, f"predictors-{number}", headline),)
-    by_budget = {name: result.budget["h=1"] for name, result in evaluation.results.items() if result.budget.get("h=1")}
+        read = "the share of each layer's experts among the K predicted ones; the dotted control should be near popularity."
+        figures = (html(drawn, f"predictors-{number}", headline, read=read),)
+    budgets = {name: evaluation.results[name].budget.get("h=1") for name in ordered}
+    by_budget = {name: points for name, points in budgets.items() if points}
     tables = [cells]
     if by_budget:
         all_m = [point.m for point in next(iter(by_budget.values()))]
@@ -161,10 +185,11 @@ def predictions_section(evaluation: Evaluation, number: int) -> Section:
             Curve(name, [point.recall for point in points], CONTROL if name not in predictors else None)
             for name, points in by_budget.items()
         ]
-        chosen.append(Curve("chance", [m / all_m[-1] for m in all_m], CHANCE))
+        chosen.insert(3, Curve("chance", [m / all_m[-1] for m in all_m], CHANCE))
         caption = "Share of the chosen experts among the m most likely ones."
         drawn = lines(chosen, all_m, "m: experts fetched per token and layer", "recall@m")
-        figures += (html(drawn, f"budget-{number}", caption),)
+        read = "how much recall is gained by fetching more experts than the K that a token needs."
+        figures += (html(drawn, f"budget-{number}", caption, read=read),)
         budget = budget_table(evaluation)
         tables.append((tuple(budget[0]), *(tuple(row.values()) for row in budget)))
     explanation = (

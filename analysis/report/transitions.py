@@ -19,10 +19,14 @@ from analysis.report.figures import (
 )
 from analysis.statistics.compute import Statistics, mean, show
 
-# Plotly takes 4.8 of the 8 MB that a page may have. Beyond this size of the packed matrices, the longest hops are left out.
+# Plotly takes 4.8 of the 10 MB that a page may have. Beyond this size of the packed matrices, the longest hops are left out.
 MAX_MATRIX_TEXT = 2_000_000
 # The first hop alone may take more; beyond this (48 layers of some 200 experts) the page has no sliders.
 MAX_FIRST_HOP_TEXT = 2_500_000
+READ_HOPS = (
+    "the farther the first line is above popularity, the more an expert says about a layer so many MoE layers later; the "
+    "dotted control knows the loads only."
+)
 
 
 def transitions_section(s: Statistics) -> Section:
@@ -102,16 +106,34 @@ def transitions_section(s: Statistics) -> Section:
         for n in range(len(layers) - 1)
     ]
     data = {
-        "label": f"layer {layers[0]} → layer {layers[1]} (hop 1)",
         "layers": layers,
         "experts": experts,
         "hops": hops,
         "matrices": text,
     }
-    figures = (html(figure, "transition-matrix", headline),)
-    return Section(
-        "Cross-layer transitions", headline, explanation, figures, (tuple(rows),), "transitions" if hops else "", data
+    read = (
+        "a row is an expert of the earlier layer, and its bright cells are the experts that its tokens choose in the later "
+        "layer; equal rows would mean that the layers are independent."
     )
+    return Section(
+        "Cross-layer transitions",
+        headline,
+        explanation,
+        figures=(html(figure, "transition-matrix", headline, read=read),),
+        tables=(tuple(rows),),
+        kind="transitions" if hops else "",
+        data=data,
+        controls=_sliders(len(layers), hops) if hops else "",
+    )
+
+
+def _sliders(layers: int, hops: int) -> str:
+    """The sliders that choose the layers of the shown matrix, and the label that names them."""
+    sliders = "".join(
+        f'<label for="{name}">{label}</label><input type="range" id="{name}" min="{low}" max="{high}" value="{low}">'
+        for name, label, low, high in (("layer", "earlier layer", 0, layers - 2), ("hop", "hop (layers ahead)", 1, hops))
+    )
+    return f'<p><strong id="transition-label" aria-live="polite"></strong></p><div class="sliders">{sliders}</div>'
 
 
 def hops_section(s: Statistics) -> Section:
@@ -125,12 +147,12 @@ def hops_section(s: Statistics) -> Section:
     def figure(kind: str, same: str, independent: str, chance: float, y_title: str) -> go.Figure:
         chosen = [
             Curve("given an expert, held-out problems", curve(f"held_out_{kind}")),
-            Curve("given an expert, same tokens", curve(f"conditional_{kind}")),
             Curve("given an expert, layers shuffled", curve(f"shuffled_{kind}"), CONTROL),
             Curve("popularity (the layer's most used)", curve(f"marginal_{kind}")),
+            Curve("chance", [chance] * len(hops), CHANCE),
+            Curve("given an expert, same tokens", curve(f"conditional_{kind}")),
             Curve("same expert index", curve(same)),
             Curve("same expert index, layers independent", curve(independent), CONTROL),
-            Curve("chance", [chance] * len(hops), CHANCE),
         ]
         drawn = lines(chosen, numbers, "hop (layers ahead)", y_title)
         drawn.update_xaxes(dtick=1)
@@ -157,11 +179,11 @@ def hops_section(s: Statistics) -> Section:
     if s.axes.knows_strongest:
         explanation += " Top-1 accuracy: for the strongest expert, given the strongest at the earlier layer."
         drawn = figure("top1", "same_strongest", "independent_strongest", 1 / experts, "top-1 accuracy")
-        figures.append(html(drawn, "hops-strongest", headline))
+        figures.append(html(drawn, "hops-strongest", headline, read=READ_HOPS))
     if top_k > 1:
         explanation += f" Recall@{top_k}: of the {top_k} experts with {top_k} predictions, given one at the earlier layer."
     explanation += " Predictors that use all earlier layers are evaluated by 'specmoe evaluate'."
     if top_k > 1:
         drawn = figure("topk", "same_selected", "independent_selected", top_k / experts, f"recall@{top_k}")
-        figures.append(html(drawn, "hops-selected", "Recall of all selected experts by hop."))
+        figures.append(html(drawn, "hops-selected", "Recall of all selected experts by hop.", read=READ_HOPS))
     return Section("Prediction across layers", headline, explanation, tuple(figures))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
+from analysis.counts.answers import spread, window_of
 from analysis.documents.evaluation import (
     CONTROL,
     BudgetPoint,
@@ -21,9 +22,10 @@ from analysis.documents.evaluation import (
     ReliabilityBin,
     Result,
 )
+from analysis.documents.token_results import SAMPLED_PROBLEMS, PredictedProblem
 from profiler.errors import SpecmoeError, TraceError
 from profiler.trace.reader import Trace
-from profiler.trace.splits import split_key
+from profiler.trace.splits import all_digests, split_key
 from speculation.data.history import History
 from speculation.data.repeats import UNKNOWN_TOKEN
 from speculation.data.routes import Routes, load_routes, route_digests
@@ -56,6 +58,7 @@ def evaluate(
     without: npt.NDArray[np.uint64] | None = None,
     seed: int = 0,
     with_baselines: bool = True,
+    with_sample: bool = False,
 ) -> Evaluation:
     """Evaluate a run's predictor and its baselines on one part of a trace's split.
 
@@ -71,6 +74,7 @@ def evaluate(
         without: Leave out problems with these digests (see `route_digests`).
         seed: Random seed of the shuffled control.
         with_baselines: Also evaluate the run's baselines.
+        with_sample: Also list what was predicted for some problems, token by token, for the report of `specmoe analyze`.
 
     Raises:
         TraceError: The trace's model has other sizes than the run's, or the trace does not say which of its problems the run
@@ -115,7 +119,40 @@ def evaluate(
         train_seconds=run.facts.train_seconds,
         chance=chance(shape.experts, shape.top_k, has_weights=has_weights),
         results=results,
+        sample=predicted_sample(run.predictor, trace, routes, groups) if with_sample else [],
     )
+
+
+def predicted_sample(predictor: Predictor, trace: Trace, routes: Routes, groups: dict[str, Groups]) -> list[PredictedProblem]:
+    """The K most probable experts of each token at the nearest horizon, for some problems of every dataset.
+
+    Of a long problem, these are the tokens that the report shows. groups: of `token_groups`.
+    """
+    shape = predictor.shape
+    digests = all_digests(trace)
+    chosen = routes.of_problems(np.isin(routes.problem_ids_T, sampled_problems(routes, groups)))
+    ids_TLK = np.zeros((len(chosen), shape.layers, shape.top_k), dtype=np.int64)
+    is_known_TL = np.zeros((len(chosen), shape.layers), dtype=np.bool_)
+    for tokens_T, probabilities_TLHE in predictions(predictor, chosen):
+        true = targets(chosen, shape, tokens_T, 1)
+        token_N, layer_N = np.nonzero(true.is_valid_TL)
+        best_NK = np.argsort(-probabilities_TLHE[token_N, layer_N, 0], axis=1, kind="stable")[:, : shape.top_k]
+        at = true.tokens_T[token_N], shape.target_layers(1)[layer_N]
+        ids_TLK[at], is_known_TL[at] = best_NK, True
+    found = []
+    for problem in chosen.problem_ids.tolist():
+        rows_T = np.flatnonzero(chosen.problem_ids_T == problem)
+        shown_T = rows_T[window_of(chosen.is_decode_T[rows_T])]
+        found.append(PredictedProblem.of(digests[problem], chosen.token_ids_T[shown_T], ids_TLK[shown_T], is_known_TL[shown_T]))
+    return found
+
+
+def sampled_problems(routes: Routes, groups: dict[str, Groups]) -> list[int]:
+    """The problems whose results are listed token by token, some of every dataset."""
+    ids_P, first_P = np.unique(routes.problem_ids_T, return_index=True)
+    datasets = groups.get("dataset")
+    names = [""] * len(ids_P) if datasets is None else [datasets.names[code] for code in datasets.group_T[first_P]]
+    return spread(ids_P.tolist(), names, SAMPLED_PROBLEMS)
 
 
 def recipe(run: Run) -> Recipe:

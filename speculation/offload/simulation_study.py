@@ -38,6 +38,7 @@ from speculation.offload.sweep import (
     simple_prefetcher,
     sweep,
 )
+from speculation.offload.token_outcomes import simulated_sample
 from speculation.predictors.options import TrainingOptions
 from speculation.predictors.registry import find_predictor, predictor_classes
 from speculation.training.runs import CONFIG_FILE, Run, load_run
@@ -141,7 +142,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         done += 1
         on_done(done, total)
 
-    rows = sweep(
+    rows, jobs = sweep(
         workload,
         sizes,
         policies,
@@ -176,6 +177,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
         *_drafting_notes(study, requests),
         *study.trace.caveats(),
     ]
+    best = best_of(rows)
     return Simulation(
         trace=study.trace.path.name,
         model=study.model or facts.id,
@@ -199,8 +201,9 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
             for cost in costs
         ],
         notes=notes,
-        best=best_of(rows),
+        best=best,
         rows=rows,
+        sample=simulated_sample(study.trace, routes, workload, rows, best, jobs),
     )
 
 

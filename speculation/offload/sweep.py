@@ -129,7 +129,7 @@ def sweep(
     draft_seconds: float = 0.0,
     division: Division | None = None,
     on_done: Callable[[], None] = lambda: None,
-) -> list[SimulatedRow]:
+) -> tuple[list[SimulatedRow], list[Job]]:
     """Simulate every combination of device, capacity, policy and prefetcher, on all cores.
 
     Each device also gets bounds: `on demand` (no cache, every expert is demand-loaded), `on host` (no cache, the host computes
@@ -150,20 +150,20 @@ def sweep(
         on_done: Called after every simulation, in this thread.
 
     Returns:
-        A row per simulation. `analysis.documents.simulation.DEFINITIONS` defines its numbers.
+        A row per simulation, whose numbers `analysis.documents.simulation.DEFINITIONS` defines, and the job of each row.
     """
     everything = workload.requests.num_experts * (workload.requests.layers if is_global else 1)
     # Cached properties: computed once here, instead of by every thread.
     _ = workload.ahead, workload.popularity
     none = simple_prefetcher(NONE, workload, PrefetchOptions(experts=1))
     lru = Evictor.of(Rule.LRU)
-    jobs: list[_Job] = []
+    jobs: list[Job] = []
     everywhere = Setting(Rule.LRU, 0, is_global, queue, draft_seconds=draft_seconds)
     for cost, sizes, ram in zip(costs, capacities, memories or [None] * len(costs), strict=True):
         nowhere = replace(everywhere, ram=ram)
-        jobs.append(_Job(cost, nowhere, lru, none, ON_DEMAND))
+        jobs.append(Job(cost, nowhere, lru, none, ON_DEMAND))
         if any(miss != Miss.COPY for miss in misses):
-            jobs.append(_Job(cost, replace(nowhere, miss=Miss.HOST), lru, none, ON_HOST))
+            jobs.append(Job(cost, replace(nowhere, miss=Miss.HOST), lru, none, ON_HOST))
         for capacity, policy in product(sizes, policies):
             slots = None if division is None else division(capacity)
             own_seconds = policy_seconds(workload, policy, capacity, is_global, slots)
@@ -179,15 +179,12 @@ def sweep(
                     policy_seconds=own_seconds,
                     score_seconds=policy.score_seconds,
                 )
-                jobs.append(_Job(cost, setting, policy, prefetcher))
-        jobs.append(_Job(cost, replace(everywhere, capacity=everything), lru, none, ALL_RESIDENT))
-
-    def run(job: _Job) -> SimulationResult:
-        return simulate(workload, job.setting, job.prefetcher.plan, job.cost, job.policy.scores_SX)
+                jobs.append(Job(cost, setting, policy, prefetcher))
+        jobs.append(Job(cost, replace(everywhere, capacity=everything), lru, none, ALL_RESIDENT))
 
     results: list[SimulationResult] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as threads:
-        for result in threads.map(run, jobs):
+        for result in threads.map(lambda job: job.run(workload), jobs):
             results.append(result)
             on_done()
     slowest = {id(job.cost): result for job, result in zip(jobs, results, strict=True) if job.label == ON_DEMAND}
@@ -195,14 +192,15 @@ def sweep(
         size: Gap(workload, size, is_global, None if division is None else division(size))
         for size in {size for sizes in capacities for size in sizes}
     }
-    return [
+    rows = [
         _row(workload, job, result, everything, slowest[id(job.cost)].tokens_per_second, gaps.get(job.setting.capacity))
         for job, result in zip(jobs, results, strict=True)
     ]
+    return rows, jobs
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One simulation. label: what bound it is, if it is one."""
 
     cost: Costs | None
@@ -211,10 +209,16 @@ class _Job:
     prefetcher: Prefetcher
     label: str | None = None
 
+    def run(self, workload: Workload, *, with_outcomes: bool = False) -> SimulationResult:
+        """Simulate it. with_outcomes: also record what happened to each requested expert."""
+        return simulate(
+            workload, self.setting, self.prefetcher.plan, self.cost, self.policy.scores_SX, with_outcomes=with_outcomes
+        )
+
 
 def _row(
     workload: Workload,
-    job: _Job,
+    job: Job,
     result: SimulationResult,
     everything: int,
     on_demand: float | None,

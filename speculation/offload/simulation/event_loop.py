@@ -16,6 +16,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from analysis.documents.token_results import DEMAND, HIT, LATE
 from speculation.offload.eviction_policies import begin_step, demote_oldest, note_next_use, note_use, set_scores
 from speculation.offload.numba_recompiling import recompile_after
 from speculation.offload.plans import PrefetchPlan
@@ -43,6 +44,7 @@ from speculation.offload.state import COMING, MISSED, NEVER, ORDER, PRESENT, WAI
 
 recompile_after(
     __file__,
+    "analysis.documents.token_results",
     "speculation.offload.eviction_policies",
     "speculation.offload.state",
     "speculation.offload.simulation.background",
@@ -102,6 +104,7 @@ def play(
     """
     layers, num_experts = limits.layers, limits.num_experts
     can_copy = np.isfinite(limits.copy_seconds)
+    outcomes_N = found.outcomes
     clock = clocks[0]
     if plan is not None:
         # Here, because numba counts a reference whenever an array is taken out of a tuple.
@@ -160,7 +163,7 @@ def play(
                         note_keys(pool, experts, slots, keys)
                 start, size = starts_R[clock.request], starts_R[clock.request + 1] - starts_R[clock.request]
                 misses, late, needed = _look_up(
-                    start, size, experts_N, next_use_N, plan, tiers, clock, limits, experts, keys, counts
+                    start, size, experts_N, next_use_N, plan, tiers, clock, limits, experts, keys, counts, outcomes_N
                 )
                 hits += size - misses - late
                 on_device, host_ends = size, 0.0
@@ -267,6 +270,7 @@ def _look_up(
     experts: Experts,
     keys: Integers,
     counts: Integers,
+    outcomes_N: npt.NDArray[np.uint8],
 ) -> tuple[int, int, float]:
     """Look the experts of a request up in the cache.
 
@@ -279,6 +283,7 @@ def _look_up(
     for at in range(start, start + size):
         expert = experts[layer * limits.num_experts + experts_N[at]]
         expert.chosen_by = request
+        outcome = HIT
         if limits.rule == Rule.BELADY:
             note_next_use(expert, next_use_N[at], limits.rule)
         if expert.slot >= 0:
@@ -287,7 +292,10 @@ def _look_up(
                 if expert.where == COMING and expert.arrival > clock.now:
                     late += 1
                     needed = max(needed, expert.arrival)
+                    outcome = LATE
                     if tiers is not None:
+                        if len(outcomes_N):
+                            outcomes_N[at] = outcome
                         continue
                 # It is not evicted before its layer is done: it does not matter that it may still be in transfer.
                 expert.where = PRESENT
@@ -299,6 +307,9 @@ def _look_up(
             if expert.evicted_in == clock.step:
                 counts[clock.kind, layer, Count.COLLISION.value] += 1
             expert.where = MISSED
+            outcome = DEMAND
+        if len(outcomes_N):
+            outcomes_N[at] = outcome
     counts[clock.kind, layer, Count.REQUESTED.value] += size
     counts[clock.kind, layer, Count.HIT.value] += size - late - misses
     counts[clock.kind, layer, Count.LATE.value] += late

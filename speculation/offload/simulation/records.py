@@ -113,11 +113,17 @@ class StepInputs(NamedTuple):
 
 
 class StepResults(NamedTuple):
-    """What is found of each step: experts that were in the cache, when it ends, and how long computation waited."""
+    """What is found.
+
+    hits, ends, stalls: of each step, experts that were in the cache, when it ends, and how long computation waited. outcomes:
+    of each entry of `Requests.experts_N`, whether it was `HIT`, `LATE` or in `DEMAND` (`analysis.documents.token_results`);
+    not recorded without room for it.
+    """
 
     hits: Integers
     ends: Seconds
     stalls: Seconds
+    outcomes: npt.NDArray[np.uint8]
 
 
 class Limits(NamedTuple):

@@ -82,6 +82,7 @@ class SimulationResult:
         counts_LC: Events per layer while tokens were generated, `[L, len(Count)]`.
         prefill_counts_LC: The same for prompts.
         hits_S: Experts that were in the cache in each step, prompts included.
+        outcomes_N: `HIT`, `LATE` or `DEMAND` for each entry of `Requests.experts_N`; empty unless it was asked for.
         decode_seconds, prefill_seconds: Total time; zero without costs.
         decode_stall: Time in which the computation waited for transfers while tokens were generated.
     """
@@ -90,6 +91,7 @@ class SimulationResult:
     counts_LC: npt.NDArray[np.int64]
     prefill_counts_LC: npt.NDArray[np.int64]
     hits_S: npt.NDArray[np.int64]
+    outcomes_N: npt.NDArray[np.uint8]
     decode_tokens: int
     decode_seconds: float
     decode_stall: float
@@ -162,6 +164,8 @@ def simulate(
     plan: PrefetchPlan | None = None,
     costs: Costs | None = None,
     scores_SX: npt.NDArray[np.float32] | None = None,
+    *,
+    with_outcomes: bool = False,
 ) -> SimulationResult:
     """Play the requests against a cache that is filled at first with the most popular experts.
 
@@ -174,6 +178,7 @@ def simulate(
         plan: What to prefetch, and when; default: nothing.
         costs: Default: transfers and computation take no time.
         scores_SX: For `Rule.LEARNED`: the worth of every expert in each step, 0 to 1, float32 `[S, L * E]`.
+        with_outcomes: Also record what happened to each requested expert.
 
     Raises:
         SpecmoeError: A capacity is negative, the queue has no room, a time constant is not positive, scores are missing, or the
@@ -196,7 +201,12 @@ def simulate(
     pools = _pools(capacities, requests)
     slots = int(pools["capacity"].sum())
     counts_KLC = np.zeros((2, requests.layers, len(Count)), dtype=np.int64)
-    found = StepResults(np.zeros(requests.steps, dtype=np.int64), np.zeros(requests.steps), np.zeros(requests.steps))
+    found = StepResults(
+        hits=np.zeros(requests.steps, dtype=np.int64),
+        ends=np.zeros(requests.steps),
+        stalls=np.zeros(requests.steps),
+        outcomes=np.zeros(len(requests.experts_N) if with_outcomes else 0, dtype=np.uint8),
+    )
     play(
         requests.experts_N,
         requests.starts_R,
@@ -229,6 +239,7 @@ def simulate(
         counts_LC=counts_KLC[1],
         prefill_counts_LC=counts_KLC[0],
         hits_S=found.hits,
+        outcomes_N=found.outcomes,
         decode_tokens=int(requests.kept_S[is_decode_S].sum()),
         decode_seconds=float(spans_S[is_decode_S].sum()),
         decode_stall=float(np.inf if is_endless else found.stalls[is_decode_S].sum()),

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from support.frames import counted, make_axes, make_frame
 
+from analysis.counts.answers import Answer
 from analysis.counts.counting import TraceCounts
 from analysis.report import write_report
+from analysis.report.answers import ShownAnswer, window_for
 from analysis.report.figures import COLORS, DASHES, Curve, lines
 from analysis.statistics.compute import Source, Statistics, make_statistics
 from profiler.trace.schema import Metadata, ModelMetadata
@@ -45,12 +47,39 @@ def embedded(page: str, kind: str) -> dict[str, Any]:
     return document
 
 
-def test_48_layers_of_128_experts_are_below_8_mb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def answers_of(layers: int, experts: int, top_k: int) -> list[ShownAnswer]:
+    """More answers than fit into a page, with weights and margins."""
+    random = np.random.default_rng(0)
+    tokens = window_for(layers, experts, top_k)
+    shape = (tokens, layers, top_k)
+    return [
+        ShownAnswer(
+            Answer(
+                problem_id=number,
+                digest=number,
+                domain="ab"[number % 2],
+                prompt="a prompt " * 30,
+                recorded=1000,
+                token_ids_T=np.arange(tokens),
+                keys=[None] * tokens,
+                is_decode_T=np.arange(tokens) > 9,
+                expert_ids_TLK=random.integers(0, experts, shape),
+                weights_TLK=random.random(shape),
+                margins_TL=random.random(shape[:2]),
+            ),
+            [f" token{each}" for each in range(tokens)],
+        )
+        for number in range(48)
+    ]
+
+
+def test_48_layers_of_128_experts_are_below_10_mb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Clusters take half a minute and a few lines of the page.
     monkeypatch.setattr("analysis.statistics.compute.cluster_experts", lambda *arguments: [])
     statistics = statistics_of(48, 128, 8, 3000, 4)
-    write_report(statistics, tmp_path / "report.html", [f"token {number}" for number in range(400)])
-    assert (tmp_path / "report.html").stat().st_size < 8_000_000
+    labels = [f"token {number}" for number in range(400)]
+    write_report(statistics, tmp_path / "report.html", labels, answers=answers_of(48, 128, 8))
+    assert (tmp_path / "report.html").stat().st_size < 10_000_000
     page = (tmp_path / "report.html").read_text()
     data = embedded(page, "transitions")
     assert 1 <= data["hops"] < 4
@@ -59,6 +88,8 @@ def test_48_layers_of_128_experts_are_below_8_mb(tmp_path: Path, monkeypatch: py
     expected = np.concatenate([statistics.probabilities[k - 1, : 48 - k].ravel() for k in range(1, data["hops"] + 1)])
     assert (matrices / 255) ** 2 == pytest.approx(expected, abs=0.005)
     assert len(embedded(page, "load")["tokens"]) == 48
+    # Not all of the answers fit; those that do show most of what there is room for.
+    assert 16 <= len(embedded(page, "answers")["problems"]) < 48
 
 
 def test_hops_that_do_not_fit_are_left_out_but_never_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,15 @@ def test_files_of_a_trace(trace: Trace, tmp_path: Path) -> None:
         assert headline
     titles = [title for title, _ in findings]
     assert titles == [
+        "One answer, token by token",
         "Expert load",
         "Cross-layer transitions",
+        "Flow between layers",
         "Prediction across layers",
         "Repetition over tokens",
         "Reuse of experts",
+        "Cache size and misses",
+        "Working set over time",
         "Pairs within a token",
         "Domains",
         "Clusters of experts",
@@ -126,9 +131,12 @@ def test_one_layer_one_expert_per_token_and_no_weights(
     problems = random_problems(count=3, tokens=6, layers=1, num_experts=3, top_k=1)
     _, findings = analyze_trace(make_trace(problems, 3), tmp_path / "r")
     assert [title for title, _ in findings] == [
+        "One answer, token by token",
         "Expert load",
         "Repetition over tokens",
         "Reuse of experts",
+        "Cache size and misses",
+        "Working set over time",
         "Routing weights",
         "Predictability",
     ]
@@ -170,9 +178,12 @@ def test_odd_traces_are_told_truly(kind: str, make_trace: MakeTrace, tmp_path: P
             ids[:] = [2, 1]
         problems.append((ids, np.tile([0.6, 0.4], (tokens, 3, 1))))
     _, findings = analyze_trace(make_trace(problems, experts), tmp_path / "r")
-    text = " ".join(headline for _, headline in findings)
+    page = (tmp_path / "r" / "report.html").read_text()
+    cards = re.sub("<.*?>", " ", page[page.index('<div class="cards">') : page.index("<section")])
+    text = " ".join([cards, *(headline for _, headline in findings)])
+    assert "Load balance" in text
     assert "nan" not in text
-    assert "inf" not in text
+    assert not re.search(r"\binf\b", text)
     if kind == "one problem":
         assert "too few problems" in dict(findings)["Prediction across layers"]
         assert "too few tokens to identify preferred pairs" in dict(findings)["Pairs within a token"]
@@ -204,6 +215,11 @@ def test_several_traces_are_compared(make_trace: MakeTrace, random_problems: Mak
     assert rows["chance of an expert (K/E)"] == {"plain": 0.25, "linked": 0.25}
     assert "Jensen-Shannon" in dict(findings)["Expert load"]
     assert "Layers predict the next layer best in linked" in dict(findings)["Side by side"]
+    (difference,) = document.differences
+    assert (difference.first, difference.second, len(difference.share)) == ("plain", "linked", 3)
+    # Only the second layer was changed.
+    assert difference.moved[0] == difference.moved[2] == 0
+    assert "experts have another share" in dict(findings)["Differences: plain and linked"]
     for name in ("plain", "linked"):
         assert (tmp_path / "r" / name / "report.html").is_file()
     assert document.traces.keys() == {"plain", "linked"}

@@ -87,6 +87,10 @@ def test_a_run_is_worth_something_or_not(trace: Trace, run: Path, runner: CliRun
     # What is written is what is read.
     read = read_simulation(out)
     assert read.to_json() == text
+    # Token by token: what gains most by prefetching.
+    best = max(read.best, key=lambda row: row.gain or 0)
+    assert read.sample is not None
+    assert (read.sample.device, read.sample.capacity, read.sample.prefetch) == (best.device, best.capacity, best.prefetch)
     assert (read.part, read.layers, read.num_experts, read.top_k) == ("test", 16, 64, 8)
     # Two devices: bounds, and two sizes of two policies with none, the run, its control, and the oracle.
     assert len(rows) == 2 * (2 + 2 * 2 * 4)

@@ -1,6 +1,6 @@
 """Continue the demo's prompts several times with the embedded model, and record routing and router inputs of all layers.
 
-    python -m benchmarks.sample_prompts --out DIR [--texts 4] [--new-tokens 352]
+    python -m benchmarks.router_inputs.sample_prompts --out DIR [--texts 4] [--new-tokens 352]
 
 Every text is sampled at temperature 1, with vLLM on this machine. Generation does not stop at the end of a document: the model
 then begins another one of the same kind, as in its training. Writes the traces DIR/seed-0, DIR/seed-1, ...; finished ones are

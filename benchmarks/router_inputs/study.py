@@ -2,9 +2,9 @@
 
     python -m benchmarks.router_inputs --out DIR [--seeds 3] [--only NAME ...]
 
-Samples texts from the embedded demo model with vLLM on this machine (`benchmarks.sample_prompts`), trains predictors on routes,
+Samples texts from the embedded demo model with vLLM on this machine (`sample_prompts`), trains predictors on routes,
 on router inputs and on both, and evaluates them on the generated tokens of test prompts: all domains and each of them, also
-after training on one domain only, and with reduced router inputs (`benchmarks.reduced_inputs`). Everything in DIR is kept, so
+after training on one domain only, and with reduced router inputs (`reduced_inputs`). Everything in DIR is kept, so
 an interrupted call can be repeated. Writes DIR/router-inputs.csv with a row for each run, layers ahead and domain,
 DIR/tables.md, and DIR/router-inputs.html with the plot. Trains for hours of one core; --seeds 1 takes a third.
 """
@@ -25,10 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.reduced_inputs import Kind, Reducer, Reduction, without_routes
-from benchmarks.router_input_tables import write_results
-from benchmarks.sample_prompts import add_arguments
-from benchmarks.sampled_texts import Texts, load_texts
+from benchmarks.router_inputs.reduced_inputs import Kind, Reducer, Reduction, without_routes
+from benchmarks.router_inputs.sample_prompts import add_arguments
+from benchmarks.router_inputs.sampled_texts import Texts, load_texts
+from benchmarks.router_inputs.tables import write_results
 from profiler.errors import SpecmoeError
 from profiler.trace.reader import Trace
 from profiler.trace.writer import write_text
@@ -183,7 +183,7 @@ def score(predictor: Predictor, seen: Routes, truth: Routes) -> Score:
 
 
 def run(experiment: Experiment, texts: Texts, shape: Shape) -> dict[str, Any]:
-    """Train and evaluate; returns what `router_input_tables` reads."""
+    """Train and evaluate; returns what `tables` reads."""
     domain = None if experiment.trained_on == ALL else experiment.trained_on
     train, validation, test = texts.of("train", domain), texts.of("validation", domain), texts.of("test")
     seen = [train, validation, test]
@@ -236,7 +236,7 @@ def main() -> None:
     keep_settings(arguments.out, texts_of | {"epochs": arguments.epochs})
     folder = arguments.out / "traces"
     given = [text for name, value in texts_of.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    subprocess.run([sys.executable, "-m", "benchmarks.sample_prompts", "--out", str(folder), *given], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.router_inputs.sample_prompts", "--out", str(folder), *given], check=True)
     traces = [Trace.open(folder / f"seed-{seed}") for seed in range(arguments.texts)]
     texts = load_texts(traces)
     shape = Shape.of(traces[0].metadata.model, HORIZON)
@@ -283,7 +283,3 @@ def describe(texts: Texts) -> str:
             f"{int(routes.is_decode_T.sum()):,} generated tokens ({by_domain}), {len(routes):,} with those of prompts"
         )
     return "\n".join([*lines, f"{texts.dropped} near duplicates were left out"])
-
-
-if __name__ == "__main__":
-    main()

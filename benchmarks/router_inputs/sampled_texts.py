@@ -1,6 +1,6 @@
 """Texts sampled from the embedded demo model, with router inputs: freed of near duplicates, split by prompt.
 
-`benchmarks.sample_prompts` collects them. All texts that continue a prompt are one problem.
+`sample_prompts` collects them. All texts that continue a prompt are one problem.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.reduced_inputs import POINT, bytes_for, frontier, marginal_prices
+from benchmarks.router_inputs.reduced_inputs import POINT, bytes_for, frontier, marginal_prices
 from benchmarks.studies import markdown, write_rows
 from profiler.trace.writer import write_text
 
