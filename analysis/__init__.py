@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from analysis.documents.curves import CacheCurves, read_curves
     from analysis.documents.evaluation import Evaluation, read_evaluation
     from analysis.documents.fit_report import Fit, read_fit
+    from analysis.documents.schemas import document_schemas
     from analysis.documents.simulation import Simulation, read_simulation
     from analysis.documents.statistics import StatisticsDocument, read_statistics
     from analysis.statistics.agreement import Agreement, prompt_agreement
@@ -30,6 +31,7 @@ __all__ = [
     "TraceCounts",
     "compute_statistics",
     "count_trace",
+    "document_schemas",
     "prompt_agreement",
     "read_curves",
     "read_evaluation",
@@ -47,6 +49,7 @@ _MODULES = {
     "read_evaluation": "documents.evaluation",
     "Fit": "documents.fit_report",
     "read_fit": "documents.fit_report",
+    "document_schemas": "documents.schemas",
     "Simulation": "documents.simulation",
     "read_simulation": "documents.simulation",
     "StatisticsDocument": "documents.statistics",

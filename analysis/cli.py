@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,14 +13,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from analysis.counts.survey import Choice
+from analysis.documents.curves import read_curves
 from analysis.documents.evaluation import read_evaluation
 from analysis.documents.simulation import read_simulation
+from analysis.documents.statistics import STATISTICS_FILE
 from profiler.errors import UsageError, counted, printable
 from profiler.trace.reader import Trace
 
 if TYPE_CHECKING:
     from analysis.analyze import Findings
-    from analysis.documents.statistics import ComparisonDocument, StatisticsDocument
     from analysis.statistics.compute import Statistics
 
 app = typer.Typer()
@@ -44,17 +46,26 @@ def analyze(
     simulation: Annotated[
         list[Path] | None, typer.Option(help="Folder written by 'specmoe simulate --out'; may be repeated.")
     ] = None,
+    curves: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder written by 'specmoe curve --out', for the misses by cache size; may be repeated."),
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
             help="Folder or hub id of a tokenizer for the text of tokens. Default: the model's, if already downloaded."
         ),
     ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="Folder for each figure as SVG and PNG for papers, with its data as CSV; needs matplotlib."),
+    ] = None,
     by: Annotated[str, typer.Option(help="Column of problems.parquet whose values are the domains.")] = "dataset",
     without: Annotated[
         str | None, typer.Option(help="Boolean column of problems.parquet; problems where it is true are left out.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the shuffled controls.")] = 0,
+    open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print statistics.json.")] = False,
 ) -> None:
     """Analyze routing: load, transitions, repetition, pairs, domains, clusters and weights, each with its control.
@@ -65,15 +76,22 @@ def analyze(
 
     evaluations = [read_evaluation(path) for path in evaluation or []]
     simulations = [read_simulation(path) for path in simulation or []]
+    if figures is not None:
+        # A missing package is reported before a long analysis, not after it.
+        import analysis.report.paper_figures  # noqa: F401
+
+    hit_rates = [read_curves(path) for path in curves or []]
     opened = [Trace.open(path) for path in traces]
     choice = Choice(by, without)
-    document: StatisticsDocument | ComparisonDocument
     if len(opened) > 1:
-        if evaluations or simulations or tokenizer:
+        if evaluations or simulations or hit_rates or tokenizer:
             raise UsageError(
-                "--evaluation, --simulation and --tokenizer need a single trace: several traces are compared with each other"
+                "--evaluation, --simulation, --curves and --tokenizer need a single trace: several traces are compared with "
+                "each other"
             )
-        document, findings = compare_traces(opened, out, hops=hops, choice=choice, seed=seed, compute=compute_with_progress)
+        findings = compare_traces(
+            opened, out, hops=hops, choice=choice, seed=seed, figures=figures, compute=compute_with_progress
+        )[1]
     else:
         statistics, findings = analyze_trace(
             opened[0],
@@ -83,14 +101,17 @@ def analyze(
             seed=seed,
             evaluations=evaluations,
             simulations=simulations,
+            curves=hit_rates,
             tokenizer=tokenizer,
+            figures=figures,
             compute=compute_with_progress,
         )
-        document = statistics.to_document()
         if not as_json:
             print_statistics(statistics)
+    if open_report and not webbrowser.open((out / "report.html").resolve().as_uri()):
+        messages.print("no browser was found to open the report", markup=False)
     if as_json:
-        typer.echo(document.to_json(), nl=False)
+        typer.echo((out / STATISTICS_FILE).read_text(encoding="utf-8"), nl=False)
         return
     print_findings(findings)
     typer.echo(f"report: {out / 'report.html'}")

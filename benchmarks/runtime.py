@@ -492,6 +492,7 @@ class Simulator:
             token_seconds=0.0,
             layer_seconds=base.layer_seconds,
             layer_token_seconds=0.0,
+            computes_on_arrival=True,
         )
         routes, requests, plan = self._routes, self._requests, None
         if row.predictor is not None:

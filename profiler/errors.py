@@ -110,7 +110,8 @@ class EngineStoppedError(EngineError):
 # Optional packages, by the extra that installs them.
 EXTRAS = {
     "collect": ("datasets", "huggingface_hub", "psutil", "pynvml", "safetensors", "torch", "transformers"),
-    "analysis": ("jinja2", "numba", "plotly", "scipy", "sklearn", "tokenizers"),
+    "analysis": ("jinja2", "numba", "plotly", "scipy", "sklearn", "threadpoolctl", "tokenizers"),
+    "figures": ("matplotlib",),
     "train": ("accelerate", "numba", "safetensors", "tensorboardX", "threadpoolctl", "torch"),
     "live": ("prometheus_client",),
     "lowmem": ("bitsandbytes",),

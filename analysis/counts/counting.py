@@ -18,6 +18,7 @@ from analysis.counts.contexts import ContextCounts
 from analysis.counts.frames import EVERY_PROBLEM, ProblemFacts, problem_facts, read_frames
 from analysis.counts.load import LoadCounts, ProblemBlocks
 from analysis.counts.locality import RepetitionCounts, ReuseCounts
+from analysis.counts.longest import LongestProblem
 from analysis.counts.pairs import PairCounts
 from analysis.counts.survey import EVERYTHING, Axes, Choice, Survey, make_axes, survey_trace
 from analysis.counts.transitions import TransitionCounts, transition_bytes
@@ -30,8 +31,11 @@ TABLE_BYTES = 320 << 20
 # Limit on the transition tables, the largest ones, of one thread.
 MAX_TRANSITION_BYTES = 100 << 20
 DEFAULT_HOPS = 8
+# A thread starts with empty tables and ends with adding them up, which takes as long as counting a row for every so many bytes.
+BYTES_PER_ROW = 400
+MIN_ROWS_PER_THREAD = 100_000
 # Version of the stored counts; raise it with every change of a kernel, so that counts of different meanings are never merged.
-COUNTS_VERSION = 1
+COUNTS_VERSION = 2
 # Stored counts are mostly zeros and compress well, so the uncompressed size is checked before they are unpacked.
 MAX_STORED_BYTES = 2 << 30
 
@@ -55,6 +59,7 @@ class TraceCounts:
         contexts: Experts selected in simple contexts.
         weights: Histograms of routing weights by rank.
         margins: Histograms of the margin between router logits.
+        longest: The routing of the longest problem, as it was recorded.
 
     Example:
         >>> from profiler import Trace
@@ -74,6 +79,7 @@ class TraceCounts:
         self.contexts = ContextCounts(axes)
         self.weights = WeightCounts(axes)
         self.margins = MarginCounts(axes)
+        self.longest = LongestProblem(axes)
 
     @property
     def parts(self) -> dict[str, Accumulator]:
@@ -199,7 +205,7 @@ def count_trace(
             given.
         axes: Axes of the tables, for counts that will be merged with others. None to derive them from the trace (`axes_of`).
         problems: Range of problem ids to count; others are skipped.
-        workers: Number of threads. None for one per core, as far as their tables fit into 320 MiB.
+        workers: Number of threads. None for one per core, as far as their tables fit into 320 MiB and each has enough rows.
         on_progress: Called with the number of tokens counted since the last call, from one thread at a time.
 
     Returns:
@@ -220,7 +226,7 @@ def count_trace(
     total.count_logits(trace, facts, problems)
     if workers is None:
         blocks = min(ProblemBlocks.MAX_BYTES, len(facts.ids_P) * ProblemBlocks.bytes_of(axes))
-        workers = max(1, min(_cores(), TABLE_BYTES // (_bytes(total) + blocks)))
+        workers = _workers(_bytes(total), blocks, trace.num_rows)
     spans = trace.spans(workers) if workers > 1 else [EVERY_PROBLEM]
     chosen = [range(max(span.start, problems.start), min(span.stop, problems.stop)) for span in spans]
     chosen = [span for span in chosen if span]
@@ -243,6 +249,12 @@ def count_trace(
         for done in [pool.submit(count, span) for span in chosen]:
             done.result()
     return total
+
+
+def _workers(table_bytes: int, block_bytes: int, rows: int) -> int:
+    """Number of threads: their tables must fit into memory, and each must have rows enough to pay for its tables."""
+    enough = max(MIN_ROWS_PER_THREAD, table_bytes // BYTES_PER_ROW)
+    return max(1, min(_cores(), TABLE_BYTES // (table_bytes + block_bytes), rows // enough))
 
 
 def _cores() -> int:

@@ -130,6 +130,7 @@ class SimulatedCosts(BaseModel):
     host_token_seconds: float = 0.0
     host_latency: float = 0.0
     storage_seconds: float | None = None
+    computes_on_arrival: bool = False
     assumptions: list[str] = []
 
 

@@ -62,6 +62,18 @@ class TransitionRecord(_Record):
     independent_selected: Values
 
 
+class FlowRecord(_Record):
+    """The strongest transitions from the MoE layer with index `layer` to the next, each `[N]`; excess: of all of them."""
+
+    layer: int
+    earlier: list[int]
+    later: list[int]
+    share: Values
+    lift: Values
+    excess: Number
+    excess_shuffled: Number
+
+
 class RepetitionRecord(_Record):
     """Experts that a token has in common with an earlier one: by distance and layer, and for shuffled tokens `[L]`."""
 
@@ -111,6 +123,29 @@ class ReuseRecord(_Record):
     working_set_shuffled: Values
     adjacent: Values
     adjacent_shuffled: Values
+
+
+class CacheSizesRecord(_Record):
+    """Share of the selected experts that a layer's cache lacks, by layer and number of slots in `sizes`."""
+
+    sizes: list[int]
+    lru_low: Table
+    lru_high: Table
+    popular: Table
+
+
+class WorkingSetRecord(_Record):
+    """Distinct experts in the last tokens of the longest problem: by number of tokens in `windows` and by token; for tokens in
+    random order, by window. decode_from: position of the first generated token, if there is one.
+    """
+
+    windows: list[int]
+    problem: int
+    tokens: int
+    positions: list[int]
+    decode_from: int | None
+    distinct: Table
+    shuffled: Values
 
 
 class PairRecord(_Record):
@@ -240,9 +275,12 @@ class StatisticsDocument(_Record):
     chance: Chance
     load: list[LoadRecord]
     transitions: list[TransitionRecord]
+    flow: list[FlowRecord] = []
     repetition: RepetitionRecords
     mixtral_table_5: list[Table5Record]
     reuse: ReuseRecord
+    cache_sizes: CacheSizesRecord | None = None
+    working_set: WorkingSetRecord | None = None
     pairs: PairRecord | None
     domains: list[DomainRecord]
     specialisation: list[SpecializationRecord]
@@ -267,13 +305,48 @@ class AgreementRecord(_Record):
     shared_shuffled: Values
 
 
+class DatasetDifferenceRecord(_Record):
+    """How two traces differ on one dataset, or on all: see `LoadDifferenceRecord`; entropy: of the load, over its maximum."""
+
+    dataset: str
+    problems: tuple[int, int]
+    moved: Number
+    moved_halves: Number
+    entropy: Number
+    entropy_low: Number
+    entropy_high: Number
+
+
+class LoadDifferenceRecord(_Record):
+    """Expert load of the first trace minus that of the second, with 95 % intervals over problems.
+
+    share, low, high `[L][E]`: in units of an even share. found: experts whose interval does not contain 0; found_halves: of two
+    halves of the first trace, and of the second. moved, moved_halves `[L]`: share of selections that would have to move.
+    """
+
+    first: str
+    second: str
+    is_paired: bool
+    share: Table
+    low: Table
+    high: Table
+    found: int
+    found_halves: tuple[Number, Number]
+    moved: Values
+    moved_halves: Values
+    datasets: list[DatasetDifferenceRecord]
+
+
 class ComparisonDocument(_Record):
-    """Several traces side by side. traces: path by name. figures: value by figure and name. agreement: by pair of names."""
+    """Several traces side by side. traces: path by name. figures: value by figure and name. agreement: by pair of names.
+    differences: of each pair of traces of the same shape.
+    """
 
     version: int = 1
     traces: dict[str, str]
     figures: dict[str, dict[str, Number]]
     agreement: dict[str, AgreementRecord]
+    differences: list[LoadDifferenceRecord] = []
 
     def to_json(self) -> str:
         """The file's content."""

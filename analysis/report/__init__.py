@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from analysis.documents.curves import CacheCurves
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
 from analysis.report.answers import ShownAnswer
@@ -18,6 +19,7 @@ from analysis.report.overview import Card, overview
 from analysis.report.sections import all_sections
 from analysis.statistics.agreement import Agreement
 from analysis.statistics.compute import Statistics
+from analysis.statistics.differences import LoadDifference
 from profiler.errors import counted
 from profiler.trace.writer import write_text
 
@@ -31,13 +33,14 @@ def write_report(
     evaluations: Sequence[Evaluation] = (),
     simulations: Sequence[Simulation] = (),
     answers: Sequence[ShownAnswer] = (),
+    curves: Sequence[CacheCurves] = (),
 ) -> list[tuple[str, str]]:
     """Write the page of one trace and return the title and headline of each section.
 
-    labels: of the tokens in the vocabulary (`labels.token_labels`); evaluations: of predictors; simulations: of caches;
-    answers: problems to show token by token.
+    labels: of the tokens in the vocabulary (`labels.token_labels`); evaluations: of predictors; simulations,
+    curves: of caches; answers: problems to show token by token.
     """
-    sections = all_sections(statistics, labels, evaluations, simulations, answers)
+    sections = all_sections(statistics, labels, evaluations, simulations, answers, curves)
     model = statistics.source.metadata.model.id
     title = "Expert routing of an unknown model" if model == "unknown" else f"Expert routing of {model}"
     _write(path, title, _facts(statistics), sections, overview(statistics, sections, evaluations, simulations))
@@ -45,13 +48,18 @@ def write_report(
 
 
 def write_comparison(
-    compared: dict[str, Statistics], path: Path, agreements: dict[str, Agreement], paired: set[tuple[str, str]]
+    compared: dict[str, Statistics],
+    path: Path,
+    agreements: dict[str, Agreement],
+    paired: set[tuple[str, str]],
+    differences: Sequence[LoadDifference] = (),
 ) -> list[tuple[str, str]]:
     """Write the page that compares several traces, by the names shown for them; returns what `write_report` returns.
 
-    agreements: of pairs of traces with prompts in common; paired: the pairs of traces with the same problems.
+    agreements: of pairs of traces with prompts in common; paired: the pairs of traces with the same problems;
+    differences: of pairs of traces.
     """
-    sections = comparison_sections(compared, agreements, paired)
+    sections = comparison_sections(compared, agreements, paired, differences)
     _write(path, "Expert routing compared", compared_facts(compared), sections)
     return [(section.title, section.headline) for section in sections]
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 
 from analysis.counts.locality import DISTANCES
+from analysis.report.differences import differences_section
 from analysis.report.figures import CHANCE, CONTROL, Curve, Section, heat_map, html, lines
 from analysis.statistics.agreement import Agreement
 from analysis.statistics.compute import Statistics, mean, show
+from analysis.statistics.differences import LoadDifference
 from analysis.statistics.domains import DomainDistance, distance_of
 from analysis.statistics.locality import repetition_chance
 from profiler.errors import counted
@@ -80,12 +83,17 @@ def load_distances(compared: dict[str, Statistics], paired: set[tuple[str, str]]
 
 
 def comparison_sections(
-    compared: dict[str, Statistics], agreements: dict[str, Agreement], paired: set[tuple[str, str]]
+    compared: dict[str, Statistics],
+    agreements: dict[str, Agreement],
+    paired: set[tuple[str, str]],
+    differences: Sequence[LoadDifference] = (),
 ) -> list[Section]:
     """The sections of what can be compared; traces of different shapes are shown over relative depth."""
     sections = [_figures(compared)]
     if agreements:
         sections.append(_agreement(agreements, compared))
+    for number, each in enumerate(differences, start=1):
+        sections.append(differences_section(each, compared[each.first].axes.moe_layers, number))
     sections.append(_load(compared, paired))
     if all(s.hops for s in compared.values()):
         sections.append(_hops(compared))

@@ -32,10 +32,33 @@ LABEL_CHARACTERS, LABEL_WIDTH, LABEL_LINE = 22, 172, 15
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A figure of a page.
+
+    Attributes:
+        name: Id of its element on the page, and name of its files.
+        description: Text for screen readers.
+        figure: The figure, from which `analysis.report.paper_figures` writes files for papers.
+        content: Its HTML.
+        rows: Its data as a table, the header first, where the lines of the figure are not the data themselves.
+    """
+
+    name: str
+    description: str
+    figure: go.Figure
+    content: str
+    rows: Sequence[Sequence[Any]] = ()
+
+    def __html__(self) -> str:
+        """The HTML; templates call it."""
+        return self.content
+
+
+@dataclass(frozen=True)
 class Section:
     """One part of a page: a headline computed from the data, figures, tables, and how the numbers are computed.
 
-    figures: HTML, from `html`. tables: rows of cells, the header first; the page shows them on demand. kind: the script that
+    figures: from `html`. tables: rows of cells, the header first; the page shows them on demand. kind: the script that
     makes the section interactive, if any; data: JSON values for that script. controls: HTML before the first figure, for the
     script; whoever writes it escapes what comes from a trace.
     """
@@ -43,7 +66,7 @@ class Section:
     title: str
     headline: str
     explanation: str
-    figures: tuple[str, ...] = ()
+    figures: tuple[Drawing, ...] = ()
     tables: tuple[tuple[tuple[str, ...], ...], ...] = ()
     kind: str = ""
     data: dict[str, Any] = field(default_factory=dict)
@@ -186,8 +209,18 @@ LABELS = 175
 FAINT = "rgba(128, 128, 128, 0.25)"
 
 
-def html(figure: go.Figure, name: str, description: str, left: int = 68, *, read: str = "") -> str:
-    """The figure as HTML, which the page's script draws. name: id of its element; description: text for screen readers.
+def html(
+    figure: go.Figure,
+    name: str,
+    description: str,
+    left: int = 68,
+    *,
+    read: str = "",
+    rows: Sequence[Sequence[Any]] = (),
+) -> Drawing:
+    """The figure with its HTML, which the page's script draws.
+
+    name: id of its element; description: text for screen readers; rows: `Drawing.rows`.
 
     left: pixels for the labels of the y axis, as Plotly's automatic margins can cause a warning on narrow pages. read: one
     sentence on how to read the figure, shown below it.
@@ -205,11 +238,12 @@ def html(figure: go.Figure, name: str, description: str, left: int = 68, *, read
     # A browser ends a script at "</script", wherever it stands.
     content = figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     caption = f"<figcaption><b>How to read this:</b> {escape(read)}</figcaption>" if read else ""
-    return (
+    drawn = (
         f'<figure><div class="figure" role="img" aria-label="{escape(description)}">'
         f'<div class="plot" id="{name}" style="height:{figure.layout.height or 450}px"></div></div>{caption}'
         f'<script type="application/json" class="plot-data" data-for="{name}">{content}</script></figure>'
     )
+    return Drawing(name, description, figure, drawn, rows)
 
 
 def packed(values: npt.NDArray[np.uint8]) -> str:

@@ -6,11 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-
 from analysis.counts.survey import Axes, TokenKey
 from profiler.errors import SpecmoeError, first_line
 from profiler.models.resolve import DEMO_MODEL, demo_model_folder
@@ -48,6 +43,8 @@ def sequence_texts(sequences: Sequence[Sequence[TokenKey | None]], model: str, t
 
 
 def _sequence_text(keys: Sequence[TokenKey | None], loaded: Any) -> list[str]:
+    from tokenizers.decoders import DecodeStream
+
     stream = DecodeStream(skip_special_tokens=False)
     texts = []
     for key in keys:
@@ -80,6 +77,8 @@ def _load(model: str, tokenizer: str | None) -> Any:
     file = _tokenizer_file(model, tokenizer)
     if file is None:
         return None
+    from tokenizers import Tokenizer
+
     try:
         if file.stat().st_size > MAX_TOKENIZER_BYTES:
             raise SpecmoeError(f"{file} is larger than {MAX_TOKENIZER_BYTES >> 20} MiB: not a tokenizer")
@@ -93,6 +92,11 @@ def _load(model: str, tokenizer: str | None) -> Any:
 
 def _tokenizer_file(model: str, tokenizer: str | None) -> Path | None:
     """`tokenizer.json` of `tokenizer`, downloaded if needed; without it, the model's if it is already on this machine."""
+    if tokenizer is None and model == DEMO_MODEL:
+        return demo_model_folder() / TOKENIZER_FILE
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     if tokenizer is not None:
         if Path(tokenizer).is_dir():
             return Path(tokenizer) / TOKENIZER_FILE
@@ -102,8 +106,6 @@ def _tokenizer_file(model: str, tokenizer: str | None) -> Path | None:
             raise SpecmoeError(
                 f"tokenizer {tokenizer}: not a folder, and could not be loaded from the hub: {first_line(error)}"
             ) from error
-    if model == DEMO_MODEL:
-        return demo_model_folder() / TOKENIZER_FILE
     try:
         # Names that are not valid on the hub, such as paths, are rejected: a trace must not be able to pick a local file.
         found = try_to_load_from_cache(model, TOKENIZER_FILE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from analysis.documents.evaluation import CONTROL as CONTROL_NAME
 from analysis.documents.simulation import BOUNDS, SimulatedRow, Simulation
-from analysis.report.figures import CONTROL, Curve, Section, html, lines
+from analysis.report.figures import CONTROL, Curve, Drawing, Section, html, lines
 
 
 def offload_section(simulation: Simulation, device: str | None, number: str) -> Section:
@@ -21,7 +21,7 @@ def offload_section(simulation: Simulation, device: str | None, number: str) -> 
         values = [_value(found.get(size)) for size in sizes]
         chosen.append(Curve(f"{shown}, {prefetch}", values, CONTROL if prefetch.endswith(CONTROL_NAME) else None))
     y_title = "hit rate" if device is None else "tokens per second"
-    figures: tuple[str, ...] = ()
+    figures: tuple[Drawing, ...] = ()
     if len(sizes) > 1:
         ticks = [f"{size:.0%}" for size in sizes]
         drawn = lines(chosen, ticks, "share of all experts in the cache", y_title, as_category=True)

@@ -16,6 +16,7 @@ from analysis.report.figures import (
     LABELS,
     TOP_LEGEND,
     Curve,
+    Drawing,
     Section,
     html,
     lines,
@@ -169,7 +170,7 @@ def predictions_section(evaluation: Evaluation, number: int) -> Section:
             for metrics in evaluation.results[name].by_target_layer.get("h=1", [])
         ]
         chosen.append(Curve(name, by_layer, CONTROL if name not in predictors else None))
-    figures: tuple[str, ...] = ()
+    figures: tuple[Drawing, ...] = ()
     if chosen and len(chosen[0].y) > 1:
         chosen.insert(3, Curve("chance", [evaluation.chance[metric]] * len(chosen[0].y), CHANCE))
         drawn = lines(chosen, list(range(len(chosen[0].y))), "predicted MoE layer (from 0)", metric)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from analysis.documents.curves import CacheCurves
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
 from analysis.report.answers import ShownAnswer, answers_section
+from analysis.report.cache_sizes import cache_sizes_section
 from analysis.report.figures import Section
+from analysis.report.flow import flow_section
 from analysis.report.groups import clusters_section, domains_section, pairs_section
 from analysis.report.load import load_section
 from analysis.report.locality import repetition_section, reuse_section
 from analysis.report.offload import offload_section
 from analysis.report.predictability import predictability_section, predictions_section, weights_section
 from analysis.report.transitions import hops_section, transitions_section
+from analysis.report.working_set import working_set_section
 from analysis.statistics.compute import Statistics
 
 
@@ -23,13 +27,16 @@ def all_sections(
     evaluations: Sequence[Evaluation],
     simulations: Sequence[Simulation],
     answers: Sequence[ShownAnswer] = (),
+    curves: Sequence[CacheCurves] = (),
 ) -> list[Section]:
     """The sections that the trace has data for."""
     sections = [answers_section(statistics, answers, evaluations, simulations)] if answers else []
     sections.append(load_section(statistics, labels))
     if statistics.hops:
-        sections += [transitions_section(statistics), hops_section(statistics)]
-    sections += [repetition_section(statistics), reuse_section(statistics)]
+        sections += [transitions_section(statistics), flow_section(statistics), hops_section(statistics)]
+    sections += [repetition_section(statistics), reuse_section(statistics), cache_sizes_section(statistics, curves)]
+    if statistics.working_set is not None:
+        sections.append(working_set_section(statistics.working_set, statistics.axes.num_experts))
     if statistics.pairs is not None:
         sections.append(pairs_section(statistics))
     if statistics.domains:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.cluster.hierarchy import ClusterWarning
-from sklearn.cluster import AgglomerativeClustering, KMeans
+from scipy.cluster.hierarchy import ClusterWarning, cut_tree, ward
+from scipy.spatial.distance import pdist, squareform
+from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import pairwise_distances, silhouette_score
 
 from analysis.counts.accumulator import Counts, Floats
 from analysis.statistics.pairs import drawn_pairs, expected_pairs
@@ -80,11 +80,11 @@ def cluster_experts(
 
     together_LEE: co-activation counts, None for K = 1; transitions_NEE: pair counts of adjacent layers `[L - 1, E, E]`.
     """
-    random = np.random.default_rng(seed)
-    found: list[Clustering] = []
     tables = [table for table in (together_LEE, transitions_NEE) if table is not None and len(table)]
     if not tables or not 4 <= tables[0].shape[1] <= MAX_EXPERTS:
-        return found
+        return []
+    random = np.random.default_rng(seed)
+    found: list[Clustering] = []
     for layer in range(layers):
         if together_LEE is not None:
             controls = [
@@ -106,34 +106,66 @@ def _cluster(feature: str, layer: int, profile: Floats, controls: list[Floats], 
     found: list[Clustering] = []
     if len(np.unique(profile.round(9), axis=0)) < 2 * CLUSTERS[0]:
         return found
-    for method in (K_MEANS, AGGLOMERATIVE):
-        score, labels = _best(profile, method, seed)
-        shuffled = max(_best(control, method, seed)[0] for control in controls)
-        found.append(Clustering(feature, method, layer, len(np.unique(labels)), score, shuffled, _in_order(labels)))
+    best = _best(profile, seed)
+    shuffled = [_best(control, seed) for control in controls]
+    for method, (score, labels) in best.items():
+        by_chance = max(control[method][0] for control in shuffled)
+        found.append(Clustering(feature, method, layer, len(np.unique(labels)), score, by_chance, _in_order(labels)))
     return found
 
 
-def _best(profile: Floats, method: str, seed: int) -> tuple[float, npt.NDArray[np.int32]]:
-    """The largest silhouette, and the labels of its clustering."""
-    distances = pairwise_distances(profile)
-    best = (-1.0, np.zeros(len(profile), dtype=np.int32))
-    for clusters in CLUSTERS:
-        if clusters >= len(profile):
-            break
-        if method == K_MEANS:
-            with warnings.catch_warnings():
-                # Raised by controls whose table has few distinct rows.
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                labels = KMeans(clusters, n_init=2, random_state=seed).fit_predict(profile)
-        else:
-            with warnings.catch_warnings():
-                # Co-activation is symmetric with an empty diagonal, so SciPy takes it for a distance matrix, which it is not.
-                warnings.simplefilter("ignore", ClusterWarning)
-                labels = AgglomerativeClustering(clusters).fit_predict(profile)
-        if len(np.unique(labels)) > 1:
-            score = float(silhouette_score(distances, labels, metric="precomputed"))
-            best = max(best, (score, labels), key=lambda pair: pair[0])
+Labels = npt.NDArray[np.int32]
+
+
+def _best(profile: Floats, seed: int) -> dict[str, tuple[float, Labels]]:
+    """The largest silhouette of each method, and the labels of its clustering."""
+    distances = squareform(pdist(profile))
+    sizes = [clusters for clusters in CLUSTERS if clusters < len(profile)]
+    best = {}
+    for method, labelings in (
+        (K_MEANS, [_k_means(profile, clusters, seed) for clusters in sizes]),
+        (AGGLOMERATIVE, _agglomerative(profile, sizes)),
+    ):
+        best[method] = max(
+            ((silhouette(distances, labels), labels) for labels in labelings),
+            key=lambda pair: pair[0],
+            default=(-1.0, np.zeros(len(profile), dtype=np.int32)),
+        )
     return best
+
+
+def _k_means(profile: Floats, clusters: int, seed: int) -> Labels:
+    with warnings.catch_warnings():
+        # Raised by controls whose table has few distinct rows.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return np.asarray(KMeans(clusters, n_init=2, random_state=seed).fit_predict(profile), dtype=np.int32)
+
+
+def _agglomerative(profile: Floats, sizes: list[int]) -> list[Labels]:
+    """Ward's clustering cut into each number of clusters; the tree is the same for all of them."""
+    with warnings.catch_warnings():
+        # Co-activation is symmetric with an empty diagonal, so SciPy takes it for a distance matrix, which it is not.
+        warnings.simplefilter("ignore", ClusterWarning)
+        return list(cut_tree(ward(profile), sizes).T.astype(np.int32))
+
+
+def silhouette(distances_EE: Floats, labels_E: Labels) -> float:
+    """Mean silhouette (`Clustering.silhouette`) from the distances between all members; -1 if all are in one cluster.
+
+    The only member of a cluster has a silhouette of 0, and so has one whose distances are all 0.
+    """
+    _, of_E, sizes_C = np.unique(labels_E, return_inverse=True, return_counts=True)
+    if len(sizes_C) < 2:
+        return -1.0
+    everyone = np.arange(len(of_E))
+    sums_EC = distances_EE @ (of_E[:, None] == np.arange(len(sizes_C))).astype(np.float64)
+    own_E = sums_EC[everyone, of_E] / np.maximum(sizes_C[of_E] - 1, 1)
+    others_EC = sums_EC / sizes_C
+    others_EC[everyone, of_E] = np.inf
+    nearest_E = others_EC.min(1)
+    larger_E = np.maximum(own_E, nearest_E)
+    is_defined_E = (sizes_C[of_E] > 1) & (larger_E > 0)
+    return float(np.divide(nearest_E - own_E, larger_E, out=np.zeros_like(own_E), where=is_defined_E).mean())
 
 
 def _in_order(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

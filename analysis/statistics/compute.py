@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from analysis.counts.accumulator import Floats
 from analysis.counts.counting import TraceCounts, count_trace
@@ -14,15 +15,18 @@ from analysis.counts.frames import PHASES
 from analysis.counts.locality import DISTANCES, SEGMENT
 from analysis.counts.survey import ALL, EVERYTHING, Axes, Choice
 from analysis.documents.statistics import StatisticsDocument
+from analysis.statistics.cache_sizes import CacheSizes, cache_sizes
 from analysis.statistics.clusters import Clustering, cluster_experts
 from analysis.statistics.contexts import TASKS, ContextStatistics, PreferredTokens, context_statistics, preferred_tokens
 from analysis.statistics.domains import Blocks, DomainDistance, Specialization, domain_distances, flat_blocks, specialization
+from analysis.statistics.flow import LayerFlow, layer_flows
 from analysis.statistics.load import LoadStatistics, load_statistics
 from analysis.statistics.locality import Repetition, ReuseStatistics, repetition, repetition_chance, reuse_statistics
 from analysis.statistics.mixtral import Comparison, compare_with_table_5
 from analysis.statistics.pairs import PairStatistics, pair_statistics
 from analysis.statistics.transitions import HopStatistics, hop_statistics, transition_probabilities
 from analysis.statistics.weights import QUANTILES, MarginStatistics, WeightStatistics, margin_statistics, weight_statistics
+from analysis.statistics.working_set import WINDOWS, WorkingSet, working_set
 from profiler.errors import TraceError
 from profiler.trace.plausibility import doubts
 from profiler.trace.reader import Trace
@@ -45,6 +49,9 @@ DEFINITIONS = {
     "transitions.same_strongest": "share of tokens whose strongest expert has the same index at both layers; same_selected: "
     "fraction of the experts at n whose index is also selected at n+hop; independent: expected from the loads of both layers "
     "alone",
+    "flow": "the strongest transitions from each layer to the next, by their share of all pairs of experts minus the share "
+    "expected of independent layers; lift: one divided by the other; excess: their sum, excess_shuffled: of the strongest "
+    "transitions with the experts of the later layer permuted over the whole trace",
     "repetition": "each token compared with the token a given distance before it in the same problem and layer. first: same "
     "strongest expert; first_or_second: their two strongest experts have one in common (Mixtral's Table 5); shared: experts in "
     "common divided by K; shuffled: for two tokens drawn at random from the dataset",
@@ -54,6 +61,11 @@ DEFINITIONS = {
     "are one access)",
     "reuse.working_set": f"distinct experts in {SEGMENT} tokens, divided by E. adjacent: probability that two selections, one "
     "from each of two adjacent segments, are of the same expert; shuffled: of any two selections",
+    "cache_sizes": "share of the selected experts that a layer's cache of so many slots lacks. lru: empty at the beginning of "
+    "each problem; the K experts of a token are used at the same time, and low and high are the bounds of any order of them; "
+    "popular: the layer's most used experts of the whole trace, always kept",
+    "working_set": "in the longest problem, distinct experts of a layer in the last so many tokens (windows), mean over "
+    "layers; shuffled: expected if the same tokens came in random order",
     "pairs.lift": "number of tokens that use a pair of experts, divided by the number expected if no expert preferred another "
     "and every expert were in the same number of pairs (quasi-independence); 1 means no preference",
     "pairs.unique_sets": "number of distinct sets of K experts; even_sets: expected for the same number of tokens if every set "
@@ -101,10 +113,13 @@ class Statistics:
         problems: Number of problems analyzed.
         loads: Expert load by (dataset or "all", phase or "all"), for each combination that has tokens.
         hops: Prediction across layers, one entry per distance 1..H between layers.
+        flows: The strongest transitions from each layer to the next; empty without hops.
         probabilities: P(expert j at layer n+k | expert i at layer n), float32 `[H, L, E, E]`, indexed `[k-1, n, i, j]`.
         repetitions: Repetition of experts from token to token, for all datasets together, then for each dataset.
         table_5: Comparison with Table 5 of the Mixtral paper; empty for other models than Mixtral 8x7B.
         reuse: Gaps between the uses of an expert within a problem, in tokens.
+        cache_sizes: Misses of every size of a cache for each layer.
+        working_set: Experts that the last tokens of the longest problem used, over time; None if no problem is known.
         pairs: Experts used together by a token; None for K = 1 or too many experts.
         domains: Distance between the loads of each pair of datasets.
         specializations: Experts that each dataset prefers.
@@ -114,6 +129,7 @@ class Statistics:
         margins: Margins between router logits; None if logits were not recorded.
         contexts: How well simple contexts predict the experts.
         blocks: Selections by problem, or by block of problems, float32 `[B, L * E]`.
+        blocks_of: The same for each dataset that has problems, as views of `blocks`.
 
     Example:
         >>> from profiler import Trace
@@ -128,10 +144,13 @@ class Statistics:
     problems: int
     loads: dict[tuple[str, str], LoadStatistics]
     hops: list[HopStatistics]
+    flows: list[LayerFlow]
     probabilities: Any
     repetitions: list[Repetition]
     table_5: list[Comparison]
     reuse: ReuseStatistics
+    cache_sizes: CacheSizes
+    working_set: WorkingSet | None
     pairs: PairStatistics | None
     domains: list[DomainDistance]
     specializations: list[Specialization]
@@ -141,6 +160,7 @@ class Statistics:
     margins: MarginStatistics | None
     contexts: list[ContextStatistics]
     blocks: Blocks
+    blocks_of: dict[str, Blocks]
 
     @property
     def load(self) -> LoadStatistics:
@@ -179,9 +199,12 @@ class Statistics:
                 for (dataset, phase), load in self.loads.items()
             ],
             "transitions": plain(self.hops),
+            "flow": plain(self.flows),
             "repetition": {"distances": DISTANCES, "results": plain(self.repetitions)},
             "mixtral_table_5": plain(self.table_5),
             "reuse": plain(self.reuse),
+            "cache_sizes": plain(self.cache_sizes),
+            "working_set": None if self.working_set is None else {"windows": WINDOWS} | plain(self.working_set),
             "pairs": None if self.pairs is None else plain(self.pairs, skip=("counts_LEE", "lift_LEE")),
             "domains": plain(self.domains),
             "specialisation": plain(self.specializations),
@@ -203,8 +226,8 @@ def compute_statistics(
 ) -> Statistics:
     """Count a trace (`count_trace`) and compute all statistics from the counts.
 
-    The trace is read once, on as many cores as memory allows. Memory use does not grow with the trace; docs/analysis.md lists
-    measurements.
+    The trace is read once, on as many cores as memory allows. Memory use does not grow with the trace;
+    docs/results/analysis.md lists measurements.
 
     Args:
         trace: The trace to analyze.
@@ -239,23 +262,36 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
     if tokens == 0:
         left = "" if axes.choice.without is None else f" of problems without {axes.choice.without!r}"
         raise TraceError(f"{source.name} has no routing rows{left}")
+    # The tables are small: threads of BLAS and OpenMP would wait for each other, busily, for longer than they compute.
+    with threadpool_limits(1):
+        return _statistics_of(counts, source, tokens, seed)
+
+
+def _statistics_of(counts: TraceCounts, source: Source, tokens: int, seed: int) -> Statistics:
+    axes, load = counts.axes, counts.load
     repetitions = _repetitions(counts)
     hops = [hop_statistics(counts.transitions, hop, axes.top_k, seed) for hop in range(1, axes.hops + 1)]
     if not axes.knows_strongest:
         repetitions = [each.without_strongest(axes.top_k) for each in repetitions]
         hops = [each.without_strongest() for each in hops]
     pairs_NEE = counts.transitions.pairs[:, 0, : axes.layers - 1].sum(0, dtype=np.int64) if axes.hops else None
+    loads = _loads(counts)
+    blocks, blocks_of = flat_blocks(load.blocks, axes.datasets)
+    reuse = reuse_statistics(counts.reuse, load.counts.sum((0, 1)), tokens)
     return Statistics(
         source=source,
         axes=axes,
         tokens=tokens,
         problems=sum(counts.reuse.lengths.values()),
-        loads=_loads(counts),
+        loads=loads,
         hops=hops,
+        flows=[] if pairs_NEE is None else layer_flows(pairs_NEE, seed),
         probabilities=_probabilities(counts),
         repetitions=repetitions,
         table_5=compare_with_table_5(repetitions, source.metadata.model) if axes.knows_strongest else [],
-        reuse=reuse_statistics(counts.reuse, load.counts.sum((0, 1)), tokens),
+        reuse=reuse,
+        cache_sizes=cache_sizes(reuse, loads[ALL, ALL], axes.top_k),
+        working_set=working_set(counts.longest.route, axes.num_experts),
         pairs=pair_statistics(counts.pairs, axes.top_k, seed),
         domains=domain_distances(load.blocks, axes.datasets, seed),
         specializations=specialization(load.blocks, axes.datasets, seed),
@@ -264,7 +300,8 @@ def make_statistics(counts: TraceCounts, source: Source, *, seed: int = 0) -> St
         weights=weight_statistics(counts.weights),
         margins=margin_statistics(counts.margins),
         contexts=context_statistics(counts.contexts, axes.top_k, knows_strongest=axes.knows_strongest),
-        blocks=flat_blocks(load.blocks, axes.datasets)[0],
+        blocks=blocks,
+        blocks_of=blocks_of,
     )
 
 
@@ -329,7 +366,7 @@ def plain(value: Any, skip: tuple[str, ...] = ()) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value) if field.name not in skip}
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return _plain_array(value)
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -337,3 +374,13 @@ def plain(value: Any, skip: tuple[str, ...] = ()) -> Any:
     if isinstance(value, float):
         return round(value, 6) if np.isfinite(value) else None
     return value
+
+
+def _plain_array(values: np.ndarray[Any, Any]) -> Any:
+    """`plain` of an array, without a call for each of its numbers."""
+    if not np.issubdtype(values.dtype, np.floating):
+        return values.tolist()
+    rounded = np.empty(values.size, dtype=object)
+    rounded[:] = [round(value, 6) for value in values.ravel().tolist()]
+    rounded[~np.isfinite(values.ravel())] = None
+    return rounded.reshape(values.shape).tolist()

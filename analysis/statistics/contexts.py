@@ -146,6 +146,8 @@ def _evaluated(test: tuple[Floats, Floats], train: tuple[Floats, Floats], top_k:
     total = tokens_C.sum()
     marginal_selected = (train_selected.sum(0) + 0.5) / (train_C.sum() + 1)
     marginal_strongest = (train_strongest.sum(0) + 0.5) / (train_C.sum() + 0.5 * strongest.shape[1])
+    by_count = (train_selected + BACK_OFF * marginal_selected) / (train_C + BACK_OFF)[:, None]
+    by_first = (train_strongest + BACK_OFF * marginal_strongest) / (train_C + BACK_OFF)[:, None]
     if plug_in:
         p_selected = selected / np.maximum(tokens_C, 1)[:, None]
         p_strongest = strongest / np.maximum(tokens_C, 1)[:, None]
@@ -155,16 +157,12 @@ def _evaluated(test: tuple[Floats, Floats], train: tuple[Floats, Floats], top_k:
         uncertain = ((p_selected > 0) & (p_selected < 1)).sum()
         set_bits = (binary * tokens_C[:, None]).sum() + uncertain / (2 * np.log(2))
     else:
-        p_selected = (train_selected + BACK_OFF * marginal_selected) / (train_C + BACK_OFF)[:, None]
-        p_strongest = (train_strongest + BACK_OFF * marginal_strongest) / (train_C + BACK_OFF)[:, None]
-        first_bits = -(strongest * np.log2(p_strongest)).sum()
+        first_bits = -(strongest * np.log2(by_first)).sum()
         # An expert that every training token of a context used may still be missing from a test token.
-        p_selected = p_selected.clip(1e-6, 1 - 1e-6)
+        p_selected = by_count.clip(1e-6, 1 - 1e-6)
         missed = tokens_C[:, None] - selected
         set_bits = -(selected * np.log2(p_selected) + missed * np.log2(1 - p_selected)).sum()
-    by_count = (train_selected + BACK_OFF * marginal_selected) / (train_C + BACK_OFF)[:, None]
     guessed = np.argpartition(-by_count, top_k - 1, axis=1)[:, :top_k]
-    by_first = (train_strongest + BACK_OFF * marginal_strongest) / (train_C + BACK_OFF)[:, None]
     best = by_first.argmax(1)
     return {
         "set_bits": float(set_bits / total),

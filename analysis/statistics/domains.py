@@ -140,7 +140,7 @@ def _preferred(
         _weighted(by_dataset, each[None].astype(np.float32))[0].reshape(shape) for each in (is_inside, ~is_inside)
     )
     ratios = _share_ratio(inside, outside)
-    drawn = [_bootstrap(by_dataset, part, random).reshape(-1, *shape) for part in (is_inside, ~is_inside)]
+    drawn = [bootstrap_sums(by_dataset, part, random).reshape(-1, *shape) for part in (is_inside, ~is_inside)]
     # Layer by layer: the replicates of all layers at once would be the largest arrays of the whole analysis.
     limits = [
         np.quantile(_share_ratio(*(each[:, layer] for each in drawn)), [0.025, 0.975], axis=0) for layer in range(shape[0])
@@ -155,10 +155,10 @@ def _preferred(
     return sorted(specialists, key=lambda found: -found.low)
 
 
-def _bootstrap(
+def bootstrap_sums(
     by_dataset: dict[str, Blocks], is_drawn: npt.NDArray[np.bool_], random: np.random.Generator
 ) -> npt.NDArray[np.float32]:
-    """Draw BOOTSTRAPS samples of the blocks in `is_drawn`, with replacement and of the same size, and sum each.
+    """Draw BOOTSTRAPS samples of the blocks in `is_drawn` `[B]`, with replacement and of the same size; sums `[n, L * E]`.
 
     Samples are drawn in batches of limited size, since there may be many blocks.
     """
@@ -175,10 +175,10 @@ def _bootstrap(
 
 
 def _weighted(by_dataset: dict[str, Blocks], weights_nB: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Weighted sums `[n, L * E]` over the blocks of all datasets, without concatenating the datasets."""
+    """Weighted sums `[n, L * E]` over the blocks of all datasets, without concatenating them; some weight is not zero."""
     ends = np.cumsum([len(counts) for counts in by_dataset.values()])
     parts = zip(np.split(weights_nB, ends[:-1], axis=1), by_dataset.values(), strict=True)
-    return np.asarray(sum(weights @ counts for weights, counts in parts))
+    return np.asarray(sum(weights @ counts for weights, counts in parts if weights.any()))
 
 
 def _share_ratio(inside: npt.NDArray[np.float32], outside: npt.NDArray[np.float32]) -> Floats:

@@ -45,6 +45,8 @@ class Costs:
         host_token_seconds: Lower bound of the same, per token of the expert, limited by FLOP/s.
         host_latency: What a layer waits for the host besides, once: activations there and output back.
         storage_seconds: Read of one expert from storage to host memory; None if no storage is simulated.
+        computes_on_arrival: Whether a layer's experts are computed one after the other, each as soon as it is on the device, as
+            `speculation.runtime` does; else all together once the last one is there, as fused kernels do.
         assumptions: What was assumed, a line each.
     """
 
@@ -61,6 +63,7 @@ class Costs:
     host_token_seconds: float = 0.0
     host_latency: float = 0.0
     storage_seconds: float | None = None
+    computes_on_arrival: bool = False
     assumptions: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:

@@ -37,6 +37,7 @@ def measured_costs(offloaded: OffloadedModel) -> Costs:
         token_seconds=0.0,
         layer_seconds=rest / max(1, layers),
         layer_token_seconds=0.0,
+        computes_on_arrival=True,
         assumptions=(
             f"measured in this run: {transfer * 1e3:.2f} ms for the transfer of an expert, "
             f"{decode.compute / max(1, decode.requested) * 1e3:.2f} ms to compute one, "

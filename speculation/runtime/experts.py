@@ -245,7 +245,8 @@ class OffloadedExperts:
                 if is_cached and coming is None:
                     there.append((expert, int(self.cache.slot_of_X[x])))
                 elif coming is not None:
-                    awaited.append(coming)
+                    # Its transfer has begun, or was queued before those of this layer.
+                    awaited.appendleft(coming)
                     phase.late += 1
                 else:
                     phase.misses += 1

@@ -74,7 +74,7 @@ def tiny(family: str, folder: Path) -> Path:
 
 
 def quantize(source: Path, target: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    arguments = [str(source), str(target), "--dataset", "demo-math,demo-code", "--num-texts", "32", "--group-size", "32"]
+    arguments = [str(source), str(target), "--dataset", "demo-math,demo-code", "--num-texts", "12", "--group-size", "32"]
     return warm.run("modal_jobs.awq", *arguments, *more, starter=quantizing())
 
 
@@ -147,7 +147,7 @@ def test_the_job_leaves_a_checkpoint_where_collect_finds_it(tmp_path: Path) -> N
     put = account.run("volume", "put", "specmoe-cache", str(cache), "/huggingface/hub/models--tiny--moe")
     assert put.returncode == 0, put.stderr
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(f'{{"question": "What is {n} and {n * n}, said Ann?"}}\n' for n in range(24)))
+    prompts.write_text("".join(f'{{"question": "What is {n} and {n * n}, said Ann?"}}\n' for n in range(12)))
     job = ["run", "modal_jobs/quantize.py", "--model", "tiny/moe", "--dataset", "gsm8k", "--data-files", str(prompts)]
     done = account.run(*job, "--group-size", "32", python=PYTHON, modules=())
     assert done.returncode == 0, done.stdout + done.stderr

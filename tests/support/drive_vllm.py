@@ -21,16 +21,11 @@ os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "1")
 # These models are so small that further threads would only wait for each other, at full speed.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# vLLM freezes and unfreezes the garbage collector and collects a dozen times per engine. Each collection takes a third of a
-# second with vLLM's modules, which no collection can free: `start` keeps them frozen.
-freeze = gc.freeze
-gc.freeze = gc.unfreeze = lambda: None
-
 
 def start(model: str, **settings: Any) -> Any:
     from vllm import LLM
 
-    from vllm_patch.check.worker import inspect_models_here
+    from vllm_patch.check.worker import freeze_what_is_loaded, inspect_models_here
 
     inspect_models_here()
     defaults = {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False, "max_model_len": 1024}
@@ -38,7 +33,7 @@ def start(model: str, **settings: Any) -> Any:
     defaults["num_gpu_blocks_override"] = 160
     if not (Path(model) / "tokenizer.json").is_file():
         defaults["skip_tokenizer_init"] = True
-    freeze()
+    freeze_what_is_loaded()
     return LLM(model=model, **(defaults | settings))
 
 

@@ -48,10 +48,9 @@ class OfflineModal:
 
     def run(self, *arguments: str, timeout: float = 400, **settings: Any) -> subprocess.CompletedProcess[str]:
         """`modal ARGUMENTS` to its end. settings: as for `command`."""
-        if warm.are_read_at_import(self.environment):
-            return self.command(sys.executable, "-m", "modal", *arguments, timeout=timeout, **settings)
+        clients = _clients(tuple((name, self.environment[name]) for name in warm.are_read_at_import(self.environment)))
         with self._server(settings) as environment:
-            return warm.run("modal", *arguments, environment=environment, timeout=timeout, starter=_clients(), cwd=ROOT)
+            return warm.run("modal", *arguments, environment=environment, timeout=timeout, starter=clients, cwd=ROOT)
 
     def command(self, *command: str, timeout: float = 400, **settings: Any) -> subprocess.CompletedProcess[str]:
         """Any command that finds the account in its environment. Containers live until it ends.
@@ -90,10 +89,14 @@ class OfflineModal:
 
 
 @functools.cache
-def _clients() -> warm.Starter:
-    """Modal reads the path of its configuration while it is imported, and then finds none; all else it reads when needed."""
+def _clients(read_at_import: tuple[tuple[str, str], ...]) -> warm.Starter:
+    """Modal reads the path of its configuration while it is imported, and then finds none; all else it reads when needed.
+
+    read_at_import: additional variables that libraries read while they are imported.
+    """
     libraries = (*CLIENT, *(name for name in warm.LIBRARIES if not name.startswith("vllm")))
-    return warm.Starter(Path(sys.executable), libraries, {**os.environ, "MODAL_CONFIG_PATH": os.devnull, "COLUMNS": "200"})
+    environment = {**os.environ, "MODAL_CONFIG_PATH": os.devnull, "COLUMNS": "200", **dict(read_at_import)}
+    return warm.Starter(Path(sys.executable), libraries, environment)
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:

@@ -66,8 +66,13 @@ def main() -> NoReturn:
     # It finds the memory for a process's title only with the variables that the process began with.
     with contextlib.suppress(ImportError):
         importlib.import_module("setproctitle").getproctitle()
-    # The forks share these objects' memory as long as their garbage collectors do not touch them.
+    # To look at a model's class, vLLM starts another interpreter, which imports all of it, lest CUDA be initialized here.
+    if (registry := sys.modules.get("vllm.model_executor.models.registry")) is not None:
+        registry._run_in_subprocess = lambda look: look()  # type: ignore[attr-defined]
+    # The forks share these objects' memory as long as their garbage collectors do not touch them. An engine collects a dozen
+    # times, and unfreezes them first.
     gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
     specification = start_processes(socket.socket(fileno=os.dup(0)))
     if specification is None:
         os._exit(0)

@@ -59,10 +59,12 @@ class Starter:
 
     python: the interpreter. modules: imported beforehand, in `environment`; those that it lacks are left out. All test
     processes of a run share an interpreter with the same arguments, since each takes seconds and hundreds of megabytes.
+    read_at_import: the variables of `environment` that libraries read while they are imported.
     """
 
     def __init__(self, python: Path, modules: Sequence[str], environment: Mapping[str, str]) -> None:
         kept = {name: environment[name] for name in sorted(environment) if name.startswith((*READ_AT_IMPORT, "MODAL_"))}
+        self.read_at_import = kept
         identity = hashlib.sha256(json.dumps([RUN, str(python), list(modules), kept]).encode()).hexdigest()
         self._name = f"{python.name} with {', '.join(modules)}"
         # Tests run at the same time, and OpenMP's threads spin while they wait.
@@ -244,7 +246,8 @@ def _start(
     cwd: Path,
     warm_children: bool,
 ) -> Process:
-    if changed := are_read_at_import(environment or {}):
+    new = {name: value for name, value in (environment or {}).items() if starter.read_at_import.get(name) != value}
+    if changed := are_read_at_import(new):
         raise ValueError(f"libraries read {', '.join(changed)} while they are imported, which has happened: use subprocess")
     whole = {**os.environ, **(environment or {})}
     specification = Specification(

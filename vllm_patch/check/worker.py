@@ -133,6 +133,19 @@ def inspect_models_here() -> None:
             registry._run_in_subprocess = lambda look: look()  # type: ignore[attr-defined]
 
 
+_freeze = gc.freeze
+
+
+def freeze_what_is_loaded() -> None:
+    """Leave everything that is loaded so far out of all garbage collections of this process.
+
+    vLLM collects garbage a dozen times per engine, which takes half of a tiny model's time with a million objects of imported
+    modules. It freezes and unfreezes them, too: from now on without effect, so that an engine that has ended is collected.
+    """
+    gc.freeze = gc.unfreeze = lambda: None
+    _freeze()
+
+
 @dataclass(frozen=True)
 class RecordedRun:
     """A trace and how it was recorded. in_transformers: vLLM runs the model with transformers' own modules."""
@@ -167,8 +180,7 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
         inspect_models_here()
     if not (model / "tokenizer.json").is_file():
         settings |= {"skip_tokenizer_init": True}
-    # vLLM collects garbage a dozen times per engine: without this, that is half of a tiny model's start.
-    gc.freeze()
+    freeze_what_is_loaded()
     began = time.perf_counter()
     llm = LLM(
         model=str(model),

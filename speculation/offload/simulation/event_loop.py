@@ -22,7 +22,7 @@ from speculation.offload.numba_recompiling import recompile_after
 from speculation.offload.plans import PrefetchPlan
 from speculation.offload.simulation.background import begin_reads, begin_transfers, enqueue_fill, enqueue_prediction
 from speculation.offload.simulation.host_memory import OUT, Ram
-from speculation.offload.simulation.misses import load_missing, serve
+from speculation.offload.simulation.misses import compute_on_arrival, load_missing, serve
 from speculation.offload.simulation.occupancy import IN_USE, fill, note_key, note_keys
 from speculation.offload.simulation.records import (
     ALL,
@@ -219,7 +219,10 @@ def play(
                             enqueue_fill(x, since, queues, lines, clock, limits, experts)
                 computation = max(on_device * limits.expert_seconds, expert_floor * on_device / size)
                 ready = clock.now
-                clock.now = max(needed + computation, host_ends)
+                if tiers is None and limits.computes_on_arrival:
+                    clock.now = compute_on_arrival(start, size, experts_N, computation / size, clock, limits, experts)
+                else:
+                    clock.now = max(needed + computation, host_ends)
                 stall += clock.now - ready - computation
                 clock.computed = clock.now
                 # None of these experts is evicted while they are computed.

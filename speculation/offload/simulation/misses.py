@@ -68,7 +68,7 @@ def _load(
     request = clock.request
     expert = experts[x]
     begin = max(ready, clock.transfers_end)
-    clock.transfers_end = begin + limits.copy_seconds
+    clock.transfers_end = expert.arrival = begin + limits.copy_seconds
     counts[clock.kind, clock.layer, Count.LOADS.value] += 1
     slot = pool.first + pool.held
     if pool.held < pool.capacity:
@@ -90,6 +90,38 @@ def _load(
         expert.where = ABSENT
         counts[clock.kind, clock.layer, Count.STREAMED.value] += 1
     return clock.transfers_end
+
+
+@numba.njit(cache=True, nogil=True, forceinline=True)
+def compute_on_arrival(
+    start: int, size: int, experts_N: npt.NDArray[np.int32], seconds: float, clock: Clock, limits: Limits, experts: Experts
+) -> float:
+    """Compute a request's experts one after the other: those that are there first, then each once it has arrived.
+
+    Args:
+        start, size: The request's part of `experts_N`.
+        seconds: Computation of one of them.
+        experts_N, clock, limits, experts: See `play`.
+
+    Returns:
+        When the last one is computed.
+    """
+    first, now, end = clock.layer * limits.num_experts, clock.now, clock.now
+    waits, earliest = False, np.inf
+    for place in range(size):
+        arrival = experts[first + experts_N[start + place]].arrival
+        if arrival <= now:
+            end += seconds
+        else:
+            waits, earliest = True, min(earliest, arrival)
+    # A prefetch in transfer arrives before everything that is loaded for the request; the rest in the request's order.
+    if waits:
+        end = max(end, earliest) + seconds
+        for place in range(size):
+            arrival = experts[first + experts_N[start + place]].arrival
+            if arrival > now and arrival != earliest:
+                end = max(end, arrival) + seconds
+    return end
 
 
 @numba.njit(cache=True, nogil=True)

@@ -132,7 +132,7 @@ class Limits(NamedTuple):
     copy_seconds: transfer time of one expert; infinite if nothing can be transferred. expert_seconds: computation of one
     expert on the device. predict_seconds: one prediction; predictions are made one after the other. policy_seconds: time to
     choose the experts to evict, per request. score_seconds: time to compute the reuse scores of one layer for one sequence
-    (`Rule.LEARNED`). time_constant: in steps (`Rule.EWMA`, `Rule.LFU_AGED`).
+    (`Rule.LEARNED`). time_constant: in steps (`Rule.EWMA`, `Rule.LFU_AGED`). computes_on_arrival: see `Costs`.
     """
 
     rule: int
@@ -145,6 +145,7 @@ class Limits(NamedTuple):
     policy_seconds: float
     score_seconds: float
     time_constant: float
+    computes_on_arrival: bool
 
 
 class Tiers(NamedTuple):

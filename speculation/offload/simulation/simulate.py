@@ -256,6 +256,8 @@ def _check_costs(setting: Setting, costs: Costs | None) -> None:
         )
     if setting.miss != Miss.COPY and (costs is None or costs.host_expert_seconds is None):
         raise SpecmoeError("experts cannot be computed on the host: the costs do not say how long that takes; choose a host")
+    if costs is not None and costs.computes_on_arrival and (setting.miss != Miss.COPY or setting.ram is not None):
+        raise SpecmoeError("experts that are computed as each arrives are simulated without a host and storage only")
     if setting.ram is None:
         return
     if setting.ram < 0:
@@ -295,6 +297,7 @@ def _limits(requests: Requests, setting: Setting, costs: Costs | None) -> Limits
             policy_seconds=0.0 if costs is None else setting.policy_seconds,
             score_seconds=0.0 if costs is None else setting.score_seconds,
             time_constant=setting.time_constant,
+            computes_on_arrival=costs is not None and costs.computes_on_arrival,
         )
     )
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from support.frames import counted, make_axes, make_frame, uniform
 from support.traces import MakeProblems, MakeTrace
 
-from analysis.counts import kernels
+from analysis.counts import counting, kernels
 from analysis.counts.accumulator import Accumulator
-from analysis.counts.counting import TraceCounts, axes_of, count_trace
+from analysis.counts.counting import BYTES_PER_ROW, MIN_ROWS_PER_THREAD, TABLE_BYTES, TraceCounts, axes_of, count_trace
 from analysis.counts.frames import Frame, read_frames
 from analysis.counts.survey import ALL_PROBLEMS, OTHER_DATASETS, Axes, Choice, Survey, survey_trace
 from analysis.counts.survey import make_axes as axes_from
@@ -279,3 +279,20 @@ def test_threads_do_not_lose_problems_that_are_out_of_order(make_trace: MakeTrac
     for workers in (1, 2):
         with pytest.raises(TraceError, match="does not come after"):
             count_trace(broken, workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("table_bytes", "rows", "expected"),
+    [
+        (1 << 20, 2 * MIN_ROWS_PER_THREAD - 1, 1),
+        (1 << 20, 2 * MIN_ROWS_PER_THREAD, 2),
+        # A thread's tables must pay off, and fit into memory.
+        (100 << 20, 2 * (100 << 20) // BYTES_PER_ROW - 1, 1),
+        (100 << 20, 2 * (100 << 20) // BYTES_PER_ROW, 2),
+        (TABLE_BYTES, 1 << 40, 1),
+        (2 * TABLE_BYTES, 1 << 40, 1),
+    ],
+)
+def test_threads_need_rows_and_memory(table_bytes: int, rows: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "_cores", lambda: 8)
+    assert min(2, counting._workers(table_bytes, 0, rows)) == expected

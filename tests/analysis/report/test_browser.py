@@ -133,7 +133,7 @@ def test_opens_offline_in_silence_and_runs_nothing_of_a_stranger(browser: Browse
     assert opened.complaints == []
     assert opened.page.evaluate("window.hacked") is None
     sections = opened.page.locator("section")
-    assert sections.count() == 13
+    assert sections.count() == 16
     for number in range(sections.count()):
         assert len(sections.nth(number).locator(".headline").inner_text()) > 20
     # Every figure has drawn something, and has words for those who do not see it.
@@ -166,6 +166,33 @@ def test_sliders_show_every_layer_and_hop(browser: Browser, report: Path) -> Non
     # With the keyboard alone.
     opened.page.locator("#hop").press("ArrowLeft")
     assert opened.page.locator("#transition-label").inner_text().endswith("(hop 2)")
+    assert opened.complaints == []
+    opened.page.close()
+
+
+def test_a_span_of_layers_is_chosen(browser: Browser, report: Path) -> None:
+    """Of five layers, four are shown at a time once they are asked for; the slider then has two places."""
+    opened = Opened(browser, report / "report.html")
+    figure = opened.page.locator("#flow")
+    figure.scroll_into_view_if_needed()
+    opened.page.wait_for_function("document.getElementById('flow').layout?.xaxis?.range?.length === 2")
+
+    def shown() -> list[float]:
+        return [float(end) for end in opened.page.evaluate("document.getElementById('flow').layout.xaxis.range")]
+
+    assert shown() == pytest.approx([-0.3, 4.3])
+    assert figure.locator(".slider-rail-touch-rect").count() == 0
+    figure.locator(".updatemenu-header").click()
+    figure.locator(".updatemenu-dropdown-button").first.click()
+    rail = figure.locator(".slider-rail-touch-rect")
+    rail.wait_for()
+    assert shown() == pytest.approx([-0.3, 3.3])
+    box = rail.bounding_box()
+    assert box is not None
+    opened.page.mouse.click(box["x"] + box["width"] - 2, box["y"] + box["height"] / 2)
+    opened.page.wait_for_function("document.getElementById('flow').layout.xaxis.range[0] > 0")
+    assert shown() == pytest.approx([0.7, 4.3])
+    assert figure.locator(".slider-label").first.text_content() == "layers 2 to 5"
     assert opened.complaints == []
     opened.page.close()
 

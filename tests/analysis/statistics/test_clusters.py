@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import pairwise_distances, rand_score, silhouette_score
 
-from analysis.statistics.clusters import AGGLOMERATIVE, CO_ACTIVATION, K_MEANS, TRANSITIONS, cluster_experts
+from analysis.statistics.clusters import (
+    AGGLOMERATIVE,
+    CLUSTERS,
+    CO_ACTIVATION,
+    K_MEANS,
+    TRANSITIONS,
+    _agglomerative,
+    cluster_experts,
+    silhouette,
+)
 from analysis.statistics.pairs import expected_pairs
 
 GROUPS = np.array([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2])
@@ -48,3 +59,22 @@ def test_without_groups_nothing_stands_out() -> None:
 
 def test_few_experts_make_no_clusters() -> None:
     assert cluster_experts(np.ones((2, 3, 3), dtype=int), np.ones((1, 3, 3), dtype=int), 2) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_silhouettes_and_trees_are_those_of_scikit_learn(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    profile = random.normal(size=(12, 5)) + 3 * GROUPS[:, None]
+    # Two experts that are alike have a distance of zero, and a member on its own has a silhouette of zero.
+    profile[1] = profile[0]
+    distances = pairwise_distances(profile)
+    labelings = _agglomerative(profile, list(CLUSTERS))
+    for clusters, labels in zip(CLUSTERS, labelings, strict=True):
+        theirs = AgglomerativeClustering(clusters).fit_predict(profile)
+        assert rand_score(labels, theirs) == 1
+        assert silhouette(distances, labels) == pytest.approx(silhouette_score(distances, theirs, metric="precomputed"))
+
+
+def test_a_single_cluster_has_no_silhouette() -> None:
+    assert silhouette(np.ones((4, 4)) - np.eye(4), np.zeros(4, dtype=np.int32)) == -1
+    assert silhouette(np.zeros((4, 4)), np.array([0, 0, 1, 2], dtype=np.int32)) == 0

@@ -75,9 +75,12 @@ def test_files_of_a_trace(trace: Trace, tmp_path: Path) -> None:
         "One answer, token by token",
         "Expert load",
         "Cross-layer transitions",
+        "Flow between layers",
         "Prediction across layers",
         "Repetition over tokens",
         "Reuse of experts",
+        "Cache size and misses",
+        "Working set over time",
         "Pairs within a token",
         "Domains",
         "Clusters of experts",
@@ -132,6 +135,8 @@ def test_one_layer_one_expert_per_token_and_no_weights(
         "Expert load",
         "Repetition over tokens",
         "Reuse of experts",
+        "Cache size and misses",
+        "Working set over time",
         "Routing weights",
         "Predictability",
     ]
@@ -210,6 +215,11 @@ def test_several_traces_are_compared(make_trace: MakeTrace, random_problems: Mak
     assert rows["chance of an expert (K/E)"] == {"plain": 0.25, "linked": 0.25}
     assert "Jensen-Shannon" in dict(findings)["Expert load"]
     assert "Layers predict the next layer best in linked" in dict(findings)["Side by side"]
+    (difference,) = document.differences
+    assert (difference.first, difference.second, len(difference.share)) == ("plain", "linked", 3)
+    # Only the second layer was changed.
+    assert difference.moved[0] == difference.moved[2] == 0
+    assert "experts have another share" in dict(findings)["Differences: plain and linked"]
     for name in ("plain", "linked"):
         assert (tmp_path / "r" / name / "report.html").is_file()
     assert document.traces.keys() == {"plain", "linked"}

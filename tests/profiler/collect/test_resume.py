@@ -8,10 +8,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +30,6 @@ from profiler.trace.stream import INPUTS_STREAM, ROUTING_STREAM, InputsWriter, r
 from profiler.trace.writer import exclusive, write_metadata
 
 KILLS = 20
-SETTINGS = {"problems": 18, "new_tokens": 20}
 
 
 def options(out: Path, **changes: object) -> LocalOptions:
@@ -58,39 +54,16 @@ def assert_same(first: Trace, second: Trace) -> None:
     assert first.to_arrow().equals(second.to_arrow())
 
 
-class Collector:
-    """Starts collectors that can be killed at any moment."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).parents[2] / "support" / "collect_on_demand.py"
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-
-    def run(self, out: Path, seconds: float | None) -> int:
-        """Collect into `out`, kill after `seconds`, and return the exit code."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(SETTINGS | {"out": str(out), "resume": True}) + "\n")
-        self._process.stdin.flush()
-        child = int(self._process.stdout.readline())
-        if seconds is not None:
-            time.sleep(seconds)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    made = Collector()
-    yield made
-    made.close()
+def run_collection(out: Path, seconds: float | None = None) -> int:
+    """Collect into `out`, kill after `seconds`, and return the exit code."""
+    command = ["collect", "--model", "demo", "--dataset", "demo-math,demo-code,demo-reviews", "--engine", "transformers"]
+    command += ["--num-problems", "18", "--max-new-tokens", "20", "--dtype", "float32", "--resume", "--out", str(out)]
+    running = warm.start("specmoe", *command)
+    if seconds is not None:
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(running.pid, signal.SIGKILL)
+    return running.wait(300)
 
 
 def captured_tokens(out: Path) -> int:
@@ -99,10 +72,10 @@ def captured_tokens(out: Path) -> int:
 
 
 @pytest.mark.engine
-def test_twenty_kills_at_random_moments_lose_nothing_and_repeat_nothing(collector: Collector, tmp_path: Path) -> None:
-    assert collector.run(tmp_path / "whole", None) == 0
+def test_twenty_kills_at_random_moments_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
+    assert run_collection(tmp_path / "whole") == 0
     began = time.monotonic()
-    assert collector.run(tmp_path / "again", None) == 0
+    assert run_collection(tmp_path / "again") == 0
     takes = time.monotonic() - began
     whole = Trace.open(tmp_path / "whole")
     assert_same(whole, Trace.open(tmp_path / "again"))
@@ -114,10 +87,10 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_repeat_nothing(collecto
         before = 0
         while not (out / "manifest.json").exists():
             if kills < KILLS:
-                code = collector.run(out, moments.uniform(0.0, takes))
+                code = run_collection(out, moments.uniform(0.0, takes))
                 kills += code == -signal.SIGKILL
             else:
-                code = collector.run(out, None)
+                code = run_collection(out)
             assert code in (0, -signal.SIGKILL)
             if code and (out / "metadata.json").exists() and not (out / "manifest.json").exists():
                 # Whatever was readable stays readable, and the trace says that it is not whole.

@@ -83,7 +83,13 @@ def test_nothing_of_weights_is_written_or_shown(markov_trace: Trace, tmp_path: P
     assert of_weights_or_order(names_in(json.loads((tmp_path / "run.json").read_text()))) == set()
     document = read_evaluation(tmp_path / "run.json")
     section = predictions_section(document, 1)
-    shown = [done.output, board.output, *section.figures, str(section.tables), section.explanation]
+    shown = [
+        done.output,
+        board.output,
+        *(figure.content for figure in section.figures),
+        str(section.tables),
+        section.explanation,
+    ]
     page = (tmp_path / "board" / "leaderboard.html").read_text(encoding="utf-8")
     shown.append(page[page.index("<body>") :])
     shown += [path.read_text(encoding="utf-8") for path in (tmp_path / "board").iterdir() if path.suffix in {".md", ".csv"}]

@@ -75,6 +75,23 @@ def test_time_by_hand(miss: Miss, seconds: float, copied: int, host: int) -> Non
     assert result.total(Count.LOADS) - result.total(Count.FILLED) == copied
 
 
+def test_computing_on_arrival_by_hand() -> None:
+    on_arrival = replace(COPY_COSTS, computes_on_arrival=True)
+    # Layer 0: at 2, copies until 12 and 22, computed until 13 and 23. Layer 1: at 25, expert 0 until 26, a copy until 35, 36.
+    result = simulate(workload_of(TOKEN, 4), Setting(Rule.LRU, 2), costs=on_arrival)
+    assert result.decode_seconds == 36.0
+    assert result.decode_stall == 36.0 - 4.0 - 4.0
+    # An expert takes longer than a copy: copies wait for nothing, at 12 and 22, computed until 26 and 40; layer 1: 42, 56, 70.
+    slow = simulate(workload_of(TOKEN, 4), Setting(Rule.LRU, 2), costs=replace(on_arrival, expert_seconds=14.0))
+    assert slow.decode_seconds == 70.0
+    # Expert 3 is prefetched at 0 and there at 10, although it is the second one; expert 2 at 20: computed until 11 and 21.
+    # Layer 1 as above, from 23.
+    plan = plan_of(workload_of(TOKEN, 4).requests, {(0, -1): [(0, 3)]})
+    ahead = simulate(workload_of(TOKEN, 4), Setting(Rule.LRU, 2), plan, on_arrival)
+    assert ahead.total(Count.LATE) == 1
+    assert ahead.decode_seconds == 34.0
+
+
 def test_whole_numbers_for_floats_compile_nothing_again() -> None:
     whole = replace(COSTS, copy_seconds=10, expert_seconds=1, host_expert_seconds=4, host_latency=1, storage_seconds=20)
     settings = [Setting(Rule.LRU, 2, miss=Miss.CHEAPEST, ram=4), Setting(Rule.LRU, 2)]
@@ -353,6 +370,8 @@ def test_a_draft_model_takes_its_time() -> None:
         (Setting(Rule.LRU, 1, miss=Miss.CHEAPEST), None, "which is not known: name a model of known sizes"),
         (Setting(Rule.LRU, 1, ram=1), None, "which is not known: name a model of known sizes"),
         (Setting(Rule.LRU, 1, ram=1), replace(COSTS, storage_seconds=None), "choose a storage"),
+        (Setting(Rule.LRU, 1, miss=Miss.HOST), replace(COSTS, computes_on_arrival=True), "without a host and storage only"),
+        (Setting(Rule.LRU, 1, ram=1), replace(COSTS, computes_on_arrival=True), "without a host and storage only"),
         (Setting(Rule.LRU, 1, ram=-1), COSTS, "room for -1 experts in host memory: expected at least 0"),
     ],
 )

@@ -42,7 +42,7 @@ def test_as_the_policy_chooses(
     slots, keys = random.permutation(200), np.zeros(200, dtype=np.int64)
     note_keys(pools[0], experts, slots, keys)
     keys[np.flatnonzero(experts["chosen_by"][slots] == REQUEST)] = IN_USE
-    limits = Limits(int(rule), 3, 67, False, 0.0, 0.0, 0.0, 0.0, 0.0, 24.0)
+    limits = Limits(int(rule), 3, 67, False, 0.0, 0.0, 0.0, 0.0, 0.0, 24.0, False)
     soon = REQUEST + is_served
     found = slot_to_vacate(pools[0], REQUEST, soon, 0.0, is_prefetch, limits, experts, slots, keys)
     chosen = choose_victim(slots[3 : 3 + held], held, int(rule), 3, REQUEST, soon, 0.0, is_prefetch, experts)
