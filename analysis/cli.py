@@ -38,7 +38,10 @@ def analyze(
     ] = None,
     evaluation: Annotated[
         list[Path] | None,
-        typer.Option(help="File written by 'specmoe evaluate --json', or the folder of a run with one; may be repeated."),
+        typer.Option(
+            help="File written by 'specmoe evaluate --json', or the folder of a run with one; may be repeated. The report also "
+            "shows what it predicted token by token, if the file lists it."
+        ),
     ] = None,
     simulation: Annotated[
         list[Path] | None, typer.Option(help="Folder written by 'specmoe simulate --out'; may be repeated.")

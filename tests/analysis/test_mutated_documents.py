@@ -21,6 +21,7 @@ from analysis.documents.evaluation import budget_table, read_evaluation, table
 from analysis.documents.fit_report import Fit, FitWay, MemoryUse, read_fit
 from analysis.documents.simulation import SimulatedDevice, SimulatedRow, Simulation, read_simulation
 from analysis.documents.statistics import read_statistics
+from analysis.documents.token_results import CachedProblem, SimulatedSample
 from analysis.report.offload import offload_section
 from analysis.report.predictability import predictions_section
 from analysis.statistics.compute import compute_statistics
@@ -76,6 +77,8 @@ def show_evaluation(path: Path) -> None:
     table(document)
     budget_table(document)
     predictions_section(document, 1)
+    for problem in document.sample:
+        problem.predicted(layers=2, top_k=2, num_experts=4)
     document.to_json()
 
 
@@ -83,6 +86,8 @@ def show_simulation(path: Path) -> None:
     document = read_simulation(path)
     for device in document.devices:
         offload_section(document, device.name, "1")
+    for problem in document.sample.problems if document.sample else ():
+        problem.outcomes(layers=2, top_k=2)
     document.to_json()
 
 
@@ -125,6 +130,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )  # fmt: skip
     larger = row.model_copy(update={"share": 1.0, "policy": "belady"})
     devices = [SimulatedDevice(name="gpu", assumptions=["a link"])]
+    cached = CachedProblem.of(1, np.arange(2), np.array([[[1, 2], [3, 0]], [[1, 1], [2, 2]]]))
+    sample = SimulatedSample(device="gpu", capacity=1, share=0.5, policy="lru", prefetch="none", problems=[cached])
     rates = SlotHitRates(even=0.1, by_curves=0.2, shared=0.3)
     slots = SlotsRow(share=0.5, slots=2, by_layer=[1, 1], training=rates, evaluated=rates)
     curve = HitRateCurve(policy="lru", is_global=False, is_exact=True, sizes=[0, 4], hits=[0, 9], requested=12, knee=4)
@@ -133,8 +140,10 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         experts_per_layer=4, share=0.5,
     )  # fmt: skip
     made: dict[str, BaseModel] = {
-        "evaluation": evaluate(run, trace, part="all", with_baselines=False),
-        "simulation": Simulation(trace="t", model="m", devices=devices, notes=["n"], best=[row], rows=[row, larger]),
+        "evaluation": evaluate(run, trace, part="all", with_baselines=False, with_sample=True),
+        "simulation": Simulation(
+            trace="t", model="m", devices=devices, notes=["n"], best=[row], rows=[row, larger], sample=sample
+        ),
         "curves": CacheCurves(
             trace="t", model="m", moe_layers=[0, 1], num_experts=4, top_k=2, part="test", problems=1, tokens=6, decode_tokens=5,
             batch=1, training_problems=None, summary=["s"], notes=[], curves=[curve], working_sets=[], slots=[slots],

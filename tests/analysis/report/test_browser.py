@@ -120,7 +120,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outcomes_TLK = np.ones((60, 5, 2), dtype=int)
     outcomes_TLK[1, 0] = [2, 3]
     cached = [CachedProblem.of(problem_digests(trace)[0], np.arange(60), outcomes_TLK)]
-    sample = SimulatedSample(device=None, capacity=4, share=0.5, policy="lru", prefetch="none", problems=cached)
+    sample = SimulatedSample(device=None, capacity=4, share=0.5, policy=EVIL, prefetch=EVIL, problems=cached)
     devices = [SimulatedDevice(name=None, assumptions=[])]
     simulation = Simulation(trace="t", model="m", devices=devices, notes=[EVIL], best=[], rows=[row], sample=sample)
     analyze_trace(trace, folder / "out", hops=3, evaluations=[evaluation], simulations=[simulation])
