@@ -24,6 +24,8 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # The package index has CUDA builds of these. With a CPU build of PyTorch they cannot be imported, and neither can transformers.
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 DISK_GIB = 6
+# Not compiled: for 28,000 modules that takes a minute or two, and Python compiles the few that are imported when it needs them.
+INSTALL = ("-m", "pip", "install", "--quiet", "--no-compile")
 
 
 def main() -> None:
@@ -77,7 +79,7 @@ def make_environment(venv: Path) -> Path:
 
 def install_torch(python: Path) -> None:
     version = TORCH if sys.platform == "darwin" else f"{TORCH}+cpu"
-    install = [str(python), "-m", "pip", "install", "--quiet", f"torch=={version}"]
+    install = [str(python), *INSTALL, f"torch=={version}"]
     if run(install, quiet=True) and run([*install, "--extra-index-url", TORCH_CPU_INDEX]):
         fail(f"cannot install torch=={version}: neither pip's configured index nor {TORCH_CPU_INDEX} offers it")
 
@@ -86,7 +88,7 @@ def install_project(python: Path, extras: str) -> None:
     constraint = ROOT / "build" / "torch.constraint"
     constraint.parent.mkdir(exist_ok=True)
     constraint.write_text(f"torch=={installed_torch(python)}\n", encoding="utf-8")
-    install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraint), "--editable"]
+    install = [str(python), *INSTALL, "--constraint", str(constraint), "--editable"]
     reason = why_no_vllm()
     if reason is None:
         if run([*install, f"{ROOT}[cpu,{extras}]"]) == 0:
@@ -114,7 +116,7 @@ def install_dependencies(python: Path, extras: list[str]) -> None:
                 waiting += ours.group(1).split(",")
             else:
                 wanted.append(requirement)
-    if run([str(python), "-m", "pip", "install", "--quiet", f"torch=={installed_torch(python)}", *wanted]):
+    if run([str(python), *INSTALL, f"torch=={installed_torch(python)}", *wanted]):
         fail("cannot install the dependencies in pyproject.toml: see pip's message above")
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     folder = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()

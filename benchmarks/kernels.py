@@ -1,4 +1,4 @@
-"""Which MoE kernel vLLM chooses, and which one capture makes it choose, without a GPU: the table of docs/vllm-kernels.md.
+"""Which MoE kernel vLLM chooses, and which one capture makes it choose, without a GPU: the table of docs/results/kernels.md.
 
     python -m benchmarks.kernels                              the installed vLLM
     python -m benchmarks.kernels --releases 0.26.0,0.33.0     download these vllm wheels and use their Python sources

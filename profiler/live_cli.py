@@ -58,5 +58,5 @@ def watch(
 def _scrape(url: str) -> list[Publication]:
     found = parse(fetch(url))
     if not found:
-        raise SpecmoeError(f"{url} has no live metrics of experts: start vLLM with SPECMOE_LIVE=1 (docs/live.md)")
+        raise SpecmoeError(f"{url} has no live metrics of experts: start vLLM with SPECMOE_LIVE=1 (docs/guide/live.md)")
     return found

@@ -4,7 +4,7 @@ Some kernels (vLLM calls them monolithic) take the router's logits and select th
 vLLM has one selection function per quantization, `select_*_moe_backend`. It goes through the kernels, the fastest first, and
 takes the first one that supports the model, the device and the settings. `recordable_kernels` repeats a selection that took a
 monolithic kernel, with such kernels reported as unsupported, and so gets the next one in vLLM's own order. Nothing here names a
-kernel or a device; docs/vllm-kernels.md shows the outcome.
+kernel or a device; docs/results/kernels.md shows the outcome.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Record the routing of your own `vllm.LLM`: call `enable()` before vLLM starts, and generate inside a `Recording`.
 
-docs/capture.md shows a complete program.
+docs/guide/capture.md shows a complete program.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which function selects experts in which vLLM release. No other module of this package depends on the version.
 
-The table was read from the source of every release it names; `docs/vllm-releases.md` lists the releases that were run.
+The table was read from the source of every release it names; `docs/results/releases.md` lists the releases that were run.
 """
 
 from __future__ import annotations

@@ -226,8 +226,8 @@ def compute_statistics(
 ) -> Statistics:
     """Count a trace (`count_trace`) and compute all statistics from the counts.
 
-    The trace is read once, on as many cores as memory allows. Memory use does not grow with the trace; docs/analysis.md lists
-    measurements.
+    The trace is read once, on as many cores as memory allows. Memory use does not grow with the trace;
+    docs/results/analysis.md lists measurements.
 
     Args:
         trace: The trace to analyze.

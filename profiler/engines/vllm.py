@@ -82,7 +82,7 @@ class VllmEngine:
                 **({"gpu_memory_utilization": USED_SHARE} if on_gpu else {}),
             )
         except Exception as error:  # vLLM's loaders raise errors of any type
-            reason = _root_cause(self._log) or first_line(error)
+            reason = explained(_root_cause(self._log) or first_line(error))
             raise ModelError(f"vLLM cannot load {model.location}: {reason}{self._keep_log()}") from error
         if self._log is not None:
             # vLLM's messages in this process, while it runs and stops; those of its workers go to the log file.
@@ -237,6 +237,17 @@ def request_seed(seed: int, problem_id: int) -> int:
 def is_installed() -> bool:
     """Whether a package `vllm` is installed."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def explained(reason: str) -> str:
+    """Why vLLM did not start, with what to do where its own message does not say it."""
+    # At start, vLLM 0.32 for CPUs looks at all objects of all modules, and one of llvmlite's does not bear it.
+    if "_lib_fn_wrapper" not in reason:
+        return reason
+    return (
+        f"{reason}: this vLLM does not start in a process that has imported numba, and its processes import the script that "
+        "starts it; import numba, analysis and speculation in functions or under if __name__ == '__main__'"
+    )
 
 
 def _set_environment(capture: CaptureOptions) -> dict[str, str | None]:

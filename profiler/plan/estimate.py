@@ -1,7 +1,7 @@
 """Estimate the time, cost and bytes of a collection on a GPU by a roofline; check it against the first shard.
 
 A step takes the longer of two times: reading all weights and the keys and values of its sequences, or computing all its tokens.
-The shares of a GPU's peaks are derived from published figures (docs/scaling.md), not from measurements of this project.
+The shares of a GPU's peaks are derived from published figures (docs/results/scaling.md), not from measurements of this project.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ START_SECONDS, LOADING = 150.0, 0.5
 # A container's resources besides its GPU; per hour, a core costs $0.0472 and a GiB of memory $0.008.
 CORES, MEMORY_GIB = 4, 32
 HOST_DOLLARS = CORES * 0.0472 + MEMORY_GIB * 0.008
-# Measured (docs/traces.md): 4.25 bytes per row with K = 2, 7.09 with K = 4. Expert ids take one more byte above 256 experts.
+# Measured (docs/results/trace-io.md): 4.25 bytes per row with K = 2, 7.09 with K = 4. Expert ids take one more byte above 256
+# experts.
 ROW_BYTES, PAIR_BYTES = 1.4, 1.42
 
 

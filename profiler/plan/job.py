@@ -147,7 +147,7 @@ class JobPlan:
             f"  time        about {_duration(found.wall_seconds)}, {found.gpu_hours:.2f} GPU hours",
             f"  cost        about ${found.dollars:.2f} (GPU, 4 cores and 32 GiB by the hour)",
             f"  trace       about {found.trace_bytes / 1e6:,.0f} MB",
-            "  These are estimates by a roofline, not measured; docs/scaling.md describes the method.",
+            "  These are estimates by a roofline, not measured; docs/results/scaling.md describes the method.",
         ]
 
     def document(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class BlockWriter:
 
     folder: created if missing; must not contain parts yet. layers: decoder layer index of each of the L recorded layers.
     schema: `routing_schema` or `values_schema`. The encodings are the best by size and speed of those measured
-    (docs/traces.md).
+    (docs/reference/trace.md).
     """
 
     def __init__(self, folder: Path, layers: list[int], schema: pa.Schema) -> None:

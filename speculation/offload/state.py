@@ -81,7 +81,7 @@ Integers = npt.NDArray[np.int64]
 
 ABSENT, PRESENT, COMING, WAITING, MISSED, FILLING = 0, 1, 2, 3, 4, 5
 NEVER = 1 << 60
-# Tokens over which `ewma` forgets. Values from 12 to 48 differ little (docs/offload.md).
+# Tokens over which `ewma` forgets. Values from 12 to 48 differ little (docs/results/offload.md).
 TIME_CONSTANT = 24.0
 # The order of uses has so many places for a request: two for each of its experts, and one for experts prefetched for it.
 ORDER = 1 << 13

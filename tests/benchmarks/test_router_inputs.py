@@ -13,10 +13,18 @@ import numpy.typing as npt
 import pytest
 from support.routes import routes_of
 
-from benchmarks.reduced_inputs import Kind, Reducer, Reduction, bytes_for, frontier, marginal_prices, without_routes
-from benchmarks.router_input_tables import by_key, interval, recall, rows
-from benchmarks.router_inputs import OPTIONS, Experiment, experiments, keep_settings, run_all, score
-from benchmarks.sampled_texts import WINDOW, Texts, split_prompts, together, without_near_duplicates
+from benchmarks.router_inputs.reduced_inputs import (
+    Kind,
+    Reducer,
+    Reduction,
+    bytes_for,
+    frontier,
+    marginal_prices,
+    without_routes,
+)
+from benchmarks.router_inputs.sampled_texts import WINDOW, Texts, split_prompts, together, without_near_duplicates
+from benchmarks.router_inputs.study import OPTIONS, Experiment, experiments, keep_settings, run_all, score
+from benchmarks.router_inputs.tables import by_key, interval, recall, rows
 from profiler.errors import SpecmoeError
 from profiler.trace.splits import PARTS
 from speculation.data.router_inputs import RouterInputs

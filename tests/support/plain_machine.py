@@ -1,6 +1,6 @@
 """A plain simulator of misses on a host and from storage: lists and dictionaries, written for the reader.
 
-It knows nothing of the compiled one, and has no predictions. What it does without them is all of `docs/offload-host.md`.
+It knows nothing of the compiled one, and has no predictions. What it does without them is in `docs/guide/offload.md`.
 """
 
 from __future__ import annotations

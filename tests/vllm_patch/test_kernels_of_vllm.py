@@ -57,7 +57,7 @@ def test_requests_for_a_backend_whose_first_kernel_cannot_be_recorded(of_vllm: d
 
 
 def test_the_documentation_shows_what_this_vllm_chooses(of_vllm: dict[str, Any]) -> None:
-    page = (ROOT / "docs" / "vllm-kernels.md").read_text()
+    page = (ROOT / "docs" / "results" / "kernels.md").read_text()
     release = of_vllm["release"].split("+")[0]
     (section,) = (part for part in page.split("\nvLLM ") if release in part.splitlines()[0].rstrip(":").split(", "))
     assert table([release], of_vllm["checkpoints"]).split("\n\n")[1] in section

@@ -39,7 +39,7 @@ class EwmaRepeats(Predictor):
 
     name: ClassVar[str] = "ewma-repeats"
     about: ClassVar[str] = "a formula: the faded use of each expert, and its use after the latest occurrence of the same tokens"
-    source: ClassVar[str] = "this project (docs/offload.md)"
+    source: ClassVar[str] = "this project (docs/results/offload.md)"
     sees: ClassVar[str] = "all earlier routes, which tokens repeat"
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.REUSE})
 

@@ -134,7 +134,11 @@ class NeuralPredictor(Predictor):
             if isinstance(module, nn.MultiheadAttention):
                 module.dropout = options.dropout
         self.prepare(train)
-        return fit_network(self, train, validation, options, on_progress, out)
+        epochs = fit_network(self, train, validation, options, on_progress, out)
+        # As they are stored, so that this predictor is the one that will be loaded.
+        for tensor in self.network.state_dict().values():
+            tensor.copy_(torch.from_numpy(stored_weights(tensor.cpu().numpy()).astype(np.float32)))
+        return epochs
 
     def prepare(self, train: RouteSource) -> None:
         """Initialize the new network from the training routes.

@@ -55,7 +55,7 @@ class Recommended(NeuralPredictor):
     about: ClassVar[str] = (
         "residual blocks over the layers; routes so far, of the last token, and of similar places in this and in training texts"
     )
-    source: ClassVar[str] = "this project (docs/predictors.md)"
+    source: ClassVar[str] = "this project (docs/results/predictors.md)"
     sees: ClassVar[str] = "all routes that the task allows, which tokens they are, the routes of training texts, which it keeps"
     default_width: ClassVar[int] = 192
     token_width: ClassVar[int] = 64

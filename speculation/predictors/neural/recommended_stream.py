@@ -13,7 +13,19 @@ from speculation.data.history import History, Prediction
 from speculation.data.ranking import rank_experts
 from speculation.data.tasks import Task
 from speculation.predictors.neural.place_attention import LEAST_RANK
-from speculation.predictors.neural.single_token import Array, add_block, add_product, add_rows, apply_gelu, normalized, stacked
+from speculation.predictors.neural.single_token import (
+    Array,
+    BlockWeights,
+    Matrix,
+    add_block,
+    add_product,
+    add_row,
+    add_rows,
+    apply_gelu,
+    normalized,
+    packed,
+    stacked,
+)
 
 # The linear layers whose sum, with the position, is the state before the first layer.
 _KNOWN = ("tokens", "last_all", "recent_all")
@@ -40,30 +52,30 @@ class StreamWeights:
         nothing = np.zeros((1, self.shape.layers, self.shape.layers), dtype=np.float32)
         about = slice(self.ahead, None)
         rank_K = np.maximum(arrays["places.rank"], np.float32(LEAST_RANK))
-        self.begin = (
+        # What the routes of the token itself, and the use at places (of all steps and heads; then the confidences), add to the
+        # state.
+        used = np.concatenate([arrays["used_layer"], arrays["confidence"]], axis=1)[about]
+        context, blocks = stacked(arrays, "context", 2), stacked(arrays, "blocks", self.layers)
+        table, recent, known, used, head, *rises_and_falls = packed(
             arrays["last.table"],
             np.ascontiguousarray(arrays["recent_layer"][about]),
             np.concatenate([arrays[f"{name}.weight"] for name in _KNOWN], axis=1),
-            np.sum([arrays[f"{name}.bias"] for name in _KNOWN], axis=0),
-            arrays["token.weight"],
-            arrays["position.weight"],
+            np.ascontiguousarray(used),
+            np.ascontiguousarray(arrays["head"].transpose(0, 2, 1)),
+            *(each for block in (context, blocks) for each in (block[2], block[4])),
         )
-        self.context = stacked(arrays, "context", 2)
+        known_bias = np.sum([arrays[f"{name}.bias"] for name in _KNOWN], axis=0)
+        self.begin = (table, recent, known, known_bias, arrays["token.weight"], arrays["position.weight"])
+        self.context, self.blocks = (
+            (scale, shift, rises_and_falls[2 * n], rise_b, rises_and_falls[2 * n + 1], fall_b)
+            for n, (scale, shift, _, rise_b, _, fall_b) in enumerate((context, blocks))
+        )
         self.scores = tuple(
             arrays[f"places.{name}"] for name in ("last", "facts", "rise.weight", "rise.bias", "fall.weight", "fall.bias")
         )
         self.attention = (arrays.get("places.now", nothing), rank_K / rank_K.mean())
-        # What the routes of the token itself, and the use at places (of all steps and heads; then the confidences), add to the
-        # state.
-        used = np.concatenate([arrays["used_layer"], arrays["confidence"]], axis=1)[about]
-        self.added = (arrays.get("now.table", nothing[0]), np.ascontiguousarray(used))
-        self.blocks = stacked(arrays, "blocks", self.layers)
-        self.head = (
-            arrays["norm_scale"][:, 0].copy(),
-            np.ascontiguousarray(arrays["head"].transpose(0, 2, 1)),
-            arrays["direct"],
-            arrays["bias_LHE"],
-        )
+        self.added = (arrays.get("now.table", nothing[0]), used)
+        self.head = (arrays["norm_scale"][:, 0].copy(), head, arrays["direct"], arrays["bias_LHE"])
 
 
 class Stream:
@@ -138,8 +150,8 @@ def _begin(
     position: int,
     facts: Array,
     last_common: Array,
-    weights: tuple[Array, Array, Array, Array, Array, Array],
-    context: tuple[Array, Array, Array, Array, Array, Array],
+    weights: tuple[Matrix, Matrix, Matrix, Array, Array, Array],
+    context: BlockWeights,
     score_weights: tuple[Array, Array, Array, Array, Array, Array],
     predicted: int,
 ) -> tuple[Array, Array, Array]:
@@ -160,7 +172,7 @@ def _begin(
     for layer in range(layers):
         own = np.zeros(width, dtype=np.float32)
         for k in range(top_k):
-            own += last_weights[layer, k] * table[layer * experts + last_ids[layer, k]]
+            add_row(own, table[layer * experts + last_ids[layer, k]], last_weights[layer, k])
         last += own
         if layer >= ahead:
             hints[layer - ahead] += own
@@ -242,9 +254,9 @@ def _step(
     hint: Array,
     places: Places,
     attention: tuple[Array, Array],
-    added: tuple[Array, Array],
-    blocks: tuple[Array, Array, Array, Array, Array, Array],
-    head: tuple[Array, Array, Array, Array],
+    added: tuple[Array, Matrix],
+    blocks: BlockWeights,
+    head: tuple[Array, Matrix, Array, Array],
     little_use: np.float32,
     ranked: npt.NDArray[np.int64],
     scores: Array,

@@ -49,7 +49,7 @@ class Reuse(NeuralPredictor):
 
     name: ClassVar[str] = "reuse"
     about: ClassVar[str] = "how soon each expert is used again, from its recent use and what followed the same tokens before"
-    source: ClassVar[str] = "this project (docs/offload.md)"
+    source: ClassVar[str] = "this project (docs/results/offload.md)"
     sees: ClassVar[str] = "all earlier routes, which tokens they are, the routes of training texts, which it keeps"
     tasks: ClassVar[frozenset[Task]] = frozenset({Task.REUSE})
     default_width: ClassVar[int] = 192

@@ -27,3 +27,12 @@ def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
     done = warm.run(str(script), timeout=200, warm_children=True)
     assert done.returncode == 1
     assert "put what starts the collection under if __name__ == '__main__'" in done.stderr.splitlines()[-1]
+
+
+def test_a_script_that_imports_numba_is_told_where_to(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import numba\n" + SCRIPT)
+    done = warm.run(str(script), timeout=200, environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    if done.returncode == 0:
+        pytest.skip("this vLLM starts nevertheless")
+    assert "import numba, analysis and speculation in functions or under" in done.stderr.splitlines()[-1]

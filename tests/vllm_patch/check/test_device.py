@@ -11,7 +11,7 @@ import pytest
 from vllm_patch.check.coverage import coverage, coverage_lines
 from vllm_patch.check.device import DeviceFacts, choose_dtype, context_length
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict
-from vllm_patch.check.table import markdown_table
+from vllm_patch.check.table import csv_table, markdown_table
 
 GPU = DeviceFacts(name="a GPU", on_gpu=True, memory=1 << 20)
 CPU = DeviceFacts(name="CPU", on_gpu=False, memory=1 << 20)
@@ -106,3 +106,11 @@ def test_in_the_table_a_later_document_counts() -> None:
     assert "| jamba | eager | float32 | does not run here |  |  |  | why jamba |" in lines
     assert sum(line.startswith("| mixtral") for line in lines) == 1
     assert lines[:2] == ["Run on 2026-01-02 on CPU: vllm 1.0.", ""]
+
+
+def test_the_table_as_csv_is_that_of_the_documentation() -> None:
+    first = document(job("mixtral", "wrong", compared=1512, differing=3), job("jamba", "failed"))
+    header, *rows = csv_table([first]).splitlines()
+    assert rows == ["mixtral,eager,float32,wrong,,1512,3,why mixtral", "jamba,eager,float32,does not run here,,,,why jamba"]
+    page = (Path(__file__).parents[3] / "docs" / "results" / "families.csv").read_text()
+    assert page.splitlines()[0] == header

@@ -1,0 +1,6 @@
+"""Runs the study: see `study`."""
+
+from benchmarks.router_inputs.study import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What a release contains, and that it has one version."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+VERSION = str(PROJECT["version"])
+PACKAGES = ("analysis", "modal_jobs", "profiler", "speculation", "vllm_patch")
+# Files of the repository next to the packages that a source distribution has, too.
+BESIDE = {
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    "pyproject.toml",
+    "specmoe.py",
+}
+
+
+def sources() -> set[str]:
+    """The files of the packages, as they are in a clean clone."""
+    files = {path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()}
+    return {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution and the wheel that is built from it, as installers do."""
+    clone, out = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("dist")
+    for folder in (*PACKAGES, "tests", "benchmarks", "docs", "examples"):
+        # With caches and tests, which must be left out; the tests' data are large and not needed for that.
+        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("data") if folder == "tests" else None)
+    for name in BESIDE:
+        shutil.copy(ROOT / name, clone)
+    build = "from setuptools import build_meta as b; import sys; getattr(b, 'build_' + sys.argv[1])(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", build, "sdist", str(out)], cwd=clone, check=True, capture_output=True, timeout=300)
+    with tarfile.open(out / f"speculative_moe-{VERSION}.tar.gz") as archive:
+        archive.extractall(out, filter="data")
+    unpacked = out / f"speculative_moe-{VERSION}"
+    subprocess.run([sys.executable, "-c", build, "wheel", str(out)], cwd=unpacked, check=True, capture_output=True, timeout=300)
+    return out
+
+
+def test_the_source_distribution_has_what_is_needed_and_nothing_else(built: Path) -> None:
+    with tarfile.open(built / f"speculative_moe-{VERSION}.tar.gz") as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    generated = {name for name in names if name in {"PKG-INFO", "setup.cfg"} or name.startswith("speculative_moe.egg-info/")}
+    assert names - generated == sources() | BESIDE
+
+
+def test_the_wheel_has_every_package_and_file(built: Path) -> None:
+    with zipfile.ZipFile(built / f"speculative_moe-{VERSION}-py3-none-any.whl") as archive:
+        names = set(archive.namelist())
+        about = f"speculative_moe-{VERSION}.dist-info/"
+        metadata = Parser().parsestr(archive.read(f"{about}METADATA").decode())
+        entry_points = archive.read(f"{about}entry_points.txt").decode()
+    assert {name for name in names if not name.startswith(about)} == sources() | {"specmoe.py"}
+    assert f"{about}licenses/LICENSE" in names
+    assert metadata["Version"] == VERSION
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert {"collect", "analysis", "train", "live", "modal", "gpu", "cpu", "all"} <= set(
+        metadata.get_all("Provides-Extra") or []
+    )
+    assert "specmoe = specmoe:main" in entry_points
+    assert "specmoe = vllm_patch.plugin:register" in entry_points
+
+
+def test_the_citation_and_the_changelog_name_the_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    newest, date = re.findall(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    assert (citation["version"], newest) == (VERSION, VERSION)
+    assert str(citation["date-released"]) == date
+
+
+def test_no_other_file_states_the_version() -> None:
+    """Everything else reads it from the installed package."""
+    stated = re.compile(rf"(?<![\d.]){re.escape(VERSION)}(?![\d.])")
+    files = [path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")] + [ROOT / "specmoe.py", ROOT / "install.py"]
+    assert [path.name for path in files if stated.search(path.read_text(encoding="utf-8"))] == []
