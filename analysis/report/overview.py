@@ -14,6 +14,7 @@ from analysis.documents.simulation import Simulation
 from analysis.report.figures import Section
 from analysis.statistics.compute import Statistics, mean, show
 from analysis.statistics.contexts import TASKS
+from profiler.errors import counted
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _recall(evaluations: Sequence[Evaluation], section: int) -> Card:
             *((value, f"{value:.0%} {label}") for value, label in references),
             longest=1.0,
         ),
-        f"{evaluation.task}, {evaluation.problems:,} problems, {evaluation.held_out}.",
+        f"{evaluation.task}, {counted(evaluation.problems, 'problem')}, {evaluation.held_out}.",
         section,
     )
 
