@@ -190,8 +190,8 @@ def predictions_section(evaluation: Evaluation, number: int) -> Section:
         drawn = lines(chosen, all_m, "m: experts fetched per token and layer", "recall@m")
         read = "how much recall is gained by fetching more experts than the K that a token needs."
         figures += (html(drawn, f"budget-{number}", caption, read=read),)
-        budget = budget_table(evaluation)
-        tables.append((tuple(budget[0]), *(tuple(row.values()) for row in budget)))
+        if budget := budget_table(evaluation):
+            tables.append((tuple(budget[0]), *(tuple(row.values()) for row in budget)))
     explanation = (
         f"Run {evaluation.run}, task {evaluation.task}, evaluated on {counted(evaluation.problems, 'problem')} "
         f"({evaluation.tokens:,} "
