@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import plotly.graph_objects as go
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ FONT_SIZE, DPI = 7.0, 300
 PIXEL = 0.4
 STYLE = {
     "axes.linewidth": 0.5,
-    "axes.prop_cycle": matplotlib.cycler(color=["#0072B2"]),
+    "axes.prop_cycle": cycler(color=["#0072B2"]),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "font.family": "sans-serif",
@@ -102,8 +103,9 @@ def draw(figure: go.Figure) -> Figure:
     for shape in figure.layout.shapes:
         if shape.type == "line" and shape.x0 == shape.x1:
             axes.axvline(shape.x0, color="#888888", linewidth=0.6)
-    for set_label, (axis, _) in zip((axes.set_xlabel, axes.set_ylabel), axes_of(figure), strict=True):
-        set_label(textwrap.fill(_text(axis.title.text or ""), LABEL))
+    x_label, y_label = (textwrap.fill(_text(axis.title.text or ""), LABEL) for axis, _ in axes_of(figure))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     return drawn
 
 
