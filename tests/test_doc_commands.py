@@ -70,7 +70,7 @@ FEWER = {"20000": "1500"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 # Options of other programs that the pages name.
 FOREIGN = {
-    "vLLM": ["--moe-backend", "--shutdown-timeout", "--api-server-count"],
+    "vLLM": ["--enable-return-routed-experts", "--moe-backend", "--shutdown-timeout", "--api-server-count"],
     "llama.cpp": ["--n-cpu-moe", "--override-tensor"],
     "KTransformers and SGLang": ["--kt-expert-placement-strategy", "--init-expert-location"],
     "ExLlamaV3": ["--moe_cpu_split", "--moe_cpu_profile"],
