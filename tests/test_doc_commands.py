@@ -38,6 +38,7 @@ NOT_RUN = {
     r"vllm serve|^curl |^specmoe watch|Workers\(llm": "a vLLM server; tests/vllm_patch starts one",
     r"import vllm_patch|^python -m vllm_patch check": "starts vLLM; tests/vllm_patch does",
     r"vllm_patch (status|diff|apply|revert)": "changes the installed vLLM; tests/vllm_patch/test_source.py uses a copy",
+    r"^specmoe demo": "a minute of training; its parts are the commands that run here",
     r"--push ": "uploads to the Hugging Face hub; tests/profiler/trace/test_hub.py has a hub of its own",
     r"OLMoE|--dataset gsm8k(?!.*--data-files)": "downloads a model or a dataset from the hub",
     r"traces/olmoe|traces/gpt-oss-20b": "needs a trace of a large model",
