@@ -101,7 +101,7 @@ def main(
 
 
 def _print_evaluation(run: Path) -> None:
-    from speculation.cli import print_evaluation
+    from speculation.evaluation_tables import print_evaluation
 
     if (run / EVALUATION_FILE).is_file():
         print_evaluation(read_evaluation(run))

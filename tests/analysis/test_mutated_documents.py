@@ -26,9 +26,9 @@ from analysis.report.offload import offload_section
 from analysis.report.predictability import predictions_section
 from analysis.statistics.compute import compute_statistics
 from profiler.errors import SpecmoeError, TraceError
-from speculation.cli import print_evaluation
 from speculation.data.tasks import Task
 from speculation.evaluation.evaluate import evaluate
+from speculation.evaluation_tables import print_evaluation
 from speculation.training.fit import train
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict, read_check
 from vllm_patch.check.table import csv_table, markdown_table
