@@ -16,6 +16,7 @@ import profiler.registry_cli
 import profiler.terminal
 import speculation.cli
 import speculation.curve_cli
+import speculation.evaluation_tables
 import speculation.fit_cli
 import speculation.generate_cli
 import speculation.offload_cli
@@ -104,7 +105,7 @@ def demo(
     analysis.cli.print_findings(findings)
 
     console.rule("Result", align="left")
-    speculation.cli.print_evaluation(evaluation)
+    speculation.evaluation_tables.print_evaluation(evaluation)
     typer.echo(f"Report: {out / 'report' / 'report.html'} ({time.monotonic() - began:.0f} s in all)")
 
 
