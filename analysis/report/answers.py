@@ -221,7 +221,8 @@ def _controls(s: Statistics, overlays: list[_Overlay]) -> str:
     who = "strongest" if s.axes.knows_strongest else "lowest-numbered"
     read = (
         f"the text is colored by each token's {who} expert at the chosen layer, and a row of the matrix shows it at every "
-        "layer. Runs of one color are tokens that share an expert. Point at a token or a cell, or tap it, to see all its "
+        "layer. Runs of one color are tokens that share an expert. Each layer has colors of its own: expert 3 of one layer has "
+        "nothing to do with expert 3 of another. Point at a token or a cell, or tap it, to see all its "
         "experts; click an expert in the legend to see which tokens use it."
     )
     if overlays:

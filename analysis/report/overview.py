@@ -179,7 +179,7 @@ def _predictability(s: Statistics, section: int) -> Card | None:
             (chance, f"{chance:.0%} chance"),
             longest=1.0,
         ),
-        f"{task}, given one context: {context}. A trained predictor should exceed it.",
+        f"Task {task}, by counting what followed one thing: {context}. A trained predictor should do better.",
         section,
     )
 

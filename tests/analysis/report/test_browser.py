@@ -438,3 +438,13 @@ def test_cards_lead_to_their_sections(view: Opened) -> None:
     assert not table.is_visible()
     view.page.locator("#section-2 summary", has_text="Table").first.click()
     assert table.is_visible()
+
+
+def test_the_bars_of_a_card_have_one_scale(view: Opened) -> None:
+    """Whatever their labels are: a bar's length is its value's share of the longest one's."""
+    cards = view.page.evaluate(
+        """() => [...document.querySelectorAll(".card")].map(card =>
+            [...card.querySelectorAll(".bar > div")].map(bar => bar.clientWidth))"""
+    )
+    assert len(cards) >= 5
+    assert all(widths and len(set(widths)) == 1 and widths[0] > 50 for widths in cards)
