@@ -77,8 +77,7 @@ def analyze(
     evaluations = [read_evaluation(path) for path in evaluation or []]
     simulations = [read_simulation(path) for path in simulation or []]
     if figures is not None:
-        # A missing package is reported before a long analysis, not after it.
-        import analysis.report.paper_figures  # noqa: F401
+        import analysis.report.paper_figures  # noqa: F401 - a missing package is reported before a long analysis
 
     hit_rates = [read_curves(path) for path in curves or []]
     opened = [Trace.open(path) for path in traces]

@@ -107,19 +107,19 @@ def compute_on_arrival(
         When the last one is computed.
     """
     first, now, end = clock.layer * limits.num_experts, clock.now, clock.now
-    waits, earliest = False, np.inf
+    earliest, arrives = -1, np.inf
     for place in range(size):
         arrival = experts[first + experts_N[start + place]].arrival
         if arrival <= now:
             end += seconds
-        else:
-            waits, earliest = True, min(earliest, arrival)
+        elif earliest < 0 or arrival < arrives:
+            earliest, arrives = place, arrival
     # A prefetch in transfer arrives before everything that is loaded for the request; the rest in the request's order.
-    if waits:
-        end = max(end, earliest) + seconds
+    if earliest >= 0:
+        end = max(end, arrives) + seconds
         for place in range(size):
             arrival = experts[first + experts_N[start + place]].arrival
-            if arrival > now and arrival != earliest:
+            if arrival > now and place != earliest:
                 end = max(end, arrival) + seconds
     return end
 

@@ -90,6 +90,10 @@ def test_computing_on_arrival_by_hand() -> None:
     ahead = simulate(workload_of(TOKEN, 4), Setting(Rule.LRU, 2), plan, on_arrival)
     assert ahead.total(Count.LATE) == 1
     assert ahead.decode_seconds == 34.0
+    # Transfers that take no time after a policy that takes one second: both arrive at 3, computed until 4 and 5. Layer 1: at 7,
+    # expert 0 until 8, expert 2 until 9.
+    free = replace(on_arrival, copy_seconds=0.0)
+    assert simulate(workload_of(TOKEN, 4), Setting(Rule.LRU, 2, policy_seconds=1.0), costs=free).decode_seconds == 9.0
 
 
 def test_whole_numbers_for_floats_compile_nothing_again() -> None:
