@@ -12,12 +12,16 @@ from pydantic import BaseModel
 
 @dataclass(frozen=True)
 class DocumentKind:
-    """A document. module, model: where its type is; command: what writes it; reader: what reads it, if `analysis` has it."""
+    """A document. module, model: where its type is; command: what writes it; reader: what reads it, if `analysis` has it.
+
+    file: where in the command's folder it is; empty if the command names the file.
+    """
 
     module: str
     model: str
     command: str
     reader: str = ""
+    file: str = ""
 
     @property
     def type(self) -> type[BaseModel]:
@@ -27,11 +31,17 @@ class DocumentKind:
 
 
 KINDS: dict[str, DocumentKind] = {
-    "statistics": DocumentKind("statistics", "StatisticsDocument", "specmoe analyze TRACE --out DIR", "read_statistics"),
-    "comparison": DocumentKind("statistics", "ComparisonDocument", "specmoe analyze TRACE TRACE --out DIR"),
+    "statistics": DocumentKind(
+        "statistics", "StatisticsDocument", "specmoe analyze TRACE --out DIR", "read_statistics", "statistics.json"
+    ),
+    "comparison": DocumentKind(
+        "statistics", "ComparisonDocument", "specmoe analyze TRACE TRACE --out DIR", file="statistics.json"
+    ),
     "evaluation": DocumentKind("evaluation", "Evaluation", "specmoe evaluate RUN --trace TRACE --json FILE", "read_evaluation"),
-    "simulation": DocumentKind("simulation", "Simulation", "specmoe simulate TRACE --out DIR", "read_simulation"),
-    "curve": DocumentKind("curves", "CacheCurves", "specmoe curve TRACE --out DIR", "read_curves"),
+    "simulation": DocumentKind(
+        "simulation", "Simulation", "specmoe simulate TRACE --out DIR", "read_simulation", "simulation.json"
+    ),
+    "curve": DocumentKind("curves", "CacheCurves", "specmoe curve TRACE --out DIR", "read_curves", "curve.json"),
     "fit": DocumentKind("fit_report", "Fit", "specmoe fit MODEL --json FILE", "read_fit"),
     "replay": DocumentKind("replay", "ReplayResult", "specmoe replay TRACE --json FILE"),
     "generation": DocumentKind("generation", "GenerationRun", "specmoe generate MODEL --json FILE"),

@@ -19,6 +19,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 
+from analysis.documents.schemas import KINDS
+
 # How a user starts each command line -> the module and name of its typer app.
 COMMAND_LINES = {"specmoe": ("specmoe", "app"), "python -m vllm_patch": ("vllm_patch.__main__", "app")}
 # File of the schema -> module and class of the document, what writes it, and the public function that reads it.
@@ -31,39 +33,15 @@ DOCUMENTS = {
     ),
     "manifest": ("profiler.trace.schema", "Manifest", "`specmoe collect` and `specmoe convert` (`manifest.json`)", ""),
     "collect": ("profiler.collect.collection", "CollectSummary", "`specmoe collect --json`", ""),
-    "statistics": (
-        "analysis.documents.statistics",
-        "StatisticsDocument",
-        "`specmoe analyze TRACE --out DIR` (`DIR/statistics.json`)",
-        "`analysis.read_statistics`",
-    ),
-    "comparison": (
-        "analysis.documents.statistics",
-        "ComparisonDocument",
-        "`specmoe analyze TRACE TRACE ... --out DIR` (`DIR/statistics.json`)",
-        "",
-    ),
-    "evaluation": (
-        "analysis.documents.evaluation",
-        "Evaluation",
-        "`specmoe evaluate RUN --trace TRACE --json FILE`",
-        "`analysis.read_evaluation`",
-    ),
-    "simulation": (
-        "analysis.documents.simulation",
-        "Simulation",
-        "`specmoe simulate TRACE --out DIR` (`DIR/simulation.json`)",
-        "`analysis.read_simulation`",
-    ),
-    "curve": (
-        "analysis.documents.curves",
-        "CacheCurves",
-        "`specmoe curve TRACE --out DIR` (`DIR/curve.json`)",
-        "`analysis.read_curves`",
-    ),
-    "fit": ("analysis.documents.fit_report", "Fit", "`specmoe fit MODEL --json FILE`", "`analysis.read_fit`"),
-    "replay": ("analysis.documents.replay", "ReplayResult", "`specmoe replay TRACE --json FILE`", ""),
-    "generation": ("analysis.documents.generation", "GenerationRun", "`specmoe generate MODEL --json FILE`", ""),
+    **{
+        name: (
+            f"analysis.documents.{kind.module}",
+            kind.model,
+            f"`{kind.command}`" + (f" (`DIR/{kind.file}`)" if kind.file else ""),
+            f"`analysis.{kind.reader}`" if kind.reader else "",
+        )
+        for name, kind in KINDS.items()
+    },
     "export": (
         "profiler.exporters.report",
         "ExportReport",
