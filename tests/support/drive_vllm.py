@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def start(model: str, **settings: Any) -> Any:
     from vllm import LLM
 
+    from vllm_patch.check.device import float32_attention
     from vllm_patch.check.worker import freeze_what_is_loaded, inspect_models_here
 
     inspect_models_here()
@@ -33,8 +34,9 @@ def start(model: str, **settings: Any) -> Any:
     defaults["num_gpu_blocks_override"] = 160
     if not (Path(model) / "tokenizer.json").is_file():
         defaults["skip_tokenizer_init"] = True
+    options = defaults | settings
     freeze_what_is_loaded()
-    return LLM(model=model, **(defaults | settings))
+    return LLM(model=model, **float32_attention(Path(model), str(options["dtype"])), **options)
 
 
 def random_prompts(count: int, shortest: int, longest: int, seed: int = 0, shared_prefix: int = 0) -> list[dict[str, Any]]:

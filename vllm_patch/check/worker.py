@@ -27,7 +27,7 @@ from profiler.errors import EngineError, first_line
 from profiler.models.resolve import demo_model_folder
 from profiler.trace.reader import Trace
 from vllm_patch.check.agreement import ROUTER, OracleAgreement
-from vllm_patch.check.device import context_length
+from vllm_patch.check.device import context_length, float32_attention
 from vllm_patch.check.jobs import (
     CHUNK,
     LONGEST_PROMPT,
@@ -163,6 +163,7 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
     """
     import torch
     from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
 
     from vllm_patch.recording import Recording, enable
 
@@ -180,6 +181,8 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
         inspect_models_here()
     if not (model / "tokenizer.json").is_file():
         settings |= {"skip_tokenizer_init": True}
+        # Without a tokenizer, vLLM starts a multimodal model only if it takes nothing but text.
+        settings |= {"language_model_only": True} if hasattr(EngineArgs, "language_model_only") else {}
     freeze_what_is_loaded()
     began = time.perf_counter()
     llm = LLM(
@@ -190,6 +193,7 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
         max_model_len=context_length(model, MAX_LENGTH),
         disable_log_stats=True,
         seed=0,
+        **float32_attention(model, job.dtype),
         **settings,
     )
     started = time.perf_counter() - began

@@ -97,6 +97,23 @@ def test_the_families_that_are_named_can_be_made() -> None:
     assert len(set(FAMILY_NAMES)) == len(FAMILY_NAMES)
 
 
+def test_experts_are_written_as_published_checkpoints_have_them(tmp_path: Path) -> None:
+    """vLLM reads Qwen3-VL-MoE's experts only in the published form. transformers must then load the same model."""
+    from safetensors.torch import load_file
+
+    from vllm_patch.check.agreement import load_oracle
+    from vllm_patch.check.families import make
+
+    folder = make("qwen3_vl_moe", tmp_path)
+    stored = load_file(folder / "model.safetensors")
+    loaded = load_oracle(folder).state_dict()
+    names = [name for name in stored if ".experts." in name]
+    assert len(names) == 2 * 3
+    for name in names:
+        assert stored[name].shape[1:] == loaded[name].shape[:0:-1]
+        assert (stored[name].transpose(1, 2) == loaded[name]).all()
+
+
 def test_every_family_comes_before_further_modes() -> None:
     for on_gpu in (False, True):
         jobs = jobs_for(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_patch.check.coverage import coverage, coverage_lines
-from vllm_patch.check.device import DeviceFacts, choose_dtype, context_length
+from vllm_patch.check.device import DeviceFacts, choose_dtype, context_length, float32_attention
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict
 from vllm_patch.check.table import csv_table, markdown_table
 
@@ -51,6 +53,32 @@ def test_float32_where_the_device_allows_it(
 def test_families_that_need_half_precision_get_it() -> None:
     assert [choose_dtype(name, CPU) for name in ("mixtral", "deepseek_v3", "qwen3_next")] == ["float32", "float32", "bfloat16"]
     assert [choose_dtype(name, GPU) for name in ("mixtral", "deepseek_v3", "qwen3_next")] == ["float32", "bfloat16", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "amx", "expected"),
+    [
+        ({"kv_lora_rank": 512}, "float32", True, {"attention_backend": "CPU_MLA"}),
+        ({"text_config": {"kv_lora_rank": 512}}, "float32", True, {"attention_backend": "CPU_MLA"}),
+        ({"kv_lora_rank": 512}, "bfloat16", True, {}),
+        ({"kv_lora_rank": 512}, "float32", False, {}),
+        ({}, "float32", True, {}),
+    ],
+)
+def test_on_a_cpu_with_amx_latent_attention_runs_in_float32(
+    config: dict[str, Any],
+    dtype: str,
+    amx: bool,
+    expected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = ModuleType("vllm.v1.attention.backends.registry")
+    registry.AttentionBackendEnum = SimpleNamespace(__members__={"AMX_MLA": 1})  # type: ignore[attr-defined] # a stand-in
+    monkeypatch.setitem(sys.modules, registry.__name__, registry)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    checkpoint(tmp_path, config, 0)
+    assert float32_attention(tmp_path, dtype) == expected
 
 
 @pytest.mark.parametrize(

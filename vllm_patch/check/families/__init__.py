@@ -17,6 +17,8 @@ from vllm_patch.check.families.deepseek_v1 import make_deepseek_v1
 
 # Class names that published checkpoints spell differently from transformers.
 ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}
+# Published checkpoints have each expert's matrices transposed. transformers reads both forms and writes the other.
+TRANSPOSED_EXPERTS = {"qwen3_vl_moe"}
 # Name endings of router weights, and of biases that affect only the selection of experts.
 ROUTERS = (
     ".gate.weight",
@@ -92,8 +94,19 @@ def make(name: str, folder: Path) -> Path:
             if parameter.endswith(ROUTERS):
                 values.normal_(std=0.2)
     model.save_pretrained(target)
+    if name in TRANSPOSED_EXPERTS:
+        _transpose_experts(target / "model.safetensors")
     if name in ARCHITECTURES:
         path = target / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps(config | {"architectures": [ARCHITECTURES[name]]}), encoding="utf-8")
     return target
+
+
+def _transpose_experts(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    for key in [key for key in weights if ".experts." in key]:
+        weights[key] = weights[key].transpose(1, 2).contiguous()
+    save_file(weights, file, metadata={"format": "pt"})

@@ -16,9 +16,12 @@ def qwen3_vl_moe() -> Any:
     text = {
         **SHAPE,
         **HEADS,
-        "moe_intermediate_size": 64,
+        # Not half the hidden size: by the shape of their weights, transformers sees whether experts are transposed.
+        "moe_intermediate_size": 32,
         "num_experts": 16,
         "num_experts_per_tok": 4,
+        # As in the real model's config; only vLLM reads it.
+        "norm_topk_prob": True,
         "tie_word_embeddings": False,
         "rope_parameters": {
             "rope_type": "default",
