@@ -179,7 +179,8 @@ def _predictability(s: Statistics, section: int) -> Card | None:
             (chance, f"{chance:.0%} chance"),
             longest=1.0,
         ),
-        f"Task {task}, by counting what followed one thing: {context}. A trained predictor should do better.",
+        f"By counting which experts go with one thing that the task {task} knows: {context}. Counting by another thing gives "
+        "another recall: the section lists them. A trained predictor should do better.",
         section,
     )
 

@@ -136,8 +136,9 @@ def predictability_section(s: Statistics) -> Section:
         "A reference for predictors: how well counting predicts the experts from a single context that is known in the task. "
         "Evaluation on the same tokens is optimistic, on the held-out half of the problems pessimistic; the true value for the "
         "context lies between. A predictor that combines contexts can exceed all of them; one that falls below the best "
-        "context of its task is not worth its parameters. Entropy is given the context. Values are means over the layers that "
-        "have every context."
+        "context of its task is not worth its parameters. The predictor conditional-counts knows the experts of the layer "
+        "before: compare it with the rows of that layer, not with the token itself. Entropy is given the context. Values are "
+        "means over the layers that have every context."
     )
     read = "each row is one context; the recall that it allows lies between the two marks. The gray line is chance."
     figures = (html(figure, "predictability", headline, LABELS, read=read),)
