@@ -156,9 +156,11 @@ def print_summary(summary: CollectSummary) -> None:
         typer.echo("; ".join(parts))
     tokens = summary.prompt_tokens + summary.output_tokens
     if summary.target_tokens is not None and tokens < summary.target_tokens:
-        typer.echo(f"{tokens:,} of {summary.target_tokens:,} tokens: outputs ended early, or the datasets hold no more")
+        typer.echo(
+            f"{tokens:,} of {summary.target_tokens:,} tokens: outputs ended early, or the datasets have no more problems"
+        )
     if summary.truncated_problems:
-        typer.echo(f"{counted(summary.truncated_problems, 'prompt')} cut off at the end: too long")
+        typer.echo(f"{counted(summary.truncated_problems, 'prompt')} cut off at the end, because of the limit on tokens")
     if summary.skipped_problems:
         typer.echo(f"{counted(summary.skipped_problems, 'problem')} skipped: 'specmoe inspect' says why")
 

@@ -61,15 +61,20 @@ def export(
         CountedPhase, typer.Option(help="Count generated tokens only, if the trace says which these are, or all tokens.")
     ] = CountedPhase.decode,
     batch: Annotated[
-        int, typer.Option(min=1, help="llama-cpp: tokens per step. With 1, a trace cannot prefer one layer to another.")
+        int, typer.Option(min=1, help="With llama-cpp: tokens per step. With 1, a trace cannot prefer one layer to another.")
     ] = 1,
-    model: Annotated[str | None, typer.Option(help="--gb: model whose expert size to use. Default: the trace's model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --gb: model whose expert size to use. Default: the trace's model.")
+    ] = None,
     precision: Annotated[
-        str | None, typer.Option(help=f"--gb: {', '.join(PRECISIONS)}. Default: as the model was published.")
+        str | None,
+        typer.Option(
+            help=f"With --gb: precision of its weights: {', '.join(PRECISIONS)}. Default: as the model was published."
+        ),
     ] = None,
     layer_key: Annotated[
         str | None,
-        typer.Option(help="exllamav3: name of the MoE modules. Default: model.layers.{layer}.mlp, or the architecture's."),
+        typer.Option(help="With exllamav3: name of the MoE modules. Default: model.layers.{layer}.mlp, or the architecture's."),
     ] = None,
 ) -> None:
     """Export which experts are used most, in a format that an inference engine reads.

@@ -232,9 +232,9 @@ def print_run(run: Any) -> None:
         f"{counted(facts.train_problems, 'problem')} ({facts.train_tokens:,} tokens) for {shape.task}, horizon {shape.horizon}"
     )
     if facts.history and not facts.validation_problems:
-        typer.echo(f"No early stopping, for lack of validation problems: {counted(len(facts.history), 'epoch')}")
+        typer.echo(f"No early stopping, because there are no validation problems: {counted(len(facts.history), 'epoch')}")
     if facts.shared_problems:
-        typer.echo(f"{counted(facts.shared_problems, 'problem')} left out of the validation trace: also trained on")
+        typer.echo(f"{counted(facts.shared_problems, 'problem')} left out of the validation trace, because training uses them")
 
 
 def _losses(entry: dict[str, float]) -> str:

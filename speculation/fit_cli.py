@@ -44,7 +44,7 @@ def fit(
         str | None, typer.Option(help=f"Host that has the other experts: {', '.join(HOSTS)}. Default: {DEFAULT_HOST}.")
     ] = None,
     host_memory_gb: Annotated[
-        float | None, typer.Option(min=0, max=1e6, help="Host memory for experts in GB. Default: enough.")
+        float | None, typer.Option(min=0, max=1e6, help="Host memory for experts in GB. Default: enough for all.")
     ] = None,
     context: Annotated[int, typer.Option(min=1, max=1 << 30, help="Tokens of each sequence.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, max=1 << 20, help="Sequences that are decoded at the same time.")] = 1,
@@ -62,7 +62,7 @@ def fit(
     trace: Annotated[
         Path | None, typer.Option(help="A trace of the model: hit rates and distinct experts are then those of its routing.")
     ] = None,
-    part: Annotated[PartName, typer.Option(help="--trace: the part of the split they are taken from.")] = PartName.test,
+    part: Annotated[PartName, typer.Option(help="With --trace: which problems to use, a part of the split.")] = PartName.test,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
 ) -> None:
     """Say whether a model fits on a GPU, how many of its experts do, and how fast each way to run it is expected to be.

@@ -42,7 +42,7 @@ def generate(
     data_files: Annotated[
         Path | None, typer.Option(help="Local .parquet or .jsonl file of the dataset, instead of the hub.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate for a prompt.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum of generated tokens per prompt.")] = 128,
     cache_fraction: Annotated[
         float | None, typer.Option(help="Share of all experts that is on the device. Default: .25, or none with --cache-gb.")
     ] = None,
@@ -91,14 +91,16 @@ def generate(
     expert_bits: Annotated[
         Literal["8", "4"] | None,
         typer.Option(
-            help="Round routed experts to so many bits, and keep and cache them so: two or four times as many in 16 bits fit. "
+            help="Round routed experts to 8 or 4 bits, in memory and cache: two or four times as many fit as in 16 bits. "
             "Default: as in the checkpoint."
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts to compute at the same time.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; else tokens are drawn.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Sample from the smallest set of tokens with this total probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -198,8 +200,8 @@ def print_result(result: GenerationRun) -> None:
     if result.simulated is not None:
         simulated = result.simulated
         typer.echo(
-            f"Simulated, the same tokens: hit rate {simulated.hit_rate:.3f}, {simulated.tokens_per_second:.2f} tokens/s "
-            f"(ran at {result.decode.tokens_per_second / max(simulated.tokens_per_second, 1e-9):.2f} x)"
+            f"Simulation of the same tokens: hit rate {simulated.hit_rate:.3f}, {simulated.tokens_per_second:.2f} tokens/s "
+            f"(the run reached {result.decode.tokens_per_second / max(simulated.tokens_per_second, 1e-9):.2f} of that)"
         )
         for line in simulated.assumptions:
             typer.echo(f"  {line}")

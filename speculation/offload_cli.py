@@ -161,7 +161,7 @@ def simulate(
         list[OnMiss] | None,
         typer.Option(
             help="What happens to an expert that the cache lacks: it is copied to the GPU (copy), computed on the host and "
-            "copied in the background (host), or the one of both that ends first (cheapest). May be repeated. Default: copy."
+            "copied in the background (host), or whichever of the two is done first (cheapest). May be repeated. Default: copy."
         ),
     ] = None,
     host: Annotated[
@@ -178,7 +178,9 @@ def simulate(
     ram_gb: Annotated[
         float | None, typer.Option(min=0, help="Host memory for experts in GB; the others are on storage. Default: for all.")
     ] = None,
-    ram_fraction: Annotated[float | None, typer.Option(min=0, max=1, help="The same as a share of all experts.")] = None,
+    ram_fraction: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Host memory for experts, as a share of all experts.")
+    ] = None,
     draft_tokens: Annotated[
         int, typer.Option(min=0, help="Speculative decoding: draft tokens that each step verifies for a sequence.")
     ] = 0,
@@ -209,7 +211,7 @@ def simulate(
     from speculation.offload.simulation_study import Study
 
     if ram_gb is not None and ram_fraction is not None:
-        raise UsageError("--ram-gb and --ram-fraction say the same: give one of them")
+        raise UsageError("choose either --ram-gb or --ram-fraction")
     host_found = None if host is None else find_host(host)
     gpus = tuple(find_gpu(name) for name in device or ())
     if host_found is not None and host_found.gpu is not None:
@@ -301,7 +303,7 @@ def print_simulation(simulation: Simulation) -> None:
             if row.device == device.name and is_timed:
                 typer.echo(
                     f"Fastest with {row.gigabytes or 0:.1f} GB of experts: {row.label}, prefetch {row.prefetch}, "
-                    f"{row.tokens_per_second or 0:.1f} tokens/s, {row.times_on_demand or 0:.1f} x on demand"
+                    f"{row.tokens_per_second or 0:.1f} tokens/s, {row.times_on_demand or 0:.1f} x demand-loading every expert"
                     + (f", {row.gain:.2f} x the fastest without prefetching" if row.gain else "")
                 )
         for line in device.assumptions:

@@ -40,7 +40,8 @@ class RunOptions:
     dtype: DtypeName = option("auto: the engine's choice for this checkpoint and device.", "auto")
     revision: str | None = option("Branch, tag or commit of a hub model.", None)
     moe_backend: str = option(
-        "vLLM's option of this name: kernels for the experts; auto: the fastest that record.", AUTO_BACKEND
+        "vLLM's option of this name, which chooses the kernels of the experts; auto: the fastest that can be recorded.",
+        AUTO_BACKEND,
     )
     precision: str = option("Checkpoint of a short name (see 'specmoe models NAME'); auto: the first that fits.", "auto")
     temperature: float = option("Sampling temperature; 0 is greedy.", 0.0, min=0.0)

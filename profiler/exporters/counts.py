@@ -67,8 +67,7 @@ class PartCounts:
         if not found and (problems := self.problems.get(name, 0)):
             raise EmptyPartError(
                 f"none of {counted(problems, 'problem')} in the {name} part of the split has a generated token with "
-                "routing: count "
-                "prompts, too (--phase all), or choose another part"
+                "routing: count the tokens of prompts too (phase all), or choose another part"
             )
         if not found:
             raise EmptyPartError(f"no problem falls into the {name} part of the split: choose another part, or a longer trace")

@@ -11,9 +11,9 @@ from profiler.errors import counted
 REPORT_SUFFIX = ".report.json"
 DEFINITIONS = {
     "hit_rate": "share of the choices of experts by held-out tokens that go to kept experts",
-    "hit_rate_training": "the same for the tokens that the experts were chosen by: an upper bound that is not to be expected",
+    "hit_rate_training": "the same for the tokens that the experts were chosen by: optimistic, for comparison only",
     "chance": "the hit rate of as many experts kept at random: kept experts over all experts",
-    "best_static": "the hit rate of as many experts chosen so by the held-out tokens: what a fixed choice can reach",
+    "best_static": "the hit rate of as many experts chosen likewise by the held-out tokens: what a fixed choice can reach",
     "mass": "as hit_rate, of the routing weight instead of the number of choices",
     "overlap": "mean over layers of the sum over experts of the smaller of the expert's shares of the choices in training and "
     "held-out tokens: 1 if a load table of the training part is right on the held-out part",

@@ -125,7 +125,7 @@ DRIFT = Metric(
 HIT_RATE = Metric(
     "specmoe_shadow_cache_hit_rate",
     "gauge",
-    f"Experts of generated tokens that a cache of so many slots per layer holds, {_ROLLING}, played one after the other",
+    f"Share of generated tokens' experts that a cache with this many slots per layer holds, {_ROLLING}, one after another",
     ("policy", "slots"),
 )
 GAP = Metric(

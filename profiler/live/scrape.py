@@ -38,7 +38,7 @@ def fetch(url: str) -> str:
         reason = getattr(error, "reason", None) or error
         raise SpecmoeError(f"{address} cannot be read: {reason}") from error
     if len(content) > MAX_BYTES:
-        raise SpecmoeError(f"{address} is longer than {MAX_BYTES >> 20} MiB: this is no metrics page of vLLM")
+        raise SpecmoeError(f"{address} is longer than {MAX_BYTES >> 20} MiB: this is not a metrics page of vLLM")
     return content.decode("utf-8", errors="replace")
 
 

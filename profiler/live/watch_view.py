@@ -97,7 +97,7 @@ def _summary(samples: Samples) -> Text:
 
 def _layer_table(samples: Samples) -> Table:
     over = WINDOW if _has(samples, ENTROPY, WINDOW) else TOTAL
-    title = f"load by layer ({over}); experts that a step needs: generating, the most, with prompts"
+    title = f"load by layer ({over}); experts that a step needs: mean and most while generating, mean with prompts"
     table = Table(box=None, title=title, title_justify="left")
     columns: list[tuple[str, Metric, tuple[str, ...]]] = [
         ("entropy/max", ENTROPY, (over,)),

@@ -78,7 +78,7 @@ def precision_of(config: dict[str, Any], path: Path) -> str:
     if quantization is None:
         return "bf16"
     if not isinstance(quantization, dict):
-        raise ModelError(f"{path}: quantization_config: expected an object; name the precision (--precision)")
+        raise ModelError(f"{path}: quantization_config: expected an object; choose a precision")
     method = str(quantization.get("quant_method"))
     if method in _BY_METHOD:
         return _BY_METHOD[method]
@@ -90,7 +90,7 @@ def precision_of(config: dict[str, Any], path: Path) -> str:
     precision = found.pop() if len(found) == 1 else None
     if precision is None:
         said = f"weights of {' and '.join(map(str, sorted(bits)))} bits" if bits else "no number of bits that is known"
-        raise ModelError(f"{path}: quantized by {printable(method)}, {said}: name the precision (--precision)")
+        raise ModelError(f"{path}: quantized by {printable(method)}, {said}: choose a precision")
     return precision
 
 

@@ -133,7 +133,7 @@ class JobPlan:
         if Path(place).is_absolute():
             place = "created by modal_jobs/quantize.py"
         lines = [
-            f"run {job.run_id}" if not self.guessed else f"prompts of typical length, since {self.guessed}",
+            f"run {job.run_id}" if not self.guessed else f"planned with prompts of typical length: {self.guessed}",
             f"  problems    {len(self.problems):,} ({datasets}) in {counted(job.num_shards, 'shard')}",
             f"  model       {job.model}{f', {job.precision}' if job.precision != 'auto' else ''}: {place}",
             f"  where       Modal, up to {self.containers} x {where}; {job.image}",

@@ -172,7 +172,7 @@ def run_study(study: Study, on_done: OnDone = lambda done, total: None) -> Simul
     kinds = "one cache for all layers" if study.is_global else "a cache for each layer"
     notes += [
         f"{counted(len(routes.problem_ids), 'problem')}, {decode:,} generated and {len(routes) - decode:,} prompt tokens "
-        f"({study.part} part); {study.batch} at a time; {kinds}, filled at first with the most popular experts of training.",
+        f"({study.part} part); {study.batch} at a time; {kinds}, which starts with the experts most popular in training.",
         *_prefetching_notes(study, how),
         *_drafting_notes(study, requests),
         *study.trace.caveats(),

@@ -333,8 +333,8 @@ class OffloadedExperts:
         if share > MAX_FORESIGHT:
             self._foresight = ForesightThread(self._foresight)
             self.notes.append(
-                f"predictions took {share:.0%} of the time of {phase.tokens} generated tokens: from there on they "
-                "are made in a thread of their own, some of them too late or not at all"
+                f"predictions took {share:.0%} of the time of the first {phase.tokens} generated tokens: after these, they "
+                "are made in a thread of their own, and some come too late or are left out"
             )
 
     def close(self) -> None:

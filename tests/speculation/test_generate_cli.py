@@ -42,7 +42,7 @@ def test_a_run_prints_its_text_and_writes_what_its_cache_did(tmp_path: Path) -> 
     opened = Trace.open(trace)
     assert opened.problems.num_rows == 2
     assert opened.metadata.engine == "transformers"
-    assert "Simulated, the same tokens" in output
+    assert "Simulation of the same tokens" in output
 
 
 def test_prompts_of_a_dataset_with_prefetching(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def _shape(files: list[Path], source: Path, target: Target) -> tuple[int, int] |
             if rows <= 0 or len(raw) % (4 * rows) or width not in (None, len(raw) // (4 * rows)):
                 raise TraceError(
                     f"{response.where}: {len(raw) // 4:,} expert ids of a sequence of {response.tokens} tokens do not show how "
-                    "many layers and experts per token there are: name the model (specmoe models) with --model"
+                    "many layers and experts per token there are: name the model, one that 'specmoe models' lists"
                 )
             if width is None:
                 width = len(raw) // (4 * rows)
@@ -187,8 +187,8 @@ def _shape(files: list[Path], source: Path, target: Target) -> tuple[int, int] |
     if not fitting:
         raise TraceError(f"{source}: {width} expert ids a token are more than a trace can hold")
     target.gaps.append(
-        f"K = {fitting[-1]} was inferred: the most of the {width} ids of a token that never name an expert twice; name "
-        "the model with --model to be certain"
+        f"K = {fitting[-1]} was inferred: the largest K for which no layer of a token's {width} ids has an expert twice; "
+        "name the model to be certain"
     )
     return width // fitting[-1], fitting[-1]
 

@@ -227,14 +227,13 @@ def _working_sets(study: CurveStudy, routes: Routes, shape: Shape, notes: list[s
         _working_set(step_sets(requests_of(routes, shape.experts, batch=batch), batch), batch, True)
         for batch in dict.fromkeys(study.batches)
     ]
-    for row in rows:
-        if row.count == 0:
-            what = (
-                f"step decodes {counted(row.tokens, 'sequence')}"
-                if row.is_batch
-                else f"problem has {row.tokens} generated tokens on end"
-            )
-            notes.append(f"No {what}: there is no such working set.")
+    notes.extend(
+        f"No step decodes {counted(row.tokens, 'sequence')}: there is no working set of such steps."
+        if row.is_batch
+        else f"No problem has {row.tokens} consecutive generated tokens: there is no working set of so many."
+        for row in rows
+        if row.count == 0
+    )
     return [row for row in rows if row.count]
 
 

@@ -247,7 +247,7 @@ def test_a_budget_that_is_not_reached_is_said(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "demo-math 40 problems, 480 tokens; demo-reviews 40 problems, 480 tokens" in lines
-    assert "960 of 100,000 tokens: outputs ended early, or the datasets hold no more" in lines
+    assert "960 of 100,000 tokens: outputs ended early, or the datasets have no more problems" in lines
     assert any(line.startswith("peak memory ") for line in lines)
 
 

@@ -202,7 +202,9 @@ def test_a_dataset_out_of_reach_is_planned_with_typical_prompts() -> None:
     with pytest.raises(DatasetError, match="cannot load openai/gsm8k"):
         plan(**far)
     guessed = plan(**far, may_guess=True)
-    assert guessed.lines()[0].startswith("prompts of typical length, since cannot load openai/gsm8k from the Hugging Face hub")
+    assert guessed.lines()[0].startswith(
+        "planned with prompts of typical length: cannot load openai/gsm8k from the Hugging Face hub"
+    )
     # 258 and 874 characters.
     assert guessed.estimate is not None
     assert guessed.estimate.prompt_tokens == pytest.approx(1000 * 258 / 4 + 1000 * 874 / 4, rel=0.02)

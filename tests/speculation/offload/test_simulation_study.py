@@ -402,7 +402,7 @@ def test_what_a_host_needs(trace: Trace, runner: CliRunner, monkeypatch: pytest.
         (["--miss", "host"], "which host computes the experts"),
         (["--ram-gb", "4"], "which storage holds the experts"),
         (["--storage", "NVMe Gen4"], "NVMe Gen4: how many experts fit in host memory?"),
-        (["--ram-gb", "4", "--ram-fraction", ".5"], "--ram-gb and --ram-fraction say the same"),
+        (["--ram-gb", "4", "--ram-fraction", ".5"], "choose either --ram-gb or --ram-fraction"),
         (["--host", "M4 Max", "--device", "H100"], "--host M4 Max computes with its own GPU"),
         (["--host", "M4 Max", "--miss", "host"], "M4 Max has one memory for CPU and GPU"),
         (["--host", "abacus"], "unknown host 'abacus'"),

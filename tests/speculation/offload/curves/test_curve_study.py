@@ -50,7 +50,7 @@ def test_what_is_printed_and_written(trace: Trace, runner: CliRunner, tmp_path: 
     for sentence in (*curves.summary, *curves.notes):
         assert sentence in done.output
     assert f"lru: 5 of 20 experts per layer hit {curves.curves[0].hit_rate(5):.3f}; the knee is at " in done.output
-    assert "No problem has 512 generated tokens on end" in done.output
+    assert "No problem has 512 consecutive generated tokens" in done.output
     assert "NOT held out" not in done.output
     with (out / "curve.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -119,7 +119,7 @@ def test_without_a_training_part(make_trace: MakeTrace, random_problems: MakePro
     assert any(note.startswith("NOT held out: popularity is that of these problems themselves") for note in curves.notes)
     # Three problems never decode four at a time.
     assert [(row.is_batch, row.tokens) for row in curves.working_sets] == [(False, 1), (False, 8)]
-    assert "No step decodes 4 sequences: there is no such working set." in curves.notes
+    assert "No step decodes 4 sequences: there is no working set of such steps." in curves.notes
 
 
 def test_without_generated_tokens_all_count_as_such(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
