@@ -62,7 +62,8 @@ def curve(
 ) -> None:
     """Compute the hit rate of expert caches of every size.
 
-    Also counts the experts that a layer needs within some tokens, and divides slots among layers by the curves of training.
+    Also counts the experts that a layer needs within some tokens, and divides slots among layers so that the training problems
+    have the most hits.
 
     Example: specmoe curve traces/math --out curves/math
 
@@ -139,7 +140,7 @@ def print_curves(curves: CacheCurves) -> None:
         typer.echo(sentence)
     for divided in curves.slots:
         slots = " ".join(map(str, divided.by_layer))
-        typer.echo(f"{counted(divided.slots, 'slot')} by the curves of training, layer by layer: {slots}")
+        typer.echo(f"{counted(divided.slots, 'slot')} divided by the curves of training, layer by layer: {slots}")
     for note in curves.notes:
         typer.echo(note)
 

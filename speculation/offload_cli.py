@@ -65,7 +65,7 @@ class Policy(StrEnum):
 
 
 POLICIES = (
-    "used least recently (lru), least often (lfu), least often with uses that fade (ewma) or are halved now and then "
+    "used least recently (lru), least often (lfu), least often with uses that fade (ewma) or are halved regularly "
     "(lfu-aged), with the fewest uses per time since the last one (lfru), least recently among those used once since loaded "
     "(slru), loaded first (fifo), loaded first among those that the current step does not use (least-stale), used least in "
     "training (popularity), or needed last (belady, which knows the future)"
