@@ -15,10 +15,10 @@ from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
 from analysis.documents.statistics import STATISTICS_FILE, ComparisonDocument
 from analysis.report import write_comparison, write_report
-from analysis.report.answers import ShownAnswer, wanted_problems, window_for
 from analysis.report.comparison import comparison_sections, comparison_table
 from analysis.report.labels import sequence_texts, token_labels
 from analysis.report.sections import all_sections
+from analysis.report.sections.answers import ShownAnswer, wanted_problems, window_for
 from analysis.report.tables import write_tables
 from analysis.statistics.agreement import agreement_of, read_prompts, same_problems
 from analysis.statistics.compute import Statistics, compute_statistics, plain

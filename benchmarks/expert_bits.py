@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.runtime import widen
+from benchmarks.runtime.wide_model import widen
 from profiler.datasets.problems import read_problems
 from profiler.datasets.registry import DEMO_DATASETS, find_dataset
 from speculation.runtime.model import OffloadedModel

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from speculation.data.routes import Routes, load_routes
     from speculation.data.tasks import Shape, Task
     from speculation.predictors.base import Predictor
-    from speculation.runtime.model import Generation, OffloadedModel
+    from speculation.runtime.generation import Generation
+    from speculation.runtime.model import OffloadedModel
     from speculation.runtime.options import CacheSize
     from speculation.training.runs import Run, load_predictor, load_run
 
@@ -39,7 +40,7 @@ __all__ = [
 
 _MODULES = {
     "CacheSize": "runtime.options",
-    "Generation": "runtime.model",
+    "Generation": "runtime.generation",
     "OffloadedModel": "runtime.model",
     "History": "data.history",
     "Prediction": "data.history",

@@ -21,7 +21,8 @@ from speculation.cli import wait_passively
 
 if TYPE_CHECKING:
     from speculation.runtime.experts import PhaseCounts
-    from speculation.runtime.model import Generation, OffloadedModel
+    from speculation.runtime.generation import Generation
+    from speculation.runtime.model import OffloadedModel
     from speculation.runtime.recording import PromptSource
 
 app = typer.Typer()

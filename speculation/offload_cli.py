@@ -21,8 +21,8 @@ from profiler.trace.reader import Trace
 from speculation.cli import PartName
 
 if TYPE_CHECKING:
-    from speculation.offload.simulation_study import Study
     from speculation.offload.state import Rule
+    from speculation.offload.studies.simulation_study import Study
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -208,7 +208,7 @@ def simulate(
     from speculation.offload.requests import Drafting
     from speculation.offload.simulation.records import Miss
     from speculation.offload.simulation_page import write_simulation
-    from speculation.offload.simulation_study import Study
+    from speculation.offload.studies.simulation_study import Study
 
     if ram_gb is not None and ram_fraction is not None:
         raise UsageError("choose either --ram-gb or --ram-fraction")
@@ -260,7 +260,7 @@ def simulate(
 
 def run_with_progress(study: Study) -> Simulation:
     """Run a study, with a progress bar where there is a terminal."""
-    from speculation.offload.simulation_study import run_study
+    from speculation.offload.studies.simulation_study import run_study
 
     if not messages.is_terminal:
         return run_study(study)

@@ -67,7 +67,7 @@ def replay(
     Example: specmoe replay traces/math --model gpt-oss-20b --predictor runs/math --cache-fraction .25
     """
     from speculation.offload.replay import default_device
-    from speculation.offload.replay_study import Replay, run_replay
+    from speculation.offload.studies.replay_study import Replay, run_replay
 
     reuse = Path(policy) if policy not in {known.value for known in Policy} else None
     if reuse is not None and not reuse.is_dir():

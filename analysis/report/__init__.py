@@ -12,11 +12,11 @@ from plotly.offline import get_plotlyjs
 from analysis.documents.curves import CacheCurves
 from analysis.documents.evaluation import Evaluation
 from analysis.documents.simulation import Simulation
-from analysis.report.answers import ShownAnswer
 from analysis.report.comparison import compared_facts, comparison_sections
 from analysis.report.figures import Section
 from analysis.report.overview import Card, overview
 from analysis.report.sections import all_sections
+from analysis.report.sections.answers import ShownAnswer
 from analysis.statistics.agreement import Agreement
 from analysis.statistics.compute import Statistics
 from analysis.statistics.differences import LoadDifference
@@ -66,9 +66,9 @@ def write_comparison(
 
 def _write(path: Path, title: str, facts: list[tuple[str, str]], sections: list[Section], cards: Sequence[Card] = ()) -> None:
     environment = jinja2.Environment(
-        autoescape=True, loader=jinja2.PackageLoader("analysis.report", ""), trim_blocks=True, lstrip_blocks=True
+        autoescape=True, loader=jinja2.PackageLoader("analysis.report", "page"), trim_blocks=True, lstrip_blocks=True
     )
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent / "page"
     # The script of every page comes first; those of sections use its functions.
     files = [folder / "page.js", *sorted(set(folder.glob("*.js")) - {folder / "page.js"})]
     page = environment.get_template("page.html.j2").render(

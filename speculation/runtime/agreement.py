@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from analysis.documents.generation import SimulatedPhase
 from profiler.trace.reader import Trace
-from speculation.data.routes import load_routes
+from speculation.data.routes import Routes, load_routes
 from speculation.offload.costs import Costs
 from speculation.offload.plans import PrefetchPlan, plan_of, ranked
 from speculation.offload.policy_scores import scores_by_step, token_scores
@@ -72,19 +73,46 @@ def simulate_run(
         SpecmoeError: The trace is of another model.
     """
     offloaded.shape.check(trace.metadata, trace.path, "this model")
-    routes = load_routes(trace, "all")
-    requests = requests_of(routes, offloaded.shape.experts)
-    rule = offloaded.experts.cache.rule
+    return simulate_routes(
+        load_routes(trace, "all"),
+        offloaded.popularity.reshape(offloaded.shape.layers, -1).astype(np.float64),
+        Setting(offloaded.experts.cache.rule, offloaded.capacity, time_constant=time_constant),
+        costs,
+        prefetcher=prefetcher,
+        prefetch=prefetch,
+        threshold=threshold,
+        reuse=reuse,
+    )
+
+
+def simulate_routes(
+    routes: Routes,
+    ranks_LE: npt.NDArray[np.float64],
+    setting: Setting,
+    costs: Costs | None,
+    *,
+    prefetcher: Predictor | None = None,
+    prefetch: int = 0,
+    threshold: float = 0.0,
+    reuse: Predictor | None = None,
+) -> SimulationResult:
+    """Simulate the cache of a run from its routes.
+
+    Args:
+        routes: Of everything that was computed since the model was loaded, one sequence at a time.
+        ranks_LE: The cache begins with the experts of the highest ranks.
+        setting: Its policy and capacity.
+        costs: Default: hits only.
+        prefetcher, prefetch, threshold, reuse: As for `simulate_run`.
+    """
+    requests = requests_of(routes, ranks_LE.shape[1])
     plan: PrefetchPlan | None = None
     if prefetcher is not None:
         plan = plan_of(ranked(prefetcher, routes, prefetch, threshold), prefetcher.shape, requests)
     scores = None
-    if rule == Rule.LEARNED and reuse is not None:
+    if setting.policy == Rule.LEARNED and reuse is not None:
         scores = scores_by_step(token_scores(reuse, routes), requests)
-    ranks_LE = offloaded.popularity.reshape(offloaded.shape.layers, -1).astype(np.float64)
-    return simulate(
-        Workload(requests, ranks_LE), Setting(rule, offloaded.capacity, time_constant=time_constant), plan, costs, scores
-    )
+    return simulate(Workload(requests, ranks_LE), setting, plan, costs, scores)
 
 
 def simulated_phase(result: SimulationResult, costs: Costs) -> SimulatedPhase:

@@ -13,14 +13,14 @@ from profiler.errors import EngineError, ModelError, SpecmoeError, first_line
 from profiler.models.moe_modules import MoEBlock, find_moe_blocks, find_top_k
 from profiler.models.resolve import ResolvedModel
 from speculation.data.tasks import Shape, Task
-from speculation.runtime.checkpoint import StoredExpert
-from speculation.runtime.expert_stores import DiskStore, ExpertStore, HostStore, PackingStore, faster_direct
 from speculation.runtime.experts import OffloadedExperts
 from speculation.runtime.forward import resident_forward
-from speculation.runtime.integer_groups import IntegerGroups
-from speculation.runtime.layout import ExpertLayout
 from speculation.runtime.model_loading import EXPERTS_IMPLEMENTATION, input_width
 from speculation.runtime.options import NEXT_GATE, Store
+from speculation.runtime.storage.checkpoint import StoredExpert
+from speculation.runtime.storage.expert_stores import DiskStore, ExpertStore, HostStore, PackingStore, faster_direct
+from speculation.runtime.storage.integer_groups import IntegerGroups
+from speculation.runtime.storage.layout import ExpertLayout
 from speculation.runtime.transfers import TransferCounts, Transfers
 
 

@@ -18,12 +18,12 @@ from profiler.trace.rows import sort_pairs
 from speculation.data.tasks import Shape
 from speculation.offload.cache import NO_SCORES, ExpertCache
 from speculation.predictors.base import Predictor
-from speculation.runtime.expert_stores import HostStore
 from speculation.runtime.foresight import Foreseen, Foresight, ForesightThread, Prefetcher, RoutedLayer
 from speculation.runtime.forward import weighted_sum
-from speculation.runtime.layout import Weights
 from speculation.runtime.slots import BUFFERS, Slots
 from speculation.runtime.steps import Step
+from speculation.runtime.storage.expert_stores import HostStore
+from speculation.runtime.storage.layout import Weights
 from speculation.runtime.transfers import Transfer, TransferCounts, Transfers
 
 # Predictions that take a larger share of the time, after so many tokens without the first ones, get a thread of their own.

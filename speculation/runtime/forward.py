@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from speculation.runtime.layout import Weights
+from speculation.runtime.storage.layout import Weights
 
 
 def is_supported(experts: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,10 +27,9 @@ from speculation.runtime.assembly import (
     open_store,
     shape_of,
 )
-from speculation.runtime.checkpoint import checkpoint_tensors, locate_experts
-from speculation.runtime.expert_stores import ExpertStore, HostStore
 from speculation.runtime.experts import OffloadedExperts
 from speculation.runtime.foresight import NextGatePrefetcher, PredictorPrefetcher, Prefetcher
+from speculation.runtime.generation import Generation, Generator, Sampling
 from speculation.runtime.model_loading import (
     checkpoint_folder,
     experts_modules,
@@ -57,37 +55,13 @@ from speculation.runtime.options import (
 from speculation.runtime.recording import PromptSource, RoutingRecorder
 from speculation.runtime.slots import Slots
 from speculation.runtime.steps import step_of
+from speculation.runtime.storage.checkpoint import checkpoint_tensors, locate_experts
+from speculation.runtime.storage.expert_stores import ExpertStore, HostStore
 from speculation.runtime.transfers import Transfers
 from speculation.training.runs import Run
 
-# A prompt is computed in parts of this many tokens, as in the simulation: it bounds the memory of activations.
-PREFILL_TOKENS = 512
 # The first arguments of every model's forward pass.
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What was generated for one prompt.
-
-    Attributes:
-        prompt_ids: The prompt's tokens.
-        token_ids: The generated tokens, with the end token if it came.
-        text: The same as text.
-        finish_reason: `stop` if the end token came, else `length`.
-    """
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class _Sampling:
-    temperature: float
-    top_p: float
-    ignore_eos: bool
 
 
 class OffloadedModel:
@@ -146,8 +120,7 @@ class OffloadedModel:
         self._store = store
         self.prefetcher = prefetcher
         self.prefetcher_run, self.reuse_run = (None if run is None else run.predictor for run in runs)
-        self._finished_B: npt.NDArray[np.bool_] | None = None
-        self._prompt_tokens = 1
+        self._generator = Generator(model, tokenizer)
         self._hooks = [
             model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
             model.register_forward_hook(self._end_step, always_call=True),
@@ -314,16 +287,16 @@ class OffloadedModel:
         """
         ids = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         for number, tokens in enumerate(ids):
-            self._check_prompt(number, tokens, max_new_tokens)
+            self._generator.check_prompt(number, tokens, max_new_tokens)
         if batch < 1 or max_new_tokens < 1:
             raise UsageError(f"batch {batch}, {max_new_tokens} new tokens: expected at least 1")
         torch.manual_seed(seed)
-        choice = _Sampling(temperature, top_p, ignore_eos)
+        choice = Sampling(temperature, top_p, ignore_eos)
         if trace is None:
             return [
                 generation
                 for start in range(0, len(ids), batch)
-                for generation in self._generate_batch(ids[start : start + batch], max_new_tokens, choice, on_token)
+                for generation in self._generator.generate_batch(ids[start : start + batch], max_new_tokens, choice, on_token)
             ]
         named = list(sources or [PromptSource(dataset="prompts", source_key=str(n), prompt=None) for n in range(len(ids))])
         facts = {
@@ -339,7 +312,7 @@ class OffloadedModel:
                 for start in range(0, len(ids), batch):
                     some = ids[start : start + batch]
                     recorder.start(len(some))
-                    done = self._generate_batch(some, max_new_tokens, choice, on_token)
+                    done = self._generator.generate_batch(some, max_new_tokens, choice, on_token)
                     outputs, texts = [each.token_ids for each in done], [(each.text, each.finish_reason) for each in done]
                     recorder.finish(named[start : start + batch], some, outputs, texts)
                     found += done
@@ -364,86 +337,11 @@ class OffloadedModel:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _check_prompt(self, number: int, tokens: list[int], max_new_tokens: int) -> None:
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if not tokens:
-            raise SpecmoeError(f"prompt {number} is empty: expected at least one token")
-        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            wrong = min(tokens) if min(tokens) < 0 else max(tokens)
-            raise SpecmoeError(f"prompt {number} has token {wrong}: the model knows tokens from 0 to {vocabulary - 1}")
-        if limit is not None and len(tokens) + max_new_tokens > limit:
-            raise SpecmoeError(
-                f"prompt {number} has {len(tokens)} tokens: with {max_new_tokens} new ones that is more than the {limit} that "
-                "the model allows"
-            )
-
-    def _generate_batch(
-        self,
-        ids: list[list[int]],
-        max_new_tokens: int,
-        sampling: _Sampling,
-        on_token: Callable[[], None] | None,
-    ) -> list[Generation]:
-        from transformers import GenerationConfig, StoppingCriteriaList
-
-        ends = set() if sampling.ignore_eos else self._end_tokens
-        longest, pad = max(map(len, ids)), min(self._end_tokens, default=0)
-        tokens_BT, mask_BT = torch.full((len(ids), longest), pad), torch.zeros((len(ids), longest), dtype=torch.long)
-        for row, tokens in enumerate(ids):
-            tokens_BT[row, longest - len(tokens) :] = torch.tensor(tokens)
-            mask_BT[row, longest - len(tokens) :] = 1
-        choice: dict[str, Any] = {"do_sample": False, "eos_token_id": sorted(ends) or None}
-        if sampling.temperature > 0:
-            choice |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        self._finished_B = np.zeros(len(ids), dtype=np.bool_)
-
-        def note_token(tokens_BT: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-            """Note which sequences have finished: their experts are not computed any more. It stops nothing itself."""
-            if ends and self._finished_B is not None:
-                self._finished_B |= np.isin(tokens_BT[:, -1].cpu().numpy(), list(ends))
-            if on_token is not None:
-                on_token()
-            return torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
-
-        device, own = self.model.device, self.model.generation_config
-        # Nothing but what the caller asked for: a checkpoint's own settings may penalize, filter, or search.
-        plain = GenerationConfig(**choice, max_new_tokens=max_new_tokens, pad_token_id=pad, disable_compile=True)
-        # Models with a recurrent state do not all carry it from one part of a prompt to the next.
-        if longest > PREFILL_TOKENS and not getattr(self.model, "_is_stateful", False):
-            plain.prefill_chunk_size = PREFILL_TOKENS
-        self._prompt_tokens = longest
-        self.model.generation_config = plain
-        try:
-            output_BT = self.model.generate(
-                tokens_BT.to(device),
-                attention_mask=mask_BT.to(device),
-                stopping_criteria=StoppingCriteriaList([note_token]),
-            )
-        finally:
-            self.model.generation_config = own
-            self._finished_B, self._prompt_tokens = None, 1
-        return [self._generation(tokens, row, ends) for tokens, row in zip(ids, output_BT[:, longest:].tolist(), strict=True)]
-
-    def _generation(self, prompt: list[int], output: list[int], ends: set[int]) -> Generation:
-        end = next((place for place, token in enumerate(output) if token in ends), None)
-        kept = output if end is None else output[: end + 1]
-        text = "" if self.tokenizer is None else self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Generation(prompt, kept, text, "length" if end is None else "stop")
-
-    @property
-    def _end_tokens(self) -> set[int]:
-        end = self.model.generation_config.eos_token_id
-        found = [end] if isinstance(end, int) else list(end or [])
-        if not all(isinstance(token, int) for token in found):
-            raise ModelError(f"the generation config names the end tokens {found}: expected numbers")
-        return set(found)
-
     def _begin_step(self, _model: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         arguments = dict(zip(_POSITIONAL, positional, strict=False)) | named
         if arguments.get("input_ids") is None:
             raise SpecmoeError("this model's experts are offloaded: call it with input_ids, not with embeddings")
-        self.experts.begin_step(step_of(arguments, self._finished_B, self._prompt_tokens))
+        self.experts.begin_step(step_of(arguments, self._generator.finished_B, self._generator.prompt_tokens))
 
     def _end_step(self, *_: Any) -> None:
         self.experts.end_step()

@@ -12,10 +12,10 @@ import torch
 from profiler.errors import EngineError, ModelError, first_line
 from profiler.models.moe_modules import MoEBlock, find_moe_blocks
 from profiler.models.resolve import ResolvedModel
-from speculation.runtime.checkpoint import ExpertsModule
 from speculation.runtime.forward import is_supported
-from speculation.runtime.layout import ExpertLayout, Weight
-from speculation.runtime.mxfp4 import MXFP4, Mxfp4
+from speculation.runtime.storage.checkpoint import ExpertsModule
+from speculation.runtime.storage.layout import ExpertLayout, Weight
+from speculation.runtime.storage.mxfp4 import MXFP4, Mxfp4
 
 EXPERTS_IMPLEMENTATION = "specmoe_offloaded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,12 +16,12 @@ import torch
 from profiler.errors import EngineError, SpecmoeError, UsageError, counted
 from speculation.data.tasks import Shape, Task
 from speculation.offload.state import Rule
-from speculation.runtime.checkpoint import ExpertsModule
-from speculation.runtime.integer_groups import GROUPS, IntegerGroups
-from speculation.runtime.layout import ExpertLayout
 from speculation.runtime.model_loading import DTYPES
-from speculation.runtime.mxfp4 import MXFP4
 from speculation.runtime.slots import bytes_besides_slots
+from speculation.runtime.storage.checkpoint import ExpertsModule
+from speculation.runtime.storage.integer_groups import GROUPS, IntegerGroups
+from speculation.runtime.storage.layout import ExpertLayout
+from speculation.runtime.storage.mxfp4 import MXFP4
 from speculation.training.runs import Run, load_run
 
 NEXT_GATE, NONE = "next-gate", "none"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from speculation.runtime.layout import ExpertLayout, Weights, allocate
+from speculation.runtime.storage.layout import ExpertLayout, Weights, allocate
 
 # Experts of a prompt for which the cache has no room go through these: one is computed while the other is filled.
 BUFFERS = 2

@@ -14,9 +14,9 @@ import torch
 
 from profiler.errors import EngineError
 from speculation.offload.cache import ExpertCache
-from speculation.runtime.expert_stores import ExpertStore
-from speculation.runtime.layout import ExpertLayout, allocate, pin, unpin
 from speculation.runtime.slots import Slots
+from speculation.runtime.storage.expert_stores import ExpertStore
+from speculation.runtime.storage.layout import ExpertLayout, allocate, pin, unpin
 
 # Prefetches that may wait; a prediction that finds no room is dropped.
 QUEUE = 64

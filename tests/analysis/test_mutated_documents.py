@@ -22,8 +22,8 @@ from analysis.documents.fit_report import Fit, FitWay, MemoryUse, read_fit
 from analysis.documents.simulation import SimulatedDevice, SimulatedRow, Simulation, read_simulation
 from analysis.documents.statistics import read_statistics
 from analysis.documents.token_results import CachedProblem, SimulatedSample
-from analysis.report.offload import offload_section
-from analysis.report.predictability import predictions_section
+from analysis.report.sections.offload import offload_section
+from analysis.report.sections.predictability import predictions_section
 from analysis.statistics.compute import compute_statistics
 from profiler.errors import SpecmoeError, TraceError
 from speculation.data.tasks import Task

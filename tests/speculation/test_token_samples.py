@@ -13,7 +13,7 @@ from profiler.trace.reader import Trace
 from profiler.trace.splits import all_digests
 from speculation.data.tasks import Task
 from speculation.evaluation.evaluate import evaluate
-from speculation.offload.simulation_study import Study, run_study
+from speculation.offload.studies.simulation_study import Study, run_study
 from speculation.training.fit import train
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2

@@ -12,9 +12,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 from speculation.runtime.assembly import experts_forward
-from speculation.runtime.integer_groups import IntegerGroups
-from speculation.runtime.layout import ExpertLayout, Weights, allocate
 from speculation.runtime.model_loading import EXPERTS_IMPLEMENTATION, experts_modules
+from speculation.runtime.storage.integer_groups import IntegerGroups
+from speculation.runtime.storage.layout import ExpertLayout, Weights, allocate
 
 
 def resident_model(folder: Path, dtype: torch.dtype = torch.float32, expert_bits: int | None = None) -> Any:

@@ -21,10 +21,10 @@ from speculation.predictors.neural.base import (
     PairEmbedding,
     relative_weights,
 )
-from speculation.predictors.neural.place_attention import CONFIDENCES, HEADS, PlaceAttention
-from speculation.predictors.neural.recommended_stream import Stream, StreamWeights
-from speculation.predictors.neural.similar_places import common_now, find_places, routes_at
-from speculation.predictors.neural.text_memory import TextMemory
+from speculation.predictors.neural.places.place_attention import CONFIDENCES, HEADS, PlaceAttention
+from speculation.predictors.neural.places.similar_places import common_now, find_places, routes_at
+from speculation.predictors.neural.places.text_memory import TextMemory
+from speculation.predictors.neural.streams.recommended_stream import Stream, StreamWeights
 from speculation.predictors.options import TrainingOptions
 
 # This token and the two before it.

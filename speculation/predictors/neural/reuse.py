@@ -22,16 +22,16 @@ from speculation.predictors.neural.base import (
     PairEmbedding,
     relative_weights,
 )
-from speculation.predictors.neural.recommended import TOKENS_BACK, UnknownTokenDropout
-from speculation.predictors.neural.reuse_features import (
+from speculation.predictors.neural.places.reuse_features import (
     AT_MATCH,
     FEATURES,
     RECENT,
     SOON_AFTER,
     reuse_features,
 )
-from speculation.predictors.neural.reuse_memory import MEMORY_FEATURES, ReuseMemory
-from speculation.predictors.neural.reuse_stream import ReuseStream
+from speculation.predictors.neural.places.reuse_memory import MEMORY_FEATURES, ReuseMemory
+from speculation.predictors.neural.recommended import TOKENS_BACK, UnknownTokenDropout
+from speculation.predictors.neural.streams.reuse_stream import ReuseStream
 from speculation.predictors.options import TrainingOptions
 
 

@@ -17,8 +17,8 @@ from support.frames import counted, make_axes, make_frame
 from analysis.counts.answers import Answer
 from analysis.counts.counting import TraceCounts
 from analysis.report import write_report
-from analysis.report.answers import ShownAnswer, window_for
 from analysis.report.figures import COLORS, DASHES, Curve, lines
+from analysis.report.sections.answers import ShownAnswer, window_for
 from analysis.statistics.compute import Source, Statistics, make_statistics
 from profiler.trace.schema import Metadata, ModelMetadata
 
@@ -93,7 +93,7 @@ def test_48_layers_of_128_experts_are_below_10_mb(tmp_path: Path, monkeypatch: p
 
 
 def test_hops_that_do_not_fit_are_left_out_but_never_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analysis.report.transitions.MAX_MATRIX_TEXT", 10)
+    monkeypatch.setattr("analysis.report.sections.transitions.MAX_MATRIX_TEXT", 10)
     write_report(statistics_of(4, 8, 2, 400, 3), tmp_path / "report.html", [""] * 400)
     assert embedded((tmp_path / "report.html").read_text(), "transitions")["hops"] == 1
 

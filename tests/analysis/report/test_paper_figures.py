@@ -15,14 +15,14 @@ from support.traces import MakeProblems, MakeTrace, write_synthetic_trace
 from typer.testing import CliRunner
 
 from analysis.documents.statistics import ComparisonDocument, StatisticsDocument
-from analysis.report.cache_sizes import cache_sizes_section
 from analysis.report.figure_data import figure_rows
 from analysis.report.figures import CHANCE, Curve, heat_map, html, lines
-from analysis.report.flow import flow_section
-from analysis.report.groups import domains_section
-from analysis.report.load import load_section
-from analysis.report.locality import reuse_section
-from analysis.report.working_set import working_set_section
+from analysis.report.sections.cache_sizes import cache_sizes_section
+from analysis.report.sections.flow import flow_section
+from analysis.report.sections.groups import domains_section
+from analysis.report.sections.load import load_section
+from analysis.report.sections.locality import reuse_section
+from analysis.report.sections.working_set import working_set_section
 from analysis.statistics.compute import compute_statistics
 from profiler.errors import missing_extra
 from profiler.trace.reader import Trace

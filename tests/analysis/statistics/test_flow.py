@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.report.flow import expert_order
+from analysis.report.sections.flow import expert_order
 from analysis.statistics.flow import layer_flows
 
 

@@ -12,7 +12,7 @@ from support.traces import MakeTrace
 from typer.testing import CliRunner
 
 from analysis.documents.evaluation import OF_STRONGEST, Evaluation, budget_table, read_evaluation, table
-from analysis.report.predictability import predictions_section
+from analysis.report.sections.predictability import predictions_section
 from profiler.errors import TraceError
 from profiler.importers import import_trace
 from profiler.importers.rows import ImportOptions

@@ -21,7 +21,7 @@ from speculation.offload.requests import Drafting, Requests, requests_of
 from speculation.offload.simulation.records import Count
 from speculation.offload.simulation.simulate import Setting, Workload, simulate
 from speculation.offload.state import Rule
-from speculation.offload.sweep import Prefetcher, prefetchers_for
+from speculation.offload.studies.sweep import Prefetcher, prefetchers_for
 from speculation.predictors.counting.popularity import Popularity
 from speculation.predictors.neural.reuse import Reuse
 

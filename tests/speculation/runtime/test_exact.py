@@ -184,7 +184,7 @@ def test_a_long_prompt_is_computed_in_parts(mixtral: Path, monkeypatch: pytest.M
     # The last part is a single token of the prompt.
     prompt = [3 + place % 500 for place in range(49)]
     expected = greedy(plain_model(mixtral), prompt, 4)
-    monkeypatch.setattr("speculation.runtime.model.PREFILL_TOKENS", 16)
+    monkeypatch.setattr("speculation.runtime.generation.PREFILL_TOKENS", 16)
     with OffloadedModel.load(str(mixtral), CacheSize(fraction=0.5), dtype="float32", device="cpu") as offloaded:
         hits_R: list[int] = []
         offloaded.experts.hits_R = hits_R
@@ -259,7 +259,7 @@ def test_the_prompt_of_a_model_with_a_recurrent_state_is_computed_at_once(
     """Some such models of transformers lose their state between the parts of a prompt."""
     folder, prompt = make("jamba", tmp_path), [3 + place % 500 for place in range(40)]
     expected = greedy(plain_model(folder), prompt, 4)
-    monkeypatch.setattr("speculation.runtime.model.PREFILL_TOKENS", 16)
+    monkeypatch.setattr("speculation.runtime.generation.PREFILL_TOKENS", 16)
     with OffloadedModel.load(str(folder), CacheSize(fraction=0.5), device="cpu") as offloaded:
         (generation,) = offloaded.generate([prompt], max_new_tokens=4, ignore_eos=True)
     assert generation.token_ids == expected

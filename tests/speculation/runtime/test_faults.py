@@ -16,8 +16,8 @@ import torch
 from profiler.errors import EngineError, ModelError, SpecmoeError
 from profiler.models.resolve import demo_model_folder
 from speculation.runtime import CacheSize, OffloadedModel
-from speculation.runtime.checkpoint import checkpoint_tensors, locate_experts
 from speculation.runtime.model_loading import experts_modules, model_config, skeleton
+from speculation.runtime.storage.checkpoint import checkpoint_tensors, locate_experts
 
 PROMPT = [17, 301, 44, 45, 46, 301, 44, 9, 120]
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from profiler.models.resolve import demo_model_folder
-from speculation.runtime.integer_groups import PIECE
+from speculation.runtime.storage.integer_groups import PIECE
 
 WIDTH, LAYERS = 16384, 4
 # 4 layers of 8 experts of 12.6 MB.

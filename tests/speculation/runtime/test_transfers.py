@@ -12,8 +12,8 @@ import torch
 from profiler.errors import EngineError
 from speculation.offload.cache import ExpertCache
 from speculation.offload.state import Rule
-from speculation.runtime.layout import ExpertLayout, Weight
 from speculation.runtime.slots import Slots
+from speculation.runtime.storage.layout import ExpertLayout, Weight
 from speculation.runtime.transfers import QUEUE, Transfers
 
 LAYOUT = ExpertLayout((Weight("down_proj", (2, 3), torch.float32), Weight("down_proj_bias", (3,), torch.float32)))

@@ -33,7 +33,7 @@ from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
 from speculation.data.tasks import Task
 from speculation.evaluation.evaluate import evaluate
-from speculation.offload.simulation_study import Study, run_study
+from speculation.offload.studies.simulation_study import Study, run_study
 from speculation.predictors.options import TrainingOptions
 from speculation.shadow import __main__ as program
 from speculation.shadow import process

@@ -56,7 +56,7 @@ from profiler.live.scrape import parse
 from profiler.models.resolve import demo_model_folder
 from profiler.trace.reader import Trace
 from speculation.evaluation.evaluate import evaluate
-from speculation.offload.simulation_study import Study, run_study
+from speculation.offload.studies.simulation_study import Study, run_study
 from speculation.training.fit import train
 from speculation.training.runs import Run, load_run
 

@@ -15,8 +15,8 @@ from profiler.trace.reader import Trace
 from profiler.trace.splits import part_of
 from specmoe import app
 from speculation.offload.curves.curve_study import CurveStudy, run_curves, summary_of
-from speculation.offload.simulation_study import Study, run_study
 from speculation.offload.state import Rule
+from speculation.offload.studies.simulation_study import Study, run_study
 
 
 @pytest.fixture(scope="module")

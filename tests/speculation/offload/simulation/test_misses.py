@@ -10,41 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.costs import COSTS as COPY_COSTS
 from support.plain_machine import PlainMachine, Times
+from support.workloads import Steps, plan_from, workload_from
 
 from profiler.errors import SpecmoeError
 from speculation.offload.costs import Costs
-from speculation.offload.plans import PrefetchPlan, oracle_plan, popularity_plan
-from speculation.offload.requests import Requests
+from speculation.offload.plans import oracle_plan, popularity_plan
 from speculation.offload.simulation.event_loop import play
 from speculation.offload.simulation.records import Count, Miss
 from speculation.offload.simulation.simulate import Setting, SimulationResult, Workload, simulate
 from speculation.offload.state import Rule
 
-Steps = list[list[list[int]]]
 # In seconds: a copy takes 10, an expert 1, the rest of a layer 2, an expert on the host 4 after a latency of .5, a read 20.
 COSTS = replace(COPY_COSTS, host_expert_seconds=4.0, host_latency=0.5, storage_seconds=20.0)
-
-
-def workload_of(steps: Steps, experts: int) -> Workload:
-    """Steps of one decoded token. Caches begin with experts 0, 1, 2, ..."""
-    flat = [layer for step in steps for layer in step]
-    requests = Requests.decoded(
-        np.array([expert for layer in flat for expert in layer], dtype=np.int32),
-        np.cumsum([0, *map(len, flat)]),
-        layers=len(steps[0]),
-        num_experts=experts,
-        top_k=len(flat[0]),
-    )
-    return Workload(requests, np.tile(np.arange(experts, 0, -1.0), (requests.layers, 1)))
-
-
-def plan_of(requests: Requests, entries: dict[tuple[int, int], list[tuple[int, int]]]) -> PrefetchPlan:
-    """entries: (step, layer after which it is known) -> (layer, expert) pairs."""
-    points = requests.layers + 1
-    lists = [entries.get((number // points, number % points - 1), []) for number in range(requests.steps * points)]
-    flat = np.array([pair for pairs in lists for pair in pairs], dtype=np.int32).reshape(-1, 2)
-    scores = np.ones(len(flat), dtype=np.float32)
-    return PrefetchPlan(np.cumsum([0, *map(len, lists)]), flat[:, 0].copy(), flat[:, 1].copy(), scores)
 
 
 def counted(result: SimulationResult) -> dict[str, int]:
@@ -68,7 +45,7 @@ TOKEN: Steps = [[[2, 3], [0, 2]]]
     ],
 )
 def test_time_by_hand(miss: Miss, seconds: float, copied: int, host: int) -> None:
-    result = simulate(workload_of(TOKEN, 4), Setting(Rule.LRU, 2, miss=miss), costs=COSTS)
+    result = simulate(workload_from(TOKEN, 4), Setting(Rule.LRU, 2, miss=miss), costs=COSTS)
     assert result.decode_seconds == seconds
     assert result.decode_stall == seconds - 4.0 - (1.0 if host else 4.0)
     assert result.total(Count.HOST) == host
@@ -78,39 +55,39 @@ def test_time_by_hand(miss: Miss, seconds: float, copied: int, host: int) -> Non
 def test_computing_on_arrival_by_hand() -> None:
     on_arrival = replace(COPY_COSTS, computes_on_arrival=True)
     # Layer 0: at 2, copies until 12 and 22, computed until 13 and 23. Layer 1: at 25, expert 0 until 26, a copy until 35, 36.
-    result = simulate(workload_of(TOKEN, 4), Setting(Rule.LRU, 2), costs=on_arrival)
+    result = simulate(workload_from(TOKEN, 4), Setting(Rule.LRU, 2), costs=on_arrival)
     assert result.decode_seconds == 36.0
     assert result.decode_stall == 36.0 - 4.0 - 4.0
     # An expert takes longer than a copy: copies wait for nothing, at 12 and 22, computed until 26 and 40; layer 1: 42, 56, 70.
-    slow = simulate(workload_of(TOKEN, 4), Setting(Rule.LRU, 2), costs=replace(on_arrival, expert_seconds=14.0))
+    slow = simulate(workload_from(TOKEN, 4), Setting(Rule.LRU, 2), costs=replace(on_arrival, expert_seconds=14.0))
     assert slow.decode_seconds == 70.0
     # Expert 3 is prefetched at 0 and there at 10, although it is the second one; expert 2 at 20: computed until 11 and 21.
     # Layer 1 as above, from 23.
-    plan = plan_of(workload_of(TOKEN, 4).requests, {(0, -1): [(0, 3)]})
-    ahead = simulate(workload_of(TOKEN, 4), Setting(Rule.LRU, 2), plan, on_arrival)
+    plan = plan_from(workload_from(TOKEN, 4).requests, {(0, -1): [(0, 3)]})
+    ahead = simulate(workload_from(TOKEN, 4), Setting(Rule.LRU, 2), plan, on_arrival)
     assert ahead.total(Count.LATE) == 1
     assert ahead.decode_seconds == 34.0
     # Transfers that take no time after a policy that takes one second: both arrive at 3, computed until 4 and 5. Layer 1: at 7,
     # expert 0 until 8, expert 2 until 9.
     free = replace(on_arrival, copy_seconds=0.0)
-    assert simulate(workload_of(TOKEN, 4), Setting(Rule.LRU, 2, policy_seconds=1.0), costs=free).decode_seconds == 9.0
+    assert simulate(workload_from(TOKEN, 4), Setting(Rule.LRU, 2, policy_seconds=1.0), costs=free).decode_seconds == 9.0
 
 
 def test_whole_numbers_for_floats_compile_nothing_again() -> None:
     whole = replace(COSTS, copy_seconds=10, expert_seconds=1, host_expert_seconds=4, host_latency=1, storage_seconds=20)
     settings = [Setting(Rule.LRU, 2, miss=Miss.CHEAPEST, ram=4), Setting(Rule.LRU, 2)]
     for setting in settings:
-        simulate(workload_of(TOKEN, 4), setting, costs=COSTS)
+        simulate(workload_from(TOKEN, 4), setting, costs=COSTS)
     compiled = len(play.signatures)
     for setting in settings:
         setting = replace(setting, time_constant=16, predict_seconds=0, policy_seconds=0, score_seconds=0)
-        simulate(workload_of(TOKEN, 4), setting, costs=whole)
+        simulate(workload_from(TOKEN, 4), setting, costs=whole)
     assert len(play.signatures) == compiled
 
 
 def test_the_cheapest_uses_both() -> None:
     """One layer of four misses: the host has them at 6, 10, 14 and 18, after 2; the device at 13, 23, ..."""
-    workload = workload_of([[[4, 5, 6, 7]]], 8)
+    workload = workload_from([[[4, 5, 6, 7]]], 8)
     costs = replace(COSTS, host_latency=0.0)
     result = simulate(workload, Setting(Rule.LRU, 4, miss=Miss.CHEAPEST), costs=costs)
     # 4 and 5 on the host (6, 10), 6 as a copy (13 before 14), 7 on the host (14 before 23).
@@ -120,7 +97,7 @@ def test_the_cheapest_uses_both() -> None:
 
 def test_what_the_host_computed_is_copied_in_the_background() -> None:
     """The cache learns: the second token finds what the first one missed, once its copy has arrived."""
-    workload = workload_of([[[2], [0]], [[2], [0]], [[2], [0]]], 3)
+    workload = workload_from([[[2], [0]], [[2], [0]], [[2], [0]]], 3)
     result = simulate(workload, Setting(Rule.LRU, 1, miss=Miss.HOST), costs=COSTS)
     # Token 0: layer 0 at 2, the host until 6.5; the copy begins at 2 already, as the cached expert is not in use, until 12.
     # Layer 1 until 9.5. Token 1: layer 0 at 11.5, in transfer until 12, which is sooner than the host.
@@ -130,7 +107,7 @@ def test_what_the_host_computed_is_copied_in_the_background() -> None:
 
 
 def test_what_is_late_is_computed_on_the_host_if_that_is_sooner() -> None:
-    workload = workload_of([[[2], [0]], [[2], [0]]], 3)
+    workload = workload_from([[[2], [0]], [[2], [0]]], 3)
     slow = replace(COSTS, copy_seconds=100.0)
     result = simulate(workload, Setting(Rule.LRU, 1, miss=Miss.HOST), costs=slow)
     assert counted(result) == {"hit": 2, "late": 1, "miss": 1, "loads": 1, "host": 2, "filled": 1}
@@ -139,7 +116,7 @@ def test_what_is_late_is_computed_on_the_host_if_that_is_sooner() -> None:
 
 def test_a_fill_expires_when_its_layer_comes_again() -> None:
     """One layer, room for one. The interconnect is busy with the first fill while the others wait."""
-    workload = workload_of([[[1]], [[2]], [[3]], [[4]]], 5)
+    workload = workload_from([[[1]], [[2]], [[3]], [[4]]], 5)
     result = simulate(workload, Setting(Rule.LRU, 1, miss=Miss.HOST), costs=replace(COSTS, copy_seconds=10.0))
     # Tokens take 6.5: fills begin at 2 (until 12), and, at 12, that of token 1, routed at 8.5, whose layer comes at 15 again;
     # at 22, that of token 3, routed at 21.5; that of token 2 expired.
@@ -148,16 +125,16 @@ def test_a_fill_expires_when_its_layer_comes_again() -> None:
 
 def test_a_fill_does_not_evict_what_the_policy_ranks_higher() -> None:
     steps: Steps = [[[2]]] * 3
-    static = simulate(workload_of(steps, 3), Setting(Rule.POPULARITY, 1, miss=Miss.HOST), costs=COSTS)
+    static = simulate(workload_from(steps, 3), Setting(Rule.POPULARITY, 1, miss=Miss.HOST), costs=COSTS)
     assert (static.total(Count.FILLED), static.total(Count.HOST)) == (0, 3)
-    learning = simulate(workload_of(steps, 3), Setting(Rule.LFU, 1, miss=Miss.HOST), costs=COSTS)
+    learning = simulate(workload_from(steps, 3), Setting(Rule.LFU, 1, miss=Miss.HOST), costs=COSTS)
     assert (learning.total(Count.FILLED), learning.total(Count.HIT) + learning.total(Count.LATE)) == (1, 2)
 
 
 def test_predictions_go_before_fills() -> None:
     # Layer 0 misses 2, which the host computes until 6.5. Known then too: 1 of layer 1.
-    workload = workload_of([[[2], [1]]], 3)
-    plan = plan_of(workload.requests, {(0, 0): [(1, 1)]})
+    workload = workload_from([[[2], [1]]], 3)
+    plan = plan_from(workload.requests, {(0, 0): [(1, 1)]})
     result = simulate(workload, Setting(Rule.LRU, 1, miss=Miss.HOST), plan, COSTS)
     # Its copy begins at 2 and ends at 12. Layer 1, at 8.5: the host would have it at 13, the device at 13.
     assert result.counts_LC[1, Count.LATE] == result.counts_LC[1, Count.HOST] == 1
@@ -169,7 +146,7 @@ def test_predictions_go_before_fills() -> None:
 
 def test_many_tokens_keep_the_host_busy() -> None:
     """An expert that the host computes for many tokens is limited by FLOP/s: here 8 tokens of an expert, 1 s each."""
-    workload = workload_of([[[1]]], 2)
+    workload = workload_from([[[1]]], 2)
     many = replace(
         workload.requests,
         tokens_N=np.arange(8),
@@ -187,7 +164,7 @@ def test_many_tokens_keep_the_host_busy() -> None:
 
 def test_storage_by_hand() -> None:
     """One layer of four experts, one on the device (0), two in host memory (1 and 2)."""
-    workload = workload_of([[[1]], [[3]], [[1]], [[2]], [[1]]], 4)
+    workload = workload_from([[[1]], [[3]], [[1]], [[2]], [[1]]], 4)
     result = simulate(workload, Setting(Rule.LRU, 1, ram=2), costs=COSTS)
     # 1 is copied (13); 3 is read in 20 for 2, used longest ago, and copied (+ 33); 1 is still in memory (+ 13); 2 is read for 3
     # (+ 33); 1 (+ 13).
@@ -200,7 +177,7 @@ def test_storage_by_hand() -> None:
 
 def test_reads_and_copies_overlap() -> None:
     """Two misses, both on storage: the second is read while the first is copied. In memory are 4 and 5."""
-    workload = workload_of([[[2, 3]]], 6)
+    workload = workload_from([[[2, 3]]], 6)
     costs = replace(COSTS, copy_seconds=30.0)
     requests = replace(workload.requests)
     cold = Workload(requests, np.array([[6.0, 5.0, 1.0, 2.0, 4.0, 3.0]]))
@@ -213,9 +190,9 @@ def test_reads_and_copies_overlap() -> None:
 
 
 def test_predicted_experts_are_read_ahead() -> None:
-    workload = workload_of([[[0], [2]]], 3)
+    workload = workload_from([[[0], [2]]], 3)
     cold = Workload(workload.requests, np.array([[3.0, 2.0, 1.5], [3.0, 2.0, 1.0]]))
-    plan = plan_of(workload.requests, {(0, 0): [(1, 2)]})
+    plan = plan_from(workload.requests, {(0, 0): [(1, 2)]})
     setting = Setting(Rule.LRU, 1, ram=3)
     # At first, 0 of both layers is on the device, and 1 of both and 2 of layer 0 are in memory.
     assert simulate(cold, setting, costs=COSTS).decode_seconds == 3 + 2 + 20 + 10 + 1
@@ -292,7 +269,7 @@ def test_as_a_plain_simulator(
         storage_seconds=machine.read,
     )
     setting = Setting(rule, capacity, is_global, queue=500, miss=miss, ram=ram)
-    result = simulate(workload_of(steps, experts), setting, costs=costs)
+    result = simulate(workload_from(steps, experts), setting, costs=costs)
     found = {
         name: result.total(Count[name.upper()]) for name in ("requested", "late", "miss", "loads", "host", "filled", "streamed")
     }
@@ -307,7 +284,7 @@ def least_seconds(workload: Workload) -> float:
 
 @given(traces(), rules, st.integers(0, 6), st.sampled_from([Miss.HOST, Miss.CHEAPEST]))
 def test_limits_of_bandwidth(trace: tuple[Steps, int], rule: Rule, capacity: int, miss: Miss) -> None:
-    workload = workload_of(*trace)
+    workload = workload_from(*trace)
     plan = oracle_plan(workload.requests, 1)
 
     def run(how: Miss, **changed: float) -> SimulationResult:
@@ -335,7 +312,7 @@ def test_limits_of_bandwidth(trace: tuple[Steps, int], rule: Rule, capacity: int
 
 @given(traces(), rules, st.integers(0, 6), st.sampled_from(list(Miss)), st.integers(1, 20))
 def test_limits_of_storage(trace: tuple[Steps, int], rule: Rule, capacity: int, miss: Miss, ram: int) -> None:
-    workload = workload_of(*trace)
+    workload = workload_from(*trace)
     plan = popularity_plan(workload.popularity_LE, 2, 1, workload.requests)
     everything = workload.requests.layers * workload.requests.num_experts
 
@@ -361,7 +338,7 @@ def test_limits_of_storage(trace: tuple[Steps, int], rule: Rule, capacity: int, 
 
 
 def test_a_draft_model_takes_its_time() -> None:
-    workload = workload_of([[[0]], [[0]]], 2)
+    workload = workload_from([[[0]], [[0]]], 2)
     plain = simulate(workload, Setting(Rule.LRU, 1), costs=COSTS)
     drafted = simulate(workload, Setting(Rule.LRU, 1, draft_seconds=0.25), costs=COSTS)
     assert drafted.decode_seconds == plain.decode_seconds + 2 * 0.25
@@ -381,4 +358,4 @@ def test_a_draft_model_takes_its_time() -> None:
 )
 def test_what_the_costs_lack(setting: Setting, costs: Costs | None, text: str) -> None:
     with pytest.raises(SpecmoeError, match=text):
-        simulate(workload_of([[[0]]], 2), setting, costs=costs)
+        simulate(workload_from([[[0]]], 2), setting, costs=costs)

@@ -13,9 +13,9 @@ from speculation.data.routes import Routes, make_routes
 from speculation.data.tasks import Shape, Task
 from speculation.evaluation.evaluate import evaluate_predictor, shuffled
 from speculation.predictors.features import recent_use
+from speculation.predictors.neural.places.text_memory import TextMemory
 from speculation.predictors.neural.recommended import Recommended
 from speculation.predictors.neural.recommended_small import MAX_BYTES, RecommendedSmall
-from speculation.predictors.neural.text_memory import TextMemory
 
 
 def routes_of(ids_TLK: np.ndarray, keys: np.ndarray, problem_T: np.ndarray | None = None) -> Routes:

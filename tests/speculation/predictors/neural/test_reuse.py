@@ -14,8 +14,7 @@ from speculation.data.next_use import FADE
 from speculation.data.repeats import RUN_LENGTHS
 from speculation.data.routes import Routes
 from speculation.data.tasks import Shape, Task
-from speculation.predictors.neural.reuse import Reuse
-from speculation.predictors.neural.reuse_features import (
+from speculation.predictors.neural.places.reuse_features import (
     AFTER_MATCH,
     FADES,
     FEATURES,
@@ -23,6 +22,7 @@ from speculation.predictors.neural.reuse_features import (
     WINDOW,
     reuse_features,
 )
+from speculation.predictors.neural.reuse import Reuse
 from speculation.predictors.neural.reuse_small import ReuseSmall
 from speculation.predictors.options import TrainingOptions
 
