@@ -22,7 +22,7 @@ from speculation.cli import PartName
 
 if TYPE_CHECKING:
     from speculation.offload.state import Rule
-    from speculation.offload.studies.simulation_study import Study
+    from speculation.offload.studies.simulation_options import SimulationStudy
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -208,7 +208,7 @@ def simulate(
     from speculation.offload.requests import Drafting
     from speculation.offload.simulation.records import Miss
     from speculation.offload.simulation_page import write_simulation
-    from speculation.offload.studies.simulation_study import Study
+    from speculation.offload.studies.simulation_options import SimulationStudy
 
     if ram_gb is not None and ram_fraction is not None:
         raise UsageError("choose either --ram-gb or --ram-fraction")
@@ -220,7 +220,7 @@ def simulate(
         gpus = (host_found.gpu,)
     elif not gpus and not measure:
         gpus = (find_gpu("RTX 4090"),)
-    study = Study(
+    study = SimulationStudy(
         trace=Trace.open(trace),
         part=part.value,
         predictors=tuple(predictor or ("none", "oracle")),
@@ -258,7 +258,7 @@ def simulate(
         typer.echo(f"{out}: simulation.json, simulation.csv, simulation.html")
 
 
-def run_with_progress(study: Study) -> Simulation:
+def run_with_progress(study: SimulationStudy) -> Simulation:
     """Run a study, with a progress bar where there is a terminal."""
     from speculation.offload.studies.simulation_study import run_study
 

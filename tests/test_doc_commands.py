@@ -35,7 +35,7 @@ from specmoe import main
 NOT_RUN = {
     r"^(make|pip|source|jupyter|\.venv\S*/bin/)": "changes the environment",
     r"^modal ": "Modal: needs an account; the jobs are tested offline in tests/modal_jobs",
-    r"vllm serve|^curl |^specmoe watch|Workers\(llm": "a vLLM server; tests/vllm_patch starts one",
+    r"vllm serve|^curl |^specmoe watch": "a vLLM server; tests/vllm_patch starts one",
     r"import vllm_patch|^python -m vllm_patch check": "starts vLLM; tests/vllm_patch does",
     r"vllm_patch (status|diff|apply|revert)": "changes the installed vLLM; tests/vllm_patch/test_source.py uses a copy",
     r"^specmoe demo": "a minute of training; its parts are the commands that run here",
@@ -171,7 +171,7 @@ def script_options() -> set[str]:
     """The options of benchmarks, and of the Modal jobs, whose entry points have them as parameters."""
     parameters = set(plain_signature(RentedOptions)[0].parameters)
     named = set()
-    for path in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "modal_jobs").glob("*.py")]:
+    for path in [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "modal_jobs").glob("*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         named |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
         if path.parent.name == "modal_jobs":

@@ -22,9 +22,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_patch.recording import Recording, enable
+    from vllm_patch.recording import Recording, enable, live_metrics
 
-__all__ = ["Recording", "enable"]
+__all__ = ["Recording", "enable", "live_metrics"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from profiler.capture.protocol import Workers
 from profiler.capture.requests import ABORTED, CapturedRequest, Sequence, read_requests
 from profiler.capture.sealing import run_folder
 from profiler.errors import EngineError, TraceError
+from profiler.live.publication import Publication
 from profiler.models.resolve import loaded_model
 from profiler.trace.reader import Trace
 from profiler.trace.schema import Metadata
@@ -42,11 +43,37 @@ def enable(options: CaptureOptions | None = None) -> None:
 
     Example:
         >>> import vllm_patch
-        >>> from profiler.capture.options import CaptureOptions
+        >>> from profiler import CaptureOptions
         >>> vllm_patch.enable(CaptureOptions(logits=True))
     """
     os.environ.update((options or CaptureOptions()).to_environment())
     separate_compile_cache()
+
+
+def live_metrics(llm: Any) -> dict[str, dict[tuple[str, ...], float]]:
+    """The live metrics of an engine, as a server publishes them on `/metrics`.
+
+    Args:
+        llm: A `vllm.LLM`, started with `SPECMOE_LIVE=1` in the environment.
+
+    Returns:
+        The value of each metric by its name and the values of its labels, as text and in the order of docs/guide/live.md.
+
+    Raises:
+        EngineError: The engine has no live metrics, or a worker fails.
+
+    Example:
+        >>> import os
+        >>> os.environ["SPECMOE_LIVE"] = "1"  # before vLLM starts
+        >>> from vllm import LLM
+        >>> from profiler.models.resolve import demo_model_folder
+        >>> import vllm_patch
+        >>> llm = LLM(str(demo_model_folder()))
+        >>> llm.generate(["Why is the sky blue?"])
+        >>> vllm_patch.live_metrics(llm)["specmoe_tokens"]
+    """
+    answer = Workers(llm, "set SPECMOE_LIVE=1 before vLLM starts").live()
+    return Publication.from_json(answer["publication"]).samples.values
 
 
 class Recording:

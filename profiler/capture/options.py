@@ -22,10 +22,12 @@ OWNER_VARIABLE = f"{_VARIABLE}_OWNER"
 class CaptureOptions:
     """What is recorded besides expert ids and weights. Worker processes read it from their environment.
 
-    logits: record all router logits, float16. hidden_layers: decoder layers whose router inputs are recorded, float16.
-    hidden_tokens: once the router inputs of this many tokens have been recorded, those of further requests are not.
-    out: folder that a server records into from its start; empty for engines that a collector starts and stops recording on.
-    rotate_megabytes: when a trace's rows reach this size, a server starts a new trace for new requests; 0 for never.
+    Attributes:
+        logits: Record all router logits, float16.
+        hidden_layers: Decoder layers whose router inputs are recorded, float16.
+        hidden_tokens: Once the router inputs of this many tokens have been recorded, those of further requests are not.
+        out: Folder that a server records into from its start; empty for engines that a collector starts and stops recording on.
+        rotate_megabytes: When a trace's rows reach this size, a server starts a new trace for new requests; 0 for never.
     """
 
     logits: bool = False

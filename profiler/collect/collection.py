@@ -25,10 +25,23 @@ MAX_TEMPERATURE = 2.0
 class Collection:
     """What to collect into one trace.
 
-    problems: by their id in the trace. datasets: where they come from. sampling: its `max_new_tokens` is not used, since every
-    problem has its own. out: the trace directory. recipe: how the problems were chosen, for the metadata. hidden_tokens:
-    budget of tokens whose router inputs are recorded. jsonl: also write the routing as JSON lines. resume: continue the
-    interrupted collection in `out`, if there is one.
+    Attributes:
+        problems: By their id in the trace.
+        datasets: Where they come from.
+        sampling: Its `max_new_tokens` is not used, since every problem has its own.
+        out: The trace directory.
+        recipe: How the problems were chosen, for the metadata.
+        hidden_tokens: Budget of tokens whose router inputs are recorded.
+        jsonl: Also write the routing as JSON lines.
+        resume: Continue the interrupted collection in `out`, if there is one.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from profiler import Collection, DatasetMetadata, Problem, Sampling, TraceCollector
+        >>> problems = {0: Problem(dataset="own", source_key="0", prompt="Why is the sky blue?", max_new_tokens=8)}
+        >>> datasets = [DatasetMetadata(name="own", problems=1)]
+        >>> with TraceCollector("demo", engine="transformers") as collector:
+        ...     collector.collect(Collection(problems=problems, datasets=datasets, sampling=Sampling(), out=Path("traces/own")))
     """
 
     problems: dict[int, Problem]

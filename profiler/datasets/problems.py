@@ -32,10 +32,15 @@ CONVERTED = "refs/convert/parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A prompt and where it came from. `source_key` identifies it within its dataset.
+    """A prompt and where it came from.
 
-    max_new_tokens: maximum of generated tokens. max_prompt_tokens: truncate the prompt to so many tokens; None for no limit.
-    unusable: why its row gives no prompt, such as a missing value; None if it does.
+    Attributes:
+        dataset: The name of its dataset.
+        source_key: Identifies it within its dataset.
+        prompt: Its text.
+        max_new_tokens: Maximum of generated tokens.
+        max_prompt_tokens: Truncate the prompt to so many tokens; None for no limit.
+        unusable: Why its row gives no prompt, such as a missing value; None if it does.
     """
 
     dataset: str

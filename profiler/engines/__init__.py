@@ -37,10 +37,14 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How output tokens are sampled; temperature 0 is greedy.
+    """How output tokens are sampled.
 
-    max_new_tokens: maximum for every problem; None takes each dataset's own. ignore_eos: generate the maximum even after an end
-    token.
+    Attributes:
+        max_new_tokens: Maximum for every problem; None takes each dataset's own.
+        temperature: 0 takes the likeliest token.
+        top_p: Tokens are drawn from the likeliest ones whose probabilities add up to this, above 0 and at most 1.
+        seed: Of the draws.
+        ignore_eos: Generate the maximum even after an end token.
     """
 
     max_new_tokens: int | None = None

@@ -10,11 +10,15 @@ from profiler.errors import ModelUsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU.
+    """One GPU, with figures of the manufacturer's data sheet.
 
-    memory: in GB. bandwidth: of that memory, in GB/s. tflops: dense BF16, in TFLOP/s. All from the manufacturers' data sheets.
-    link: bandwidth of the interconnect to the host in GB/s, one way: PCIe 4 x16 (16 GT/s, 128b/130b) or PCIe 5 x16.
-    dollars_per_hour: price on Modal in November 2026 (modal.com/pricing); None if Modal does not offer it.
+    Attributes:
+        name: As `find_gpu` takes it.
+        memory: In GB.
+        bandwidth: Of that memory, in GB/s.
+        tflops: Dense BF16, in TFLOP/s.
+        link: Bandwidth of the interconnect to the host in GB/s, one way: PCIe 4 x16 (16 GT/s, 128b/130b) or PCIe 5 x16.
+        dollars_per_hour: Price on Modal in November 2026 (modal.com/pricing); None if Modal does not offer it.
     """
 
     name: str
@@ -44,7 +48,16 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str, *, rented: bool = False) -> Gpu:
-    """The GPU called `name`; with `rented`, only if Modal offers it. Raises `ModelError`, listing the choices, otherwise."""
+    """The GPU called `name`; with `rented`, only if Modal offers it.
+
+    Raises:
+        ModelError: There is no such GPU; the message lists the choices.
+
+    Example:
+        >>> from profiler import find_gpu
+        >>> find_gpu("RTX 4090").memory
+        24
+    """
     known = {key: gpu for key, gpu in GPUS.items() if not rented or gpu.dollars_per_hour is not None}
     if name not in known:
         raise ModelUsageError(f"unknown GPU {name!r}: expected one of {', '.join(known)}")

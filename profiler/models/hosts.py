@@ -12,10 +12,15 @@ from profiler.models.gpus import Gpu
 class Host:
     """A CPU and its memory, which hold the experts that the GPU does not.
 
-    memory: its kind. bandwidth: of all channels together, in GB/s (channels x 8 bytes x transfers per second, or as the maker
-    states it). cpu: the processor whose data sheet the other figures are from. cores: its cores. tflops: 32-bit fused
-    multiply-adds of all cores, in TFLOP/s: cores x base clock x FLOP per cycle. Matrix units (Intel AMX, Apple's) are left out.
-    gpu: the GPU that computes from the same memory (unified memory); None if GPUs are attached by PCIe.
+    Attributes:
+        name: As `find_host` takes it.
+        memory: Its kind.
+        bandwidth: Of all channels together, in GB/s (channels x 8 bytes x transfers per second, or as the maker states it).
+        cpu: The processor whose data sheet the other figures are from.
+        cores: Its cores.
+        tflops: 32-bit fused multiply-adds of all cores, in TFLOP/s: cores x base clock x FLOP per cycle. Matrix units (Intel
+            AMX, Apple's) are left out.
+        gpu: The GPU that computes from the same memory (unified memory); None if GPUs are attached by PCIe.
     """
 
     name: str
@@ -29,7 +34,13 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """An SSD. bandwidth: sequential read in GB/s, of the drive whose data sheet it is from."""
+    """An SSD.
+
+    Attributes:
+        name: As `find_storage` takes it.
+        bandwidth: Sequential read, in GB/s.
+        drive: The drive whose data sheet it is from.
+    """
 
     name: str
     bandwidth: float
@@ -117,14 +128,32 @@ STORAGE: dict[str, Storage] = {
 
 
 def find_host(name: str) -> Host:
-    """The host called `name`. Raises `ModelError`, listing the choices, if there is none."""
+    """The host called `name`.
+
+    Raises:
+        ModelError: There is no such host; the message lists the choices.
+
+    Example:
+        >>> from profiler import find_host
+        >>> find_host("DDR5-5600 desktop").bandwidth
+        89.6
+    """
     if name not in HOSTS:
         raise ModelUsageError(f"unknown host {name!r}: expected one of {', '.join(HOSTS)}")
     return HOSTS[name]
 
 
 def find_storage(name: str) -> Storage:
-    """The storage called `name`. Raises `ModelError`, listing the choices, if there is none."""
+    """The storage called `name`.
+
+    Raises:
+        ModelError: There is no such storage; the message lists the choices.
+
+    Example:
+        >>> from profiler import find_storage
+        >>> find_storage("NVMe Gen4").bandwidth
+        7.45
+    """
     if name not in STORAGE:
         raise ModelUsageError(f"unknown storage {name!r}: expected one of {', '.join(STORAGE)}")
     return STORAGE[name]

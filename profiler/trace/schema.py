@@ -183,7 +183,16 @@ class RecordMetadata(_Document):
 
 
 class DatasetMetadata(_Document):
-    """Where problems came from. shuffle_seed: the seed of the order in which rows were taken; None for the file's own order."""
+    """Where problems came from.
+
+    Attributes:
+        name: The name that problems have as their dataset.
+        hub_id, config, split: The dataset on the Hugging Face hub; None if it is not from there.
+        data_files: The local file or folder that it was read from.
+        prompt_template: How a row became a prompt.
+        shuffle_seed: The seed of the order in which rows were taken; None for the file's own order.
+        problems: How many of its problems the trace has.
+    """
 
     name: str
     hub_id: str | None = None

@@ -76,10 +76,21 @@ def evaluate(
         with_baselines: Also evaluate the run's baselines.
         with_sample: Also list what was predicted for some problems, token by token, for the report of `specmoe analyze`.
 
+    Returns:
+        Metrics by predictor and horizon, 0 to 1 (`results[name].metrics["h=1"]["recall@2"]`), with intervals over problems, and
+        chance.
+
     Raises:
         TraceError: The trace's model has other sizes than the run's, or the trace does not say which of its problems the run
             was trained on, or all problems of the part are too short for the task.
         SpecmoeError: The run is of the task `reuse`, which predicts no experts that could be compared with those chosen.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from profiler import Trace
+        >>> from speculation import evaluate, load_run
+        >>> found = evaluate(load_run(Path("runs/counts")), Trace.open("traces/math"))
+        >>> found.results["counts"].metrics["h=1"]
     """
     shape = run.predictor.shape
     if not shape.task.predicts_experts:

@@ -64,7 +64,16 @@ def predictor_classes() -> dict[str, type[Predictor]]:
 
 
 def find_predictor(name: str) -> type[Predictor]:
-    """The predictor class called `name`. Raises `SpecmoeError`, which lists the known names, if the name is unknown."""
+    """The predictor class called `name`.
+
+    Raises:
+        SpecmoeError: The name is unknown; the message lists the known ones.
+
+    Example:
+        >>> from speculation import find_predictor
+        >>> find_predictor("mlp").defaults.batch_tokens
+        256
+    """
     classes = predictor_classes()
     if name not in classes:
         raise UsageError(f"unknown predictor {name!r}: expected one of {', '.join(classes)}")

@@ -73,6 +73,12 @@ def train(
         SpecmoeError: The predictor is unknown, the horizon or an option does not suit it, `out` is not empty, there is nothing
             to resume or something else than this training, no problem is left to train on or is long enough for the horizon,
             or training diverges.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from profiler import Trace
+        >>> from speculation import Task, train
+        >>> run = train(Trace.open("traces/math"), "conditional-counts", Path("runs/counts"), task=Task.NEXT_LAYER, horizon=2)
     """
     predictor_class = find_predictor(predictor_name)
     _check_out(out, resume)

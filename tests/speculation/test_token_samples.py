@@ -13,7 +13,8 @@ from profiler.trace.reader import Trace
 from profiler.trace.splits import all_digests
 from speculation.data.tasks import Task
 from speculation.evaluation.evaluate import evaluate
-from speculation.offload.studies.simulation_study import Study, run_study
+from speculation.offload.studies.simulation_options import SimulationStudy
+from speculation.offload.studies.simulation_study import run_study
 from speculation.training.fit import train
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -76,7 +77,7 @@ def test_without_being_asked_an_evaluation_lists_no_tokens(trace: Trace, tmp_pat
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_outcomes_of_the_sample_are_the_simulation_s(batch: int, trace: Trace) -> None:
-    study = Study(
+    study = SimulationStudy(
         trace=trace,
         part="all",
         predictors=("none", "popularity"),
@@ -111,5 +112,5 @@ def test_outcomes_of_the_sample_are_the_simulation_s(batch: int, trace: Trace) -
 
 
 def test_nothing_is_listed_of_simulations_that_know_the_future(trace: Trace) -> None:
-    study = Study(trace=trace, part="all", predictors=("oracle",), policies=("lru",), fractions=(0.5,))
+    study = SimulationStudy(trace=trace, part="all", predictors=("oracle",), policies=("lru",), fractions=(0.5,))
     assert run_study(study).sample is None

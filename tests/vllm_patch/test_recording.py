@@ -10,7 +10,9 @@ import pytest
 
 from profiler.capture.protocol import START, STOP
 from profiler.errors import EngineError, TraceError
-from vllm_patch.recording import Recording
+from profiler.live.metrics import TOKENS, Samples
+from profiler.live.publication import Publication
+from vllm_patch.recording import Recording, live_metrics
 
 FACTS = {
     "moe_layers": [1, 3],
@@ -84,3 +86,14 @@ def test_the_worker_is_believed_whatever_the_config_says(config: str, tmp_path: 
     recording = Recording(Engine(tmp_path), tmp_path / "trace").__enter__()
     model = recording._metadata().model
     assert (model.moe_layers, model.num_experts, model.top_k, model.dtype) == ([1, 3], 8, 2, "float32")
+
+
+def test_the_live_metrics_of_an_engine_are_those_that_it_publishes() -> None:
+    samples = Samples()
+    samples.add(TOKENS, 12.0)
+    answer = {"publication": Publication("demo", "0", samples).to_json()}
+    found = live_metrics(SimpleNamespace(collective_rpc=lambda name, args=(): [answer]))
+    assert found == {TOKENS.name: {(): 12.0}}
+    refusal = SimpleNamespace(collective_rpc=lambda name, args=(): [{"error": "no live metrics"}])
+    with pytest.raises(EngineError, match="no live metrics"):
+        live_metrics(refusal)

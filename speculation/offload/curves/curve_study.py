@@ -37,10 +37,15 @@ class CurveStudy:
     """What to compute. The fields are the options of `specmoe curve`.
 
     Attributes:
+        trace: The trace whose requests are counted.
+        part: Part of the split by problem: `test`, `validation`, `train` or `all`.
         training: Another trace, from all of which popularity and slots come, except from problems of `trace`. Default: the
             training part of `trace`.
         policies: LRU is computed in any case, at every size. Other policies are simulated, at about 14 sizes.
         fractions: Numbers of slots to divide among layers, as shares of all experts.
+        windows: Numbers of consecutive tokens whose distinct experts are counted (working sets).
+        batches: Numbers of sequences whose distinct experts in one step are counted.
+        batch: Sequences that are decoded at the same time.
     """
 
     trace: Trace
@@ -60,8 +65,18 @@ def run_curves(study: CurveStudy, on_done: Callable[[int, int], None] = lambda d
         study: What to compute.
         on_done: Called with the number of finished simulations, and of all, after each one.
 
+    Returns:
+        The curves, with hits by the number of slots; working sets in experts of a layer; and slots for each layer.
+
     Raises:
         SpecmoeError: The part has no problems, the traces are of different models, or a number is out of range.
+
+    Example:
+        >>> from profiler import Trace
+        >>> from speculation import CurveStudy, run_curves
+        >>> curves = run_curves(CurveStudy(trace=Trace.open("traces/math"), part="test", fractions=(0.25,)))
+        >>> for curve in curves.curves:
+        ...     print(curve.policy, curve.knee)
     """
     for name, values in (("window", study.windows), ("batch", (*study.batches, study.batch))):
         if min(values, default=1) < 1:

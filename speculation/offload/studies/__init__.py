@@ -2,5 +2,6 @@
 
 - `sweep`: one workload with every cache size, policy and way of prefetching; `gap_to_belady` compares policies.
 - `token_outcomes`: a cache's outcome for each expert of single tokens. `host_measure`: how fast this host computes experts.
-- `simulation_study`: what `specmoe simulate` computes; `replay_study`: the same tokens with real transfers.
+- `simulation_options`, `simulated_devices`, `simulation_study`: what `specmoe simulate` computes.
+- `replay_study`: the same tokens with real transfers.
 """

@@ -33,7 +33,8 @@ from profiler.trace.reader import Trace
 from speculation.data.routes import load_routes
 from speculation.data.tasks import Task
 from speculation.evaluation.evaluate import evaluate
-from speculation.offload.studies.simulation_study import Study, run_study
+from speculation.offload.studies.simulation_options import SimulationStudy
+from speculation.offload.studies.simulation_study import run_study
 from speculation.predictors.options import TrainingOptions
 from speculation.shadow import __main__ as program
 from speculation.shadow import process
@@ -119,7 +120,7 @@ def test_hit_rates_are_those_of_simulate(markov_trace: Trace, tmp_path: Path) ->
     run_path = tmp_path / "run"
     train(markov_trace, "conditional-counts", run_path)
     samples = scored(run_path, markov_trace, policies=("lfu", "ewma"), slots=(2, 4))
-    study = Study(
+    study = SimulationStudy(
         trace=markov_trace,
         part="all",
         predictors=("none", str(run_path)),
@@ -141,7 +142,7 @@ def test_a_run_of_reuse_plays_its_own_policy_and_scores_the_baselines(markov_tra
     run_path = tmp_path / "run"
     train(markov_trace, "ewma-repeats", run_path, task=Task.REUSE)
     samples = scored(run_path, markov_trace, slots=(4,))
-    study = Study(trace=markov_trace, part="all", predictors=("none",), policies=(str(run_path),), fractions=(0.5,))
+    study = SimulationStudy(trace=markov_trace, part="all", predictors=("none",), policies=(str(run_path),), fractions=(0.5,))
     (row,) = (row for row in run_study(study).rows if row.policy == "run")
     assert samples.get(HIT_RATE, "ewma-repeats", 4) == pytest.approx(row.hit_rate, abs=1e-9)
     assert {predictor for predictor, _, _ in samples.values[RECALL.name]} == {"popularity", "previous-token"}

@@ -56,7 +56,8 @@ from profiler.live.scrape import parse
 from profiler.models.resolve import demo_model_folder
 from profiler.trace.reader import Trace
 from speculation.evaluation.evaluate import evaluate
-from speculation.offload.studies.simulation_study import Study, run_study
+from speculation.offload.studies.simulation_options import SimulationStudy
+from speculation.offload.studies.simulation_study import run_study
 from speculation.training.fit import train
 from speculation.training.runs import Run, load_run
 
@@ -226,7 +227,7 @@ def test_recall_equals_the_evaluation_on_the_trace(served: Served) -> None:
 
 def test_hit_rates_equal_the_simulation_of_the_trace(served: Served) -> None:
     policies = ("lru", "ewma", "belady")
-    study = Study(
+    study = SimulationStudy(
         trace=served.trace, part="all", predictors=("none", str(served.run.path)), policies=policies, fractions=(0.25, 0.5)
     )
     rows = [row for row in run_study(study).rows if row.prefetch == "none" and row.policy in policies]

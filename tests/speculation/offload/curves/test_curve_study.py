@@ -16,7 +16,8 @@ from profiler.trace.splits import part_of
 from specmoe import app
 from speculation.offload.curves.curve_study import CurveStudy, run_curves, summary_of
 from speculation.offload.state import Rule
-from speculation.offload.studies.simulation_study import Study, run_study
+from speculation.offload.studies.simulation_options import SimulationStudy
+from speculation.offload.studies.simulation_study import run_study
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_curves_have_the_hit_rates_of_the_simulation(trace: Trace) -> None:
     assert [curve.policy for curve in curves.curves] == ["lru", "lru", "lfu", "belady"]
     for is_global in (False, True):
         simulation = run_study(
-            Study(
+            SimulationStudy(
                 trace=trace,
                 part="test",
                 predictors=("none",),
