@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.counts.locality import DISTANCES
 from analysis.report.differences import differences_section
-from analysis.report.figures import CHANCE, CONTROL, Curve, Section, heat_map, html, lines
+from analysis.report.figures import CHANCE, CONTROL, Curve, Section, drawing, lines, load_map
 from analysis.statistics.agreement import Agreement
 from analysis.statistics.compute import Statistics, mean, show
 from analysis.statistics.differences import LoadDifference
@@ -152,7 +152,9 @@ def _agreement(agreements: dict[str, Agreement], compared: dict[str, Statistics]
         "Prompts in both traces are compared token by token, which shows what another precision or engine changes. Generated "
         "text is not compared, since it diverges from the first token that differs."
     )
-    figures = (html(drawn, "agreement", headline, read="1: both traces route every token alike; dotted: two random tokens."),)
+    figures = (
+        drawing(drawn, "agreement", headline, read="1: both traces route every token alike; dotted: two random tokens."),
+    )
     return Section("The same tokens", headline + ".", explanation, figures, (tuple(rows),))
 
 
@@ -165,7 +167,7 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
     chosen.append(Curve("even load", np.ones(len(grid)), CHANCE))
     drawn = lines(chosen, [round(float(x), 3) for x in grid], "depth (0 first, 1 last MoE layer)", "load entropy / maximum")
     figures.append(
-        html(drawn, "compared-load", "Load entropy over depth.", read="1 is an even load; layers below it have favorites.")
+        drawing(drawn, "compared-load", "Load entropy over depth.", read="1 is an even load; layers below it have favorites.")
     )
     distances = load_distances(compared, paired)
     evenest = max(names, key=lambda name: mean(compared[name].load.entropy_share))
@@ -181,7 +183,7 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
         most = max(len(each.distance) for each in distances)
         drawn = lines(chosen, range(most), "MoE layer (from 0)", "Jensen-Shannon distance")
         read = "lines far above their dotted control are traces that use different experts at this layer."
-        figures.append(html(drawn, "compared-distance", "Distance between the loads by layer.", read=read))
+        figures.append(drawing(drawn, "compared-distance", "Distance between the loads by layer.", read=read))
         far = max(distances, key=lambda each: mean(each.distance) - mean(each.shuffled))
         differ = ", which differ most," if len(distances) > 1 else ""
         headline += (
@@ -196,19 +198,19 @@ def _load(compared: dict[str, Statistics], paired: set[tuple[str, str]]) -> Sect
     highest = max(float((s.load.share_LE * s.axes.num_experts).max()) for s in compared.values())
     for number, (name, s) in enumerate(compared.items()):
         relative_LE = s.load.share_LE * s.axes.num_experts
-        figure = heat_map(
+        figure = load_map(
             relative_LE,
-            range(s.axes.num_experts),
             s.axes.moe_layers,
             f"expert ({name})",
-            "layer",
-            "x even",
             "layer %{y}, expert %{x}: %{z:.2f} times an even share",
+            highest,
         )
-        figure.update_traces(zmax=highest)
         figure.update_layout(height=max(300, min(560, 120 + 14 * s.axes.layers)))
-        read = "a bright cell is an expert that its layer selects often; all maps have the same colors."
-        figures.append(html(figure, f"compared-map-{number}", f"Expert load of {name}.", read=read))
+        read = (
+            "orange: experts that their layer selects more often than an even share; blue: less often; all maps have "
+            "the same colors."
+        )
+        figures.append(drawing(figure, f"compared-map-{number}", f"Expert load of {name}.", read=read))
     return Section("Expert load", headline, explanation, tuple(figures))
 
 
@@ -235,7 +237,7 @@ def _hops(compared: dict[str, Statistics]) -> Section:
         "layers."
     )
     read = "the farther a line is above its dotted popularity, the more one expert says about later layers."
-    figures = (html(figure, "compared-hops", headline, read=read),)
+    figures = (drawing(figure, "compared-hops", headline, read=read),)
     return Section("Prediction across layers", headline, explanation, figures)
 
 
@@ -254,5 +256,5 @@ def _repetition(compared: dict[str, Statistics]) -> Section:
     )
     explanation = "Pairs of tokens of the same problem, in the same layer; mean over layers."
     read = "the farther a line is above its dotted control, the more a token shares with the one so many positions before it."
-    figures = (html(figure, "compared-repetition", headline, read=read),)
+    figures = (drawing(figure, "compared-repetition", headline, read=read),)
     return Section("Repetition over tokens", headline + ".", explanation, figures)

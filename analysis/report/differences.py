@@ -7,12 +7,12 @@ from html import escape
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.report.figures import COLORS, CONTROL, Curve, Drawing, Section, heat_map, html, lines
+from analysis.report.figures import COLORS, CONTROL, EVEN, Curve, Drawing, Section, drawing, heat_map, lines
 from analysis.statistics.compute import mean, show
 from analysis.statistics.differences import SPLITS, DatasetDifference, LoadDifference
 
 # Blue for the second trace, orange for the first, white for none: distinguishable with every common type of color vision.
-DIVERGING = ((0.0, "#0072B2"), (0.5, "#F7F7F7"), (1.0, "#D55E00"))
+DIVERGING = ((0.0, COLORS[0]), (0.5, EVEN), (1.0, COLORS[1]))
 LARGEST = 20
 READ = "a line above its dotted control is a layer where the traces differ more than halves of one trace do."
 
@@ -55,7 +55,7 @@ def _cells(each: DatasetDifference) -> tuple[str, str, str, str, str, str]:
 
 
 def _map(found: LoadDifference, layers: tuple[int, ...], number: int) -> Drawing:
-    """All experts; those whose interval contains 0 are left white."""
+    """All experts; those whose interval contains 0 have no color."""
     experts = found.share.shape[1]
     shown = np.where(found.is_found, found.share, 0.0)
     most = float(np.abs(shown).max()) or 1.0
@@ -69,8 +69,8 @@ def _map(found: LoadDifference, layers: tuple[int, ...], number: int) -> Drawing
     for n, layer in enumerate(layers):
         rows += [(layer, expert, *values) for expert, values in enumerate(np.stack(columns, axis=-1)[n].tolist())]
     description = f"Expert load of {found.first} minus that of {found.second}, by layer and expert."
-    read = f"orange: used more in {found.first}; blue: more in {found.second}; white: the difference may be chance."
-    return html(figure, f"differences-map-{number}", description, read=read, rows=rows)
+    read = f"orange: used more in {found.first}; blue: more in {found.second}; no color: the difference may be chance."
+    return drawing(figure, f"differences-map-{number}", description, read=read, rows=rows)
 
 
 def _largest(found: LoadDifference, layers: tuple[int, ...], number: int) -> Drawing:
@@ -106,7 +106,7 @@ def _largest(found: LoadDifference, layers: tuple[int, ...], number: int) -> Dra
         (layers[n], expert, float(found.share[n, expert]), float(found.low[n, expert]), float(found.high[n, expert]))
         for n, expert in chosen.tolist()
     ]
-    return html(
+    return drawing(
         figure,
         f"differences-largest-{number}",
         description,
@@ -121,4 +121,4 @@ def _moved(found: LoadDifference, layers: tuple[int, ...], number: int) -> Drawi
     name = f"{found.first} / {found.second}"
     chosen = [Curve(name, found.moved), Curve("two halves of one trace", found.moved_halves, CONTROL)]
     figure = lines(chosen, layers, "layer", "share of selections that moved")
-    return html(figure, f"differences-moved-{number}", "Share of a layer's selections that moved, by layer.", read=READ)
+    return drawing(figure, f"differences-moved-{number}", "Share of a layer's selections that moved, by layer.", read=READ)

@@ -18,11 +18,16 @@ import plotly.graph_objects as go
 # palette's black, which a dark page would hide, is replaced by a brown.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#A6761D")
 SCALE = "Cividis"
+# Of loads relative to an even share, which is gray: less is blue; twice as much is orange, whatever the largest one is. The
+# page's script has other colors for gray and for the largest load on a dark page.
+LESS, EVEN, TWICE, MOST = "#0072B2", "#F1F1EF", "#E69F00", "#7A2800"
 # Lines differ by dash as well: a page may be printed in gray.
 DASHES = ("solid", "dash", "dashdot", "longdash")
 # A control is dotted and thin in every chart, and chance a thin gray line.
 CONTROL = {"dash": "dot", "width": 1.5}
 CHANCE = {"color": "#8a8a8a", "dash": "dash", "width": 1}
+# A line on which others may lie: both are seen.
+BAND = {"color": "#CC79A7", "dash": "solid", "width": 7}
 # More lines than these begin hidden, and the reader turns them on in the legend.
 MAX_SHOWN = 4
 PLOT_HEIGHT = 300
@@ -58,7 +63,7 @@ class Drawing:
 class Section:
     """One part of a page: a headline computed from the data, figures, tables, and how the numbers are computed.
 
-    figures: from `html`. tables: rows of cells, the header first; the page shows them on demand. kind: the script that
+    figures: from `drawing`. tables: rows of cells, the header first; the page shows them on demand. kind: the script that
     makes the section interactive, if any; data: JSON values for that script. controls: HTML before the first figure, for the
     script; whoever writes it escapes what comes from a trace.
     """
@@ -75,7 +80,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a figure. style: `CONTROL` (dotted, color of the previous line), `CHANCE`, or None for the next color."""
+    """A line of a figure.
+
+    style: `CONTROL` (dotted, color of the previous line), `CHANCE`, `BAND`, or None for the next color.
+    """
 
     name: str
     y: Sequence[float] | npt.NDArray[Any]
@@ -195,6 +203,20 @@ def heat_map(
     return figure
 
 
+def load_map(
+    relative_LE: npt.NDArray[Any], layers: Sequence[int], x_title: str, hover: str, highest: float | None = None
+) -> go.Figure:
+    """A heat map of loads in units of an even share, in which experts above and below it are told apart.
+
+    highest: the end of the scale, for several maps with the same colors. Default: the largest load.
+    """
+    figure = heat_map(relative_LE, range(relative_LE.shape[1]), layers, x_title, "layer", "x even", hover)
+    end = max(3.0, float(relative_LE.max()) if highest is None else highest)
+    scale = [(0.0, LESS), (1 / end, EVEN), (2 / end, TWICE), (1.0, MOST)]
+    figure.update_traces(zmax=end, colorscale=scale)
+    return figure
+
+
 TOP_LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
@@ -209,7 +231,7 @@ LABELS = 175
 FAINT = "rgba(128, 128, 128, 0.25)"
 
 
-def html(
+def drawing(
     figure: go.Figure,
     name: str,
     description: str,

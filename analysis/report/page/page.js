@@ -19,8 +19,10 @@ function pageColor(name) {
   return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 }
 
-// Colors of lines that are hard to see on a dark page, and what stands for them there.
-const ON_DARK = { "#0072B2": "#4fa9e3", "#D55E00": "#f08243", "#009E73": "#2bb98f", "#A6761D": "#c79a45" };
+// Colors that are hard to see on a dark page, and what stands for them there; the last two are of the map of loads.
+const ON_DARK = {
+  "#0072B2": "#4fa9e3", "#D55E00": "#f08243", "#009E73": "#2bb98f", "#A6761D": "#c79a45", "#F1F1EF": "#2c323a", "#7A2800": "#fff0c9",
+};
 
 function themed(color) {
   if (typeof color !== "string") return color;
@@ -37,6 +39,7 @@ function recolored(trace) {
     change[part] = { ...trace[part], color: themed(trace[part].color) };
     if (trace[part].line) change[part].line = { ...trace[part].line, color: themed(trace[part].line.color) };
   }
+  if (Array.isArray(trace.colorscale)) change.colorscale = trace.colorscale.map(([place, color]) => [place, themed(color)]);
   return { ...trace, ...change };
 }
 
@@ -83,7 +86,13 @@ function fitted(element, data) {
   const traces = data
     .map(recolored)
     .map((trace, i) => (shown[i] === false && layout.meta ? { ...trace, showlegend: Boolean(isNarrow) } : trace));
-  return { traces, final: { ...adapted(layout, width), width, autosize: false }, width };
+  const final = { ...adapted(layout, width), width, autosize: false };
+  const { updatemenus, sliders, xaxis } = element.layout || {};
+  if (updatemenus) {
+    // What the reader has chosen with the figure's own controls.
+    Object.assign(final, { updatemenus, sliders, xaxis: { ...final.xaxis, range: xaxis.range } });
+  }
+  return { traces, final, width };
 }
 
 function redrawFigure(element, width) {

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis.documents.curves import CacheCurves
-from analysis.report.figures import CHANCE, CONTROL, Curve, Section, html, lines
+from analysis.report.figures import CHANCE, CONTROL, Curve, Section, drawing, lines
 from analysis.statistics.compute import Statistics, mean, show
 
 READ = (
@@ -67,7 +67,7 @@ def cache_sizes_section(s: Statistics, curves: Sequence[CacheCurves] = ()) -> Se
         row = (str(sizes[place]), *(show(float(value)) for value in values), show(1 - sizes[place] / experts))
         if row not in rows:
             rows.append(row)
-    figures = (html(figure, "cache-sizes", headline, read=READ),)
+    figures = (drawing(figure, "cache-sizes", headline, read=READ),)
     return Section("Cache size and misses", headline, explanation, figures, (tuple(rows),))
 
 

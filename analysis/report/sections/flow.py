@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from analysis.report.figures import Section, html
+from analysis.report.figures import Section, drawing
 from analysis.statistics.compute import Statistics, show
 from analysis.statistics.flow import LayerFlow
 
@@ -73,7 +73,7 @@ def flow_section(s: Statistics) -> Section:
         )
         for flow, n in links[:MOST_IN_TABLE]
     ]
-    figures = (html(_figure(s), "flow", headline, left=20, read=READ, rows=_rows(s)),)
+    figures = (drawing(_figure(s), "flow", headline, left=20, read=READ, rows=_rows(s)),)
     return Section("Flow between layers", headline + ".", explanation, figures, (tuple(rows),))
 
 

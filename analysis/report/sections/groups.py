@@ -12,8 +12,8 @@ from analysis.report.figures import (
     LABELS,
     Curve,
     Section,
+    drawing,
     heat_map,
-    html,
     lines,
     wrapped,
 )
@@ -75,7 +75,7 @@ def pairs_section(s: Statistics) -> Section:
             )
         )
     read = "bright cells are pairs of experts that are selected for the same tokens more often than without preferences (1)."
-    figures = (html(figure, "pair-lift", headline, read=read),)
+    figures = (drawing(figure, "pair-lift", headline, read=read),)
     return Section("Pairs within a token", headline, explanation, figures, (tuple(rows),))
 
 
@@ -107,7 +107,7 @@ def domains_section(s: Statistics) -> Section:
         square.update_yaxes(nticks=len(names))
         square.update_layout(height=120 + 40 * len(names))
         figures.append(
-            html(
+            drawing(
                 square,
                 "domain-map",
                 "Distance between each pair of datasets, above the shuffled control.",
@@ -120,7 +120,7 @@ def domains_section(s: Statistics) -> Section:
         chosen.append(Curve(f"{pair.first} / {pair.second}", pair.distance))
         chosen.append(Curve(f"{pair.first} / {pair.second}, shuffled", pair.shuffled, CONTROL))
     figures.append(
-        html(
+        drawing(
             lines(chosen, layers, "layer", "Jensen-Shannon distance"),
             "domain-layers",
             headline,
@@ -142,7 +142,7 @@ def domains_section(s: Statistics) -> Section:
             f"{len(layers) * s.axes.num_experts / 40:.0f})."
         )
         figures.append(
-            html(
+            drawing(
                 _specialists(s),
                 "specialists",
                 "The most specialized experts with their intervals.",
@@ -204,7 +204,7 @@ def clusters_section(s: Statistics) -> Section:
         )
         drawn = lines(chosen, layers, "layer", f"silhouette, by {feature}")
         figures.append(
-            html(
+            drawing(
                 drawn,
                 f"clusters-{feature}",
                 f"Silhouette of clusters by {feature}.",

@@ -9,12 +9,13 @@ import numpy as np
 
 from analysis.counts.survey import ALL
 from analysis.report.figures import (
+    BAND,
     CHANCE,
     Curve,
     Section,
-    heat_map,
-    html,
+    drawing,
     lines,
+    load_map,
 )
 from analysis.statistics.compute import Statistics, mean, show
 
@@ -27,9 +28,7 @@ def load_section(s: Statistics, labels: Sequence[str]) -> Section:
     """Heat map of the load with each expert's preferred tokens, evenness by layer, and a table by dataset and phase."""
     load, layers, experts = s.load, list(s.axes.moe_layers), s.axes.num_experts
     relative_LE = load.share_LE * experts
-    figure = heat_map(
-        relative_LE, range(experts), layers, "expert", "layer", "x even", "layer %{y}, expert %{x}: %{z:.2f} x an even share"
-    )
+    figure = load_map(relative_LE, layers, "expert", "layer %{y}, expert %{x}: %{z:.2f} x an even share")
     figure.update_layout(height=max(260, min(640, 110 + 13 * len(layers))))
     n, expert = (int(index) for index in np.unravel_index(relative_LE.argmax(), relative_LE.shape))
     headline = (
@@ -42,24 +41,28 @@ def load_section(s: Statistics, labels: Sequence[str]) -> Section:
     )
     evenness = lines(
         [
+            # Often 1, as the entropy nearly is.
+            Curve("share of experts used at all", load.coverage, BAND),
             Curve("entropy / maximum", load.entropy_share),
             Curve("Gini coefficient", load.gini),
-            Curve("share of experts used at all", load.coverage),
             Curve("entropy of an even load", np.ones(len(layers)), CHANCE),
         ],
         layers,
         "layer",
         "share, from 0 to 1",
     )
-    read = "a bright cell is an expert that its layer selects often; 1 is an even share, 0 an expert that is never selected."
+    read = (
+        "orange: experts that their layer selects more often than an even share, which is 1; blue: less often; 0 is an expert "
+        "that is never selected."
+    )
     if s.preferred is not None:
         read += (
             " Point at an expert, or tap it, to see its preferred tokens: those that select it more often than tokens do on "
             "average."
         )
     figures = [
-        html(figure, "load-map", headline, read=read),
-        html(
+        drawing(figure, "load-map", headline, read=read),
+        drawing(
             evenness,
             "load-evenness",
             "Evenness of the load by layer.",

@@ -15,7 +15,7 @@ from analysis.report.figures import (
     TOP_LEGEND,
     Curve,
     Section,
-    html,
+    drawing,
     lines,
 )
 from analysis.statistics.compute import Statistics, mean, show
@@ -104,13 +104,13 @@ def repetition_section(s: Statistics) -> Section:
         ]
         tables.append(tuple(golden))
     figures = (
-        html(
+        drawing(
             by_distance,
             "repetition-distance",
             headline,
             read="how often a token and one so many positions before it choose alike; the dotted line is two random tokens.",
         ),
-        html(
+        drawing(
             by_layer,
             "repetition-layer",
             "Repetition by layer.",
@@ -171,14 +171,14 @@ def reuse_section(s: Statistics) -> Section:
             "segment's load carries over to the next."
         )
     figures = (
-        html(
+        drawing(
             gaps,
             "reuse-gap",
             headline,
             read="bars on the left are experts that are used again soon; where blue exceeds gray, tokens reuse experts sooner "
             "than shuffled tokens would.",
         ),
-        html(
+        drawing(
             stack,
             "reuse-between",
             "Other experts used between two uses.",

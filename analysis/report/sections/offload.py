@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from analysis.documents.evaluation import CONTROL as CONTROL_NAME
 from analysis.documents.simulation import BOUNDS, SimulatedRow, Simulation
-from analysis.report.figures import CONTROL, Curve, Drawing, Section, html, lines
+from analysis.report.figures import CONTROL, Curve, Drawing, Section, drawing, lines
 
 
 def offload_section(simulation: Simulation, device: str | None, number: str) -> Section:
@@ -26,7 +26,7 @@ def offload_section(simulation: Simulation, device: str | None, number: str) -> 
         ticks = [f"{size:.0%}" for size in sizes]
         drawn = lines(chosen, ticks, "share of all experts in the cache", y_title, as_category=True)
         read = "each line is a prefetcher with the same eviction policy; the dotted control prefetches for other tokens."
-        figures = (html(drawn, f"offload-{number}", headline, read=read),)
+        figures = (drawing(drawn, f"offload-{number}", headline, read=read),)
     header = ("cache", "policy", "prefetcher", "hit rate", "tokens/s", "speedup over on demand")
     cells = tuple(_cells(row) for row in [*bounds.values(), *rows] if not row.prefetch.endswith(CONTROL_NAME))
     notes = next((each.assumptions for each in simulation.devices if each.name == device), [])

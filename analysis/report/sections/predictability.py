@@ -18,7 +18,7 @@ from analysis.report.figures import (
     Curve,
     Drawing,
     Section,
-    html,
+    drawing,
     lines,
     wrapped,
 )
@@ -35,7 +35,7 @@ def weights_section(s: Statistics) -> Section:
     chosen = [Curve(f"rank {rank + 1}", weights.mean[:, rank]) for rank in range(s.axes.top_k)]
     chosen.append(Curve("even: 1/K", [weights.even] * len(layers), CHANCE))
     figures = [
-        html(
+        drawing(
             lines(chosen, layers, "layer", "mean routing weight"),
             "weights",
             "Mean weight by rank and layer.",
@@ -71,7 +71,7 @@ def weights_section(s: Statistics) -> Section:
             "margin (logits)",
         )
         figures.append(
-            html(
+            drawing(
                 drawn,
                 "margins",
                 "Margin between rank K and K+1.",
@@ -141,7 +141,7 @@ def predictability_section(s: Statistics) -> Section:
         "means over the layers that have every context."
     )
     read = "each row is one context; the recall that it allows lies between the two marks. The gray line is chance."
-    figures = (html(figure, "predictability", headline, LABELS, read=read),)
+    figures = (drawing(figure, "predictability", headline, LABELS, read=read),)
     return Section("Predictability", headline, explanation, figures, (tuple(rows),))
 
 
@@ -176,7 +176,7 @@ def predictions_section(evaluation: Evaluation, number: int) -> Section:
         chosen.insert(3, Curve("chance", [evaluation.chance[metric]] * len(chosen[0].y), CHANCE))
         drawn = lines(chosen, list(range(len(chosen[0].y))), "predicted MoE layer (from 0)", metric)
         read = "the share of each layer's experts among the K predicted ones; the dotted control should be near popularity."
-        figures = (html(drawn, f"predictors-{number}", headline, read=read),)
+        figures = (drawing(drawn, f"predictors-{number}", headline, read=read),)
     budgets = {name: evaluation.results[name].budget.get("h=1") for name in ordered}
     by_budget = {name: points for name, points in budgets.items() if points}
     tables = [cells]
@@ -190,7 +190,7 @@ def predictions_section(evaluation: Evaluation, number: int) -> Section:
         caption = "Share of the chosen experts among the m most likely ones."
         drawn = lines(chosen, all_m, "m: experts fetched per token and layer", "recall@m")
         read = "how much recall is gained by fetching more experts than the K that a token needs."
-        figures += (html(drawn, f"budget-{number}", caption, read=read),)
+        figures += (drawing(drawn, f"budget-{number}", caption, read=read),)
         if budget := budget_table(evaluation):
             tables.append((tuple(budget[0]), *(tuple(row.values()) for row in budget)))
     explanation = (

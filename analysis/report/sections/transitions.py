@@ -12,8 +12,8 @@ from analysis.report.figures import (
     CONTROL,
     Curve,
     Section,
+    drawing,
     heat_map,
-    html,
     lines,
     packed,
 )
@@ -119,7 +119,7 @@ def transitions_section(s: Statistics) -> Section:
         "Cross-layer transitions",
         headline,
         explanation,
-        figures=(html(figure, "transition-matrix", headline, read=read),),
+        figures=(drawing(figure, "transition-matrix", headline, read=read),),
         tables=(tuple(rows),),
         kind="transitions" if hops else "",
         data=data,
@@ -179,11 +179,11 @@ def hops_section(s: Statistics) -> Section:
     if s.axes.knows_strongest:
         explanation += " Top-1 accuracy: for the strongest expert, given the strongest at the earlier layer."
         drawn = figure("top1", "same_strongest", "independent_strongest", 1 / experts, "top-1 accuracy")
-        figures.append(html(drawn, "hops-strongest", headline, read=READ_HOPS))
+        figures.append(drawing(drawn, "hops-strongest", headline, read=READ_HOPS))
     if top_k > 1:
         explanation += f" Recall@{top_k}: of the {top_k} experts with {top_k} predictions, given one at the earlier layer."
     explanation += " Predictors that use all earlier layers are evaluated by 'specmoe evaluate'."
     if top_k > 1:
         drawn = figure("topk", "same_selected", "independent_selected", top_k / experts, f"recall@{top_k}")
-        figures.append(html(drawn, "hops-selected", "Recall of all selected experts by hop.", read=READ_HOPS))
+        figures.append(drawing(drawn, "hops-selected", "Recall of all selected experts by hop.", read=READ_HOPS))
     return Section("Prediction across layers", headline, explanation, tuple(figures))

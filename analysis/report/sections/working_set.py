@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis.report.figures import CONTROL, Curve, Section, html, lines
+from analysis.report.figures import CONTROL, Curve, Section, drawing, lines
 from analysis.statistics.compute import mean
 from analysis.statistics.working_set import WINDOWS, WorkingSet
 
@@ -44,5 +44,5 @@ def working_set_section(found: WorkingSet, num_experts: int) -> Section:
         )
     else:
         headline = f"The longest problem has fewer than {WINDOWS[0]} tokens: too few for a working set over time."
-    figures = (html(figure, "working-set", headline, read=READ),) if known else ()
+    figures = (drawing(figure, "working-set", headline, read=READ),) if known else ()
     return Section("Working set over time", headline, explanation, figures)

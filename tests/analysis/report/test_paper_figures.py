@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from analysis.documents.statistics import ComparisonDocument, StatisticsDocument
 from analysis.report.figure_data import figure_rows
-from analysis.report.figures import CHANCE, Curve, heat_map, html, lines
+from analysis.report.figures import CHANCE, Curve, drawing, heat_map, lines
 from analysis.report.sections.cache_sizes import cache_sizes_section
 from analysis.report.sections.flow import flow_section
 from analysis.report.sections.groups import domains_section
@@ -155,7 +155,7 @@ def test_rows_of_each_kind_of_figure() -> None:
     assert figure_rows(drawn) == [("hop", "a & b", "c"), (3, 0.5, 1.0), (4, None, 2.0)]
     cells = heat_map(np.array([[0.0, 0.25]]), ["x<br>y", 7], ["&lt;"], "expert", "layer", "share", "")
     assert figure_rows(cells) == [("layer", "expert", "share"), ("<", "x y", 0.0), ("<", 7, 0.25)]
-    intervals = html(cells, "name", "description", rows=[("own",), (1,)])
+    intervals = drawing(cells, "name", "description", rows=[("own",), (1,)])
     assert intervals.rows == [("own",), (1,)]
 
 

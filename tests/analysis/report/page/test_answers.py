@@ -103,8 +103,8 @@ def test_predictions_and_the_cache_are_shown_with_the_text(view: Opened, report:
     choose(view, 0)
     results = json.loads(
         view.page.evaluate(
-            "JSON.stringify([0, 1, 2, 3, 4].map((layer) => [...Array(60).keys()].map((token) => "
-            "{answers.cells.overlay = 0; const found = answers.cells.marks(token, layer); answers.cells.overlay = null; return found;})))"
+            "const cells = answers.cells; JSON.stringify([0, 1, 2, 3, 4].map((layer) => [...Array(60).keys()].map((token) => "
+            "{cells.overlay = 0; const found = cells.marks(token, layer); cells.overlay = null; return found;})))"
         )
     )
     assert all(marks is None for marks in results[0])
@@ -153,3 +153,18 @@ def test_every_color_can_be_read_in_light_and_dark(view: Opened) -> None:
         # The ratio that WCAG requires of text.
         assert min(view.page.evaluate(contrast, is_dark)) >= 4.5
     assert view.page.evaluate("new Set([...Array(256).keys()].map((rank) => expertColor(rank, false))).size") == 256
+
+
+def test_the_first_generated_token_is_in_view(view: Opened) -> None:
+    """It is chosen at first, and a long prompt must not hide it."""
+    choose(view, 8)
+    row = "(answers.token + 1) * AnswerMatrix.ROW - answers.matrixElement.scrollTop"
+    assert view.page.evaluate("answers.matrixElement.scrollTop") == 0
+    view.page.evaluate("answers.cells.problem.generated = 55")
+    view.page.evaluate("answers.choose(answers.number)")
+    assert view.page.evaluate("answers.token") == 55
+    assert view.page.evaluate("answers.matrixElement.scrollTop") > 0
+    assert 0 < view.page.evaluate(row) <= view.page.evaluate("answers.matrixElement.clientHeight - AnswerMatrix.HEADER")
+    view.page.evaluate("answers.cells.problem.generated = 1")
+    view.page.evaluate("answers.choose(answers.number)")
+    assert view.page.evaluate("answers.matrixElement.scrollTop") == 0

@@ -83,6 +83,13 @@ def test_a_span_of_layers_is_chosen(browser: Browser, report: Path) -> None:
     opened.page.wait_for_function("document.getElementById('flow').layout.xaxis.range[0] > 0")
     assert shown() == pytest.approx([0.7, 4.3])
     assert figure.locator(".slider-label").first.text_content() == "layers 2 to 5"
+    # In the page's other colors it is the same span.
+    button = opened.page.locator("#theme")
+    for _ in range(2):
+        button.click()
+        assert shown() == pytest.approx([0.7, 4.3])
+        assert figure.locator(".slider-label").first.text_content() == "layers 2 to 5"
+        assert figure.locator(".updatemenu-header").text_content() == "4 layers"
     assert opened.complaints == []
     opened.page.close()
 
