@@ -29,7 +29,7 @@ from profiler.datasets.problems import read_problems
 from profiler.datasets.registry import DEMO_DATASETS, find_dataset
 from speculation.runtime.model import OffloadedModel
 from speculation.runtime.options import CacheSize
-from speculation.runtime.steps import Step
+from speculation.runtime.steps import ForwardPass
 
 BITS = (None, 8, 4)
 # So many embedded prompts are continued to measure speed.
@@ -113,7 +113,7 @@ def forced(
         steps: list[npt.NDArray[np.int64]] = []
 
         def note(
-            _step: Step,
+            _step: ForwardPass,
             ids_NLK: npt.NDArray[np.int64],
             _weights: npt.NDArray[np.float32],
             found: list[npt.NDArray[np.int64]] = steps,

@@ -86,10 +86,10 @@ def export(
 
     Example: specmoe export traces/math --to llama-cpp --fraction .5 --batch 8 --out arguments.txt
     """
-    from profiler.exporters import ExportOptions, export_trace, find_format
+    from profiler.exporters import ExportOptions, export_trace, find_export_format
     from profiler.exporters.chosen_experts import Budget
 
-    chosen = find_format(to)
+    chosen = find_export_format(to)
     given = [name for name, value in (("--fraction", fraction), ("--slots", slots), ("--gb", gb)) if value is not None]
     if chosen.scope == "none" and given:
         raise typer.BadParameter(f"{to} keeps all experts", param_hint=given[0])

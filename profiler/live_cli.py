@@ -12,7 +12,7 @@ from rich.text import Text
 
 from profiler.errors import SpecmoeError
 from profiler.live.publication import Publication
-from profiler.live.scrape import fetch, parse
+from profiler.live.scrape import fetch_page, parse
 from profiler.live.watch_view import WatchView
 from profiler.terminal import TABLE_WIDTH, console
 
@@ -56,7 +56,7 @@ def watch(
 
 
 def _scrape(url: str) -> list[Publication]:
-    found = parse(fetch(url))
+    found = parse(fetch_page(url))
     if not found:
         raise SpecmoeError(f"{url} has no live metrics of experts: start vLLM with SPECMOE_LIVE=1 (docs/guide/live.md)")
     return found

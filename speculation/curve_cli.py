@@ -83,7 +83,7 @@ def curve(
         windows=tuple(window or WINDOWS),
         batch=batch,
     )
-    curves = run_with_progress(study)
+    curves = run_curves_with_progress(study)
     print_curves(curves)
     if out is not None:
         write_curves(curves, out)
@@ -99,7 +99,7 @@ def _rule(name: str) -> Rule:
     return known[name]
 
 
-def run_with_progress(study: CurveStudy) -> CacheCurves:
+def run_curves_with_progress(study: CurveStudy) -> CacheCurves:
     """Compute the curves, with a progress bar where there is a terminal."""
     from speculation.offload.curves.curve_study import run_curves
 

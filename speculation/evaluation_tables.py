@@ -66,7 +66,7 @@ def _split_by_flags(evaluation: Evaluation) -> list[str]:
 
 def print_leaderboard(rows: list[LeaderboardRow], document: Evaluation, summaries: list[SeedSummary]) -> None:
     """Print the rows of `speculation.evaluation.leaderboard` as a table, and the means over seeds below it."""
-    from speculation.evaluation.leaderboard_page import spread
+    from speculation.evaluation.leaderboard_page import seed_range
 
     k_name = document.recall_at_k_name
     title = f"{document.task}, {escape(document.model)}; {counted(document.problems, 'problem')}, {document.tokens:,} tokens"
@@ -88,7 +88,7 @@ def print_leaderboard(rows: list[LeaderboardRow], document: Evaluation, summarie
     if summaries:
         typer.echo("Runs that differ in their seed only: mean over the seeds (lowest-highest).")
     for each in summaries:
-        values = ", ".join(f"{name} {spread(*value)}" for name, value in each.metrics.items())
+        values = ", ".join(f"{name} {seed_range(*value)}" for name, value in each.metrics.items())
         seeds = ", ".join(map(str, each.seeds))
         typer.echo(f"{each.predictor}, h = {each.horizon}, {counted(len(each.seeds), 'seed')} ({seeds}): {values}")
 

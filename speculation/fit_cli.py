@@ -56,8 +56,8 @@ def fit(
     reserve_gb: Annotated[
         float, typer.Option(min=0, max=1e6, help="GB of the device for activations, logits and the engine.")
     ] = WORKSPACE,
-    link: Annotated[
-        float | None, typer.Option(min=0, help="GB/s that transfers to the GPU reach. Default: 80 % of PCIe's peak.")
+    interconnect: Annotated[
+        float | None, typer.Option("--link", min=0, help="GB/s that transfers to the GPU reach. Default: 80 % of PCIe's peak.")
     ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="A trace of the model: hit rates and distinct experts are then those of its routing.")
@@ -88,7 +88,7 @@ def fit(
             kv_bits=int(kv_bits),
             reserve=reserve_gb,
             host_memory=host_memory_gb,
-            link=link,
+            interconnect=interconnect,
             trace=None if trace is None else Trace.open(trace),
             part=part.value,
         )

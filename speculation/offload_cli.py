@@ -136,9 +136,11 @@ def simulate(
     ] = False,
     model: ModelName = None,
     precision: PrecisionName = None,
-    link: Annotated[
+    interconnect: Annotated[
         float | None,
-        typer.Option(min=0, help="Bandwidth that large transfers to the GPU reach, in GB/s. Default: 80 % of PCIe's peak."),
+        typer.Option(
+            "--link", min=0, help="Bandwidth that large transfers to the GPU reach, in GB/s. Default: 80 % of PCIe's peak."
+        ),
     ] = None,
     horizon: Annotated[
         int,
@@ -233,7 +235,7 @@ def simulate(
         measure=measure,
         model=model,
         precision=precision,
-        link=link,
+        interconnect=interconnect,
         horizon=horizon,
         experts=experts,
         threshold=threshold,
@@ -251,14 +253,14 @@ def simulate(
     )
     if out is not None and out.exists() and not out.is_dir():
         raise SpecmoeError(f"--out {out} is not a folder")
-    simulation = run_with_progress(study)
+    simulation = run_study_with_progress(study)
     print_simulation(simulation)
     if out is not None:
         write_simulation(simulation, out)
         typer.echo(f"{out}: simulation.json, simulation.csv, simulation.html")
 
 
-def run_with_progress(study: SimulationStudy) -> Simulation:
+def run_study_with_progress(study: SimulationStudy) -> Simulation:
     """Run a study, with a progress bar where there is a terminal."""
     from speculation.offload.studies.simulation_study import run_study
 

@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 VERSION = str(PROJECT["version"])
 PACKAGES = ("analysis", "modal_jobs", "profiler", "speculation", "vllm_patch")
 # Files of the repository next to the packages that a source distribution has, too.
-BESIDE = {
+NEXT_TO_PACKAGES = {
     "CHANGELOG.md",
     "CITATION.cff",
     "CONTRIBUTING.md",
@@ -45,7 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in (*PACKAGES, "tests", "benchmarks", "docs", "examples"):
         # With caches and tests, which must be left out; the tests' data are large and not needed for that.
         shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("data") if folder == "tests" else None)
-    for name in BESIDE:
+    for name in NEXT_TO_PACKAGES:
         shutil.copy(ROOT / name, clone)
     build = "from setuptools import build_meta as b; import sys; getattr(b, 'build_' + sys.argv[1])(sys.argv[2])"
     subprocess.run([sys.executable, "-c", build, "sdist", str(out)], cwd=clone, check=True, capture_output=True, timeout=300)
@@ -60,7 +60,7 @@ def test_the_source_distribution_has_what_is_needed_and_nothing_else(built: Path
     with tarfile.open(built / f"speculative_moe-{VERSION}.tar.gz") as archive:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     generated = {name for name in names if name in {"PKG-INFO", "setup.cfg"} or name.startswith("speculative_moe.egg-info/")}
-    assert names - generated == sources() | BESIDE
+    assert names - generated == sources() | NEXT_TO_PACKAGES
 
 
 def test_the_wheel_has_every_package_and_file(built: Path) -> None:

@@ -70,7 +70,7 @@ def _options() -> tuple[CaptureOptions, LiveOptions | None] | None:
 def _expose(live: LiveOptions) -> None:
     """Make the folder in which the engine's processes publish, unless a parent process has, and serve what is in it."""
     from profiler.live.options import FOLDER_VARIABLE
-    from vllm_patch.live.exposition import expose, serve
+    from vllm_patch.live.exposition import expose, serve_metrics
 
     is_first = FOLDER_VARIABLE not in os.environ
     if is_first:
@@ -80,7 +80,7 @@ def _expose(live: LiveOptions) -> None:
     folder_path = Path(os.environ[FOLDER_VARIABLE])
     expose(folder_path)
     if is_first and live.host_and_port is not None:
-        serve(folder_path, *live.host_and_port)
+        serve_metrics(folder_path, *live.host_and_port)
 
 
 def _remove(folder: str, owner: int) -> None:

@@ -31,7 +31,7 @@ class Answer:
     Attributes:
         problem_id: The problem's id in the trace.
         digest: Identifies its prompt, see `profiler.trace.splits`.
-        domain: Its dataset, or the value of another column that the analysis was asked for.
+        domain: Its dataset, or the value of another column that the analysis was given.
         prompt: The beginning of its prompt; empty if unknown.
         recorded: Number of tokens that the trace has of the problem.
         token_ids_T: int64 `[T]`, positions in the sequence.

@@ -144,7 +144,7 @@ class Evaluation(BaseModel):
     last epoch by exactly these problems (known of newer runs only). train_seconds: None if unknown.
     has_weights: whether the trace has routing weights; without them, metrics that depend on weights, or on which expert is
     the strongest, are absent. recipe: None if unknown. sample: what the run's own predictor predicted at the nearest horizon
-    for some problems, token by token; empty unless it was asked for. Older files lack the fields that have a default.
+    for some problems, token by token; empty unless requested. Older files lack the fields that have a default.
     """
 
     version: int = VERSION

@@ -14,7 +14,7 @@ class GenerationPhase(_Record):
 
     tokens: tokens that were computed. seconds: how long that took. requested: experts that layers needed, each once per layer
     and step. hits: those that were in the cache. late: those whose prefetch was in transfer. misses: those that were neither:
-    loaded on demand, or computed on the host. host: the latter. streamed: misses for which the cache had no room. gigabytes:
+    demand-loaded, or computed on the host. host: the latter. streamed: misses for which the cache had no room. gigabytes:
     bytes copied to the device, in 1e9. stall, foresight: share of the time in which computation waited for an expert, and in
     which it waited for a prediction.
     """

@@ -23,7 +23,7 @@ DEFINITIONS = {
     "gap_captured": "without prefetching: (hits - those of lru) / (those of belady - those of lru), with the same cache; 0 is "
     "lru, 1 is belady; gap_low and gap_high: 95 % interval from resampling the problems, 1,000 times",
     "late": "chosen experts whose prefetch was still in transfer, so that their layer waits for it, over all that were chosen",
-    "miss": "chosen experts that were neither cached nor in transfer: loaded on demand or computed on the host, over all that "
+    "miss": "chosen experts that were neither cached nor in transfer: demand-loaded or computed on the host, over all that "
     "were chosen",
     "on_host": "chosen experts that the host computed, over all that were chosen",
     "loads_per_token": "transfers of experts to the device, demand loads, prefetches and fills, per token",

@@ -18,7 +18,7 @@ def figure_rows(figure: go.Figure) -> Rows:
 
     Lines and bars over the same x have a column each; other figures have a row for each point, or for each cell.
     """
-    x_title, y_title = (plain_text(axis.title.text or name) for axis, name in axes_of(figure))
+    x_title, y_title = (plain_text(axis.title.text or name) for axis, name in named_axes(figure))
     traces = list(figure.data)
     if traces and traces[0].type == "heatmap":
         trace = traces[0]
@@ -44,7 +44,7 @@ def figure_rows(figure: go.Figure) -> Rows:
     return rows
 
 
-def axes_of(figure: go.Figure) -> Sequence[tuple[Any, str]]:
+def named_axes(figure: go.Figure) -> Sequence[tuple[Any, str]]:
     """The axes of a figure with their names."""
     return (figure.layout.xaxis, "x"), (figure.layout.yaxis, "y")
 

@@ -63,9 +63,9 @@ class Drawing:
 class Section:
     """One part of a page: a headline computed from the data, figures, tables, and how the numbers are computed.
 
-    figures: from `drawing`. tables: rows of cells, the header first; the page shows them on demand. kind: the script that
-    makes the section interactive, if any; data: JSON values for that script. controls: HTML before the first figure, for the
-    script; whoever writes it escapes what comes from a trace.
+    figures: from `drawing`. tables: rows of cells, the header first; the page shows them when they are opened. kind: the
+    script that makes the section interactive, if any; data: JSON values for that script. controls: HTML before the first
+    figure, for the script; whoever writes it escapes what comes from a trace.
     """
 
     title: str
@@ -206,7 +206,7 @@ def heat_map(
 def load_map(
     relative_LE: npt.NDArray[Any], layers: Sequence[int], x_title: str, hover: str, highest: float | None = None
 ) -> go.Figure:
-    """A heat map of loads in units of an even share, in which experts above and below it are told apart.
+    """A heat map of loads in units of an even share, in which experts above and below it differ in hue.
 
     highest: the end of the scale, for several maps with the same colors. Default: the largest load.
     """

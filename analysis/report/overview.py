@@ -225,7 +225,7 @@ def _speed(simulations: Sequence[Simulation], section: int) -> Card | None:
             "Offloaded experts",
             f"{speed:.1f}",
             f"tokens/s with {row.share:.0%} of experts in the cache",
-            _bars((speed, f"{speed:.1f}"), (demand, f"{demand:.1f} on demand")),
+            _bars((speed, f"{speed:.1f}"), (demand, f"{demand:.1f} demand loading")),
             f"Simulated on {row.device}: {row.policy}, prefetching by {row.prefetch}; hit rate {row.hit_rate:.0%}.",
             section,
         )

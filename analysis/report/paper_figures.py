@@ -21,7 +21,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from analysis.documents.csv_text import csv_text
-from analysis.report.figure_data import axes_of, figure_rows, plain_text
+from analysis.report.figure_data import figure_rows, named_axes, plain_text
 from analysis.report.figures import Section
 from profiler.trace.writer import write_text
 
@@ -103,7 +103,7 @@ def draw(figure: go.Figure) -> Figure:
     for shape in figure.layout.shapes:
         if shape.type == "line" and shape.x0 == shape.x1:
             axes.axvline(shape.x0, color="#888888", linewidth=0.6)
-    x_label, y_label = (textwrap.fill(_text(axis.title.text or ""), LABEL) for axis, _ in axes_of(figure))
+    x_label, y_label = (textwrap.fill(_text(axis.title.text or ""), LABEL) for axis, _ in named_axes(figure))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     return drawn
@@ -163,7 +163,7 @@ def _points(axes: Axes, trace: Any) -> None:
 
 def _axes(axes: Axes, figure: go.Figure) -> None:
     """Scales, ranges and ticks of both axes."""
-    for name, (axis, _) in zip("xy", axes_of(figure), strict=True):
+    for name, (axis, _) in zip("xy", named_axes(figure), strict=True):
         set_scale, set_limits, set_ticks = (getattr(axes, f"set_{name}{what}") for what in ("scale", "lim", "ticks"))
         if axis.type == "log":
             set_scale("log")

@@ -10,7 +10,7 @@ from analysis.counts.accumulator import Counts, Floats
 from analysis.statistics.load import normalized
 from analysis.statistics.transitions import shuffled_table
 
-# Transitions of each pair of layers: as many as experts, but no more than can be told apart in a figure.
+# Transitions of each pair of layers: as many as experts, but no more than can be distinguished in a figure.
 MOST_LINKS = 32
 
 

@@ -18,7 +18,7 @@ from profiler.capture.requests import (
 )
 from profiler.capture.sealing import run_folder, runs_of
 from profiler.collect.collection import Collection, CollectProgress
-from profiler.collect.skipping import name_of
+from profiler.collect.skipping import problem_in_words
 from profiler.collect.usage import UsageMonitor
 from profiler.engines import Completion, Engine, Prompt
 
@@ -96,7 +96,7 @@ class CollectionRun:
         file.write(SkippedProblem(problem_id=problem_id, reason=reason).to_json() + "\n")
         file.flush()
         self._total -= 1
-        self._on_stage(f"skipping {name_of(self._collection.problems[problem_id], problem_id)}: {reason}")
+        self._on_stage(f"skipping {problem_in_words(self._collection.problems[problem_id], problem_id)}: {reason}")
         self._report_progress()
 
     def _finish(self, file: TextIO, completion: Completion) -> None:

@@ -43,7 +43,7 @@ def skipped_problems(out: Path) -> dict[int, str]:
     return {record.problem_id: record.reason for run in runs_of(out) for record in read_skipped(run_folder(out, run))}
 
 
-def name_of(problem: Problem, problem_id: int) -> str:
+def problem_in_words(problem: Problem, problem_id: int) -> str:
     """A problem for messages: its id, its dataset, and its key there."""
     return f"problem {problem_id} ({problem.dataset} {problem.source_key})"
 
@@ -52,6 +52,9 @@ def describe_skipped(problems: dict[int, Problem], skipped: dict[int, str]) -> l
     """Lines for the trace's gaps: each skipped problem and why, up to a limit, and how many more there are."""
     # A dataset that was replaced before the collection was resumed may have fewer problems.
     known = sorted((problem_id, reason) for problem_id, reason in skipped.items() if problem_id in problems)
-    lines = [f"skipped {name_of(problems[problem_id], problem_id)}: {reason}" for problem_id, reason in known[:NAMED_PROBLEMS]]
+    lines = [
+        f"skipped {problem_in_words(problems[problem_id], problem_id)}: {reason}"
+        for problem_id, reason in known[:NAMED_PROBLEMS]
+    ]
     more = known[NAMED_PROBLEMS:]
     return [*lines, f"skipped {counted(len(more), 'more problem')}, {more[0][0]} to {more[-1][0]}"] if more else lines

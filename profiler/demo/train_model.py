@@ -62,9 +62,9 @@ def main() -> None:
     tokenizer = train_tokenizer(documents["train"], arguments.work / "tokenizer.json")
     train_tokens = encode(tokenizer, documents["train"], arguments.work / "train.npz")
     held_out_tokens = encode(tokenizer, documents["held_out"], arguments.work / "held_out.npz")
-    model, history = train(train_tokens, held_out_tokens, arguments)
+    model, history = train_demo(train_tokens, held_out_tokens, arguments)
     if arguments.export:
-        export(model, tokenizer, train_tokens, held_out_tokens, history, arguments)
+        export_checkpoint(model, tokenizer, train_tokens, held_out_tokens, history, arguments)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -173,7 +173,7 @@ def encode(tokenizer: Tokenizer, documents: dict[str, list[str]], path: Path) ->
 # ---------------------------------------------------------------- training
 
 
-def train(
+def train_demo(
     train_tokens: dict[str, np.ndarray], held_out_tokens: dict[str, np.ndarray], arguments: argparse.Namespace
 ) -> tuple[MixtralForCausalLM, list[dict[str, Any]]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -285,7 +285,7 @@ def held_out_loss(model: MixtralForCausalLM, tokens: dict[str, np.ndarray], wind
 # ---------------------------------------------------------------- export
 
 
-def export(
+def export_checkpoint(
     model: MixtralForCausalLM,
     tokenizer: Tokenizer,
     train_tokens: dict[str, np.ndarray],

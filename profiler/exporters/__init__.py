@@ -17,7 +17,7 @@ from profiler.errors import SpecmoeError, TraceError, UsageError, counted
 from profiler.exporters import csv_table, exllamav3, json_table, ktransformers, llama_cpp, sglang
 from profiler.exporters.chosen_experts import Budget, choose_experts, choose_layers, distinct_experts, hit_rate, overlap
 from profiler.exporters.content import Content
-from profiler.exporters.counts import ExpertCounts, count_experts
+from profiler.exporters.counts import ExpertCounts, count_parts
 from profiler.exporters.report import ExportReport, report_path
 from profiler.models.registry import ModelEntry, find_entry
 from profiler.trace.reader import Trace
@@ -94,7 +94,7 @@ def export_trace(trace: Trace, out: Path, format_name: str, options: ExportOptio
         SpecmoeError: An option does not fit the format or the trace, or a part of the split has no tokens.
         TraceError: `out` exists, or the trace cannot be read.
     """
-    chosen = find_format(format_name)
+    chosen = find_export_format(format_name)
     for path in (out, report_path(out)):
         if path.exists():
             raise TraceError(f"{path} exists: choose another file")
@@ -112,7 +112,7 @@ def export_trace(trace: Trace, out: Path, format_name: str, options: ExportOptio
     return content.report, usage
 
 
-def find_format(name: str) -> ExportFormat:
+def find_export_format(name: str) -> ExportFormat:
     """The format called `name`. Raises `SpecmoeError`, listing the formats, if there is none."""
     if name not in FORMATS:
         raise UsageError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
@@ -130,7 +130,7 @@ def _content(trace: Trace, chosen: ExportFormat, options: ExportOptions) -> Cont
         _check_shape(entry, model)
     notes: list[str] = []
     scope = _scope(chosen, options, notes)
-    counted = count_experts(trace, decode_only=options.decode_only)
+    counted = count_parts(trace, decode_only=options.decode_only)
     training, held_out = counted.part("train"), counted.part(options.part)
     if options.decode_only and not counted.is_decode_only:
         notes.append("the trace does not say which tokens were generated: all were counted")

@@ -77,7 +77,7 @@ class PartCounts:
         return total
 
 
-def count_experts(trace: Trace, *, decode_only: bool = True) -> PartCounts:
+def count_parts(trace: Trace, *, decode_only: bool = True) -> PartCounts:
     """Count the choices of experts in every part of a trace's split by problem, in one pass and bounded memory.
 
     Args:

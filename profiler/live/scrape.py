@@ -16,7 +16,7 @@ MAX_BYTES = 64 << 20
 _BY_EXPOSED_NAME = {metric.exposed: metric for metric in METRICS}
 
 
-def fetch(url: str) -> str:
+def fetch_page(url: str) -> str:
     """The metrics page of a server.
 
     Args:

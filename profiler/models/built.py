@@ -116,7 +116,7 @@ class _Built:
 
 def _build(config: dict[str, Any]) -> _Built | None:
     """The model on the meta device, and the config of its decoder; None if it cannot be built."""
-    check_sizes(config)
+    check_config_sizes(config)
     try:
         import torch
         from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PretrainedConfig
@@ -125,7 +125,7 @@ def _build(config: dict[str, Any]) -> _Built | None:
         whole = CONFIG_MAPPING[str(config.get("model_type"))].from_dict(entries)
         text = whole.get_text_config(decoder=True)
         # Some families have other names for these, such as n_layer.
-        check_sizes({name: getattr(text, name, None) for name in ("num_hidden_layers", "num_experts")} | text.to_dict())
+        check_config_sizes({name: getattr(text, name, None) for name in ("num_hidden_layers", "num_experts")} | text.to_dict())
         text._attn_implementation = "eager"
         options = {"trust_remote_code": False, "attn_implementation": "eager"}
         kind = next((kind for kind in (AutoModelForCausalLM, AutoModel) if type(text) in kind._model_mapping), None)
@@ -152,12 +152,12 @@ def _decoder_class(text: Any) -> Any:
     return getattr(modeling, wanted)
 
 
-def check_sizes(config: dict[str, Any]) -> None:
+def check_config_sizes(config: dict[str, Any]) -> None:
     """Raise `ModelError` if a config, or a part of it, says more layers or experts than any model has: it must not be built."""
     layers = experts = 1
     for name, value in config.items():
         if isinstance(value, dict):
-            check_sizes(value)
+            check_config_sizes(value)
         if not isinstance(value, int):
             continue
         if name in {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}:

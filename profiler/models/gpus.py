@@ -17,7 +17,7 @@ class Gpu:
         memory: In GB.
         bandwidth: Of that memory, in GB/s.
         tflops: Dense BF16, in TFLOP/s.
-        link: Bandwidth of the interconnect to the host in GB/s, one way: PCIe 4 x16 (16 GT/s, 128b/130b) or PCIe 5 x16.
+        interconnect: Bandwidth to the host in GB/s, one way: PCIe 4 x16 (16 GT/s, 128b/130b) or PCIe 5 x16.
         dollars_per_hour: Price on Modal in November 2026 (modal.com/pricing); None if Modal does not offer it.
     """
 
@@ -25,7 +25,7 @@ class Gpu:
     memory: int
     bandwidth: int
     tflops: int
-    link: float = 31.5
+    interconnect: float = 31.5
     dollars_per_hour: float | None = None
 
 
@@ -40,9 +40,9 @@ GPUS: dict[str, Gpu] = {
         Gpu(name="L40S", memory=48, bandwidth=864, tflops=362, dollars_per_hour=1.95),
         Gpu(name="A100-40GB", memory=40, bandwidth=1555, tflops=312, dollars_per_hour=2.10),
         Gpu(name="A100-80GB", memory=80, bandwidth=2039, tflops=312, dollars_per_hour=2.50),
-        Gpu(name="H100", memory=80, bandwidth=3350, tflops=989, link=63.0, dollars_per_hour=3.95),
-        Gpu(name="H200", memory=141, bandwidth=4800, tflops=989, link=63.0, dollars_per_hour=4.54),
-        Gpu(name="B200", memory=180, bandwidth=8000, tflops=2250, link=63.0, dollars_per_hour=6.25),
+        Gpu(name="H100", memory=80, bandwidth=3350, tflops=989, interconnect=63.0, dollars_per_hour=3.95),
+        Gpu(name="H200", memory=141, bandwidth=4800, tflops=989, interconnect=63.0, dollars_per_hour=4.54),
+        Gpu(name="B200", memory=180, bandwidth=8000, tflops=2250, interconnect=63.0, dollars_per_hour=6.25),
     )
 }
 

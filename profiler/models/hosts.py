@@ -93,7 +93,7 @@ HOSTS: dict[str, Host] = {
             cpu="Ryzen AI Max+ 395",
             cores=16,
             tflops=3.1,  # 16 x 3.0 GHz x 64 (Zen 5: 2 x 512 bits)
-            gpu=Gpu(name="Ryzen AI Max+ 395", memory=128, bandwidth=256, tflops=59, link=float("inf")),
+            gpu=Gpu(name="Ryzen AI Max+ 395", memory=128, bandwidth=256, tflops=59, interconnect=float("inf")),
         ),
         Host(
             name="M4 Max",
@@ -102,7 +102,7 @@ HOSTS: dict[str, Host] = {
             cpu="Apple M4 Max",
             cores=16,
             tflops=1.7,  # 12 performance cores x 4.5 GHz x 32
-            gpu=Gpu(name="M4 Max", memory=128, bandwidth=546, tflops=18, link=float("inf")),
+            gpu=Gpu(name="M4 Max", memory=128, bandwidth=546, tflops=18, interconnect=float("inf")),
         ),
         Host(
             name="M3 Ultra",
@@ -111,7 +111,7 @@ HOSTS: dict[str, Host] = {
             cpu="Apple M3 Ultra",
             cores=32,
             tflops=3.1,  # 24 performance cores x 4.1 GHz x 32
-            gpu=Gpu(name="M3 Ultra", memory=512, bandwidth=819, tflops=28, link=float("inf")),
+            gpu=Gpu(name="M3 Ultra", memory=512, bandwidth=819, tflops=28, interconnect=float("inf")),
         ),
     )
 }

@@ -349,6 +349,6 @@ def quantized_checkpoint(name: str, precision: str) -> Path:
 
 
 def checkpoints_folder() -> Path:
-    """Where self-made checkpoints are saved: $SPECMOE_CHECKPOINTS, or else a folder in the user's cache."""
+    """Where checkpoints that were built here are saved: $SPECMOE_CHECKPOINTS, or else a folder in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get(CHECKPOINTS_VARIABLE) or cache / "specmoe" / "checkpoints")

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from profiler.errors import ModelError, ModelUsageError, first_fault, first_line
-from profiler.models.built import built_facts, check_sizes
+from profiler.models.built import built_facts, check_config_sizes
 from profiler.models.registry import MODELS, QUANTIZE_PRECISION, ModelEntry, checkpoint, quantized_checkpoint
 from profiler.trace.schema import ModelMetadata
 
@@ -154,7 +154,7 @@ def moe_facts(config: dict[str, Any], *, build: bool = True) -> dict[str, Any]:
     """
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     architecture = (config.get("architectures") or text.get("architectures") or [config.get("model_type", "this model")])[0]
-    check_sizes(config)
+    check_config_sizes(config)
     if text.get("is_encoder_decoder"):
         raise ModelError(f"{architecture} has an encoder and a decoder, which cannot be recorded: choose a decoder-only model")
     named: dict[str, Any] | ModelError

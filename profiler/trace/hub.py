@@ -155,12 +155,12 @@ def _card(trace: Trace) -> str:
         *front,
         "---",
         "",
-        f"# Expert routing of {plain_text(model.id)}",
+        f"# Expert routing of {escaped_line(model.id)}",
         "",
         "Which experts every token of a mixture-of-experts model was routed to.",
         "",
-        *(f"- **{name}**: {plain_text(str(value))}" for name, value in facts),
-        *(f"- **gap**: {plain_text(gap)}" for gap in metadata.gaps),
+        *(f"- **{name}**: {escaped_line(str(value))}" for name, value in facts),
+        *(f"- **gap**: {escaped_line(gap)}" for gap in metadata.gaps),
         *(f"- **note**: {caveat}" for caveat in trace.caveats()),
         "",
         "| configuration | rows |",
@@ -183,6 +183,6 @@ def _card(trace: Trace) -> str:
     return "\n".join(lines)
 
 
-def plain_text(text: str) -> str:
+def escaped_line(text: str) -> str:
     """The text on one line with Markdown and HTML escaped: names come from whoever wrote the metadata."""
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in " ".join(text.split()))

@@ -12,7 +12,13 @@ import pyarrow.parquet as pq
 from profiler.errors import TraceError
 from profiler.trace.decoding import decode_routing
 from profiler.trace.schema import Metadata, RoutingChunk, routing_schema
-from profiler.trace.untrusted.parquet_files import check_sizes, open_parquet, problems_of_groups, read_row_group, same_columns
+from profiler.trace.untrusted.parquet_files import (
+    check_decoded_sizes,
+    open_parquet,
+    problems_of_groups,
+    read_row_group,
+    same_columns,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class RowGroups:
                     if not same_columns(file.schema_arrow, self._schema):
                         names = file.schema_arrow.names
                         raise TraceError(f"{path}: columns {names}, whose names or types differ from what the metadata says")
-                    check_sizes(file, path)
+                    check_decoded_sizes(file, path)
                     self._checked[path] = None
                 for number in range(file.num_row_groups):
                     if problems is not None:

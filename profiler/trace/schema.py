@@ -221,7 +221,7 @@ class Metadata(_Document):
         capture: Options and counts of the recording.
         gaps: What is missing from the trace and why, one line each.
         created: Time in UTC, ISO 8601.
-        command: Command line that made the trace.
+        command: Command line that wrote the trace.
 
     Example:
         >>> from profiler import Metadata

@@ -98,12 +98,14 @@ class CaptureWriter:
         for name, (_, width) in layout.types.items():
             expected = (len(token_ids_T), len(layout.layers), width)
             if values[name].shape != expected:
-                raise TraceError(f"{name_of(problems)}: {name} of shape {values[name].shape}, expected {expected}")
+                raise TraceError(f"{problems_in_words(problems)}: {name} of shape {values[name].shape}, expected {expected}")
         if len(token_ids_T) == 0:
             return
         for ids in (problems, token_ids_T):
             if np.min(ids) < 0 or np.max(ids) >= 2**31:
-                raise TraceError(f"{name_of(problems)}: a problem_id or token_id is negative or does not fit into int32")
+                raise TraceError(
+                    f"{problems_in_words(problems)}: a problem_id or token_id is negative or does not fit into int32"
+                )
         problem_ids_T = np.ascontiguousarray(np.broadcast_to(np.asarray(problems, dtype=np.int32), token_ids_T.shape))
         arrays = [pa.array(problem_ids_T), pa.array(token_ids_T.astype(np.int32, copy=False))]
         for name, (kind, _) in layout.types.items():
@@ -156,10 +158,10 @@ class RoutingWriter(CaptureWriter):
         Raises `TraceError` if shapes differ, if an id is negative, if an expert id is not in 0..E-1, or if a weight is negative
         or not a finite float16. Repeated experts are detected later, when the trace is sealed.
         """
-        check_ids(expert_ids_TLK, self._ids, name_of(problems))
+        check_ids(expert_ids_TLK, self._ids, problems_in_words(problems))
         values: dict[str, npt.NDArray[Any]] = {"expert_ids": expert_ids_TLK}
         if weights_TLK is not None:
-            values["weights"] = check_weights(weights_TLK, name_of(problems))
+            values["weights"] = check_weights(weights_TLK, problems_in_words(problems))
         self.add_tokens(problems, token_ids_T, values)
 
 
@@ -176,9 +178,9 @@ class ValuesWriter(CaptureWriter):
         Raises `TraceError` if the shape or type differs, or if a value is not a finite number.
         """
         if values_TLW.dtype != np.float16:
-            raise TraceError(f"{name_of(problems)}: {self._column} of {values_TLW.dtype}, expected float16")
+            raise TraceError(f"{problems_in_words(problems)}: {self._column} of {values_TLW.dtype}, expected float16")
         if not np.isfinite(values_TLW).all():
-            raise TraceError(f"{name_of(problems)}: {self._column} contain a value that is not a finite float16")
+            raise TraceError(f"{problems_in_words(problems)}: {self._column} contain a value that is not a finite float16")
         self.add_tokens(problems, token_ids_T, {self._column: values_TLW})
 
 
@@ -198,7 +200,7 @@ class InputsWriter(CaptureWriter):
         self.add_tokens(problems, token_ids_T, {"vocab_ids": vocab_ids_T.reshape(-1, 1, 1)})
 
 
-def name_of(problems: Problems) -> str:
+def problems_in_words(problems: Problems) -> str:
     """The problems of a block, as text for messages."""
     # Not np.unique, which is slower: this runs for every block, while the engine may be waiting.
     first, last = (np.min(problems), np.max(problems)) if np.size(problems) else (0, -1)

@@ -14,7 +14,13 @@ import pyarrow.parquet as pq
 from profiler.errors import TraceError
 from profiler.trace.decoding import decode_lists, entries
 from profiler.trace.schema import MAX_HIDDEN_SIZE, values_schema
-from profiler.trace.untrusted.parquet_files import check_sizes, open_parquet, problems_of_groups, read_row_group, same_columns
+from profiler.trace.untrusted.parquet_files import (
+    check_decoded_sizes,
+    open_parquet,
+    problems_of_groups,
+    read_row_group,
+    same_columns,
+)
 
 # Rows that are decoded at a time.
 ROWS_AT_A_TIME = 1 << 14
@@ -73,7 +79,7 @@ def _files(directory: Path, folder: str) -> Iterator[tuple[Path, pq.ParquetFile]
             names = file.schema_arrow.names
             if len(names) != 4 or not same_columns(file.schema_arrow, _expected_schema(file.schema_arrow, path)):
                 raise TraceError(f"{path}: columns {names}, expected problem_id, layer, token_id and one list of float16")
-            check_sizes(file, path)
+            check_decoded_sizes(file, path)
             yield path, file
 
 

@@ -13,7 +13,7 @@ from speculation.data.routes import Routes, load_problems, problems_of_part
 
 
 class RouteGroups:
-    """One part of the split of `trace`, as a `RouteSource` whose groups are read on demand.
+    """One part of the split of `trace`, as a `RouteSource` whose groups are read when they are used.
 
     Problems stay in order. Each group holds about as many rows as `shards_per_group` shards; a shard is a routing file of the
     trace (`routing/part-*.parquet`, at most 16.8 M rows). The constructor reads the trace once to count the tokens.

@@ -11,7 +11,7 @@ from typing import Any
 from analysis.documents.csv_text import csv_text
 from analysis.documents.evaluation import Evaluation
 from profiler.trace.writer import write_text
-from speculation.evaluation.leaderboard_page import as_markdown, page
+from speculation.evaluation.leaderboard_page import as_markdown, leaderboard_page
 from speculation.evaluation.leaderboard_rows import (
     LeaderboardRow,
     SeedSummary,
@@ -55,7 +55,7 @@ def write_leaderboard(documents: list[Evaluation], out: Path) -> list[Leaderboar
     contents = [each.model_dump(mode="json", by_alias=True) for each in documents]
     write_text(out / "leaderboard.json", json.dumps(contents, indent=1) + "\n")
     write_text(out / "leaderboard.md", as_markdown(documents, rows, summaries))
-    write_text(out / "leaderboard.html", page(documents, rows, summaries))
+    write_text(out / "leaderboard.html", leaderboard_page(documents, rows, summaries))
     return rows
 
 

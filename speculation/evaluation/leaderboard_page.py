@@ -54,7 +54,7 @@ def as_markdown(documents: list[Evaluation], rows: list[LeaderboardRow], summari
     if summaries:
         of_seeds = [
             {"predictor": each.predictor, "seeds": ", ".join(map(str, each.seeds)), "h": str(each.horizon)}
-            | {name: spread(*values) for name, values in each.metrics.items()}
+            | {name: seed_range(*values) for name, values in each.metrics.items()}
             for each in summaries
         ]
         text += "\nRuns that differ in their seed only: mean over the seeds, with the lowest and the highest in brackets.\n\n"
@@ -69,12 +69,12 @@ def _markdown_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(mean: float, low: float, high: float) -> str:
+def seed_range(mean: float, low: float, high: float) -> str:
     """A mean over seeds with the lowest and highest value."""
     return f"{mean:.3f} ({low:.3f}-{high:.3f})"
 
 
-def page(documents: list[Evaluation], rows: list[LeaderboardRow], summaries: list[SeedSummary]) -> str:
+def leaderboard_page(documents: list[Evaluation], rows: list[LeaderboardRow], summaries: list[SeedSummary]) -> str:
     """A page of plots, one step ahead: recall@K of every run, what m experts cover, and whether probabilities are right."""
     from plotly.offline import get_plotlyjs
 

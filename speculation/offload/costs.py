@@ -14,7 +14,7 @@ from profiler.models.registry import ModelEntry, dense_bytes_per_parameter
 from profiler.models.registry import find_entry as find_entry
 
 # The shares of the data sheet's figures that large transfers and GEMMs reach: interconnect, memory, FLOP/s. Assumed.
-LINK_SHARE, MEMORY_SHARE, COMPUTE_SHARE = 0.8, 0.7, 0.4
+INTERCONNECT_SHARE, MEMORY_SHARE, COMPUTE_SHARE = 0.8, 0.7, 0.4
 # The same for the host and for storage. Assumed, for a single socket: without care for memory's locality two reach less.
 HOST_MEMORY_SHARE, HOST_COMPUTE_SHARE, STORAGE_SHARE = 0.7, 0.4, 0.8
 # Seconds before a transfer starts, for its launch and the DMA setup. Assumed.
@@ -95,7 +95,7 @@ def costs_of(
     gpu: Gpu,
     precision: str | None = None,
     *,
-    link: float | None = None,
+    interconnect: float | None = None,
     host: Host | None = None,
     host_bandwidth: float | None = None,
     storage: Storage | None = None,
@@ -110,7 +110,7 @@ def costs_of(
         entry: A model of the registry.
         gpu: A GPU of the registry.
         precision: A precision of `profiler.models.registry.PRECISIONS`. Default: the model's first checkpoint.
-        link: GB/s that large transfers from pinned memory reach. Default: 80 % of the GPU's PCIe bandwidth.
+        interconnect: GB/s that large transfers from pinned memory reach. Default: 80 % of the GPU's PCIe bandwidth.
         host: Computes experts too. Default: it computes none.
         host_bandwidth: GB/s of host memory that expert computation reaches. Default: 70 % of the host's bandwidth.
         storage: Holds the experts that host memory does not. Default: host memory holds all experts.
@@ -125,7 +125,7 @@ def costs_of(
     rest_bytes = rest_parameters * dense_bytes_per_parameter(precision)
     memory = gpu.bandwidth * 1e9 * MEMORY_SHARE
     flops = gpu.tflops * 1e12 * COMPUTE_SHARE
-    reached = gpu.link * LINK_SHARE if link is None else link
+    reached = gpu.interconnect * INTERCONNECT_SHARE if interconnect is None else interconnect
     # The GPU computes from the memory into which storage is read: there is no transfer but the read.
     is_unified = not isfinite(reached)
     read = None if storage is None else storage_seconds(expert_bytes, storage)
@@ -144,7 +144,7 @@ def costs_of(
         host_latency=0.0 if host is None else HOST_LATENCY,
         storage_seconds=None if is_unified else read,
         assumptions=(
-            _interconnect(gpu, link),
+            _interconnect(gpu, interconnect),
             f"device: {gpu.bandwidth} GB/s x {MEMORY_SHARE:.0%}, {gpu.tflops} TFLOP/s x {COMPUTE_SHARE:.0%} (data sheet, "
             "shares assumed)",
             f"expert: 3 x {entry.hidden} x {entry.expert_width} parameters (config.json), "
@@ -179,14 +179,14 @@ def _copy_seconds(expert_bytes: float, reached: float) -> float:
     return COPY_LATENCY + expert_bytes / (reached * 1e9) if reached else float("inf")
 
 
-def _interconnect(gpu: Gpu, link: float | None) -> str:
+def _interconnect(gpu: Gpu, interconnect: float | None) -> str:
     latency = f"{COPY_LATENCY * 1e6:.0f} µs before each transfer starts (assumed)"
-    if link is not None:
-        return f"interconnect: {link:.1f} GB/s, as given; {latency}"
-    if not isfinite(gpu.link):
+    if interconnect is not None:
+        return f"interconnect: {interconnect:.1f} GB/s, as given; {latency}"
+    if not isfinite(gpu.interconnect):
         return "interconnect: none; the GPU computes from the memory of the host, and a transfer is a read from storage, if any"
-    share = f"{LINK_SHARE:.0%} (assumed) of {gpu.link} GB/s, PCIe {'5' if gpu.link > 40 else '4'} x16"
-    return f"interconnect: {gpu.link * LINK_SHARE:.1f} GB/s, {share}; {latency}"
+    share = f"{INTERCONNECT_SHARE:.0%} (assumed) of {gpu.interconnect} GB/s, PCIe {'5' if gpu.interconnect > 40 else '4'} x16"
+    return f"interconnect: {gpu.interconnect * INTERCONNECT_SHARE:.1f} GB/s, {share}; {latency}"
 
 
 def _host_assumptions(host: Host | None, bandwidth: float | None) -> list[str]:

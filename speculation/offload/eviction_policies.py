@@ -94,7 +94,7 @@ def note_load(expert: Expert, request: int, order: int, rule: int) -> None:
 
     Args:
         expert: The expert's record, changed.
-        request: The request that loaded it on demand, or -1 for a prefetch.
+        request: The request that demand-loaded it, or -1 for a prefetch.
         order: The place of the load in the order of uses.
         rule: The policy.
     """

@@ -45,7 +45,7 @@ class FitOptions:
         kv_bits: Bits of each key and value.
         reserve: GB for activations and everything else.
         host_memory: Host memory for experts in GB. Default: enough.
-        link: GB/s that transfers reach. Default: 80 % of the interconnect's.
+        interconnect: GB/s that transfers reach. Default: 80 % of the interconnect's.
         trace: A trace of the model.
         part: The part of its split from which hit rates are taken.
     """
@@ -60,7 +60,7 @@ class FitOptions:
     kv_bits: int = 16
     reserve: float = WORKSPACE
     host_memory: float | None = None
-    link: float | None = None
+    interconnect: float | None = None
     trace: Trace | None = None
     part: str = "test"
 
@@ -101,7 +101,7 @@ def fit_model(options: FitOptions) -> Fit:
         raise UsageError(f"batch {options.batch}, context {options.context}: expected at least 1")
     precision = options.precision or next(iter(entry.checkpoints))
     memory = memory_use(options, precision)
-    costs = costs_of(entry, options.gpu, precision, link=options.link, host=options.host)
+    costs = costs_of(entry, options.gpu, precision, interconnect=options.interconnect, host=options.host)
     routing = (
         uniform_routing(entry, memory.slots, options.batch)
         if options.trace is None

@@ -184,7 +184,7 @@ def replay(
             key = int(routes.token_keys_T[token])
             history.begin(None if key == UNKNOWN_TOKEN else key, is_decode=bool(routes.is_decode_T[token]))
         for layer in range(sizes.layers):
-            # Nothing can be loaded on demand before the router has chosen.
+            # Nothing can be demand-loaded before the router has chosen.
             device.wait(device.compute_rest(layer))
             chosen = routes.expert_ids_TLK[token, layer]
             work.request(layer, chosen.tolist())

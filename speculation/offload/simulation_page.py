@@ -21,7 +21,7 @@ _NOT_IN_CSV = {"counts_by_layer", "slots_by_layer", "gain"}
 
 def write_simulation(simulation: Simulation, out: Path) -> None:
     """Write `simulation.json`, `simulation.csv` and `simulation.html`, which opens offline, to the folder `out`."""
-    drawn = page(simulation)
+    drawn = simulation_page(simulation)
     text = io.StringIO()
     writer = csv.DictWriter(text, [name for name in SimulatedRow.model_fields if name not in _NOT_IN_CSV], lineterminator="\n")
     writer.writeheader()
@@ -32,7 +32,7 @@ def write_simulation(simulation: Simulation, out: Path) -> None:
     write_text(out / "simulation.html", drawn)
 
 
-def page(simulation: Simulation) -> str:
+def simulation_page(simulation: Simulation) -> str:
     """Draw hit rate and tokens per second by cache size, for each device; a menu chooses the policy."""
     figures = [_figure(simulation, device.name) for device in simulation.devices]
     environment = jinja2.Environment(

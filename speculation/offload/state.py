@@ -38,7 +38,7 @@ class Expert:
 
     key: what the `Rule` compares, in units of its own. last_use: its place in the order of uses, which decides between equal
     keys. next_use: the next request that chooses it. chosen_by: the last request whose router chose it. predicted_for: the
-    farthest request for which it is predicted. loaded_in: the request that loaded it on demand, -1 for a prefetch. arrival:
+    farthest request for which it is predicted. loaded_in: the request that demand-loaded it, -1 for a prefetch. arrival:
     when its transfer ends. waits_for: the request for which its transfer is queued. evicted_in: the last step that evicted it.
     slot: its place among the slots of all simulated caches, -1 if it is not cached. where: `ABSENT`, `PRESENT`, `COMING`,
     `WAITING`, `FILLING` or `MISSED`. is_unused_prefetch: it was prefetched and has not been used since.

@@ -21,7 +21,7 @@ from speculation.predictors.base import Predictor
 from speculation.runtime.foresight import Foreseen, Foresight, ForesightThread, Prefetcher, RoutedLayer
 from speculation.runtime.forward import weighted_sum
 from speculation.runtime.slots import BUFFERS, Slots
-from speculation.runtime.steps import Step
+from speculation.runtime.steps import ForwardPass
 from speculation.runtime.storage.expert_stores import HostStore
 from speculation.runtime.storage.layout import Weights
 from speculation.runtime.transfers import Transfer, TransferCounts, Transfers
@@ -39,7 +39,7 @@ class PhaseCounts:
         requested: Experts that layers needed, each once per layer and step.
         hits: Those that were in the cache.
         late: Those whose prefetch was in transfer.
-        misses: Those that were not: loaded on demand, or computed on the host.
+        misses: Those that were not: demand-loaded, or computed on the host.
         host: Those that were computed on the host.
         streamed: Those for which the cache had no room.
         bytes: Bytes that were copied to the device while these tokens were computed.
@@ -68,7 +68,7 @@ class PhaseCounts:
 
 
 # Called at the end of each step with the experts `[N, L, K]` and weights of its real tokens, in the order of `is_real_BT`.
-OnRouted = Callable[[Step, npt.NDArray[np.int64], npt.NDArray[np.float32]], None]
+OnRouted = Callable[[ForwardPass, npt.NDArray[np.int64], npt.NDArray[np.float32]], None]
 
 
 class OffloadedExperts:
@@ -106,7 +106,7 @@ class OffloadedExperts:
         self._foresight: Foresight | ForesightThread = Foresight(
             shape, prefetcher, reuse, on_foreseen=self.prefetch, on_scores=self.use_scores
         )
-        self._step: Step | None = None
+        self._step: ForwardPass | None = None
         self._rows: list[int] = []
         self._computed_N: torch.Tensor | None = None
         self._layers, self._sequences = shape.layers, 0
@@ -120,7 +120,7 @@ class OffloadedExperts:
         """The cache."""
         return self.transfers.cache
 
-    def begin_step(self, step: Step) -> None:
+    def begin_step(self, step: ForwardPass) -> None:
         """Begin a forward pass.
 
         Raises:
@@ -136,7 +136,7 @@ class OffloadedExperts:
         rows, firsts = self._rows, [int(step.token_ids_BT[row][step.is_real_BT[row]][0]) for row in self._rows]
         request, sequences = self.cache.request, len(step.token_ids_BT)
         if step.is_new or sequences != self._sequences:
-            # Sequences that go on from elsewhere are followed from here.
+            # Sequences that continue from elsewhere are followed from here.
             self._sequences = sequences
             self._foresee(lambda foresight: foresight.start(sequences))
         if step.is_decode:
@@ -355,7 +355,7 @@ class OffloadedExperts:
 
 
 def _end_prefill(
-    foresight: Foresight, step: Step, expert_ids_NLK: npt.NDArray[np.int64], weights_NLK: npt.NDArray[np.float32]
+    foresight: Foresight, step: ForwardPass, expert_ids_NLK: npt.NDArray[np.int64], weights_NLK: npt.NDArray[np.float32]
 ) -> None:
     row_N = np.nonzero(step.is_real_BT)[0]
     for row in step.rows:

@@ -45,7 +45,7 @@ def weighted_sum(
         hidden_TD: Its inputs.
         expert_ids_TK: The experts of each token, in any order.
         weights_TK: Their routing weights.
-        ready: Every chosen expert once, with its weights, in any order. The weights are used before the next one is asked for.
+        ready: Every chosen expert once, with its weights, in any order. The weights are used before the next one is requested.
     """
     tokens, top_k = expert_ids_TK.shape
     ids_TK, place_TK = expert_ids_TK.sort(dim=-1)

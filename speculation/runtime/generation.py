@@ -34,7 +34,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class TokenChoice:
     """How the next token is chosen.
 
     Attributes:
@@ -89,7 +89,7 @@ class Generator:
         self,
         ids: list[list[int]],
         max_new_tokens: int,
-        sampling: Sampling,
+        sampling: TokenChoice,
         on_token: Callable[[], None] | None,
     ) -> list[Generation]:
         """Continue prompts that are computed at the same time.
@@ -122,7 +122,7 @@ class Generator:
             return torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
 
         device, own = self._model.device, self._model.generation_config
-        # Nothing but what the caller asked for: a checkpoint's own settings may penalize, filter, or search.
+        # Nothing but what the caller requested: a checkpoint's own settings may penalize, filter, or search.
         plain = GenerationConfig(**choice, max_new_tokens=max_new_tokens, pad_token_id=pad, disable_compile=True)
         # Models with a recurrent state do not all carry it from one part of a prompt to the next.
         if longest > PREFILL_TOKENS and not getattr(self._model, "_is_stateful", False):

@@ -29,7 +29,7 @@ from speculation.runtime.assembly import (
 )
 from speculation.runtime.experts import OffloadedExperts
 from speculation.runtime.foresight import NextGatePrefetcher, PredictorPrefetcher, Prefetcher
-from speculation.runtime.generation import Generation, Generator, Sampling
+from speculation.runtime.generation import Generation, Generator, TokenChoice
 from speculation.runtime.model_loading import (
     checkpoint_folder,
     experts_modules,
@@ -46,11 +46,11 @@ from speculation.runtime.options import (
     Store,
     check_bits,
     choose_device,
-    choose_dtype,
     choose_packings,
     choose_policy,
     load_run_for,
     popularity_ranks,
+    weights_dtype,
 )
 from speculation.runtime.recording import PromptSource, RoutingRecorder
 from speculation.runtime.slots import Slots
@@ -181,7 +181,7 @@ class OffloadedModel:
         resolved = resolve_model(name, revision=revision)
         folder = checkpoint_folder(resolved)
         config, packing = model_config(folder)
-        kind = choose_dtype(dtype, config)
+        kind = weights_dtype(dtype, config)
         empty = skeleton(config, kind)
         modules = experts_modules(empty, packing)
         packings = choose_packings(expert_bits, modules)
@@ -291,7 +291,7 @@ class OffloadedModel:
         if batch < 1 or max_new_tokens < 1:
             raise UsageError(f"batch {batch}, {max_new_tokens} new tokens: expected at least 1")
         torch.manual_seed(seed)
-        choice = Sampling(temperature, top_p, ignore_eos)
+        choice = TokenChoice(temperature, top_p, ignore_eos)
         if trace is None:
             return [
                 generation

@@ -91,7 +91,7 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def choose_dtype(name: str, config: Any) -> torch.dtype:
+def weights_dtype(name: str, config: Any) -> torch.dtype:
     """The type of a name, or the one that the checkpoint is stored in. Raises `SpecmoeError` if it is unknown."""
     if name != "auto":
         if name not in DTYPES:

@@ -21,7 +21,7 @@ from profiler.trace.reader import Trace
 from profiler.trace.schema import Metadata, ModelMetadata
 from profiler.trace.stream import RoutingWriter
 from profiler.trace.writer import check_free, public_command, write_metadata
-from speculation.runtime.steps import Step
+from speculation.runtime.steps import ForwardPass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +79,8 @@ class RoutingRecorder:
         """Begin a batch of so many prompts."""
         self._rows = [[] for _ in range(prompts)]
 
-    def add(self, step: Step, expert_ids_NLK: npt.NDArray[np.int64], weights_NLK: npt.NDArray[np.float32]) -> None:
-        """Add a step: the experts of its real tokens, in the order of `Step.is_real_BT`."""
+    def add(self, step: ForwardPass, expert_ids_NLK: npt.NDArray[np.int64], weights_NLK: npt.NDArray[np.float32]) -> None:
+        """Add a step: the experts of its real tokens, in the order of `ForwardPass.is_real_BT`."""
         row_N = np.nonzero(step.is_real_BT)[0]
         for row in step.rows:
             chosen = row_N == row

@@ -11,14 +11,14 @@ import torch
 
 
 @dataclass(frozen=True)
-class Step:
+class ForwardPass:
     """One forward pass over `[B, T]` tokens.
 
     Attributes:
         token_ids_BT: The tokens, int64.
         is_real_BT: False where a position is padding, or belongs to a sequence that has finished.
         is_computed_BT: False where a sequence has finished: its experts are not computed. Those of padding are, as without
-            offloading, because products of other sizes round differently.
+            offloading, because GEMMs of other sizes round differently.
         is_decode: Whether each sequence continues with one token.
         is_new: Whether the sequences start here.
     """
@@ -35,7 +35,7 @@ class Step:
         return [int(row) for row in np.flatnonzero(self.is_real_BT.any(axis=1))]
 
 
-def step_of(arguments: dict[str, Any], finished_B: npt.NDArray[np.bool_] | None = None, prompt: int = 1) -> Step:
+def step_of(arguments: dict[str, Any], finished_B: npt.NDArray[np.bool_] | None = None, prompt: int = 1) -> ForwardPass:
     """The step that a model computes, from the arguments of its forward pass.
 
     Args:
@@ -55,7 +55,9 @@ def step_of(arguments: dict[str, Any], finished_B: npt.NDArray[np.bool_] | None 
     is_computed_BT = np.ones_like(is_real_BT)
     if finished_B is not None and past >= prompt and len(finished_B) == batch:
         is_computed_BT &= ~finished_B[:, None]
-    return Step(ids_BT, is_real_BT & is_computed_BT, is_computed_BT, is_decode=past >= prompt and tokens == 1, is_new=not past)
+    return ForwardPass(
+        ids_BT, is_real_BT & is_computed_BT, is_computed_BT, is_decode=past >= prompt and tokens == 1, is_new=not past
+    )
 
 
 def _numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:

@@ -51,7 +51,7 @@ def usual_slots(num_experts: int, top_k: int) -> tuple[int, ...]:
     return tuple(sorted({max(top_k, num_experts // 4), max(top_k, num_experts // 2)}))
 
 
-def play(
+def play_policies(
     window: Sequence[ScoredRequest],
     popularity_LE: npt.NDArray[np.floating[Any]],
     rules: dict[str, Rule],

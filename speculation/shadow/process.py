@@ -38,7 +38,7 @@ from profiler.live.shadow_stream import ShadowModel, ShadowRequest, read_model, 
 from speculation.data.routes import Routes
 from speculation.offload.policy_scores import token_scores
 from speculation.predictors.base import Predictor
-from speculation.shadow.caches import Played, play, rules_of, usual_slots
+from speculation.shadow.caches import Played, play_policies, rules_of, usual_slots
 from speculation.shadow.scoring import ScoredRequest, Scores, count_hits, routes_of_request
 from speculation.training.runs import Run, load_run
 
@@ -110,7 +110,7 @@ class Shadow:
     def play(self) -> None:
         """Play the caches on the window, unless it is that of the last time."""
         if self._played_requests != self.scores.requests:
-            self._played = play(self.scores.window, self._popularity_LE, self._rules, self._slots)
+            self._played = play_policies(self.scores.window, self._popularity_LE, self._rules, self._slots)
             self._played_requests = self.scores.requests
 
     def warm_up(self) -> None:
@@ -126,7 +126,7 @@ class Shadow:
             engine_tokens=0,
         )
         scored = self._score(routes_of_request(request, shape.experts))
-        play([scored], self._popularity_LE, self._rules, self._slots[:1])
+        play_policies([scored], self._popularity_LE, self._rules, self._slots[:1])
 
     def samples(self) -> Samples:
         """What is published now."""

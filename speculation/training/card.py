@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from profiler.errors import counted
-from profiler.trace.hub import plain_text
+from profiler.trace.hub import escaped_line
 from profiler.trace.reader import Trace
 from speculation.data.tasks import Task
 from speculation.predictors.base import Predictor
@@ -31,24 +31,24 @@ def model_card(predictor: Predictor, options: TrainingOptions, history: Epochs, 
         "library_name: speculative-moe",
         "---",
         "",
-        f"# {predictor.name} for {plain_text(model.id)}",
+        f"# {predictor.name} for {escaped_line(model.id)}",
         "",
         f"Predicts which experts a mixture-of-experts model will select: {predictor.about}.",
         "",
         f"- **task**: {shape.task}, h = 1 to {shape.horizon}; sees {predictor.sees}",
-        f"- **model**: {plain_text(model.id)}, {counted(shape.layers, 'MoE layer')}, {shape.experts} experts, "
+        f"- **model**: {escaped_line(model.id)}, {counted(shape.layers, 'MoE layer')}, {shape.experts} experts, "
         f"top-{shape.top_k}",
         f"- **size**: {facts['parameters']:,} parameters, {facts['bytes']:,} bytes",
         *(["- **contains**: texts of training problems, as token ids with their routes"] if has_texts else []),
         f"- **trained on**: {counted(facts['train_problems'], 'problem')}, {facts['train_tokens']:,} tokens of "
-        f"{plain_text(trace.path.name)} ({plain_text(data)}), in {facts['train_seconds']:.0f} s",
+        f"{escaped_line(trace.path.name)} ({escaped_line(data)}), in {facts['train_seconds']:.0f} s",
         *(
             [f"- **early stopping on**: {counted(facts['validation_problems'], 'other problem')}"]
             if history and has_validation
             else []
         ),
         *([f"- **last epoch**: {last}"] if last else []),
-        f"- **source**: {plain_text(predictor.source)}",
+        f"- **source**: {escaped_line(predictor.source)}",
         "",
         *(
             ("To evaluate it on held-out problems, next to chance, popularity and a shuffled control:",)

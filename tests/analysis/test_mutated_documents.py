@@ -139,7 +139,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         device=8, usable=7, dense=1, kv_cache=1, reserve=1, left=4, experts=8, expert_bytes=1e6, slots=2, layers=2,
         experts_per_layer=4, share=0.5,
     )  # fmt: skip
-    made: dict[str, BaseModel] = {
+    documents: dict[str, BaseModel] = {
         "evaluation": evaluate(run, trace, part="all", with_baselines=False, with_sample=True),
         "simulation": Simulation(
             trace="t", model="m", devices=devices, notes=["n"], best=[row], rows=[row, larger], sample=sample
@@ -158,7 +158,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             jobs=[JobResult(model="a/b", mode="eager", dtype="x", verdict=Verdict.exact, detail="", input_difference=0.1)],
         ),
     }  # fmt: skip
-    return {kind: json.loads(document.model_dump_json(by_alias=True)) for kind, document in made.items()}
+    return {kind: json.loads(document.model_dump_json(by_alias=True)) for kind, document in documents.items()}
 
 
 @pytest.mark.parametrize("kind", SHOW)

@@ -45,7 +45,7 @@ def plan_from(requests: Requests, entries: dict[tuple[int, int], list[tuple[int,
 
 
 def scores_for(workload: Workload) -> npt.NDArray[np.float32]:
-    """Made-up scores of all experts in each step, all different."""
+    """Synthetic scores of all experts in each step, all different."""
     requests = workload.requests
     size = (requests.steps, requests.layers * requests.num_experts)
     return np.random.default_rng(5).random(size, dtype=np.float32)

@@ -259,7 +259,7 @@ def test_the_last_piece_of_a_stream_is_not_taken_for_the_output(tmp_path: Path, 
 
 @pytest.mark.parametrize("suffix", ["", "-0a1b2c3d"], ids=["vLLM 0.13", "vLLM 0.14"])
 def test_a_sample_that_came_alone_is_found_by_its_number(tmp_path: Path, suffix: str) -> None:
-    """Unless FINAL_ONLY is asked for, vLLM returns each sample by itself, and the name of the first one says nothing."""
+    """Unless FINAL_ONLY is requested, vLLM returns each sample by itself, and the name of the first one says nothing."""
     names = ["0_q", "1_q", "q"]
     requests = capture(tmp_path, [Run(name, [1, 2], [3, 4, n], name + suffix) for n, name in enumerate(names)], 1)
     outputs = [Output("1_q", [1, 2], [3, 4, 1], "1_q"), Output("q", [1, 2], [3, 4, 0], "0_q")]

@@ -67,7 +67,7 @@ def expose(folder: Path) -> None:
     multiprocess.MultiProcessCollector.__init__ = start_and_register  # type: ignore[method-assign]
 
 
-def serve(folder: Path, host: str, port: int) -> None:
+def serve_metrics(folder: Path, host: str, port: int) -> None:
     """Serve the metrics of a folder on a port, in a thread. If it is taken, the reason is logged."""
     registry = CollectorRegistry()
     registry.register(LiveCollector(folder))

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 NICENESS = 10
 
 
-def seal(lines: Iterable[str]) -> None:
+def seal_closed(lines: Iterable[str]) -> None:
     """Seal each trace when it is closed, and all traces that are still open at the end of `lines`."""
     open_traces: list[str] = []
     for line in lines:
@@ -49,7 +49,7 @@ def main() -> None:
         os._exit(0)
     os.setsid()
     os.nice(NICENESS)
-    seal(sys.stdin)
+    seal_closed(sys.stdin)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def offload_section(simulation: Simulation, device: str | None, number: str) -> 
         drawn = lines(chosen, ticks, "share of all experts in the cache", y_title, as_category=True)
         read = "each line is a prefetcher with the same eviction policy; the dotted control prefetches for other tokens."
         figures = (drawing(drawn, f"offload-{number}", headline, read=read),)
-    header = ("cache", "policy", "prefetcher", "hit rate", "tokens/s", "speedup over on demand")
+    header = ("cache", "policy", "prefetcher", "hit rate", "tokens/s", "speedup over demand loading")
     cells = tuple(_cells(row) for row in [*bounds.values(), *rows] if not row.prefetch.endswith(CONTROL_NAME))
     notes = next((each.assumptions for each in simulation.devices if each.name == device), [])
     explanation = (
@@ -41,7 +41,7 @@ def _timed_sentence(row: SimulatedRow) -> str:
     gain = "" if row.gain is None or row.prefetch == "none" else f" and {row.gain:.2f} x the best policy without prefetching"
     return (
         f"With {row.gigabytes or 0:.1f} GB for experts on {row.device}: {row.policy} with {_prefetching(row)} gives "
-        f"{row.tokens_per_second or 0:.1f} tokens/s, {row.times_on_demand or 0:.1f} x on-demand loading without a cache{gain}."
+        f"{row.tokens_per_second or 0:.1f} tokens/s, {row.times_on_demand or 0:.1f} x demand loading without a cache{gain}."
     )
 
 

@@ -68,7 +68,7 @@ def problems_of_groups(file: pq.ParquetFile, path: Path) -> list[tuple[int, int]
     return found
 
 
-def check_sizes(file: pq.ParquetFile, path: Path) -> None:
+def check_decoded_sizes(file: pq.ParquetFile, path: Path) -> None:
     """Raise `TraceError` if a decoded row group would be too large, or if its numbers of values do not match its rows."""
     kinds = [field.type for field in file.schema_arrow]
     entries = [kind.list_size if pa.types.is_fixed_size_list(kind) else 1 for kind in kinds]
@@ -84,7 +84,7 @@ def check_sizes(file: pq.ParquetFile, path: Path) -> None:
 
 
 def read_row_group(file: pq.ParquetFile, group: int, path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A row group, after `check_sizes`. Raises `TraceError` if it cannot be decoded."""
+    """A row group, after `check_decoded_sizes`. Raises `TraceError` if it cannot be decoded."""
     rows = file.metadata.row_group(group).num_rows
     try:
         table = file.read_row_group(group, columns=columns)

@@ -35,7 +35,7 @@ DELTA_BYTE_ARRAY = 7
 
 
 @dataclass(frozen=True)
-class RowGroup:
+class DeclaredRowGroup:
     """What a row group declares.
 
     values: number of values of each leaf column, counting every entry of a list. chunks: leaf column -> its column chunk.
@@ -62,7 +62,7 @@ class Page:
     encoding: int | None
 
 
-def read_row_groups(path: Path) -> list[RowGroup]:
+def read_row_groups(path: Path) -> list[DeclaredRowGroup]:
     """The row groups of a Parquet file. Raises `TraceError` if its footer cannot be read."""
     try:
         with path.open("rb") as file:
@@ -74,7 +74,7 @@ def read_row_groups(path: Path) -> list[RowGroup]:
             file.seek(size - 8 - length)
             document = _Reader(file.read(length)).struct()
         return [
-            RowGroup(
+            DeclaredRowGroup(
                 rows=_count(group[3]),
                 values=[_count(column[3][5]) for column in group[1]],
                 chunks={b".".join(column[3].get(3, [])): _chunk(column[3]) for column in group[1]},

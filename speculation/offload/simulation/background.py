@@ -121,7 +121,7 @@ def begin_transfers(
         entry = queues[line.start + line.head]
         x, target, score = entry.expert, entry.request, entry.score
         expert = experts[x]
-        # It was loaded on demand since, and perhaps waits again farther behind.
+        # It was demand-loaded since, and perhaps waits again farther behind.
         is_stale = expert.where != (FILLING if is_fill else WAITING) or expert.waits_for != target
         if not is_stale and begin > clock.now:
             break

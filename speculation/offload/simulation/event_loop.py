@@ -22,7 +22,7 @@ from speculation.offload.numba_recompiling import recompile_after
 from speculation.offload.plans import PrefetchPlan
 from speculation.offload.simulation.background import begin_reads, begin_transfers, enqueue_fill, enqueue_prediction
 from speculation.offload.simulation.host_memory import OUT, Ram
-from speculation.offload.simulation.misses import compute_on_arrival, load_missing, serve
+from speculation.offload.simulation.misses import compute_on_arrival, load_missing, serve_misses
 from speculation.offload.simulation.occupancy import IN_USE, fill, note_key, note_keys
 from speculation.offload.simulation.records import (
     ALL,
@@ -170,7 +170,7 @@ def play(
                 if tiers is not None:
                     if misses or late:
                         host_seconds = max(tiers.host_seconds, host_floor / size)
-                        needed, on_device, host_ends = serve(
+                        needed, on_device, host_ends = serve_misses(
                             start,
                             size,
                             experts_N,

@@ -64,7 +64,7 @@ def _load(
     keys: Integers,
     counts: Integers,
 ) -> float:
-    """Transfer an expert on demand, from `ready` at the earliest; return when it arrives. place: its place in the request."""
+    """Demand-load an expert, from `ready` at the earliest; return when it arrives. place: its place in the request."""
     request = clock.request
     expert = experts[x]
     begin = max(ready, clock.transfers_end)
@@ -135,7 +135,7 @@ def _slot_needed_last(pool: Pool, next_use: int, experts: Experts, slots: Intege
 
 
 @numba.njit(cache=True, nogil=True)
-def serve(
+def serve_misses(
     start: int,
     size: int,
     experts_N: npt.NDArray[np.int32],

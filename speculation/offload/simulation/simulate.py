@@ -82,7 +82,7 @@ class SimulationResult:
         counts_LC: Events per layer while tokens were generated, `[L, len(Count)]`.
         prefill_counts_LC: The same for prompts.
         hits_S: Experts that were in the cache in each step, prompts included.
-        outcomes_N: `HIT`, `LATE` or `DEMAND` for each entry of `Requests.experts_N`; empty unless it was asked for.
+        outcomes_N: `HIT`, `LATE` or `DEMAND` for each entry of `Requests.experts_N`; empty unless requested.
         decode_seconds, prefill_seconds: Total time; zero without costs.
         decode_stall: Time in which the computation waited for transfers while tokens were generated.
     """

@@ -36,7 +36,7 @@ class StorageMeasurement:
 
 
 def measured_on_host(costs: Costs, width: int, folder: Path | None = None, *, storage: bool) -> Costs:
-    """Add measured times of computing an expert on this CPU and, if asked for, of reading one from storage.
+    """Add measured times of computing an expert on this CPU and, if requested, of reading one from storage.
 
     Args:
         costs: Costs with the size of an expert.

@@ -26,7 +26,14 @@ from speculation.offload.requests import requests_of
 from speculation.offload.simulation.records import Count
 from speculation.offload.simulation.simulate import Setting, Workload, capacities, simulate
 from speculation.offload.state import Rule
-from speculation.offload.studies.sweep import NONE, Prefetcher, PrefetchOptions, popularity_of, prefetcher_of, simple_prefetcher
+from speculation.offload.studies.sweep import (
+    NONE,
+    PlannedPrefetcher,
+    PrefetchOptions,
+    popularity_of,
+    prefetcher_of,
+    simple_prefetcher,
+)
 from speculation.training.runs import load_run
 
 
@@ -90,7 +97,7 @@ def run_replay(wanted: Replay) -> ReplayResult:
         reuse = load_run(wanted.reuse)
         check_run(reuse, wanted.trace)
         evictor = next(learned_evictors(reuse.predictor, wanted.reuse.name, routes, workload.requests))
-    cases: list[tuple[str, int, Prefetcher, Any]] = [
+    cases: list[tuple[str, int, PlannedPrefetcher, Any]] = [
         ("on demand", 0, simple_prefetcher(NONE, workload, PrefetchOptions(experts=1)), None),
         (evictor.name, capacity, simple_prefetcher(NONE, workload, PrefetchOptions(experts=1)), None),
     ]

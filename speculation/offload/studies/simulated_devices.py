@@ -38,7 +38,7 @@ def costs_on_devices(study: SimulationStudy, notes: list[str]) -> list[Costs | N
             entry,
             gpu,
             study.precision,
-            link=study.link,
+            interconnect=study.interconnect,
             host=study.host,
             host_bandwidth=study.host_bandwidth,
             storage=study.storage,

@@ -32,7 +32,7 @@ class SimulationStudy:
         measure: Also estimate for this machine, from measured transfers and expert computation.
         model: The model whose sizes are taken, by name. None: the trace's model.
         precision: Of the weights, such as `bf16` or `mxfp4`. None: as the model was published.
-        link: Bandwidth that large transfers to the GPU reach, in GB/s. None: 80 % of PCIe's peak.
+        interconnect: Bandwidth that large transfers to the GPU reach, in GB/s. None: 80 % of PCIe's peak.
         horizon: H, layers ahead that `popularity`, `oracle` and counting predictors prefetch; runs have their own.
         experts: Experts to prefetch per prediction and layer. None: K.
         threshold: Only those with at least this predicted probability, 0 to 1.
@@ -61,7 +61,7 @@ class SimulationStudy:
     measure: bool = False
     model: str | None = None
     precision: str | None = None
-    link: float | None = None
+    interconnect: float | None = None
     horizon: int = 1
     experts: int | None = None
     threshold: float = 0.0

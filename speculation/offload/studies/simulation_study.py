@@ -24,7 +24,7 @@ from speculation.offload.studies.simulation_options import SimulationStudy
 from speculation.offload.studies.sweep import (
     NONE,
     POPULARITY,
-    Prefetcher,
+    PlannedPrefetcher,
     PrefetchOptions,
     popularity_of,
     prefetcher_of,
@@ -216,7 +216,7 @@ def _drafting_notes(study: SimulationStudy, requests: Requests) -> list[str]:
 
 def _prefetchers(
     name: str, study: SimulationStudy, runs: dict[str, Run], workload: Workload, routes: Routes, how: PrefetchOptions
-) -> Iterator[Prefetcher]:
+) -> Iterator[PlannedPrefetcher]:
     if name in runs:
         folder = Path(name).name
         others = {each for each in study.predictors if each not in runs} | {NONE, ORACLE, POPULARITY}

@@ -35,7 +35,7 @@ NONE, POPULARITY = "none", "popularity"
 
 
 @dataclass(frozen=True)
-class Prefetcher:
+class PlannedPrefetcher:
     """What to prefetch.
 
     Attributes:
@@ -66,7 +66,7 @@ class PrefetchOptions:
 
 def prefetcher_of(
     predictor: Predictor, name: str, routes: Routes, requests: Requests, options: PrefetchOptions
-) -> Iterator[Prefetcher]:
+) -> Iterator[PlannedPrefetcher]:
     """A prefetcher that follows a predictor, and its shuffled control.
 
     The control uses the predictions for other, randomly chosen tokens. It shows what prefetching gains if the predictions know
@@ -77,10 +77,10 @@ def prefetcher_of(
     if predictor.shape.task != Task.NEXT_LAYER:
         # The measured time is per layer, but one prediction is for all layers of a token.
         seconds *= predictor.shape.layers
-    yield Prefetcher(name, plan_of(best, predictor.shape, requests), seconds)
+    yield PlannedPrefetcher(name, plan_of(best, predictor.shape, requests), seconds)
     order = np.random.default_rng(0).permutation(len(routes))
     other = replace(best, ids_TLHM=best.ids_TLHM[order], scores_TLHM=best.scores_TLHM[order])
-    yield Prefetcher(f"{name}, {CONTROL}", plan_of(other, predictor.shape, requests), seconds)
+    yield PlannedPrefetcher(f"{name}, {CONTROL}", plan_of(other, predictor.shape, requests), seconds)
 
 
 def popularity_of(trace: Trace, part: str, run: Run | None, shape: Shape, notes: list[str]) -> Any:
@@ -97,18 +97,20 @@ def popularity_of(trace: Trace, part: str, run: Run | None, shape: Shape, notes:
         return expert_frequency(load_routes(trace, part), shape)
 
 
-def simple_prefetcher(name: str, workload: Workload, options: PrefetchOptions) -> Prefetcher:
+def simple_prefetcher(name: str, workload: Workload, options: PrefetchOptions) -> PlannedPrefetcher:
     """The prefetcher `none`, `popularity` or `oracle`. Raises `SpecmoeError` for another name."""
     if name == NONE:
-        return Prefetcher(name, no_plan(workload.requests))
+        return PlannedPrefetcher(name, no_plan(workload.requests))
     if name == POPULARITY:
-        return Prefetcher(name, popularity_plan(workload.popularity_LE, options.experts, options.horizon, workload.requests))
+        return PlannedPrefetcher(
+            name, popularity_plan(workload.popularity_LE, options.experts, options.horizon, workload.requests)
+        )
     if name == ORACLE:
-        return Prefetcher(name, oracle_plan(workload.requests, options.horizon))
+        return PlannedPrefetcher(name, oracle_plan(workload.requests, options.horizon))
     raise UsageError(f"unknown prefetcher {name!r}: expected {NONE}, {POPULARITY} or {ORACLE}")
 
 
-def prefetchers_for(policy: Evictor, prefetchers: list[Prefetcher]) -> list[Prefetcher]:
+def prefetchers_for(policy: Evictor, prefetchers: list[PlannedPrefetcher]) -> list[PlannedPrefetcher]:
     """The prefetchers to simulate with a policy: of a shuffled control one only, `none` if it is among them."""
     if not policy.is_control:
         return prefetchers
@@ -119,7 +121,7 @@ def sweep(
     workload: Workload,
     capacities: list[list[int]],
     policies: list[Evictor],
-    prefetchers: list[Prefetcher],
+    prefetchers: list[PlannedPrefetcher],
     costs: list[Costs | None],
     *,
     is_global: bool = False,
@@ -129,7 +131,7 @@ def sweep(
     draft_seconds: float = 0.0,
     division: Division | None = None,
     on_done: Callable[[], None] = lambda: None,
-) -> tuple[list[SimulatedRow], list[Job]]:
+) -> tuple[list[SimulatedRow], list[SimulationJob]]:
     """Simulate every combination of device, capacity, policy and prefetcher, on all cores.
 
     Each device also gets bounds: `on demand` (no cache, every expert is demand-loaded), `on host` (no cache, the host computes
@@ -157,13 +159,13 @@ def sweep(
     _ = workload.ahead, workload.popularity
     none = simple_prefetcher(NONE, workload, PrefetchOptions(experts=1))
     lru = Evictor.of(Rule.LRU)
-    jobs: list[Job] = []
+    jobs: list[SimulationJob] = []
     everywhere = Setting(Rule.LRU, 0, is_global, queue, draft_seconds=draft_seconds)
     for cost, sizes, ram in zip(costs, capacities, memories or [None] * len(costs), strict=True):
         nowhere = replace(everywhere, ram=ram)
-        jobs.append(Job(cost, nowhere, lru, none, ON_DEMAND))
+        jobs.append(SimulationJob(cost, nowhere, lru, none, ON_DEMAND))
         if any(miss != Miss.COPY for miss in misses):
-            jobs.append(Job(cost, replace(nowhere, miss=Miss.HOST), lru, none, ON_HOST))
+            jobs.append(SimulationJob(cost, replace(nowhere, miss=Miss.HOST), lru, none, ON_HOST))
         for capacity, policy in product(sizes, policies):
             slots = None if division is None else division(capacity)
             own_seconds = policy_seconds(workload, policy, capacity, is_global, slots)
@@ -179,8 +181,8 @@ def sweep(
                     policy_seconds=own_seconds,
                     score_seconds=policy.score_seconds,
                 )
-                jobs.append(Job(cost, setting, policy, prefetcher))
-        jobs.append(Job(cost, replace(everywhere, capacity=everything), lru, none, ALL_RESIDENT))
+                jobs.append(SimulationJob(cost, setting, policy, prefetcher))
+        jobs.append(SimulationJob(cost, replace(everywhere, capacity=everything), lru, none, ALL_RESIDENT))
 
     results: list[SimulationResult] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as threads:
@@ -200,13 +202,13 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class Job:
+class SimulationJob:
     """One simulation. label: what bound it is, if it is one."""
 
     cost: Costs | None
     setting: Setting
     policy: Evictor
-    prefetcher: Prefetcher
+    prefetcher: PlannedPrefetcher
     label: str | None = None
 
     def run(self, workload: Workload, *, with_outcomes: bool = False) -> SimulationResult:
@@ -218,7 +220,7 @@ class Job:
 
 def _row(
     workload: Workload,
-    job: Job,
+    job: SimulationJob,
     result: SimulationResult,
     everything: int,
     on_demand: float | None,

@@ -16,11 +16,16 @@ from speculation.data.routes import Routes
 from speculation.evaluation.evaluate import sampled_problems, token_groups
 from speculation.offload.requests import Requests
 from speculation.offload.simulation.simulate import Workload
-from speculation.offload.studies.sweep import Job
+from speculation.offload.studies.sweep import SimulationJob
 
 
 def simulated_sample(
-    trace: Trace, routes: Routes, workload: Workload, rows: list[SimulatedRow], best: list[SimulatedRow], jobs: list[Job]
+    trace: Trace,
+    routes: Routes,
+    workload: Workload,
+    rows: list[SimulatedRow],
+    best: list[SimulatedRow],
+    jobs: list[SimulationJob],
 ) -> SimulatedSample | None:
     """What the cache of one of the simulations did for some problems of every dataset; None if none can be shown.
 

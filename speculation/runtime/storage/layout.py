@@ -124,7 +124,7 @@ def allocate(layout: ExpertLayout, count: int, device: torch.device) -> torch.Te
 
 
 def pin(memory: torch.Tensor) -> None:
-    """Page-lock host memory, so that a GPU copies from it directly and while the program goes on.
+    """Page-lock host memory, so that a GPU copies from it directly and while the program continues.
 
     PyTorch's own allocator of pinned memory rounds sizes up to powers of two, which can be twice of what a layer needs.
 

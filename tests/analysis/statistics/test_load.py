@@ -62,12 +62,12 @@ def test_blocks_of_problems_do_not_depend_on_the_cut(problems: list[tuple[int, i
     axes = make_axes(1, 2, 1, datasets=("a", "b"))
 
     def blocks(part: list[tuple[int, int]]) -> ProblemBlocks:
-        made = ProblemBlocks(axes)
+        blocks = ProblemBlocks(axes)
         # So small that blocks must hold several problems.
-        made._most = 8
+        blocks._most = 8
         for dataset, problem_id in part:
-            made.add(np.array([problem_id]), np.array([dataset]), np.array([[[problem_id, 1]]], dtype=np.uint32))
-        return made
+            blocks.add(np.array([problem_id]), np.array([dataset]), np.array([[[problem_id, 1]]], dtype=np.uint32))
+        return blocks
 
     whole, merged = blocks(problems), blocks(problems[:cut])
     merged.merge(blocks(problems[cut:]))

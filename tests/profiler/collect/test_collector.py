@@ -73,8 +73,8 @@ def test_on_a_gpu_the_preset_decides_checkpoint_batch_and_length(tmp_path: Path,
     found = {}
     for name in ("A100-40GB", "A100-80GB", "H200"):
         monkeypatch.setattr("profiler.collect.collector.local_gpu", lambda name=name: GPUS[name])
-        made = TraceCollector("mixtral-8x7b")
-        found[name] = (made.model.location, made.options.batch, made.options.max_length)
+        collector = TraceCollector("mixtral-8x7b")
+        found[name] = (collector.model.location, collector.options.batch, collector.options.max_length)
     assert found["A100-80GB"] == ("TheBloke/Mixtral-8x7B-v0.1-AWQ", 256, 32768)
     assert found["H200"] == ("mistralai/Mixtral-8x7B-v0.1", 234, 32768)
     # (0.9 x 40 - 24.75 - 2) GB of 131,072 bytes: 70,000 tokens.

@@ -338,7 +338,7 @@ def test_an_engine_that_fails_keeps_what_there_is_and_says_how_to_go_on(
 
 
 @pytest.mark.parametrize("name", ["gates.safetensors", "routing.arrows"])
-def test_links_in_a_strangers_collection_are_not_followed(unfinished: Path, tmp_path: Path, name: str) -> None:
+def test_links_in_an_untrusted_collection_are_not_followed(unfinished: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.key").write_text("secret")
     path = run_folder(unfinished, 0) / name
     path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import pytest
 from support.traces import MakeProblems, MakeTrace
 
 from profiler.errors import EmptyPartError
-from profiler.exporters.counts import count_experts
+from profiler.exporters.counts import count_parts
 from profiler.trace.splits import PARTS, part_of
 
 
@@ -22,13 +22,13 @@ def test_by_hand(make_trace: MakeTrace) -> None:
     weights = np.array([[[0.75, 0.25]], [[0.5, 0.5]], [[1.0, 0.0]]])
     trace = make_trace([(ids, weights), (ids[:2], weights[:2])], 4, prompts=prompts_of("train", "test"))
     # The first position of each problem is its prompt.
-    counted = count_experts(trace)
+    counted = count_parts(trace)
     assert counted.is_decode_only
     assert counted.parts["train"].tokens_LE.tolist() == [[1, 2, 1, 0]]
     assert counted.parts["train"].mass_LE.tolist() == [[0.0, 1.5, 0.5, 0.0]]
     assert (counted.parts["train"].num_tokens, counted.parts["train"].num_problems) == (2, 1)
     assert counted.parts["test"].tokens_LE.tolist() == [[0, 1, 1, 0]]
-    everything = count_experts(trace, decode_only=False)
+    everything = count_parts(trace, decode_only=False)
     assert not everything.is_decode_only
     assert everything.part("all").tokens_LE.tolist() == [[3, 5, 2, 0]]
     assert everything.part("all").num_tokens == 5
@@ -40,18 +40,18 @@ def test_a_part_without_generated_tokens_says_so(make_trace: MakeTrace) -> None:
     ids, weights = np.array([[[0, 1]], [[1, 2]]]), np.full((2, 1, 2), 0.5)
     # The test problem's only position is its prompt.
     trace = make_trace([(ids, weights), (ids[:1], weights[:1])], 4, prompts=prompts_of("train", "test"))
-    counted = count_experts(trace)
+    counted = count_parts(trace)
     with pytest.raises(EmptyPartError, match=r"none of 1 problem in the test part .* has a generated token .*\(phase all\)"):
         counted.part("test")
     with pytest.raises(EmptyPartError, match="no problem falls into the validation part"):
         counted.part("validation")
-    assert count_experts(trace, decode_only=False).part("test").num_tokens == 1
+    assert count_parts(trace, decode_only=False).part("test").num_tokens == 1
 
 
 def test_equals_plain_counting(make_trace: MakeTrace, random_problems: MakeProblems) -> None:
     problems = random_problems(30, 9, 3, 300, 4)
     trace = make_trace(problems, 300)
-    counted = count_experts(trace, decode_only=False)
+    counted = count_parts(trace, decode_only=False)
     for part in PARTS:
         expected = np.zeros((3, 300))
         mass = np.zeros((3, 300))

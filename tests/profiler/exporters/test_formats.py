@@ -18,7 +18,7 @@ from support.traces import MakeProblems, MakeTrace
 from profiler.errors import ModelError, SpecmoeError, TraceError
 from profiler.exporters import FORMATS, ExportOptions, export_trace
 from profiler.exporters.chosen_experts import Budget
-from profiler.exporters.counts import count_experts
+from profiler.exporters.counts import count_parts
 from profiler.exporters.json_table import ExpertTable
 from profiler.exporters.report import REPORT_SUFFIX, ExportReport, report_path
 from profiler.trace.reader import Trace
@@ -52,7 +52,7 @@ def test_report_is_written_next_to_the_file(name: str, trace: Trace, tmp_path: P
     report, _ = export(trace, out, name)
     assert ExportReport.model_validate_json(report_path(out).read_text()) == report
     assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
-    counted = count_experts(trace)
+    counted = count_parts(trace)
     assert report.tokens == counted.part("train").num_tokens
     assert report.held_out_tokens == counted.part("test").num_tokens
     if name != "sglang":
@@ -72,7 +72,7 @@ def test_exllamav3(trace: Trace, tmp_path: Path) -> None:
     read = json.loads(out.read_text())
     # As load_cpu_split does: descending counts, the tail goes to the CPU.
     on_cpu = int(re.findall(r"--moe_cpu_split (\d+)", usage[0])[0])
-    held_out = count_experts(trace).part("test").tokens_LE
+    held_out = count_parts(trace).part("test").tokens_LE
     hits = 0
     for layer in range(LAYERS):
         stats = read.pop(f"model.layers.{layer + FIRST}.mlp")
@@ -86,7 +86,7 @@ def test_exllamav3(trace: Trace, tmp_path: Path) -> None:
         export(trace, tmp_path / "c.json", "exllamav3", layer_key="mlp")
     export(trace, tmp_path / "d.json", "exllamav3", layer_key="m.{layer}.moe", by="weight")
     mass = json.loads((tmp_path / "d.json").read_text())
-    assert mass["m.2.moe"] == pytest.approx(count_experts(trace).part("train").mass_LE[1])
+    assert mass["m.2.moe"] == pytest.approx(count_parts(trace).part("train").mass_LE[1])
 
 
 def test_module_names_of_architectures(trace: Trace, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_ktransformers(fraction: float, trace: Trace, tmp_path: Path) -> None:
     mask[best] = True
     kept = mask.reshape(FIRST + LAYERS, EXPERTS)[FIRST:]
     assert kept.sum(1).tolist() == kept_of(report)
-    held_out = count_experts(trace).part("test").tokens_LE
+    held_out = count_parts(trace).part("test").tokens_LE
     assert report.hit_rate == pytest.approx(held_out[kept].sum() / held_out.sum())
     assert any("ranks the experts of all layers together" in note for note in report.notes)
 
@@ -124,7 +124,7 @@ def test_sglang(trace: Trace, tmp_path: Path) -> None:
     # As init_by_eplb does: a table [decoder layers, experts] of tokens.
     table = torch.tensor(json.loads(out.read_text())["logical_count"])
     assert tuple(table.shape) == (FIRST + LAYERS, EXPERTS)
-    assert table[FIRST:].tolist() == count_experts(trace).part("train").tokens_LE.tolist()
+    assert table[FIRST:].tolist() == count_parts(trace).part("train").tokens_LE.tolist()
     assert "physical_to_logical_map" not in json.loads(out.read_text())
     assert report.hit_rate is None
     with pytest.raises(SpecmoeError, match="keeps all experts"):
@@ -171,7 +171,7 @@ def test_json_and_csv_hold_the_same(trace: Trace, tmp_path: Path) -> None:
     document = ExpertTable.model_validate_json((tmp_path / "t.json").read_text())
     assert document.report == report
     assert sum(len(layer.kept) for layer in document.layers) == report.kept == 9
-    counted = count_experts(trace)
+    counted = count_parts(trace)
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
     assert len(rows) == LAYERS * EXPERTS
     by_rank = sorted(rows, key=lambda row: int(row["rank"]))

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from profiler.errors import SpecmoeError
 from profiler.live.metrics import COUNTING, DROPPED, ENTROPY, EXPERT_TOKENS, MAX_OVER_MEAN, TOKENS, WINDOW, Samples
 from profiler.live.publication import Publication
-from profiler.live.scrape import fetch, parse
+from profiler.live.scrape import fetch_page, parse
 from profiler.live.watch_view import WatchView
 from specmoe import app
 
@@ -146,9 +146,9 @@ def test_other_pages_are_refused(server: str, path: str, message: str) -> None:
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "http://", ""])
 def test_only_addresses_of_servers_are_read(url: str) -> None:
     with pytest.raises(SpecmoeError, match="is not an address of a server"):
-        fetch(url)
+        fetch_page(url)
 
 
 def test_a_server_that_is_down_is_one_line() -> None:
     with pytest.raises(SpecmoeError, match=r"http://127\.0\.0\.1:9/metrics cannot be read: .*refused"):
-        fetch("127.0.0.1:9")
+        fetch_page("127.0.0.1:9")

@@ -31,7 +31,7 @@ def test_unified_memory_is_that_of_its_gpu(name: str) -> None:
     assert host.gpu.name == name
     assert host.gpu.bandwidth == pytest.approx(host.bandwidth, abs=0.5)
     # Nothing is faster than memory that needs no transfer.
-    assert host.gpu.link == float("inf")
+    assert host.gpu.interconnect == float("inf")
 
 
 def test_unknown_names() -> None:

@@ -123,7 +123,7 @@ def test_the_precision_of_a_quantized_checkpoint(quantization: object, precision
         ("awq", "expected an object"),
     ],
 )
-def test_a_precision_that_is_not_said_is_asked_for(quantization: object, said: str, tmp_path: Path) -> None:
+def test_a_precision_that_is_not_given_is_required(quantization: object, said: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "m", MIXTRAL | {"quantization_config": quantization})
     with pytest.raises(ModelError, match=rf"{said}.*choose a precision"):
         entry_of_config(folder)

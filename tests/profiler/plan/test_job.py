@@ -129,8 +129,8 @@ def test_the_published_checkpoint_is_taken_if_it_fits_and_a_smaller_one_if_not()
     assert not mixtral.job.is_gated
     large = plan(model="mixtral-8x7b", gpu="H200")
     assert (large.job.precision, large.job.is_gated) == ("bf16", True)
-    made = plan(model="deepseek-moe-16b", precision="awq")
-    assert any("created by modal_jobs/quantize.py" in line for line in made.lines())
+    planned = plan(model="deepseek-moe-16b", precision="awq")
+    assert any("created by modal_jobs/quantize.py" in line for line in planned.lines())
 
 
 def test_the_estimate_is_near_what_qwen_published() -> None:

@@ -34,9 +34,9 @@ def trace(make_trace: MakeTrace, random_problems: MakeProblems, monkeypatch: pyt
     monkeypatch.setattr("profiler.trace.writer.ROWS_PER_GROUP", 330)
     monkeypatch.setattr("profiler.trace.writer.ROWS_PER_FILE", 330)
     vocabulary = list(np.random.default_rng(0).integers(0, 30, (40, 21)))
-    made = make_trace(random_problems(count=40, tokens=20, layers=3, num_experts=8, top_k=2), 8, vocab_ids=vocabulary)
-    assert len(made.routing_files) == 8
-    return made
+    trace = make_trace(random_problems(count=40, tokens=20, layers=3, num_experts=8, top_k=2), 8, vocab_ids=vocabulary)
+    assert len(trace.routing_files) == 8
+    return trace
 
 
 @pytest.mark.parametrize("shards", [1, 3, 8, 100])

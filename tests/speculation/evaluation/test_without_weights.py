@@ -162,7 +162,7 @@ def test_calibration_tells_probabilities_from_others(calibrated: bool, make_trac
     """Popularity of one layer pair is right on independent routing from one distribution; a trace of another is not."""
     random = np.random.default_rng(0)
 
-    def made(name: str, favorite: float) -> Trace:
+    def synthetic_trace(name: str, favorite: float) -> Trace:
         shares = np.array([favorite, *[(1 - favorite) / 7] * 7])
         problems = []
         for _ in range(40):
@@ -170,8 +170,8 @@ def test_calibration_tells_probabilities_from_others(calibrated: bool, make_trac
             problems.append((noise.argsort(-1)[..., ::-1][..., :2].copy(), np.tile([0.5, 0.5], (40, 3, 1))))
         return make_trace(problems, 8, name=name, prompts=[f"{name} {number}" for number in range(40)])
 
-    run = train(made("one", 0.6), "popularity", tmp_path / "run")
-    document = evaluate(run, made("other", 0.6 if calibrated else 0.05), part="all")
+    run = train(synthetic_trace("one", 0.6), "popularity", tmp_path / "run")
+    document = evaluate(run, synthetic_trace("other", 0.6 if calibrated else 0.05), part="all")
     calibration = document.results["popularity"].calibration["h=1"]
     assert (calibration.error < 0.02) == calibrated
     assert sum(each.count for each in calibration.bins) == 40 * 40 * 2 * 8

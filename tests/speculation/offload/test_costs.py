@@ -26,7 +26,7 @@ def test_experts_are_most_of_every_model(entry: ModelEntry) -> None:
 
 
 def test_mixtral_by_hand() -> None:
-    costs = costs_of(MODELS["mixtral-8x7b"], GPUS["A100-80GB"], "bf16", link=20.0)
+    costs = costs_of(MODELS["mixtral-8x7b"], GPUS["A100-80GB"], "bf16", interconnect=20.0)
     # 3 x 4096 x 14336 x 2 bytes.
     assert costs.expert_bytes == 352_321_536
     assert costs.copy_seconds == pytest.approx(10e-6 + 352_321_536 / 20e9)
@@ -35,7 +35,7 @@ def test_mixtral_by_hand() -> None:
     assert costs.layer_seconds == pytest.approx(rest * 2 / 32 / (2039e9 * 0.7))
     assert any("20.0 GB/s, as given" in line for line in costs.describe())
     assert any("assumed" in line for line in costs_of(MODELS["olmoe"], GPUS["H100"]).describe())
-    assert costs_of(MODELS["mixtral-8x7b"], GPUS["H100"], link=0.0).copy_seconds == math.inf
+    assert costs_of(MODELS["mixtral-8x7b"], GPUS["H100"], interconnect=0.0).copy_seconds == math.inf
 
 
 def test_mxfp4_keeps_the_rest_in_16_bits() -> None:

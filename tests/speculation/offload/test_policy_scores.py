@@ -21,7 +21,7 @@ from speculation.offload.requests import Drafting, Requests, requests_of
 from speculation.offload.simulation.records import Count
 from speculation.offload.simulation.simulate import Setting, Workload, simulate
 from speculation.offload.state import Rule
-from speculation.offload.studies.sweep import Prefetcher, prefetchers_for
+from speculation.offload.studies.sweep import PlannedPrefetcher, prefetchers_for
 from speculation.predictors.counting.popularity import Popularity
 from speculation.predictors.neural.reuse import Reuse
 
@@ -112,7 +112,10 @@ def test_a_policy_s_time_is_measured() -> None:
 
 
 def test_a_control_is_played_with_one_prefetcher() -> None:
-    none, other = Prefetcher("none", no_plan(WORKLOAD.requests)), Prefetcher("oracle", oracle_plan(WORKLOAD.requests, 1))
+    none, other = (
+        PlannedPrefetcher("none", no_plan(WORKLOAD.requests)),
+        PlannedPrefetcher("oracle", oracle_plan(WORKLOAD.requests, 1)),
+    )
     assert prefetchers_for(Evictor.of(Rule.LRU), [none, other]) == [none, other]
     control = Evictor("run, shuffled control", Rule.LEARNED, is_control=True)
     assert prefetchers_for(control, [other, none]) == [none]

@@ -13,7 +13,7 @@ from vllm_patch.check.families import make
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small products are slower with several threads."""
+    """Small GEMMs are slower with several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -243,7 +243,7 @@ def test_a_mask_that_is_longer_than_what_was_computed(mixtral: Path) -> None:
     assert torch.equal(*found)
 
 
-def test_the_settings_of_a_checkpoint_do_not_change_what_was_asked_for(mixtral: Path, tmp_path: Path) -> None:
+def test_the_settings_of_a_checkpoint_do_not_change_what_was_requested(mixtral: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(mixtral, tmp_path / "model"))
     settings_ = {"num_beams": 2, "num_return_sequences": 2, "repetition_penalty": 9.0, "use_cache": False, "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | settings_))

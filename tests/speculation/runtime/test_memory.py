@@ -1,4 +1,4 @@
-"""Loading and running take the memory that was asked for, however large the experts are."""
+"""Loading and running take the memory that was requested, however large the experts are."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from profiler.live.metrics import COMMON_LABELS, METRICS, PREFIX, Samples
 from profiler.live.publication import Publisher
 from profiler.live.scrape import parse
-from vllm_patch.live.exposition import LiveCollector, serve
+from vllm_patch.live.exposition import LiveCollector, serve_metrics
 
 
 def publish_everything(folder: Path) -> list[Samples]:
@@ -91,10 +91,10 @@ def test_a_port_of_our_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve(tmp_path, "127.0.0.1", port)
+    serve_metrics(tmp_path, "127.0.0.1", port)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         assert [each.samples for each in parse(answer.read().decode())] == published
-    serve(tmp_path, "127.0.0.1", port)
+    serve_metrics(tmp_path, "127.0.0.1", port)
     assert f"live metrics are not served on 127.0.0.1:{port}" in caplog.text
 
 

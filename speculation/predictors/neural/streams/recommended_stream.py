@@ -22,8 +22,8 @@ from speculation.predictors.neural.streams.single_token import (
     add_row,
     add_rows,
     apply_gelu,
-    normalized,
-    packed,
+    half_bits,
+    layer_norm,
     stacked,
 )
 
@@ -56,7 +56,7 @@ class StreamWeights:
         # state.
         used = np.concatenate([arrays["used_layer"], arrays["confidence"]], axis=1)[about]
         context, blocks = stacked(arrays, "context", 2), stacked(arrays, "blocks", self.layers)
-        table, recent, known, used, head, *rises_and_falls = packed(
+        table, recent, known, used, head, *rises_and_falls = half_bits(
             arrays["last.table"],
             np.ascontiguousarray(arrays["recent_layer"][about]),
             np.concatenate([arrays[f"{name}.weight"] for name in _KNOWN], axis=1),
@@ -286,7 +286,7 @@ def _step(
     add_rows(hint, used_layer[layer], used.ravel()[:seen_uses])
     add_rows(hint, used_layer[layer, seen_uses:], confidence.ravel())
     add_block(state, state + hint, layer, *blocks)
-    scaled = normalized(state + hint) * norm_scale[layer]
+    scaled = layer_norm(state + hint) * norm_scale[layer]
     for hop in range(len(ranked)):
         logits = bias[layer, hop].copy()
         add_product(logits, weights[layer, hop * experts : (hop + 1) * experts], scaled)

@@ -22,7 +22,7 @@ from speculation.predictors.neural.places.reuse_features import (
     WINDOW,
     add_matches,
 )
-from speculation.predictors.neural.streams.single_token import Array, add_block, normalized, stacked
+from speculation.predictors.neural.streams.single_token import Array, add_block, layer_norm, stacked
 
 
 class RecentUse:
@@ -115,7 +115,7 @@ class ReuseStream:
         for number in range(len(self._blocks[0])):
             add_block(state, state, number, *self._blocks)
         logits = _logits(
-            normalized(state) * arrays["norm.weight"] + arrays["norm.bias"],
+            layer_norm(state) * arrays["norm.weight"] + arrays["norm.bias"],
             features_LEF.reshape(len(self._own), -1),
             self._first,
             self._own,

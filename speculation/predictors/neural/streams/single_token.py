@@ -1,7 +1,7 @@
 """Layers of networks for a single token, without PyTorch's overhead: compiled loops over float32 arrays.
 
 A token needs every weight once, so that reading them takes most of the time. Matrices may therefore be half-precision numbers,
-in which weights are stored anyway: `packed` gives their bits, which numba has no type for, as 16-bit integers.
+in which weights are stored anyway: `half_bits` gives their bits, which numba has no type for, as 16-bit integers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _converts_halves() -> bool:
     return platform.machine() in {"aarch64", "arm64"} or llvmlite.binding.get_host_cpu_features().get("f16c", False)
 
 
-def packed(*matrices: Array) -> tuple[Matrix, ...]:
+def half_bits(*matrices: Array) -> tuple[Matrix, ...]:
     """The bits of the same matrices in half precision, if every number stays what it is; else the matrices."""
     if not _converts_halves():
         return matrices
@@ -98,7 +98,7 @@ def add_row(out: Array, row: Matrix, scale: np.float32) -> None:
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def normalized(values: Array) -> Array:
+def layer_norm(values: Array) -> Array:
     """A state `[D]` with mean 0 and variance 1: a LayerNorm without its scale and shift."""
     centered = values - np.float32(values.mean())
     deviation = math.sqrt((centered * centered).mean() + EPSILON)
@@ -127,7 +127,7 @@ def add_block(
 ) -> None:
     """Add what block n computes from `seen` `[D]` to `state` `[D]`."""
     hidden = rise_b[n].copy()
-    add_product(hidden, rise[n], normalized(seen) * scale[n] + shift[n])
+    add_product(hidden, rise[n], layer_norm(seen) * scale[n] + shift[n])
     apply_gelu(hidden)
     state += fall_b[n]
     add_product(state, fall[n], hidden)

@@ -17,7 +17,7 @@ from speculation.offload.curves.curve_study import CurveStudy, run_curves
 pytestmark = pytest.mark.browser
 
 
-def test_opens_offline_in_silence_and_runs_nothing_of_a_stranger(browser: Browser, report: Path) -> None:
+def test_opens_offline_in_silence_and_runs_nothing_untrusted(browser: Browser, report: Path) -> None:
     opened = Opened(browser, report / "report.html")
     opened.page.wait_for_timeout(500)
     assert opened.complaints == []
@@ -61,7 +61,7 @@ def test_sliders_show_every_layer_and_hop(browser: Browser, report: Path) -> Non
 
 
 def test_a_span_of_layers_is_chosen(browser: Browser, report: Path) -> None:
-    """Of five layers, four are shown at a time once they are asked for; the slider then has two places."""
+    """Of five layers, four are shown at a time once the reader chooses so; the slider then has two places."""
     opened = Opened(browser, report / "report.html")
     figure = opened.page.locator("#flow")
     figure.scroll_into_view_if_needed()
@@ -179,7 +179,7 @@ def test_cards_lead_to_their_sections(view: Opened) -> None:
         "Trained predictor": "Predictors",
         "Offloaded experts": "Experts that do not fit in memory",
     }
-    # Tables open on demand.
+    # Tables open with a click.
     table = view.page.locator("#section-2 table").first
     assert not table.is_visible()
     view.page.locator("#section-2 summary", has_text="Table").first.click()

@@ -116,7 +116,7 @@ def test_lines_without_weights_give_a_trace_without_weights(tmp_path: Path) -> N
     assert (tmp_path / "out.jsonl").read_text() == '{"problem_id": 0, "layer": 0, "token_id": 0, "expert_ids": [0, 1]}\n'
 
 
-def test_only_the_layers_that_are_asked_for_need_rows(tmp_path: Path) -> None:
+def test_only_the_requested_layers_need_rows(tmp_path: Path) -> None:
     lines = [line(), line(layer=1), line(token_id=1)]
     trace = convert(tmp_path, lines, layers=(0,))
     assert trace.load().token_ids_T.tolist() == [0, 1]

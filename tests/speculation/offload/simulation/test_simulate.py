@@ -75,7 +75,7 @@ def test_over_the_end_of_a_step() -> None:
     assert result.total(Count.LATE) == 1
 
 
-def test_collisions_are_misses_of_what_was_given_up_in_the_same_step() -> None:
+def test_collisions_are_misses_of_what_was_evicted_in_the_same_step() -> None:
     # One cache of two experts: 0 of both layers. The guess pushes out 0 of layer 1, which was used longest ago; that is a miss
     # in the same step, and pushes out 0 of layer 0, which is a miss in the next step, and pushes out the older of the guess
     # (known to be wrong by now) and 0 of layer 1: the latter, as a guess counts as used when it is due.
@@ -222,7 +222,7 @@ def test_nothing_is_won_in_drafts_of_independent_routes(task: Task) -> None:
     assert with_plan.decode_tokens == 800
 
 
-def test_what_was_copied_on_demand_may_wait_again() -> None:
+def test_what_was_demand_loaded_may_wait_again() -> None:
     # Expert 1 of layer 1 is prefetched twice; a demand load overtakes the first prefetch, and must not cost the second.
     workload = workload_from([[[0], [1]], [[0], [0]], [[0], [1]]], 3)
     plan = plan_from(workload.requests, {(0, 0): [(1, 2), (1, 1)], (1, 1): [(3, 1)]})

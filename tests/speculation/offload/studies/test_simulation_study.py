@@ -183,7 +183,7 @@ def test_one_layer(make_trace: MakeTrace, random_problems: MakeProblems, runner:
     assert "The sizes of synthetic are unknown, so no device was simulated" in output
 
 
-def test_runs_of_the_same_name_and_a_closed_link(trace: Trace, run: Path, runner: CliRunner, tmp_path: Path) -> None:
+def test_runs_of_the_same_name_and_a_closed_interconnect(trace: Trace, run: Path, runner: CliRunner, tmp_path: Path) -> None:
     other = tmp_path / "again" / run.name
     other.parent.mkdir()
     run.rename(other)

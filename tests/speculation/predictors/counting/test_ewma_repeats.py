@@ -21,11 +21,11 @@ SHAPE = Shape(layers=2, experts=8, top_k=2, horizon=1, task=Task.REUSE)
 
 @pytest.fixture(scope="module")
 def routes() -> Routes:
-    made = routes_of([(0, 200), (0, 60)])
-    keys = np.random.default_rng(0).integers(0, 5, len(made))
+    routes = routes_of([(0, 200), (0, 60)])
+    keys = np.random.default_rng(0).integers(0, 5, len(routes))
     # A stretch of 10 tokens that occurs twice.
     keys[170:180] = keys[100:110]
-    return replace(made, token_keys_T=keys.astype(np.int64))
+    return replace(routes, token_keys_T=keys.astype(np.int64))
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,11 @@ EXPERTS = 8
 @pytest.fixture(scope="module")
 def routes() -> Routes:
     """Two problems, one longer than the window, of tokens that repeat."""
-    made = routes_of([(0, WINDOW + 40), (0, 50)], layers=2)
-    keys = np.random.default_rng(0).integers(0, 4, len(made))
+    routes = routes_of([(0, WINDOW + 40), (0, 50)], layers=2)
+    keys = np.random.default_rng(0).integers(0, 4, len(routes))
     # A stretch of 10 tokens that occurs twice.
     keys[200:210] = keys[100:110]
-    return replace(made, token_keys_T=keys.astype(np.int64))
+    return replace(routes, token_keys_T=keys.astype(np.int64))
 
 
 def plain_features(routes: Routes, token: int, layer: int, expert: int) -> list[float]:
@@ -87,9 +87,9 @@ def test_it_learns_a_period() -> None:
     """Token t uses experts t mod 8 and t + 4 mod 8: what comes next is certain, whatever was used most."""
     count = 600
     ids = np.stack([np.arange(count) % EXPERTS, (np.arange(count) + 4) % EXPERTS], axis=1)
-    made = routes_of([(0, count)], layers=2)
+    routes = routes_of([(0, count)], layers=2)
     routes = replace(
-        made,
+        routes,
         expert_ids_TLK=np.repeat(ids[:, None], 2, axis=1).astype(np.uint8),
         token_keys_T=np.arange(count) % 4,
     )

@@ -33,9 +33,9 @@ MAX_BYTES = 1 << 20
 
 def texts(lengths: list[int], seed: int, distinct: int = 4) -> Routes:
     """Texts of few distinct tokens, some of them unknown."""
-    made = routes_of([(0, length) for length in lengths], seed=seed)
-    keys = np.random.default_rng(seed).integers(UNKNOWN_TOKEN, distinct, len(made))
-    return replace(made, token_keys_T=keys.astype(np.int64))
+    routes = routes_of([(0, length) for length in lengths], seed=seed)
+    keys = np.random.default_rng(seed).integers(UNKNOWN_TOKEN, distinct, len(routes))
+    return replace(routes, token_keys_T=keys.astype(np.int64))
 
 
 def run_at(routes: Routes, token: int, length: int) -> list[int] | None:

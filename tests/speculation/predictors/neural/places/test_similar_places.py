@@ -23,10 +23,10 @@ MAX_BYTES = 1 << 20
 
 def texts(lengths: list[int], seed: int, distinct: int = 4) -> Routes:
     """Texts of few distinct tokens, some of them unknown, whose routes agree here and there."""
-    made = routes_of([(0, length) for length in lengths], layers=3, experts=5, seed=seed)
-    keys = np.random.default_rng(seed).integers(UNKNOWN_TOKEN, distinct, len(made))
+    routes = routes_of([(0, length) for length in lengths], layers=3, experts=5, seed=seed)
+    keys = np.random.default_rng(seed).integers(UNKNOWN_TOKEN, distinct, len(routes))
     # Experts up to 29, so that the bits of a route fill more than one word.
-    return replace(made, token_keys_T=keys.astype(np.int64), expert_ids_TLK=made.expert_ids_TLK + np.uint8(25))
+    return replace(routes, token_keys_T=keys.astype(np.int64), expert_ids_TLK=routes.expert_ids_TLK + np.uint8(25))
 
 
 def common(one: np.ndarray, other: np.ndarray) -> float:

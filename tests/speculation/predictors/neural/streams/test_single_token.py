@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from speculation.predictors.neural.streams import single_token
-from speculation.predictors.neural.streams.single_token import Array, add_product, add_row, add_rows, packed
+from speculation.predictors.neural.streams.single_token import Array, add_product, add_row, add_rows, half_bits
 
 
 def some_matrix() -> Array:
@@ -18,7 +18,7 @@ def some_matrix() -> Array:
 
 def test_halves_give_the_same_products() -> None:
     matrix = some_matrix()
-    (bits,) = packed(matrix)
+    (bits,) = half_bits(matrix)
     assert np.array_equal(bits.view(np.float16) if bits.dtype == np.uint16 else bits, matrix)
     values, others = np.random.default_rng(1).normal(size=(2, 53)).astype(np.float32)
     values[3] = 0
@@ -36,6 +36,6 @@ def test_numbers_that_would_change_stay_as_they_are(monkeypatch: pytest.MonkeyPa
     exact, finer, larger = some_matrix(), np.full((2, 2), 1 + 2.0**-12, np.float32), np.full((2, 2), 7e4, np.float32)
     for other in (finer, larger):
         # All have one type: the loops are compiled once.
-        assert [matrix.dtype for matrix in packed(exact, other)] == [np.float32, np.float32]
+        assert [matrix.dtype for matrix in half_bits(exact, other)] == [np.float32, np.float32]
     monkeypatch.setattr(single_token, "_converts_halves", lambda: False)
-    assert packed(exact)[0] is exact
+    assert half_bits(exact)[0] is exact
