@@ -184,7 +184,7 @@ def _slider(names: list[str], span: int) -> list[dict[str, Any]]:
     # Labels of steps would overlap; the value above the slider names the layers.
     hidden = {"color": "rgba(0, 0, 0, 0)", "size": 1}
     place = {"x": 0.34, "len": 0.66, "y": -0.1, "yanchor": "top", "pad": {"t": 0, "b": 0}, "font": hidden}
-    current = {"prefix": "layers ", "font": {"size": 13, "color": GRAY}, "xanchor": "left"}
+    current = {"prefix": "layers ", "font": {"size": 13, "color": GRAY}, "xanchor": "right"}
     return [{"steps": steps, "currentvalue": current, "active": 0} | look | place]
 
 
