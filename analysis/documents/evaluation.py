@@ -182,9 +182,9 @@ class Evaluation(BaseModel):
     @model_validator(mode="after")
     def _can_be_shown(self) -> Evaluation:
         if all(name.endswith(CONTROL) for name in self.results):
-            raise ValueError("results: there are none of predictors")
+            raise ValueError("results: expected those of at least one predictor")
         if self.predictor and self.predictor not in self.results:
-            raise ValueError(f"results: there are none of the predictor {self.predictor!r}")
+            raise ValueError(f"results: those of the predictor {self.predictor!r} are missing")
         first, k_name = next(iter(self.results.values())), self.recall_at_k_name
         needed = {k_name, *OTHER_METRICS, *(("top-1",) if self.knows_strongest else ())}
         if missing := needed - self.chance.keys():

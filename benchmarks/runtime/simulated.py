@@ -24,7 +24,7 @@ class Simulator:
         self._experts, self._routes = experts, load_routes(trace, "all")
 
     def tokens_per_second(self, row: Case, one: Measured, base: Measured) -> float | None:
-        """What the simulation gives for a row; None where it cannot tell.
+        """What the simulation gives for a row; None for what it does not know.
 
         Args:
             row: The row.

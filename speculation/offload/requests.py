@@ -62,7 +62,7 @@ class Requests:
             of a prompt and for decoded tokens; of those that are verified together, for the last that is kept.
         is_draft_N: For each entry of `tokens_N`, whether it is a draft token: the routes of the token before it are not known
             ahead of its own.
-        is_kept_N: For each entry of `tokens_N`, whether it is no rejected draft token.
+        is_kept_N: For each entry of `tokens_N`, whether it is not a rejected draft token.
     """
 
     layers: int

@@ -64,7 +64,7 @@ def test_an_error_after_the_start_stops_the_engine_from_recording(tmp_path: Path
 
 
 @pytest.mark.parametrize("outputs", [None, 3, SimpleNamespace(request_id="0", outputs=[], finished=True), [None], "text", [[]]])
-def test_what_is_no_list_of_outputs_is_refused_by_add(outputs: Any, tmp_path: Path) -> None:
+def test_what_is_not_a_list_of_outputs_is_refused_by_add(outputs: Any, tmp_path: Path) -> None:
     recording = Recording(Engine(tmp_path), tmp_path / "trace")
     with pytest.raises(TraceError, match="cannot be added to a recording: expected"):
         recording.add(outputs)

@@ -7,7 +7,7 @@ class AnswerCells {
   constructor(data, ranks) {
     this.data = data;
     this.ranks = ranks;
-    // The problem that is shown, and the evaluation or simulation of which `marks` tells; null for none.
+    // The problem that is shown, and the evaluation or simulation that `marks` is of; null for none.
     this.problem = null;
     this.overlay = null;
   }

@@ -124,7 +124,7 @@ def domains_section(s: Statistics) -> Section:
             lines(chosen, layers, "layer", "Jensen-Shannon distance"),
             "domain-layers",
             headline,
-            read="where a line is far above its dotted control, the layer's experts tell the two datasets apart.",
+            read="where a line is far above its dotted control, the layer's experts distinguish the two datasets.",
         )
     )
     explanation = (

@@ -39,7 +39,7 @@ def test_a_trace_cannot_choose_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, json.dumps({"a": 1})])
-def test_a_tokenizer_that_is_none_is_refused(content: str | None, tmp_path: Path) -> None:
+def test_what_is_not_a_tokenizer_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(SpecmoeError, match="could not be loaded"):

@@ -249,7 +249,7 @@ def test_command(trace: Trace, tmp_path: Path) -> None:
     assert json.loads(as_json.stdout)["tokens"] == 560
 
 
-def test_command_refuses_what_is_no_evaluation(trace: Trace, tmp_path: Path) -> None:
+def test_command_refuses_what_is_not_an_evaluation(trace: Trace, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text("[]")
     done = CliRunner().invoke(app, ["analyze", str(trace.path), "--out", str(tmp_path / "r"), "--evaluation", str(other)])
@@ -261,7 +261,7 @@ def test_command_refuses_what_is_no_evaluation(trace: Trace, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"results": {}}, "writes: results: there are none of predictors"),
+        ({"results": {}}, "writes: results: expected those of at least one predictor"),
         ({"chance": {"top-1": 0.1}}, "chance lacks"),
         ({"results": {"mlp": EVALUATION["results"]["mlp"] | {"metrics": {"h=2": {}}}}}, "metrics of h=2, expected of h=1"),
         ({"results": {"mlp": EVALUATION["results"]["mlp"] | {"metrics": {"h=1": {}}}}}, "mlp lacks"),

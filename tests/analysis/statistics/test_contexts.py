@@ -76,7 +76,7 @@ def test_a_known_markov_router_is_bracketed() -> None:
     assert found[NO_CONTEXT].first_bits_held_out > given.first_bits_held_out + 0.1
 
 
-def test_what_only_training_problems_have_is_no_knowledge() -> None:
+def test_what_only_training_problems_have_is_not_knowledge() -> None:
     """Tokens that each occur in one problem only: plug-in thinks it knows everything, held out it knows nothing."""
     random = np.random.default_rng(2)
     problems = [uniform(random, 1, 1, 8, 1) for _ in range(2000)]

@@ -51,7 +51,7 @@ def test_uniform_routing_has_no_preferred_pairs() -> None:
     assert statistics.even_sets == pytest.approx(comb(8, 3))
 
 
-def test_uneven_load_alone_is_no_preference() -> None:
+def test_uneven_load_alone_is_not_preference() -> None:
     """Pairs drawn without preference from experts of very different load have a lift of one."""
     random = np.random.default_rng(1)
     popularity = np.array([0.4, 0.3, 0.1, 0.1, 0.05, 0.05])

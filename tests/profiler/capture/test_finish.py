@@ -87,7 +87,7 @@ def test_sealing_that_was_cut_short_can_be_repeated(directory: Path, monkeypatch
     assert not (directory / CAPTURE_FOLDER).exists()
 
 
-def test_rows_of_a_request_that_is_no_problem_are_refused(directory: Path) -> None:
+def test_rows_of_a_request_that_is_not_a_problem_are_refused(directory: Path) -> None:
     with pytest.raises(TraceError, match="rows of unknown problem 6"):
         finish_trace(directory, METADATA, [sequence(1, 5, 5)])
 
@@ -142,7 +142,7 @@ def test_a_torn_last_line_of_the_requests_is_left_out(tmp_path: Path) -> None:
     assert read_requests(tmp_path / "none") == []
 
 
-def test_a_line_that_is_no_request_is_named(tmp_path: Path) -> None:
+def test_a_line_that_is_not_a_request_is_named(tmp_path: Path) -> None:
     whole = CapturedRequest(0, "a", 1, [1, 2], 0).to_json()
     for broken in (whole.replace('"number":0', '"number":-1'), whole.replace("}", ',"more":1}'), "null"):
         (tmp_path / REQUESTS_FILE).write_text(f"{whole}\n{broken}\n")

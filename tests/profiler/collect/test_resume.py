@@ -303,7 +303,7 @@ def test_a_second_collector_is_refused_and_touches_nothing(unfinished: Path, tmp
         collect(options(tmp_path / "new"))
 
 
-def test_what_a_kill_leaves_before_the_first_file_is_no_obstacle(tmp_path: Path, finished: Path) -> None:
+def test_what_a_kill_leaves_before_the_first_file_is_not_an_obstacle(tmp_path: Path, finished: Path) -> None:
     out = tmp_path / "trace"
     out.mkdir()
     (out / ".metadata.json.123.tmp").write_text("{")

@@ -217,7 +217,7 @@ def test_json_rows_in_several_files_are_one_recording(tmp_path: Path) -> None:
         import_trace(source.parent, tmp_path / "v")
 
 
-def test_a_file_is_no_trace(tmp_path: Path) -> None:
+def test_a_file_is_not_a_trace(tmp_path: Path) -> None:
     source = sample("jsonl", tmp_path / "source")
     with pytest.raises(TraceError, match=r"old\.jsonl is a file, and a trace is a folder: 'specmoe convert' reads files"):
         Trace.open(source)

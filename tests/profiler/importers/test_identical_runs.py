@@ -144,7 +144,7 @@ def test_empty_slots_of_dropped_tokens_are_not_counted(tmp_path: Path) -> None:
     assert len(trace.load()) == 50
 
 
-def test_rounded_weights_are_no_evidence() -> None:
+def test_rounded_weights_are_not_evidence() -> None:
     ids_TLK, weights_TLK = dummy(text(500), 0, 400)
     fingerprints = RouteFingerprints()
     fingerprints.add(np.arange(500), ids_TLK.astype(np.int32), weights_TLK)

@@ -133,7 +133,7 @@ def test_an_unknown_type_with_unknown_names_is_not_called_dense(names: tuple[str
 
 
 @pytest.mark.parametrize("is_moe", [True, False])
-def test_experts_that_are_no_modules_are_read_by_names(is_moe: bool) -> None:
+def test_experts_that_are_not_modules_are_read_by_names(is_moe: bool) -> None:
     """Doge keeps its experts in embeddings; its dense models have the same entries."""
     config = {"model_type": "doge", "num_hidden_layers": 2, "num_experts": 64, "num_experts_per_tok": 4, "is_moe": is_moe}
     if is_moe:

@@ -134,7 +134,7 @@ def test_a_named_precision_replaces_the_config_s(tmp_path: Path) -> None:
     assert list(entry_of_config(folder, "int8").checkpoints) == ["int8"]
 
 
-def test_what_is_no_config(tmp_path: Path) -> None:
+def test_what_is_not_a_config(tmp_path: Path) -> None:
     dense = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
     unknown = DEEPSEEK_V2_LITE | {"model_type": "of-the-future"}
     for name, config, message in (

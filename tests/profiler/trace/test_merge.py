@@ -54,7 +54,7 @@ def test_merged_parts_equal_the_whole(parts: Path, tmp_path: Path) -> None:
     assert Trace.open(parts / "a").faults(verify=True) == []
 
 
-def test_what_is_no_part_is_refused_and_leaves_nothing(parts: Path, tmp_path: Path) -> None:
+def test_what_is_not_a_part_is_refused_and_leaves_nothing(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="overlap: whole has problem 8"):
         merge_traces([parts / "whole", parts / "c"], tmp_path / "out")
     shutil.copytree(parts / "b", tmp_path / "other")

@@ -76,7 +76,7 @@ def test_a_single_layer_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, MIN_TOKENS - 1, MIN_TOKENS])
-def test_a_few_tokens_with_one_route_are_no_reason_for_doubt(tmp_path: Path, tokens: int) -> None:
+def test_a_few_tokens_with_one_route_are_not_a_reason_for_doubt(tmp_path: Path, tokens: int) -> None:
     ids_TLK, weights_TLK = np.tile([3, 7], (tokens, 3, 1)), np.tile([0.6, 0.3], (tokens, 3, 1)).astype(np.float16)
     assert bool(doubts(write_synthetic_trace(tmp_path / "t", [(ids_TLK, weights_TLK)], 16))) == (tokens == MIN_TOKENS)
 
@@ -103,7 +103,7 @@ def test_what_is_kept_of_the_sample_is_small(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(2, 1), (4, 1), (2, 2), (4, 4)])
-def test_few_possible_routes_are_no_reason_for_doubt(tmp_path: Path, experts: int, top_k: int) -> None:
+def test_few_possible_routes_are_not_a_reason_for_doubt(tmp_path: Path, experts: int, top_k: int) -> None:
     """With few experts, a layer may prefer one set of them; with K = 1, renormalized weights are all 1."""
     random = np.random.default_rng(0)
     ids_TLK = np.tile(np.arange(top_k), (400, 3, 1))

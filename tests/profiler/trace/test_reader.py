@@ -134,7 +134,7 @@ def test_impossible_metadata_is_refused(trace: Trace, field: str, value: object)
         Trace.open(trace.path, allow_incomplete=True)
 
 
-def test_broken_json_and_other_folders_are_no_traces(trace: Trace, tmp_path: Path) -> None:
+def test_broken_json_and_other_folders_are_not_traces(trace: Trace, tmp_path: Path) -> None:
     (trace.path / "metadata.json").write_text("{")
     with pytest.raises(TraceError, match="is not valid"):
         Trace.open(trace.path)

@@ -122,7 +122,7 @@ def test_a_control_is_played_with_one_prefetcher() -> None:
     assert prefetchers_for(control, [other]) == [other]
 
 
-def test_a_run_of_another_task_is_no_policy() -> None:
+def test_a_run_of_another_task_is_not_a_policy() -> None:
     predictor = Popularity(Shape(layers=3, experts=8, top_k=2, horizon=1, task=Task.WHOLE_PATH))
     with pytest.raises(SpecmoeError, match="was trained for whole-path: a policy needs a run of 'specmoe train --task reuse'"):
         list(learned_evictors(predictor, "counts", ROUTES, WORKLOAD.requests))

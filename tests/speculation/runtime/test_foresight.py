@@ -108,7 +108,7 @@ def test_scores_of_several_sequences_are_combined_as_if_independent() -> None:
     assert reuse_scores(predictor, histories).reshape(LAYERS, EXPERTS)[2].tolist() == pytest.approx([0.19, 0.51, 0.84, 0.99])
 
 
-def test_a_predictor_of_reuse_is_no_prefetcher() -> None:
+def test_a_predictor_of_reuse_is_not_a_prefetcher() -> None:
     class Reuse(Fixed):
         tasks = frozenset({Task.REUSE})
 

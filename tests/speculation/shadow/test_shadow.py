@@ -163,7 +163,7 @@ def test_a_run_of_another_domain_drops_below_its_reference(make_trace: MakeTrace
     )
 
 
-def test_an_evaluation_of_training_problems_is_no_reference(
+def test_an_evaluation_of_training_problems_is_not_a_reference(
     markov_trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = train(markov_trace, "conditional-counts", tmp_path / "run")
@@ -200,7 +200,7 @@ def test_joined_requests_are_problems_of_their_own(markov_trace: Trace) -> None:
 
 
 @pytest.mark.parametrize(("ids", "weight"), [([9, 1], 0.5), ([0, 1], -0.5), ([0, 1], np.nan)])
-def test_rows_that_are_no_routing_are_refused(ids: list[int], weight: float) -> None:
+def test_rows_that_are_not_routing_are_refused(ids: list[int], weight: float) -> None:
     request = ShadowRequest(
         expert_ids_TLK=np.array([[ids]], dtype=np.uint16),
         weights_TLK=np.full((1, 1, 2), weight, dtype=np.float16),

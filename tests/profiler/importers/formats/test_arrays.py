@@ -254,7 +254,7 @@ def test_broken_records_are_refused(tmp_path: Path, change: dict[str, object], r
         convert_dump(tmp_path, [record(1, 1, [1], [0], [1], [0]) | change])
 
 
-def test_dumps_of_counts_are_no_routing(tmp_path: Path) -> None:
+def test_dumps_of_counts_are_not_routing(tmp_path: Path) -> None:
     torch.save({"rank": 0, "logical_count": torch.zeros(1, 2, 8)}, tmp_path / "x.pt")
     with pytest.raises(TraceError, match="a dump of counts contains no routing"):
         import_trace(tmp_path / "x.pt", tmp_path / "t")

@@ -210,7 +210,7 @@ def _one(tmp_path: Path, text: str) -> Path:
     return tmp_path / "one.jsonl"
 
 
-def test_a_pipe_is_no_source(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_source(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.pt")
     with pytest.raises(TraceError, match="no such file or folder"):
         import_trace(tmp_path / "x.pt", tmp_path / "t")
@@ -218,7 +218,7 @@ def test_a_pipe_is_no_source(tmp_path: Path) -> None:
         import_trace(tmp_path, tmp_path / "t")
 
 
-def test_a_trace_is_no_source_but_says_so(tmp_path: Path) -> None:
+def test_a_trace_is_not_a_source_but_says_so(tmp_path: Path) -> None:
     convert(tmp_path, [line()])
     with pytest.raises(TraceError, match="is a trace already"):
         import_trace(tmp_path / "t", tmp_path / "u")

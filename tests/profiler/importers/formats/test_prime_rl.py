@@ -55,7 +55,7 @@ def test_dense_layers_are_zero_or_minus_one(tmp_path: Path, dtype: str, dense: i
     assert "layers that are 0 or -1 throughout were taken as dense: 0" in trace.metadata.gaps
 
 
-def test_expert_0_is_no_padding_except_at_the_end(tmp_path: Path) -> None:
+def test_expert_0_is_not_padding_except_at_the_end(tmp_path: Path) -> None:
     ids_TLK = np.array([[[0], [0]], [[0], [3]], [[0], [0]], [[2], [1]], [[0], [0]], [[0], [0]]], np.uint8)
     trace = convert(tmp_path, [[11, 12, 13, 14, 15, 16], [True] * 6, routes(ids_TLK)])
     assert trace.load().expert_ids_TLK.tolist() == ids_TLK[:4].tolist()

@@ -112,7 +112,7 @@ def test_moe_beyonds_positions_are_row_numbers_of_a_layer(tmp_path: Path) -> Non
     assert trace.metadata.record.weights is False
 
 
-def test_a_number_elsewhere_in_the_name_is_no_prompt(tmp_path: Path) -> None:
+def test_a_number_elsewhere_in_the_name_is_not_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     for name in ("deepseek2_prompt_7.csv", "deepseek2_prompt_8.csv"):
         (tmp_path / "d" / name).write_text(BEYOND, newline="")

@@ -196,6 +196,6 @@ def test_faulty_responses_are_refused(tmp_path: Path, response: Any, reason: str
 
 
 @pytest.mark.parametrize("text", ['{"meta_info": {"routed_experts": "', '{"a": 1}\n{"routed_experts"', "[" * 5000])
-def test_text_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
+def test_text_that_is_not_json_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(TraceError, match="not JSON"):
         import_trace(save(tmp_path, text), tmp_path / "t", format_name="server-responses")

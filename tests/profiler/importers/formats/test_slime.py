@@ -129,7 +129,7 @@ def dtype_of(*state: object, name: str = "i4") -> Called:
         (np.int32(3), "tensors and plain values only"),
     ],
 )
-def test_arrays_that_are_no_plain_numbers_are_refused(tmp_path: Path, routes: object, reason: str) -> None:
+def test_arrays_that_are_not_plain_numbers_are_refused(tmp_path: Path, routes: object, reason: str) -> None:
     with pytest.raises(TraceError, match=reason):
         convert(tmp_path, [sample(rollout_routed_experts=routes)])
 

@@ -153,7 +153,7 @@ def test_the_summary() -> None:
     ]
 
 
-def test_what_is_no_document_of_curves_is_refused(trace: Trace, tmp_path: Path) -> None:
+def test_what_is_not_a_document_of_curves_is_refused(trace: Trace, tmp_path: Path) -> None:
     path = tmp_path / "curve.json"
     curves = run_curves(CurveStudy(trace=trace, part="test"))
     short = curves.curves[0].model_copy(update={"hits": [1]})

@@ -39,7 +39,7 @@ def test_documents_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert found.best[0].is_possible
 
 
-def test_what_is_no_simulation_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_a_simulation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "simulation.json"
     for text in ("[]", '{"model": "m", "trace": "t", "devices": [], "notes": [], "best": [], "rows": []}'):
         path.write_text(text)
