@@ -103,7 +103,7 @@ def choices() -> dict[str, Any]:
 
     Changes the imported vLLM for good: call it in a process of its own.
     """
-    from vllm_patch.kernels import recordable_kernels
+    from vllm_patch.routers.kernels import recordable_kernels
 
     checkpoints: dict[str, dict[str, tuple[str, str]]] = {}
     requests = {}

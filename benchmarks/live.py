@@ -33,10 +33,10 @@ from profiler.live.metrics import DROPPED, SAMPLED, SCORED_REQUESTS, SHADOW_CPU,
 from profiler.live.options import FOLDER_VARIABLE, LiveOptions, ShadowOptions
 from profiler.live.publication import Publisher, read_publications
 from profiler.models.resolve import demo_model_folder
-from vllm_patch.buffers import CaptureBuffers
+from vllm_patch.capture.buffers import CaptureBuffers
+from vllm_patch.capture.steps import NewRequest, Step
 from vllm_patch.live.counter import LiveCounter
 from vllm_patch.live.start import start_counter
-from vllm_patch.steps import NewRequest, Step
 from vllm_patch.worker import WorkerCapture
 
 # Layers, experts, experts per token.

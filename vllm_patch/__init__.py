@@ -2,10 +2,9 @@
 
 vLLM finds the plugin through the entry point group `vllm.general_plugins`. The plugin does nothing unless the environment
 variable `SPECMOE_CAPTURE` is 1, or live metrics are switched on. `releases` knows which function selects experts in which
-release, `kernels` makes vLLM choose kernels that call it, `hook` wraps it, `buffers` holds what the hooks copy, `steps` labels
-rows with their requests, `recorder` queues the rows, and `capture_files` writes them. `live` counts them. `speculative` knows
-which forms of speculative decoding can be recorded. `recording` is for programs that create their own `LLM` (`matching` finds
-the request of each output), `serving` for servers, and `source` patches a local vLLM.
+release, `routers` wraps it, and `worker` records with `capture` what the routers of one worker choose; `live` counts it.
+`recording` is for programs that create their own `LLM` (`matching` finds the request of each output), `serving` for servers,
+and `source` patches a local vLLM.
 
 Example:
     >>> import vllm_patch

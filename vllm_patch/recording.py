@@ -26,7 +26,7 @@ from profiler.trace.reader import Trace
 from profiler.trace.schema import Metadata
 from profiler.trace.writer import write_metadata
 from vllm_patch.matching import Output, UnmatchedOutputError, match_outputs
-from vllm_patch.speculative import describe_speculation
+from vllm_patch.routers.speculative import describe_speculation
 
 DATASET = "own"
 

@@ -16,13 +16,13 @@ from profiler.capture.protocol import LIVE, START, STATUS, STOP
 from profiler.live.options import LiveOptions
 from profiler.models.resolve import loaded_model
 from profiler.trace.schema import GATES_FILE, Metadata
-from vllm_patch.recorder import Recorder
+from vllm_patch.capture.recorder import Recorder
 from vllm_patch.serving.server import Sealer, begin_trace, next_trace
 
 if TYPE_CHECKING:
-    from vllm_patch.kernels import KernelChoices
     from vllm_patch.live.counter import LiveCounter
     from vllm_patch.releases import Hook
+    from vllm_patch.routers.kernels import KernelChoices
 
 log = logging.getLogger("vllm.specmoe")
 
@@ -62,7 +62,7 @@ class WorkerCapture:
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Load the model, then allocate buffers and wrap the routers, before memory profiling and compilation."""
-        from vllm_patch.kernels import recordable_kernels
+        from vllm_patch.routers.kernels import recordable_kernels
 
         hook: Hook | None = None
         with self._refusing():
@@ -84,7 +84,7 @@ class WorkerCapture:
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the step, then pass its rows to the recorder and to the live counts."""
-        from vllm_patch.steps import label_rows
+        from vllm_patch.capture.steps import label_rows
 
         result = self._execute_model(scheduler_output, *args, **kwargs)
         recorder, counter = self._recorder, self._counter
@@ -159,8 +159,8 @@ class WorkerCapture:
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
         """An error in the block does not stop the engine: it becomes the reason why nothing can be recorded."""
-        from vllm_patch.hook import UnsupportedModelError
         from vllm_patch.releases import UnsupportedReleaseError
+        from vllm_patch.routers.hook import UnsupportedModelError
 
         try:
             yield
@@ -234,7 +234,7 @@ class WorkerCapture:
     def _metadata(self) -> Metadata:
         import vllm
 
-        from vllm_patch.speculative import describe_speculation
+        from vllm_patch.routers.speculative import describe_speculation
 
         assert self._recorder is not None
         config = self._worker.vllm_config.model_config
@@ -260,7 +260,7 @@ class WorkerCapture:
     def _save_gates(self, directory: Path) -> None:
         """Save the routers' weights if router inputs or logits are recorded."""
         if self._options.logits or self._options.hidden_layers:
-            from vllm_patch.gates import save_gates
+            from vllm_patch.routers.gates import save_gates
 
             size = self._worker.vllm_config.model_config.get_hidden_size()
             save_gates(self._worker.model_runner.get_model(), self._layers, size, directory / GATES_FILE)
@@ -269,9 +269,9 @@ class WorkerCapture:
         import vllm
         from vllm.platforms import current_platform
 
-        from vllm_patch.hook import refuse_unsupported
         from vllm_patch.releases import resolve_hook
-        from vllm_patch.speculative import refuse_unsupported_speculation
+        from vllm_patch.routers.hook import refuse_unsupported
+        from vllm_patch.routers.speculative import refuse_unsupported_speculation
 
         refuse_unsupported(self._worker.vllm_config)
         hook = resolve_hook(vllm.__version__, cpu=current_platform.is_cpu())
@@ -281,10 +281,10 @@ class WorkerCapture:
     def _attach(self, hook: Hook, kernels: KernelChoices | None) -> None:
         import vllm
 
-        from vllm_patch.buffers import CaptureBuffers
-        from vllm_patch.deviations import find_deviations
-        from vllm_patch.hook import UnsupportedModelError, attach, find_moe_layers, source_is_patched
+        from vllm_patch.capture.buffers import CaptureBuffers
         from vllm_patch.releases import is_known
+        from vllm_patch.routers.deviations import find_deviations
+        from vllm_patch.routers.hook import UnsupportedModelError, attach, find_moe_layers, source_is_patched
 
         config, options = self._worker.vllm_config, self._options
         self._layers = layers = find_moe_layers(self._worker.model_runner.get_model(), hook, kernels)

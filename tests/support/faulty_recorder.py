@@ -15,7 +15,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 
 def main() -> None:
-    from vllm_patch.buffers import CaptureBuffers
+    from vllm_patch.capture.buffers import CaptureBuffers
     from vllm_patch.check.jobs import EAGER, Job
     from vllm_patch.check.worker import answer_job
 

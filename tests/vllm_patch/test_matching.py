@@ -19,10 +19,10 @@ from profiler.errors import TraceError
 from profiler.trace.reader import Trace
 from profiler.trace.schema import Metadata, ModelMetadata
 from profiler.trace.writer import write_metadata
-from vllm_patch.buffers import CaptureBuffers
+from vllm_patch.capture.buffers import CaptureBuffers
+from vllm_patch.capture.recorder import Recorder
+from vllm_patch.capture.steps import NewRequest, Step
 from vllm_patch.matching import Output, UnmatchedOutputError, match_outputs
-from vllm_patch.recorder import Recorder
-from vllm_patch.steps import NewRequest, Step
 
 EXPERTS = 251
 METADATA = Metadata(

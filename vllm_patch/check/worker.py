@@ -37,7 +37,7 @@ from vllm_patch.check.jobs import (
     SHARED_PROMPTS,
     Job,
 )
-from vllm_patch.deviations import IGNORES_CORRECTION
+from vllm_patch.routers.deviations import IGNORES_CORRECTION
 
 MAX_LENGTH = 1024
 # More than all prompts and outputs of a job.

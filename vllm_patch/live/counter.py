@@ -30,12 +30,12 @@ from profiler.live.metrics import (
     Samples,
 )
 from profiler.live.publication import Publication, Publisher
-from vllm_patch.buffers import CaptureBuffers, Snapshot
-from vllm_patch.first_step import check_first_step
+from vllm_patch.capture.buffers import CaptureBuffers, Snapshot
+from vllm_patch.capture.first_step import check_first_step
+from vllm_patch.capture.numbering import Numbering
+from vllm_patch.capture.steps import Step
 from vllm_patch.live.counts import RollingCounts, RoutingCounts, RowCounter
 from vllm_patch.live.shadow_feed import ShadowFeed
-from vllm_patch.numbering import Numbering
-from vllm_patch.steps import Step
 
 QUEUE_BYTES = 32 << 20
 # Above this, counting is so far behind that nothing is scored.

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from profiler.live.metrics import SAMPLED, Samples
 from profiler.live.options import ShadowOptions
 from profiler.live.shadow_stream import ShadowModel, ShadowRequest, write_model, write_request
-from vllm_patch.capture_files import CapturedRows
+from vllm_patch.capture.capture_files import CapturedRows
 
 PROGRAM = "speculation.shadow"
 # Bytes of the running requests that are kept until they finish, and of one request. Requests beyond are dropped.

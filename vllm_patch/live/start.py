@@ -10,9 +10,9 @@ from typing import Any
 from profiler.live.options import FOLDER_VARIABLE, LiveOptions, ShadowOptions
 from profiler.live.publication import Publisher
 from profiler.live.shadow_stream import ShadowModel
+from vllm_patch.capture.recorder import Recorder
 from vllm_patch.live.counter import LiveCounter
 from vllm_patch.live.shadow_feed import ShadowFeed
-from vllm_patch.recorder import Recorder
 
 log = logging.getLogger("vllm.specmoe")
 

@@ -26,11 +26,11 @@ from profiler.live.metrics import (
     Samples,
 )
 from profiler.live.publication import Publisher, read_publications
-from vllm_patch.buffers import CaptureBuffers
+from vllm_patch.capture.buffers import CaptureBuffers
+from vllm_patch.capture.recorder import Recorder
+from vllm_patch.capture.steps import NewRequest, Step
 from vllm_patch.live import counter as counter_module
 from vllm_patch.live.counter import LiveCounter
-from vllm_patch.recorder import Recorder
-from vllm_patch.steps import NewRequest, Step
 
 
 def step(spans: list[tuple[str, int, int]], new: tuple[str, ...] = (), finished: tuple[str, ...] = ()) -> Step:

@@ -14,8 +14,8 @@ from profiler.capture.requests import CapturedRequest
 from profiler.live.metrics import SAMPLED, Samples
 from profiler.live.options import ShadowOptions
 from profiler.live.shadow_stream import ShadowModel, ShadowRequest, read_model, read_request, write_model, write_request
-from vllm_patch.buffers import Arrays
-from vllm_patch.capture_files import CapturedRows
+from vllm_patch.capture.buffers import Arrays
+from vllm_patch.capture.capture_files import CapturedRows
 from vllm_patch.live import shadow_feed
 from vllm_patch.live.shadow_feed import ShadowFeed
 

@@ -28,11 +28,11 @@ from profiler.errors import TraceError
 from profiler.models.resolve import demo_model_folder
 from profiler.trace.reader import Trace
 from profiler.trace.schema import CAPTURE_FOLDER, Metadata, ModelMetadata
-from vllm_patch.buffers import CaptureBuffers
+from vllm_patch.capture.buffers import CaptureBuffers
+from vllm_patch.capture.recorder import Recorder
+from vllm_patch.capture.steps import NewRequest, Step
 from vllm_patch.check.agreement import load_oracle, vocabulary
-from vllm_patch.recorder import Recorder
 from vllm_patch.serving.server import FINISHED_FILE, begin_trace, finish, next_trace
-from vllm_patch.steps import NewRequest, Step
 
 METADATA = Metadata(
     model=ModelMetadata(id="synthetic", moe_layers=[0], num_experts=4, top_k=2),
@@ -55,7 +55,7 @@ def test_clients_numbers_are_kept_and_the_others_get_the_smallest_free_ones() ->
 @pytest.fixture(autouse=True)
 def steps_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """`serve` waits for each step, which the recorder would otherwise keep for a second to write it with others."""
-    monkeypatch.setattr("vllm_patch.recorder.BATCH_BYTES", 1)
+    monkeypatch.setattr("vllm_patch.capture.recorder.BATCH_BYTES", 1)
 
 
 def serve(out: Path, steps: list[Step], limit: int) -> list[Path]:

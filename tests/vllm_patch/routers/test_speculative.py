@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_patch.hook import UnsupportedModelError
 from vllm_patch.releases import resolve_hook
-from vllm_patch.speculative import METHODS, describe_speculation, refuse_unsupported_speculation
+from vllm_patch.routers.hook import UnsupportedModelError
+from vllm_patch.routers.speculative import METHODS, describe_speculation, refuse_unsupported_speculation
 
 ROUTER_HOOK = resolve_hook("0.32.0", cpu=True)
 SHARED_FUNCTION_HOOK = resolve_hook("0.29.0", cpu=True)

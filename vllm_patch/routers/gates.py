@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 
-from vllm_patch.hook import MoELayer
+from vllm_patch.routers.hook import MoELayer
 
 BIASES = ("bias", "e_score_correction_bias")
 

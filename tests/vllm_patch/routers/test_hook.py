@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from vllm_patch import plugin
-from vllm_patch.hook import UnsupportedModelError, _copying, find_moe_layers, refuse_unsupported
-from vllm_patch.kernels import KernelChoices
+from vllm_patch.capture.steps import label_rows
 from vllm_patch.releases import resolve_hook
-from vllm_patch.steps import label_rows
+from vllm_patch.routers.hook import UnsupportedModelError, _copying, find_moe_layers, refuse_unsupported
+from vllm_patch.routers.kernels import KernelChoices
 
 
 class Router:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_patch.hook import MoELayer
+    from vllm_patch.routers.hook import MoELayer
 
 IGNORES_CORRECTION = (
     "vLLM's CPU router ignores this model's correction bias: recorded are the experts that vLLM used, not those that the "

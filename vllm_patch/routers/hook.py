@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import torch
 
-from vllm_patch.kernels import KernelChoices
 from vllm_patch.releases import SOURCE_ATTRIBUTE, Hook
+from vllm_patch.routers.kernels import KernelChoices
 
 Copy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Called in every forward pass with (router inputs `[T, D]`, router logits `[T, E]`, weights `[T, K]`, ids `[T, K]`)."""

@@ -21,7 +21,7 @@ def refuse_unsupported_speculation(config: Any, hook: Hook) -> None:
 
     config: vLLM's `VllmConfig`.
     """
-    from vllm_patch.hook import UnsupportedModelError
+    from vllm_patch.routers.hook import UnsupportedModelError
 
     speculative = config.speculative_config
     if speculative is None:

@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from vllm_patch.deviations import IGNORES_CORRECTION, IGNORES_FACTOR, find_deviations
-from vllm_patch.hook import MoELayer
+from vllm_patch.routers.deviations import IGNORES_CORRECTION, IGNORES_FACTOR, find_deviations
+from vllm_patch.routers.hook import MoELayer
 
 
 class CPURouter(SimpleNamespace):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from vllm_patch.kernels import recordable_kernels
+from vllm_patch.routers.kernels import recordable_kernels
 
 PACKAGE = "vllm.model_executor.layers.fused_moe"
 

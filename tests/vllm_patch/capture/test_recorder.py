@@ -15,11 +15,11 @@ from profiler.capture.requests import read_requests
 from profiler.capture.sealing import run_folder, seal
 from profiler.trace.schema import ModelMetadata
 from profiler.trace.stream import HIDDEN_STREAM, LOGITS_STREAM, ROUTING_STREAM, gather, read_index
-from vllm_patch import recorder as recorder_module
-from vllm_patch.buffers import CaptureBuffers
-from vllm_patch.capture_files import CapturedRows
-from vllm_patch.recorder import Recorder
-from vllm_patch.steps import NewRequest, Step
+from vllm_patch.capture import recorder as recorder_module
+from vllm_patch.capture.buffers import CaptureBuffers
+from vllm_patch.capture.capture_files import CapturedRows
+from vllm_patch.capture.recorder import Recorder
+from vllm_patch.capture.steps import NewRequest, Step
 
 MODEL = ModelMetadata(id="synthetic", moe_layers=[0, 1], num_experts=4, top_k=2)
 HIDDEN = 3
@@ -80,7 +80,7 @@ def read(folder: Path) -> dict[int, list[tuple[int, int]]]:
     return result
 
 
-def test_interleaved_requests_are_told_apart(recorder: Recorder, tmp_path: Path) -> None:
+def test_interleaved_requests_are_distinguished(recorder: Recorder, tmp_path: Path) -> None:
     facts = recorder.start(tmp_path / "c")
     assert (facts["moe_layers"], facts["num_experts"], facts["top_k"]) == ([0, 1], 4, 2)
     run_step(recorder, 0, labels([("a", 0, 2), ("b", 0, 3)], new={"a": 10, "b": 20}))

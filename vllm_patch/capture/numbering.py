@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.capture.requests import CapturedRequest
-from vllm_patch.buffers import Snapshot
-from vllm_patch.capture_files import CapturedRows
-from vllm_patch.steps import NewRequest, Step
+from vllm_patch.capture.buffers import Snapshot
+from vllm_patch.capture.capture_files import CapturedRows
+from vllm_patch.capture.steps import NewRequest, Step
 
 
 class Numbering:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from profiler.capture.requests import REQUESTS_FILE, CapturedRequest
 from profiler.trace.stream import InputsWriter, RoutingWriter, ValuesWriter
-from vllm_patch.buffers import Arrays
+from vllm_patch.capture.buffers import Arrays
 
 NO_END = np.iinfo(np.int32).max
 

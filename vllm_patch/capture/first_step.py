@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from profiler.errors import TraceError
 from profiler.trace.rows import check_ids, check_weights, refuse_repeats
-from vllm_patch.buffers import Arrays
+from vllm_patch.capture.buffers import Arrays
 
 
 class BypassedHookError(RuntimeError):

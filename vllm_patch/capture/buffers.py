@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_patch.hook import Copy
+from vllm_patch.routers.hook import Copy
 
 Arrays = dict[str, npt.NDArray[Any]]
 

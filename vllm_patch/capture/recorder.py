@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from profiler.trace.schema import ModelMetadata
 from profiler.trace.stream import HIDDEN_STREAM, LOGITS_STREAM, RoutingWriter, ValuesWriter
-from vllm_patch.buffers import CaptureBuffers, Snapshot
-from vllm_patch.capture_files import CaptureFiles, Files, RotatingFiles
-from vllm_patch.first_step import BypassedHookError, check_first_step
-from vllm_patch.numbering import Numbering
-from vllm_patch.steps import Step
+from vllm_patch.capture.buffers import CaptureBuffers, Snapshot
+from vllm_patch.capture.capture_files import CaptureFiles, Files, RotatingFiles
+from vllm_patch.capture.first_step import BypassedHookError, check_first_step
+from vllm_patch.capture.numbering import Numbering
+from vllm_patch.capture.steps import Step
 
 # Bytes that may be queued before the engine waits for the writer. The writer may hold as many again.
 QUEUE_BYTES = 32 << 20
