@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install install-tests install-quantize demo test test-all fast docs lint clean
+.PHONY: help install install-tests install-quantize demo test test-all run-tests fast docs lint clean
 
 help:
 	@echo "make demo   install into $(VENV), then collect, train, evaluate and analyze on the embedded model"
@@ -26,10 +26,13 @@ demo: install
 install-quantize:
 	@$(PYTHON) install.py $(VENV)-quantize --quantize
 
-# The two installations run in parallel: one waits for the network while the other unpacks.
+# The two installations run in parallel: one waits for the network while the other unpacks. So do the checks of the source and the
+# tests: mypy keeps one core busy for a minute.
 test:
 	@$(MAKE) --no-print-directory -j 2 install-tests install-quantize
-	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory -j 2 lint run-tests
+
+run-tests:
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # As `test`, with ten times as many mutated inputs.

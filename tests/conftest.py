@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from support.scheduling import FolderScheduling, folder_together
 from support.traces import MakeProblems, MakeTrace, Problems, write_synthetic_trace
 
 from profiler.trace.reader import Trace
+
+# Imports create no garbage worth looking for: see `pytest_collection_finish`.
+gc.disable()
 
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # A core for each worker and all that it starts: engines whose threads wait for a shared core take several times as long.
@@ -36,8 +40,19 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules with long tests first, then undivided folders: whichever process ends last should end with something short."""
-    long = {item.path for item in items if any(item.get_closest_marker(name) for name in ("engine", "modal", "awq", "fuzz"))}
+    long = {
+        item.path
+        for item in items
+        if any(item.get_closest_marker(name) for name in ("engine", "modal", "awq", "fuzz", "release"))
+    }
     items.sort(key=lambda item: (item.path not in long, folder_together(item.nodeid) is None))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what has been imported out of the garbage collector's walks: millions of objects, again and again."""
+    gc.freeze()
+    gc.enable()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(optionalhook=True)
