@@ -53,9 +53,9 @@ def verdict_line(document: CheckDocument) -> str:
     return f"{counted(len(document.jobs), 'run')} on {document.device}: {verdicts or 'nothing ran'}"
 
 
-def coverage_lines(document: CheckDocument) -> list[str]:
-    """The last two lines of the output."""
-    return [f"Covered: {'; '.join(document.covered) or 'nothing'}", f"Not covered: {'; '.join(document.not_covered)}"]
+def coverage_line(document: CheckDocument) -> str:
+    """The last line of the output."""
+    return f"Covered: {'; '.join(document.covered) or 'nothing'}. Not covered: {'; '.join(document.not_covered)}."
 
 
 def _names(jobs: list[JobResult]) -> str:

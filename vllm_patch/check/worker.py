@@ -168,6 +168,8 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
     from vllm_patch.recording import Recording, enable
 
     shutil.rmtree(out, ignore_errors=True)
+    # vLLM reads it each time that it starts.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(job.mode.workers))
     enable(CaptureOptions(hidden_layers=hidden_layers, hidden_tokens=HIDDEN_TOKENS))
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 16} if job.mode.chunked else {}
