@@ -26,6 +26,8 @@ def coverage(jobs: list[JobResult], device: DeviceFacts) -> tuple[list[str], lis
     for mode in dict.fromkeys(job.mode for job in compared):
         models = [_name(job.model) for job in compared if job.mode == mode]
         covered.append(f"{mode}: {models[0] if len(models) == 1 else f'{len(models)} models'}")
+    if any(job.asynchronous for job in compared):
+        covered.append("asynchronous scheduling")
     by_oracle = [job for job in compared if job.oracle not in {None, "transformers"}]
     if by_oracle:
         covered.append("of these, by another oracle than transformers alone: " + _names(by_oracle))
@@ -43,6 +45,8 @@ def coverage(jobs: list[JobResult], device: DeviceFacts) -> tuple[list[str], lis
         missing.append(f"{len(others)} further families (--all)")
     if not device.on_gpu:
         missing.append("GPUs")
+    if not any(job.asynchronous for job in compared):
+        missing.append("asynchronous scheduling")
     return covered, [*missing, *NEVER_RUN]
 
 
