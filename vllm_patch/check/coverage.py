@@ -12,7 +12,7 @@ COMPARED = {Verdict.exact, Verdict.ties, Verdict.wrong}
 NEVER_RUN = (
     "tensor parallelism",
     "speculative decoding",
-    "quantized weights of the small models",
+    "quantizations other than AWQ",
     "LoRA",
     "images and audio",
     "contexts above 1,024 tokens",

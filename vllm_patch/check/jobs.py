@@ -111,6 +111,7 @@ FURTHER_FAMILIES = (
     "qwen3_moe_many_experts",
     "mixtral_all_experts",
     "mixtral_one_expert",
+    "mixtral_awq",
 )
 FAMILY_NAMES = DEFAULT_FAMILIES + FURTHER_FAMILIES
 

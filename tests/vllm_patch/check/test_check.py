@@ -96,6 +96,25 @@ def test_jobs_that_no_time_is_left_for_are_reported(tmp_path: Path) -> None:
     assert [(result.model, result.verdict) for result in results] == [("mixtral", "skipped"), ("olmoe", "skipped")]
 
 
+def test_experts_in_4_bits_are_those_of_the_model(tmp_path: Path) -> None:
+    """The packed form by a hand-computed case, and the reference near the model before it was quantized."""
+    import torch
+
+    from vllm_patch.check.agreement import load_oracle
+    from vllm_patch.check.families import awq, make
+
+    # AutoAWQ's order: columns 0, 2, 4, 6, 1, 3, 5, 7 from the lowest four bits to the highest.
+    packed = awq._pack(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
+    assert packed.tolist() == [[int("86427531", 16) - 2**32]]
+    assert awq._unpack(packed).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    original = load_oracle(make("mixtral", tmp_path)).state_dict()
+    folder = make("mixtral_awq", tmp_path)
+    for name, weight in load_oracle(folder).state_dict().items():
+        # Half of a step of 15 in a group of 64 numbers whose standard deviation is 0.02, and bfloat16.
+        assert (weight - original[name]).abs().max() < (0.01 if ".experts." in name else 0.004)
+        assert ".experts." not in name or not (weight == original[name]).all()
+
+
 def test_a_cut_run_keeps_what_it_has_and_the_most_valuable_steps_come_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +163,7 @@ def test_a_cut_run_keeps_what_it_has_and_the_most_valuable_steps_come_first(
 def test_the_families_that_are_named_can_be_made() -> None:
     from vllm_patch.check.families import FAMILIES
 
-    assert set(FAMILY_NAMES) == {*FAMILIES, "deepseek_v1"}
+    assert set(FAMILY_NAMES) == {*FAMILIES, "deepseek_v1", "mixtral_awq"}
     assert len(set(FAMILY_NAMES)) == len(FAMILY_NAMES)
 
 
