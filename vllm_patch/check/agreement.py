@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -102,14 +103,23 @@ class OracleAgreement:
 
 
 def load_oracle(folder: Path, dtype: str = "float32") -> Any:
-    """The `transformers` model of a checkpoint, used as the reference. Raises `EngineError` if it does not load all weights."""
+    """The `transformers` model of a checkpoint, used as the reference. Weights in AWQ's form are unpacked.
+
+    Raises `EngineError` if it does not load all weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from vllm_patch.check.families.awq import is_awq, unpack_awq
 
     if folder.name == "deepseek_v1":
         from vllm_patch.check.families.deepseek_v1 import deepseek_v1_oracle
 
         return deepseek_v1_oracle(folder).to(getattr(torch, dtype))
+    if is_awq(folder):
+        with TemporaryDirectory() as temporary:
+            unpack_awq(folder, Path(temporary) / folder.name)
+            return load_oracle(Path(temporary) / folder.name, dtype)
     options = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, **options)

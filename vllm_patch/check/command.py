@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from profiler.errors import UsageError, printable
-from vllm_patch.check.coverage import coverage_lines, verdict_line
+from vllm_patch.check.coverage import coverage_line, verdict_line
 from vllm_patch.check.jobs import FAMILY_NAMES
 from vllm_patch.check.results import CheckDocument, Verdict
 from vllm_patch.check.run import Check, run_check
@@ -37,8 +37,7 @@ def run_and_print(check: Check) -> CheckDocument:
     for note in document.notes:
         console.print(escape(printable(note)))
     console.print("\n" + escape(verdict_line(document)))
-    for line in coverage_lines(document):
-        console.print(escape(printable(line)), soft_wrap=True)
+    console.print(escape(printable(coverage_line(document))), soft_wrap=True)
     return document
 
 

@@ -12,7 +12,7 @@ COMPARED = {Verdict.exact, Verdict.ties, Verdict.wrong}
 NEVER_RUN = (
     "tensor parallelism",
     "speculative decoding",
-    "quantized weights of the small models",
+    "quantizations other than AWQ",
     "LoRA",
     "images and audio",
     "contexts above 1,024 tokens",
@@ -26,6 +26,8 @@ def coverage(jobs: list[JobResult], device: DeviceFacts) -> tuple[list[str], lis
     for mode in dict.fromkeys(job.mode for job in compared):
         models = [_name(job.model) for job in compared if job.mode == mode]
         covered.append(f"{mode}: {models[0] if len(models) == 1 else f'{len(models)} models'}")
+    if any(job.asynchronous for job in compared):
+        covered.append("asynchronous scheduling")
     by_oracle = [job for job in compared if job.oracle not in {None, "transformers"}]
     if by_oracle:
         covered.append("of these, by another oracle than transformers alone: " + _names(by_oracle))
@@ -43,6 +45,8 @@ def coverage(jobs: list[JobResult], device: DeviceFacts) -> tuple[list[str], lis
         missing.append(f"{len(others)} further families (--all)")
     if not device.on_gpu:
         missing.append("GPUs")
+    if not any(job.asynchronous for job in compared):
+        missing.append("asynchronous scheduling")
     return covered, [*missing, *NEVER_RUN]
 
 
@@ -53,9 +57,9 @@ def verdict_line(document: CheckDocument) -> str:
     return f"{counted(len(document.jobs), 'run')} on {document.device}: {verdicts or 'nothing ran'}"
 
 
-def coverage_lines(document: CheckDocument) -> list[str]:
-    """The last two lines of the output."""
-    return [f"Covered: {'; '.join(document.covered) or 'nothing'}", f"Not covered: {'; '.join(document.not_covered)}"]
+def coverage_line(document: CheckDocument) -> str:
+    """The last line of the output."""
+    return f"Covered: {'; '.join(document.covered) or 'nothing'}. Not covered: {'; '.join(document.not_covered)}."
 
 
 def _names(jobs: list[JobResult]) -> str:

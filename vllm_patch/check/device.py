@@ -14,8 +14,9 @@ from profiler.errors import EngineError
 from profiler.models.resolve import demo_model_folder
 
 # On GPUs, the kernels for multi-head latent attention support only half precision; on CPU, those for gated delta networks.
-HALF_PRECISION_ON_GPU = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "axk1", "longcat_flash")
-HALF_PRECISION_ON_CPU = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_multimodal")
+# Quantized weights are multiplied in half precision everywhere.
+HALF_PRECISION_ON_GPU = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "axk1", "longcat_flash", "mixtral_awq")
+HALF_PRECISION_ON_CPU = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_multimodal", "mixtral_awq")
 # The share of the memory that the weights of a checked model may take. The rest is for vLLM's cache and steps, and on a CPU for
 # the reference.
 WEIGHTS_SHARE = {"gpu": 0.6, "cpu": 0.3}

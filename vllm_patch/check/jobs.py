@@ -14,7 +14,7 @@ CHUNK = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """How vLLM runs. chunked: prompts are prefilled in chunks. workers: vLLM runs in its own processes, not in this one.
+    """How vLLM runs. chunked: prompts are prefilled in chunks. workers: vLLM runs in its own processes, not in that of the job.
 
     runner: 1 or 2 for one of the two model runners that some releases have; None for the release's default.
     """
@@ -29,10 +29,7 @@ class Mode:
     @property
     def environment(self) -> dict[str, str]:
         """Variables to set before vLLM is imported. Jobs with equal environments share a process."""
-        variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(self.workers))}
-        if self.runner is not None:
-            variables["VLLM_USE_V2_MODEL_RUNNER"] = str(int(self.runner == 2))
-        return variables
+        return {} if self.runner is None else {"VLLM_USE_V2_MODEL_RUNNER": str(int(self.runner == 2))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +111,7 @@ FURTHER_FAMILIES = (
     "qwen3_moe_many_experts",
     "mixtral_all_experts",
     "mixtral_one_expert",
+    "mixtral_awq",
 )
 FAMILY_NAMES = DEFAULT_FAMILIES + FURTHER_FAMILIES
 

@@ -35,6 +35,7 @@ class _Part(BaseModel):
 class JobResult(_Part):
     """One model in one mode. compared, differing: numbers of expert sets; a set is the experts of one token at one layer.
 
+    runner: the module of vLLM's model runner. asynchronous: whether vLLM scheduled a step before the one before it had ended.
     oracle: what the recorded sets were compared with: `transformers`, or its routers on the inputs that vLLM recorded (if vLLM
     computes something before the router in another way), and what was left out of it. input_difference: in the latter case, the
     median relative difference of the routers' inputs.
@@ -50,6 +51,7 @@ class JobResult(_Part):
     oracle: str | None = None
     hook: str | None = None
     runner: str | None = None
+    asynchronous: bool | None = None
     vllm: str | None = None
     compared: int | None = None
     differing: int | None = None

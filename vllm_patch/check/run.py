@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -107,7 +107,9 @@ def run_check(check: Check, show: Callable[[CheckDocument, str], None]) -> Check
         if deadline is not None and (check.overhead or check.replay):
             # The first jobs, one for each model, are more valuable than measurements, which are more so than further modes.
             measured = progress.began + 0.55 * (check.budget or 0.0)
-        run_jobs(jobs, folder, workers, measured, lambda result: _add(progress, result), environment)
+        # Some releases cannot capture CUDA graphs for a second engine in the same process.
+        alone = {job for job in jobs if job.mode.compiled and device.on_gpu}
+        run_jobs(jobs, folder, workers, measured, lambda result: _add(progress, result), environment, alone)
         if check.replay:
             _measure(progress, "replay", _replay(progress, folder, device.on_gpu, deadline))
         if check.overhead:
@@ -129,10 +131,11 @@ def run_jobs(
     deadline: float | None,
     on_result: Callable[[JobResult], None],
     environment: dict[str, str] | None = None,
+    alone: Collection[Job] = (),
 ) -> None:
     """Run the jobs in order, in `workers` processes at a time. Jobs that no time is left for are reported as skipped.
 
-    environment: variables of these processes, unless they are set already.
+    environment: variables of these processes, unless they are set already. alone: the jobs that need a process of their own.
     """
     waiting = deque(jobs)
     lock = threading.Lock()
@@ -153,8 +156,7 @@ def run_jobs(
             if deadline is not None and time.monotonic() > deadline:
                 results.put(_result(job, {"verdict": "skipped", "detail": "no time was left"}))
                 continue
-            # Some releases cannot capture CUDA graphs for a second engine in the same process.
-            if worker is None or worker.environment != job.mode.environment or not worker.alive or job.mode.compiled:
+            if worker is None or worker.environment != job.mode.environment or not worker.alive or job in alone:
                 if worker is not None:
                     worker.close()
                 worker = _Worker(job.mode.environment, environment or {}, folder, number)

@@ -111,6 +111,7 @@ def run_job(job: Job, folder: Path, out: Path) -> dict[str, Any]:
         "oracle": oracle,
         "hook": trace.metadata.hook,
         "runner": recorded.runner,
+        "asynchronous": recorded.asynchronous,
         "vllm": trace.metadata.versions["vllm"],
         "compared": found.compared,
         "differing": found.differing,
@@ -152,6 +153,7 @@ class RecordedRun:
 
     trace: Trace
     runner: str | None
+    asynchronous: bool
     start_seconds: float
     in_transformers: bool
 
@@ -168,6 +170,8 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
     from vllm_patch.recording import Recording, enable
 
     shutil.rmtree(out, ignore_errors=True)
+    # vLLM reads it each time that it starts.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(job.mode.workers))
     enable(CaptureOptions(hidden_layers=hidden_layers, hidden_tokens=HIDDEN_TOKENS))
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 16} if job.mode.chunked else {}
@@ -202,7 +206,9 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
             for prompts in prompt_batches(job):
                 recording.add(llm.generate(prompts, _sampling(), use_tqdm=False))
         runner = _runner_of(llm) if not job.mode.workers else None
-        uses_transformers = getattr(llm.llm_engine.vllm_config.model_config, "using_transformers_backend", None)
+        config = llm.llm_engine.vllm_config
+        asynchronous = bool(getattr(config.scheduler_config, "async_scheduling", False))
+        uses_transformers = getattr(config.model_config, "using_transformers_backend", None)
         in_transformers = uses_transformers is not None and bool(uses_transformers())
     finally:
         _stop(llm)
@@ -211,7 +217,7 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
         if on_gpu:
             torch.cuda.empty_cache()
     assert recording.trace is not None
-    return RecordedRun(recording.trace, runner, started, in_transformers)
+    return RecordedRun(recording.trace, runner, asynchronous, started, in_transformers)
 
 
 def _compare(recorded: RecordedRun, model: Path, job: Job, *, recorded_inputs: bool = False) -> OracleAgreement:

@@ -91,6 +91,10 @@ def refuse_unsupported(config: Any) -> None:
         raise UnsupportedModelError("fast prefill skips tokens in some layers: use kv_sharing_fast_prefill=False")
     if getattr(config.model_config, "enable_prompt_embeds", False):
         raise UnsupportedModelError("prompt embeddings have no token ids to record: use enable_prompt_embeds=False")
+    if getattr(config.model_config, "enable_sleep_mode", False):
+        raise UnsupportedModelError(
+            "sleep mode unloads the model, and what follows was never compared: use enable_sleep_mode=False"
+        )
     if getattr(config.model_config, "runner_type", None) == "pooling":
         raise UnsupportedModelError("pooling also routes the last token, which traces leave out: use runner='generate'")
     if getattr(config, "lora_config", None) is not None:

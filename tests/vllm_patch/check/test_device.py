@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_patch.check.coverage import coverage, coverage_lines
+from vllm_patch.check.coverage import coverage, coverage_line
 from vllm_patch.check.device import DeviceFacts, choose_dtype, context_length, float32_attention
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict
 from vllm_patch.check.table import csv_table, markdown_table
@@ -112,18 +112,19 @@ def document(*jobs: JobResult) -> CheckDocument:
     )
 
 
-def test_the_last_lines_say_what_was_and_was_not_covered() -> None:
+def test_the_last_line_says_what_was_and_was_not_covered() -> None:
     found = document(
         job("mixtral", "exact", oracle="transformers", compared=7, differing=0),
         job("lfm2_moe", "ties", oracle="router on recorded inputs", compared=7, differing=1, input_difference=0.25),
         job("jamba", "failed"),
         job("longcat_flash", "refused"),
     )
-    covered, missing = coverage_lines(found)
+    covered, missing = coverage_line(found).split(". Not covered: ")
     assert covered == "Covered: eager: 2 models; of these, by another oracle than transformers alone: lfm2_moe"
-    assert missing.startswith(
-        "Not covered: refused: longcat_flash; do not run here: jamba; 40 further families (--all); GPUs; "
-    )
+    assert missing.startswith("refused: longcat_flash; do not run here: jamba; 41 further families (--all); GPUs; asynchronous")
+    later = coverage_line(document(job("mixtral", "exact", oracle="transformers", asynchronous=True)))
+    assert later.startswith("Covered: eager: mixtral; asynchronous scheduling. Not covered: ")
+    assert later.count("asynchronous") == 1
 
 
 def test_in_the_table_a_later_document_counts() -> None:

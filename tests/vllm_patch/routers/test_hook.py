@@ -196,6 +196,7 @@ def test_settings_that_would_mislabel_rows_are_refused(parallel: dict[str, objec
         ("lora_config", object(), "without enable_lora"),
         ("model_config", SimpleNamespace(runner_type="pooling"), "runner='generate'"),
         ("model_config", SimpleNamespace(enable_prompt_embeds=True), "enable_prompt_embeds=False"),
+        ("model_config", SimpleNamespace(enable_sleep_mode=True), "enable_sleep_mode=False"),
         ("model_config", SimpleNamespace(is_diffusion=True), "autoregressive"),
         ("cache_config", SimpleNamespace(kv_sharing_fast_prefill=True), "kv_sharing_fast_prefill=False"),
     ],

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from vllm_patch.check.families import hybrid, multimodal, sigmoid, softmax
+from vllm_patch.check.families.awq import quantize_experts
 from vllm_patch.check.families.deepseek_v1 import make_deepseek_v1
 
 # Class names that published checkpoints spell differently from transformers.
@@ -81,11 +83,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 def make(name: str, folder: Path) -> Path:
-    """Write the checkpoint `name` (one of FAMILIES, or deepseek_v1) to `folder / name` in float32."""
+    """Write the checkpoint `name` (one of FAMILIES, deepseek_v1 or mixtral_awq) to `folder / name`, in float32 or quantized."""
     torch.manual_seed(0)
     target = folder / name
     if name == "deepseek_v1":
         make_deepseek_v1(target)
+        return target
+    if name == "mixtral_awq":
+        with TemporaryDirectory() as temporary:
+            quantize_experts(make("mixtral", Path(temporary)), target)
         return target
     model = FAMILIES[name]().float().eval()
     with torch.no_grad():
