@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,6 +22,8 @@ from vllm_patch.check.device import DeviceFacts
 from vllm_patch.check.jobs import EAGER, FAMILY_NAMES, Job, jobs_for
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict, read_check
 from vllm_patch.check.run import run_jobs
+
+FAMILIES = Path(__file__).parents[3] / "docs" / "results" / "families.csv"
 
 needs_vllm = pytest.mark.skipif(not is_installed(), reason="vLLM is not installed")
 
@@ -211,3 +215,27 @@ def test_when_a_check_passes(verdicts: dict[str, str], named: tuple[str, ...], p
     jobs = [JobResult(model=m, mode="eager", dtype="float32", verdict=Verdict(v), detail="") for m, v in verdicts.items()]
     document = CheckDocument(device="CPU", versions={}, command=[], began="", jobs=jobs)
     assert document.passed(named) == passed
+
+
+@pytest.mark.engine
+@needs_vllm
+@pytest.mark.skipif("SPECMOE_ALL_FAMILIES" not in os.environ, reason="some ten minutes: `make test-all`")
+@pytest.mark.timeout(2000)
+def test_every_family_is_recorded_as_the_documentation_says(tmp_path: Path) -> None:
+    """What vLLM can run without torchvision, which the tests do not install: its code of multimodal models imports it."""
+    found = tmp_path / "check.json"
+    command = [sys.executable, "-m", "vllm_patch", "check", "--all", "--budget", "1800", "--json", str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = CheckDocument.model_validate_json(found.read_text()).jobs
+    verdicts = {(job.model, job.mode): str(job.verdict) for job in jobs if "torchvision" not in job.detail}
+    with FAMILIES.open(newline="", encoding="utf-8") as file:
+        rows = {(row["model"], row["mode"]): row["recorded routing"] for row in csv.DictReader(file)}
+    written = {"exact": "exact", "exact up to ties": "ties", "does not run here": "failed", "refused": "refused"}
+    assert len(verdicts) >= 40
+    # Which sets are ties depends on the processor.
+    exact = {"exact", "ties"}
+    expected = {key: written[rows[key]] for key in verdicts}
+    assert [
+        key for key, verdict in verdicts.items() if verdict != expected[key] and not {verdict, expected[key]} <= exact
+    ] == []
