@@ -25,6 +25,7 @@ from profiler.capture.options import OWNER_VARIABLE, CaptureOptions, separate_co
 from profiler.capture.protocol import Workers
 from profiler.capture.requests import read_requests
 from profiler.engines import AUTO_BACKEND, Completion, EngineOptions, Prompt, Sampling
+from profiler.engines.vllm_attention import float32_attention
 from profiler.errors import EngineError, EngineStoppedError, EngineUsageError, ModelError, first_line
 from profiler.models.deepseek_v1 import register_config
 from profiler.models.registry import USED_SHARE
@@ -80,6 +81,7 @@ class VllmEngine:
                 # Releases before 0.17 do not have the option.
                 **({} if options.moe_backend == AUTO_BACKEND else {"moe_backend": options.moe_backend}),
                 **({"gpu_memory_utilization": USED_SHARE} if on_gpu else {}),
+                **float32_attention(model.latent_attention, options.dtype),
             )
         except Exception as error:  # vLLM's loaders raise errors of any type
             reason = explained(_root_cause(self._log) or first_line(error))

@@ -27,12 +27,14 @@ class ResolvedModel:
     """A model that an engine can load, and facts from its config.
 
     location: a folder or hub id. max_length: maximum tokens per sequence. hidden_size: D; 0 if the config does not say.
+    latent_attention: whether it has multi-head latent attention.
     """
 
     location: str
     metadata: ModelMetadata
     max_length: int
     hidden_size: int
+    latent_attention: bool = False
 
 
 def demo_model_folder() -> Path:
@@ -142,7 +144,8 @@ def _resolved(
     )
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else config
-    return ResolvedModel(location, metadata, int(text.get("max_position_embeddings") or 2048), _first(text, "hidden_size") or 0)
+    length, hidden_size = int(text.get("max_position_embeddings") or 2048), _first(text, "hidden_size") or 0
+    return ResolvedModel(location, metadata, length, hidden_size, latent_attention=bool(text.get("kv_lora_rank")))
 
 
 def moe_facts(config: dict[str, Any], *, build: bool = True) -> dict[str, Any]:

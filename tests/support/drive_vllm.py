@@ -25,7 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def start(model: str, **settings: Any) -> Any:
     from vllm import LLM
 
-    from vllm_patch.check.device import float32_attention
+    from profiler.engines.vllm_attention import float32_attention
+    from vllm_patch.check.device import has_latent_attention
     from vllm_patch.check.worker import freeze_what_is_loaded, inspect_models_here
 
     inspect_models_here()
@@ -36,7 +37,7 @@ def start(model: str, **settings: Any) -> Any:
         defaults["skip_tokenizer_init"] = True
     options = defaults | settings
     freeze_what_is_loaded()
-    return LLM(model=model, **float32_attention(Path(model), str(options["dtype"])), **options)
+    return LLM(model=model, **float32_attention(has_latent_attention(Path(model)), str(options["dtype"])), **options)
 
 
 def random_prompts(count: int, shortest: int, longest: int, seed: int = 0, shared_prefix: int = 0) -> list[dict[str, Any]]:

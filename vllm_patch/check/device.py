@@ -78,22 +78,8 @@ def context_length(folder: Path, wanted: int) -> int:
     return min(wanted, most) if isinstance(most, int) else wanted
 
 
-def float32_attention(folder: Path, dtype: str) -> dict[str, Any]:
-    """The option of vLLM's engine without which a model with latent attention does not load in float32 on this CPU, if any.
-
-    On a CPU with AMX, vLLM 0.32 takes kernels that support only bfloat16, whatever the model's type.
-    """
-    import torch
-
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    if dtype != "float32" or not _latent_attention(folder) or torch.cuda.is_available() or not has_amx():
-        return {}
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    return {"attention_backend": "CPU_MLA"} if "AMX_MLA" in AttentionBackendEnum.__members__ else {}
-
-
-def _latent_attention(folder: Path) -> bool:
+def has_latent_attention(folder: Path) -> bool:
+    """Whether a model has multi-head latent attention, by its config."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return bool((config.get("text_config") or config).get("kv_lora_rank"))
 

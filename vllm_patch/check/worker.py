@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from profiler.capture.options import CaptureOptions
+from profiler.engines.vllm_attention import float32_attention
 from profiler.errors import EngineError, first_line
 from profiler.models.resolve import demo_model_folder
 from profiler.trace.reader import Trace
 from vllm_patch.check.agreement import ROUTER, OracleAgreement
-from vllm_patch.check.device import context_length, float32_attention
+from vllm_patch.check.device import context_length, has_latent_attention
 from vllm_patch.check.jobs import (
     CHUNK,
     LONGEST_PROMPT,
@@ -197,7 +198,7 @@ def record(job: Job, model: Path, out: Path, hidden_layers: tuple[int, ...] = ()
         max_model_len=context_length(model, MAX_LENGTH),
         disable_log_stats=True,
         seed=0,
-        **float32_attention(model, job.dtype),
+        **float32_attention(has_latent_attention(model), job.dtype),
         **settings,
     )
     started = time.perf_counter() - began

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from profiler.engines.vllm_attention import float32_attention
 from vllm_patch.check.coverage import coverage, coverage_line
-from vllm_patch.check.device import DeviceFacts, choose_dtype, context_length, float32_attention
+from vllm_patch.check.device import DeviceFacts, choose_dtype, context_length, has_latent_attention
 from vllm_patch.check.results import CheckDocument, JobResult, Verdict
 from vllm_patch.check.table import csv_table, markdown_table
 
@@ -78,7 +79,7 @@ def test_on_a_cpu_with_amx_latent_attention_runs_in_float32(
     monkeypatch.setitem(sys.modules, registry.__name__, registry)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
     checkpoint(tmp_path, config, 0)
-    assert float32_attention(tmp_path, dtype) == expected
+    assert float32_attention(has_latent_attention(tmp_path), dtype) == expected
 
 
 @pytest.mark.parametrize(
