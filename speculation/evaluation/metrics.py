@@ -6,6 +6,7 @@ examples, E experts, and K true experts per example. Rank 0 is the expert with t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import comb
 from typing import Any, Self
@@ -23,6 +24,7 @@ CONFIDENCE_BINS = 20
 BUDGET_POINTS = 33
 BUDGET_FACTORS = (1.5, 2, 3, 4)
 BOOTSTRAP_SAMPLES = 1000
+BOOTSTRAP_DRAWS_AT_ONCE = 1 << 17
 
 DEFINITIONS = {
     "recall@m": "sum over examples of |top-m predicted ∩ true| / sum of K",
@@ -265,11 +267,18 @@ class ProblemSums:
             if not problems:
                 continue
             sums_2P = np.stack([found_P[has_examples_P], possible_P[has_examples_P]])
-            random = np.random.default_rng(0)
-            drawn_B2 = np.stack([sums_2P[:, random.integers(problems, size=problems)].sum(1) for _ in range(BOOTSTRAP_SAMPLES)])
-            low, high = np.quantile(drawn_B2[:, 0] / drawn_B2[:, 1], [0.025, 0.975]).tolist()
+            drawn_2B = np.concatenate([sums_2P[:, drawn_NP].sum(2) for drawn_NP in _bootstrap_samples(problems)], axis=1)
+            low, high = np.quantile(drawn_2B[0] / drawn_2B[1], [0.025, 0.975]).tolist()
             found[name] = (low, high)
         return found
+
+
+def _bootstrap_samples(problems: int) -> Iterator[npt.NDArray[np.int64]]:
+    """The problems of each bootstrap sample, in arrays `[N, P]` of some samples each: the same samples for every metric."""
+    random = np.random.default_rng(0)
+    at_once = max(1, BOOTSTRAP_DRAWS_AT_ONCE // problems)
+    for first in range(0, BOOTSTRAP_SAMPLES, at_once):
+        yield random.integers(problems, size=(min(at_once, BOOTSTRAP_SAMPLES - first), problems))
 
 
 @dataclass
