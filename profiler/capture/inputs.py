@@ -52,12 +52,16 @@ class CapturedInputs:
         """Whether this run has recorded what its requests read."""
         return len(self._vocab_N) > 0
 
-    def _of(self, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """The positions of a request that were captured `[T]`, ascending and distinct, and the vocabulary ids read there."""
+    def _part(self, number: int) -> slice:
+        """Where the rows of a request are, in the order in which they were written."""
         at = int(np.searchsorted(self._numbers_R, number))
         if at == len(self._numbers_R) or self._numbers_R[at] != number:
-            return self._positions_N[:0], self._vocab_N[:0]
-        mine = slice(self._starts_R[at], self._starts_R[at + 1])
+            return slice(0, 0)
+        return slice(int(self._starts_R[at]), int(self._starts_R[at + 1]))
+
+    def _of(self, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """The positions of a request that were captured `[T]`, ascending and distinct, and the vocabulary ids read there."""
+        mine = self._part(number)
         positions_T, vocab_T = self._positions_N[mine], self._vocab_N[mine]
         if (np.diff(positions_T) <= 0).any():
             order_T = np.argsort(positions_T, kind="stable")
@@ -67,12 +71,16 @@ class CapturedInputs:
         return positions_T, vocab_T
 
     def has_read(self, number: int, token_ids: list[int]) -> bool:
-        """Whether request `number` read all of `token_ids` but the last, except for those that came from a prefix cache."""
+        """Whether request `number` read all of `token_ids` but the last, except for those that came from a prefix cache.
+
+        A draft token that was rejected does not count, also if it was the last one that the request read at its position.
+        """
         last = max(len(token_ids) - 2, 0)
-        positions_T, _ = self._of(number)
-        at = int(np.searchsorted(positions_T, last))
-        reached = at < len(positions_T) and positions_T[at] == last
-        return bool(reached) and self.difference(number, token_ids) is None
+        positions_T = self._positions_N[self._part(number)]
+        at_T = np.flatnonzero(positions_T == last)
+        # When a draft token has been rejected, the position of an earlier one is computed again.
+        reached = len(at_T) > 0 and bool((positions_T[at_T[-1] :] >= last).all())
+        return reached and self.difference(number, token_ids) is None
 
     def difference(self, number: int, token_ids: list[int], *, last: bool = False) -> tuple[int, int] | None:
         """The first position at which request `number` read another token than `token_ids`, and that token; None if none did.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from profiler.capture.finish import finish_trace
@@ -156,8 +156,13 @@ def programs(draw: st.DrawFn) -> tuple[list[Run], int, bool]:
     return runs, draw(st.integers(1, 4)), draw(st.booleans())
 
 
+# Two requests with one id: the drafts that the first one rejected, behind its end, are the rest of the second one's output.
+REJECTED_BEHIND_THE_END = [Run("r", [0], [1, 1, 0], "r", drafts=[[0, 1]]), Run("r", [0], [1, 1, 1, 0], "r")]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(programs())
+@example((REJECTED_BEHIND_THE_END, 1, False))
 def test_whatever_ids_repeat_every_output_gets_the_routes_of_its_tokens(
     tmp_path_factory: pytest.TempPathFactory, program: tuple[list[Run], int, bool]
 ) -> None:
