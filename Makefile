@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@echo "make demo   install into $(VENV), then collect, train, evaluate and analyze on the embedded model"
 	@echo "make test   install into $(VENV), then run lint, type checks and all tests"
-	@echo "make test-all  as test, with 10,000 mutated inputs per reader instead of 1,000, and all families of models (20 minutes more)"
+	@echo "make test-all  as test, with 10,000 mutated inputs per reader instead of 1,000, all families of models, and the installed wheel (20 minutes more)"
 	@echo "make docs   build the documentation, with the reference of the Python API, into site/"
 	@echo "make fast   install into $(VENV), then run lint, type checks and the tests that start neither engines nor containers"
 
@@ -35,9 +35,10 @@ test:
 run-tests:
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-# As `test`, with ten times as many mutated inputs, and with every family that `python -m vllm_patch check` knows.
+# As `test`, with ten times as many mutated inputs, with every family that `python -m vllm_patch check` knows, and with the demo in
+# an environment that has only the wheel and what it requires.
 test-all:
-	@SPECMOE_FUZZ_INPUTS=10000 SPECMOE_ALL_FAMILIES=1 $(MAKE) --no-print-directory test
+	@SPECMOE_FUZZ_INPUTS=10000 SPECMOE_ALL_FAMILIES=1 SPECMOE_RELEASE=1 $(MAKE) --no-print-directory test
 
 fast: install-tests lint
 	@$(VENV)/bin/python -m pytest -m "not (engine or modal or awq or fuzz)"
