@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@echo "make demo   install into $(VENV), then collect, train, evaluate and analyze on the embedded model"
 	@echo "make test   install into $(VENV), then run lint, type checks and all tests"
-	@echo "make test-all  as test, with 10,000 mutated inputs per reader instead of 1,000, all families of models, and the installed wheel (20 minutes more)"
+	@echo "make test-all  as test, with 10,000 mutated inputs per reader instead of 1,000, all families of models, and the installed wheel (some 20 minutes more)"
 	@echo "make docs   build the documentation, with the reference of the Python API, into site/"
 	@echo "make fast   install into $(VENV), then run lint, type checks and the tests that start neither engines nor containers"
 

@@ -50,7 +50,7 @@ def main() -> None:
         install_project(python, "dev" if kind == "--tests" else "collect,analysis,train")
     remove_broken_companions(python)
     if kind == "--quantize":
-        # One job uses few of its modules, and to compile all of them would take a minute of both cores.
+        # A quantization imports a quarter of its modules.
         compile_imported(python, "llmcompressor", "datasets", "modal.cli.entry_point", "transformers.models.auto.modeling_auto")
     else:
         compile_modules(python)

@@ -3,7 +3,7 @@
     python -m benchmarks.leaderboard TRACE --validation OTHER --out DIR [--only NAME ...]
 
 Finished runs in DIR are kept, so an interrupted call can be continued. Training of the larger networks is shortened (SHORT) to
-about five minutes each on two cores, far less than they need. The whole benchmark takes an hour.
+about five minutes each on two cores, far less than they need. The whole benchmark takes more than an hour.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from speculation.training.fit import train
 SHORT: dict[str, dict[str, Any]] = {
     "mlp": {"epochs": 3},
     "interlayer-lstm": {"epochs": 1},
-    "statistics-aware": {"epochs": 4},
     "ensemble": {"epochs": 2},
     "hierarchical": {"epochs": 1},
     "attention-graph": {"epochs": 1, "epoch_tokens": 70_000},
